@@ -1,0 +1,102 @@
+"""What the demo can be told, and the defaults it was studied with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
+DEFAULT_RATES = {"random": 3e-3, "eva": 3e-3}
+DEFAULT_STEPS = 100
+MAX_BATCHES = 16
+METHODS = ("random", "eva", "lora_da")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of one demo.
+
+    Attributes:
+        model: Folder of a transformers encoder with its tokenizer; the packaged MiniLM-L6 where None.
+        data: The user's `.csv` or `.jsonl` file; standard-library docstrings where None.
+        text_column: Column of the text in `data`.
+        label_column: Column of the label in `data`.
+        rank: LoRA rank per layer before any redistribution.
+        method: Initialisation that is compared with random LoRA; "random" trains that one alone.
+        steps: Optimizer steps per run.
+        seeds: Number of seeds; the seeds are 0, 1, ...
+        batch_size: Examples per step.
+        learning_rate: Peak rate of both arms; each arm's own studied rate where None.
+        max_tokens: Texts are cut to this many tokens.
+        out: Output folder, made where it is missing.
+        plots: Whether to draw the two PNG files.
+        threads: CPU threads for torch; torch's own choice where None.
+    """
+
+    model: Path | None = None
+    data: Path | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    rank: int = 8
+    method: str = "eva"
+    steps: int = DEFAULT_STEPS
+    seeds: int = 3
+    batch_size: int = 16
+    learning_rate: float | None = None
+    max_tokens: int = 40
+    out: Path = Path("demo-out")
+    plots: bool = True
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value that can be checked without opening a file.
+
+        Raises:
+            ValueError: A value is out of its range.
+        """
+        lowest = {"rank": 1, "steps": 4, "seeds": 1, "batch_size": 1, "max_tokens": 3}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} was {value!r}, must be an integer of at least {least}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads was {self.threads}, must be at least 1")
+        if self.method not in METHODS:
+            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(METHODS)}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate was {self.learning_rate}, must be above 0 and below 1")
+        if self.model is not None and not (self.model / "config.json").is_file():
+            raise ValueError(f"model was {str(self.model)!r}, must be a folder with a transformers config.json")
+        if self.data is not None and not self.data.is_file():
+            raise ValueError(f"data was {str(self.data)!r}, must be an existing .csv or .jsonl file")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out was {str(self.out)!r}, must be a folder")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The initialisations that are trained, random first."""
+        return ("random",) if self.method == "random" else ("random", self.method)
+
+    def rate(self, arm: str) -> float:
+        """Chooses the learning rate of an arm.
+
+        Args:
+            arm: Name of the initialisation.
+
+        Returns:
+            `learning_rate` where given, else the studied rate; an unstudied method gets that of random LoRA.
+        """
+        return DEFAULT_RATES.get(arm, DEFAULT_RATES["random"]) if self.learning_rate is None else self.learning_rate
+
+    def rate_source(self, arm: str) -> str:
+        """Says where an arm's learning rate comes from, for the report.
+
+        Args:
+            arm: Name of the initialisation.
+
+        Returns:
+            A short phrase.
+        """
+        if self.learning_rate is not None:
+            return "given"
+        return "from the rate study" if arm in DEFAULT_RATES else "not studied for this method: random LoRA's rate"

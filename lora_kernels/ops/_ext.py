@@ -1,0 +1,35 @@
+"""The compiled extension `lora_kernels._C`: found once, never required."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str | None]:
+    """Import `lora_kernels._C`.
+
+    Returns:
+        `(module, None)` when the extension was built, else `(None, reason)`.
+    """
+    try:
+        return importlib.import_module("lora_kernels._C"), None
+    except ImportError as error:
+        return None, f"the compiled extension lora_kernels._C cannot be imported ({error})"
+
+
+def extension() -> ModuleType:
+    """The extension module.
+
+    Returns:
+        `lora_kernels._C`.
+
+    Raises:
+        RuntimeError: if it was not built; the message says why.
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
