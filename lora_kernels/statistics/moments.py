@@ -1,0 +1,91 @@
+"""Running first and second moments of a layer's input."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_kernels.ops.covariance import covariance_
+
+_PANEL = 512
+
+
+class InputMoments:
+    """Sums over tokens of one input: count, sum and second moment (METHODS: `N`, `sum w x`, `sum w x x^T`).
+
+    They add over batches and over processes. The second moment is kept as its lower triangle.
+
+    Attributes:
+        features: n.
+        count: scalar float64 tensor, `sum w_t`.
+        total: `(n,)`, `sum w_t x_t`.
+        second: `(n, n)`, the lower triangle of `sum w_t x_t x_t^T`; the strict upper triangle is unspecified.
+    """
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Start at zero.
+
+        Args:
+            features: n.
+            device: where the sums live.
+            dtype: float32, or float64 for reference work.
+        """
+        self.features = features
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(features, dtype=dtype, device=device)
+        self.second = torch.zeros(features, features, dtype=dtype, device=device)
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: `(..., n)` activations.
+            weight: `(...)` bool selection or real weights; `None` counts every row once.
+        """
+        x = x.detach()
+        if x.dtype != self.second.dtype and self.second.dtype == torch.float64:
+            x = x.to(torch.float64)
+        covariance_(self.second, x, weight, self.total)
+        if weight is None:
+            self.count += x.numel() // max(self.features, 1)
+        else:
+            self.count += weight.sum(dtype=torch.float64)
+
+    @property
+    def tokens(self) -> float:
+        """`sum w_t` as a Python number (waits for the device)."""
+        return float(self.count)
+
+    def mean(self) -> torch.Tensor:
+        """The mean input, `(n,)` float64; zero where nothing was counted."""
+        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def covariance(self, *, center: bool = True) -> torch.Tensor:
+        """The covariance `M / N - mu mu^T`, or the raw second moment `M / N`.
+
+        The subtraction is done in float64: where the mean is large against the spread (as it is for some features of
+        language models), float32 would lose what is left.
+
+        Args:
+            center: whether to subtract the mean's outer product.
+
+        Returns:
+            `(n, n)` float64, symmetric, both triangles filled.
+
+        Raises:
+            ValueError: if no token was counted.
+        """
+        tokens = self.tokens
+        if tokens <= 0:
+            raise ValueError(f"the moments hold {tokens:g} tokens: nothing was collected, or every token was masked")
+        mean = self.mean()
+        result = torch.empty(self.features, self.features, dtype=torch.float64, device=self.second.device)
+        for low in range(0, self.features, _PANEL):
+            high = min(low + _PANEL, self.features)
+            rows = self.second[low:high, :high].to(torch.float64).div_(tokens)
+            if center:
+                rows.addr_(mean[low:high], mean[:high], alpha=-1.0)
+            diagonal = rows[:, low:].tril()
+            result[low:high, :low] = rows[:, :low]
+            result[:low, low:high] = rows[:, :low].mT
+            result[low:high, low:high] = diagonal + diagonal.tril(-1).mT
+        return result

@@ -1,0 +1,106 @@
+"""Layers that read the same tensor (q, k, v; gate, up) share one set of sums.
+
+Two calls read the same input when their tensors are the same view of the same storage at the same version. The
+storage is held by a weak reference, so its address cannot be given to another one while it is compared, and no
+activation is kept alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lora_kernels.statistics.moments import InputMoments
+
+
+@dataclass
+class InputGroup:
+    """Layers with one input, and what was seen of them in the current batch."""
+
+    moments: InputMoments
+    born: int
+    members: list[str] = field(default_factory=list)
+    inputs: list[Hashable] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+class InputSharing:
+    """Decides, call by call, whether an input is new to the sums."""
+
+    def __init__(self, *, share: bool) -> None:
+        """Start without groups; with `share=False` every layer is alone."""
+        self.share = share
+        self.groups: dict[str, InputGroup] = {}
+        self.batch = 0
+        self._references: dict[int, StorageWeakRef] = {}
+        self._first: dict[Hashable, InputGroup] = {}
+
+    def begin(self, batch: int) -> None:
+        """Forget the inputs of the batch before."""
+        self.batch = batch
+        self._references.clear()
+        self._first.clear()
+        for group in self.groups.values():
+            group.inputs.clear()
+            group.calls.clear()
+
+    def _identity(self, x: torch.Tensor) -> Hashable:
+        if not self.share or x.is_inference():
+            return object()  # inference tensors have no version: a change between two reads would go unseen
+        storage = x.untyped_storage()
+        key = storage._cdata
+        self._references.setdefault(key, StorageWeakRef(storage))
+        rows = x.shape[:-1].numel()
+        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
+        return (key, x.storage_offset(), layout, x.dtype, x._version)
+
+    def assign(self, name: str, x: torch.Tensor, dtype: torch.dtype) -> InputMoments | None:
+        """Register a call of layer `name` with input `x`.
+
+        Args:
+            name: the layer.
+            x: `(..., n)`, its input.
+            dtype: dtype of the sums of a new group.
+
+        Returns:
+            The sums that `x` must be added to, or `None` if another layer of the group has added it already.
+
+        Raises:
+            RuntimeError: if layers that shared an input in an earlier batch no longer do.
+        """
+        identity = self._identity(x)
+        group = self.groups.get(name)
+        if group is None:
+            group = self._first.get(identity)
+            if group is None or group.born != self.batch:
+                group = InputGroup(InputMoments(x.shape[-1], x.device, dtype), self.batch)
+            group.members.append(name)
+            self.groups[name] = group
+        call = group.calls.get(name, 0)
+        group.calls[name] = call + 1
+        if call < len(group.inputs):
+            if group.inputs[call] != identity:
+                raise RuntimeError(self._broken(group))
+            return None
+        group.inputs.append(identity)
+        self._first.setdefault(identity, group)
+        return group.moments
+
+    def end(self) -> None:
+        """Check that the groups held in this batch.
+
+        Raises:
+            RuntimeError: if some layers of a group were called and others were not.
+        """
+        for group in {id(each): each for each in self.groups.values()}.values():
+            if len({group.calls.get(member, 0) for member in group.members}) > 1:
+                raise RuntimeError(self._broken(group))
+
+    def _broken(self, group: InputGroup) -> str:
+        return (
+            f"layers {', '.join(group.members)} read one tensor in batch {group.born} but not in batch {self.batch}: "
+            "their sums cannot be shared; pass share_inputs=False"
+        )
