@@ -1,0 +1,29 @@
+"""Data-aware LoRA: the best starting adapter for your data, in one pass, on fused kernels.
+
+    import lora_kernels as lk
+
+    report = lk.initialize(peft_model, loader, method="eva")
+
+Importing touches no GPU and needs no compiler.
+"""
+
+from lora_kernels import init, linalg, ops, statistics
+from lora_kernels._version import __version__
+from lora_kernels.init import EVA
+from lora_kernels.integrations.entry import collect, initialize
+from lora_kernels.integrations.report import InitReport, LayerReport
+from lora_kernels.statistics import Statistics
+
+__all__ = [
+    "EVA",
+    "InitReport",
+    "LayerReport",
+    "Statistics",
+    "__version__",
+    "collect",
+    "init",
+    "initialize",
+    "linalg",
+    "ops",
+    "statistics",
+]

@@ -1,0 +1,7 @@
+"""Floor 1: kernels. Each op is a folder with its definition, its kernels and its registration."""
+
+from lora_kernels.ops._backend import BACKENDS, use_backend
+from lora_kernels.ops.covariance import covariance_, symmetrize_
+from lora_kernels.ops.small_linalg import eigh
+
+__all__ = ["BACKENDS", "covariance_", "eigh", "symmetrize_", "use_backend"]

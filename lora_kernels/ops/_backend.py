@@ -10,7 +10,6 @@ The choice is made in plain Python before the registered op is called, so `torch
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 import warnings
@@ -24,7 +23,8 @@ from lora_kernels.ops import _ext
 
 BACKENDS = ("auto", "triton", "cpp", "torch")
 
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("lora_kernels_backend", default=None)
+# A plain global, so that torch.compile can guard on it.
+_override: str | None = None
 
 
 def _validated(name: str, origin: str) -> str:
@@ -47,15 +47,14 @@ def requested(backend: str = "auto") -> str:
     """
     if _validated(backend, "backend") != "auto":
         return backend
-    chosen = _override.get()
-    if chosen is not None:
-        return chosen
+    if _override is not None:
+        return _override
     return _validated(os.environ.get("LORA_KERNELS_BACKEND", "auto"), "LORA_KERNELS_BACKEND")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend.
+    """Run every op inside the block on one backend, in all threads.
 
     Args:
         name: one of `BACKENDS`.
@@ -66,11 +65,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if `name` is none of `BACKENDS`.
     """
-    token = _override.set(_validated(name, "backend"))
+    global _override
+    before, _override = _override, _validated(name, "backend")
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 @functools.cache

@@ -1,0 +1,174 @@
+"""EVA: explained variance adaptation (arXiv 2410.07170)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+from lora_kernels.init.factors import LayerFactors, LoraFactors
+from lora_kernels.init.ranks import offers, redistribute
+from lora_kernels.linalg import eigh_topk
+from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.store import LayerStatistics
+
+# Covariances decomposed in one batch: bounds the float64 copies to this many bytes.
+_BATCH_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class _Components:
+    """The leading principal components of one input."""
+
+    values: torch.Tensor  # (k,) variances, descending
+    vectors: torch.Tensor  # (n, k)
+    total: float  # trace of the covariance
+    tokens: float
+    residual: float
+    solver: str
+
+    def ratios(self) -> list[float]:
+        """Explained-variance ratios; zeros where the input never varies."""
+        if self.total <= 0:
+            return [0.0] * self.values.numel()
+        return (self.values.clamp_min(0.0) / self.total).tolist()
+
+
+@dataclass(frozen=True)
+class EVA:
+    """A = the leading principal components of each layer's inputs, B = 0; ranks follow the explained variance.
+
+    Args:
+        rho: a layer's rank may grow to `round(rho * r)`; 1 keeps every rank.
+        center: subtract the mean input (as PEFT does); otherwise the raw second moment is decomposed.
+        whiten: divide row i of A by the square root of its singular value (that of the centred token matrix).
+        min_rank: smallest rank of a layer; with 0 a layer without a winning component loses its adapter.
+        max_rank: largest rank of a layer (serving engines allocate for it).
+        multiple_of: every rank is a multiple of this.
+        adjust_scaling_factors: where a rank changes, alpha follows so that the scaling s stays the same.
+        seed: of the random start of the eigensolver.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    name: ClassVar[str] = "eva"
+
+    rho: float = 2.0
+    center: bool = True
+    whiten: bool = False
+    min_rank: int = 0
+    max_rank: int | None = None
+    multiple_of: int = 1
+    adjust_scaling_factors: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges that need no model."""
+        check_range("rho", self.rho, low=1.0)
+        check_range("min_rank", self.min_rank, low=0, integer=True)
+        check_range("multiple_of", self.multiple_of, low=1, integer=True)
+        if self.max_rank is not None:
+            check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True)
+
+    def factors(
+        self, statistics: Mapping[str, LayerStatistics], ranks: Mapping[str, int], *, progress: bool = False
+    ) -> dict[str, LayerFactors]:
+        """The factors of every layer.
+
+        Args:
+            statistics: of all layers named in `ranks`; each must have been called.
+            ranks: the rank each layer asked for; their sum is the budget.
+            progress: show a progress bar over the decompositions.
+
+        Returns:
+            Per layer its factors: `A` `(r, n)` with orthonormal rows (unless whitened), `B` zeros `(m, r)`.
+
+        Raises:
+            ValueError: if a rank is outside [1, min(m, n)], a layer was never called or saw no token, or `min_rank`
+                cannot be met.
+        """
+        for name in ranks:
+            moments = statistics[name].input
+            if moments is None or moments.tokens <= 0:
+                raise ValueError(f"layer {name} saw no token in the collection pass")
+        limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
+        offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
+        components = self._decompose({name: statistics[name] for name in ranks}, offered, progress)
+        scores = {name: components[name].ratios()[: offered[name]] for name in ranks}
+        if self.rho == 1.0 and self.max_rank is None and self.multiple_of == 1:
+            winners = dict(ranks)
+        else:
+            winners = redistribute(
+                scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of
+            )
+        return {
+            name: self._layer(components[name], winners[name], statistics[name].out_features) for name in ranks
+        }
+
+    def _decompose(
+        self, statistics: Mapping[str, LayerStatistics], offered: Mapping[str, int], progress: bool
+    ) -> dict[str, _Components]:
+        wanted: dict[int, int] = defaultdict(int)
+        moments: dict[int, InputMoments] = {}
+        key_of: dict[str, int] = {}
+        for name, layer in statistics.items():
+            assert layer.input is not None  # checked by `factors`
+            key_of[name] = id(layer.input)
+            moments[id(layer.input)] = layer.input
+            wanted[id(layer.input)] = max(wanted[id(layer.input)], offered[name])
+        found: dict[int, _Components] = {}
+        with tqdm(
+            total=len(moments), desc="decomposing inputs", unit="input", disable=not progress, leave=False
+        ) as bar:
+            for keys, k in _batches(moments, wanted):
+                matrices = torch.stack([moments[key].covariance(center=self.center) for key in keys])
+                pairs = eigh_topk(matrices, k, seed=self.seed)
+                traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+                for index, key in enumerate(keys):
+                    found[key] = _Components(
+                        pairs.values[index],
+                        pairs.vectors[index],
+                        traces[index],
+                        moments[key].tokens,
+                        float(pairs.residuals[index]),
+                        pairs.method,
+                    )
+                bar.update(len(keys))
+        return {name: found[key] for name, key in key_of.items()}
+
+    def _layer(self, components: _Components, rank: int, out_features: int) -> LayerFactors:
+        a = components.vectors[:, :rank].mT
+        notes = []
+        if components.tokens - self.center < rank:
+            notes.append(f"{components.tokens:g} tokens cannot determine {rank} directions: the last are arbitrary")
+        if components.total <= 0:
+            notes.append("the input never varies: all directions are arbitrary")
+        if self.whiten:
+            # Out of place: layers that share an input share `components.vectors`.
+            singular = (components.values[:rank].clamp_min(0.0) * components.tokens).sqrt()
+            floor = torch.finfo(torch.float32).eps * singular.max() if rank else singular.new_zeros(())
+            a = a / singular.clamp_min(floor.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().unsqueeze(-1)
+        factors = LoraFactors(
+            a.to(torch.float32).contiguous(),
+            torch.zeros(out_features, rank, dtype=torch.float32, device=a.device),
+        )
+        explained = math.fsum(components.ratios()[:rank]) if components.total > 0 else math.nan
+        return LayerFactors(factors, explained, components.residual, components.solver, tuple(notes))
+
+
+def _batches(moments: Mapping[int, InputMoments], wanted: Mapping[int, int]) -> Iterator[tuple[list[int], int]]:
+    """Inputs of one order (and one number of components), in batches that bound the memory of their covariances."""
+    groups: dict[tuple[int, int, torch.device], list[int]] = defaultdict(list)
+    for key, each in moments.items():
+        groups[(each.features, wanted[key], each.second.device)].append(key)
+    for (order, k, _device), keys in groups.items():
+        size = max(1, _BATCH_BYTES // (8 * order * order))
+        for low in range(0, len(keys), size):
+            yield keys[low : low + size], k

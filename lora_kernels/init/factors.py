@@ -1,0 +1,67 @@
+"""What a method returns, and what every method looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from lora_kernels.statistics.store import LayerStatistics
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The two factors of an adapter, `W + s B A`.
+
+    Attributes:
+        A: `(r, n)` float32.
+        B: `(m, r)` float32.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """R, the number of rows of A."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """A method's answer for one layer.
+
+    Attributes:
+        factors: the factors; rank 0 where the layer is to have no adapter.
+        explained_variance: share of the input variance in the span of A's rows, in [0, 1]; NaN if the input never
+            varies.
+        residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`).
+        solver: how they were found.
+        notes: facts a user should know, in words.
+    """
+
+    factors: LoraFactors
+    explained_variance: float
+    residual: float
+    solver: str
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class InitMethod(Protocol):
+    """A frozen config that turns statistics into factors."""
+
+    @property
+    def name(self) -> str:
+        """The method's name, as in `initialize(method=...)`."""
+
+    @property
+    def adjust_scaling_factors(self) -> bool:
+        """Whether alpha follows a changed rank so that the scaling `s` stays as it was."""
+
+    def factors(
+        self, statistics: Mapping[str, LayerStatistics], ranks: Mapping[str, int], *, progress: bool = False
+    ) -> dict[str, LayerFactors]:
+        """The factors of every layer in `ranks`, given the rank each layer asked for."""

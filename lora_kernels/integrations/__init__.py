@@ -1,0 +1,1 @@
+"""Floor 5: where the maths meets models: finding layers, writing factors, the user's entry points."""

@@ -1,0 +1,329 @@
+"""PEFT: which layers carry an adapter, and how factors and ranks are written into it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.init.factors import LoraFactors
+from lora_kernels.statistics.store import Target
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A LoRA layer of a PEFT model.
+
+    Attributes:
+        target: name, module and features for the collector.
+        rank: r of the adapter.
+        alpha: its `lora_alpha`.
+        rslora: whether the scaling is `alpha / sqrt(r)` instead of `alpha / r`.
+    """
+
+    target: Target
+    rank: int
+    alpha: float
+    rslora: bool
+
+
+@dataclass(frozen=True)
+class LoraLayers:
+    """All layers of one adapter.
+
+    Attributes:
+        supported: linear layers.
+        unsupported: other LoRA layers (embeddings, convolutions, ...): name, rank, and why.
+    """
+
+    supported: tuple[LoraTarget, ...]
+    unsupported: tuple[tuple[str, int, str], ...]
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model carries PEFT adapters."""
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def _reason_unsupported(module: Any, adapter: str) -> str | None:
+    lora_a = module.lora_A[adapter] if adapter in module.lora_A else None
+    if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
+        return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
+    if getattr(module, "parameter_name", None) is not None:
+        return f"target_parameters ({module.parameter_name}): its input is not the module's input"
+    return None
+
+
+def find_lora_layers(model: nn.Module, adapter: str = "default") -> LoraLayers:
+    """The LoRA layers of an adapter.
+
+    Args:
+        model: a PEFT model.
+        adapter: the adapter's name.
+
+    Returns:
+        The layers, in the model's order.
+
+    Raises:
+        TypeError: if the model is no PEFT model or the adapter no LoRA adapter.
+        ValueError: if there is no such adapter, it has no linear layer, it is merged, or its weights are sharded.
+    """
+    if not is_peft_model(model):
+        raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
+    if adapter not in configs:
+        raise ValueError(f"adapter_name is {adapter!r}, but the model has {', '.join(map(repr, configs))}")
+    if str(getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)) != "LORA":
+        raise TypeError(f"adapter {adapter!r} is of type {configs[adapter].peft_type}, but must be LORA")
+    supported, unsupported = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.r:
+            continue
+        reason = _reason_unsupported(module, adapter) if hasattr(module, "lora_A") else "no lora_A"
+        if reason is not None:
+            unsupported.append((name, module.r[adapter], reason))
+            continue
+        if module.merged:
+            raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+        rank, shape = module.r[adapter], tuple(module.lora_A[adapter].weight.shape)
+        if shape != (rank, module.in_features):
+            raise ValueError(
+                f"layer {name} has lora_A of shape {shape}, but must be {(rank, module.in_features)}: sharded weights "
+                "(ZeRO-3, FSDP) must be initialised before they are sharded"
+            )
+        target = Target(name, module, module.in_features, module.out_features)
+        alpha, rslora = module.lora_alpha[adapter], bool(module.use_rslora.get(adapter, False))
+        supported.append(LoraTarget(target, rank, alpha, rslora))
+    if not supported:
+        raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
+    return LoraLayers(tuple(supported), tuple(unsupported))
+
+
+@contextlib.contextmanager
+def base_model_only(model: nn.Module) -> Iterator[None]:
+    """Run a PEFT model without its adapters; a plain model as it is.
+
+    Args:
+        model: any model.
+
+    Yields:
+        Nothing.
+    """
+    with model.disable_adapter() if is_peft_model(model) else contextlib.nullcontext():  # type: ignore[operator]
+        yield
+
+
+def check_untrained(layers: LoraLayers, adapter: str) -> None:
+    """Refuse to overwrite an adapter that already moves the model.
+
+    Args:
+        layers: the adapter's layers.
+        adapter: its name.
+
+    Raises:
+        ValueError: if a `lora_B` is not zero: it was trained, or initialised by a method that starts elsewhere.
+    """
+    for each in layers.supported:
+        weight = each.target.module.lora_B[adapter].weight  # type: ignore[index, union-attr, operator]
+        if weight.device.type != "meta" and bool((weight != 0).any()):
+            raise ValueError(
+                f"layer {each.target.name} has a lora_B that is not zero: the adapter {adapter!r} is trained or was "
+                "initialised already; force=True overwrites it"
+            )
+
+
+def new_alpha(layer: LoraTarget, rank: int, *, adjust: bool) -> float:
+    """The `lora_alpha` after a change of rank.
+
+    Args:
+        layer: the layer as it is.
+        rank: its new rank.
+        adjust: keep the scaling s as it was (PEFT's `adjust_scaling_factors`); otherwise alpha stays.
+
+    Returns:
+        The new alpha.
+    """
+    if not adjust or rank == layer.rank:
+        return layer.alpha
+    ratio = rank / layer.rank
+    return layer.alpha * (math.sqrt(ratio) if layer.rslora else ratio)
+
+
+def check_no_optimizer(parameters: Sequence[nn.Parameter], why: str) -> None:
+    """Refuse to replace parameters that an optimizer already holds: it would go on to train the old, dead ones.
+
+    Args:
+        parameters: the parameters that would be replaced.
+        why: what replaces them, for the message.
+
+    Raises:
+        ValueError: if a live `torch.optim.Optimizer` holds one of them.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    if not wanted:
+        return
+    for candidate in gc.get_objects():
+        # `type` and not `isinstance`: the latter runs user code of proxies (lazy modules, weak proxies).
+        if not issubclass(type(candidate), torch.optim.Optimizer):
+            continue
+        for group in getattr(candidate, "param_groups", ()):
+            if any(id(parameter) in wanted for parameter in group["params"]):
+                raise ValueError(
+                    f"an optimizer ({type(candidate).__name__}) already holds parameters that {why} would replace: "
+                    "initialise first and create the optimizer afterwards, or keep the ranks (rho=1)"
+                )
+
+
+def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: str) -> list[nn.Parameter]:
+    """The parameters that `write` replaces for the given ranks (the others are written in place)."""
+    found = []
+    for each in layers.supported:
+        module: Any = each.target.module
+        pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+        if ranks.get(each.target.name, each.rank) != each.rank or pair[0].device.type == "meta":
+            found += pair
+    return found
+
+
+def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
+    """Write a weight in place where the shape allows, else as a new parameter of the same dtype and flag."""
+    old = linear.weight
+    if old.shape == value.shape and old.device.type != "meta":
+        with torch.no_grad():
+            old.copy_(value)
+        return
+    where = device if old.device.type == "meta" else old.device
+    linear.weight = nn.Parameter(value.to(where, old.dtype, copy=True), requires_grad=old.requires_grad)
+    linear.out_features, linear.in_features = value.shape
+    if linear.bias is not None and linear.bias.device.type == "meta":
+        linear.bias = nn.Parameter(torch.zeros_like(linear.bias, device=where), linear.bias.requires_grad)
+
+
+def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter: str) -> None:
+    module: Any = layer.target.module
+    device = next((p.device for p in module.get_base_layer().parameters()), torch.device("cpu"))
+    _put(module.lora_A[adapter], factors.A, device)
+    _put(module.lora_B[adapter], factors.B, device)
+    if factors.rank != layer.rank:
+        module.r[adapter] = factors.rank
+        module.lora_alpha[adapter] = alpha
+        module.scaling[adapter] = alpha / (math.sqrt(factors.rank) if layer.rslora else factors.rank)
+
+
+def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
+    module: Any = layer.target.module
+    if len(module.r) > 1:  # other adapters live on this layer: only ours goes
+        module.delete_adapter(adapter)
+        return
+    parent, _, child = layer.target.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def _matches(config: Any, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415
+
+    return bool(check_target_module_exists(config, name))
+
+
+def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str]]:
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
+
+    with_adapter, without = {}, []
+    for name, module in model.named_modules():
+        short = name.removeprefix(_PREFIX)
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            with_adapter[short] = (module.r[adapter], module.lora_alpha[adapter])
+        elif ".base_layer" not in name and ".lora_" not in name:
+            without.append(short)
+    return with_adapter, without
+
+
+def _patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha patterns that give every layer its own values under PEFT's matching rule (first match wins)."""
+    from peft.utils.other import get_pattern_key  # noqa: PLC0415
+
+    def build(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+        # Longest name first: a name can be the tail of a longer one, and PEFT matches tails.
+        pattern = {name: values[name] for name in sorted(values, key=len, reverse=True) if values[name] != default}
+        for name in sorted(values, key=len, reverse=True):
+            if pattern.get(get_pattern_key(pattern.keys(), name), default) != values[name]:
+                pattern = {name: values[name], **pattern}
+        return pattern
+
+    ranks = build({name: rank for name, (rank, _) in layers.items()}, config.r)
+    alphas = build({name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha)
+    return ranks, alphas
+
+
+def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
+    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter.
+
+    Args:
+        model: the PEFT model, factors written.
+        adapter: the adapter's name.
+        removed: whether layers lost their adapter, so that `target_modules` must name those left.
+    """
+    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+    layers, without = _config_names(model, adapter)
+    config.rank_pattern, config.alpha_pattern = _patterns(layers, config)
+    if not removed:
+        return
+    config.target_modules = set(layers)
+    config.layers_to_transform = None
+    config.layers_pattern = None
+    config.exclude_modules = None
+    if any(_matches(config, name) for name in without):
+        # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
+        config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(layers))
+
+
+def write(
+    model: nn.Module,
+    layers: LoraLayers,
+    factors: Mapping[str, LoraFactors],
+    adapter: str,
+    *,
+    adjust_scaling_factors: bool,
+) -> None:
+    """Write factors into an adapter, ranks and config included.
+
+    Weights whose shape stays are written in place; the others become new parameters. A layer of rank 0 loses its
+    adapter.
+
+    Args:
+        model: the PEFT model.
+        layers: its layers, from `find_lora_layers`.
+        factors: by layer name; layers without an entry stay as they are.
+        adapter: the adapter's name.
+        adjust_scaling_factors: see `new_alpha`.
+
+    Raises:
+        ValueError: if an optimizer holds a parameter that would be replaced, or no layer would keep an adapter.
+    """
+    ranks = {name: each.rank for name, each in factors.items()}
+    if not any(ranks.get(each.target.name, each.rank) for each in layers.supported):
+        raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")
+    check_no_optimizer(replaced_parameters(layers, ranks, adapter), "the new ranks")
+    removed = False
+    for layer in layers.supported:
+        found = factors.get(layer.target.name)
+        if found is None:
+            continue
+        if found.rank == 0:
+            _remove(model, layer, adapter)
+            removed = True
+            continue
+        _write_layer(layer, found, new_alpha(layer, found.rank, adjust=adjust_scaling_factors), adapter)
+    if removed or any(ranks.get(layer.target.name, layer.rank) != layer.rank for layer in layers.supported):
+        update_config(model, adapter, removed=removed)
+

@@ -1,0 +1,59 @@
+"""Finding linear layers in any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lora_kernels.statistics.store import Target
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """The `(in_features, out_features)` of a linear layer.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The features of an `nn.Linear` (quantized ones derive from it) or of a transformers `Conv1D`, whose weight is
+        stored transposed; `None` for anything else.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight"):
+        return int(module.weight.shape[0]), int(module.nf)
+    return None
+
+
+def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> Sequence[Target]:
+    """The linear layers of a model.
+
+    Args:
+        model: any module.
+        names: full module names; all linear layers if `None`.
+
+    Returns:
+        The layers, in the model's order.
+
+    Raises:
+        ValueError: if a name is not in the model or not a linear layer, or there is no linear layer at all.
+    """
+    modules = dict(model.named_modules())
+    if names is not None:
+        chosen = list(dict.fromkeys(names))
+        for name in chosen:
+            if name not in modules:
+                raise ValueError(f"targets names {name!r}, but the model has no such module")
+            if linear_features(modules[name]) is None:
+                raise ValueError(f"targets names {name!r}, a {type(modules[name]).__name__}, but must name linear layers")
+    else:
+        chosen = [name for name, module in modules.items() if linear_features(module) is not None]
+        if not chosen:
+            raise ValueError(f"model ({type(model).__name__}) has no linear layer")
+    found = []
+    for name in chosen:
+        features = linear_features(modules[name])
+        if features is not None:
+            found.append(Target(name, modules[name], *features))
+    return found

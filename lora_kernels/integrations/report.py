@@ -1,0 +1,147 @@
+"""What an initialisation did, layer by layer: printable, and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        status: `initialised`, `removed` (rank 0), `unsupported`, or `not_reached` (never called: stock values kept).
+        rank_before: rank before.
+        rank: rank now.
+        explained_variance: share of the input variance that A captures, or `None`.
+        residual_variance: the share it misses, or `None`.
+        tokens: tokens counted for this layer.
+        shared_with: layers that read the same tensor and share its statistics.
+        eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
+        solver: how they were found.
+        notes: facts a user should know.
+    """
+
+    name: str
+    status: str
+    rank_before: int
+    rank: int
+    explained_variance: float | None = None
+    residual_variance: float | None = None
+    tokens: float = 0.0
+    shared_with: tuple[str, ...] = ()
+    eigen_residual: float | None = None
+    solver: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The result of `initialize`.
+
+    Attributes:
+        method: the method's name.
+        settings: its config.
+        adapter: the adapter's name.
+        layers: one entry per LoRA layer, in the model's order.
+        seconds: wall time of `collect`, `decompose`, `write`, and `total`.
+        batches: batches read.
+        tokens: tokens counted.
+        trainable_before: parameters of the adapter's factors before.
+        trainable: and now.
+    """
+
+    method: str
+    settings: dict[str, object]
+    adapter: str
+    layers: tuple[LayerReport, ...]
+    seconds: dict[str, float]
+    batches: int
+    tokens: float
+    trainable_before: int
+    trainable: int
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        """The layers."""
+        return iter(self.layers)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain Python values; NaN becomes `None`."""
+        plain: dict[str, object] = _plain(asdict(self))  # type: ignore[assignment]
+        return plain
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as strict JSON.
+
+        Args:
+            indent: as in `json.dumps`.
+
+        Returns:
+            The text.
+        """
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def summary(self) -> str:
+        """One line: what was done, on how much data, in what time."""
+        counts = Counter(layer.status for layer in self.layers)
+        states = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items())
+        return (
+            f"{self.method}: {states}; {self.tokens:,.0f} tokens in {self.batches} batches; "
+            f"{self.trainable_before:,} -> {self.trainable:,} parameters; {self.seconds['total']:.2f} s"
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table of the layers and the summary."""
+        table = Table(title=f"{self.method} initialisation of adapter {self.adapter!r}")
+        for column, justify in (
+            ("layer", "left"),
+            ("rank", "right"),
+            ("explained", "right"),
+            ("residual", "right"),
+            ("tokens", "right"),
+            ("notes", "left"),
+        ):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for layer in self.layers:
+            rank = f"{layer.rank}" if layer.rank == layer.rank_before else f"{layer.rank_before} -> {layer.rank}"
+            status = () if layer.status == "initialised" else (layer.status.replace("_", " "),)
+            table.add_row(
+                layer.name,
+                rank,
+                _percent(layer.explained_variance),
+                _percent(layer.residual_variance),
+                f"{layer.tokens:,.0f}",
+                "; ".join((*status, *layer.notes)),
+            )
+        yield table
+        yield Text(self.summary())
+
+    def __str__(self) -> str:
+        """The same as plain text."""
+        console = Console(width=140, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
