@@ -9,7 +9,7 @@ from pathlib import Path
 DEFAULT_RATES = {"random": 3e-3, "eva": 3e-3}
 DEFAULT_STEPS = 100
 MAX_BATCHES = 16
-METHODS = ("random", "eva", "lora_da")
+METHODS = ("random", "eva")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DemoConfig:
     seeds: int = 3
     batch_size: int = 16
     learning_rate: float | None = None
-    max_tokens: int = 40
+    max_tokens: int = 32
     out: Path = Path("demo-out")
     plots: bool = True
     threads: int | None = None

@@ -73,7 +73,7 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_missing() -> str | None:
     try:
         import triton  # noqa: F401, PLC0415  (importing it is the question)
@@ -103,7 +103,7 @@ def cpp_refuses(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on tensors of `device`, or `None` if they can."""
     if device.type != "cpu":
         return f"the C++ kernels take CPU tensors, not {device.type!r}"
-    return _ext.load()[1]
+    return _ext.missing()
 
 
 @functools.cache
@@ -160,7 +160,7 @@ class Dispatcher:
                 continue
             reason = each.refuses(*args, **kwargs)
             if reason is None and not (wanted == "auto" and each.explicit_only(*args, **kwargs)):
-                if wanted == "auto" and each.backend == "torch" and "cpp" in reasons and _ext.load()[0] is None:
+                if wanted == "auto" and each.backend == "torch" and "cpp" in reasons and _ext.missing() is not None:
                     _warn_once(f"lora_kernels runs on the plain torch backend: {reasons['cpp']}")
                 return each.backend
             reasons[each.backend] = reason or "only on request"

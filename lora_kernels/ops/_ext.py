@@ -6,6 +6,8 @@ import functools
 import importlib
 from types import ModuleType
 
+import torch
+
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
@@ -18,6 +20,12 @@ def load() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module("lora_kernels._C"), None
     except ImportError as error:
         return None, f"the compiled extension lora_kernels._C cannot be imported ({error})"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def missing() -> str | None:
+    """Why the extension cannot be used, or `None`; a constant to `torch.compile`."""
+    return load()[1]
 
 
 def extension() -> ModuleType:

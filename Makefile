@@ -1,0 +1,66 @@
+# `make help` lists the targets. Everything lives in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py build_support.py constraints.txt $(wildcard csrc/*)
+TORCH_CPU := torch==2.13.0
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick test-gpu lint bench aot build clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# With an NVIDIA GPU: the system's CUDA torch if it has one, else the default build. Without: the CPU build, and before
+# anything that depends on torch, so that no CUDA package is pulled in.
+$(VENV)/.torch:
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
+	  if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null; \
+	  then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV) && $(PIP) torch; fi; \
+	else $(PYTHON) -m venv $(VENV) && $(PIP) '$(TORCH_CPU)'; fi
+	@touch $@
+
+CONSTRAINTS = $$($(BIN)/python -c 'import torch; print("" if torch.version.cuda else "-c constraints.txt")')
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	@echo "installing lora_kernels with the demo's requirements"
+	@$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	@echo "installing lora_kernels with the development requirements"
+	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## fine-tune a real model with random and with data-aware LoRA, and compare
+	@$(BIN)/lora-kernels demo
+
+lint: $(VENV)/.dev ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint ## lint, then all tests
+	@$(BIN)/python -m pytest
+
+test-quick: $(VENV)/.dev ## the tests without the slow ones
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-gpu: $(VENV)/.dev ## the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.dev ## side-by-side comparison with the peers, small cases
+	@$(BIN)/python -m benchmarks.compare eva --small
+
+aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
+	@$(BIN)/python -m benchmarks.aot
+
+build: $(VENV)/.dev ## sdist and wheel into dist/
+	@$(BIN)/python -m build
+
+clean: ## remove build products, not the environment
+	@rm -rf build dist *.egg-info lora_kernels/_C*.so

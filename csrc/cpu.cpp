@@ -1,0 +1,199 @@
+// OpenMP drivers and the memory-bound CPU kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "drivers.h"
+#include "small_linalg.h"
+
+// One binary for every x86-64: the loader picks the widest version that the machine runs.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define LK_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LK_MULTIVERSION
+#endif
+
+namespace lora_kernels {
+namespace {
+
+constexpr int kLaneBytes = 64;
+
+LK_MULTIVERSION int jacobi_group(double* a, double* v, int n, double* off) {
+  return jacobi_lanes<double, kLaneBytes / 8>(a, v, n, off);
+}
+LK_MULTIVERSION int jacobi_group(float* a, float* v, int n, float* off) {
+  return jacobi_lanes<float, kLaneBytes / 4>(a, v, n, off);
+}
+
+template <typename T>
+struct Lane {
+  T scale = T(1);
+  bool finite = true;
+};
+
+// Loads one matrix into its lane, scaled to a largest entry of 1 so that squares neither overflow nor vanish.
+template <typename T, int LANES>
+Lane<T> load_lane(const T* matrix, T* a, int n, int lane) {
+  Lane<T> info;
+  T largest = T(0);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j <= i; ++j) {
+      const T x = matrix[i * n + j];
+      info.finite = info.finite && std::isfinite(x);
+      largest = std::max(largest, std::abs(x));
+    }
+  if (!info.finite) largest = T(0);
+  info.scale = largest > T(0) ? largest : T(1);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j <= i; ++j) {
+      const T x = info.finite ? matrix[i * n + j] / info.scale : T(0);
+      a[(i * n + j) * LANES + lane] = x;
+      a[(j * n + i) * LANES + lane] = x;
+    }
+  return info;
+}
+
+template <typename T, int LANES>
+void store_lane(const T* a, const T* v, T* values, T* vectors, int n, int lane, T scale, std::vector<int>& order) {
+  order.resize(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int i, int j) {
+    return a[(i * n + i) * LANES + lane] < a[(j * n + j) * LANES + lane];
+  });
+  for (int k = 0; k < n; ++k) {
+    values[k] = a[(order[k] * n + order[k]) * LANES + lane] * scale;
+    for (int i = 0; i < n; ++i) vectors[i * n + k] = v[(order[k] * n + i) * LANES + lane];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+Outcome eigh_cpu(const T* matrices, T* values, T* vectors, int64_t batch, int n, int threads) {
+  constexpr int kLanes = kLaneBytes / sizeof(T);
+  const int64_t groups = (batch + kLanes - 1) / kLanes;
+  const int64_t size = int64_t(n) * n;
+  std::vector<int> status(batch, kOk);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> a(size * kLanes), v(size * kLanes), off(kLanes);
+    std::vector<int> order;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t first = group * kLanes;
+      const int count = int(std::min<int64_t>(kLanes, batch - first));
+      std::fill(a.begin(), a.end(), T(0));
+      Lane<T> lanes[kLanes];
+      for (int l = 0; l < count; ++l) lanes[l] = load_lane<T, kLanes>(matrices + (first + l) * size, a.data(), n, l);
+      const bool converged = jacobi_group(a.data(), v.data(), n, off.data()) <= kMaxSweeps;
+      for (int l = 0; l < count; ++l) {
+        status[first + l] = !lanes[l].finite ? kNotFinite : converged ? kOk : kNotConverged;
+        store_lane<T, kLanes>(a.data(), v.data(), values + (first + l) * n, vectors + (first + l) * size, n, l,
+                              lanes[l].scale, order);
+      }
+    }
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    if (status[b] != kOk) return {status[b], b};
+  return {kOk, -1};
+}
+
+template Outcome eigh_cpu<float>(const float*, float*, float*, int64_t, int, int);
+template Outcome eigh_cpu<double>(const double*, double*, double*, int64_t, int, int);
+
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline __attribute__((always_inline)) float widen(float x) { return x; }
+inline __attribute__((always_inline)) float widen(BFloat x) { return from_bits(uint32_t(x.bits) << 16); }
+inline __attribute__((always_inline)) float widen(Half x) {
+  // Exponent and mantissa as a float that is 2^112 too small: one product repairs normal and subnormal numbers alike.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const float value = from_bits(magnitude) * 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
+  return from_bits(bits | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <typename X>
+inline __attribute__((always_inline)) void pack_row(const X* x, float weight, int64_t columns, float* panel,
+                                                    float* weighted, double* sum) {
+  if (panel) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < columns; ++c) panel[c] = widen(x[c]);
+  }
+  if (weighted) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < columns; ++c) weighted[c] = weight * widen(x[c]);
+  }
+  if (sum) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < columns; ++c) sum[c] += double(weight) * double(widen(x[c]));
+  }
+}
+
+LK_MULTIVERSION void pack_one(const float* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
+  pack_row(x, w, n, panel, weighted, sum);
+}
+LK_MULTIVERSION void pack_one(const Half* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
+  pack_row(x, w, n, panel, weighted, sum);
+}
+LK_MULTIVERSION void pack_one(const BFloat* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
+  pack_row(x, w, n, panel, weighted, sum);
+}
+
+// Rows summed by one task. Fixed, so that the sum does not depend on the number of threads.
+constexpr int64_t kRowBlock = 256;
+
+template <typename X>
+void pack(const PackRows& job, int threads) {
+  const int64_t blocks = (job.rows + kRowBlock - 1) / kRowBlock;
+  std::vector<double> partial(job.column_sum ? blocks * job.columns : 0, 0.0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    double* const sum = job.column_sum ? partial.data() + block * job.columns : nullptr;
+    const int64_t last = std::min(job.rows, (block + 1) * kRowBlock);
+    for (int64_t r = block * kRowBlock; r < last; ++r) {
+      const int64_t row = job.index ? job.index[r] : r;
+      pack_one(static_cast<const X*>(job.x) + row * job.row_stride, job.weight ? job.weight[r] : 1.0f, job.columns,
+               job.panel ? job.panel + r * job.columns : nullptr,
+               job.weighted ? job.weighted + r * job.columns : nullptr, sum);
+    }
+  }
+  if (!job.column_sum) return;
+  for (int64_t c = 0; c < job.columns; ++c) {
+    double total = job.column_sum[c];
+    for (int64_t block = 0; block < blocks; ++block) total += partial[block * job.columns + c];
+    job.column_sum[c] = float(total);
+  }
+}
+
+}  // namespace
+
+void pack_rows(const PackRows& job, int threads) {
+  switch (job.dtype) {
+    case 0:
+      return pack<float>(job, threads);
+    case 1:
+      return pack<Half>(job, threads);
+    default:
+      return pack<BFloat>(job, threads);
+  }
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,155 @@
+// CUDA driver of the small eigenproblems: one block per matrix, the matrix and its eigenvectors in shared memory.
+//
+// torch.linalg.eigh calls the library once per matrix for n > 32, a launch and a wait each (pytorch #174674); this is
+// one launch for all of them. A round of the tournament rotates n / 2 disjoint pairs at once.
+#include <cuda_runtime.h>
+
+#include "drivers.h"
+#include "small_linalg.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxPairs = 80;  // n <= 160
+
+template <typename T>
+__device__ T block_sum(T value, T* scratch) {
+  const int tid = threadIdx.x;
+  scratch[tid] = value;
+  __syncthreads();
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (tid < width) scratch[tid] += scratch[tid + width];
+    __syncthreads();
+  }
+  const T total = scratch[0];
+  __syncthreads();
+  return total;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    eigh_kernel(const T* __restrict__ matrices, T* __restrict__ values, T* __restrict__ vectors,
+                int* __restrict__ info, int n) {
+  extern __shared__ unsigned char raw[];
+  T* const a = reinterpret_cast<T*>(raw);
+  T* const v = a + n * n;  // row i: eigenvector i
+  __shared__ T scratch[kThreads];
+  __shared__ T cosine[kMaxPairs], sine[kMaxPairs];
+  __shared__ int order[2 * kMaxPairs];
+  const int tid = threadIdx.x;
+  const T* const matrix = matrices + int64_t(blockIdx.x) * n * n;
+
+  T largest = T(0);
+  int bad = 0;
+  for (int e = tid; e < n * n; e += kThreads) {
+    const int i = e / n, j = e % n;
+    const T x = matrix[i >= j ? e : j * n + i];
+    a[e] = x;
+    v[e] = i == j ? T(1) : T(0);
+    bad |= !isfinite(x);
+    largest = fmax(largest, fabs(x));
+  }
+  bad = __syncthreads_or(bad);
+  scratch[tid] = largest;
+  __syncthreads();
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (tid < width) scratch[tid] = fmax(scratch[tid], scratch[tid + width]);
+    __syncthreads();
+  }
+  const T scale = scratch[0] > T(0) && !bad ? scratch[0] : T(1);
+  __syncthreads();
+  T total = T(0);
+  for (int e = tid; e < n * n; e += kThreads) {
+    a[e] = bad ? T(0) : a[e] / scale;
+    total += a[e] * a[e];
+  }
+  const T threshold = jacobi_threshold(block_sum(total, scratch), n);
+
+  const int players = n + (n & 1);
+  int status = bad ? kNotFinite : kNotConverged;
+  for (int sweep = 0; sweep <= kMaxSweeps; ++sweep) {
+    T off = T(0);
+    for (int e = tid; e < n * n; e += kThreads) off += e / n == e % n ? T(0) : a[e] * a[e];
+    if (block_sum(off, scratch) <= threshold) {
+      status = bad ? kNotFinite : kOk;
+      break;
+    }
+    for (int round = 0; round < players - 1; ++round) {
+      for (int k = tid; k < players / 2; k += kThreads) {
+        int p, q;
+        tournament_pair(players, round, k, p, q);
+        T c = T(1), s = T(0);
+        if (q < n) jacobi_rotation(a[p * n + p], a[q * n + q], a[p * n + q], c, s);
+        cosine[k] = c;
+        sine[k] = s;
+      }
+      __syncthreads();
+      for (int e = tid; e < players / 2 * n; e += kThreads) {  // rows of a, and eigenvectors
+        int p, q;
+        tournament_pair(players, round, e / n, p, q);
+        if (q >= n) continue;
+        const T c = cosine[e / n], s = sine[e / n];
+        const int i = p * n + e % n, j = q * n + e % n;
+        const T x = a[i], y = a[j], u = v[i], w = v[j];
+        a[i] = c * x - s * y;
+        a[j] = s * x + c * y;
+        v[i] = c * u - s * w;
+        v[j] = s * u + c * w;
+      }
+      __syncthreads();
+      for (int e = tid; e < players / 2 * n; e += kThreads) {  // columns of a
+        int p, q;
+        tournament_pair(players, round, e / n, p, q);
+        if (q >= n) continue;
+        const T c = cosine[e / n], s = sine[e / n];
+        const int row = e % n;
+        const T x = a[row * n + p], y = a[row * n + q];
+        a[row * n + p] = row == q ? T(0) : c * x - s * y;
+        a[row * n + q] = row == p ? T(0) : s * x + c * y;
+      }
+      __syncthreads();
+    }
+  }
+  for (int i = tid; i < n; i += kThreads) {  // rank of each eigenvalue among all
+    int rank = 0;
+    for (int j = 0; j < n; ++j) rank += a[j * n + j] < a[i * n + i] || (a[j * n + j] == a[i * n + i] && j < i);
+    order[rank] = i;
+  }
+  __syncthreads();
+  T* const my_values = values + int64_t(blockIdx.x) * n;
+  T* const my_vectors = vectors + int64_t(blockIdx.x) * n * n;
+  for (int k = tid; k < n; k += kThreads) my_values[k] = a[order[k] * n + order[k]] * scale;
+  for (int e = tid; e < n * n; e += kThreads) my_vectors[e] = v[order[e % n] * n + e / n];
+  if (tid == 0) info[blockIdx.x] = status;
+}
+
+}  // namespace
+
+template <typename T>
+const char* eigh_cuda(const T* matrices, T* values, T* vectors, int* info, int64_t batch, int n, void* stream) {
+  const size_t shared = size_t(2) * n * n * sizeof(T);
+  cudaError_t error = cudaFuncSetAttribute(eigh_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess) {
+    eigh_kernel<T><<<unsigned(batch), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(matrices, values,
+                                                                                             vectors, info, n);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template const char* eigh_cuda<float>(const float*, float*, float*, int*, int64_t, int, void*);
+template const char* eigh_cuda<double>(const double*, double*, double*, int*, int64_t, int, void*);
+
+int eigh_cuda_limit(int element_size) {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
+  const int fixed = kThreads * element_size + 2 * kMaxPairs * (element_size + int(sizeof(int)));
+  int n = 0;
+  while (n < 2 * kMaxPairs && 2 * (n + 1) * (n + 1) * element_size + fixed <= bytes) ++n;
+  return n;
+}
+
+}  // namespace lora_kernels

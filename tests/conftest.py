@@ -1,0 +1,45 @@
+"""Shared fixtures. Triton must know before its import whether kernels are interpreted, hence the environment first."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Every `torch.empty` is full of NaN, so that memory that is read before it is written shows."""
+
+    def poison(function):
+        def call(*args, **kwargs):
+            made = function(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-(2**15))
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Frobenius error relative to the truth."""
+    truth = truth.to(torch.float64)
+    return float(torch.linalg.norm(found.to(torch.float64) - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
