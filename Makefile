@@ -54,7 +54,7 @@ test-gpu: $(VENV)/.dev ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.dev ## side-by-side comparison with the peers, small cases
-	@$(BIN)/python -m benchmarks.compare eva --small
+	@$(BIN)/python -m benchmarks.compare eva --case small
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot

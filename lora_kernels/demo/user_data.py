@@ -49,7 +49,7 @@ def read_task(path: Path, text_column: str = "text", label_column: str = "label"
             )
     counts = Counter(example.label for example in examples.values())
     if len(counts) < 2:
-        raise ValueError(f"{path.name}: column {label_column!r} had the labels {sorted(counts)}, must have at least two")
+        raise ValueError(f"{path.name}: column {label_column!r} had {sorted(counts)}, must have two labels at least")
     rare = sorted(label for label, count in counts.items() if count < 2)
     if rare:
         raise ValueError(

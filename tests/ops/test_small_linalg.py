@@ -29,7 +29,7 @@ def spectrum(kind, n):
         "clustered": 1 + 1e-9 * torch.randn(n).double(),
         "zero": torch.zeros(n).double(),
         "deficient": torch.cat([torch.zeros(n // 2), torch.rand(n - n // 2)]).double(),
-        "graded": 10.0 ** -torch.arange(n).double(),
+        "graded": 10.0 ** (-12 * torch.arange(n) / n).double(),
     }[kind]
 
 
@@ -42,9 +42,9 @@ def symmetric(batch, n, kind, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["random", "clustered", "zero", "deficient", "graded"])
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 16, 33, 64])
 def test_eigenpairs(n, kind, dtype, backend):
-    matrices = symmetric(11, n, kind, dtype)
+    matrices = symmetric(11 if n < 64 else 2, n, kind, dtype)
     values, vectors = eigh(matrices, backend=backend)
     check(matrices, values, vectors)
     truth = torch.linalg.eigvalsh(matrices.double())

@@ -1,0 +1,108 @@
+"""What every benchmark record says about the machine, and how times are taken."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit of a record."""
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "lora_kernels", "csrc"], cwd=root, capture_output=True, text=True, check=False
+    )
+    versions = {}
+    for name in ("torch", "triton", "peft", "transformers", "lora_kernels"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Time several calls in turn, so that drift of the machine meets all alike.
+
+    Args:
+        calls: by name.
+        rounds: how often each is timed; one more round before is not counted.
+
+    Returns:
+        Per name p20, p50 and p80 in seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of a list of times."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "p20": ordered[round(0.2 * last)],
+        "p50": statistics.median(ordered),
+        "p80": ordered[round(0.8 * last)],
+    }
+
+
+def save(name: str, record: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write a record.
+
+    Args:
+        name: file name without suffix.
+        record: what was measured.
+        folder: where; `results/` by default.
+
+    Returns:
+        The file.
+    """
+    file = (folder or RESULTS) / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"environment": environment(), **record}, indent=1, allow_nan=False) + "\n")
+    return file
