@@ -62,12 +62,12 @@ def minilm() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """MiniLM-L6 and 16 batches of 32 docstrings of the standard library."""
     from transformers import AutoModel, AutoTokenizer
 
-    from lora_kernels.demo.data import standard_library_task
-    from lora_kernels.demo.task import packaged_model
+    from lora_kernels.demo.data import docstring_task
+    from lora_kernels.demo.task import model_folder
 
-    folder = packaged_model()
+    folder = model_folder(None)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    texts = [example.text for example in standard_library_task().train][: 16 * 32]
+    texts = [example.text for example in docstring_task().train][: 16 * 32]
     batches = []
     for low in range(0, len(texts), 32):
         encoded = tokenizer(texts[low : low + 32], padding=True, truncation=True, max_length=64, return_tensors="pt")

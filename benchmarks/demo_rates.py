@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ARMS = ("random", "eva")
 SEEDS = (100, 101)
 RESULT = Path(__file__).parent / "results" / "demo_rates.json"

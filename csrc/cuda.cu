@@ -28,7 +28,7 @@ __device__ T block_sum(T value, T* scratch) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     eigh_kernel(const T* __restrict__ matrices, T* __restrict__ values, T* __restrict__ vectors,
                 int* __restrict__ info, int n) {
   extern __shared__ unsigned char raw[];

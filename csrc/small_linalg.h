@@ -33,6 +33,15 @@ struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
 };
 
+template <typename T>
+LK_HD T inverse_sqrt(T x) {
+#if defined(__CUDA_ARCH__)
+  return rsqrt(x);  // no division subroutine, hence no stack
+#else
+  return T(1) / std::sqrt(x);
+#endif
+}
+
 // The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq]. Without branches, so that it
 // vectorises; a_pq = 0 gives the identity.
 template <typename T>
@@ -47,7 +56,7 @@ LK_HD void jacobi_rotation(T app, T aqq, T apq, T& c, T& s) {
   const T near = sign / (bounded + std::sqrt(bounded * bounded + T(1)));
   const T far = sign / (T(2) * (huge ? magnitude : T(1)));
   const T t = skip ? T(0) : (huge ? far : near);
-  c = T(1) / std::sqrt(t * t + T(1));
+  c = inverse_sqrt(t * t + T(1));
   s = t * c;
 }
 

@@ -119,8 +119,17 @@ def base_model_only(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with model.disable_adapter() if is_peft_model(model) else contextlib.nullcontext():  # type: ignore[operator]
+    if not is_peft_model(model):
         yield
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():  # type: ignore[operator]
+            yield
+    finally:
+        # PEFT makes every active adapter trainable again on the way out, also those that were frozen before.
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def check_untrained(layers: LoraLayers, adapter: str) -> None:

@@ -1,24 +1,21 @@
 import json
-import os
 
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-WORDS = "red green blue warm cold round square big small old new sea tree rock bird fish".split()
+OTHERS = ["warm", "cold", "round", "square", "big", "small", "old", "new", "sea", "tree", "rock", "bird", "fish"]
+LABELS = ["red", "green", "blue"]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A two-layer BERT of width 16 with a tokenizer of whole words, as a model folder."""
+    pytest.importorskip("peft")
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LABELS, *OTHERS]
     config = BertConfig(
         vocab_size=len(tokens),
         hidden_size=16,
@@ -28,6 +25,7 @@ def tiny_model(tmp_path_factory):
         max_position_embeddings=16,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
@@ -40,14 +38,10 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def colour_file(tmp_path):
-    """Separable data: the first word decides the label; 60 different texts of 3 classes."""
+    """Separable data: the first word is the label; 20 different texts for each of 3 classes."""
     lines = ["text,label"]
-    for label in ("red", "green", "blue"):
-        others = WORDS[3:]
-        lines += [
-            f"{label} {others[i % 13]} {others[(i * 5 + 3) % 13]} {others[(i // 13 + i) % 13]},{label}"
-            for i in range(20)
-        ]
+    for label in LABELS:
+        lines += [f"{label} {OTHERS[i % 13]} {OTHERS[(i * 5 + 3) % 13]} {OTHERS[i // 13]},{label}" for i in range(20)]
     path = tmp_path / "colours.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

