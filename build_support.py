@@ -1,4 +1,4 @@
-"""How the compiled part is built: compilers found, flags, and the ninja file. Used by setup.py and the compile check."""
+"""How the compiled part is built: compilers, flags, the ninja file. Used by setup.py and by the compile check."""
 
 from __future__ import annotations
 

@@ -118,7 +118,9 @@ def _source(case: dict[str, Any], chip: Chip, ones: bool) -> ASTSource:
 def _ptxas_report(ptx: str, arch: str) -> tuple[int, int, int]:
     """Registers, spilled bytes and stack bytes, by the assembler that ships with Triton."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    program = ptxas / ("ptxas-blackwell" if arch.startswith("sm_10") and (ptxas / "ptxas-blackwell").exists() else "ptxas")
+    program = ptxas / (
+        "ptxas-blackwell" if arch.startswith("sm_10") and (ptxas / "ptxas-blackwell").exists() else "ptxas"
+    )
     suffix = "a" if arch in ("sm_90", "sm_100") else ""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"

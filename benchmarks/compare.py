@@ -128,7 +128,8 @@ def exact_covariances(model: torch.nn.Module, batches: Sequence[Any], names: Seq
             mask[:] = [batch["attention_mask"].bool()]
             model(**batch)
     return {
-        name: second / count - torch.outer(total / count, total / count) for name, (second, total, count) in sums.items()
+        name: second / count - torch.outer(total / count, total / count)
+        for name, (second, total, count) in sums.items()
     }
 
 
@@ -138,7 +139,9 @@ def captured(basis: torch.Tensor, covariance: torch.Tensor) -> float:
     return float(torch.trace(q.mT @ covariance @ q) / torch.trace(covariance))
 
 
-def check_eva(model: torch.nn.Module, batches: Sequence[Any], ours: Any, peft: dict[str, torch.Tensor]) -> dict[str, Any]:
+def check_eva(
+    model: torch.nn.Module, batches: Sequence[Any], ours: Any, peft: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """Per layer, the variance that each side's directions capture on the exact covariance, at equal rank.
 
     Args:
@@ -162,9 +165,7 @@ def check_eva(model: torch.nn.Module, batches: Sequence[Any], ours: Any, peft: d
     differences = []
     for name in both:
         rank = min(found[name].shape[0], theirs[name].shape[0])
-        differences.append(
-            captured(found[name][:rank], truth[name]) - captured(theirs[name][:rank], truth[name])
-        )
+        differences.append(captured(found[name][:rank], truth[name]) - captured(theirs[name][:rank], truth[name]))
     return {
         "layers_compared": len(both),
         "captured_minus_peft_worst": min(differences),

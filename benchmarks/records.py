@@ -72,7 +72,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
         Per name p20, p50 and p80 in seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():

@@ -83,9 +83,7 @@ def _init(options: argparse.Namespace) -> int:
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha or options.rank, target_modules=targets)
     peft_model = get_peft_model(model, config)
     batches = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length)
-    report = lk.initialize(
-        peft_model, batches, method, max_batches=options.max_batches, max_tokens=options.max_tokens
-    )
+    report = lk.initialize(peft_model, batches, method, max_batches=options.max_batches, max_tokens=options.max_tokens)
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
     Console(width=None if sys.stdout.isatty() else 140).print(report, f"adapter: {options.out}", sep="\n")
@@ -104,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     described: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[..., int]], ...] = (
         ("demo", "fine-tune a real model with random and with data-aware LoRA, and compare", _demo_arguments, _demo),
-        ("init", "make a PEFT adapter with a data-aware start from a model folder and a text file", _init_arguments, _init),
+        (
+            "init",
+            "make a PEFT adapter with a data-aware start from a model folder and a text file",
+            _init_arguments,
+            _init,
+        ),
         ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
     )
     for name, text, arguments, call in described:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from lora_kernels import cli
 from lora_kernels.doctor import SelfTest, self_tests
 
@@ -14,7 +15,7 @@ def folder(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     where = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<unk>", *"the a cat dog sat ran on in mat park fast slow".split()]
+    words = ["<pad>", "<unk>", *["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "park", "fast", "slow"]]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<pad>", unk_token="<unk>").save_pretrained(where)

@@ -105,12 +105,8 @@ class EVA:
         if self.rho == 1.0 and self.max_rank is None and self.multiple_of == 1:
             winners = dict(ranks)
         else:
-            winners = redistribute(
-                scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of
-            )
-        return {
-            name: self._layer(components[name], winners[name], statistics[name].out_features) for name in ranks
-        }
+            winners = redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
+        return {name: self._layer(components[name], winners[name], statistics[name].out_features) for name in ranks}
 
     def _decompose(
         self, statistics: Mapping[str, LayerStatistics], offered: Mapping[str, int], progress: bool
@@ -164,7 +160,11 @@ class EVA:
 
 
 def _batches(moments: Mapping[int, InputMoments], wanted: Mapping[int, int]) -> Iterator[tuple[list[int], int]]:
-    """Inputs of one order (and one number of components), in batches that bound the memory of their covariances."""
+    """Inputs of one order and one number of components, in batches that bound the memory of their covariances.
+
+    Yields:
+        Keys of the inputs, and the number of components.
+    """
     groups: dict[tuple[int, int, torch.device], list[int]] = defaultdict(list)
     for key, each in moments.items():
         groups[(each.features, wanted[key], each.second.device)].append(key)

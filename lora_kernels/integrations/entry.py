@@ -58,9 +58,7 @@ def collect(
         The statistics by layer name.
     """
     if targets is None and peft_layers.is_peft_model(model):
-        found: Sequence[Target] = [
-            each.target for each in peft_layers.find_lora_layers(model, adapter_name).supported
-        ]
+        found: Sequence[Target] = [each.target for each in peft_layers.find_lora_layers(model, adapter_name).supported]
     else:
         found = find_linear_layers(model, targets)
     with peft_layers.base_model_only(model):

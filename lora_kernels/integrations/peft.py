@@ -54,7 +54,7 @@ def is_peft_model(model: nn.Module) -> bool:
 
 
 def _reason_unsupported(module: Any, adapter: str) -> str | None:
-    lora_a = module.lora_A[adapter] if adapter in module.lora_A else None
+    lora_a = module.lora_A[adapter] if adapter in module.lora_A else None  # noqa: SIM401  (older ModuleDicts have no get)
     if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
     if getattr(module, "parameter_name", None) is not None:
@@ -195,7 +195,7 @@ def check_no_optimizer(parameters: Sequence[nn.Parameter], why: str) -> None:
 
 def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: str) -> list[nn.Parameter]:
     """The parameters that `write` replaces for the given ranks (the others are written in place)."""
-    found = []
+    found: list[nn.Parameter] = []
     for each in layers.supported:
         module: Any = each.target.module
         pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
@@ -335,4 +335,3 @@ def write(
         _write_layer(layer, found, new_alpha(layer, found.rank, adjust=adjust_scaling_factors), adapter)
     if removed or any(ranks.get(layer.target.name, layer.rank) != layer.rank for layer in layers.supported):
         update_config(model, adapter, removed=removed)
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from lora_kernels.statistics.store import Target
@@ -21,8 +22,9 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight"):
-        return int(module.weight.shape[0]), int(module.nf)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return weight.shape[0], weight.shape[1]
     return None
 
 
@@ -46,7 +48,9 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
             if name not in modules:
                 raise ValueError(f"targets names {name!r}, but the model has no such module")
             if linear_features(modules[name]) is None:
-                raise ValueError(f"targets names {name!r}, a {type(modules[name]).__name__}, but must name linear layers")
+                raise ValueError(
+                    f"targets names {name!r}, a {type(modules[name]).__name__}, but must name linear layers"
+                )
     else:
         chosen = [name for name, module in modules.items() if linear_features(module) is not None]
         if not chosen:

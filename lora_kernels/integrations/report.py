@@ -100,7 +100,11 @@ class InitReport:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the summary."""
+        """A table of the layers and the summary.
+
+        Yields:
+            What rich prints.
+        """
         table = Table(title=f"{self.method} initialisation of adapter {self.adapter!r}")
         for column, justify in (
             ("layer", "left"),

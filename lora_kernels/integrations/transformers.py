@@ -46,7 +46,9 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def text_batches(tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int) -> list[dict[str, torch.Tensor]]:
+def text_batches(
+    tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
+) -> list[dict[str, torch.Tensor]]:
     """Tokenise texts into padded batches, in their order.
 
     Args:

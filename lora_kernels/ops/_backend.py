@@ -89,7 +89,7 @@ def interpreting() -> bool:
 
 def triton_refuses(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`, or `None` if they can."""
-    missing = _triton_missing()
+    missing: str | None = _triton_missing()
     if missing is not None:
         return missing
     if device.type == "cuda":
@@ -103,7 +103,8 @@ def cpp_refuses(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on tensors of `device`, or `None` if they can."""
     if device.type != "cpu":
         return f"the C++ kernels take CPU tensors, not {device.type!r}"
-    return _ext.missing()
+    missing: str | None = _ext.missing()
+    return missing
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,10 +67,10 @@ def check_range(
         TypeError: if it is no number (a bool is none), or no integer where one is needed.
         ValueError: if it is NaN or outside the interval.
     """
-    kinds: tuple[type, ...] = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {value!r}")
-    inside = value == value and (low is None or value >= low) and (high is None or value <= high)  # noqa: PLR0124
+    number = float(value)
+    inside = not math.isnan(number) and (low is None or number >= low) and (high is None or number <= high)
     if not inside:
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
         raise ValueError(f"{name} is {value!r}, but must be {' and '.join(bounds) or 'a number'}")

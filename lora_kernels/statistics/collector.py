@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -71,7 +71,8 @@ def observation_mode(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     training = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if started else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
@@ -223,8 +224,8 @@ def collect(
         raise ValueError("targets is empty: there is no layer to observe")
     run = forward or call_model
     device = model_device(model)
-    length = len(loader) if hasattr(loader, "__len__") else None
-    total = min(each for each in (length, max_batches) if each is not None) if length or max_batches else None
+    length = len(loader) if isinstance(loader, Sized) else None
+    total = min((each for each in (length, max_batches) if each is not None), default=None)
     sharing = InputSharing(share=share_inputs)
     started, batches, tokens = time.perf_counter(), 0, 0.0
     with (

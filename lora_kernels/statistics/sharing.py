@@ -52,7 +52,7 @@ class InputSharing:
             return object()  # inference tensors have no version: a change between two reads would go unseen
         storage = x.untyped_storage()
         key = storage._cdata
-        self._references.setdefault(key, StorageWeakRef(storage))
+        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         rows = x.shape[:-1].numel()
         layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
         return (key, x.storage_offset(), layout, x.dtype, x._version)

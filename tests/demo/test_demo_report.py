@@ -106,10 +106,12 @@ def test_table_and_summary_show_mean_spread_and_difference():
     assert rows["steps to training loss 0.31"][0] == "not reached"
     summary = report.summary(runs)
     assert summary["random"]["loss_mean"] == pytest.approx([1.55, 1.1])
-    assert summary["eva"]["loss_deviation"] == pytest.approx([
-        statistics.stdev([1.0, 1.08]),
-        statistics.stdev([1.0, 1.2]),
-    ])
+    assert summary["eva"]["loss_deviation"] == pytest.approx(
+        [
+            statistics.stdev([1.0, 1.08]),
+            statistics.stdev([1.0, 1.2]),
+        ]
+    )
 
 
 def test_a_threshold_that_one_seed_misses_gets_no_verdict():

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lora_kernels.init import redistribute
 from lora_kernels.init.ranks import offers
 

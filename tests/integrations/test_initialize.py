@@ -3,12 +3,19 @@ import gc
 import json
 import math
 
-import lora_kernels as lk
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import lora_kernels as lk
 
 peft = pytest.importorskip("peft")
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
@@ -18,9 +25,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 def llama():
     torch.manual_seed(3)
     return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-        )
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
     )
 
 
@@ -213,7 +218,9 @@ def test_a_trained_adapter_is_refused_unless_forced():
     with pytest.raises(ValueError, match="up_proj has a lora_B that is not zero.*force=True"):
         run(model)
     run(model, force=True)
-    assert all(float(m.lora_B["default"].weight.detach().abs().max()) == 0 for m in model.modules() if hasattr(m, "lora_A"))
+    assert all(
+        float(m.lora_B["default"].weight.detach().abs().max()) == 0 for m in model.modules() if hasattr(m, "lora_A")
+    )
 
 
 def test_merged_adapters_are_refused():
@@ -303,7 +310,8 @@ def test_ambiguous_names_are_rebuilt_exactly(tmp_path):
         layers = integration.find_lora_layers(model)
         names = [each.target.name for each in layers.supported]
         factors = {
-            name: LoraFactors(torch.randn(rank, 6), torch.randn(6, rank)) for name, rank in zip(names, wanted, strict=True)
+            name: LoraFactors(torch.randn(rank, 6), torch.randn(6, rank))
+            for name, rank in zip(names, wanted, strict=True)
         }
         integration.write(model, layers, factors, "default", adjust_scaling_factors=True)
         model.save_pretrained(tmp_path / str(wanted))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lora_kernels.linalg import eigh_topk
 
 

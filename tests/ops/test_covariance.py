@@ -1,9 +1,9 @@
 import pytest
 import torch
+
 from lora_kernels.ops import _ext, use_backend
 from lora_kernels.ops.covariance import covariance_, reference, symmetrize_
 from lora_kernels.ops.covariance import op as covariance_op
-
 from tests.conftest import relative_error
 
 HAS_CPP = _ext.load()[0] is not None

@@ -7,7 +7,6 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _tiles
 from lora_kernels.ops.covariance import covariance_, kernel, reference
-
 from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +89,9 @@ def test_on_gpu_error_is_within_twice_that_of_torch(features, dtype):
     assert relative_error(total, rows.double().sum(0)) < 1e-5
 
 
-@pytest.mark.parametrize("size, rows, columns", [(1, 16, 16), (100, 16, 32), (300, 128, 256), (5000, 64, 64), (129, 128, 128)])
+@pytest.mark.parametrize(
+    "size, rows, columns", [(1, 16, 16), (100, 16, 32), (300, 128, 256), (5000, 64, 64), (129, 128, 128)]
+)
 def test_tiles_cover_the_lower_triangle_once(size, rows, columns):
     tiles = _tiles.lower_tiles(size, rows, columns)
     assert len(set(tiles)) == len(tiles)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lora_kernels.ops import _philox
 
 # Known answers of the Random123 distribution for philox4x32 with 10 rounds.

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from lora_kernels.ops import _ext
 from lora_kernels.ops.small_linalg import eigh, fix_signs, reference
-from safetensors.torch import load_file
 
 HAS_CPP = _ext.load()[0] is not None
 BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="extension not built"))]

@@ -2,8 +2,9 @@ import random
 
 import pytest
 import torch
-from lora_kernels import collect
 from torch import nn
+
+from lora_kernels import collect
 
 
 class Block(nn.Module):
@@ -42,7 +43,9 @@ def test_sums_match_what_the_layers_saw():
     assert stats["q"].input is stats["k"].input is stats["v"].input
     assert stats["q"].shared_with == ("k", "v") and stats["out"].shared_with == ()
     assert stats["out"].input is not stats["q"].input
-    torch.testing.assert_close(stats["k"].input.covariance(center=False), rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        stats["k"].input.covariance(center=False), rows.mT @ rows / len(rows), rtol=1e-5, atol=1e-6
+    )
     assert stats["q"].input.tokens == stats["out"].input.tokens == stats.tokens == len(rows)
     assert stats["head"].input.tokens == 12  # pooled: one row per sample, whatever the mask
     assert stats.batches == 3 and stats["v"].out_features == 24

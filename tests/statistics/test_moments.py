@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lora_kernels.statistics import InputMoments, token_weights
 from lora_kernels.statistics.masks import align
 

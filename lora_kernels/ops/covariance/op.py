@@ -18,15 +18,15 @@ _CPU_BLOCK = 128
 _GPU_BLOCK = 1024
 
 
-def _check(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None
-) -> None:
+def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None) -> None:
     check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError("x has shape (), but must be (..., n)")
     features = x.shape[-1]
     wide = torch.float64 if x.dtype == torch.float64 else None
-    check_tensor("out", out, shape=(features, features), dtypes=(torch.float64,) if wide else FLOATS[2:], device=x.device)
+    check_tensor(
+        "out", out, shape=(features, features), dtypes=(torch.float64,) if wide else FLOATS[2:], device=x.device
+    )
     if features > 1 and out.stride(-1) != 1:
         raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
     if weight is not None:
