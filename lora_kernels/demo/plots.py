@@ -69,6 +69,7 @@ def plot_ranks(records: Sequence[RunRecord], path: Path) -> None:
         label = f"{arm}, {sum(run.ranks.values())} in all"
         axes.barh(places, [run.ranks.get(name, 0) for name in names], height, color=f"C{index}", label=label)
     axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("LoRA rank")
     axes.set_title("rank per layer, last seed")

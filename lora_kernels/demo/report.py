@@ -144,7 +144,7 @@ def measures(records: Sequence[RunRecord], classes: int) -> list[Measure]:
         Measure("initialisation", {a: [r.init_seconds for r in rs] for a, rs in by_arm.items()}, "seconds", None),
         Measure("training", {a: [r.train_seconds for r in rs] for a, rs in by_arm.items()}, "seconds", None),
         Measure(
-            "trainable parameters",
+            "trained parameters",
             {a: [float(r.trainable_parameters) for r in rs] for a, rs in by_arm.items()},
             "count",
             None,
@@ -153,16 +153,16 @@ def measures(records: Sequence[RunRecord], classes: int) -> list[Measure]:
     points = [evaluation.step for evaluation in records[0].evaluations]
     for index, step in enumerate(points):
         losses: Values = {arm: [run.evaluations[index].loss for run in runs] for arm, runs in by_arm.items()}
-        rows.append(Measure(f"held-out loss, step {step}", losses, "loss", True, step))
+        rows.append(Measure(f"held-out loss @ {step}", losses, "loss", True, step))
     for index, step in enumerate(points):
         right: Values = {arm: [run.evaluations[index].accuracy for run in runs] for arm, runs in by_arm.items()}
-        rows.append(Measure(f"held-out accuracy, step {step}", right, "accuracy", False, step))
+        rows.append(Measure(f"held-out accuracy @ {step}", right, "accuracy", False, step))
     for share in LOSS_SHARES:
         threshold = round(share * math.log(classes), 2)
         reached: Values = {
             arm: [steps_to_reach(run.train_loss, threshold, window) for run in runs] for arm, runs in by_arm.items()
         }
-        rows.append(Measure(f"steps to training loss {threshold:.2f}", reached, "steps", True))
+        rows.append(Measure(f"steps to loss {threshold:.2f}", reached, "steps", True))
     return rows
 
 
@@ -200,7 +200,8 @@ def table(records: Sequence[RunRecord], task: TextTask) -> Table:
     window = window_of(len(records[0].train_loss))
     grid = Table(
         title=f"LoRA fine-tuning, {' vs '.join(arms)}: {spread}",
-        caption=f"training loss: mean of the last {window} steps; ranges: 95 % t interval of the paired difference",
+        caption=f"@: after so many steps; steps to loss: training loss, mean of the last {window} steps; "
+        "difference: paired by seed, with its 95 % t interval",
     )
     grid.add_column("measure")
     for arm in arms:

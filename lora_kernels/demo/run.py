@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from dataclasses import asdict
@@ -50,7 +51,8 @@ def run(config: DemoConfig, console: Console | None = None) -> int:
     """
     started = time.perf_counter()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    console = Console() if console is None else console
+    # A log file has no width of its own; 80 columns would break the lines.
+    console = Console(width=None if sys.stdout.isatty() else 120) if console is None else console
     quiet_transformers()
     if config.plots:
         plots.require_matplotlib()
@@ -87,7 +89,7 @@ def _run(config: DemoConfig, console: Console, started: float) -> int:
     for path in [config.out / "demo.json", *written, adapter]:
         console.print(f"wrote {path}", style="dim", highlight=False)
     console.print(f"Adapter: {outcome.message}.", style=None if outcome.ok else "bold red", highlight=False)
-    console.print(f"Total: {record['total_seconds']:.0f} s on {torch.get_num_threads()} threads.", highlight=False)
+    console.print(f"Total: {record['total_seconds']:.0f} s with {torch.get_num_threads()} thread(s).", highlight=False)
     return 0 if outcome.ok else 1
 
 

@@ -97,13 +97,13 @@ def test_table_and_summary_show_mean_spread_and_difference():
         for line in output.getvalue().splitlines()
         if line.startswith("│")
     }
-    assert rows["held-out loss, step 10"] == ["1.550 ± 0.071", "1.040 ± 0.057", "-0.510 ± 0.127", "ahead"]
-    assert rows["held-out loss, step 20"][3] == "level"
-    assert rows["held-out accuracy, step 20"][:3] == ["50.0% ± 0.0%", "50.0% ± 0.0%", "+0.0% ± 0.0%"]
+    assert rows["held-out loss @ 10"] == ["1.550 ± 0.071", "1.040 ± 0.057", "-0.510 ± 0.127", "ahead"]
+    assert rows["held-out loss @ 20"][3] == "level"
+    assert rows["held-out accuracy @ 20"][:3] == ["50.0% ± 0.0%", "50.0% ± 0.0%", "+0.0% ± 0.0%"]
     assert rows["initialisation"][:2] == ["0.0 s ± 0.0 s", "2.0 s ± 0.0 s"]
-    assert rows["trainable parameters"][0] == "1,000"
+    assert rows["trained parameters"][0] == "1,000"
     # ln 2 * 0.45 = 0.31 is below the last loss of the curve, 0.75.
-    assert rows["steps to training loss 0.31"][0] == "not reached"
+    assert rows["steps to loss 0.31"][0] == "not reached"
     summary = report.summary(runs)
     assert summary["random"]["loss_mean"] == pytest.approx([1.55, 1.1])
     assert summary["eva"]["loss_deviation"] == pytest.approx(

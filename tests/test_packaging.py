@@ -1,0 +1,107 @@
+"""The sdist and the wheel, as a user gets them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import build_support
+
+pytestmark = pytest.mark.slow
+SMOKE = """
+import torch, lora_kernels as lk
+from lora_kernels.ops import _ext
+out = torch.zeros(4, 4)
+lk.ops.covariance_(out, torch.eye(4))
+assert torch.equal(out, torch.eye(4))
+print(lk.__file__, lk.__version__, _ext.load()[0] is not None)
+"""
+
+
+def run(*command, cwd=ROOT, **environment):
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A clean copy: building in place would disturb the installed package."""
+    where = tmp_path_factory.mktemp("source") / "lora_kernels"
+    skip = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "*.so", "__pycache__", "demo-out")
+    return Path(shutil.copytree(ROOT, where, ignore=skip))
+
+
+def smoke(tmp_path, wheel):
+    """Install into an empty environment that sees this one's packages, but not its copy of ours."""
+    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    python = tmp_path / "venv" / "bin" / "python"
+    site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(site, "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(str(python), "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
+    file, version, compiled = run(str(python), "-c", SMOKE, cwd=tmp_path).stdout.split()
+    assert Path(file).is_relative_to(tmp_path)
+    run(str(tmp_path / "venv" / "bin" / "lora-kernels"), "doctor", cwd=tmp_path)
+    return version, compiled == "True"
+
+
+@pytest.mark.skipif(build_support.find_cxx() is None, reason="no C++ compiler")
+def test_sdist_builds_a_wheel_that_works(source, tmp_path):
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), cwd=source, LORA_KERNELS_CUDA="0")
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    assert {"csrc/cuda.cu", "csrc/small_linalg.h", "build_support.py", "LICENSE", "tests/conftest.py"} <= names
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("lora_kernels/_C") for name in packed) and "lora_kernels/py.typed" in packed
+    assert {"lora_kernels/ops/covariance/kernel.py", "lora_kernels/statistics/collector.py"} <= set(packed)
+    assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in packed)
+    version, compiled = smoke(tmp_path, wheel)
+    assert version == "0.1.0.dev0" and compiled
+
+
+def test_extension_can_be_switched_off(source, tmp_path):
+    options = ("--no-isolation", "--wheel", "--outdir", str(tmp_path))
+    run(sys.executable, "-m", "build", *options, cwd=source, LORA_KERNELS_BUILD_EXT="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert smoke(tmp_path, wheel)[1] is False
+
+
+def test_missing_compiler_is_one_clear_warning(source, monkeypatch):
+    done = run(sys.executable, "setup.py", "--version", cwd=source, CXX="", PATH=str(source))
+    assert done.stderr.count("no C++ compiler found") == 1
+
+
+def test_broken_code_is_an_error(source, tmp_path):
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    (broken / "csrc" / "cpu.cpp").write_text("this is not C++\n")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "out")]
+    environment = {**os.environ, "LORA_KERNELS_CUDA": "0"}
+    done = subprocess.run(command, cwd=broken, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "building lora_kernels._C failed" in done.stderr
+
+
+def test_build_is_incremental(source, tmp_path):
+    pytest.importorskip("ninja")
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    command = (sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "out"))
+    first = run(*command, cwd=copy, LORA_KERNELS_CUDA="0")
+    second = run(*command, cwd=copy, LORA_KERNELS_CUDA="0")
+    assert "cpu.cpp" in first.stdout and "no work to do" in second.stdout
+
+
+def test_cuda_flags_cover_the_promised_chips(monkeypatch):
+    flags = " ".join(build_support.nvcc_arch_flags())
+    assert all(f"code=sm_{arch}" in flags for arch in ("80", "90a", "100")) and "code=compute_90" in flags
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
+    assert build_support.find_nvcc() is None
