@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kernels.init import METHODS as INIT_METHODS
+
 # The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
 DEFAULT_RATES = {"random": 3e-3, "eva": 3e-3}
 DEFAULT_STEPS = 100
 MAX_BATCHES = 16
-METHODS = ("random", "eva")
+METHODS = ("random", *INIT_METHODS)
 
 
 @dataclass(frozen=True)

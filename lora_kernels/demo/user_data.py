@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_kernels.demo.data import Example, TextTask
+from lora_kernels.integrations.text_files import read_rows
 
 USER_TEST_SHARE = 0.2
 
@@ -31,14 +29,9 @@ def read_task(path: Path, text_column: str = "text", label_column: str = "label"
         ValueError: The file is missing or of another kind, a column is missing, a text or label is empty or of a wrong
             type, equal texts have different labels, there are fewer than two classes, or a class has one example.
     """
-    if not path.is_file():
-        raise ValueError(f"data was {str(path)!r}, must be an existing .csv or .jsonl file")
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"data was {str(path)!r}, must end in .csv or .jsonl")
     examples: dict[str, Example] = {}
     rows = 0
-    for place, row in readers[path.suffix.lower()](path, (text_column, label_column)):
+    for place, row in read_rows(path, (text_column, label_column)):
         rows += 1
         example = Example(_text(row, text_column, place), _label(row, label_column, place), place)
         first = examples.setdefault(example.text, example)
@@ -59,38 +52,6 @@ def read_task(path: Path, text_column: str = "text", label_column: str = "label"
     train, test = _stratified_split(list(examples.values()), split_seed)
     name = f"{path.name}, {len(counts)} classes, stratified split with seed {split_seed}"
     return TextTask(name, tuple(sorted(counts)), tuple(train), tuple(test), dropped=rows - len(examples))
-
-
-def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            header = list(reader.fieldnames or [])
-            for column in columns:
-                if column not in header:
-                    raise ValueError(f"{path.name}: the columns were {header}, must include {column!r}")
-            for row in reader:
-                yield f"{path.name}:{reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path.name}:{reader.line_num + 1} must be UTF-8 CSV: {error}") from error
-
-
-def _jsonl_rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path.name}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise ValueError(f"{place} must be one JSON object in UTF-8: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} was a {type(row).__name__}, must be a JSON object")
-            for column in columns:
-                if column not in row:
-                    raise ValueError(f"{place}: the keys were {sorted(row)}, must include {column!r}")
-            yield place, row
 
 
 def _text(row: dict[str, Any], column: str, place: str) -> str:

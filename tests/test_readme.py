@@ -1,0 +1,22 @@
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_runs_and_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert "eva: " in capsys.readouterr().out
+
+
+def test_every_make_target_named_exists():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
