@@ -59,7 +59,8 @@ def smoke(tmp_path, wheel):
 def test_sdist_builds_a_wheel_that_works(source, tmp_path):
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), cwd=source, LORA_KERNELS_CUDA="0")
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"csrc/cuda.cu", "csrc/small_linalg.h", "build_support.py", "LICENSE", "tests/conftest.py"} <= names
     packed = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("lora_kernels/_C") for name in packed) and "lora_kernels/py.typed" in packed
