@@ -1,24 +1,28 @@
 """Compile every shipped kernel configuration for every supported chip, without a GPU, and check what came out.
 
-`python -m benchmarks.aot [--quick] [--out FILE]`. Checked per Triton kernel, configuration and chip: it builds; no
-register spills and no local memory; shared memory fits; a tensor-core instruction is there where one must be; it
-stores to memory. Each kernel is also built once with its unspecialised integers equal to one, which Triton would turn
-into a constant. The CUDA file is compiled for its own chips and checked for spills.
+`python -m benchmarks.aot [--quick] [--out FILE] [--jobs N]`. Checked per Triton kernel, configuration and chip, each
+compiled as the launcher would: it builds; no register spills and no local memory; shared memory fits; the chip's own
+tensor-core instruction is there, and not serialised, where one must be; it stores to memory. What Triton learns from
+the arguments changes the code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become
+constants). The CUDA file is compiled for its own chips and checked for spills.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ import build_support
 
 KERNEL_MODULES = ("lora_kernels.ops.covariance.kernel",)
 RECORD = Path(__file__).parent / "results" / "aot.json"
+QUICK_CHIPS = ("sm_90", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -46,88 +51,115 @@ class Chip:
         name: as shown.
         target: for Triton.
         shared: bytes of shared memory that one program may use.
-        matrix: instructions of its matrix units.
+        matrix: the instruction of its matrix units.
         stores: instructions that write global memory.
     """
 
     name: str
     target: GPUTarget
     shared: int
-    matrix: tuple[str, ...]
+    matrix: str
     stores: tuple[str, ...]
 
 
-_PTX_STORES = ("st.global", "red.global", "atom.global", "cp.async.bulk")
+_PTX_STORES = ("st.global", "red.global", "atom.global", "cp.async.bulk.tensor")
 CHIPS = (
-    Chip("sm_80", GPUTarget("cuda", 80, 32), 166_912, ("mma.sync",), _PTX_STORES),
-    Chip("sm_90", GPUTarget("cuda", 90, 32), 232_448, ("wgmma.mma_async", "mma.sync"), _PTX_STORES),
-    Chip("sm_100", GPUTarget("cuda", 100, 32), 232_448, ("tcgen05.mma", "mma.sync"), _PTX_STORES),
-    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 65_536, ("v_mfma",), ("global_store", "buffer_store", "flat_store")),
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 166_912, "mma.sync", _PTX_STORES),
+    Chip("sm_90", GPUTarget("cuda", 90, 32), 232_448, "wgmma.mma_async", _PTX_STORES),
+    Chip("sm_100", GPUTarget("cuda", 100, 32), 232_448, "tcgen05.mma", _PTX_STORES),
+    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma", ("global_store", "buffer_store", "flat_store")),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one compilation gave."""
+    """What one compilation gave. Registers are per thread, the rest in bytes, but `stores` counts instructions."""
 
-    case: str
+    op: str
+    kernel: str
+    config: str
+    variant: str
     chip: str
-    registers: int
-    spills: int
-    local_bytes: int
-    shared: int
-    matrix: str
-    stores: int
     problems: tuple[str, ...]
+    registers: int = 0
+    spills: int = 0
+    local: int = 0
+    shared: int = 0
+    matrix: str = ""
+    stores: int = 0
 
 
-def cases(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """All kernel descriptions; with `quick` the first of each kernel."""
-    seen = set()
-    for name in KERNEL_MODULES:
-        for case in importlib.import_module(name).aot_cases():
-            key = case["kernel"].fn.__name__
-            if quick and key in seen:
-                continue
-            seen.add(key)
-            yield case
+@functools.cache
+def cases() -> tuple[dict[str, Any], ...]:
+    """All kernel descriptions; see a kernel module's `aot_cases` for what they hold."""
+    return tuple(case for name in KERNEL_MODULES for case in importlib.import_module(name).aot_cases())
 
 
-def _source(case: dict[str, Any], chip: Chip, ones: bool) -> ASTSource:
-    kernel = case["kernel"]
-    constexprs = dict(case["constexprs"])
-    if case["precision"]:
-        constexprs[case["precision"]] = "ieee" if chip.target.backend == "hip" else "tf32x3"
-    signature, attributes = {}, {}
-    free = {kernel.arg_names[each] if isinstance(each, int) else each for each in kernel.do_not_specialize or ()}
+def variants(case: dict[str, Any]) -> tuple[str, ...]:
+    """What Triton may know about the arguments of a case at launch.
+
+    Args:
+        case: a description.
+
+    Returns:
+        `aligned`, and on AMD also `huge` (more than 2 GB: no buffer instructions); or `ragged` and `ones`.
+    """
+    if not case["aligned"]:
+        return ("ragged", "ones")
+    return ("aligned", "huge") if case["platform"] == "hip" else ("aligned",)
+
+
+def _source(case: dict[str, Any], variant: str) -> ASTSource:
+    kernel, constexprs = case["kernel"], dict(case["constexprs"])
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    unspecialised = {
+        kernel.arg_names[each] if isinstance(each, int) else each for each in kernel.do_not_specialize or ()
+    }
     for position, name in enumerate(kernel.arg_names):
-        if name in constexprs:
-            signature[name] = "constexpr"
+        signature[name] = "constexpr" if name in constexprs else case["signature"][name]
+        if name in constexprs or name in unspecialised:
             continue
-        # An argument that a flag switches off is passed as some other tensor: any type will do.
-        signature[name] = case["signature"][name]
-        divisible = signature[name].startswith("*") or name.endswith("stride") or name == "size"
-        if ones and not signature[name].startswith("*") and name not in free:
-            signature[name] = "constexpr"
-            constexprs[name] = 1
-        elif divisible and name not in free:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        known = []
+        if signature[name].startswith("*"):
+            # Fresh tensors are always aligned; x may be a view that starts anywhere.
+            known += [["tt.divisibility", 16]] if case["aligned"] or name != "x_ptr" else []
+            known += [["tt.pointer_range", 32]] if case["platform"] == "hip" and variant != "huge" else []
+        elif variant == "ones":
+            signature[name], constexprs[name] = "constexpr", 1
+        elif case["aligned"]:
+            known += [["tt.divisibility", 16]]
+        if known:
+            attributes[(position,)] = known
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def _ptxas_report(ptx: str, arch: str) -> tuple[int, int, int]:
-    """Registers, spilled bytes and stack bytes, by the assembler that ships with Triton."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    program = ptxas / (
-        "ptxas-blackwell" if arch.startswith("sm_10") and (ptxas / "ptxas-blackwell").exists() else "ptxas"
-    )
-    suffix = "a" if arch in ("sm_90", "sm_100") else ""
+def assemble(ptx: str) -> str:
+    """What the assembler that ships with Triton says about PTX.
+
+    Args:
+        ptx: the text.
+
+    Returns:
+        The output of `ptxas -v`.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    arch = re.search(r"\.target\s+(\w+)", ptx)
+    if arch is None:
+        raise RuntimeError("the PTX names no target")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = tools / "ptxas-blackwell"
+    program = blackwell if arch[1].startswith("sm_10") and blackwell.exists() else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(program), "-v", f"-arch={arch}{suffix}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    return parse_ptxas(answer.stderr + answer.stdout)
+        command = [str(program), "-v", f"-arch={arch[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(f"ptxas: {answer.stderr[-300:]}")
+    return answer.stderr + answer.stdout
 
 
 def parse_ptxas(text: str) -> tuple[int, int, int]:
@@ -150,107 +182,173 @@ def parse_ptxas(text: str) -> tuple[int, int, int]:
     return max(registers), max(spills, default=0), max(stack, default=0)
 
 
-def compile_case(case: dict[str, Any], chip: Chip, *, ones: bool = False) -> Result:
+def parse_amdgcn(text: str) -> tuple[int, int, int]:
+    """Vector registers, spilled registers (vector and scalar) and stack bytes in AMD assembly.
+
+    Args:
+        text: the assembly, with its metadata.
+
+    Returns:
+        Three numbers.
+
+    Raises:
+        ValueError: if a field is missing.
+    """
+    fields = []
+    for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise ValueError(f"no .{name} in the assembly")
+        fields.append(int(found[1]))
+    return fields[0], fields[1] + fields[2], fields[3]
+
+
+def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     """Compile one description for one chip and check the result.
 
     Args:
         case: from a kernel module's `aot_cases`.
         chip: the target.
-        ones: with the free integers equal to one.
+        variant: one of `variants`.
 
     Returns:
         The result; `problems` is empty if all is well.
     """
-    name = case["name"] + (" ones" if ones else "")
+    op = case["kernel"].fn.__module__.split(".")[-2]
+    kernel, _, config = case["name"].partition(" ")
+    report = ""
     try:
         options = {"num_warps": case["warps"], "num_stages": case["stages"]}
-        if chip.target.backend == "hip":
-            options["num_stages"] = min(2, case["stages"])  # deeper pipelines do not fit its 64 KB
-        compiled = triton.compile(_source(case, chip, ones), target=chip.target, options=options)
+        compiled = triton.compile(_source(case, variant), target=chip.target, options=options)
         if chip.target.backend == "cuda":
             text = compiled.asm["ptx"]
-            registers, spills, stack = _ptxas_report(text, chip.name)
+            report = assemble(text)
+            registers, spills, local = parse_ptxas(report)
         else:
             text = compiled.asm["amdgcn"]
-            registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-            spills = sum(int(each) for each in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text))
-            stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])  # type: ignore[index]
-    except Exception as error:
-        return Result(name, chip.name, 0, 0, 0, 0, "", 0, (f"does not build: {type(error).__name__}: {error}"[:300],))
-    found = next((each for each in chip.matrix if each in text), "")
-    stores = sum(text.count(each) for each in chip.stores)
-    shared = int(compiled.metadata.shared)
-    problems = []
-    if spills or stack:
-        problems.append(f"{spills} bytes spilled, {stack} bytes of stack")
-    if shared > chip.shared:
-        problems.append(f"{shared} bytes of shared memory, {chip.shared} there")
-    if case["matrix"] and not found:
-        problems.append(f"no matrix instruction ({', '.join(chip.matrix)})")
-    if not stores:
-        problems.append("stores nothing")
-    return Result(name, chip.name, registers, spills, stack, shared, found, stores, tuple(problems))
+            registers, spills, local = parse_amdgcn(text)
+    except Exception as error:  # the compiler raises anything; whatever it is, this configuration does not build
+        problem = " ".join(f"does not build: {type(error).__name__}: {error}".split())[:300]
+        return Result(op, kernel, config, variant, chip.name, (problem,))
+    found = chip.matrix if chip.matrix in text else ""
+    stores, shared = sum(text.count(each) for each in chip.stores), int(compiled.metadata.shared)
+    serialised = sorted(set(re.findall(r"C75\d\d", report)))
+    checks = {
+        f"{spills} spilled, {local} bytes of stack": spills or local,
+        f"{shared} bytes of shared memory, {chip.shared} there": shared > chip.shared,
+        f"no matrix instruction ({chip.matrix})": case["matrix"] and not found,
+        f"matrix instructions serialised ({', '.join(serialised)})": case["matrix"] and serialised,
+        "stores nothing": not stores,
+    }
+    problems = tuple(problem for problem, wrong in checks.items() if wrong)
+    return Result(
+        op, kernel, config, variant, chip.name, problems, registers, spills, local, shared, found, stores
+    )  # fmt: skip
 
 
-def compile_cuda() -> list[Result]:
+def compile_cuda() -> Iterator[Result]:
     """Compile csrc/cuda.cu for its own chips.
 
-    Returns:
-        One result per chip; empty where there is no nvcc.
+    Yields:
+        One result per chip; none where there is no nvcc.
     """
     nvcc = build_support.find_nvcc()
-    if nvcc is None:
-        return []
-    results = []
-    for arch in build_support.CUDA_BINARIES:
-        flags = ["-std=c++17", "-O3", "-DLK_WITH_CUDA", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
+    source = build_support.SOURCES / "cuda.cu"
+    for flag in build_support.nvcc_arch_flags() if nvcc and source.exists() else ():
+        chip = flag.rsplit("=", 1)[1]
+        if not chip.startswith("sm_"):
+            continue  # PTX for later chips: nothing is assembled yet
+        general = [each for each in build_support.nvcc_compile_flags() if not each.startswith("-gencode")]
         with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, *flags, "-c", str(build_support.SOURCES / "cuda.cu"), "-o", str(Path(folder) / "cuda.o")]
+            command = [str(nvcc), *general, flag, "-Xptxas=-v", "-c", str(source), "-o", str(Path(folder) / "cuda.o")]
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
-            results.append(Result("csrc/cuda.cu", f"sm_{arch}", 0, 0, 0, 0, "", 0, (answer.stderr[-300:],)))
+            yield Result("csrc", "cuda.cu", "", "", chip, (f"does not build: {answer.stderr[-300:]}",))
             continue
-        registers, spills, stack = parse_ptxas(answer.stderr + answer.stdout)
-        problems = (f"{spills} bytes spilled, {stack} bytes of stack",) if spills or stack else ()
-        results.append(Result("csrc/cuda.cu", f"sm_{arch}", registers, spills, stack, 0, "", 1, problems))
-    return results
+        registers, spills, local = parse_ptxas(answer.stderr + answer.stdout)
+        problems = (f"{spills} spilled, {local} bytes of stack",) if spills or local else ()
+        yield Result("csrc", "cuda.cu", "", "", chip, problems, registers, spills, local)
 
 
-def _cache(case: dict[str, Any], chip: Chip, ones: bool) -> Path:
-    module = Path(sys.modules[case["kernel"].fn.__module__].__file__ or "")
-    shared = module.parents[1] / "_tl.py"
-    parts = [triton.__version__, chip.name, str(ones), case["name"], module.read_text(), shared.read_text()]
-    parts += [Path(__file__).read_text(), repr(sorted(case["constexprs"].items()))]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / "lora_kernels_aot" / f"{key}.json"
+def _cache_file(case: dict[str, Any], chip: Chip, variant: str) -> Path:
+    # The key of the kernel covers its own source and that of everything it calls.
+    parts = [triton.__version__, chip.name, variant, case["kernel"].cache_key, Path(__file__).read_text()]
+    parts += [repr(sorted((key, value) for key, value in case.items() if key != "kernel"))]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "lora_kernels" / "aot" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"
 
 
-def check_all(quick: bool = False) -> list[Result]:
-    """Compile everything, reading unchanged results from a cache in the temporary folder.
+def _job(job: tuple[int, int, str]) -> Result:
+    case, chip, variant = cases()[job[0]], CHIPS[job[1]], job[2]
+    file = _cache_file(case, chip, variant)
+    if file.exists():
+        stored = json.loads(file.read_text())
+        return Result(**{**stored, "problems": tuple(stored["problems"])})
+    result = compile_case(case, chip, variant)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(result)))
+    partial.replace(file)  # several processes may write
+    return result
+
+
+def _jobs(quick: bool) -> Iterator[tuple[int, int, str]]:
+    seen = set()
+    for number, case in enumerate(cases()):
+        for place, chip in enumerate(CHIPS):
+            key = (chip.name, case["kernel"].__name__, case["aligned"])
+            if chip.target.backend != case["platform"] or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
+                continue
+            seen.add(key)
+            for variant in variants(case):
+                yield number, place, variant
+
+
+def check_all(quick: bool = False, processes: int = 1) -> list[Result]:
+    """Compile everything, reading unchanged results from the user's cache folder.
 
     Args:
-        quick: one configuration per kernel, for sm_90 and gfx942 only.
+        quick: one configuration per kernel and kind of arguments, for sm_90 and gfx942 only, without the CUDA file.
+        processes: how many compile at a time.
 
     Returns:
-        The results.
+        The results, in a fixed order.
     """
-    results = []
-    chips = [chip for chip in CHIPS if not quick or chip.name in ("sm_90", "gfx942")]
-    done = set()
-    for case in cases(quick):
-        first = case["kernel"].fn.__name__ not in done
-        done.add(case["kernel"].fn.__name__)
-        for chip in chips:
-            for ones in (False, True) if first else (False,):
-                file = _cache(case, chip, ones)
-                if file.exists():
-                    stored = json.loads(file.read_text())
-                    results.append(Result(**{**stored, "problems": tuple(stored["problems"])}))
-                    continue
-                results.append(compile_case(case, chip, ones=ones))
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(json.dumps(asdict(results[-1])))
-    return results if quick else results + compile_cuda()
+    jobs = list(_jobs(quick))
+    if processes == 1:
+        return [_job(job) for job in jobs] + ([] if quick else list(compile_cuda()))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_job, jobs, chunksize=4)) + ([] if quick else list(compile_cuda()))
+
+
+def _version(command: str | Path | None) -> str | None:
+    if command is None:
+        return None
+    answer = subprocess.run([str(command), "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"V(\d[\d.]*)", answer)
+    return found[1] if found else None
+
+
+def write_record(results: Iterable[Result], file: Path) -> None:
+    """Write the record.
+
+    Args:
+        results: of `check_all`.
+        file: where to.
+    """
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    versions = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ptxas": _version(tools / "ptxas"),
+        "ptxas-blackwell": _version(tools / "ptxas-blackwell"),
+        "nvcc": _version(build_support.find_nvcc()),
+    }
+    rows = [json.dumps({**asdict(each), "ok": not each.problems}) for each in results]
+    text = '{\n"versions": ' + json.dumps(versions) + ',\n"cases": [\n' + ",\n".join(rows) + "\n]\n}\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -263,25 +361,23 @@ def main(arguments: list[str] | None = None) -> int:
         0 if every compilation is clean, else 1.
     """
     parser = argparse.ArgumentParser(description="compile every shipped kernel for every chip and check the result")
-    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, two chips, no record")
-    parser.add_argument("--out", type=Path, default=RECORD, help="where the record goes")
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, two chips, no CUDA file")
+    parser.add_argument("--out", type=Path, help="where the record goes (default: the committed one; none if --quick)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     options = parser.parse_args(arguments)
-    results = check_all(options.quick)
-    table = Table("kernel", "chip", "registers", "spills", "shared", "matrix unit", "verdict")
+    results = check_all(options.quick, max(options.jobs, 1))
+    table = Table("kernel", "configuration", "arguments", "chip", "registers", "spills", "shared", "matrix", "verdict")
     for each in results:
+        numbers = (str(each.registers), str(each.spills), str(each.shared))
         verdict = "; ".join(each.problems) or "ok"
-        table.add_row(
-            each.case, each.chip, str(each.registers), str(each.spills), str(each.shared), each.matrix, verdict
-        )
-    console = Console(width=None if sys.stdout.isatty() else 150)
+        table.add_row(each.kernel, each.config, each.variant, each.chip, *numbers, each.matrix, verdict)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    failed = [each for each in results if each.problems]
-    console.print(f"{len(results)} compilations, {len(failed)} with problems")
-    if not options.quick:
-        versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"versions": versions, "results": [asdict(each) for each in results]}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    failed = sum(bool(each.problems) for each in results)
+    console.print(f"{len(results)} compilations, {failed} with problems")
+    record = options.out or (None if options.quick else RECORD)
+    if record is not None:
+        write_record(results, record)
     return 1 if failed else 0
 
 

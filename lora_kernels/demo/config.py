@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_kernels.init import METHODS as INIT_METHODS
 
 # The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
-DEFAULT_RATES = {"random": 3e-3, "eva": 3e-3}
+DEFAULT_RATES = {"random": 3e-3, "eva": 1e-3}
 DEFAULT_STEPS = 100
 MAX_BATCHES = 16
 METHODS = ("random", *INIT_METHODS)

@@ -229,14 +229,14 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
         records: All runs, every arm with the same seeds.
 
     Returns:
-        Sentences, computed from the held-out losses and the times alone; none where there is one arm.
+        Sentences, computed from the held-out results and the times alone; none where there is one arm.
     """
     by_arm = group_by_arm(records)
     if len(by_arm) < 2:
         return []
     name = list(by_arm)[1].upper()
-    rows = [row for row in measures(records, 2) if row.kind == "loss"]
-    found = [(row.step, result) for row in rows if (result := comparison_of(row)) is not None]
+    rows = measures(records, classes=2)  # the number of classes sets the training-loss thresholds, not used here
+    found = [(row.step, result) for row in rows if row.kind == "loss" and (result := comparison_of(row)) is not None]
     if found[0][1].verdict == "one seed":
         difference = found[-1][1].difference
         return [f"One seed shows no spread, so no verdict: {name} ends {difference:+.3f} away in held-out loss."]
@@ -257,6 +257,8 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
         "level": f"At the end the difference, {amount}, is within what the seeds alone can do.",
     }
     lines.append(ends[last.verdict])
+    right = [result for row in rows if row.kind == "accuracy" and (result := comparison_of(row)) is not None][-1]
+    lines.append(f"Held-out accuracy at the end: {name} is {words[right.verdict]} ({_difference(right, 'accuracy')}).")
     method_runs = list(by_arm.values())[1]
     seconds_per_step = statistics.fmean(run.train_seconds / len(run.train_loss) for run in records)
     init = statistics.fmean(run.init_seconds for run in method_runs)
@@ -307,9 +309,9 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _format(value: float, kind: str, sign: str = "") -> str:
+def _format(value: float, kind: str) -> str:
     forms = {"loss": ".3f", "accuracy": ".1%", "steps": ".0f", "count": ",.0f", "seconds": ".1f"}
-    return f"{value:{sign}{forms[kind]}}" + (" s" if kind == "seconds" else "")
+    return f"{value:{forms[kind]}}" + (" s" if kind == "seconds" else "")
 
 
 def _cell(values: Sequence[float | None], kind: str) -> str:
@@ -324,8 +326,10 @@ def _cell(values: Sequence[float | None], kind: str) -> str:
 
 
 def _difference(found: Comparison, kind: str) -> str:
-    text = _format(found.difference, kind, "+")
-    return text if found.half_width is None else f"{text} ± {_format(found.half_width, kind)}"
+    # The difference of two percentages is in percentage points.
+    scale, form, unit = (100, ".1f", " pp") if kind == "accuracy" else (1, ".3f" if kind == "loss" else ".0f", "")
+    text = f"{scale * found.difference:+{form}}"
+    return text + unit if found.half_width is None else f"{text} ± {scale * found.half_width:{form}}{unit}"
 
 
 def _enumerate(steps: Sequence[int | None]) -> str:

@@ -1,5 +1,6 @@
 """The ahead-of-time check, in processes of its own: here kernels may be under the interpreter."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,55 +9,90 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "benchmarks" / "results" / "aot.json"
 pytest.importorskip("triton")
 
 
-def run(code_or_module):
+def run(arguments, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, *code_or_module]
+    environment["XDG_CACHE_HOME"] = str(cache)
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
-def test_one_configuration_per_kernel_compiles_clean():
-    done = run(["-m", "benchmarks.aot", "--quick"])
+def test_one_configuration_per_kernel_compiles_clean(tmp_path):
+    record = tmp_path / "record.json"
+    done = run(["-m", "benchmarks.aot", "--quick", "--jobs", "1", "--out", str(record)], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "0 with problems" in done.stdout
+    cases = json.loads(record.read_text())["cases"]
+    assert {each["chip"] for each in cases} == {"sm_90", "gfx942"}
+    assert {each["variant"] for each in cases} == {"aligned", "huge", "ragged", "ones"}
+    by_kernel = {(each["kernel"], each["chip"]): each for each in cases if each["variant"] == "aligned"}
+    assert len(by_kernel) == 8
+    assert by_kernel["syrk", "sm_90"]["matrix"] == "wgmma.mma_async"
+    assert by_kernel["syrk", "gfx942"]["matrix"] == "v_mfma"
+    for each in cases:
+        assert each["ok"] and each["spills"] == each["local"] == 0 and each["stores"] > 0 and each["registers"] > 0
+    # A second run reads the results, and finds the same.
+    again = run(["-m", "benchmarks.aot", "--quick", "--jobs", "1", "--out", str(record)], tmp_path)
+    assert again.returncode == 0 and json.loads(record.read_text())["cases"] == cases
+
+
+_BROKEN = """
+import torch
+from benchmarks.aot import CHIPS, cases, compile_case
+chips = {chip.name: chip for chip in CHIPS}
+wide = next(case for case in cases() if "128x256" in case["name"] and case["platform"] == "cuda")
+rows = next(case for case in cases() if case["kernel"].__name__ == "add_rows_kernel")
+def report(label, case, chip, variant="aligned", **constexprs):
+    result = compile_case({**case, "constexprs": {**case["constexprs"], **constexprs}}, chips[chip], variant)
+    print(label, result.registers, "|", "; ".join(result.problems))
+report("CLEAN", wide, "sm_80")
+report("SPILL", {**wide, "warps": 4}, "sm_80", TWO_SLICES=False)
+report("RAGGED", {**wide, "aligned": False}, "sm_90", "ragged")
+report("SHARED", {**wide, "stages": 6}, "sm_80")
+report("AMD", {**wide, "platform": "hip"}, "gfx942")
+report("BUILD", wide, "sm_90", TOKENS=48)
+report("MATRIX", {**rows, "matrix": True}, "sm_90")
+from tests.aot.empty import kernel
+report("EMPTY", {**wide, "kernel": kernel, "constexprs": {"ROWS": 64}, "matrix": False}, "sm_90")
+"""
 
 
 @pytest.mark.slow
-def test_the_check_can_fail():
-    code = """
-from benchmarks.aot import CHIPS, cases, compile_case
-base = [case for case in cases() if "128x256" in case["name"]][0]
-chips = {chip.name: chip for chip in CHIPS}
-def report(chip, warps=None, stages=None, **constexprs):
-    case = {**base, "constexprs": {**base["constexprs"], **constexprs}}
-    case["warps"], case["stages"] = warps or base["warps"], stages or base["stages"]
-    return "; ".join(compile_case(case, chips[chip]).problems)
-print("SPILL", report("sm_80", warps=4, TWO_SLICES=False))
-print("SHARED", report("sm_80", stages=6))
-print("BUILD", report("sm_90", TOKENS=48))
-from lora_kernels.ops.covariance import kernel
-rows = [each for each in kernel.aot_cases() if each["name"] == "add_rows"][0]
-print("MATRIX", "; ".join(compile_case({**rows, "matrix": True}, chips["sm_90"]).problems))
-"""
-    done = run(["-c", code])
-    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
-    assert "bytes spilled" in lines["SPILL"], done.stderr[-2000:]
-    assert "shared memory" in lines["SHARED"]
+def test_the_check_can_fail(tmp_path):
+    done = run(["-c", _BROKEN], tmp_path)
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert lines.get("CLEAN", "").endswith("| "), done.stdout + done.stderr[-2000:]
+    assert "spilled" in lines["SPILL"] and "spilled" in lines["RAGGED"]
+    assert "bytes of shared memory, 166912 there" in lines["SHARED"]
+    assert "bytes of shared memory, 65536 there" in lines["AMD"]
     assert "does not build" in lines["BUILD"]
     assert "no matrix instruction" in lines["MATRIX"]
+    assert "stores nothing" in lines["EMPTY"]
 
 
-def test_assembler_report_is_read():
+def test_assembler_reports_are_read(tmp_path):
     code = """
-from benchmarks.aot import parse_ptxas
+from benchmarks.aot import parse_amdgcn, parse_ptxas
 text = "8 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads\\nptxas info : Used 77 registers"
 assert parse_ptxas(text) == (77, 36, 8), parse_ptxas(text)
-try:
-    parse_ptxas("nothing")
-except ValueError:
-    print("refused")
+text = ".vgpr_count: 99\\n.vgpr_spill_count: 3\\n.sgpr_spill_count: 4\\n.private_segment_fixed_size: 12\\n"
+assert parse_amdgcn(text) == (99, 7, 12), parse_amdgcn(text)
+for parse in (parse_ptxas, parse_amdgcn):
+    try:
+        parse("nothing")
+    except ValueError:
+        print("refused")
 """
-    assert "refused" in run(["-c", code]).stdout
+    done = run(["-c", code], tmp_path)
+    assert done.stdout.split() == ["refused", "refused"], done.stderr
+
+
+def test_the_committed_record_is_clean_and_complete():
+    record = json.loads(RECORD.read_text())
+    assert all(each["ok"] and not each["problems"] for each in record["cases"])
+    assert {each["chip"] for each in record["cases"]} >= {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert record["versions"]["triton"] and record["versions"]["ptxas"]

@@ -78,7 +78,20 @@ def test_the_verdict_follows_the_numbers(eva, expected, end):
     assert lines[0] == f"Held-out loss, EVA against random LoRA: {expected}"
     assert end in lines[1]
     # 10 s for 20 steps: 2 s of initialisation are 4 steps.
-    assert lines[2] == "The initialisation took 2.0 s, the time of 4 training steps."
+    assert lines[2] == "Held-out accuracy at the end: EVA is not distinguishable (+0.0 ± 0.0 pp)."
+    assert lines[3] == "The initialisation took 2.0 s, the time of 4 training steps."
+
+
+def test_the_verdict_says_where_accuracy_is_behind():
+    rows = [(1.5, 1.0), (1.52, 1.0), (1.47, 1.0)]
+    accuracies = {"random": (0.60, 0.62, 0.61), "eva": (0.55, 0.56, 0.56)}
+    runs = [
+        make_run(arm, seed, losses, accuracy=accuracies[arm][seed])
+        for arm in ("random", "eva")
+        for seed, losses in enumerate(rows)
+    ]
+    # Differences -5, -6 and -5 points: mean -5.33, deviation 0.577, times 4.303 over the root of 3.
+    assert "Held-out accuracy at the end: EVA is behind (-5.3 ± 1.4 pp)." in report.verdict(runs)
 
 
 def test_no_verdict_from_one_seed_or_one_arm():
@@ -99,7 +112,7 @@ def test_table_and_summary_show_mean_spread_and_difference():
     }
     assert rows["held-out loss @ 10"] == ["1.550 ± 0.071", "1.040 ± 0.057", "-0.510 ± 0.127", "ahead"]
     assert rows["held-out loss @ 20"][3] == "level"
-    assert rows["held-out accuracy @ 20"][:3] == ["50.0% ± 0.0%", "50.0% ± 0.0%", "+0.0% ± 0.0%"]
+    assert rows["held-out accuracy @ 20"][:3] == ["50.0% ± 0.0%", "50.0% ± 0.0%", "+0.0 ± 0.0 pp"]
     assert rows["initialisation"][:2] == ["0.0 s ± 0.0 s", "2.0 s ± 0.0 s"]
     assert rows["trained parameters"][0] == "1,000"
     # ln 2 * 0.45 = 0.31 is below the last loss of the curve, 0.75.

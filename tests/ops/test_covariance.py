@@ -141,6 +141,27 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(eager.tril(), compiled.tril())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_do_not_flow_through(backend):
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.rand(6, requires_grad=True)
+    out = torch.zeros(4, 4)
+    covariance_(out, x, weight, backend=backend)
+    assert not out.requires_grad and error_of(out, x.detach(), weight.detach()) < 1e-6
+
+
+def test_not_a_number_as_a_weight_is_not_a_mask():
+    out = torch.zeros(3, 3)
+    covariance_(out, torch.ones(2, 3), torch.tensor([1.0, float("nan")]))
+    assert bool(out.tril().isnan().any())
+
+
+def test_symmetrize_errors():
+    with pytest.raises(ValueError, match=r"matrix has shape \(2, 3\), but must be square"):
+        symmetrize_(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="matrix must be a torch.Tensor, got NoneType"):
+        symmetrize_(None)
+
+
 def test_errors_name_the_argument():
     x, out = torch.randn(4, 3), torch.zeros(3, 3)
     cases = [

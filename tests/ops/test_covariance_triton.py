@@ -5,7 +5,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops.covariance import covariance_, kernel, reference
 from tests.conftest import relative_error
 
@@ -43,7 +42,10 @@ def test_matches_float64(tokens, features, dtype, bound, weights, config, poison
             assert relative_error(0.5 * out.tril(), truth.tril()) > bound
 
 
-@pytest.mark.parametrize("config", [kernel.SMALL, kernel.SQUARE, kernel.WIDE, kernel.SINGLE], ids=str)
+SHIPPED = [kernel.SMALL, kernel.SQUARE, kernel.WIDE, kernel.SINGLE, kernel.RAGGED, kernel.AMD_SQUARE, kernel.AMD_SMALL]
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_shipped_configurations(config):
     x = torch.randn(70, 300, device=DEVICE).half()
     x = x.float() if config is kernel.SINGLE else x
@@ -61,6 +63,78 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit():
     assert torch.equal(first.tril(), second.tril())
     kernel.covariance(second, x, None, None, None, TINY)
     assert relative_error(second.tril(), 2 * first.tril()) < 1e-6
+
+
+def test_a_narrow_exponent_needs_float32_sums():
+    """300 * 300 exceeds float16, and so does the sum of 80 products of 30 * 30: neither may overflow."""
+    for value, tokens in ((300.0, 3), (30.0, 80)):
+        out, total = run(torch.full((tokens, 18), value, device=DEVICE).half(), None, TINY)
+        assert torch.equal(out.tril(), torch.full((18, 18), value * value * tokens, device=DEVICE).tril())
+        assert torch.equal(total, torch.full((18,), value * tokens, device=DEVICE))
+
+
+def test_bfloat16_products_are_exact():
+    """Small integers: exact in bfloat16, so that any wrong reading of its bits shows."""
+    x = torch.randint(-8, 9, (50, 37), device=DEVICE).to(torch.bfloat16)
+    out, total = run(x, None, TINY)
+    assert torch.equal(out.tril(), (x.float().mT @ x.float()).tril())
+    assert torch.equal(total, x.float().sum(0))
+
+
+def test_strict_upper_triangle_and_memory_beyond_are_left_alone():
+    wide = torch.full((33, 60), -7.0, device=DEVICE)
+    x = torch.randn(40, 33, device=DEVICE)
+    for least_chunk in (1024, 16):
+        out = wide.clone()
+        kernel.covariance(out[:, :33], x, None, None, None, TINY, least_chunk)
+        outside = torch.ones(33, 60, dtype=torch.bool, device=DEVICE).triu(1)
+        assert torch.equal(out[outside], wide[outside])
+        assert float((out[:, :33].tril() - wide[:, :33].tril()).abs().max()) > 1.0
+
+
+def test_configuration_depends_on_shape_dtype_alignment_and_platform():
+    half = torch.bfloat16
+    assert kernel.config_for(64, half) == kernel.SMALL
+    assert kernel.config_for(1024, torch.float16) == kernel.SQUARE
+    assert kernel.config_for(8192, half) == kernel.WIDE
+    assert kernel.config_for(8192, torch.float32) == kernel.SINGLE
+    # Where addresses cannot be vectorised the large tiles spill.
+    assert kernel.config_for(8191, half, aligned=False) == kernel.RAGGED
+    assert kernel.config_for(8191, torch.float32, aligned=False) == kernel.RAGGED
+    # 64 KB of local memory: two stages of both operands, in bytes, must fit.
+    for features in (64, 1024, 8192):
+        for dtype in (half, torch.float32):
+            config = kernel.config_for(features, dtype, platform="hip")
+            assert (config.rows + config.columns) * config.tokens * dtype.itemsize * (config.stages - 1) <= 65536
+            assert config.stages == 2 and not config.two_slices
+
+
+def test_alignment_is_that_of_every_size_stride_and_address():
+    wide = torch.zeros(40, 64, dtype=torch.float16)
+    out = torch.zeros(32, 32)
+    assert kernel.is_aligned(out, wide[:, :32])
+    assert kernel.is_aligned(out, wide[:, 8:40])  # 8 elements are 16 bytes
+    assert not kernel.is_aligned(out, wide[:, 4:36])
+    assert not kernel.is_aligned(out, torch.zeros(40, 33, dtype=torch.float16)[:, :32])
+    assert not kernel.is_aligned(torch.zeros(32, 33)[:, :32], wide[:, :32])
+    assert not kernel.is_aligned(torch.zeros(31, 31), wide[:, :31])
+
+
+def test_ahead_of_time_cases_cover_every_launch():
+    """Each shape, dtype, alignment and platform leads to a configuration that the compile check knows."""
+    known = {
+        (case["platform"], case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["ROWS"],
+         case["constexprs"]["COLUMNS"], case["constexprs"]["TOKENS"], case["warps"], case["stages"])
+        for case in kernel.aot_cases() if "x_ptr" in case["signature"] and "ROWS" in case["constexprs"]
+    }  # fmt: skip
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    for platform in ("cuda", "hip"):
+        for dtype, name in names.items():
+            for features in (1, 17, 768, 1024, 4096, 8192, 14336):
+                for aligned in (True, False):
+                    each = kernel.config_for(features, dtype, aligned=aligned, platform=platform)
+                    launch = (each.rows, each.columns, each.tokens, each.warps, each.stages)
+                    assert (platform, aligned, name, *launch) in known
 
 
 def test_op_reaches_the_kernels_only_on_request_on_cpu():
@@ -87,20 +161,3 @@ def test_on_gpu_error_is_within_twice_that_of_torch(features, dtype):
     plain = rows.float().mT @ rows.float()
     assert relative_error(out.tril(), truth.tril()) <= 2 * relative_error(plain.tril(), truth.tril()) + 1e-7
     assert relative_error(total, rows.double().sum(0)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "size, rows, columns", [(1, 16, 16), (100, 16, 32), (300, 128, 256), (5000, 64, 64), (129, 128, 128)]
-)
-def test_tiles_cover_the_lower_triangle_once(size, rows, columns):
-    tiles = _tiles.lower_tiles(size, rows, columns)
-    assert len(set(tiles)) == len(tiles)
-    needed = {(i // rows, j // columns) for i in range(0, size) for j in {0, *range(0, i + 1, columns), i}}
-    assert needed == set(tiles)
-
-
-def test_splits_fill_the_chip_only_where_it_pays():
-    assert _tiles.token_splits(1000, 8192, 132) == 1
-    assert _tiles.token_splits(3, 8192, 132) == 8  # at least 1024 tokens each
-    assert _tiles.token_splits(3, 100, 132) == 1
-    assert _tiles.token_splits(100, 10**6, 132) == 3

@@ -10,6 +10,8 @@ over programs, whose partial tiles a second kernel adds in fixed order: same inp
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,28 +52,57 @@ class SyrkConfig:
 WIDE = SyrkConfig(128, 256, 64, 8, 3)
 SQUARE = SyrkConfig(128, 128, 64, 8, 3)
 SMALL = SyrkConfig(64, 64, 64, 4, 4)
-SINGLE = SyrkConfig(64, 64, 32, 4, 3)
+SINGLE = SyrkConfig(64, 64, 32, 4, 3)  # float32
+RAGGED = SyrkConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
+# AMD: 64 KB of local memory hold two stages, and the wide tile spills registers where rows carry weights.
+AMD_SQUARE = SyrkConfig(128, 128, 64, 8, 2)
+AMD_SMALL = SyrkConfig(64, 64, 32, 4, 2)
 
-_SUM_COLUMNS = 128
-_SUM_TOKENS = 32
+_SQUARE_FROM, _WIDE_FROM = 1024, 8192
+_SUM_COLUMNS, _SUM_TOKENS = 128, 16
+_STRIP = 16
 
 
-def config_for(features: int, dtype: torch.dtype, *, weighted: bool = False) -> SyrkConfig:
-    """The configuration for a shape; one table for all chips until a measurement says otherwise.
+def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SyrkConfig:
+    """The configuration for a shape; one table per platform until a measurement says otherwise.
 
     Args:
         features: n.
         dtype: of x.
-        weighted: whether rows carry real weights; the wide tile would then spill registers on gfx942.
+        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
+        platform: `cuda` or `hip`; by default what this torch was built for.
 
     Returns:
         The configuration.
     """
+    platform = platform or _platform()
+    large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
+    if platform == "hip":
+        return AMD_SQUARE if large else AMD_SMALL
+    if not aligned:
+        return RAGGED
     if dtype == torch.float32:
         return SINGLE
-    if features >= 8192 and not weighted:
-        return WIDE
-    return SQUARE if features >= 1024 else SMALL
+    if not large:
+        return SMALL
+    return WIDE if features >= _WIDE_FROM else SQUARE
+
+
+def _platform() -> str:
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+def is_aligned(out: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
+
+    Args:
+        out: `(n, n)`.
+        x: `(rows, n)`.
+
+    Returns:
+        True if all are.
+    """
+    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), out.stride(0), x.data_ptr(), out.data_ptr()))
 
 
 @triton.jit
@@ -104,6 +135,7 @@ def syrk_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """One tile of the sum, over one part of the tokens: added to `out`, or stored in `partial` if SPLIT."""
     packed = tl.load(tiles_ptr + tl.program_id(0))
     rows = (packed >> 16) * ROWS + tl.arange(0, ROWS)
     columns = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS)
@@ -151,6 +183,7 @@ def add_tiles_kernel(
     COLUMNS: tl.constexpr,
     STRIP: tl.constexpr,
 ):
+    """Add the partial tiles, in order, to `out`; a program per strip of a tile."""
     tile = tl.program_id(0)
     packed = tl.load(tiles_ptr + tile)
     strip = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
@@ -179,6 +212,7 @@ def column_sum_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
+    """The weighted sum of a block of columns over one part of the tokens."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, n_tokens)
@@ -202,6 +236,7 @@ def add_rows_kernel(
     splits,
     COLUMNS: tl.constexpr,
 ):
+    """Add the partial sums, in order, to `out`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.load(out_ptr + columns, mask=columns < size, other=0.0)
     for split in range(0, splits):
@@ -215,13 +250,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype, platform: str) -> str:
     # Three tf32 products recover float32 accuracy on CUDA; HIP has no such mode but multiplies float32 natively.
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+    return "tf32x3" if dtype == torch.float32 and platform == "cuda" else "ieee"
 
 
-def _tile_map(features: int, config: SyrkConfig, device: torch.device) -> torch.Tensor:
-    tiles = _tiles.lower_tiles(features, config.rows, config.columns)
+@functools.lru_cache(maxsize=64)
+def _tile_map(features: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    # Kept: a model calls with a handful of widths, and the copy to the device would stall every call.
+    tiles = _tiles.lower_tiles(features, rows, columns)
     return torch.tensor([i << 16 | j for i, j in tiles], dtype=torch.int32).to(device)
 
 
@@ -249,25 +286,24 @@ def covariance(
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
         return
-    config = config or config_for(features, x.dtype, weighted=weight is not None)
-    tiles = _tile_map(features, config, x.device)
+    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
+    tiles = _tile_map(features, config.rows, config.columns, x.device)
     splits = _tiles.token_splits(tiles.numel(), tokens, _processors(x.device), least=least_chunk)
-    step = config.tokens
-    chunk = -(-tokens // splits // step) * step if splits > 1 else tokens
-    chunk = max(chunk, step) if splits > 1 else tokens
+    chunk = -(-tokens // splits)
+    if splits > 1:  # whole steps: no part but the last has a ragged end
+        chunk = -(-chunk // config.tokens) * config.tokens
     splits = -(-tokens // chunk)
     partial = out
     if splits > 1:
-        partial = torch.empty(
-            splits * tiles.numel() * config.rows * config.columns, dtype=torch.float32, device=x.device
-        )
+        area = tiles.numel() * config.rows * config.columns
+        partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
+    # A pointer that a flag switches off must still be one.
+    operands = (x, x if index is None else index, x if weight is None else weight)
     flags = {"HAS_INDEX": index is not None, "HAS_WEIGHT": weight is not None}
     syrk_kernel[(tiles.numel(), splits)](
         out,
         partial,
-        x,
-        x if index is None else index,
-        x if weight is None else weight,
+        *operands,
         tiles,
         features,
         tokens,
@@ -279,17 +315,16 @@ def covariance(
         TOKENS=config.tokens,
         SPLIT=splits > 1,
         TWO_SLICES=config.two_slices,
-        PRECISION=_precision(x.dtype),
+        PRECISION=_precision(x.dtype, _platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
         **flags,
     )
     if splits > 1:
-        strip = min(32, config.rows)
-        add_tiles_kernel[(tiles.numel(), config.rows // strip)](
+        add_tiles_kernel[(tiles.numel(), config.rows // _STRIP)](
             out, partial, tiles, features, splits, out.stride(0),
-            ROWS=config.rows, COLUMNS=config.columns, STRIP=strip,
+            ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP,
         )  # fmt: skip
     if column_sum is not None:
         blocks = -(-features // _SUM_COLUMNS)
@@ -298,95 +333,67 @@ def covariance(
         splits = -(-tokens // chunk)
         sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
         column_sum_kernel[(blocks, splits)](
-            sums,
-            x,
-            x if index is None else index,
-            x if weight is None else weight,
-            features,
-            tokens,
-            chunk,
-            x.stride(0),
-            COLUMNS=_SUM_COLUMNS,
-            TOKENS=_SUM_TOKENS,
-            **flags,
+            sums, *operands, features, tokens, chunk, x.stride(0), COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS, **flags
         )
         add_rows_kernel[(blocks,)](column_sum, sums, features, splits, COLUMNS=_SUM_COLUMNS)
 
 
+_AOT_TYPES = {
+    "out_ptr": "*fp32", "partial_ptr": "*fp32", "index_ptr": "*i64", "weight_ptr": "*fp32", "tiles_ptr": "*i32",
+    "size": "i32", "n_tokens": "i32", "chunk": "i32", "x_stride": "i32", "out_stride": "i32", "splits": "i32",
+}  # fmt: skip
+_AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _aot_case(kernel: Any, label: str, constexprs: dict[str, Any], x: str = "fp32", **rest: Any) -> dict[str, Any]:
+    types = {**_AOT_TYPES, "x_ptr": f"*{x}"}
+    signature = {name: types[name] for name in kernel.arg_names if name in types}
+    flags = [key.removeprefix("HAS_").lower() for key in ("HAS_INDEX", "HAS_WEIGHT", "SPLIT") if constexprs.get(key)]
+    name = " ".join((kernel.__name__.removesuffix("_kernel"), *label.split(), *flags))
+    case = {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs}
+    return {**case, "warps": 4, "stages": 3, "matrix": False, **rest}
+
+
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every shipped combination, for the ahead-of-time compile check (`benchmarks/aot.py`).
+    """Every combination that `covariance` launches, for the ahead-of-time compile check (`benchmarks/aot.py`).
 
     Yields:
         Keyword descriptions: `name`, `kernel`, `signature` (argument types), `constexprs`, `warps`, `stages`,
-        `matrix` (whether a tensor-core instruction must be present), `precision` (the name of the constexpr that
-        depends on the target, if any). The first of each kernel is the one for small shapes: it is also built with
-        its integers equal to one.
+        `matrix` (whether the chip's own tensor-core instruction must be there), `platform` (`cuda` or `hip`),
+        `aligned` (whether sizes, strides and addresses are multiples of 16; if not, they may also be 1).
     """
-    pointers = {"out_ptr": "*fp32", "partial_ptr": "*fp32", "index_ptr": "*i64", "weight_ptr": "*fp32"}
-    scalars = {"size": "i32", "n_tokens": "i32", "chunk": "i32", "x_stride": "i32", "out_stride": "i32"}
-    for dtype, configs in (("bf16", (SMALL, SQUARE, WIDE)), ("fp16", (SMALL, SQUARE, WIDE)), ("fp32", (SINGLE,))):
-        for config in configs:
-            for index, weight, split in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 1)):
-                if weight and config is WIDE:
-                    continue  # never launched: see config_for
-                yield {
-                    "name": f"syrk {dtype} {config.rows}x{config.columns}x{config.tokens}"
-                    f"{' index' * index}{' weight' * weight}{' split' * split}",
-                    "kernel": syrk_kernel,
-                    "signature": {**pointers, "x_ptr": f"*{dtype}", "tiles_ptr": "*i32", **scalars},
-                    "constexprs": {
-                        "ROWS": config.rows,
-                        "COLUMNS": config.columns,
-                        "TOKENS": config.tokens,
-                        "HAS_INDEX": bool(index),
-                        "HAS_WEIGHT": bool(weight),
-                        "SPLIT": bool(split),
-                        "TWO_SLICES": config.two_slices,
-                        "PRECISION": "ieee",
-                        "UPCAST": False,
-                    },
-                    "warps": config.warps,
-                    "stages": config.stages,
-                    "matrix": True,
-                    "precision": "PRECISION" if dtype == "fp32" else None,
-                }
-    for config in (SMALL, SQUARE, WIDE):
-        yield {
-            "name": f"add_tiles {config.rows}x{config.columns}",
-            "kernel": add_tiles_kernel,
-            "signature": {
-                "out_ptr": "*fp32", "partial_ptr": "*fp32", "tiles_ptr": "*i32",
-                "size": "i32", "splits": "i32", "out_stride": "i32",
-            },
-            "constexprs": {"ROWS": config.rows, "COLUMNS": config.columns, "STRIP": 32},
-            "warps": 4,
-            "stages": 3,
-            "matrix": False,
-            "precision": None,
-        }  # fmt: skip
-    for dtype, index, weight in (("bf16", 0, 0), ("bf16", 1, 1), ("fp16", 0, 0), ("fp32", 0, 0), ("fp32", 1, 1)):
-        yield {
-            "name": f"column_sum {dtype}{' index' * index}{' weight' * weight}",
-            "kernel": column_sum_kernel,
-            "signature": {
-                "partial_ptr": "*fp32", "x_ptr": f"*{dtype}", "index_ptr": "*i64", "weight_ptr": "*fp32",
-                "size": "i32", "n_tokens": "i32", "chunk": "i32", "x_stride": "i32",
-            },
-            "constexprs": {
-                "COLUMNS": _SUM_COLUMNS, "TOKENS": _SUM_TOKENS, "HAS_INDEX": bool(index), "HAS_WEIGHT": bool(weight),
-            },
-            "warps": 4,
-            "stages": 3,
-            "matrix": False,
-            "precision": None,
-        }  # fmt: skip
-    yield {
-        "name": "add_rows",
-        "kernel": add_rows_kernel,
-        "signature": {"out_ptr": "*fp32", "partial_ptr": "*fp32", "size": "i32", "splits": "i32"},
-        "constexprs": {"COLUMNS": _SUM_COLUMNS},
-        "warps": 4,
-        "stages": 3,
-        "matrix": False,
-        "precision": None,
-    }
+    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        configs = set()
+        for dtype, x in _AOT_DTYPES.items():
+            for features in (64, _SQUARE_FROM, _WIDE_FROM):
+                config = config_for(features, dtype, aligned=aligned, platform=platform)
+                if (config, dtype) in configs:
+                    continue
+                configs.add((config, dtype))
+                for index, weight, split in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)):
+                    yield _aot_case(
+                        syrk_kernel,
+                        f"{x} {config.rows}x{config.columns}x{config.tokens}",
+                        {
+                            "ROWS": config.rows,
+                            "COLUMNS": config.columns,
+                            "TOKENS": config.tokens,
+                            "HAS_INDEX": bool(index),
+                            "HAS_WEIGHT": bool(weight),
+                            "SPLIT": bool(split),
+                            "TWO_SLICES": config.two_slices,
+                            "PRECISION": _precision(dtype, platform),
+                            "UPCAST": False,
+                        },
+                        x,
+                        **{**where, "warps": config.warps, "stages": config.stages, "matrix": True},
+                    )
+            for index, weight in ((0, 0), (1, 0), (1, 1)):
+                constexprs = {"COLUMNS": _SUM_COLUMNS, "TOKENS": _SUM_TOKENS}
+                constexprs |= {"HAS_INDEX": bool(index), "HAS_WEIGHT": bool(weight)}
+                yield _aot_case(column_sum_kernel, x, constexprs, x, **where)
+        for rows, columns in sorted({(config.rows, config.columns) for config, _ in configs}):
+            constexprs = {"ROWS": rows, "COLUMNS": columns, "STRIP": _STRIP}
+            yield _aot_case(add_tiles_kernel, f"{rows}x{columns}", constexprs, **where)
+        yield _aot_case(add_rows_kernel, "", {"COLUMNS": _SUM_COLUMNS}, **where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from lora_kernels.ops import _ext
@@ -154,7 +156,9 @@ def _covariance(
         from lora_kernels.ops.covariance import kernel  # noqa: PLC0415
 
         weights = None if weights is None else weights.to(torch.float32)
-        kernel.covariance(out, rows, index, weights, column_sum)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel.covariance(out, rows, index, weights, column_sum)
 
 
 @_covariance.register_fake
@@ -194,6 +198,7 @@ def covariance_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(out, x, weight, column_sum)
+    weight = None if weight is None else weight.detach()
     _covariance(out, x.detach(), weight, column_sum, dispatcher.choose(backend, out, x, weight, column_sum))
 
 
