@@ -196,11 +196,13 @@ def run_eva(name: str, rounds: int, with_peft: bool) -> dict[str, Any]:
     reports: list[Any] = []
     adapters: list[torch.nn.Module] = []
 
-    def ours(**options: Any) -> None:
+    def adapter() -> None:
         adapters[:] = [wrap(model, "stock")]
-        reports[:] = [lk.initialize(adapters[0], batches, lk.EVA(rho=RHO), progress=False, **options)]
 
-    times = records.interleaved({"forward": bare, "ours": ours}, rounds)
+    def ours() -> None:
+        reports[:] = [lk.initialize(adapters[0], batches, lk.EVA(rho=RHO), progress=False)]
+
+    times = records.interleaved({"forward": bare, "ours": ours}, rounds, {"ours": adapter})
     record: dict[str, Any] = {"case": name, "rank": RANK, "rho": RHO, "seconds": times}
     record["parts"] = reports[0].seconds
     record["tokens"] = reports[0].tokens

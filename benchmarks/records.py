@@ -50,8 +50,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+def seconds(call: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> float:
+    """Wall time of one call; `prepare` runs before it and is not counted."""
+    if prepare is not None:
+        prepare()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -61,22 +63,25 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    calls: dict[str, Callable[[], Any]], rounds: int, prepare: dict[str, Callable[[], Any]] | None = None
+) -> dict[str, dict[str, float]]:
     """Time several calls in turn, so that drift of the machine meets all alike.
 
     Args:
         calls: by name.
         rounds: how often each is timed; one more round before is not counted.
+        prepare: by name, what runs before each call and is not counted.
 
     Returns:
         Per name p20, p50 and p80 in seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            elapsed = seconds(call, (prepare or {}).get(name))
+            if number > 0:
+                times[name].append(elapsed)
     return {name: quantiles(values) for name, values in times.items()}
 
 
