@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("peft")
+from benchmarks import readme
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -20,3 +22,7 @@ def test_every_make_target_named_exists():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_numbers_are_those_of_the_records():
+    assert readme.block() in README, "run python -m benchmarks.readme"

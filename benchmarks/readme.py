@@ -1,0 +1,95 @@
+"""Write the numbers of README.md from the committed records: `python -m benchmarks.readme`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+_MARKS = ("<!-- numbers: written by benchmarks/readme.py -->", "<!-- end of numbers -->")
+_CASES = {
+    "llama": "Llama, 8 layers, hidden 512, 16 batches of 8 x 256 tokens",
+    "small": "the same, 2 layers, 4 batches",
+    "minilm": "MiniLM-L6, 16 batches of 32 docstrings",
+}
+
+
+def _record(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return record
+
+
+def _eva() -> list[str]:
+    records = {name: _record(f"eva_{name}") for name in _CASES}
+    machine = records["llama"]["environment"]
+    lines = [
+        f"EVA, rank 16, rho 2, against PEFT {machine['versions']['peft']}'s `get_eva_state_dict` in the same process, on "
+        f"{machine['threads']} threads of an {machine['processor']} CPU, torch {machine['versions']['torch']}; median "
+        "seconds, and the share of the bare forward passes over the same batches:",
+        "",
+        "| case | bare forward | lora_kernels | PEFT | PEFT / ours | ours / forward |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, title in _CASES.items():
+        each = records[name]
+        times = {side: f"{value['p50']:.1f} s" for side, value in each["seconds"].items()}
+        lines.append(
+            f"| {title} | {times['forward']} | {times['ours']} | {times['peft']} | {each['peft_over_ours']:.1f} | "
+            f"{each['ours_over_forward']:.2f} |"
+        )
+    worst = min(each["quality"]["captured_minus_peft_worst"] for each in records.values())
+    lines += [
+        "",
+        "On the exact float64 covariance, our directions capture at least the variance that PEFT's do, in every layer "
+        f"(smallest difference {worst:+.1e}). Records: `benchmarks/results/eva_*.json`; "
+        "`python -m benchmarks.compare eva` repeats them.",
+    ]
+    return lines
+
+
+def _demo() -> list[str]:
+    record = _record("demo")
+    task, config, summary = record["task"], record["config"], record["summary"]
+    steps = summary["eva"]["steps"]
+    rates = {arm: value["rate"] for arm, value in record["learning_rates"].items()}
+    lines = [
+        f"The demo ({task['name']}; {task['train']} training and {task['test']} held-out texts; MiniLM-L6, rank "
+        f"{config['rank']}, {config['steps']} steps of {config['batch_size']}, {config['seeds']} seeds, each side at the "
+        f"rate that a study on other seeds chose: random {rates['random']:g}, EVA {rates['eva']:g}):",
+        "",
+        f"| held-out, mean and spread over seeds | {' | '.join(f'step {step}' for step in steps)} |",
+        "| --- |" + " --- |" * len(steps),
+    ]
+    for measure, pattern in (("loss", "{:.3f} ± {:.3f}"), ("accuracy", "{:.1%} ± {:.1%}")):
+        for arm, title in (("random", "random LoRA"), ("eva", "EVA")):
+            pairs = zip(summary[arm][f"{measure}_mean"], summary[arm][f"{measure}_deviation"], strict=True)
+            lines.append(f"| {measure}, {title} | " + " | ".join(pattern.format(*pair) for pair in pairs) + " |")
+    lines += ["", "What the demo says of it:", "", *(f"> {line}" for line in record["verdict"])]
+    lines += ["", f"The whole demo took {record['total_seconds']:.0f} s on {record['threads']} threads."]
+    return lines
+
+
+def block() -> str:
+    """The numbers, as they must stand in the README."""
+    return "\n".join([_MARKS[0], *_eva(), "", *_demo(), _MARKS[1]])
+
+
+def main() -> int:
+    """Rewrite the README's numbers.
+
+    Returns:
+        0.
+    """
+    text = README.read_text()
+    pattern = re.compile(f"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}", flags=re.S)
+    README.write_text(pattern.sub(lambda _: block(), text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
