@@ -28,9 +28,9 @@ def _eva() -> list[str]:
     records = {name: _record(f"eva_{name}") for name in _CASES}
     machine = records["llama"]["environment"]
     lines = [
-        f"EVA, rank 16, rho 2, against PEFT {machine['versions']['peft']}'s `get_eva_state_dict` in the same process, on "
-        f"{machine['threads']} threads of an {machine['processor']} CPU, torch {machine['versions']['torch']}; median "
-        "seconds, and the share of the bare forward passes over the same batches:",
+        f"EVA, rank 16, rho 2, against PEFT {machine['versions']['peft']}'s `get_eva_state_dict` in the same process, "
+        f"on {machine['threads']} threads of an {machine['processor']} CPU, torch {machine['versions']['torch']}; "
+        "median seconds, and the share of the bare forward passes over the same batches:",
         "",
         "| case | bare forward | lora_kernels | PEFT | PEFT / ours | ours / forward |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -59,8 +59,8 @@ def _demo() -> list[str]:
     rates = {arm: value["rate"] for arm, value in record["learning_rates"].items()}
     lines = [
         f"The demo ({task['name']}; {task['train']} training and {task['test']} held-out texts; MiniLM-L6, rank "
-        f"{config['rank']}, {config['steps']} steps of {config['batch_size']}, {config['seeds']} seeds, each side at the "
-        f"rate that a study on other seeds chose: random {rates['random']:g}, EVA {rates['eva']:g}):",
+        f"{config['rank']}, {config['steps']} steps of {config['batch_size']}, {config['seeds']} seeds, each side at "
+        f"the rate that a study on other seeds chose: random {rates['random']:g}, EVA {rates['eva']:g}):",
         "",
         f"| held-out, mean and spread over seeds | {' | '.join(f'step {step}' for step in steps)} |",
         "| --- |" + " --- |" * len(steps),

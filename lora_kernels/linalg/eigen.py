@@ -15,6 +15,7 @@ from lora_kernels.ops.small_linalg import fix_signs
 DIRECT_ORDER = 600
 # The Krylov basis must stay well below the order of the matrix for the iteration to pay.
 _BASIS_SHARE = 3
+_SMALL_ORDER = 128
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class TopEigenpairs:
 
 
 def _direct(matrices: torch.Tensor, k: int, method: str, products: int) -> TopEigenpairs:
-    values, vectors = small_eigh(matrices)
-    values, vectors = values[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
+    # Above what the batched small solver takes, only the signs of the k wanted columns are worth fixing.
+    solve = small_eigh if matrices.shape[-1] <= _SMALL_ORDER else torch.linalg.eigh
+    values, vectors = solve(matrices)
+    values, vectors = values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
     return TopEigenpairs(values, vectors, _residuals(matrices, values, vectors), method, products)
 
 

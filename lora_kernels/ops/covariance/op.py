@@ -71,6 +71,8 @@ def _selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.
         return None, None
     flat = weight.reshape(-1)
     index = flat.nonzero().squeeze(-1)
+    if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered
+        return None, None if flat.dtype == torch.bool else flat
     return index, None if flat.dtype == torch.bool else flat[index]
 
 
@@ -115,7 +117,7 @@ def _run_cpp(
     for low in range(0, tokens, _CHUNK):
         count = min(_CHUNK, tokens - low)
         source = x[low : low + count] if index is None else x
-        if panel is not None or column_sum is not None:
+        if panel is not None or scaled is not None or column_sum is not None:
             pack(
                 source.data_ptr(),
                 _CPP_DTYPES[x.dtype],
