@@ -20,6 +20,8 @@ from lora_kernels.statistics.store import LayerStatistics
 
 # Covariances decomposed in one batch: bounds the float64 copies to this many bytes.
 _BATCH_BYTES = 512 * 2**20
+# The sums are float32: residuals below their rounding would be work for nothing.
+_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class EVA:
         ) as bar:
             for keys, k in _batches(moments, wanted):
                 matrices = torch.stack([moments[key].covariance(center=self.center) for key in keys])
-                pairs = eigh_topk(matrices, k, seed=self.seed)
+                pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=self.seed)
                 traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
                 for index, key in enumerate(keys):
                     found[key] = _Components(
