@@ -5,8 +5,7 @@ four 32-bit counter words give four 32-bit words. The convention for matrices of
 
     counter = (column // 4, row, stream, step)     word column % 4
 
-so an element depends on its position alone: not on tile shapes, devices or the order of evaluation. `csrc/philox.h`
-draws the same integers.
+so an element depends on its position alone: not on tile shapes, devices or the order of evaluation.
 """
 
 from __future__ import annotations
