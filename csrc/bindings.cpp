@@ -55,6 +55,15 @@ void pack_rows(uintptr_t x, int dtype, int64_t row_stride, uintptr_t index, int6
   lk::pack_rows(job, threads);
 }
 
+void random_matrix(uintptr_t out, int64_t rows, int64_t columns, bool gaussian, int64_t seed, uint32_t stream,
+                   uint32_t step, int threads) {
+  check(rows >= 0 && columns >= 0 && threads >= 1, "rows, columns and threads must not be negative");
+  if (rows == 0 || columns == 0) return;
+  const lk::RandomMatrix job{pointer<float>(out), rows, columns, gaussian, uint64_t(seed), stream, step};
+  py::gil_scoped_release release;
+  lk::random_matrix(job, threads);
+}
+
 #ifdef LK_WITH_CUDA
 void eigh_cuda(uintptr_t matrices, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool wide,
                uintptr_t stream) {
@@ -92,6 +101,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("eigh", &eigh);
   m.def("pack_rows", &pack_rows);
+  m.def("random_matrix", &random_matrix);
 #ifdef LK_WITH_CUDA
   m.def("eigh_cuda", &eigh_cuda);
   m.def("eigh_cuda_limit", &lk::eigh_cuda_limit);

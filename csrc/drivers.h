@@ -30,6 +30,18 @@ struct PackRows {
 };
 void pack_rows(const PackRows& job, int threads);
 
+// Random numbers addressed by position (Philox): standard normal draws, or signs.
+struct RandomMatrix {
+  float* out;  // (rows, columns)
+  int64_t rows;
+  int64_t columns;
+  bool gaussian;
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t step;
+};
+void random_matrix(const RandomMatrix& job, int threads);
+
 #ifdef LK_WITH_CUDA
 // The same on the device, asynchronously; info[b] gets the Status of matrix b. Returns a CUDA error text or null.
 template <typename T>

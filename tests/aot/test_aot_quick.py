@@ -30,7 +30,7 @@ def test_one_configuration_per_kernel_compiles_clean(tmp_path):
     assert {each["chip"] for each in cases} == {"sm_90", "gfx942"}
     assert {each["variant"] for each in cases} == {"aligned", "huge", "ragged", "ones"}
     by_kernel = {(each["kernel"], each["chip"]): each for each in cases if each["variant"] == "aligned"}
-    assert len(by_kernel) == 8
+    assert len(by_kernel) == 2 * len({kernel for kernel, _ in by_kernel}) >= 8
     assert by_kernel["syrk", "sm_90"]["matrix"] == "wgmma.mma_async"
     assert by_kernel["syrk", "gfx942"]["matrix"] == "v_mfma"
     for each in cases:
