@@ -85,3 +85,21 @@ def gaussian_pair(first, second):
     cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
     sine = tl.where((quarter & 2) != 0, -sine, sine)
     return radius * cosine, radius * sine
+
+
+def token_rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
+    """The int64 rows of a block of tokens: from a list, or the tokens themselves."""
+    if HAS_INDEX:
+        return tl.load(index_ptr + token, mask=token < last, other=0)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def add_tile(out_ptr, rows, columns, height, width, stride, tile, LOWER: tl.constexpr):
+    """Add a tile to a matrix in memory, or to the lower triangle of a square one."""
+    if LOWER:
+        add_lower(out_ptr, rows, columns, height, stride, tile)
+    else:
+        mask = (rows[:, None] < height) & (columns[None, :] < width)
+        pointers = out_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tile, mask=mask)
