@@ -10,14 +10,16 @@ Importing touches no GPU and needs no compiler.
 from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA
-from lora_kernels.integrations.entry import collect, initialize
+from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.report import InitReport, LayerReport
-from lora_kernels.statistics import Statistics
+from lora_kernels.statistics import CollectOptions, Plan, Statistics
 
 __all__ = [
     "EVA",
+    "CollectOptions",
     "InitReport",
     "LayerReport",
+    "Plan",
     "Statistics",
     "__version__",
     "collect",
@@ -25,5 +27,6 @@ __all__ = [
     "initialize",
     "linalg",
     "ops",
+    "plan",
     "statistics",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | doctor`."""
+"""The command line: `lora-kernels demo | init | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,42 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="config.json of a transformers model; no weights")
+    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    parser.add_argument("--method", required=True, help="a method (eva, lora_da, ...) or a statistic (gradient, ...)")
+    parser.add_argument("--budget", help='memory for the sums of one pass, such as 40GB, or "auto" (default: no limit)')
+    parser.add_argument("--world", type=int, default=1, help="number of processes")
+    parser.add_argument("--form", default="auto", help="auto, exact or sketch")
+    parser.add_argument("--sketch-size", type=int, default=64, help="columns of a sketch")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.integrations import transformers  # noqa: PLC0415
+
+    model = transformers.empty_model(options.config, options.task)
+    settings = {
+        "targets": transformers.linear_targets(model),
+        "world_size": options.world,
+        "budget": options.budget,
+        "form": options.form,
+        "sketch_size": options.sketch_size,
+    }
+    batch = transformers.example_batch(model)
+    try:
+        plan = lk.plan(model, options.method, batch=batch, **settings)
+    except (RuntimeError, NotImplementedError) as error:  # some models cannot run without numbers
+        print(f"a forward pass without weights failed ({error}): inputs are not shared in this plan", file=sys.stderr)
+        plan = lk.plan(model, options.method, **settings)
+    if options.json:
+        print(plan.to_json())
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(plan)
+    return 0
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from lora_kernels.doctor import run  # noqa: PLC0415
 
@@ -108,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             _init_arguments,
             _init,
         ),
+        ("plan", "what a collection would keep and cost, from a config alone", _plan_arguments, _plan),
         ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
     )
     for name, text, arguments, call in described:

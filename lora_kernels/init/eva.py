@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +15,12 @@ from lora_kernels.init.factors import LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers, redistribute
 from lora_kernels.linalg import eigh_topk
 from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics.distributed import share_out, world_size
 from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.sharing import InputSums
+from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.wants import METHOD_WANTS
 
 # Covariances decomposed in one batch: bounds the float64 copies to this many bytes.
 _BATCH_BYTES = 512 * 2**20
@@ -61,6 +65,7 @@ class EVA:
     """
 
     name: ClassVar[str] = "eva"
+    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["eva"]
 
     rho: float = 2.0
     center: bool = True
@@ -78,6 +83,10 @@ class EVA:
         check_range("multiple_of", self.multiple_of, low=1, integer=True)
         if self.max_rank is not None:
             check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True)
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:
+        """Columns that a sketch should have: twice the components that the widest layer may offer."""
+        return 2 * round(self.rho * max(ranks, default=1))
 
     def factors(
         self, statistics: Mapping[str, LayerStatistics], ranks: Mapping[str, int], *, progress: bool = False
@@ -97,8 +106,8 @@ class EVA:
                 cannot be met.
         """
         for name in ranks:
-            moments = statistics[name].input
-            if moments is None or moments.tokens <= 0:
+            sums = statistics[name].input
+            if sums is None or sums.tokens <= 0:
                 raise ValueError(f"layer {name} saw no token in the collection pass")
         limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
         offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
@@ -113,33 +122,58 @@ class EVA:
     def _decompose(
         self, statistics: Mapping[str, LayerStatistics], offered: Mapping[str, int], progress: bool
     ) -> dict[str, _Components]:
-        wanted: dict[int, int] = defaultdict(int)
-        moments: dict[int, InputMoments] = {}
-        key_of: dict[str, int] = {}
+        wanted: dict[str, int] = defaultdict(int)
+        sums: dict[str, InputSums] = {}
+        first: dict[int, str] = {}  # of the layers that share an input
         for name, layer in statistics.items():
             assert layer.input is not None  # checked by `factors`
-            key_of[name] = id(layer.input)
-            moments[id(layer.input)] = layer.input
-            wanted[id(layer.input)] = max(wanted[id(layer.input)], offered[name])
-        found: dict[int, _Components] = {}
-        with tqdm(
-            total=len(moments), desc="decomposing inputs", unit="input", disable=not progress, leave=False
-        ) as bar:
-            for keys, k in _batches(moments, wanted):
-                matrices = torch.stack([moments[key].covariance(center=self.center) for key in keys])
-                pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=self.seed)
-                traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
-                for index, key in enumerate(keys):
-                    found[key] = _Components(
-                        pairs.values[index],
-                        pairs.vectors[index],
-                        traces[index],
-                        moments[key].tokens,
-                        float(pairs.residuals[index]),
-                        pairs.method,
-                    )
+            key = first.setdefault(id(layer.input), name)
+            sums[key] = layer.input
+            wanted[key] = max(wanted[key], offered[name])
+        batches = dict(enumerate(_batches(sums, wanted)))
+        with tqdm(total=len(sums), desc="decomposing inputs", unit="input", disable=not progress, leave=False) as bar:
+
+            def solve(number: int) -> list[_Components]:
+                keys, k = batches[number]
                 bar.update(len(keys))
-        return {name: found[key] for name, key in key_of.items()}
+                return self._components([sums[key] for key in keys], k)
+
+            # The processes of a distributed run share the batches out and exchange the results.
+            solved = share_out(batches, solve)
+        found = {
+            key: each for number, (keys, _) in batches.items() for key, each in zip(keys, solved[number], strict=True)
+        }
+        return {name: found[first[id(layer.input)]] for name, layer in statistics.items()}
+
+    def _components(self, sums: Sequence[InputSums], k: int) -> list[_Components]:
+        sketches = [each for each in sums if isinstance(each, InputSketch)]
+        if sketches:
+            return [self._from_sketch(each, k) for each in sketches]
+        moments = [each for each in sums if isinstance(each, InputMoments)]
+        matrices = torch.stack([each.covariance(center=self.center) for each in moments])
+        pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=self.seed)
+        traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+        return [
+            _Components(
+                pairs.values[index],
+                pairs.vectors[index],
+                traces[index],
+                each.tokens,
+                float(pairs.residuals[index]),
+                pairs.method,
+            )
+            for index, each in enumerate(moments)
+        ]
+
+    def _from_sketch(self, sketch: InputSketch, k: int) -> _Components:
+        if k > sketch.size:
+            raise ValueError(
+                f"{k} components are asked of a sketch with {sketch.size} columns: collect with sketch_size={2 * k}"
+            )
+        pairs = sketch.components(k, center=self.center)
+        return _Components(
+            pairs.values, pairs.vectors, sketch.trace(center=self.center), sketch.tokens, math.nan, "nystrom"
+        )
 
     def _layer(self, components: _Components, rank: int, out_features: int) -> LayerFactors:
         a = components.vectors[:, :rank].mT
@@ -161,16 +195,17 @@ class EVA:
         return LayerFactors(factors, explained, components.residual, components.solver, tuple(notes))
 
 
-def _batches(moments: Mapping[int, InputMoments], wanted: Mapping[int, int]) -> Iterator[tuple[list[int], int]]:
-    """Inputs of one order and one number of components, in batches that bound the memory of their covariances.
+def _batches(sums: Mapping[str, InputSums], wanted: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
+    """Inputs of one kind, order and number of components, in batches that bound the memory of their covariances.
 
     Yields:
         Keys of the inputs, and the number of components.
     """
-    groups: dict[tuple[int, int, torch.device], list[int]] = defaultdict(list)
-    for key, each in moments.items():
-        groups[(each.features, wanted[key], each.second.device)].append(key)
-    for (order, k, _device), keys in groups.items():
-        size = max(1, _BATCH_BYTES // (8 * order * order))
+    groups: dict[tuple[str, int, int, torch.device], list[str]] = defaultdict(list)
+    for key, each in sums.items():
+        groups[(each.kind, each.features, wanted[key], each.total.device)].append(key)
+    for (_kind, order, k, _device), keys in groups.items():
+        # No larger than what leaves every process a share.
+        size = max(1, min(_BATCH_BYTES // (8 * order * order), -(-len(keys) // world_size())))
         for low in range(0, len(keys), size):
             yield keys[low : low + size], k

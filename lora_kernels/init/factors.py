@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +56,13 @@ class InitMethod(Protocol):
     @property
     def name(self) -> str:
         """The method's name, as in `initialize(method=...)`."""
+
+    @property
+    def wants(self) -> Mapping[str, bool]:
+        """The statistics it reads; True where only the exact sums will do (see `statistics.resolve_wants`)."""
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:
+        """Columns that a sketch should have to serve these ranks well."""
 
     @property
     def adjust_scaling_factors(self) -> bool:

@@ -1,12 +1,12 @@
-"""`lk.collect` and `lk.initialize`: the user's two calls before training."""
+"""`lk.collect`, `lk.plan` and `lk.initialize`: the user's calls before training."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,67 +14,119 @@ from torch import nn
 
 from lora_kernels.init import InitMethod, LayerFactors, resolve_method
 from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.plain import find_linear_layers
+from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.ops._checks import check_choice
-from lora_kernels.statistics import Statistics, Target
+from lora_kernels.statistics import CollectOptions, Plan, Statistics, Target, distributed, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.collector import Forward
-from lora_kernels.statistics.masks import Mask
+from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.statistics.observe import observation_mode
+from lora_kernels.statistics.options import Forward
+from lora_kernels.statistics.probe import find_groups
+from lora_kernels.statistics.wants import Wants, resolve_wants
+
+
+def _options(options: Mapping[str, Any]) -> CollectOptions:
+    unknown = sorted(set(options) - {each.name for each in fields(CollectOptions)})
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; see statistics.CollectOptions for those there are")
+    return CollectOptions(**options)
+
+
+def _targets(
+    model: nn.Module, targets: Sequence[str] | None, adapter_name: str
+) -> tuple[Sequence[Target], Mapping[str, str]]:
+    if targets is None and peft_layers.is_peft_model(model):
+        layers = peft_layers.find_lora_layers(model, adapter_name)
+        return [each.target for each in layers.supported], {name: why for name, _, why in layers.unsupported}
+    return find_linear_layers(model, targets), skipped_modules(model) if targets is None else {}
 
 
 def collect(
     model: nn.Module,
     loader: Iterable[Any],
+    wants: Wants = None,
     *,
     targets: Sequence[str] | None = None,
     adapter_name: str = "default",
-    mask: Mask = "attention",
-    forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_tokens: int | None = None,
-    share_inputs: bool = True,
-    nonfinite: str = "raise",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
+    **options: Any,
 ) -> Statistics:
-    """Collect input moments of a model's linear layers in one pass, adapters switched off.
+    """Collect statistics of a model's linear layers, adapters switched off.
 
     Args:
-        model: a PEFT model or any `nn.Module`.
+        model: a PEFT model or any `nn.Module`, quantized ones included (only inputs and output gradients are read);
+            DistributedDataParallel and FSDP2 (`fully_shard`) models too.
         loader: yields batches.
+        wants: what to collect: a method (`"eva"`, `"lora_da"`, a config), names out of `statistics.STATISTICS`, or
+            `None` for the input second moments.
         targets: full names of the layers; by default the LoRA layers of a PEFT model, all linear layers otherwise.
         adapter_name: whose layers are observed by default.
-        mask: which tokens count; see `statistics.token_weights`.
-        forward: called as `forward(model, batch)`; by default a mapping batch is passed as keywords.
-        max_batches: read at most this many batches.
-        max_tokens: stop after the batch that reaches this many counted tokens.
-        share_inputs: layers that read the same tensor share one set of sums.
-        nonfinite: `raise`, or `skip` rows with NaN or infinity.
-        dtype: dtype of the sums, float32 or float64.
-        progress: show a progress bar.
+        options: fields of `statistics.CollectOptions`: masks, the loss and what it is a mean over, bounds, memory budget
+            and sketches, checkpoint, and so on.
 
     Returns:
-        The statistics by layer name.
+        The statistics by layer name, added up over all processes.
     """
-    if targets is None and peft_layers.is_peft_model(model):
-        found: Sequence[Target] = [each.target for each in peft_layers.find_lora_layers(model, adapter_name).supported]
-    else:
-        found = find_linear_layers(model, targets)
+    chosen = _options(options)
+    model = unwrap(model)
+    found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
-        return collect_targets(
-            model,
-            loader,
-            found,
-            mask=mask,
-            forward=forward,
-            max_batches=max_batches,
-            max_tokens=max_tokens,
-            share_inputs=share_inputs,
-            nonfinite=nonfinite,
-            dtype=dtype,
-            progress=progress,
-        )
+        return collect_targets(model, loader, found, wants, chosen, skipped_modules=skipped)
+
+
+def plan(
+    model: nn.Module,
+    wants: Wants = None,
+    *,
+    batch: Any = None,
+    targets: Sequence[str] | None = None,
+    adapter_name: str = "default",
+    world_size: int | None = None,
+    forward: Forward | None = None,
+    share_inputs: bool = True,
+    **options: Any,
+) -> Plan:
+    """What a collection would keep and cost, before any data is read; the model may be on the meta device.
+
+    Args:
+        model: as for `collect`.
+        wants: as for `collect`.
+        batch: an example batch on the model's device: one forward pass without gradients finds which layers read the
+            same tensor. Without it every layer is counted by itself.
+        targets: as for `collect`.
+        adapter_name: as for `collect`.
+        world_size: number of processes; by default that of the process group.
+        forward: as for `collect`.
+        share_inputs: as for `collect`.
+        options: `budget`, `form`, `sketch_size`, `dtype` of `statistics.CollectOptions`.
+
+    Returns:
+        The plan; it prints as a table.
+
+    Raises:
+        TypeError: if an option is none of these.
+    """
+    unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
+    if unknown:
+        raise TypeError(f"plan has no option {', '.join(unknown)}")
+    chosen = _options(options)
+    model = unwrap(model)
+    found, _ = _targets(model, targets, adapter_name)
+    groups = None
+    if batch is not None and share_inputs:
+        with peft_layers.base_model_only(model), observation_mode(model, gradients=False):
+            groups = find_groups(model, found, batch, forward)
+    device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
+    return make_plan(
+        found,
+        resolve_wants(wants),
+        groups=groups,
+        budget=parse_budget(chosen.budget, device),
+        form=chosen.form,
+        sketch_size=chosen.sketch_size,
+        world_size=distributed.world_size() if world_size is None else world_size,
+        dtype=chosen.dtype,
+    )
 
 
 def initialize(
@@ -84,15 +136,9 @@ def initialize(
     *,
     statistics: Statistics | None = None,
     adapter_name: str = "default",
-    mask: Mask = "attention",
-    forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_tokens: int | None = None,
-    share_inputs: bool = True,
-    nonfinite: str = "raise",
     unreached: str = "warn",
     force: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> InitReport:
     """Give a PEFT adapter a data-aware start. Call it before the optimizer is created.
 
@@ -106,55 +152,37 @@ def initialize(
         method: `"eva"` or a config such as `EVA(rho=1.0)`.
         statistics: from `collect` on the same model, instead of a new pass.
         adapter_name: the adapter.
-        mask: which tokens count; see `statistics.token_weights`.
-        forward: called as `forward(model, batch)`; by default a mapping batch is passed as keywords.
-        max_batches: read at most this many batches.
-        max_tokens: stop after the batch that reaches this many counted tokens.
-        share_inputs: layers that read the same tensor share one set of sums and one decomposition.
-        nonfinite: `raise`, or `skip` rows with NaN or infinity.
         unreached: what to do about layers that the data never reached: `warn` (they keep their stock values) or
             `raise`.
         force: overwrite an adapter whose `lora_B` is not zero.
-        progress: show progress bars.
+        options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
+            default `sketch_size` follows the ranks.
 
     Returns:
         What was done, layer by layer.
 
     Raises:
         ValueError: on bad arguments or data, a trained adapter, or an optimizer that holds parameters to be replaced.
-        RuntimeError: if several processes run: statistics are not reduced across them yet.
+        RuntimeError: if another process failed.
     """
     started = time.perf_counter()
     resolved = resolve_method(method)
     check_choice("unreached", unreached, ("warn", "raise"))
     if (loader is None) == (statistics is None):
         raise ValueError("exactly one of loader and statistics must be given")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "initialize runs on one process for now: call it before the process group starts, from one process, "
-            "save the adapter and load it on every rank"
-        )
+    model = unwrap(model)
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
     if statistics is None:
         assert loader is not None  # one of both was given
-        statistics = collect(
-            model,
-            loader,
-            adapter_name=adapter_name,
-            mask=mask,
-            forward=forward,
-            max_batches=max_batches,
-            max_tokens=max_tokens,
-            share_inputs=share_inputs,
-            nonfinite=nonfinite,
-            progress=progress,
-        )
+        sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
+        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**sizes, **options})
+    elif set(options) - {"progress"}:
+        raise TypeError(f"{', '.join(sorted(set(options) - {'progress'}))} concern a collection, but statistics are given")
     collected = time.perf_counter()
     ranks = _ranks(layers, statistics, unreached)
-    found = resolved.factors(statistics, ranks, progress=progress)
+    found = resolved.factors(statistics, ranks, progress=bool(options.get("progress", True)))
     decomposed = time.perf_counter()
     before = _factor_sizes(layers, {})
     peft_layers.write(

@@ -61,3 +61,28 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
         if features is not None:
             found.append(Target(name, modules[name], *features))
     return found
+
+
+def skipped_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that hold matrices but are no linear layers, so that they are not observed.
+
+    Args:
+        model: any module.
+
+    Returns:
+        By module name, why.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        matrices = [key for key, each in module.named_parameters(recurse=False) if each.dim() >= 2]
+        if not matrices or linear_features(module) is not None:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding):
+            reason = f"{kind}: its input are indices"
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            reason = f"{kind}: its inputs are patches, not rows"
+        else:
+            reason = f"{kind}: {', '.join(matrices)} belong to no linear layer with an input of its own"
+        found[name] = reason
+    return found

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_kernels.integrations.plain import linear_features
 from lora_kernels.ops._checks import check_choice, check_range
 
 TASKS = ("causal-lm", "sequence-classification", "base")
+
+
+def _model_class(task: str) -> Any:
+    import transformers  # noqa: PLC0415  (an optional dependency)
+
+    kinds = {
+        "causal-lm": "AutoModelForCausalLM",
+        "sequence-classification": "AutoModelForSequenceClassification",
+        "base": "AutoModel",
+    }
+    return getattr(transformers, kinds[task])
 
 
 def load(folder: Path, task: str) -> tuple[Any, Any]:
@@ -31,19 +44,77 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
         raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
     import transformers  # noqa: PLC0415  (an optional dependency)
 
-    kinds = {
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-        "base": transformers.AutoModel,
-    }
     try:
-        model = kinds[task].from_pretrained(folder, local_files_only=True)
+        model = _model_class(task).from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def empty_model(config_file: Path, task: str) -> Any:
+    """A model on the meta device, made from a config file alone: shapes without memory.
+
+    Args:
+        config_file: a transformers `config.json`.
+        task: which head, one of `TASKS`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the task is unknown, or the file is no config that transformers knows.
+    """
+    check_choice("task", task, TASKS)
+    import transformers  # noqa: PLC0415  (an optional dependency)
+
+    try:
+        settings = json.loads(config_file.read_text())
+        config = transformers.AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            model = _model_class(task).from_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"config {str(config_file)!r} cannot be made into a {task} model: {error}") from error
+    return model.to(torch.bfloat16).eval()
+
+
+def example_batch(model: Any) -> dict[str, torch.Tensor] | None:
+    """A minimal batch for a transformers model, on its device.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The batch, or `None` if the kind of its main input is not known.
+    """
+    device, dtype = next((each.device, each.dtype) for each in model.parameters())
+    ids = torch.ones(1, 8, dtype=torch.long, device=device)
+    if model.main_input_name == "input_ids":
+        both = {"input_ids": ids, "decoder_input_ids": ids}
+        return both if getattr(model.config, "is_encoder_decoder", False) else {"input_ids": ids}
+    size = getattr(model.config, "image_size", None)
+    if model.main_input_name == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(model.config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype, device=device)}
+    return None
+
+
+def linear_targets(model: Any) -> list[str]:
+    """The layers that `target_modules="all-linear"` of PEFT means: all linear layers but the output layer.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        Module names.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name for name, module in model.named_modules() if linear_features(module) is not None and module is not head
+    ]
 
 
 def text_batches(

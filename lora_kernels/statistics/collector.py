@@ -1,259 +1,329 @@
-"""One pass over data with hooks on the observed layers. Everything it touches is put back, whatever happens."""
+"""Passes over data with hooks on the observed layers."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics.masks import Mask, align, check_mask, token_weights
-from lora_kernels.statistics.sharing import InputSharing
-from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
-
-Forward = Callable[[nn.Module, Any], Any]
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a mapping as keywords, a tuple or list as positions, anything else as one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
+from lora_kernels.statistics import distributed, storage
+from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device
+from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
+from lora_kernels.statistics.masks import BatchWeights
+from lora_kernels.statistics.observe import Observer, is_encoder_decoder, is_sharded, observation_mode
+from lora_kernels.statistics.options import CollectOptions
+from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics.plan import Plan, make_plan, parse_budget
+from lora_kernels.statistics.probe import find_groups
+from lora_kernels.statistics.storage import Held, Progress
+from lora_kernels.statistics.store import Statistics, Target
+from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a (nested) batch; other values pass through."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [to_device(value, device) for value in batch]
-    return batch
+class Collection:
+    """One call of `collect`: its plan, its sums, and how far it has come."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        targets: Sequence[Target],
+        wants: Mapping[str, bool],
+        options: CollectOptions,
+        skipped_modules: Mapping[str, str],
+    ) -> None:
+        """Check the arguments and take up the checkpoint, if there is one."""
+        if not targets:
+            raise ValueError("targets is empty: there is no layer to observe")
+        self.model, self.loader, self.targets = distributed.unwrap(model), loader, targets
+        self.wants, self.options = wants, options
+        self.device = model_device(self.model)
+        self.world = distributed.world_size() if options.distributed else 1
+        # The forward of a sharded model is a collective call: all processes must take the same number of steps.
+        self.lockstep = self.world > 1 and any(is_sharded(each) for each in self.model.parameters())
+        self.encoder_decoder = is_encoder_decoder(self.model)
+        self.progress = Progress(skipped_modules=dict(skipped_modules))
+        self.finished: list[Held] = []
+        self.resumed: list[Held] = []
+        self.path: Path | None = None
+        self.identity: dict[str, Any] = storage.fingerprint(self.model, targets, wants, options)
+        if options.checkpoint is not None:
+            self._take_up(Path(options.checkpoint))
 
-def model_device(model: nn.Module) -> torch.device:
-    """The device that holds the model's first parameter.
-
-    Args:
-        model: any module.
-
-    Returns:
-        That device; the CPU if there are no parameters.
-
-    Raises:
-        ValueError: if base weights are on the meta device.
-    """
-    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
-    if devices:
-        return devices[0]
-    if any(True for _ in model.parameters()):
-        raise ValueError("model is on the meta device: load its weights before collecting statistics")
-    return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def observation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are restored at the end.
-
-    Args:
-        model: the model to observe.
-
-    Yields:
-        Nothing.
-    """
-    training = {module: module.training for module in model.modules()}
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = [torch.cuda.current_device()] if started else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-class _Recorder:
-    """The hooks and the sums they feed."""
-
-    def __init__(self, targets: Sequence[Target], sharing: InputSharing, dtype: torch.dtype, nonfinite: str) -> None:
-        self.targets = {target.name: target for target in targets}
-        self.sharing = sharing
-        self.dtype = dtype
-        self.nonfinite = nonfinite
-        self.weights: torch.Tensor | None = None
-        self.unaligned: dict[str, str] = {}
-        self.aligned_once = False
-        self.skipped: dict[str, int] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Recorder:
-        try:
-            for target in self.targets.values():
-                hook = self._hook(target)
-                self._handles.append(target.module.register_forward_pre_hook(hook, with_kwargs=True))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _hook(self, target: Target) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            candidates = [*args, *kwargs.values()]
-            x = next((each for each in candidates if isinstance(each, torch.Tensor)), None)
-            if x is None or x.dim() == 0 or x.shape[-1] != target.in_features or not x.is_floating_point():
-                seen = "no tensor" if x is None else f"{x.dtype} {tuple(x.shape)}"
-                raise ValueError(f"layer {target.name} was called with {seen}, expected (..., {target.in_features})")
-            self.observe(target.name, x.detach())
-
-        return observe
-
-    def observe(self, name: str, x: torch.Tensor) -> None:
-        weight, fits = align(self.weights, x.shape[:-1])
-        if not fits:
-            shape = None if self.weights is None else tuple(self.weights.shape)
-            self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")
-        self.aligned_once |= weight is not None
-        moments = self.sharing.assign(name, x, self.dtype)
-        if moments is None:
+    def _take_up(self, path: Path) -> None:
+        if self.world > 1:
+            path = path.with_name(f"{path.name}.{distributed.rank()}-of-{self.world}")
+        self.path = path
+        self.identity["form"] = [self.options.form, str(self.options.budget)]
+        if not path.exists():
             return
-        if self.nonfinite == "skip":
-            finite = torch.isfinite(x).all(dim=-1)
-            dropped = ~finite if weight is None else ~finite & (weight != 0)
-            self.skipped[name] = self.skipped.get(name, 0) + int(dropped.sum())
-            weight = finite if weight is None else weight * finite
-        moments.update(x, weight)
+        held, self.progress, found = storage.read(path, self.device)
+        storage.check_fingerprint(path, found, self.identity)
+        current = 0 if self.progress.complete else self.progress.current
+        self.finished, self.resumed = held[: len(held) - current], held[len(held) - current :]
 
-    def check(self, batch: int) -> None:
-        """After a batch: groups held, sums finite (one wait for the device for all layers)."""
-        self.sharing.end()
-        if self.weights is not None and not self.aligned_once:
+    def plan(self) -> Plan:
+        """The plan; with a budget, a first forward pass finds which layers read the same tensor.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: if a second pass is needed and the loader cannot be read twice.
+        """
+        budget = parse_budget(self.options.budget, self.device)
+        groups = None
+        one_shot = iter(self.loader) is self.loader if budget is not None else False
+        if budget is not None and self.options.share_inputs and not one_shot:
+            groups = self._probe()
+        plan = make_plan(
+            self.targets,
+            self.wants,
+            groups=groups,
+            budget=budget,
+            form=self.options.form,
+            sketch_size=self.options.sketch_size,
+            world_size=self.world,
+            dtype=self.options.dtype,
+        )
+        if plan.passes > 1 and one_shot:
             raise ValueError(
-                f"the mask has shape {tuple(self.weights.shape)}, which matches the input of no observed layer; "
-                "pass mask=None or a mask function"
+                f"the budget needs {plan.passes} passes over the data, but the loader is an iterator that can be read "
+                "once: pass a list or a DataLoader, a larger budget, or form='sketch'"
             )
-        groups = {id(group): group for group in self.sharing.groups.values()}.values()
-        if not groups:
-            return
-        finite = torch.stack([torch.isfinite(group.moments.total).all().cpu() for group in groups]).tolist()
-        for group, good in zip(groups, finite, strict=True):
-            if not good:
-                raise ValueError(
-                    f"non-finite input (NaN or infinity) in layer {', '.join(group.members)} in batch {batch}; "
-                    'nonfinite="skip" leaves such rows out'
-                )
+        return plan
 
-    def result(self, name: str) -> LayerStatistics:
-        target, group = self.targets[name], self.sharing.groups.get(name)
-        notes = [self.unaligned[name]] if name in self.unaligned else []
-        if group is None:
-            notes.append("never called in this pass")
-        others = tuple(each for each in group.members if each != name) if group else ()
-        moments = group.moments if group else None
-        return LayerStatistics(name, target.in_features, target.out_features, moments, others, tuple(notes))
+    def _probe(self) -> list[list[str]] | None:
+        batch = next(iter(self.loader), None)
+        if batch is None:
+            return None
+        with observation_mode(self.model, gradients=False):
+            return find_groups(self.model, self.targets, to_device(batch, self.device), self.options.forward)
+
+    def run(self) -> Statistics:
+        """All passes, the reduction over processes, and the final file.
+
+        Returns:
+            The statistics.
+        """
+        if not self.progress.complete:
+            plan = self.plan()
+            self._check_plan(plan)
+        while not self.progress.complete:
+            error: BaseException | None = None
+            try:
+                self._pass(plan)
+            except Exception as caught:
+                error = caught
+            if self.world > 1:
+                distributed.raise_together(error)
+            elif error is not None:
+                raise error
+            self._next(plan)
+        held, progress = self.finished, self.progress
+        if self.world > 1:
+            held = distributed.agree(held, self.device)
+            distributed.all_reduce(held, self.device)
+            progress = distributed.reduce_progress(progress)
+        targets = [(target.name, target.in_features, target.out_features) for target in self.targets]
+        statistics = storage.assemble(targets, held, progress, self.identity)
+        _check_reached(statistics, self.wants)
+        return statistics
+
+    def _check_plan(self, plan: Plan) -> None:
+        digest = hashlib.blake2b(repr(plan.entries).encode(), digest_size=8).hexdigest()
+        if self.progress.plan not in ("", digest):
+            raise ValueError(
+                f"{self.path} was begun under another plan (the free memory has changed?): give budget= in bytes, as it "
+                "was then, or delete the file"
+            )
+        self.progress.plan = digest
+
+    def _next(self, plan: Plan) -> None:
+        progress = self.progress
+        progress.number, progress.done, progress.digest = progress.number + 1, 0, ""
+        progress.complete = progress.number == plan.passes
+        if self.path is not None:
+            storage.write(self.path, self.finished, progress, self.identity)
+
+    def _pass(self, plan: Plan) -> None:
+        progress, options = self.progress, self.options
+        started, earlier = time.perf_counter(), progress.seconds
+        observer = Observer(self.model, self.targets, plan, progress.number, options)
+        self._restore(observer)
+        length = len(self.loader) if isinstance(self.loader, Sized) else None
+        total = min((each for each in (length, options.max_batches) if each is not None), default=None)
+        feed = Feed(self.loader, options.max_batches, skip=progress.done, digest=progress.digest)
+        feed.wants_digest = self.path is not None
+        label = "collecting statistics" + (f", pass {progress.number + 1} of {plan.passes}" if plan.passes > 1 else "")
+        with (
+            observation_mode(self.model, gradients=observer.gradients),
+            observer,
+            tqdm(total=total, desc=label, unit="batch", disable=not options.progress, leave=False) as bar,
+        ):
+            bar.update(progress.done)
+            steps = self._lockstep(feed) if self.lockstep else ((batch, True) for batch in feed)
+            for batch, counts in steps:
+                observer.active = counts
+                tokens = self._step(observer, batch, feed.done - 1, counts)
+                if not counts:
+                    continue
+                progress.done, progress.digest = feed.done, feed.digest
+                progress.seconds = earlier + time.perf_counter() - started
+                self._note(observer)
+                bar.update()
+                if self.path is not None and feed.done % options.checkpoint_every == 0:
+                    current = self._held(observer)
+                    progress.current = len(current)
+                    storage.write(self.path, [*self.finished, *current], progress, self.identity)
+                if options.max_tokens is not None and tokens >= options.max_tokens and not self.lockstep:
+                    break
+        observer.check_all()
+        progress.current = 0
+        self.resumed = []
+        self.finished += _offload(self._held(observer), plan)
+        _warn_unaligned(observer)
+
+    def _lockstep(self, feed: Feed) -> Any:
+        """Batches until no process has one; those that have none repeat a batch without counting it."""
+        batches, batch, have, ever = iter(feed), None, True, False
+        while True:
+            if have:
+                fresh = next(batches, None)
+                have = fresh is not None
+                batch, ever = (fresh, True) if have else (batch, ever)
+            if not distributed.any_left(have, self.device):
+                return
+            batch = distributed.first_batch(batch, have or ever)
+            yield batch, have
+
+    def _step(self, observer: Observer, batch: Any, number: int, counts: bool) -> float:
+        """One batch; returns the tokens counted so far."""
+        progress, options = self.progress, self.options
+        batch = to_device(batch, self.device)
+        factors, items = None, 0.0
+        if observer.gradients:
+            per_sample = loss_items(self.model, batch, options.reduction)
+            items = float(per_sample.sum())
+            if options.weighting == "sample":
+                factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(torch.float32)
+        weights = BatchWeights.of(batch, options.mask, encoder_decoder=self.encoder_decoder, factors=factors)
+        observer.weights = weights
+        observer.sharing.begin(number)
+        outputs = (options.forward or call_model)(self.model, batch)
+        if observer.gradients and items > 0:
+            loss = (options.loss or model_loss)(outputs, batch)
+            observer.backward(loss if options.reduction == "sum" else loss * items, number)
+        del outputs
+        if not counts:
+            return progress.tokens
+        observer.check(number)
+        if progress.number == 0:
+            progress.batches += 1
+            progress.samples += batch_size(batch)
+            progress.tokens = self._counted(weights, observer)
+        if observer.gradients and progress.number == observer.plan.backward:
+            progress.loss_items += items if factors is None else float((factors > 0).sum())
+        return progress.tokens
+
+    def _counted(self, weights: BatchWeights, observer: Observer) -> float:
+        if weights.tokens is not None:
+            return self.progress.tokens + float(weights.tokens.sum(dtype=torch.float64))
+        groups = observer.sharing.distinct()
+        sums = groups[0].sums if groups else next(iter(observer.outputs.values()), None)
+        return self.progress.tokens if sums is None else sums.tokens
+
+    def _note(self, observer: Observer) -> None:
+        for name, count in observer.skipped.items():
+            self.progress.skipped[name] = count + self._skipped_before.get(name, 0)
+        for name, note in observer.unaligned.items():
+            lines = self.progress.notes.setdefault(name, [])
+            if note not in lines:
+                lines.append(note)
+
+    def _restore(self, observer: Observer) -> None:
+        self._skipped_before = dict(self.progress.skipped)
+        for each in self.resumed:
+            if isinstance(each.sums, OutputStatistics):
+                observer.outputs[each.layers[0]] = each.sums
+            else:
+                observer.sharing.adopt(each.layers, each.sums)
+
+    @staticmethod
+    def _held(observer: Observer) -> list[Held]:
+        inputs = [Held(list(group.members), group.sums) for group in observer.sharing.distinct()]
+        return inputs + [Held([name], sums) for name, sums in observer.outputs.items()]
 
 
-def _counted(weights: torch.Tensor | None, recorder: _Recorder, before: float) -> float:
-    if weights is not None:
-        return before + float(weights.sum(dtype=torch.float64))
-    groups = list(recorder.sharing.groups.values())
-    return groups[0].moments.tokens if groups else before
+def _offload(held: list[Held], plan: Plan) -> list[Held]:
+    """Where passes follow, finished sums make room on the device."""
+    if plan.passes == 1:
+        return held
+    for each in held:
+        each.sums.to(torch.device("cpu"))
+    return held
+
+
+def _warn_unaligned(observer: Observer) -> None:
+    if observer.unaligned:
+        warnings.warn(
+            f"the mask does not match the input rows of {len(observer.unaligned)} layers "
+            f"(first: {next(iter(observer.unaligned))}); all their rows were counted",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _check_reached(statistics: Statistics, wants: Mapping[str, bool]) -> None:
+    if statistics.batches == 0:
+        raise ValueError("loader is empty: it yielded no batch")
+    if all(layer.tokens <= 0 for layer in statistics.values()):
+        raise ValueError(
+            f"no token was counted in {statistics.batches} batches: every token is masked, or no target was called"
+        )
+    outputs = [layer.output for layer in statistics.values() if layer.output is not None]
+    if outputs and statistics.loss_items <= 0:
+        raise ValueError(
+            f"no item has a loss in {statistics.batches} batches: every label is -100 (needed for {', '.join(wants)})"
+        )
 
 
 def collect(
     model: nn.Module,
     loader: Iterable[Any],
     targets: Sequence[Target],
+    wants: Wants = None,
+    options: CollectOptions | None = None,
     *,
-    mask: Mask = "attention",
-    forward: Forward | None = None,
-    max_batches: int | None = None,
-    max_tokens: int | None = None,
-    share_inputs: bool = True,
-    nonfinite: str = "raise",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
+    skipped_modules: Mapping[str, str] | None = None,
 ) -> Statistics:
-    """Read batches and accumulate the input moments of the target layers.
+    """Read batches and accumulate the statistics of the target layers.
 
-    The model runs in evaluation mode without gradients. Training flags, hooks and random states are restored whatever
-    happens.
+    The model runs in evaluation mode; no parameter requires a gradient and no `.grad` is made. Training flags,
+    `requires_grad` flags, hooks and random states are restored whatever happens.
 
     Args:
-        model: the model.
+        model: the model; DistributedDataParallel is looked through, FSDP2 (`fully_shard`) works as it is.
         loader: yields batches; only what is needed is read.
         targets: the layers to observe.
-        mask: which tokens count; see `token_weights`.
-        forward: called as `forward(model, batch)`; by default a mapping is passed as keywords.
-        max_batches: read at most this many batches.
-        max_tokens: stop after the batch that reaches this many counted tokens.
-        share_inputs: let layers that read the same tensor share one set of sums.
-        nonfinite: `raise`: NaN or infinity in an input is an error; `skip`: such rows are left out and counted.
-        dtype: dtype of the sums, float32 or float64.
-        progress: show a progress bar.
+        wants: the statistics; see `resolve_wants`.
+        options: how; see `CollectOptions`.
+        skipped_modules: reported as they are.
 
     Returns:
-        The statistics of every target.
+        The statistics of every target, added up over all processes.
 
     Raises:
-        ValueError: on an argument out of range, an empty loader, a batch set without any counted token, or an input
-            that is not finite.
-        RuntimeError: if the sharing of inputs changes between batches.
+        ValueError: on an argument out of range, an empty loader, a batch set without any counted token, an input,
+            gradient or loss that is not finite, or a checkpoint of something else.
+        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
     """
-    check_mask(mask)
-    check_choice("nonfinite", nonfinite, ("raise", "skip"))
-    check_choice("dtype", dtype, (torch.float32, torch.float64))
-    for name, bound in (("max_batches", max_batches), ("max_tokens", max_tokens)):
-        if bound is not None:
-            check_range(name, bound, low=1, integer=True)
-    if not targets:
-        raise ValueError("targets is empty: there is no layer to observe")
-    run = forward or call_model
-    device = model_device(model)
-    length = len(loader) if isinstance(loader, Sized) else None
-    total = min((each for each in (length, max_batches) if each is not None), default=None)
-    sharing = InputSharing(share=share_inputs)
-    started, batches, tokens = time.perf_counter(), 0, 0.0
-    with (
-        observation_mode(model),
-        _Recorder(targets, sharing, dtype, nonfinite) as recorder,
-        tqdm(total=total, desc="collecting statistics", unit="batch", disable=not progress, leave=False) as bar,
-    ):
-        for batch in loader:
-            batch = to_device(batch, device)
-            recorder.weights = token_weights(batch, mask)
-            sharing.begin(batches)
-            run(model, batch)
-            recorder.check(batches)
-            tokens = _counted(recorder.weights, recorder, tokens)
-            batches += 1
-            bar.update()
-            if batches == max_batches or (max_tokens is not None and tokens >= max_tokens):
-                break
-    if batches == 0:
-        raise ValueError("loader is empty: it yielded no batch")
-    layers = {target.name: recorder.result(target.name) for target in targets}
-    if all(each.input is None or each.input.tokens <= 0 for each in layers.values()):
-        raise ValueError(f"no token was counted in {batches} batches: every token is masked, or no target was called")
-    if recorder.unaligned:
-        warnings.warn(
-            f"the mask does not match the input rows of {len(recorder.unaligned)} layers "
-            f"(first: {next(iter(recorder.unaligned))}); all their rows were counted",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return Statistics(layers, batches, tokens, time.perf_counter() - started, recorder.skipped)
+    chosen = options or CollectOptions()
+    return Collection(model, loader, targets, resolve_wants(wants), chosen, skipped_modules or {}).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def _tensor(batch: Any, key: str) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def _attention(batch: Any, key: str) -> torch.Tensor | None:
+    found = _tensor(batch, key)
+    return found != 0 if found is not None and found.dim() == 2 else None
+
+
 def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
     """The weight of each token of a batch.
 
@@ -61,8 +67,7 @@ def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
         if weights.dim() != 2:
             raise ValueError(f"the mask function returned shape {tuple(weights.shape)}, but must be (batch, tokens)")
         return weights if weights.dtype == torch.bool or weights.is_floating_point() else weights != 0
-    attention = _tensor(batch, "attention_mask")
-    attention = attention != 0 if attention is not None and attention.dim() == 2 else None
+    attention = _attention(batch, "attention_mask")
     if mask == "attention":
         return attention
     labels = _tensor(batch, "labels")
@@ -73,6 +78,75 @@ def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
     if mask == "next_labels":
         counts = torch.nn.functional.pad(counts[:, 1:], (0, 1), value=False)
     return counts if attention is None else counts & attention
+
+
+@dataclass(frozen=True)
+class BatchWeights:
+    """The weights of a batch's tokens; an encoder-decoder model has two sequences.
+
+    Attributes:
+        tokens: `(batch, tokens)` of the model's input sequence, or `None`.
+        decoder: the same for the decoder's sequence; unused by other models.
+        factors: `(batch,)`, by which the gradients of each sample are multiplied, or `None`.
+    """
+
+    tokens: torch.Tensor | None = None
+    decoder: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Any, mask: Mask, *, encoder_decoder: bool, factors: torch.Tensor | None = None) -> BatchWeights:
+        """The weights of a batch.
+
+        Args:
+            batch: the batch.
+            mask: see `token_weights`. In an encoder-decoder model the encoder's rows follow the attention mask, and the
+                decoder's rows `decoder_attention_mask` if there is one, else the labels that are not -100 (its output
+                at a position is trained on the label of that position).
+            encoder_decoder: whether the model is one.
+            factors: see the class.
+
+        Returns:
+            The weights.
+        """
+        if not encoder_decoder or not isinstance(mask, str):
+            weights = token_weights(batch, mask)
+            return cls(weights, weights, factors)
+        labels = _tensor(batch, "labels")
+        counted = labels != IGNORED_LABEL if labels is not None and labels.dim() == 2 else None
+        decoder = _attention(batch, "decoder_attention_mask") if mask == "attention" else None
+        return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors)
+
+    def rows(self, shape: torch.Size, *, decoder: bool = False) -> tuple[torch.Tensor | None, bool]:
+        """The weights of one layer's rows, and whether the mask fits them; see `align`."""
+        return align(self.decoder if decoder else self.tokens, shape)
+
+    def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
+        """The factor of each row of one layer, or `None` for ones.
+
+        Args:
+            shape: leading sizes of the layer's rows: `(batch, ...)`, or `(batch * tokens,)` in that order.
+
+        Returns:
+            Factors of that shape.
+
+        Raises:
+            ValueError: if the rows cannot be told apart by sample.
+        """
+        if self.factors is None:
+            return None
+        samples = self.factors.numel()
+        if samples == 1:
+            return self.factors.expand(shape)
+        if shape and shape[0] == samples:
+            return self.factors.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
+        lengths = {each.shape[1] for each in (self.tokens, self.decoder) if each is not None}
+        if len(shape) == 1 and any(shape[0] == samples * length for length in lengths):
+            return self.factors.repeat_interleave(shape[0] // samples)
+        raise ValueError(
+            f"rows {tuple(shape)} of a layer cannot be assigned to the {samples} samples of the batch: use batches of "
+            'one sample, or weighting="token"'
+        )
 
 
 def align(weights: torch.Tensor | None, rows: torch.Size) -> tuple[torch.Tensor | None, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 
 from lora_kernels.ops.covariance import covariance_
@@ -9,7 +11,66 @@ from lora_kernels.ops.covariance import covariance_
 _PANEL = 512
 
 
-class InputMoments:
+def pack_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of a square matrix as a vector, by panels of rows: about half the memory.
+
+    Args:
+        matrix: `(n, n)`.
+
+    Returns:
+        `(packed_size(n),)`; on the diagonal panels also what lies above the diagonal.
+    """
+    size = matrix.shape[0]
+    return torch.cat([matrix[low : low + _PANEL, : low + _PANEL].reshape(-1) for low in range(0, max(size, 1), _PANEL)])
+
+
+def unpack_lower_(matrix: torch.Tensor, packed: torch.Tensor) -> None:
+    """Write what `pack_lower` gave back into a matrix.
+
+    Args:
+        matrix: `(n, n)`.
+        packed: of `pack_lower`.
+    """
+    offset = 0
+    for low in range(0, matrix.shape[0], _PANEL):
+        panel = matrix[low : low + _PANEL, : low + _PANEL]
+        panel.copy_(packed[offset : offset + panel.numel()].view_as(panel))
+        offset += panel.numel()
+
+
+def packed_size(size: int) -> int:
+    """Number of entries that `pack_lower` gives for a matrix of order `size`."""
+    return sum(min(_PANEL, size - low) * min(low + _PANEL, size) for low in range(0, size, _PANEL))
+
+
+class Accumulator:
+    """Sums that add over batches and processes.
+
+    Attributes:
+        kind: name of the class in stored files.
+        fields: attributes that hold the sums.
+        triangular: those of them of which only the lower triangle counts.
+    """
+
+    kind: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    triangular: ClassVar[tuple[str, ...]] = ()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums, by name."""
+        return {name: getattr(self, name) for name in self.fields}
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that rebuild an empty one, but for the device and dtype."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums."""
+        for name in self.fields:
+            setattr(self, name, getattr(self, name).to(device))
+
+
+class InputMoments(Accumulator):
     """Sums over tokens of one input: count, sum and second moment (METHODS: `N`, `sum w x`, `sum w x x^T`).
 
     They add over batches and over processes. The second moment is kept as its lower triangle.
@@ -20,6 +81,10 @@ class InputMoments:
         total: `(n,)`, `sum w_t x_t`.
         second: `(n, n)`, the lower triangle of `sum w_t x_t x_t^T`; the strict upper triangle is unspecified.
     """
+
+    kind = "input_moments"
+    fields = ("count", "total", "second")
+    triangular = ("second",)
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Start at zero.
@@ -49,6 +114,10 @@ class InputMoments:
             self.count += x.numel() // max(self.features, 1)
         else:
             self.count += weight.sum(dtype=torch.float64)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that rebuild an empty one, but for the device and dtype."""
+        return {"features": self.features}
 
     @property
     def tokens(self) -> float:

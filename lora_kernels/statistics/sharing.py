@@ -7,24 +7,50 @@ activation is kept alive.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.sketches import InputSketch
+
+InputSums = InputMoments | InputSketch
 
 
 @dataclass
 class InputGroup:
     """Layers with one input, and what was seen of them in the current batch."""
 
-    moments: InputMoments
+    sums: InputSums
     born: int
     members: list[str] = field(default_factory=list)
     inputs: list[Hashable] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
+
+
+class InputIdentity:
+    """What makes two reads the same: storage, view and version."""
+
+    def __init__(self) -> None:
+        """Start without references."""
+        self._references: dict[int, StorageWeakRef] = {}
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._references.clear()
+
+    def __call__(self, x: torch.Tensor) -> Hashable:
+        """A key that equals another's if and only if both tensors are the same view of the same values."""
+        if x.is_inference():
+            return object()  # inference tensors have no version: a change between two reads would go unseen
+        storage = x.untyped_storage()
+        key = storage._cdata
+        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        rows = x.shape[:-1].numel()
+        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
+        return (key, x.storage_offset(), layout, x.dtype, x._version)
 
 
 class InputSharing:
@@ -35,35 +61,34 @@ class InputSharing:
         self.share = share
         self.groups: dict[str, InputGroup] = {}
         self.batch = 0
-        self._references: dict[int, StorageWeakRef] = {}
+        self._identity = InputIdentity()
         self._first: dict[Hashable, InputGroup] = {}
 
     def begin(self, batch: int) -> None:
         """Forget the inputs of the batch before."""
         self.batch = batch
-        self._references.clear()
+        self._identity.clear()
         self._first.clear()
         for group in self.groups.values():
             group.inputs.clear()
             group.calls.clear()
 
-    def _identity(self, x: torch.Tensor) -> Hashable:
-        if not self.share or x.is_inference():
-            return object()  # inference tensors have no version: a change between two reads would go unseen
-        storage = x.untyped_storage()
-        key = storage._cdata
-        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
-        rows = x.shape[:-1].numel()
-        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
-        return (key, x.storage_offset(), layout, x.dtype, x._version)
+    def adopt(self, members: list[str], sums: InputSums) -> None:
+        """Continue a group of an earlier process (see `storage`)."""
+        group = InputGroup(sums, -1, list(members))
+        self.groups |= dict.fromkeys(members, group)
 
-    def assign(self, name: str, x: torch.Tensor, dtype: torch.dtype) -> InputMoments | None:
+    def distinct(self) -> list[InputGroup]:
+        """The groups, each once, in the order of their first call."""
+        return list({id(group): group for group in self.groups.values()}.values())
+
+    def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
         """Register a call of layer `name` with input `x`.
 
         Args:
             name: the layer.
             x: `(..., n)`, its input.
-            dtype: dtype of the sums of a new group.
+            make: gives the empty sums of a new group.
 
         Returns:
             The sums that `x` must be added to, or `None` if another layer of the group has added it already.
@@ -71,12 +96,12 @@ class InputSharing:
         Raises:
             RuntimeError: if layers that shared an input in an earlier batch no longer do.
         """
-        identity = self._identity(x)
+        identity = self._identity(x) if self.share else object()
         group = self.groups.get(name)
         if group is None:
             group = self._first.get(identity)
             if group is None or group.born != self.batch:
-                group = InputGroup(InputMoments(x.shape[-1], x.device, dtype), self.batch)
+                group = InputGroup(make(), self.batch)
             group.members.append(name)
             self.groups[name] = group
         call = group.calls.get(name, 0)
@@ -87,7 +112,7 @@ class InputSharing:
             return None
         group.inputs.append(identity)
         self._first.setdefault(identity, group)
-        return group.moments
+        return group.sums
 
     def end(self) -> None:
         """Check that the groups held in this batch.
@@ -95,7 +120,7 @@ class InputSharing:
         Raises:
             RuntimeError: if some layers of a group were called and others were not.
         """
-        for group in {id(each): each for each in self.groups.values()}.values():
+        for group in self.distinct():
             if len({group.calls.get(member, 0) for member in group.members}) > 1:
                 raise RuntimeError(self._broken(group))
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics.sharing import InputSums
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,26 @@ class LayerStatistics:
         name: the layer's name.
         in_features: n.
         out_features: m.
-        input: the moments of its input, shared (the same object) by layers that read the same tensor; `None` if the
-            layer was never called.
+        input: the sums of its input (exact or a sketch), shared (the same object) by layers that read the same tensor;
+            `None` if the layer was never called, or they were not asked for.
         shared_with: the other layers that share `input`.
         notes: facts a user should know, in words.
+        output: the sums of its output gradients; `None` if the layer was never called, or they were not asked for.
     """
 
     name: str
     in_features: int
     out_features: int
-    input: InputMoments | None
+    input: InputSums | None
     shared_with: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    output: OutputStatistics | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Rows counted for this layer."""
+        sums = self.input if self.input is not None else self.output
+        return 0.0 if sums is None else sums.tokens
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,15 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     Attributes:
         layers: the statistics by layer name.
-        batches: number of batches read.
+        batches: number of batches read in each pass, over all processes.
         tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
-        seconds: wall time of the pass.
+        seconds: wall time of the passes.
         skipped_rows: rows left out because they were not finite (`nonfinite="skip"`), by layer.
+        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were differentiated;
+            a weight gradient divided by it is the mean loss gradient. 0 without a backward pass.
+        samples: number of samples read in each pass.
+        skipped_modules: modules with weights that are not linear layers and were not observed, and why.
+        fingerprint: of the model, the targets and the options (see `storage`).
     """
 
     layers: dict[str, LayerStatistics]
@@ -66,6 +83,10 @@ class Statistics(Mapping[str, LayerStatistics]):
     tokens: float
     seconds: float
     skipped_rows: dict[str, int] = field(default_factory=dict)
+    loss_items: float = 0.0
+    samples: int = 0
+    skipped_modules: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """The statistics of a layer."""
@@ -78,3 +99,48 @@ class Statistics(Mapping[str, LayerStatistics]):
     def __len__(self) -> int:
         """Number of layers."""
         return len(self.layers)
+
+    def mean_gradient(self, name: str) -> torch.Tensor:
+        """The gradient of the mean loss with respect to a layer's weight.
+
+        Args:
+            name: the layer.
+
+        Returns:
+            `(m, n)` in the dtype of the sums.
+
+        Raises:
+            ValueError: if the exact gradient was not collected.
+        """
+        sums = self.layers[name].output
+        if sums is None or sums.gradient is None:
+            raise ValueError(f'layer {name} has no exact weight gradient: collect it with wants=("gradient",)')
+        return sums.gradient / self.loss_items
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics to one safetensors file, atomically.
+
+        Args:
+            path: the file.
+        """
+        from lora_kernels.statistics import storage  # noqa: PLC0415  (storage imports this module)
+
+        storage.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> Statistics:
+        """Read statistics that `save`, or a finished `collect(checkpoint=...)`, wrote.
+
+        Args:
+            path: the file.
+            device: where the sums are to live.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ValueError: if the file is truncated, changed, or no such file.
+        """
+        from lora_kernels.statistics import storage  # noqa: PLC0415  (storage imports this module)
+
+        return storage.load(Path(path), torch.device(device))

@@ -1,0 +1,125 @@
+"""Reading batches: bounds, a digest of what was read, and what a batch means to a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a mapping as keywords, a tuple or list as positions, anything else as one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a (nested) batch; other values pass through."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [to_device(value, device) for value in batch]
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device that holds the model's first parameter.
+
+    Args:
+        model: any module.
+
+    Returns:
+        That device; the CPU if there are no parameters.
+
+    Raises:
+        ValueError: if base weights are on the meta device.
+    """
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+    if devices:
+        return devices[0]
+    if any(True for _ in model.parameters()):
+        raise ValueError("model is on the meta device: load its weights before collecting statistics")
+    return torch.device("cpu")
+
+
+def _feed_digest(batch: Any, digest: Any) -> None:
+    if isinstance(batch, torch.Tensor):
+        digest.update(repr((tuple(batch.shape), str(batch.dtype))).encode())
+        if batch.numel():
+            digest.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(batch, Mapping):
+        for key in sorted(batch, key=str):
+            digest.update(str(key).encode())
+            _feed_digest(batch[key], digest)
+    elif isinstance(batch, (tuple, list)):
+        for each in batch:
+            _feed_digest(each, digest)
+    else:
+        digest.update(repr(batch).encode())
+
+
+class Feed:
+    """The batches of one pass, after those that an interrupted run has read already.
+
+    Attributes:
+        done: batches handed out so far, those skipped included.
+        digest: of all batches up to `done`, if asked for.
+    """
+
+    def __init__(self, loader: Iterable[Any], limit: int | None, *, skip: int = 0, digest: str = "") -> None:
+        """Prepare to read.
+
+        Args:
+            loader: yields batches.
+            limit: read at most this many, or `None`.
+            skip: batches to pass over.
+            digest: what the digest must be after them.
+        """
+        self.loader, self.limit, self.skip, self.expected = loader, limit, skip, digest
+        self.done = 0
+        self.digest = ""
+        self.wants_digest = False
+
+    def _count(self, batch: Any) -> None:
+        self.done += 1
+        if self.wants_digest:
+            digest = hashlib.blake2b(self.digest.encode(), digest_size=16)
+            _feed_digest(batch, digest)
+            self.digest = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches to process.
+
+        Yields:
+            Batches as the loader gave them.
+
+        Raises:
+            ValueError: if the data does not begin with what an interrupted run has read.
+        """
+        if self.limit is not None and self.skip >= self.limit:
+            self.done, self.digest = self.skip, self.expected
+            return
+        for batch in self.loader:
+            self._count(batch)
+            if self.done < self.skip:
+                continue
+            if self.done == self.skip:
+                if self.digest != self.expected:
+                    raise ValueError(
+                        f"the checkpoint was written after {self.skip} other batches than the loader now yields: "
+                        "the data or its order has changed (a shuffling loader?); delete the checkpoint to start anew"
+                    )
+                continue
+            yield batch
+            if self.done == self.limit:
+                return
+        if self.done < self.skip:
+            raise ValueError(f"the checkpoint was written after {self.skip} batches, but the loader has {self.done}")

@@ -1,0 +1,107 @@
+"""The loss of a batch, and how its mean is undone so that statistics do not depend on the batch size.
+
+A training loss is a mean over items (tokens or samples), so gradients shrink with the batch. Statistics use the
+gradient of the *sum* over items: it adds over batches, and 16 batches of 1 sample give what 4 batches of 4 give.
+Under `weighting="sample"` each sample's gradients are divided by its number of items, which is the mean loss per sample
+(what a loop over single samples computes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.statistics.masks import IGNORED_LABEL
+
+Loss = Callable[[Any, Any], torch.Tensor]
+REDUCTIONS = ("auto", "next_tokens", "tokens", "samples", "sum")
+Reduction = str | Callable[[Any], torch.Tensor]
+
+
+def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
+    """The loss that a model returned.
+
+    Args:
+        outputs: of the model: an object or mapping with `loss`, a tuple that starts with it, or the loss itself.
+        batch: what the model was called with.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = getattr(outputs, "loss", None)
+    if found is None and isinstance(outputs, Mapping):
+        found = outputs.get("loss")
+    if found is None and isinstance(outputs, (tuple, list)) and outputs:
+        found = outputs[0]
+    if found is None and isinstance(outputs, torch.Tensor):
+        found = outputs
+    if not isinstance(found, torch.Tensor) or found.numel() != 1 or not found.is_floating_point():
+        has = "with" if isinstance(batch, Mapping) and "labels" in batch else "without"
+        raise ValueError(
+            f"the model's output ({type(outputs).__name__}, from a batch {has} labels) holds no scalar loss: "
+            "put labels into the batch, or pass loss=lambda outputs, batch: ..."
+        )
+    return found
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+    return next((each for each in values if isinstance(each, torch.Tensor) and each.dim() > 0), None)
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch: the leading size of its first tensor; 0 without one."""
+    first = _first_tensor(batch)
+    return 0 if first is None else first.shape[0]
+
+
+def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tensor:
+    """How many items of each sample the loss of a batch is a mean over.
+
+    Args:
+        model: the model; `auto` asks it for its `loss_type` (transformers).
+        batch: the batch, on the model's device.
+        reduction: `next_tokens`: positions whose following label is not -100 (causal models, which shift their
+            labels). `tokens`: labels that are not -100. `samples`: one per sample. `sum`: the loss is a sum already.
+            `auto`: `next_tokens` for transformers models with the loss type ForCausalLM; else `tokens` where
+            `batch["labels"]` are integers `(batch, tokens)`; else `samples`. A function of the batch that returns the
+            counts, `(samples,)`.
+
+    Returns:
+        `(samples,)` float64. For `sum`: ones.
+
+    Raises:
+        ValueError: if labels are needed and missing, or a function's counts have another shape.
+    """
+    first = _first_tensor(batch)
+    if first is None:
+        raise ValueError("batch holds no tensor: its loss cannot be told from its samples' losses")
+    samples, device = first.shape[0], first.device
+    if callable(reduction):
+        counts = torch.as_tensor(reduction(batch), device=device, dtype=torch.float64)
+        if counts.shape != (samples,):
+            raise ValueError(f"reduction(batch) has shape {tuple(counts.shape)}, but must be ({samples},)")
+        return counts
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    per_token = isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    if reduction == "auto":
+        causal = getattr(_plain(model), "loss_type", None) == "ForCausalLM"
+        reduction = ("next_tokens" if causal else "tokens") if per_token else "samples"
+    if reduction in ("next_tokens", "tokens"):
+        if not per_token:
+            raise ValueError(f"reduction={reduction!r} needs integer batch['labels'] of shape (batch, tokens)")
+        assert isinstance(labels, torch.Tensor)  # per_token
+        counted = labels[:, 1:] if reduction == "next_tokens" else labels
+        return (counted != IGNORED_LABEL).sum(1).to(torch.float64)
+    return torch.ones(samples, dtype=torch.float64, device=device)

@@ -1,0 +1,346 @@
+"""The hooks of one pass and the sums they feed. Everything they touch is put back, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.statistics.masks import BatchWeights
+from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.options import CollectOptions
+from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics.plan import Plan, co_size
+from lora_kernels.statistics.sharing import InputSharing, InputSums
+from lora_kernels.statistics.sketches import InputSketch, stream_of
+from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.wants import INPUT_SECOND
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a shard of FSDP2 (a DTensor)."""
+    return hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
+
+
+@contextlib.contextmanager
+def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
+
+    Gradients flow through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
+
+    Args:
+        model: the model to observe.
+        gradients: whether a backward pass will run.
+
+    Yields:
+        Nothing.
+    """
+    training = {module: module.training for module in model.modules()}
+    # FSDP2 reads the flags of its shards when it first gathers them: they stay as they are. (No weight gradient is
+    # computed there either: the backward pass asks for the gradient of the anchor alone.)
+    flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if started else []
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=devices),
+            torch.set_grad_enabled(gradients),
+        ):
+            model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+class _Root(torch.autograd.Function):
+    """Makes a tensor differentiable without a parameter: the graph starts here, at an anchor that gets no gradient."""
+
+    @staticmethod
+    def forward(_ctx: Any, output: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
+        return output.clone()  # a tensor of its own: the model may go on to change it in place
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Any) -> Any:
+        return None, None
+
+
+@dataclass
+class _Call:
+    """What the backward hook of one call needs; emptied when it has run."""
+
+    x: torch.Tensor | None
+    version: int
+    weight: torch.Tensor | None
+    factors: torch.Tensor | None
+
+
+def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    x = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+    if x is None or x.dim() == 0 or x.shape[-1] != target.in_features or not x.is_floating_point():
+        seen = "no tensor" if x is None else f"{x.dtype} {tuple(x.shape)}"
+        raise ValueError(f"layer {target.name} was called with {seen}, expected (..., {target.in_features})")
+    return x
+
+
+class Observer:
+    """One pass: hooks on the layers whose turn it is, and their sums.
+
+    Attributes:
+        sharing: the input sums, by group.
+        outputs: the output sums, by layer.
+        weights: of the current batch.
+        active: hooks do nothing while this is false.
+        forwarding: false during the backward pass, where checkpointed layers run forward a second time.
+        unaligned: layers whose rows no mask fits, and why.
+        skipped: rows left out because they were not finite, by layer.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target], plan: Plan, number: int, options: CollectOptions):
+        """Prepare for pass `number` of a plan."""
+        self.options, self.plan = options, plan
+        self.forms = {target.name: plan.form_of(target.name, number) for target in targets}
+        self.targets = {target.name: target for target in targets if self.forms[target.name]}
+        self.sharing = InputSharing(share=options.share_inputs)
+        self.outputs: dict[str, OutputStatistics] = {}
+        self.weights = BatchWeights()
+        self.active = True
+        self.forwarding = True
+        self.unaligned: dict[str, str] = {}
+        self.skipped: dict[str, int] = {}
+        self._aligned_once = False
+        self._handles: list[Any] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._model = model
+        self._in_decoder = False
+        self._encoder_storage: set[int] = set()
+
+    @property
+    def gradients(self) -> bool:
+        """Whether this pass needs a backward pass."""
+        return any(set(forms) - {INPUT_SECOND} for forms in self.forms.values())
+
+    def __enter__(self) -> Observer:
+        """Set the hooks."""
+        try:
+            for target in self.targets.values():
+                self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
+                if set(self.forms[target.name]) - {INPUT_SECOND}:
+                    self._handles.append(target.module.register_forward_hook(self._after(target), with_kwargs=True))
+            if is_encoder_decoder(self._model):
+                decoder = self._model.get_decoder()  # type: ignore[operator]
+                self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+                self._handles.append(decoder.register_forward_hook(self._leave_decoder, always_call=True))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter_decoder(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._in_decoder = True
+        states = kwargs.get("encoder_hidden_states")
+        self._encoder_storage = {states.untyped_storage()._cdata} if isinstance(states, torch.Tensor) else set()
+
+    def _leave_decoder(self, *_: Any) -> None:
+        self._in_decoder = False
+
+    def _rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        decoder = self._in_decoder and x.untyped_storage()._cdata not in self._encoder_storage
+        weight, fits = self.weights.rows(x.shape[:-1], decoder=decoder)
+        if not fits:
+            mask = self.weights.decoder if decoder else self.weights.tokens
+            shape = None if mask is None else tuple(mask.shape)
+            self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")
+        self._aligned_once |= weight is not None
+        return weight
+
+    def _without_bad_rows(self, name: str, value: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
+        if self.options.nonfinite != "skip":
+            return weight
+        finite = torch.isfinite(value).all(dim=-1)
+        dropped = ~finite if weight is None else ~finite & (weight != 0)
+        self.skipped[name] = self.skipped.get(name, 0) + int(dropped.sum())
+        return finite if weight is None else weight * finite
+
+    def _before(self, target: Target) -> Callable[..., None]:
+        name, form = target.name, self.forms[target.name].get(INPUT_SECOND)
+
+        def make() -> InputSums:
+            where, dtype = x_device[0], self.options.dtype
+            if form == "exact":
+                return InputMoments(target.in_features, where, dtype)
+            size, seed = self.plan.sketch_size, self.options.seed
+            return InputSketch(target.in_features, where, dtype, size=size, seed=seed, stream=stream_of(name))
+
+        x_device = [torch.device("cpu")]
+
+        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.active or not self.forwarding:
+                return
+            x = _tensor_of(target, args, kwargs).detach()
+            if form is None:
+                return
+            x_device[0] = x.device
+            weight = self._rows(name, x)
+            sums = self.sharing.assign(name, x, make)
+            if sums is not None:
+                sums.update(x, self._without_bad_rows(name, x, weight))
+
+        return observe
+
+    def output_sums(self, target: Target, device: torch.device) -> OutputStatistics:
+        """The output sums of a layer, empty ones at its first call."""
+        if target.name not in self.outputs:
+            forms = {name: form for name, form in self.forms[target.name].items() if name != INPUT_SECOND}
+            size, seed = self.plan.sketch_size, self.options.seed
+            sketch = {"size": size, "co_size": co_size(size), "seed": seed, "stream": stream_of(target.name)}
+            self.outputs[target.name] = OutputStatistics(
+                target.out_features, target.in_features, device, self.options.dtype, forms=forms, sketch=sketch
+            )
+        return self.outputs[target.name]
+
+    def _after(self, target: Target) -> Callable[..., torch.Tensor | None]:
+        def tap(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> torch.Tensor | None:
+            if not self.active or not torch.is_grad_enabled():
+                return None
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(f"layer {target.name} returned {type(output).__name__}, expected one tensor")
+            x = _tensor_of(target, args, kwargs).detach()
+            sums = self.output_sums(target, output.device)
+            weight = self._rows(target.name, x)
+            if self.forwarding:
+                rows = x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
+                sums.count += rows
+            factors = self.weights.row_factors(x.shape[:-1])
+            call = _Call(x if sums.needs_input else None, x._version, weight, factors)
+            if not output.requires_grad:
+                output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+            assert isinstance(output, torch.Tensor)
+            output.register_hook(lambda g: self._receive(target.name, sums, call, g))
+            return output
+
+        return tap
+
+    def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor) -> None:
+        x, weight, factors = call.x, call.weight, call.factors
+        call.x = call.weight = call.factors = None  # frees the activation as soon as it has served
+        if x is not None and x._version != call.version:
+            raise RuntimeError(
+                f"the input of layer {name} was changed in place after the layer had read it: its weight gradient "
+                "cannot be formed"
+            )
+        g = g.detach()
+        if self.options.nonfinite == "skip":
+            # A row sum in float32 is finite if and only if the row is.
+            row_sums = [each.sum(-1, dtype=torch.float32) for each in (g, x) if each is not None]
+            kept = self._without_bad_rows(name, torch.stack(row_sums, dim=-1), weight)
+            assert kept is not None  # skip
+            counted = row_sums[0].numel() if weight is None else weight.sum(dtype=torch.float64)
+            sums.count += kept.sum(dtype=torch.float64) - counted
+            finite = torch.isfinite(torch.stack(row_sums, dim=-1)).all(dim=-1)
+            weight, factors = kept, finite if factors is None else factors * finite
+        sums.update(g, x, weight, factors)
+
+    def backward(self, loss: torch.Tensor, batch: int) -> None:
+        """Send the gradient of a scalar through the graph; the hooks do the rest.
+
+        Args:
+            loss: the scalar, a sum over items.
+            batch: number of the batch, for messages.
+
+        Raises:
+            ValueError: if the loss is not finite, or does not depend on any observed layer.
+        """
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on any observed layer: no gradient can reach one")
+        if self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
+            self.check_inputs(batch)
+            raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
+        self.forwarding = False
+        try:
+            torch.autograd.grad(loss, [self._anchor], allow_unused=True)
+        finally:
+            self.forwarding = True
+
+    def check_inputs(self, batch: int) -> None:
+        """Refuse input sums that are not finite (one wait for the device for all layers).
+
+        Args:
+            batch: number of the batch, for the message.
+
+        Raises:
+            ValueError: naming the layers and the batch.
+        """
+        groups = self.sharing.distinct()
+        sums = [(", ".join(group.members), group.sums.total) for group in groups]
+        _refuse_nonfinite(sums, "input", f"in batch {batch}")
+
+    def check(self, batch: int) -> None:
+        """After a batch: groups held, sums finite.
+
+        Args:
+            batch: number of the batch, for messages.
+
+        Raises:
+            ValueError: if the mask fits no layer, or sums are not finite.
+        """
+        self.sharing.end()
+        mask = self.weights.tokens
+        if mask is not None and not self._aligned_once:
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, which matches the input of no observed layer; "
+                "pass mask=None or a mask function"
+            )
+        self.check_inputs(batch)
+        # The Fisher diagonal stands for all sums of g: reading every weight gradient after every batch would cost as
+        # much memory traffic as adding to it. Those are read once, at the end.
+        outputs = [(name, next(iter(self._vectors(sums)))) for name, sums in self.outputs.items()]
+        _refuse_nonfinite(outputs, "gradient", f"in batch {batch}")
+
+    @staticmethod
+    def _vectors(sums: OutputStatistics) -> Iterator[torch.Tensor]:
+        tensors = sums.tensors()
+        for name in ("fisher", "second.total", "sketch.left", "gradient"):
+            if name in tensors:
+                yield tensors[name]
+
+    def check_all(self) -> None:
+        """At the end of a pass: every sum is finite.
+
+        Raises:
+            ValueError: naming the layers.
+        """
+        found = [(name, each) for name, sums in self.outputs.items() for each in self._vectors(sums)]
+        _refuse_nonfinite(found, "gradient", "in some batch")
+
+
+def _refuse_nonfinite(sums: Sequence[tuple[str, torch.Tensor]], what: str, when: str) -> None:
+    if not sums:
+        return
+    finite = torch.stack([torch.isfinite(each.sum(dtype=torch.float64)).cpu() for _, each in sums]).tolist()
+    for (name, _), good in zip(sums, finite, strict=True):
+        if not good:
+            raise ValueError(
+                f'non-finite {what} (NaN or infinity) in layer {name} {when}; nonfinite="skip" leaves such rows out'
+            )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model has an encoder and a decoder."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_decoder")

@@ -1,0 +1,100 @@
+"""Every knob of a collection, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.statistics.loss import REDUCTIONS, Loss, Reduction
+from lora_kernels.statistics.masks import Mask, check_mask
+from lora_kernels.statistics.plan import FORMS, Budget
+
+Forward = Callable[[nn.Module, Any], Any]
+WEIGHTINGS = ("token", "sample")
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """How data is read and what is kept of it.
+
+    Attributes:
+        mask: which tokens count in second moments and in the Fisher diagonal; see `statistics.token_weights`. The weight
+            gradient always counts every row.
+        forward: called as `forward(model, batch)`; by default a mapping batch is passed as keywords.
+        loss: called as `loss(outputs, batch)`, returns a scalar; by default the loss in the model's output. Only used
+            where a statistic needs gradients.
+        reduction: what the loss is a mean over; see `statistics.loss_items`.
+        weighting: `token`: gradients are those of the sum of all items' losses, so that every token weighs the same.
+            `sample`: those of the sum of each sample's mean loss, so that every sample weighs the same (what a loop over
+            single samples gives). Neither depends on the batch size.
+        max_batches: read at most this many batches (per process).
+        max_tokens: stop after the batch that reaches this many counted tokens (per process).
+        share_inputs: layers that read the same tensor share one set of sums.
+        nonfinite: `raise`: NaN or infinity in an input or gradient is an error; `skip`: such rows are left out, counted
+            and reported.
+        dtype: of the sums, float32 or float64.
+        form: `auto`, `exact` or `sketch`; see `statistics.make_plan`.
+        sketch_size: columns of a sketch.
+        budget: memory for the sums of one pass: bytes, a share of the free memory, text such as `"40GB"`, `"auto"` (half
+            of what is free), or `None` for no limit. What does not fit is sketched or goes to a later pass.
+        seed: of the sketches.
+        checkpoint: file for partial and final sums; a run with the same arguments goes on from it. With several
+            processes each adds its rank to the name.
+        checkpoint_every: batches between two writes.
+        distributed: add up the sums of all processes of the default process group, if there is one.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a value is out of range.
+        TypeError: if a number is none.
+    """
+
+    mask: Mask = "attention"
+    forward: Forward | None = None
+    loss: Loss | None = None
+    reduction: Reduction = "auto"
+    weighting: str = "token"
+    max_batches: int | None = None
+    max_tokens: int | None = None
+    share_inputs: bool = True
+    nonfinite: str = "raise"
+    dtype: torch.dtype = torch.float32
+    form: str = "auto"
+    sketch_size: int = 64
+    budget: Budget = None
+    seed: int = 0
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 50
+    distributed: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_mask(self.mask)
+        check_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        check_choice("dtype", self.dtype, (torch.float32, torch.float64))
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("form", self.form, FORMS)
+        if not callable(self.reduction):
+            check_choice("reduction", self.reduction, REDUCTIONS)
+        check_range("sketch_size", self.sketch_size, low=1, integer=True)
+        check_range("checkpoint_every", self.checkpoint_every, low=1, integer=True)
+        for name in ("max_batches", "max_tokens"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low=1, integer=True)
+
+    def described(self) -> dict[str, Any]:
+        """What of this changes the numbers: part of a stored file's fingerprint."""
+
+        def named(value: Any) -> Any:
+            return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
+
+        keys = ("mask", "forward", "loss", "reduction", "weighting", "max_batches", "max_tokens", "share_inputs")
+        keys = (*keys, "nonfinite", "sketch_size", "seed")
+        return {**{key: named(getattr(self, key)) for key in keys}, "dtype": str(self.dtype)}

@@ -1,0 +1,225 @@
+"""Random sketches that stand in for sums too large to keep: single pass, linear, so they add like the sums.
+
+`Omega` and `Psi` are drawn by position from Philox (seed, stream, row, column) and never stored; the stream is the
+CRC-32 of the layer's name.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+from lora_kernels.linalg.single_pass import RandomizedSVD, nystrom, two_sided
+from lora_kernels.linalg.single_pass import Nystrom
+from lora_kernels.ops import random_matrix
+from lora_kernels.ops.gradient_statistics import gradient_statistics_
+from lora_kernels.ops.sketch import sketch_
+from lora_kernels.statistics.moments import Accumulator
+
+KIND = "gaussian"
+
+
+def stream_of(name: str) -> int:
+    """The Philox stream of a layer."""
+    return zlib.crc32(name.encode())
+
+
+def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.detach().to(torch.float64) if dtype == torch.float64 else x.detach()
+
+
+class InputSketch(Accumulator):
+    """A sketch of an input's second moment (METHODS: `sum w x (x^T Omega)`), with its first moment and its diagonal.
+
+    Attributes:
+        features: n.
+        size: k, columns of the sketch.
+        seed: of Omega.
+        stream: of Omega.
+        count: scalar float64 tensor, `sum w_t`.
+        total: `(n,)`, `sum w_t x_t`.
+        squares: `(n,)`, `sum w_t x_t^2`.
+        product: `(n, k)`, `sum w_t x_t (x_t^T Omega)`.
+    """
+
+    kind = "input_sketch"
+    fields = ("count", "total", "squares", "product")
+
+    def __init__(
+        self,
+        features: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        size: int,
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            features: n.
+            device: where the sums live.
+            dtype: float32, or float64 for reference work.
+            size: k.
+            seed: of Omega.
+            stream: of Omega.
+        """
+        self.features, self.size, self.seed, self.stream = features, size, seed, stream
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(features, dtype=dtype, device=device)
+        self.squares = torch.zeros(features, dtype=dtype, device=device)
+        self.product = torch.zeros(features, size, dtype=dtype, device=device)
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: `(..., n)` activations.
+            weight: `(...)` bool selection or real weights; `None` counts every row once.
+        """
+        x = _wide(x, self.product.dtype)
+        sketch_(
+            self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total
+        )
+        gradient_statistics_(None, self.squares, x, fisher_weight=weight)
+        if weight is None:
+            self.count += x.numel() // max(self.features, 1)
+        else:
+            self.count += weight.sum(dtype=torch.float64)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that rebuild an empty one, but for the device and dtype."""
+        return {"features": self.features, "size": self.size, "seed": self.seed, "stream": self.stream}
+
+    @property
+    def tokens(self) -> float:
+        """`sum w_t` as a Python number (waits for the device)."""
+        return float(self.count)
+
+    def mean(self) -> torch.Tensor:
+        """The mean input, `(n,)` float64; zero where nothing was counted."""
+        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def trace(self, *, center: bool = True) -> float:
+        """The exact trace of the covariance, or of the raw second moment `M / N`."""
+        raw = float(self.squares.sum(dtype=torch.float64)) / self.tokens
+        return max(0.0, raw - float(self.mean().square().sum())) if center else raw
+
+    def components(self, rank: int, *, center: bool = True) -> Nystrom:
+        """The leading eigenpairs of the covariance, reconstructed from the sketch.
+
+        Args:
+            rank: number of pairs, at most the size of the sketch.
+            center: subtract the mean's outer product (the sketch of `mu mu^T` is known exactly).
+
+        Returns:
+            Eigenpairs in float64, with the captured share of the exact trace.
+
+        Raises:
+            ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
+        """
+        tokens = self.tokens
+        if tokens <= 0:
+            raise ValueError(f"the sketch holds {tokens:g} tokens: nothing was collected, or every token was masked")
+        omega = self.omega()
+        product = self.product.to(torch.float64) / tokens
+        if center:
+            mean = self.mean()
+            product = product - torch.outer(mean, mean @ omega)
+        return nystrom(product, omega, rank, trace=self.trace(center=center))
+
+    def omega(self) -> torch.Tensor:
+        """The random matrix of this sketch, `(n, k)` float64."""
+        drawn = random_matrix(
+            self.features, self.size, kind=KIND, seed=self.seed, stream=self.stream, device=self.product.device
+        )
+        return drawn.to(torch.float64)
+
+
+class GradientSketch(Accumulator):
+    """A two-sided sketch of a weight gradient G (METHODS): `G Omega` and `Psi G`.
+
+    Attributes:
+        out_features: m.
+        in_features: n.
+        size: k, columns of `G Omega`.
+        co_size: l, rows of `Psi G`; at least k for a stable reconstruction.
+        left: `(m, k)`, `sum w_t g_t (x_t^T Omega)`.
+        right: `(n, l)`, `sum w_t x_t (g_t^T Psi^T)`.
+    """
+
+    kind = "gradient_sketch"
+    fields = ("left", "right")
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        size: int,
+        co_size: int,
+        seed: int = 0,
+        stream: int = 0,
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            out_features: m.
+            in_features: n.
+            device: where the sums live.
+            dtype: float32, or float64 for reference work.
+            size: k.
+            co_size: l.
+            seed: of both random matrices.
+            stream: of Omega; Psi uses its complement.
+        """
+        self.out_features, self.in_features = out_features, in_features
+        self.size, self.co_size, self.seed, self.stream = size, co_size, seed, stream
+        self.left = torch.zeros(out_features, size, dtype=dtype, device=device)
+        self.right = torch.zeros(in_features, co_size, dtype=dtype, device=device)
+
+    @property
+    def _co_stream(self) -> int:
+        return self.stream ^ 0xFFFFFFFF
+
+    def update(self, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            g: `(..., m)` output gradients.
+            x: `(..., n)` inputs.
+            weight: `(...)` bool selection or real weights; `None` counts every row once.
+        """
+        g, x = _wide(g, self.left.dtype), _wide(x, self.left.dtype)
+        sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
+        sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that rebuild an empty one, but for the device and dtype."""
+        names = ("out_features", "in_features", "size", "co_size", "seed", "stream")
+        return {name: getattr(self, name) for name in names}
+
+    def svd(self, rank: int, *, scale: float = 1.0) -> RandomizedSVD:
+        """The leading singular triplets of `scale * G`, reconstructed from the sketch.
+
+        Args:
+            rank: number of triplets, at most k.
+            scale: factor, such as one over the number of loss items.
+
+        Returns:
+            `U`, `S`, `Vh` in float64.
+        """
+
+        def draw(rows: int, columns: int, stream: int) -> torch.Tensor:
+            drawn = random_matrix(rows, columns, kind=KIND, seed=self.seed, stream=stream, device=self.left.device)
+            return drawn.to(torch.float64)
+
+        omega = draw(self.in_features, self.size, self.stream)
+        psi = draw(self.out_features, self.co_size, self._co_stream).mT
+        left, right = self.left.to(torch.float64) * scale, self.right.to(torch.float64).mT * scale
+        return two_sided(left, right, omega, psi, rank)

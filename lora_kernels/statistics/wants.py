@@ -1,0 +1,75 @@
+"""Which statistics a method asks for, and whether a sketch of them will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+from lora_kernels.ops._checks import check_choice
+
+INPUT_SECOND = "input_second"
+OUTPUT_SECOND = "output_second"
+FISHER = "fisher"
+GRADIENT = "gradient"
+
+STATISTICS = (INPUT_SECOND, OUTPUT_SECOND, FISHER, GRADIENT)
+# What needs a backward pass.
+OF_GRADIENTS = frozenset({OUTPUT_SECOND, FISHER, GRADIENT})
+# What a random sketch can stand in for.
+SKETCHABLE = frozenset({INPUT_SECOND, GRADIENT})
+
+# Per method, the statistics it reads; True where only the exact sums will do (METHODS).
+METHOD_WANTS: Mapping[str, Mapping[str, bool]] = {
+    "eva": {INPUT_SECOND: False},
+    "corda": {INPUT_SECOND: True},
+    "lora_ga": {GRADIENT: False},
+    "lora_da": {INPUT_SECOND: True, FISHER: True, GRADIENT: True},
+    "task_directions": {INPUT_SECOND: True, FISHER: True, GRADIENT: True},
+    "pissa": {},
+}
+
+
+@runtime_checkable
+class HasWants(Protocol):
+    """Anything with `wants`: a method config."""
+
+    @property
+    def wants(self) -> Mapping[str, bool]:
+        """Statistic names; True where only the exact sums will do."""
+
+
+Wants = str | HasWants | Mapping[str, bool] | Iterable[str] | None
+
+
+def resolve_wants(wants: Wants) -> dict[str, bool]:
+    """The statistics to collect.
+
+    Args:
+        wants: a method's name or config, the name of a statistic (`STATISTICS`), several names, a mapping from names to
+            whether only the exact sums will do, or `None` for the input second moment.
+
+    Returns:
+        Statistic names in the order of `STATISTICS`, with whether each must be exact.
+
+    Raises:
+        ValueError: if a name is unknown, or the method needs no data.
+        TypeError: if it is nothing of the above.
+    """
+    if wants is None:
+        return {INPUT_SECOND: False}
+    if isinstance(wants, str):
+        check_choice("wants", wants, (*METHOD_WANTS, *STATISTICS))
+        found = METHOD_WANTS.get(wants, {wants: False})
+    elif isinstance(wants, HasWants):
+        found = wants.wants
+    elif isinstance(wants, Mapping):
+        found = wants
+    elif isinstance(wants, Iterable):
+        found = dict.fromkeys(wants, False)
+    else:
+        raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
+    for name in found:
+        check_choice("wants", name, STATISTICS)
+    if not found:
+        raise ValueError(f"wants is {wants!r}, which needs no statistics of data: there is nothing to collect")
+    return {name: bool(found[name]) for name in STATISTICS if name in found}
