@@ -38,7 +38,11 @@ from triton.compiler import ASTSource
 
 import build_support
 
-KERNEL_MODULES = ("lora_kernels.ops.covariance.kernel", "lora_kernels.ops.random_matrix.kernel")
+KERNEL_MODULES = (
+    "lora_kernels.ops.covariance.kernel",
+    "lora_kernels.ops.random_matrix.kernel",
+    "lora_kernels.ops.sketch.kernel",
+)
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")
 

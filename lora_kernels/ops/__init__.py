@@ -3,6 +3,7 @@
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.random_matrix import random_matrix
+from lora_kernels.ops.sketch import project, sketch_
 from lora_kernels.ops.small_linalg import eigh
 
-__all__ = ["BACKENDS", "covariance_", "eigh", "random_matrix", "symmetrize_", "use_backend"]
+__all__ = ["BACKENDS", "covariance_", "eigh", "project", "random_matrix", "sketch_", "symmetrize_", "use_backend"]
