@@ -7,10 +7,9 @@ import contextlib
 import torch
 
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_tensor
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor
 from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
 
-_WEIGHTS = (torch.bool, *FLOATS)
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
 # matrix product itself slows down (2 cores, 2048 x 1376: full 36.9 ms, blocks of 128 23.6 ms, the floor is 18.5).
 _CPU_BLOCK = 128
@@ -29,7 +28,7 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
     if features > 1 and out.stride(-1) != 1:
         raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
     if weight is not None:
-        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=_WEIGHTS, device=x.device)
+        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
     if column_sum is not None:
         check_tensor("column_sum", column_sum, shape=(features,), dtypes=(out.dtype,), device=x.device)
         if not column_sum.is_contiguous():
