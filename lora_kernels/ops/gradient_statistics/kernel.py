@@ -32,9 +32,11 @@ SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then
 SMALL = TileConfig(64, 64, 64, 4, 4)
 SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
 RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
-# AMD: 64 KB of local memory hold two stages.
+# AMD: 64 KB of local memory hold two stages; shorter steps where weights or addresses would take the last registers.
 AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
+AMD_WEIGHTED = TileConfig(128, 128, 32, 8, 2)
 AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
+AMD_RAGGED_SINGLE = TileConfig(64, 64, 16, 4, 2)
 
 # The side and the number of elements from which a matrix has enough tiles of a size.
 _SQUARE_FROM = (512, 1 << 20)
@@ -71,11 +73,12 @@ def config_for(
 
     large = aligned and dtype != torch.float32 and reaches(_SQUARE_FROM)
     if platform == "hip":
-        return AMD_SQUARE if large else AMD_SMALL
-    if not aligned:
-        return RAGGED
+        small = AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
+        return small if not large else AMD_WEIGHTED if weighted else AMD_SQUARE
     if dtype == torch.float32:
         return SINGLE
+    if not aligned:
+        return RAGGED
     if not large:
         return SMALL
     return WIDE if reaches(_WIDE_FROM) and not weighted else SQUARE

@@ -121,7 +121,9 @@ def _run_torch(
         index, factor = selection(fisher_weight)
         for low, count in _parts(g.shape[0] if index is None else index.shape[0], g.device):
             squares = _taken(g, index, low, count, fisher.dtype).square()
-            fisher += squares.sum(0) if factor is None else factor[low : low + count].to(fisher.dtype) @ squares
+            if factor is not None:
+                squares *= factor[low : low + count].to(fisher.dtype).unsqueeze(-1)
+            fisher += squares.sum(0)  # not a product with the weights: sum adds in pairs, BLAS one after the other
 
 
 def _fisher_places(
@@ -133,11 +135,10 @@ def _fisher_places(
     flat = fisher_weight.reshape(-1)
     if index is None or weight is None:
         return True, flat
-    same = weight.data_ptr() == fisher_weight.data_ptr() and weight.dtype == fisher_weight.dtype
-    if not (same and weight.stride() == fisher_weight.stride()):
-        # Most often the Fisher's rows are some of the gradient's; if not, a pass of their own is cheaper than a union.
-        if bool(((weight.reshape(-1) == 0) & (flat != 0)).any()):
-            return False, None
+    same = weight.data_ptr() == fisher_weight.data_ptr() and weight.stride() == fisher_weight.stride()
+    # Most often the Fisher's rows are some of the gradient's; if not, a pass of their own is cheaper than a union.
+    if not (same and weight.dtype == fisher_weight.dtype) and bool(((weight.reshape(-1) == 0) & (flat != 0)).any()):
+        return False, None
     return True, flat[index]
 
 

@@ -107,7 +107,7 @@ def fisher_scaled(
     check_range("power", power)
     if out is None:
         out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    elif isinstance(out, torch.Tensor):
+    else:
         check_tensor("out", out, shape=tuple(gradient.shape), dtypes=(gradient.dtype,), device=gradient.device)
     _check(out, gradient, fisher)
     chosen = scaling_dispatcher.choose(backend, out)
