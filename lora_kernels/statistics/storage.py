@@ -103,7 +103,7 @@ def fingerprint(
         try:
             flat = parameter.detach().reshape(-1)
             step = max(1, flat.numel() // _SAMPLES)
-            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).numpy())
+            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy())
         except (RuntimeError, NotImplementedError, TypeError):
             continue  # a quantized tensor subclass that cannot be sliced: its name and shape have to do
     return {
