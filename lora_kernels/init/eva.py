@@ -139,7 +139,8 @@ class EVA:
                 return self._components([sums[key] for key in keys], k)
 
             # The processes of a distributed run share the batches out and exchange the results.
-            solved = share_out(batches, solve)
+            device = next(iter(sums.values())).total.device
+            solved = share_out(batches, solve, device)
         found = {
             key: each for number, (keys, _) in batches.items() for key, each in zip(keys, solved[number], strict=True)
         }

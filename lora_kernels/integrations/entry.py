@@ -61,8 +61,8 @@ def collect(
             `None` for the input second moments.
         targets: full names of the layers; by default the LoRA layers of a PEFT model, all linear layers otherwise.
         adapter_name: whose layers are observed by default.
-        options: fields of `statistics.CollectOptions`: masks, the loss and what it is a mean over, bounds, memory budget
-            and sketches, checkpoint, and so on.
+        options: fields of `statistics.CollectOptions`: masks, the loss and what it is a mean over, bounds, memory
+            budget and sketches, checkpoint, and so on.
 
     Returns:
         The statistics by layer name, added up over all processes.
@@ -179,7 +179,8 @@ def initialize(
         sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
         statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**sizes, **options})
     elif set(options) - {"progress"}:
-        raise TypeError(f"{', '.join(sorted(set(options) - {'progress'}))} concern a collection, but statistics are given")
+        names = ", ".join(sorted(set(options) - {"progress"}))
+        raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
     ranks = _ranks(layers, statistics, unreached)
     found = resolved.factors(statistics, ranks, progress=bool(options.get("progress", True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class Collection:
         one_shot = iter(self.loader) is self.loader if budget is not None else False
         if budget is not None and self.options.share_inputs and not one_shot:
             groups = self._probe()
+        if self.world > 1:
+            budget, groups = distributed.agree_on_plan(budget, groups)
         plan = make_plan(
             self.targets,
             self.wants,
@@ -102,6 +104,8 @@ class Collection:
 
     def _probe(self) -> list[list[str]] | None:
         batch = next(iter(self.loader), None)
+        if self.lockstep:
+            batch = distributed.first_batch(batch, batch is not None)
         if batch is None:
             return None
         with observation_mode(self.model, gradients=False):
@@ -141,8 +145,8 @@ class Collection:
         digest = hashlib.blake2b(repr(plan.entries).encode(), digest_size=8).hexdigest()
         if self.progress.plan not in ("", digest):
             raise ValueError(
-                f"{self.path} was begun under another plan (the free memory has changed?): give budget= in bytes, as it "
-                "was then, or delete the file"
+                f"{self.path} was begun under another plan (the free memory has changed?): give budget= in bytes, "
+                "as it was then, or delete the file"
             )
         self.progress.plan = digest
 
@@ -170,41 +174,53 @@ class Collection:
         ):
             bar.update(progress.done)
             steps = self._lockstep(feed) if self.lockstep else ((batch, True) for batch in feed)
-            for batch, counts in steps:
-                observer.active = counts
-                tokens = self._step(observer, batch, feed.done - 1, counts)
-                if not counts:
-                    continue
-                progress.done, progress.digest = feed.done, feed.digest
-                progress.seconds = earlier + time.perf_counter() - started
-                self._note(observer)
-                bar.update()
-                if self.path is not None and feed.done % options.checkpoint_every == 0:
-                    current = self._held(observer)
-                    progress.current = len(current)
-                    storage.write(self.path, [*self.finished, *current], progress, self.identity)
-                if options.max_tokens is not None and tokens >= options.max_tokens and not self.lockstep:
-                    break
+            try:
+                for batch, counts in steps:
+                    observer.counting = counts
+                    tokens = self._step(observer, batch, feed.done - 1)
+                    if not counts:
+                        continue
+                    progress.done, progress.digest = feed.done, feed.digest
+                    progress.seconds = earlier + time.perf_counter() - started
+                    self._note(observer)
+                    bar.update()
+                    if self.path is not None and feed.done % options.checkpoint_every == 0:
+                        self._save(observer)
+                    if options.max_tokens is not None and tokens >= options.max_tokens:
+                        feed.stop()
+            except Exception:
+                if self.lockstep:  # the others wait for this process's next step
+                    distributed.step_state(distributed.FAILED, self.device)
+                raise
         observer.check_all()
         progress.current = 0
         self.resumed = []
         self.finished += _offload(self._held(observer), plan)
         _warn_unaligned(observer)
 
-    def _lockstep(self, feed: Feed) -> Any:
-        """Batches until no process has one; those that have none repeat a batch without counting it."""
-        batches, batch, have, ever = iter(feed), None, True, False
-        while True:
-            if have:
-                fresh = next(batches, None)
-                have = fresh is not None
-                batch, ever = (fresh, True) if have else (batch, ever)
-            if not distributed.any_left(have, self.device):
-                return
-            batch = distributed.first_batch(batch, have or ever)
-            yield batch, have
+    def _save(self, observer: Observer) -> None:
+        assert self.path is not None  # checked by the caller
+        current = self._held(observer)
+        self.progress.current = len(current)
+        storage.write(self.path, [*self.finished, *current], self.progress, self.identity)
 
-    def _step(self, observer: Observer, batch: Any, number: int, counts: bool) -> float:
+    def _lockstep(self, feed: Feed) -> Iterator[tuple[Any, bool]]:
+        """Batches until no process has one; those that have none repeat a batch without counting it.
+
+        Yields:
+            A batch, and whether it counts.
+        """
+        batches, batch = iter(feed), None
+        while True:
+            fresh = next(batches, None)
+            state = distributed.step_state(distributed.IDLE if fresh is None else distributed.READY, self.device)
+            if state != distributed.READY:  # all are done, or one failed and says so after the pass
+                return
+            batch = fresh if fresh is not None else batch
+            batch = distributed.first_batch(batch, batch is not None)
+            yield batch, fresh is not None
+
+    def _step(self, observer: Observer, batch: Any, number: int) -> float:
         """One batch; returns the tokens counted so far."""
         progress, options = self.progress, self.options
         batch = to_device(batch, self.device)
@@ -213,16 +229,18 @@ class Collection:
             per_sample = loss_items(self.model, batch, options.reduction)
             items = float(per_sample.sum())
             if options.weighting == "sample":
-                factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(torch.float32)
+                factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(options.dtype)
         weights = BatchWeights.of(batch, options.mask, encoder_decoder=self.encoder_decoder, factors=factors)
         observer.weights = weights
         observer.sharing.begin(number)
         outputs = (options.forward or call_model)(self.model, batch)
-        if observer.gradients and items > 0:
+        # Sharded weights are gathered in the backward pass too: there every process must go through it.
+        if observer.gradients and (items > 0 or self.lockstep):
             loss = (options.loss or model_loss)(outputs, batch)
-            observer.backward(loss if options.reduction == "sum" else loss * items, number)
+            scaled = loss if options.reduction == "sum" else loss * items
+            observer.backward(scaled, number, discard=items <= 0 or not observer.counting)
         del outputs
-        if not counts:
+        if not observer.counting:
             return progress.tokens
         observer.check(number)
         if progress.number == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,9 @@ from lora_kernels.statistics.moments import pack_lower, packed_size, unpack_lowe
 from lora_kernels.statistics.storage import Held, Progress
 
 Key = TypeVar("Key", bound=Hashable)
+Groups = list[list[str]] | None
 _BUCKET = 64 * 2**20
+IDLE, READY, FAILED = range(3)
 
 
 def world_size() -> int:
@@ -109,15 +112,13 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
         device: where the process group can reduce (NCCL: a GPU; sums of earlier passes wait on the host).
     """
     bucket: list[tuple[torch.Tensor, bool]] = []
+    in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
-    def flush() -> None:
-        if not bucket:
-            return
-        flat = torch.cat([pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket])
-        flat = flat.to(device)
-        distributed.all_reduce(flat)
+    def land() -> None:
+        work, flat, owners = in_flight.pop(0)
+        work.wait()
         offset = 0
-        for value, triangular in bucket:
+        for value, triangular in owners:
             size = packed_size(value.shape[0]) if triangular else value.numel()
             part = flat[offset : offset + size]
             if triangular:
@@ -125,11 +126,18 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
             else:
                 value.copy_(part.view_as(value))
             offset += size
-        bucket.clear()
 
-    entries = [
-        (value, name in each.sums.triangular) for each in held for name, value in each.sums.tensors().items()
-    ]
+    def flush() -> None:
+        if not bucket:
+            return
+        flat = torch.cat([pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket])
+        flat = flat.to(device)
+        in_flight.append((distributed.all_reduce(flat, async_op=True), flat, list(bucket)))
+        bucket.clear()
+        if len(in_flight) > 1:  # one bucket travels while the next is packed
+            land()
+
+    entries = [(value, name in each.sums.triangular) for each in held for name, value in each.sums.tensors().items()]
     # Stable order: by dtype, then shape, so that equal shapes share a bucket.
     entries.sort(key=lambda entry: (str(entry[0].dtype), tuple(entry[0].shape)))
     used = 0
@@ -140,6 +148,8 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
         bucket.append((value, triangular))
         used += value.numel() * value.element_size()
     flush()
+    while in_flight:
+        land()
 
 
 def reduce_progress(progress: Progress) -> Progress:
@@ -168,12 +178,13 @@ def reduce_progress(progress: Progress) -> Progress:
     return progress
 
 
-def share_out(keys: Iterable[Key], compute: Callable[[Key], Any]) -> dict[Key, Any]:
+def share_out(keys: Iterable[Key], compute: Callable[[Key], Any], device: torch.device) -> dict[Key, Any]:
     """Compute a value per key, the keys shared out over the processes; every process gets all values, the same bits.
 
     Args:
         keys: the same on every process, in the same order.
-        compute: called for this process's keys; returns anything that can be pickled, tensors on one device.
+        compute: called for this process's keys; returns anything that can be pickled.
+        device: where the tensors of values that come from other processes are to live.
 
     Returns:
         The values by key.
@@ -188,18 +199,42 @@ def share_out(keys: Iterable[Key], compute: Callable[[Key], Any]) -> dict[Key, A
     except Exception as caught:
         mine, error = {}, caught
     raise_together(error)
-    for owner in range(world_size()):
-        values: list[Any] = [mine if owner == rank() else None]
-        distributed.broadcast_object_list(values, src=owner)
-        found.update(values[0])
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    for part in _gather(buffer.getvalue()):
+        # Also this process's own values make the trip, so that all hold the same. They are pickles of this very run.
+        found.update(torch.load(io.BytesIO(part), map_location=device, weights_only=False))
     return {key: found[key] for key in ordered}
 
 
-def any_left(has_batch: bool, device: torch.device) -> bool:
-    """Whether any process still has a batch (one small reduction)."""
-    flag = torch.tensor([int(has_batch)], device=device if device.type == "cuda" else "cpu")
+def step_state(state: int, device: torch.device) -> int:
+    """What the processes are about to do, as the largest of their states (one small reduction).
+
+    Args:
+        state: of this process: IDLE, READY (it has a batch) or FAILED.
+        device: where the process group can reduce.
+
+    Returns:
+        IDLE if all are, FAILED if one is, else READY.
+    """
+    flag = torch.tensor([state], device=device)
     distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    return int(flag.item())
+
+
+def agree_on_plan(budget: int | None, groups: Groups) -> tuple[int | None, Groups]:
+    """One basis for the plans of all processes.
+
+    Args:
+        budget: bytes per process, or `None`.
+        groups: of layers that read the same tensor, or `None` where they could not be found.
+
+    Returns:
+        The smallest budget, and the groups of the first process that knows them.
+    """
+    everyone = _gather((budget, groups))
+    budgets = [each for each, _ in everyone if each is not None]
+    return min(budgets, default=None), next((each for _, each in everyone if each is not None), None)
 
 
 def first_batch(batch: Any, have: bool) -> Any:
@@ -210,9 +245,11 @@ def first_batch(batch: Any, have: bool) -> Any:
         have: whether it is one.
 
     Returns:
-        This process's batch, or the other's.
+        This process's batch, or the other's; `None` if no process has one.
     """
     owners = _gather(have)
+    if True not in owners:
+        return None
     source = owners.index(True)
     values = [batch if rank() == source else None]
     distributed.broadcast_object_list(values, src=source)

@@ -22,7 +22,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a (nested) batch; other values pass through."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device)
+        return batch.detach().to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
@@ -85,6 +85,7 @@ class Feed:
         """
         self.loader, self.limit, self.skip, self.expected = loader, limit, skip, digest
         self.done = 0
+        self._stopped = False
         self.digest = ""
         self.wants_digest = False
 
@@ -94,6 +95,10 @@ class Feed:
             digest = hashlib.blake2b(self.digest.encode(), digest_size=16)
             _feed_digest(batch, digest)
             self.digest = digest.hexdigest()
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        self._stopped = True
 
     def __iter__(self) -> Iterator[Any]:
         """The batches to process.
@@ -119,7 +124,7 @@ class Feed:
                     )
                 continue
             yield batch
-            if self.done == self.limit:
+            if self._stopped or self.done == self.limit:
                 return
         if self.done < self.skip:
             raise ValueError(f"the checkpoint was written after {self.skip} batches, but the loader has {self.done}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
 
-    Gradients flow through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
+    Nor is a key-value cache kept, which transformers models make by default outside of training. Gradients flow through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
 
     Args:
         model: the model to observe.
@@ -44,6 +45,8 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     # computed there either: the backward pass asks for the gradient of the anchor alone.)
     flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
     started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    config = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
     devices = list(range(torch.cuda.device_count())) if started else []
     try:
         with (
@@ -52,10 +55,14 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             torch.set_grad_enabled(gradients),
         ):
             model.eval()
+            if caches:
+                config.use_cache = False  # type: ignore[union-attr]
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
     finally:
+        if caches:
+            config.use_cache = caches  # type: ignore[union-attr]
         for module, flag in training.items():
             module.training = flag
         for parameter, flag in flags:
@@ -63,15 +70,15 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
 
 
 class _Root(torch.autograd.Function):
-    """Makes a tensor differentiable without a parameter: the graph starts here, at an anchor that gets no gradient."""
+    """Ties a tensor to an anchor: it becomes differentiable without a parameter. The anchor gets no gradient."""
 
     @staticmethod
     def forward(_ctx: Any, output: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
         return output.clone()  # a tensor of its own: the model may go on to change it in place
 
     @staticmethod
-    def backward(_ctx: Any, *_gradients: Any) -> Any:
-        return None, None
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] if ctx.needs_input_grad[0] else None, None
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Observer:
         sharing: the input sums, by group.
         outputs: the output sums, by layer.
         weights: of the current batch.
-        active: hooks do nothing while this is false.
+        counting: while this is false, the graph is built as ever (in step with other processes) but nothing is added.
         forwarding: false during the backward pass, where checkpointed layers run forward a second time.
         unaligned: layers whose rows no mask fits, and why.
         skipped: rows left out because they were not finite, by layer.
@@ -113,13 +120,15 @@ class Observer:
         self.sharing = InputSharing(share=options.share_inputs)
         self.outputs: dict[str, OutputStatistics] = {}
         self.weights = BatchWeights()
-        self.active = True
+        self.counting = True
+        self._discarding = False
         self.forwarding = True
         self.unaligned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}
         self._aligned_once = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
+        self._sharded = any(is_sharded(each) for each in model.parameters())
         self._model = model
         self._in_decoder = False
         self._encoder_storage: set[int] = set()
@@ -190,7 +199,7 @@ class Observer:
         x_device = [torch.device("cpu")]
 
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.active or not self.forwarding:
+            if not self.counting or not self.forwarding:
                 return
             x = _tensor_of(target, args, kwargs).detach()
             if form is None:
@@ -203,7 +212,7 @@ class Observer:
 
         return observe
 
-    def output_sums(self, target: Target, device: torch.device) -> OutputStatistics:
+    def _output_sums(self, target: Target, device: torch.device) -> OutputStatistics:
         """The output sums of a layer, empty ones at its first call."""
         if target.name not in self.outputs:
             forms = {name: form for name, form in self.forms[target.name].items() if name != INPUT_SECOND}
@@ -216,27 +225,29 @@ class Observer:
 
     def _after(self, target: Target) -> Callable[..., torch.Tensor | None]:
         def tap(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> torch.Tensor | None:
-            if not self.active or not torch.is_grad_enabled():
-                return None
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"layer {target.name} returned {type(output).__name__}, expected one tensor")
             x = _tensor_of(target, args, kwargs).detach()
-            sums = self.output_sums(target, output.device)
-            weight = self._rows(target.name, x)
-            if self.forwarding:
-                rows = x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
-                sums.count += rows
-            factors = self.weights.row_factors(x.shape[:-1])
-            call = _Call(x if sums.needs_input else None, x._version, weight, factors)
-            if not output.requires_grad:
+            weight = self._rows(target.name, x) if self.counting else None
+            sums = self._output_sums(target, output.device) if self.counting else None
+            if sums is not None and self.forwarding:
+                sums.count += x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
+            if not torch.is_grad_enabled():  # the first forward of a (reentrant) checkpoint: the second one has a graph
+                return None
+            if self._sharded or not output.requires_grad:
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-            assert isinstance(output, torch.Tensor)
-            output.register_hook(lambda g: self._receive(target.name, sums, call, g))
+                assert isinstance(output, torch.Tensor)
+            if sums is not None:
+                factors = self.weights.row_factors(x.shape[:-1])
+                call = _Call(x if sums.needs_input else None, x._version, weight, factors)
+                output.register_hook(functools.partial(self._receive, target.name, sums, call))  # type: ignore[no-untyped-call]
             return output
 
         return tap
 
     def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor) -> None:
+        if self._discarding:
+            return
         x, weight, factors = call.x, call.weight, call.factors
         call.x = call.weight = call.factors = None  # frees the activation as soon as it has served
         if x is not None and x._version != call.version:
@@ -256,29 +267,34 @@ class Observer:
             weight, factors = kept, finite if factors is None else factors * finite
         sums.update(g, x, weight, factors)
 
-    def backward(self, loss: torch.Tensor, batch: int) -> None:
+    def backward(self, loss: torch.Tensor, batch: int, *, discard: bool = False) -> None:
         """Send the gradient of a scalar through the graph; the hooks do the rest.
 
         Args:
             loss: the scalar, a sum over items.
             batch: number of the batch, for messages.
+            discard: go through the graph without adding anything (in step with other processes).
 
         Raises:
             ValueError: if the loss is not finite, or does not depend on any observed layer.
         """
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any observed layer: no gradient can reach one")
-        if self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
+        if not discard and self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
             self.check_inputs(batch)
             raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
-        self.forwarding = False
+        self.forwarding, self._discarding = False, discard
         try:
-            torch.autograd.grad(loss, [self._anchor], allow_unused=True)
+            if self._sharded:
+                # Shards keep their `requires_grad`: only what leads to the anchor is computed, and every layer does.
+                torch.autograd.grad(loss, [self._anchor], allow_unused=True)
+            else:  # no parameter requires a gradient; checkpoints of every kind work
+                loss.backward()  # type: ignore[no-untyped-call]
         finally:
-            self.forwarding = True
+            self.forwarding, self._discarding = True, False
 
     def check_inputs(self, batch: int) -> None:
-        """Refuse input sums that are not finite (one wait for the device for all layers).
+        """Refuse input sums that are not finite (one wait for each device).
 
         Args:
             batch: number of the batch, for the message.
@@ -307,9 +323,10 @@ class Observer:
                 "pass mask=None or a mask function"
             )
         self.check_inputs(batch)
-        # The Fisher diagonal stands for all sums of g: reading every weight gradient after every batch would cost as
-        # much memory traffic as adding to it. Those are read once, at the end.
-        outputs = [(name, next(iter(self._vectors(sums)))) for name, sums in self.outputs.items()]
+        # One small sum stands for all of a layer. Weight gradients are read once, at the end: reading them after every
+        # batch would cost as much memory traffic as adding to them.
+        first = [(name, next(iter(self._vectors(sums)), None)) for name, sums in self.outputs.items()]
+        outputs = [(name, each) for name, each in first if each is not None and each.dim() == 1]
         _refuse_nonfinite(outputs, "gradient", f"in batch {batch}")
 
     @staticmethod
@@ -332,12 +349,15 @@ class Observer:
 def _refuse_nonfinite(sums: Sequence[tuple[str, torch.Tensor]], what: str, when: str) -> None:
     if not sums:
         return
-    finite = torch.stack([torch.isfinite(each.sum(dtype=torch.float64)).cpu() for _, each in sums]).tolist()
-    for (name, _), good in zip(sums, finite, strict=True):
-        if not good:
-            raise ValueError(
-                f'non-finite {what} (NaN or infinity) in layer {name} {when}; nonfinite="skip" leaves such rows out'
-            )
+    by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, each in sums:
+        by_device.setdefault(each.device, []).append((name, torch.isfinite(each.sum(dtype=torch.float64))))
+    for found in by_device.values():
+        for (name, _), good in zip(found, torch.stack([flag for _, flag in found]).tolist(), strict=True):
+            if not good:
+                raise ValueError(
+                    f'non-finite {what} (NaN or infinity) in layer {name} {when}; nonfinite="skip" leaves such rows out'
+                )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -24,15 +24,15 @@ class CollectOptions:
     """How data is read and what is kept of it.
 
     Attributes:
-        mask: which tokens count in second moments and in the Fisher diagonal; see `statistics.token_weights`. The weight
-            gradient always counts every row.
+        mask: which tokens count in second moments and in the Fisher diagonal; see `statistics.token_weights`. The
+            weight gradient always counts every row.
         forward: called as `forward(model, batch)`; by default a mapping batch is passed as keywords.
         loss: called as `loss(outputs, batch)`, returns a scalar; by default the loss in the model's output. Only used
             where a statistic needs gradients.
         reduction: what the loss is a mean over; see `statistics.loss_items`.
         weighting: `token`: gradients are those of the sum of all items' losses, so that every token weighs the same.
-            `sample`: those of the sum of each sample's mean loss, so that every sample weighs the same (what a loop over
-            single samples gives). Neither depends on the batch size.
+            `sample`: those of the sum of each sample's mean loss, so that every sample weighs the same (what a loop
+            over single samples gives). Neither depends on the batch size.
         max_batches: read at most this many batches (per process).
         max_tokens: stop after the batch that reaches this many counted tokens (per process).
         share_inputs: layers that read the same tensor share one set of sums.
@@ -41,8 +41,8 @@ class CollectOptions:
         dtype: of the sums, float32 or float64.
         form: `auto`, `exact` or `sketch`; see `statistics.make_plan`.
         sketch_size: columns of a sketch.
-        budget: memory for the sums of one pass: bytes, a share of the free memory, text such as `"40GB"`, `"auto"` (half
-            of what is free), or `None` for no limit. What does not fit is sketched or goes to a later pass.
+        budget: memory for the sums of one pass: bytes, a share of the free memory, text such as `"40GB"`, `"auto"`
+            (half of what is free), or `None` for no limit. What does not fit is sketched or goes to a later pass.
         seed: of the sketches.
         checkpoint: file for partial and final sums; a run with the same arguments goes on from it. With several
             processes each adds its rank to the name.
@@ -95,6 +95,6 @@ class CollectOptions:
         def named(value: Any) -> Any:
             return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
 
-        keys = ("mask", "forward", "loss", "reduction", "weighting", "max_batches", "max_tokens", "share_inputs")
-        keys = (*keys, "nonfinite", "sketch_size", "seed")
+        keys: tuple[str, ...] = ("mask", "forward", "loss", "reduction", "weighting", "max_batches", "max_tokens")
+        keys += ("share_inputs", "nonfinite", "sketch_size", "seed")
         return {**{key: named(getattr(self, key)) for key in keys}, "dtype": str(self.dtype)}

@@ -94,9 +94,7 @@ class OutputStatistics(Accumulator):
             factors: `(...)` real, multiplies g of each row.
         """
         self.calls += 1
-        if self.fisher is None and self.second is None and self.gradient is None:
-            squared = None
-        elif factors is None:
+        if factors is None:
             squared = weight
         else:
             squared = factors.square() if weight is None else factors.square() * weight
@@ -109,7 +107,7 @@ class OutputStatistics(Accumulator):
                 g,
                 x if self.gradient is not None else None,
                 weight=factors,
-                fisher_weight=squared,
+                fisher_weight=None if self.fisher is None else squared,
             )
         if self.second is not None:
             self.second.update(g, squared)

@@ -15,14 +15,18 @@ from rich.table import Table
 
 from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
+from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
 
 FORMS = ("auto", "exact", "sketch")
 # Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
 # section 4.5: the reconstruction needs l > k, and about 2 k is the best split of a given memory).
 _CO_SIZE = 2
 _AUTO_SHARE = 0.5
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
 
 Budget = int | float | str | None
 
@@ -105,7 +109,11 @@ class Plan:
         return json.dumps({**asdict(self), **sums}, indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table with one row per kind of layer, and the totals."""
+        """A table with one row per kind of layer, and the totals.
+
+        Yields:
+            The table, then lines of text.
+        """
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:
@@ -118,8 +126,9 @@ class Plan:
             table.add_row(names, count, statistic, form, show_bytes(size), show_bytes(size * len(entries)), span)
         yield table
         limit = "no limit" if self.budget is None else f"budget {show_bytes(self.budget)}"
+        kind = "forward only" if self.backward is None else "forward and backward"
         yield (
-            f"passes over the data: {self.passes} ({'forward only' if self.backward is None else 'forward and backward'}); "
+            f"passes over the data: {self.passes} ({kind}); "
             f"largest pass {show_bytes(max(self.pass_bytes, default=0))} per process ({limit}); "
             f"all sums {show_bytes(self.total_bytes)}"
         )

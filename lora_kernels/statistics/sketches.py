@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.linalg.single_pass import RandomizedSVD, nystrom, two_sided
-from lora_kernels.linalg.single_pass import Nystrom
+from lora_kernels.linalg.single_pass import Nystrom, RandomizedSVD, nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
@@ -81,9 +80,7 @@ class InputSketch(Accumulator):
             weight: `(...)` bool selection or real weights; `None` counts every row once.
         """
         x = _wide(x, self.product.dtype)
-        sketch_(
-            self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total
-        )
+        sketch_(self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total)
         gradient_statistics_(None, self.squares, x, fisher_weight=weight)
         if weight is None:
             self.count += x.numel() // max(self.features, 1)

@@ -1,8 +1,8 @@
 """Statistics on disk: one safetensors file, written to a temporary name and renamed, with a fingerprint and a digest.
 
 The header's metadata holds one JSON document: the format version, the fingerprint (model, targets, options), how far a
-run had come, how to rebuild the sums, and a BLAKE2 digest of everything, so that a truncated, foreign or changed file is
-refused. Symmetric sums are stored as their lower triangle.
+run had come, how to rebuild the sums, and a BLAKE2 digest of everything, so that a truncated, foreign or changed file
+is refused. Symmetric sums are stored as their lower triangle.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def fingerprint(
         try:
             flat = parameter.detach().reshape(-1)
             step = max(1, flat.numel() // _SAMPLES)
-            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy())
+            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy().data)
         except (RuntimeError, NotImplementedError, TypeError):
             continue  # a quantized tensor subclass that cannot be sliced: its name and shape have to do
     return {
@@ -159,7 +159,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) ->
     for name in sorted(tensors):
         digest.update(name.encode())
         if tensors[name].numel():
-            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -207,7 +207,8 @@ def read(path: Path, device: torch.device) -> tuple[list[Held], Progress, dict[s
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as statistics (truncated or not a safetensors file): {error}") from None
+        why = "truncated, or not a safetensors file"
+        raise ValueError(f"{path} cannot be read as statistics ({why}): {error}") from None
     try:
         document = json.loads(metadata[_KEY])
         digest = document.pop("digest")

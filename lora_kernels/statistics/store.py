@@ -71,8 +71,8 @@ class Statistics(Mapping[str, LayerStatistics]):
         tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
         seconds: wall time of the passes.
         skipped_rows: rows left out because they were not finite (`nonfinite="skip"`), by layer.
-        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were differentiated;
-            a weight gradient divided by it is the mean loss gradient. 0 without a backward pass.
+        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
+            differentiated; a weight gradient divided by it is the mean loss gradient. 0 without a backward pass.
         samples: number of samples read in each pass.
         skipped_modules: modules with weights that are not linear layers and were not observed, and why.
         fingerprint: of the model, the targets and the options (see `storage`).
