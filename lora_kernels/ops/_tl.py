@@ -87,6 +87,7 @@ def gaussian_pair(first, second):
     return radius * cosine, radius * sine
 
 
+@triton.jit
 def token_rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
     """The int64 rows of a block of tokens: from a list, or the tokens themselves."""
     if HAS_INDEX:

@@ -27,8 +27,9 @@ import triton.language as tl
 
 from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
-from lora_kernels.ops._tl import dot, halves, philox
-from lora_kernels.ops.covariance.kernel import _platform, _precision, _processors, add_rows_kernel, column_sum_kernel
+from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
+from lora_kernels.ops._tiles import build_platform, precision, processors
+from lora_kernels.ops._tl import dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix import kernel as random_kernel
 
 
@@ -60,7 +61,6 @@ TALL_AMD = SketchConfig(32, 64, 4, 2)
 
 LEAST_RANK, MOST_RANK = 16, 64
 _ROWS = 16  # of the elementwise kernels
-_SUM_COLUMNS, _SUM_TOKENS = 128, 16
 # Second-level cache assumed where the device does not tell; half of it is for the rows of a chunk.
 _CACHE = 40 * 2**20
 _MOST_TOKENS = 2**20
@@ -79,7 +79,7 @@ def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platfo
         The configuration.
     """
     shrink = product == "shrink"
-    if (platform or _platform()) == "hip":
+    if (platform or build_platform()) == "hip":
         return SHRINK_AMD if shrink else TALL_AMD
     if not aligned:
         return SHRINK_RAGGED if shrink else TALL_RAGGED
@@ -111,13 +111,6 @@ def is_aligned(x: torch.Tensor) -> bool:
         True if all are.
     """
     return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), x.data_ptr()))
-
-
-@triton.jit
-def _rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
-    if HAS_INDEX:
-        return tl.load(index_ptr + token, mask=token < last, other=0)
-    return token.to(tl.int64)
 
 
 @triton.jit
@@ -167,7 +160,7 @@ def shrink_kernel(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     lane = block * RANK + tl.arange(0, RANK)
     width = tl.num_programs(0) * RANK
-    row = _rows(index_ptr, token, n_tokens, HAS_INDEX) * x_stride
+    row = token_rows(index_ptr, token, n_tokens, HAS_INDEX) * x_stride
     first = tl.program_id(2) * chunk
     last = tl.minimum(first + chunk, size)
     acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
@@ -260,7 +253,7 @@ def tall_kernel(
     acc = tl.zeros((FEATURES, WIDTH), dtype=tl.float32)
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        row = _rows(index_ptr, token, last, HAS_INDEX) * x_stride
+        row = token_rows(index_ptr, token, last, HAS_INDEX) * x_stride
         x = tl.load(
             x_ptr + row[None, :] + feature[:, None],
             mask=(token[None, :] < last) & (feature[:, None] < size),
@@ -357,7 +350,7 @@ def _shrink(
     rank, blocks = rank_for(omega.columns)
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
-    splits = _tiles.token_splits(blocks * tall, features, _processors(x.device), least=least_features)
+    splits = _tiles.token_splits(blocks * tall, features, processors(x.device), least=least_features)
     chunk = -(-features // splits)
     if splits > 1:  # whole steps: no part but the last has a ragged end
         chunk = -(-chunk // config.features) * config.features
@@ -387,7 +380,7 @@ def _shrink(
         HAS_INDEX=index is not None,
         SIGNS=omega.scratch is None,
         PAIR=omega.scratch is not None and omega.scratch.dim() == 3,
-        PRECISION=_precision(x.dtype, _platform()),
+        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -413,7 +406,7 @@ def _add_tall(
     config = config or config_for("tall", x.dtype, aligned=is_aligned(x))
     rank, blocks = rank_for(out.shape[1])
     tiles = -(-features // config.features)
-    splits = _tiles.token_splits(blocks * tiles, tokens, _processors(x.device), least=least_tokens)
+    splits = _tiles.token_splits(blocks * tiles, tokens, processors(x.device), least=least_tokens)
     chunk = -(-tokens // splits)
     if splits > 1:
         chunk = -(-chunk // config.tokens) * config.tokens
@@ -433,7 +426,7 @@ def _add_tall(
         RANK=rank,
         HAS_INDEX=index is not None,
         PAIR=p.dtype != torch.float32,
-        PRECISION=_precision(p.dtype, _platform()),
+        PRECISION=precision(p.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -441,23 +434,6 @@ def _add_tall(
     add_kernel[(blocks, -(-features // _ROWS))](
         out, partial, features, out.shape[1], splits, out.stride(0), ROWS=_ROWS, RANK=rank
     )
-
-
-def _add_column_sum(
-    out: torch.Tensor, x: torch.Tensor, index: torch.Tensor | None, weight: torch.Tensor | None
-) -> None:
-    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
-    blocks = -(-features // _SUM_COLUMNS)
-    splits = _tiles.token_splits(blocks, tokens, _processors(x.device), least=256)
-    chunk = -(-tokens // splits)
-    splits = -(-tokens // chunk)
-    sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
-    column_sum_kernel[(blocks, splits)](
-        sums, x, x if index is None else index, x if weight is None else weight,
-        features, tokens, chunk, x.stride(0),
-        COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None,
-    )  # fmt: skip
-    add_rows_kernel[(blocks,)](out, sums, features, splits, COLUMNS=_SUM_COLUMNS)
 
 
 def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
@@ -512,9 +488,10 @@ def sketch(
         least: tokens or features that a split has at least.
     """
     tokens = left.shape[0] if index is None else index.shape[0]
-    if tokens == 0 or left.shape[1] == 0 or out.shape[1] == 0:
+    if tokens == 0 or left.shape[1] == 0:
         return
-    omega = make_omega(right, out.shape[1], kind, seed, stream) if right.shape[1] else None
+    # Without columns, or rows that hold anything, only the sum is left.
+    omega = make_omega(right, out.shape[1], kind, seed, stream) if out.shape[1] and right.shape[1] else None
     if chunk is None:
         chunk = _MOST_TOKENS
         if left is right:  # else nothing is read twice
@@ -537,7 +514,7 @@ def sketch(
             _shrink(p, two, picked, weights, omega, configs[0], 2 * least)
             _add_tall(out, one, picked, p, configs[1], least)
         if column_sum is not None:
-            _add_column_sum(column_sum, one, picked, weights)
+            column_sums(column_sum, one, picked, weights)
 
 
 def project(
@@ -569,35 +546,19 @@ def project(
         _shrink(out[part], a[part], None, None, omega, config, least)
 
 
-_AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_AOT_INTEGERS = (
-    "size", "n_tokens", "columns", "chunk", "x_stride", "out_stride", "splits", "seed_low", "seed_high", "stream",
-)  # fmt: skip
-_AOT_POINTERS = {"index_ptr": "*i64", "weight_ptr": "*fp32", "partial_ptr": "*fp32", "out_ptr": "*fp32"}
 _RANKS = (16, 32, 64)
 
 
-def _aot_case(
-    kernel: Any, label: str, constexprs: dict[str, Any], types: dict[str, str], **rest: Any
-) -> dict[str, Any]:
-    known = {**dict.fromkeys(_AOT_INTEGERS, "i32"), **_AOT_POINTERS, **types}
-    signature = {name: known[name] for name in kernel.arg_names if name in known}
-    flags = [key.removeprefix("HAS_").lower() for key in ("HAS_INDEX", "HAS_WEIGHT", "SIGNS", "PAIR")
-             if constexprs.get(key)]  # fmt: skip
-    name = " ".join((kernel.__name__.removesuffix("_kernel"), label, *flags))
-    return {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs, **rest}
-
-
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `sketch` and `project` launch; see `covariance.kernel.aot_cases`.
+    """Every combination that `sketch` and `project` launch, for the ahead-of-time compile check.
 
     Yields:
-        Keyword descriptions.
+        Descriptions as in `ops/_reduce.py`.
     """
+    integers = dict.fromkeys(("columns", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        plain = {**where, "warps": 4, "stages": 3, "matrix": False}
-        for dtype, x in _AOT_DTYPES.items():
+        for dtype, x in AOT_DTYPES.items():
             config = config_for("shrink", dtype, aligned=aligned, platform=platform)
             products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             for index, signs in itertools.product((False, True), repeat=2):
@@ -608,13 +569,12 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                     "HAS_INDEX": index,
                     "SIGNS": signs,
                     "PAIR": not signs and dtype != torch.float32,
-                    "PRECISION": _precision(dtype, platform),
+                    "PRECISION": precision(dtype, platform),
                     "UPCAST": False,
                 }
-                label = f"{x} {config.tokens}x{config.features}x{rank}"
-                yield _aot_case(
-                    shrink_kernel, label, constexprs, {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}, **products
-                )  # fmt: skip
+                label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
+                types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
+                yield aot_case(shrink_kernel, label, constexprs, types, **products)
             config = config_for("tall", dtype, aligned=aligned, platform=platform)
             products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             pair = dtype == torch.bfloat16
@@ -626,14 +586,14 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                     "RANK": rank,
                     "HAS_INDEX": index,
                     "PAIR": pair,
-                    "PRECISION": _precision(p, platform),
+                    "PRECISION": precision(p, platform),
                     "UPCAST": False,
                 }
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
-                yield _aot_case(
-                    tall_kernel, label, constexprs, {"x_ptr": f"*{x}", "p_ptr": f"*{_AOT_DTYPES[p]}"}, **products
-                )  # fmt: skip
+                types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
+                yield aot_case(tall_kernel, label, constexprs, types, **products)
         for weight, pair in itertools.product((False, True), repeat=2):
             constexprs = {"ROWS": _ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
-            yield _aot_case(combine_kernel, f"{rank}", constexprs, {"out_ptr": "*bf16"} if pair else {}, **plain)
-        yield _aot_case(add_kernel, f"{rank}", {"ROWS": _ROWS, "RANK": rank}, {}, **plain)
+            types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}
+            yield aot_case(combine_kernel, f"{rank}" + " pair" * pair, constexprs, types, **where)
+        yield aot_case(add_kernel, f"{rank}", {"ROWS": _ROWS, "RANK": rank}, integers, **where)

@@ -82,7 +82,7 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: there may be no features
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

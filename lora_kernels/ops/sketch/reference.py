@@ -61,7 +61,8 @@ def sketch(
     Returns:
         The sketch `(p, k)` and the sum `(p,)`.
     """
-    one, two = left.reshape(-1, left.shape[-1]).to(dtype), right.reshape(-1, right.shape[-1]).to(dtype)
+    tokens = left.shape[:-1].numel()
+    one, two = (each.reshape(tokens, each.shape[-1]).to(dtype) for each in (left, right))
     if weight is not None:
         flat = weight.reshape(-1)
         keep = flat != 0
