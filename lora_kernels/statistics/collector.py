@@ -80,7 +80,7 @@ class Collection:
         """
         budget = parse_budget(self.options.budget, self.device)
         groups = None
-        one_shot = iter(self.loader) is self.loader if budget is not None else False
+        one_shot = isinstance(self.loader, Iterator)
         if budget is not None and self.options.share_inputs and not one_shot:
             groups = self._probe()
         if self.world > 1:

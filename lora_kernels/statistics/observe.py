@@ -46,7 +46,8 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
     started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     config = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
+    # (Without a cache, transformers looks at positions, which have no values on the meta device.)
+    caches = getattr(config, "use_cache", None) and not any(each.is_meta for each in model.parameters())
     devices = list(range(torch.cuda.device_count())) if started else []
     try:
         with (

@@ -110,7 +110,7 @@ class OutputStatistics(Accumulator):
                 fisher_weight=None if self.fisher is None else squared,
             )
         if self.second is not None:
-            self.second.update(g, squared)
+            self.second.update(g if factors is None else g * factors.unsqueeze(-1), weight)  # so count is of tokens
         if self.sketch is not None:
             assert x is not None  # needs_input
             self.sketch.update(g, x, factors)
