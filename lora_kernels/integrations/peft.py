@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_kernels.init.factors import LoraFactors
+from lora_kernels.statistics.observe import is_sharded
 from lora_kernels.statistics.store import Target
 
 _PREFIX = "base_model.model."
@@ -144,7 +145,8 @@ def check_untrained(layers: LoraLayers, adapter: str) -> None:
     """
     for each in layers.supported:
         weight = each.target.module.lora_B[adapter].weight  # type: ignore[index, union-attr, operator]
-        if weight.device.type != "meta" and bool((weight != 0).any()):
+        whole = weight.full_tensor() if is_sharded(weight) else weight
+        if whole.device.type != "meta" and bool((whole != 0).any()):
             raise ValueError(
                 f"layer {each.target.name} has a lora_B that is not zero: the adapter {adapter!r} is trained or was "
                 "initialised already; force=True overwrites it"
@@ -208,6 +210,12 @@ def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
     """Write a weight in place where the shape allows, else as a new parameter of the same dtype and flag."""
     old = linear.weight
     if old.shape == value.shape and old.device.type != "meta":
+        if is_sharded(old):
+            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (needs torch.distributed)
+
+            # Every process holds all of the value, the same bits: no process has to send anything.
+            mesh, placements = old.device_mesh, old.placements  # type: ignore[attr-defined]
+            value = distribute_tensor(value.to(old.device, old.dtype), mesh, placements, src_data_rank=None)
         with torch.no_grad():
             old.copy_(value)
         return
@@ -317,12 +325,19 @@ def write(
         adjust_scaling_factors: see `new_alpha`.
 
     Raises:
-        ValueError: if an optimizer holds a parameter that would be replaced, or no layer would keep an adapter.
+        ValueError: if an optimizer holds a parameter that would be replaced, ranks of a sharded adapter would change,
+            or no layer would keep an adapter.
     """
     ranks = {name: each.rank for name, each in factors.items()}
     if not any(ranks.get(each.target.name, each.rank) for each in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")
-    check_no_optimizer(replaced_parameters(layers, ranks, adapter), "the new ranks")
+    replaced = replaced_parameters(layers, ranks, adapter)
+    if any(is_sharded(each) for each in replaced):
+        raise ValueError(
+            "the adapter is sharded (FSDP), so its ranks cannot change: keep them (rho=1), or initialise before sharding, "
+            "for instance from statistics that were collected on the sharded model"
+        )
+    check_no_optimizer(replaced, "the new ranks")
     removed = False
     for layer in layers.supported:
         found = factors.get(layer.target.name)

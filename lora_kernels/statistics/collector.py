@@ -27,6 +27,10 @@ from lora_kernels.statistics.store import Statistics, Target
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
+class _FailedElsewhere(Exception):
+    """Another process has failed in this step; it says why after the pass."""
+
+
 class Collection:
     """One call of `collect`: its plan, its sums, and how far it has come."""
 
@@ -49,6 +53,7 @@ class Collection:
         # The forward of a sharded model is a collective call: all processes must take the same number of steps.
         self.lockstep = self.world > 1 and any(is_sharded(each) for each in self.model.parameters())
         self.encoder_decoder = is_encoder_decoder(self.model)
+        self._told = False
         self.progress = Progress(skipped_modules=dict(skipped_modules))
         self.finished: list[Held] = []
         self.resumed: list[Held] = []
@@ -188,8 +193,10 @@ class Collection:
                         self._save(observer)
                     if options.max_tokens is not None and tokens >= options.max_tokens:
                         feed.stop()
+            except _FailedElsewhere:
+                return
             except Exception:
-                if self.lockstep:  # the others wait for this process's next step
+                if self.lockstep and not self._told:  # the others wait for this process's next step
                     distributed.step_state(distributed.FAILED, self.device)
                 raise
         observer.check_all()
@@ -236,9 +243,9 @@ class Collection:
         outputs = (options.forward or call_model)(self.model, batch)
         # Sharded weights are gathered in the backward pass too: there every process must go through it.
         if observer.gradients and (items > 0 or self.lockstep):
-            loss = (options.loss or model_loss)(outputs, batch)
-            scaled = loss if options.reduction == "sum" else loss * items
-            observer.backward(scaled, number, discard=items <= 0 or not observer.counting)
+            counts = items > 0 and observer.counting
+            loss = self._loss(observer, outputs, batch, number if counts else None)
+            observer.backward(loss if options.reduction == "sum" else loss * items, discard=not counts)
         del outputs
         if not observer.counting:
             return progress.tokens
@@ -250,6 +257,21 @@ class Collection:
         if observer.gradients and progress.number == observer.plan.backward:
             progress.loss_items += items if factors is None else float((factors > 0).sum())
         return progress.tokens
+
+    def _loss(self, observer: Observer, outputs: Any, batch: Any, number: int | None) -> torch.Tensor:
+        """The loss of a batch, checked if the batch has a number; where one process has none, no one goes on."""
+        try:
+            loss = (self.options.loss or model_loss)(outputs, batch)
+            if number is not None:
+                observer.check_loss(loss, number)
+        except Exception:
+            if self.lockstep:
+                distributed.step_state(distributed.FAILED, self.device)
+                self._told = True
+            raise
+        if self.lockstep and distributed.step_state(distributed.READY, self.device) == distributed.FAILED:
+            raise _FailedElsewhere
+        return loss
 
     def _counted(self, weights: BatchWeights, observer: Observer) -> float:
         if weights.tokens is not None:

@@ -268,22 +268,13 @@ class Observer:
             weight, factors = kept, finite if factors is None else factors * finite
         sums.update(g, x, weight, factors)
 
-    def backward(self, loss: torch.Tensor, batch: int, *, discard: bool = False) -> None:
+    def backward(self, loss: torch.Tensor, *, discard: bool = False) -> None:
         """Send the gradient of a scalar through the graph; the hooks do the rest.
 
         Args:
             loss: the scalar, a sum over items.
-            batch: number of the batch, for messages.
             discard: go through the graph without adding anything (in step with other processes).
-
-        Raises:
-            ValueError: if the loss is not finite, or does not depend on any observed layer.
         """
-        if not loss.requires_grad:
-            raise ValueError("the loss does not depend on any observed layer: no gradient can reach one")
-        if not discard and self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
-            self.check_inputs(batch)
-            raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
         self.forwarding, self._discarding = False, discard
         try:
             if self._sharded:
@@ -293,6 +284,22 @@ class Observer:
                 loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self.forwarding, self._discarding = True, False
+
+    def check_loss(self, loss: torch.Tensor, batch: int) -> None:
+        """Refuse a loss that gives no gradients.
+
+        Args:
+            loss: a scalar.
+            batch: number of the batch, for the message.
+
+        Raises:
+            ValueError: if it is not finite, or does not depend on any observed layer.
+        """
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on any observed layer: no gradient can reach one")
+        if self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
+            self.check_inputs(batch)
+            raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
 
     def check_inputs(self, batch: int) -> None:
         """Refuse input sums that are not finite (one wait for each device).

@@ -1,0 +1,85 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.statistics import STATISTICS, Statistics
+from tests.conftest import relative_error
+from tests.statistics.models import samples, tiny_llama
+from tests.statistics.ranks import peft_model, shares
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    done = subprocess.run(
+        [*command, "-m", "tests.statistics.ranks", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out
+
+
+@pytest.mark.parametrize("name", ["ddp", "passes", "fsdp", "fsdp_passes", "lonely", "fsdp_lonely", "checkpoint", "resumed"])
+def test_two_processes_find_what_one_finds(results, name):
+    torch.manual_seed(0)
+    model = tiny_llama()
+    expected = lk.collect(model, shares(samples(10), 0, 1), STATISTICS, progress=False)
+    found = Statistics.load(results / f"{name}.safetensors")
+    assert list(found) == list(expected)
+    for layer in expected:
+        for part in ("input", "output"):
+            one, other = getattr(found[layer], part), getattr(expected[layer], part)
+            for key, value in other.tensors().items():
+                seen = one.tensors()[key]
+                if key in other.triangular:
+                    value, seen = value.tril(), seen.tril()
+                if key != "calls":
+                    assert relative_error(seen, value) < 1e-6, (layer, part, key)
+    for key in ("batches", "tokens", "loss_items", "samples"):
+        assert getattr(found, key) == getattr(expected, key)
+
+
+def test_sketches_add_over_processes(results):
+    torch.manual_seed(0)
+    model = tiny_llama()
+    wants = ("input_second", "gradient")
+    batches = shares(samples(10), 0, 1)
+    expected = lk.collect(model, batches, wants, form="sketch", sketch_size=2, progress=False)
+    found = Statistics.load(results / "sketch.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    assert relative_error(found[name].input.product, expected[name].input.product) < 1e-6
+    assert relative_error(found[name].output.sketch.left, expected[name].output.sketch.left) < 1e-6
+
+
+def test_factors_are_those_of_one_process(results):
+    torch.manual_seed(0)
+    saved = torch.load(results / "factors.pt")
+    for key, rho in (("factors", 2.0), ("inside", 1.0)):
+        model = peft_model()
+        lk.initialize(model, shares(samples(10), 0, 1), lk.EVA(rho=rho), progress=False)
+        expected = {name: each for name, each in model.named_parameters() if name in saved[key]}
+        assert len(expected) == len(saved[key]) > 0
+        for name, value in expected.items():
+            found = saved[key][name]
+            if "lora_A" in name:  # the same subspace
+                assert relative_error(found.mT @ found, value.mT @ value) < 1e-4
+            else:
+                assert not bool(found.any())
