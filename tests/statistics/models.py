@@ -24,10 +24,11 @@ def tiny_llama(dtype=torch.float32, **changes):
 
 def samples(count=8, longest=11):
     """Sequences of different lengths; in some the labels begin later."""
+    generator = torch.Generator().manual_seed(7)
     made = []
     for index in range(count):
         length = 4 + (5 * index) % (longest - 3)
-        ids = torch.randint(0, VOCABULARY, (length,))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
         labels = ids.clone()
         labels[: index % 3] = -100
         made.append((ids, labels))

@@ -139,6 +139,7 @@ def main():
     if number == 0:
         torch.save({"factors": factors, "inside": inside}, out / "factors.pt")
         assert Statistics.load(out / "ddp.safetensors").batches == 5
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -39,7 +39,6 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ddp", "passes", "fsdp", "fsdp_passes", "lonely", "fsdp_lonely", "checkpoint", "resumed"])
 def test_two_processes_find_what_one_finds(results, name):
-    torch.manual_seed(0)
     model = tiny_llama()
     expected = lk.collect(model, shares(samples(10), 0, 1), STATISTICS, progress=False)
     found = Statistics.load(results / f"{name}.safetensors")
@@ -58,7 +57,6 @@ def test_two_processes_find_what_one_finds(results, name):
 
 
 def test_sketches_add_over_processes(results):
-    torch.manual_seed(0)
     model = tiny_llama()
     wants = ("input_second", "gradient")
     batches = shares(samples(10), 0, 1)
@@ -70,7 +68,6 @@ def test_sketches_add_over_processes(results):
 
 
 def test_factors_are_those_of_one_process(results):
-    torch.manual_seed(0)
     saved = torch.load(results / "factors.pt")
     for key, rho in (("factors", 2.0), ("inside", 1.0)):
         model = peft_model()
