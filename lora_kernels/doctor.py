@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -94,7 +95,7 @@ def _gradient_statistics_error(device: torch.device, backend: str) -> float:
 def _fisher_scaled_error(device: torch.device, backend: str) -> float:
     generator = torch.Generator().manual_seed(0)
     gradient, fisher = (torch.rand(70, *size, generator=generator).to(device) for size in ((33,), ()))
-    settings = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
+    settings: dict[str, Any] = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
     truth = gradient_reference.fisher_scaled(gradient, fisher, **settings)
     found = fisher_scaled(gradient, fisher, **settings, backend=backend)
     return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))

@@ -51,7 +51,7 @@ class SketchConfig:
 
 
 SHRINK = SketchConfig(64, 64, 4, 4)
-SHRINK_SINGLE = SketchConfig(64, 16, 4, 3)  # float32: three products of signs and rows, longer steps spill registers
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 3)  # float32: longer steps, or fewer warps, spill registers
 SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
 SHRINK_AMD = SketchConfig(64, 32, 4, 2)
 SHRINK_AMD_SINGLE = SketchConfig(64, 32, 8, 2)
