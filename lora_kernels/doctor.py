@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +23,9 @@ from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statist
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
 from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
+from lora_kernels.ops.sketch import op as sketch_op
+from lora_kernels.ops.sketch import project, sketch_
+from lora_kernels.ops.sketch import reference as sketch_reference
 from lora_kernels.ops.small_linalg import eigh
 from lora_kernels.ops.small_linalg import op as eigh_op
 
@@ -91,9 +95,26 @@ def _gradient_statistics_error(device: torch.device, backend: str) -> float:
 def _fisher_scaled_error(device: torch.device, backend: str) -> float:
     generator = torch.Generator().manual_seed(0)
     gradient, fisher = (torch.rand(70, *size, generator=generator).to(device) for size in ((33,), ()))
-    settings = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
+    settings: dict[str, Any] = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
     truth = gradient_reference.fisher_scaled(gradient, fisher, **settings)
     found = fisher_scaled(gradient, fisher, **settings, backend=backend)
+    return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))
+
+
+def _sketch_error(device: torch.device, backend: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    left, right, weight = (torch.randn(97, *size, generator=generator).to(device) for size in ((70,), (33,), ()))
+    out, total = torch.zeros(70, 20, device=device), torch.zeros(70, device=device)
+    sketch_(out, left, right, weight, seed=1, stream=2, column_sum=total, backend=backend)
+    truths = sketch_reference.sketch(left, right, 20, weight, seed=1, stream=2)
+    found, truth = (torch.cat((a, b.unsqueeze(-1)), -1).double() for a, b in ((out, total), truths))
+    return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
+
+
+def _project_error(device: torch.device, backend: str) -> float:
+    a = torch.randn(97, 70, generator=torch.Generator().manual_seed(0)).to(device)
+    found = project(a, 20, kind="gaussian", seed=1, stream=2, backend=backend)
+    truth = sketch_reference.project(a, 20, kind="gaussian", seed=1, stream=2)
     return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))
 
 
@@ -132,6 +153,18 @@ def self_tests() -> list[SelfTest]:
             _fisher_scaled_error,
             lambda device: scaling_dispatcher.explain(torch.zeros(2, 2, device=device)),
             1e-6,
+        ),
+        (
+            "sketch_",
+            _sketch_error,
+            lambda device: sketch_op.dispatcher.explain(torch.zeros(2, 2, device=device)),
+            1e-5,
+        ),
+        (
+            "project",
+            _project_error,
+            lambda device: sketch_op.project_dispatcher.explain(torch.zeros(2, 2, device=device)),
+            1e-5,
         ),
         (
             "eigh",

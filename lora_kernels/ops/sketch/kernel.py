@@ -51,11 +51,12 @@ class SketchConfig:
 
 
 SHRINK = SketchConfig(64, 64, 4, 4)
-SHRINK_SINGLE = SketchConfig(64, 32, 4, 3)  # float32
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 3)  # float32: longer steps, or fewer warps, spill registers
 SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
 SHRINK_AMD = SketchConfig(64, 32, 4, 2)
+SHRINK_AMD_SINGLE = SketchConfig(64, 32, 8, 2)
 TALL = SketchConfig(64, 128, 8, 4)
-TALL_SINGLE = SketchConfig(32, 64, 4, 3)  # float16 and float32
+TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
 TALL_RAGGED = SketchConfig(32, 64, 4, 3)
 TALL_AMD = SketchConfig(32, 64, 4, 2)
 
@@ -79,12 +80,15 @@ def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platfo
         The configuration.
     """
     shrink = product == "shrink"
+    single = dtype == torch.float32
     if (platform or build_platform()) == "hip":
-        return SHRINK_AMD if shrink else TALL_AMD
+        return TALL_AMD if not shrink else SHRINK_AMD_SINGLE if single else SHRINK_AMD
+    if shrink and single:
+        return SHRINK_SINGLE
     if not aligned:
         return SHRINK_RAGGED if shrink else TALL_RAGGED
     if shrink:
-        return SHRINK_SINGLE if dtype == torch.float32 else SHRINK
+        return SHRINK
     return TALL if dtype == torch.bfloat16 else TALL_SINGLE
 
 
