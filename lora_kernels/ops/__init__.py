@@ -2,6 +2,20 @@
 
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops.covariance import covariance_, symmetrize_
+from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.random_matrix import random_matrix
+from lora_kernels.ops.sketch import project, sketch_
 from lora_kernels.ops.small_linalg import eigh
 
-__all__ = ["BACKENDS", "covariance_", "eigh", "symmetrize_", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "covariance_",
+    "eigh",
+    "fisher_scaled",
+    "gradient_statistics_",
+    "project",
+    "random_matrix",
+    "sketch_",
+    "symmetrize_",
+    "use_backend",
+]
