@@ -236,8 +236,8 @@ def sketch_(
     exchanged, of its transpose. Neither M nor G is formed (Halko, Martinsson and Tropp, SIAM Review 53, 2011).
 
     `Omega` is `random_matrix(q, k, kind=kind, seed=seed, stream=stream)`, not scaled: E[Omega Omega^T] = k I. It is
-    made anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never read
-    into the result: they may hold anything. Gradients do not flow through.
+    made anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never
+    read into the result: they may hold anything. Gradients do not flow through.
 
     Args:
         out: `(p, k)` float32 (float64 on the torch backend), rows contiguous; accumulates.
