@@ -1,5 +1,5 @@
 """Orthonormal bases of tall matrices."""
 
-from lora_kernels.ops.orthonormalize.op import orthonormalize
+from lora_kernels.ops.orthonormalize.op import gram, orthonormalize, times
 
-__all__ = ["orthonormalize"]
+__all__ = ["gram", "orthonormalize", "times"]

@@ -73,8 +73,16 @@ def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
     return total
 
 
-def _times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """`y small` with float64 arithmetic, rounded to y's own dtype."""
+def times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """`y small` with float64 arithmetic, rounded to y's own dtype.
+
+    Args:
+        y: `(..., n, k)`.
+        small: `(..., k, l)` float64.
+
+    Returns:
+        `(..., n, l)`.
+    """
     if y.dtype == torch.float64:
         return y @ small
     out = y.new_empty((*y.shape[:-1], small.shape[-1]))
@@ -105,7 +113,7 @@ def _round(
     lower, info = torch.linalg.cholesky_ex(product)
     inverse = _invert(lower)
     condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
-    return _times(y, inverse.mT), lower.mT, info != 0, condition
+    return times(y, inverse.mT), lower.mT, info != 0, condition
 
 
 def _defect(q: torch.Tensor) -> torch.Tensor:
