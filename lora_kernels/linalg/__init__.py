@@ -1,5 +1,16 @@
 """Floor 2: matrix algorithms made of ops."""
 
 from lora_kernels.linalg.eigen import TopEigenpairs, eigh_topk
+from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
+from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
 
-__all__ = ["TopEigenpairs", "eigh_topk"]
+__all__ = [
+    "LinearOperator",
+    "Nystrom",
+    "RandomizedSVD",
+    "TopEigenpairs",
+    "eigh_topk",
+    "nystrom",
+    "randomized_svd",
+    "two_sided",
+]

@@ -3,6 +3,7 @@
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.sketch import project, sketch_
 from lora_kernels.ops.small_linalg import eigh
@@ -13,6 +14,7 @@ __all__ = [
     "eigh",
     "fisher_scaled",
     "gradient_statistics_",
+    "orthonormalize",
     "project",
     "random_matrix",
     "sketch_",

@@ -1,0 +1,187 @@
+"""Decompositions from sketches alone: the matrix itself is gone. Batched over leading sizes, float64 inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
+from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops.orthonormalize import orthonormalize
+from lora_kernels.ops.small_linalg import fix_signs
+
+__all__ = ["Nystrom", "RandomizedSVD", "nystrom", "two_sided"]
+
+_UNIT = 2.0**-52
+# Psi G Omega is known from both sketches. Rounding parts the two by little; sketches of different matrices, entirely.
+_MISMATCH = 0.5
+# The shift is raised tenfold at most this often.
+_ATTEMPTS = 16
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """The leading eigenpairs of a positive semidefinite matrix.
+
+    Attributes:
+        values: `(..., rank)` float64, descending, not negative.
+        vectors: `(..., n, rank)` float64, orthonormal columns; the entry of largest magnitude of each is positive.
+        residual: `(...)` float64, the nuclear norm of `M - M_r`, or `None` where the trace was not given. A Nystrom
+            approximation never exceeds M, so this is `trace(M) - sum(values)` and no estimate; it also bounds the
+            Frobenius and the spectral norm.
+        shift: `(...)` float64, what was added to M before the factorisation and taken off the values after: the level
+            of rounding in the sketch. Values below it mean nothing.
+    """
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    residual: torch.Tensor | None
+    shift: torch.Tensor
+
+
+def _check_sketch(name: str, value: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    check_tensor(name, value, dtypes=(torch.float32, torch.float64))
+    if value.dim() < 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have at least two sizes")
+    if rows is not None and value.shape[-2] != rows:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have {rows} rows")
+    wide = value.detach().to(torch.float64)
+    finite = torch.isfinite(wide).flatten(-2).all(-1).reshape(-1)
+    if not bool(finite.all()):
+        raise ValueError(f"matrix {int((~finite).nonzero()[0])} of {name} holds NaN or infinite entries")
+    return wide
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Frobenius norms, safe from overflow and underflow of the squares; `(..., 1, 1)`."""
+    scale = x.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return torch.linalg.matrix_norm(x / scale, keepdim=True) * scale
+
+
+def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Tensor | float | None = None) -> Nystrom:
+    """The leading eigenpairs of a positive semidefinite M from its sketch `Y = M Omega`.
+
+    Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3: `Y (Omega^T Y)^+ Y^T`, computed for
+    `M + shift` so that the core has a Cholesky factor. The result does not change with Omega's scale or basis, and
+    scales with Y. `Omega^T Y` would be symmetric without rounding: how far it is from that is the noise of the sketch,
+    and the shift is chosen above it.
+
+    Args:
+        y: `(..., n, k)` float32 or float64.
+        omega: `(n, k)` or `(..., n, k)`, of rank k.
+        rank: number of pairs, 1 <= rank <= k.
+        trace: the exact trace of M, `(...)` or a number, for the residual.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        TypeError: on another dtype.
+        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or no shift makes the
+            core positive definite.
+    """
+    wide = _check_sketch("y", y)
+    test = _check_sketch("omega", omega, y.shape[-2])
+    n, k = y.shape[-2:]
+    if test.shape[-1] != k or k > n:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k) with k <= n"
+        )
+    check_range("rank", rank, low=1, high=k, integer=True)
+    basis, triangle = orthonormalize(test)
+    batch = torch.broadcast_shapes(wide.shape[:-2], basis.shape[:-2])
+    basis = basis.expand(*batch, n, k)
+    wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).expand(*batch, n, k)
+    scale = _norm(wide)
+    scale = torch.where(scale > 0, scale, 1.0)
+    wide = wide / scale
+    core = basis.mT @ wide
+    noise = torch.linalg.matrix_norm(core - core.mT, keepdim=True)
+    # A zero sketch is all noise: its shift is the scale, which the values lose again.
+    shift = torch.maximum(noise, torch.full_like(noise, _UNIT * n**0.5))
+    eye = torch.eye(k, dtype=core.dtype, device=core.device)
+    for _ in range(_ATTEMPTS):
+        lower, info = torch.linalg.cholesky_ex((core + core.mT) / 2 + shift * eye)
+        failed = (info != 0)[..., None, None]
+        if not bool(failed.any()):
+            break
+        shift = torch.where(failed, shift * 10, shift)
+    else:
+        raise ValueError("Omega^T y is far from positive semidefinite: y is no sketch of such a matrix by this omega")
+    factor = torch.linalg.solve_triangular(lower.mT, wide + shift * basis, upper=True, left=False)
+    q, r = orthonormalize(factor)
+    left, s, _ = torch.linalg.svd(r)
+    level = shift[..., 0]
+    values = ((s.square() - level).clamp_min(0) * scale[..., 0])[..., :rank]
+    residual = None
+    if trace is not None:
+        total = torch.as_tensor(trace, dtype=torch.float64, device=values.device)
+        residual = (total - values.sum(-1)).clamp_min(0)
+    return Nystrom(values, fix_signs(q @ left[..., :rank]), residual, (shift * scale)[..., 0, 0])
+
+
+def two_sided(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    omega: torch.Tensor,
+    psi: torch.Tensor,
+    rank: int,
+    *,
+    probe: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> RandomizedSVD:
+    """The leading singular triplets of any G from its sketches `Y = G Omega` and `Z = Psi G`.
+
+    Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1609.00048), algorithm 7: `Q` spans Y, and `G ~ Q (Psi Q)^+ Z`.
+    Exact where G has at most k singular values. The least-squares problem is well conditioned for l of 2 k or more.
+
+    Args:
+        y: `(..., m, k)` float32 or float64.
+        z: `(..., l, n)`, l >= k.
+        omega: `(n, k)` or `(..., n, k)`; only used to see that the four belong together.
+        psi: `(l, m)` or `(..., l, m)`.
+        rank: number of triplets, 1 <= rank <= k.
+        probe: `(t, G t)`, `(n, p)` and `(..., m, p)`: independent gaussian vectors that had no part in y, and what G
+            made of them, for the bound on the error.
+
+    Returns:
+        Triplets in float64; `error` is `None` without a probe.
+
+    Raises:
+        TypeError: on another dtype.
+        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the sketches are not
+            of one matrix.
+    """
+    left = _check_sketch("y", y)
+    right = _check_sketch("z", z)
+    m, k = left.shape[-2:]
+    length, n = right.shape[-2:]
+    test = _check_sketch("omega", omega, n)
+    co_test = _check_sketch("psi", psi, length)
+    if co_test.shape[-1] != m or test.shape[-1] != k or not k <= length or k > min(m, n):
+        raise ValueError(
+            f"y, z, omega and psi have shapes {tuple(y.shape)}, {tuple(z.shape)}, {tuple(omega.shape)} and "
+            f"{tuple(psi.shape)}, but must be (m, k), (l, n), (n, k) and (l, m) with k <= l and k <= min(m, n)"
+        )
+    check_range("rank", rank, low=1, high=k, integer=True)
+    one, two = right @ test, co_test @ left
+    apart = _norm(one - two) > _MISMATCH * torch.maximum(_norm(one), _norm(two))
+    if bool(apart.any()):
+        index = int(apart.reshape(-1).nonzero()[0])
+        raise ValueError(f"z Omega and Psi y of matrix {index} differ, but both must be Psi G Omega")
+    q, _ = orthonormalize(left)
+    core = torch.linalg.pinv(co_test @ q) @ right
+    v, r = orthonormalize(core.mT)
+    small, s, rotation = torch.linalg.svd(r.mT)  # core = r^T v^T
+    u, v, s = q @ small[..., :rank], v @ rotation.mT[..., :rank], s[..., :rank]
+    error = None
+    if probe is not None:
+        t, image = _check_sketch("probe[0]", probe[0], n), _check_sketch("probe[1]", probe[1], m)
+        if t.shape[-1] != image.shape[-1] or t.shape[-1] < 1:
+            raise ValueError(
+                f"probe has shapes {tuple(t.shape)} and {tuple(image.shape)}, but both must have the same columns"
+            )
+        error = probe_bound(image - (u * s.unsqueeze(-2)) @ (v.mT @ t))
+    u, v = fix_pair(u, v)
+    return RandomizedSVD(u, s, v.mT, error, "two_sided", 0)
