@@ -167,14 +167,9 @@ class EVA:
         ]
 
     def _from_sketch(self, sketch: InputSketch, k: int) -> _Components:
-        if k > sketch.size:
-            raise ValueError(
-                f"{k} components are asked of a sketch with {sketch.size} columns: collect with sketch_size={2 * k}"
-            )
-        pairs = sketch.components(k, center=self.center)
-        return _Components(
-            pairs.values, pairs.vectors, sketch.trace(center=self.center), sketch.tokens, math.nan, "nystrom"
-        )
+        pairs, error = sketch.components(k, center=self.center)
+        trace = sketch.trace(center=self.center)
+        return _Components(pairs.values, pairs.vectors, trace, sketch.tokens, error, "nystrom")
 
     def _layer(self, components: _Components, rank: int, out_features: int) -> LayerFactors:
         a = components.vectors[:, :rank].mT

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.statistics.sketches import PROBES
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
 
@@ -208,12 +209,12 @@ def _sizes(statistic: str, form: str, target: Target, sketch_size: int, width: i
     if statistic in (INPUT_SECOND, OUTPUT_SECOND):
         order = n if statistic == INPUT_SECOND else m
         if form == "sketch":
-            size = order * (sketch_size + 2) * width + 8
+            size = order * (sketch_size + PROBES + 2) * width + 8
             return size, size
         return (order * order + order) * width + 8, (order * (order + 1) // 2 + order) * width + 8
     if statistic == FISHER:
         return m * width + 8, m * width + 8
-    size = m * n * width if form == "exact" else (m + _CO_SIZE * n) * sketch_size * width
+    size = m * n * width if form == "exact" else (m * (sketch_size + PROBES) + n * co_size(sketch_size)) * width
     return size, size
 
 

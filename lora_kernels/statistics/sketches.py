@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
-from lora_kernels.linalg.single_pass import Nystrom, RandomizedSVD, nystrom, two_sided
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, probe_bound
+from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
 from lora_kernels.statistics.moments import Accumulator
 
 KIND = "gaussian"
+# Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
+# `linalg.probe_bound`).
+PROBES = 8
 
 
 def stream_of(name: str) -> int:
@@ -34,13 +38,13 @@ class InputSketch(Accumulator):
 
     Attributes:
         features: n.
-        size: k, columns of the sketch.
+        size: k, columns of the sketch that the reconstruction uses.
         seed: of Omega.
         stream: of Omega.
         count: scalar float64 tensor, `sum w_t`.
         total: `(n,)`, `sum w_t x_t`.
         squares: `(n,)`, `sum w_t x_t^2`.
-        product: `(n, k)`, `sum w_t x_t (x_t^T Omega)`.
+        product: `(n, k + PROBES)`, `sum w_t x_t (x_t^T Omega)`.
     """
 
     kind = "input_sketch"
@@ -70,7 +74,7 @@ class InputSketch(Accumulator):
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
         self.squares = torch.zeros(features, dtype=dtype, device=device)
-        self.product = torch.zeros(features, size, dtype=dtype, device=device)
+        self.product = torch.zeros(features, size + PROBES, dtype=dtype, device=device)
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Add a batch.
@@ -105,15 +109,17 @@ class InputSketch(Accumulator):
         raw = float(self.squares.sum(dtype=torch.float64)) / self.tokens
         return max(0.0, raw - float(self.mean().square().sum())) if center else raw
 
-    def components(self, rank: int, *, center: bool = True) -> Nystrom:
-        """The leading eigenpairs of the covariance, reconstructed from the sketch.
+    def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
+        """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
 
         Args:
             rank: number of pairs, at most the size of the sketch.
             center: subtract the mean's outer product (the sketch of `mu mu^T` is known exactly).
 
         Returns:
-            Eigenpairs in float64, with the captured share of the exact trace.
+            Eigenpairs in float64 on the sketch's device, and a bound on their residuals `|M v - value v|` relative to
+            the largest value (zero for a zero matrix). The residual matrix is positive semidefinite, so its trace, which
+            is known, bounds its norm; most often its images of random probes give a smaller bound.
 
         Raises:
             ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
@@ -121,19 +127,31 @@ class InputSketch(Accumulator):
         tokens = self.tokens
         if tokens <= 0:
             raise ValueError(f"the sketch holds {tokens:g} tokens: nothing was collected, or every token was masked")
-        omega = self.omega()
+        if rank > self.size:
+            raise ValueError(
+                f"{rank} components are asked of a sketch with {self.size} columns: collect with sketch_size={2 * rank}"
+            )
+        omega = _draw(self.features, self.size + PROBES, self.seed, self.stream, self.product)
         product = self.product.to(torch.float64) / tokens
         if center:
             mean = self.mean()
-            product = product - torch.outer(mean, mean @ omega)
-        return nystrom(product, omega, rank, trace=self.trace(center=center))
+            product.addr_(mean, mean @ omega, alpha=-1.0)
+        size = min(self.size, self.features)
+        pairs = nystrom(product[:, :size], omega[:, :size], size, trace=self.trace(center=center))
+        # A pair of the approximation leaves M v - value v = (M - approximation) v.
+        rest = product[:, self.size :] - (pairs.vectors * pairs.values) @ (pairs.vectors.mT @ omega[:, self.size :])
+        scale = float(pairs.values[0])
+        assert pairs.residual is not None  # the trace was given
+        error = min(float(probe_bound(rest)), float(pairs.residual)) / scale if scale > 0 else 0.0
+        dropped = pairs.values[rank:].sum()
+        kept = Nystrom(pairs.values[:rank], pairs.vectors[:, :rank], pairs.residual + dropped, pairs.shift)
+        return kept, error
 
-    def omega(self) -> torch.Tensor:
-        """The random matrix of this sketch, `(n, k)` float64."""
-        drawn = random_matrix(
-            self.features, self.size, kind=KIND, seed=self.seed, stream=self.stream, device=self.product.device
-        )
-        return drawn.to(torch.float64)
+
+def _draw(rows: int, columns: int, seed: int, stream: int, like: torch.Tensor) -> torch.Tensor:
+    """What `sketch_` multiplied by for sums `like` these, in float64."""
+    drawn = random_matrix(rows, columns, kind=KIND, seed=seed, stream=stream, dtype=like.dtype, device=like.device)
+    return drawn.to(torch.float64)
 
 
 class GradientSketch(Accumulator):
@@ -144,7 +162,7 @@ class GradientSketch(Accumulator):
         in_features: n.
         size: k, columns of `G Omega`.
         co_size: l, rows of `Psi G`; at least k for a stable reconstruction.
-        left: `(m, k)`, `sum w_t g_t (x_t^T Omega)`.
+        left: `(m, k + PROBES)`, `sum w_t g_t (x_t^T Omega)`.
         right: `(n, l)`, `sum w_t x_t (g_t^T Psi^T)`.
     """
 
@@ -177,7 +195,7 @@ class GradientSketch(Accumulator):
         """
         self.out_features, self.in_features = out_features, in_features
         self.size, self.co_size, self.seed, self.stream = size, co_size, seed, stream
-        self.left = torch.zeros(out_features, size, dtype=dtype, device=device)
+        self.left = torch.zeros(out_features, size + PROBES, dtype=dtype, device=device)
         self.right = torch.zeros(in_features, co_size, dtype=dtype, device=device)
 
     @property
@@ -209,14 +227,19 @@ class GradientSketch(Accumulator):
             scale: factor, such as one over the number of loss items.
 
         Returns:
-            `U`, `S`, `Vh` in float64.
+            `U`, `S`, `Vh` in float64, with a bound on the spectral norm of what they leave of `scale * G` (see
+            `linalg.probe_bound`).
+
+        Raises:
+            ValueError: if `rank` exceeds the size of the sketch.
         """
-
-        def draw(rows: int, columns: int, stream: int) -> torch.Tensor:
-            drawn = random_matrix(rows, columns, kind=KIND, seed=self.seed, stream=stream, device=self.left.device)
-            return drawn.to(torch.float64)
-
-        omega = draw(self.in_features, self.size, self.stream)
-        psi = draw(self.out_features, self.co_size, self._co_stream).mT
+        if rank > self.size:
+            raise ValueError(
+                f"{rank} triplets are asked of a sketch with {self.size} columns: collect with sketch_size={2 * rank}"
+            )
+        omega = _draw(self.in_features, self.size + PROBES, self.seed, self.stream, self.left)
+        psi = _draw(self.out_features, self.co_size, self.seed, self._co_stream, self.left).mT
         left, right = self.left.to(torch.float64) * scale, self.right.to(torch.float64).mT * scale
-        return two_sided(left, right, omega, psi, rank)
+        size = min(self.size, self.out_features, self.in_features)
+        probe = (omega[:, self.size :], left[:, self.size :])
+        return two_sided(left[:, :size], right, omega[:, :size], psi, rank, probe=probe)
