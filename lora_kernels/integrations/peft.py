@@ -334,8 +334,8 @@ def write(
     replaced = replaced_parameters(layers, ranks, adapter)
     if any(is_sharded(each) for each in replaced):
         raise ValueError(
-            "the adapter is sharded (FSDP), so its ranks cannot change: keep them (rho=1), or initialise before sharding, "
-            "for instance from statistics that were collected on the sharded model"
+            "the adapter is sharded (FSDP), so its ranks cannot change: keep them (rho=1), or initialise before "
+            "sharding, for instance from statistics that were collected on the sharded model"
         )
     check_no_optimizer(replaced, "the new ranks")
     removed = False

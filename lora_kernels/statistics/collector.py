@@ -238,8 +238,7 @@ class Collection:
             if options.weighting == "sample":
                 factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(options.dtype)
         weights = BatchWeights.of(batch, options.mask, encoder_decoder=self.encoder_decoder, factors=factors)
-        observer.weights = weights
-        observer.sharing.begin(number)
+        observer.begin(number, weights)
         outputs = (options.forward or call_model)(self.model, batch)
         # Sharded weights are gathered in the backward pass too: there every process must go through it.
         if observer.gradients and (items > 0 or self.lockstep):

@@ -43,6 +43,20 @@ def packed_size(size: int) -> int:
     return sum(min(_PANEL, size - low) * min(low + _PANEL, size) for low in range(0, size, _PANEL))
 
 
+def as_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Activations as the ops take them: 16-bit ones as they are, wider ones in the dtype of the sums.
+
+    Args:
+        x: any floating tensor.
+        dtype: of the sums, float32 or float64.
+
+    Returns:
+        x without its graph.
+    """
+    x = x.detach()
+    return x.to(dtype) if torch.float64 in (dtype, x.dtype) else x
+
+
 class Accumulator:
     """Sums that add over batches and processes.
 
@@ -106,9 +120,7 @@ class InputMoments(Accumulator):
             x: `(..., n)` activations.
             weight: `(...)` bool selection or real weights; `None` counts every row once.
         """
-        x = x.detach()
-        if x.dtype != self.second.dtype and self.second.dtype == torch.float64:
-            x = x.to(torch.float64)
+        x = as_rows(x, self.second.dtype)
         covariance_(self.second, x, weight, self.total)
         if weight is None:
             self.count += x.numel() // max(self.features, 1)

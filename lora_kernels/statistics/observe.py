@@ -31,7 +31,8 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
 
-    Nor is a key-value cache kept, which transformers models make by default outside of training. Gradients flow through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
+    Nor is a key-value cache kept, which transformers models make by default outside of training. Gradients flow
+    through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
 
     Args:
         model: the model to observe.
@@ -149,7 +150,6 @@ class Observer:
             if is_encoder_decoder(self._model):
                 decoder = self._model.get_decoder()  # type: ignore[operator]
                 self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
-                self._handles.append(decoder.register_forward_hook(self._leave_decoder, always_call=True))
         except BaseException:
             self.__exit__()
             raise
@@ -161,13 +161,20 @@ class Observer:
             handle.remove()
         self._handles.clear()
 
+    def begin(self, number: int, weights: BatchWeights) -> None:
+        """Prepare for a batch.
+
+        Args:
+            number: of the batch.
+            weights: of its tokens.
+        """
+        self.weights, self._in_decoder = weights, False
+        self.sharing.begin(number)
+
     def _enter_decoder(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._in_decoder = True
+        self._in_decoder = True  # until the batch ends: what follows (an output layer) has the decoder's rows
         states = kwargs.get("encoder_hidden_states")
         self._encoder_storage = {states.untyped_storage()._cdata} if isinstance(states, torch.Tensor) else set()
-
-    def _leave_decoder(self, *_: Any) -> None:
-        self._in_decoder = False
 
     def _rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         decoder = self._in_decoder and x.untyped_storage()._cdata not in self._encoder_storage

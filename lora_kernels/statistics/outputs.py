@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
-from lora_kernels.statistics.moments import Accumulator, InputMoments
+from lora_kernels.statistics.moments import Accumulator, InputMoments, as_rows
 from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.wants import FISHER, GRADIENT, OUTPUT_SECOND
 
@@ -91,15 +91,15 @@ class OutputStatistics(Accumulator):
             g: `(..., m)`.
             x: `(..., n)`, the input of the call; only read where the weight gradient is asked for.
             weight: `(...)` bool or real, which rows count in the Fisher diagonal and the second moment.
-            factors: `(...)` real, multiplies g of each row.
+            factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
         """
         self.calls += 1
-        if factors is None:
-            squared = weight
-        else:
-            squared = factors.square() if weight is None else factors.square() * weight
-        if self.dtype == torch.float64:
-            g, x = g.to(torch.float64), None if x is None else x.to(torch.float64)
+        # A selection of rows needs no more than `weight`, which has it too.
+        scale = None if factors is None or factors.dtype == torch.bool else factors
+        squared = weight
+        if scale is not None:
+            squared = scale.square() if weight is None else scale.square() * weight
+        g, x = as_rows(g, self.dtype), None if x is None else as_rows(x, self.dtype)
         if self.fisher is not None or self.gradient is not None:
             gradient_statistics_(
                 self.gradient,
@@ -110,7 +110,8 @@ class OutputStatistics(Accumulator):
                 fisher_weight=None if self.fisher is None else squared,
             )
         if self.second is not None:
-            self.second.update(g if factors is None else g * factors.unsqueeze(-1), weight)  # so count is of tokens
+            # Not by squared weights: the count is of tokens.
+            self.second.update(g if scale is None else g * scale.unsqueeze(-1), weight)
         if self.sketch is not None:
             assert x is not None  # needs_input
             self.sketch.update(g, x, factors)

@@ -16,7 +16,7 @@ from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
-from lora_kernels.statistics.moments import Accumulator
+from lora_kernels.statistics.moments import Accumulator, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -27,10 +27,6 @@ PROBES = 8
 def stream_of(name: str) -> int:
     """The Philox stream of a layer."""
     return zlib.crc32(name.encode())
-
-
-def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.detach().to(torch.float64) if dtype == torch.float64 else x.detach()
 
 
 class InputSketch(Accumulator):
@@ -83,7 +79,7 @@ class InputSketch(Accumulator):
             x: `(..., n)` activations.
             weight: `(...)` bool selection or real weights; `None` counts every row once.
         """
-        x = _wide(x, self.product.dtype)
+        x = as_rows(x, self.product.dtype)
         sketch_(self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total)
         gradient_statistics_(None, self.squares, x, fisher_weight=weight)
         if weight is None:
@@ -118,8 +114,8 @@ class InputSketch(Accumulator):
 
         Returns:
             Eigenpairs in float64 on the sketch's device, and a bound on their residuals `|M v - value v|` relative to
-            the largest value (zero for a zero matrix). The residual matrix is positive semidefinite, so its trace, which
-            is known, bounds its norm; most often its images of random probes give a smaller bound.
+            the largest value (zero for a zero matrix). The residual matrix is positive semidefinite, so its trace,
+            which is known, bounds its norm; most often its images of random probes give a smaller bound.
 
         Raises:
             ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
@@ -210,7 +206,7 @@ class GradientSketch(Accumulator):
             x: `(..., n)` inputs.
             weight: `(...)` bool selection or real weights; `None` counts every row once.
         """
-        g, x = _wide(g, self.left.dtype), _wide(x, self.left.dtype)
+        g, x = as_rows(g, self.left.dtype), as_rows(x, self.left.dtype)
         sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
         sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)
 

@@ -21,7 +21,9 @@ class Data:
 
     def __init__(self, kill_at=-1):
         generator = torch.Generator().manual_seed(1)
-        self.batches = [(torch.randn(5, 20, generator=generator), torch.randn(5, 4, generator=generator)) for _ in range(12)]
+        self.batches = [
+            (torch.randn(5, 20, generator=generator), torch.randn(5, 4, generator=generator)) for _ in range(12)
+        ]
         self.kill_at, self.handed = kill_at, 0
 
     def __len__(self):

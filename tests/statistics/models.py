@@ -97,7 +97,9 @@ class Experts(nn.Module):
     def __init__(self, n=12):
         super().__init__()
         self.embed = nn.Embedding(50, n)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n)) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n)) for _ in range(4)
+        )
         self.head = nn.Linear(n, 5)
 
     def forward(self, input_ids, labels):

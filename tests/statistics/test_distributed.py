@@ -37,7 +37,9 @@ def results(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["ddp", "passes", "fsdp", "fsdp_passes", "lonely", "fsdp_lonely", "checkpoint", "resumed"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "passes", "fsdp", "fsdp_passes", "lonely", "fsdp_lonely", "checkpoint", "resumed"]
+)
 def test_two_processes_find_what_one_finds(results, name):
     model = tiny_llama()
     expected = lk.collect(model, shares(samples(10), 0, 1), STATISTICS, progress=False)

@@ -9,7 +9,12 @@ from lora_kernels.statistics import STATISTICS
 from tests.conftest import relative_error
 from tests.statistics.models import Experts, account, padded, samples, tiny_llama
 
-NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj", "lm_head"]
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.1.self_attn.k_proj",
+    "lm_head",
+]
 
 
 def gather(model, batches, wants=STATISTICS, **options):
@@ -73,7 +78,10 @@ def test_the_mean_over_items_is_what_accumulated_training_steps_see():
 def test_labels_mask_changes_the_fisher_and_second_moments_but_not_the_gradient():
     made = samples()
     batches = padded(made, 4)
-    everything, masked = gather(tiny_llama(torch.float64), batches), gather(tiny_llama(torch.float64), batches, mask="next_labels")
+    everything, masked = (
+        gather(tiny_llama(torch.float64), batches),
+        gather(tiny_llama(torch.float64), batches, mask="next_labels"),
+    )
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(masked[name].output.gradient, everything[name].output.gradient)
     assert masked[name].output.tokens < everything[name].output.tokens
@@ -181,7 +189,9 @@ def test_experts_with_few_or_no_tokens():
     assert stats["experts.3.0"].output is None and "never called" in stats["experts.3.0"].notes[0]
     mirror = copy.deepcopy(model)
     sum(12 * mirror(**batch)[0] for batch in batches).backward()
-    route = torch.cat([torch.where(b["input_ids"].flatten() % 50 < 1, 2, b["input_ids"].flatten() % 2) for b in batches])
+    route = torch.cat(
+        [torch.where(b["input_ids"].flatten() % 50 < 1, 2, b["input_ids"].flatten() % 2) for b in batches]
+    )
     for number in range(3):
         layer = stats[f"experts.{number}.0"]
         assert layer.input.tokens == layer.output.tokens == int((route == number).sum())

@@ -106,7 +106,9 @@ def test_exact_until_the_budget_is_reached_then_sketched_then_postponed():
     exact = lk.plan(model, {"input_second": True}, budget=budget, sketch_size=8)
     assert exact.passes == 2 and {each.form for each in exact.entries} == {"exact"}
     assert max(exact.pass_bytes) <= budget
-    with pytest.raises(ValueError, match=r"budget is 1 KB, but the exact input_second of .*down_proj alone takes 103 KB"):
+    with pytest.raises(
+        ValueError, match=r"budget is 1 KB, but the exact input_second of .*down_proj alone takes 103 KB"
+    ):
         lk.plan(model, {"input_second": True}, budget=1000)
 
 

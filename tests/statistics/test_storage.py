@@ -70,10 +70,17 @@ def test_save_and_load(tmp_path):
 
 
 def test_sketches_and_shared_inputs_survive_the_trip(tmp_path):
-    from tests.statistics.test_gradients import gather as llama  # noqa: PLC0415
     from tests.statistics.models import padded, samples, tiny_llama  # noqa: PLC0415
+    from tests.statistics.test_gradients import gather as llama  # noqa: PLC0415
 
-    stats = llama(tiny_llama(), padded(samples(), 4), form="sketch", sketch_size=2, targets=None, dtype=torch.float32)
+    stats = llama(
+        tiny_llama(hidden_size=64),
+        padded(samples(), 4),
+        form="sketch",
+        sketch_size=2,
+        targets=None,
+        dtype=torch.float32,
+    )
     name = "model.layers.0.self_attn.q_proj"
     assert stats[name].input.kind == "input_sketch" and stats[name].output.sketch is not None
     stats.save(tmp_path / "s.safetensors")
