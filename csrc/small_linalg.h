@@ -27,10 +27,12 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float epsilon = 1.1920929e-07f;
+  static constexpr int least_exponent = -125;  // of a normal power of two with a finite inverse
 };
 template <>
 struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
+  static constexpr int least_exponent = -1021;
 };
 
 template <typename T>
@@ -74,69 +76,6 @@ LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   const int b = k == 0 ? cycle : (round - k + cycle) % cycle;
   p = a < b ? a : b;
   q = a < b ? b : a;
-}
-
-// Eigenpairs of LANES symmetric matrices stored lane-innermost: a[(row * n + column) * LANES + lane], both triangles.
-// On return the diagonal of a holds the eigenvalues (unsorted) and the columns of v the eigenvectors.
-// Returns the number of sweeps, or kMaxSweeps + 1 if a lane did not converge.
-template <typename T, int LANES>
-LK_HD int jacobi_lanes(T* __restrict__ a, T* __restrict__ v, int n, T* __restrict__ off) {
-  for (int i = 0; i < n * n * LANES; ++i) v[i] = T(0);
-  for (int i = 0; i < n; ++i)
-    for (int l = 0; l < LANES; ++l) v[(i * n + i) * LANES + l] = T(1);
-  T threshold[LANES];
-  for (int l = 0; l < LANES; ++l) threshold[l] = T(0);
-  for (int i = 0; i < n * n; ++i)
-    for (int l = 0; l < LANES; ++l) threshold[l] += a[i * LANES + l] * a[i * LANES + l];
-  for (int l = 0; l < LANES; ++l) threshold[l] = jacobi_threshold(threshold[l], n);
-  for (int sweep = 0; sweep <= kMaxSweeps; ++sweep) {
-    for (int l = 0; l < LANES; ++l) off[l] = T(0);
-    for (int p = 1; p < n; ++p)
-      for (int q = 0; q < p; ++q)
-        for (int l = 0; l < LANES; ++l) off[l] += T(2) * a[(p * n + q) * LANES + l] * a[(p * n + q) * LANES + l];
-    bool done = true;
-    for (int l = 0; l < LANES; ++l) done = done && off[l] <= threshold[l];
-    if (done) return sweep;
-    for (int p = 0; p < n - 1; ++p) {
-      for (int q = p + 1; q < n; ++q) {
-        T c[LANES], s[LANES];
-        T* const row_p = a + p * n * LANES;
-        T* const row_q = a + q * n * LANES;
-#pragma GCC ivdep
-        for (int l = 0; l < LANES; ++l) {
-          const T app = row_p[p * LANES + l], aqq = row_q[q * LANES + l], apq = row_p[q * LANES + l];
-          jacobi_rotation(app, aqq, apq, c[l], s[l]);
-          const T t = s[l] / c[l];
-          row_p[p * LANES + l] = app - t * apq;
-          row_q[q * LANES + l] = aqq + t * apq;
-          row_p[q * LANES + l] = T(0);
-          row_q[p * LANES + l] = T(0);
-        }
-        for (int k = 0; k < n; ++k) {
-          if (k == p || k == q) continue;
-#pragma GCC ivdep
-          for (int l = 0; l < LANES; ++l) {
-            const T x = row_p[k * LANES + l], y = row_q[k * LANES + l];
-            const T xx = c[l] * x - s[l] * y, yy = s[l] * x + c[l] * y;
-            row_p[k * LANES + l] = xx;
-            row_q[k * LANES + l] = yy;
-            a[(k * n + p) * LANES + l] = xx;
-            a[(k * n + q) * LANES + l] = yy;
-          }
-        }
-        // v is kept transposed (row i holds eigenvector i) so that a rotation touches two contiguous rows.
-        for (int k = 0; k < n * LANES; k += LANES) {
-#pragma GCC ivdep
-          for (int l = 0; l < LANES; ++l) {
-            const T x = v[p * n * LANES + k + l], y = v[q * n * LANES + k + l];
-            v[p * n * LANES + k + l] = c[l] * x - s[l] * y;
-            v[q * n * LANES + k + l] = s[l] * x + c[l] * y;
-          }
-        }
-      }
-    }
-  }
-  return kMaxSweeps + 1;
 }
 
 }  // namespace lora_kernels

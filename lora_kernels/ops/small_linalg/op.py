@@ -87,6 +87,8 @@ def _eigh(matrices: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Ten
         values, vectors = torch.linalg.eigh(matrices)
     else:
         values, vectors = _run_cpp(matrices)
+        if matrices.device.type == "cpu":
+            return values, vectors
     return values, fix_signs(vectors).contiguous()
 
 
