@@ -1,12 +1,9 @@
-// OpenMP drivers and the memory-bound CPU kernels.
+// OpenMP drivers of the memory-bound CPU kernels.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "drivers.h"
-#include "small_linalg.h"
 
 // One binary for every x86-64: the loader picks the widest version that the machine runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)

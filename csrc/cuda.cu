@@ -4,7 +4,7 @@
 // one launch for all of them. A round of the tournament rotates n / 2 disjoint pairs at once.
 #include <cuda_runtime.h>
 
-#include "drivers.h"
+#include "linalg.h"
 #include "small_linalg.h"
 
 namespace lora_kernels {

@@ -13,29 +13,20 @@ namespace lora_kernels {
 
 constexpr int kMaxShifts = 30;  // per eigenvalue, on average over the matrix
 
-// A sum of squares below this is rounding noise of a matrix of entries up to 1: it cannot be normalised accurately.
-template <typename T>
-struct Noise;
-template <>
-struct Noise<float> {
-  static constexpr float square = 1e-30f;
-};
-template <>
-struct Noise<double> {
-  static constexpr double square = 1e-280;
-};
+// A sum of squares below this is rounding noise of a matrix of entries up to 2: it cannot be normalised accurately.
+constexpr double kNoiseSquare = 1e-280;
+constexpr double kEpsilon = Limits<double>::epsilon;
+constexpr int kLeastExponent = -1021;  // of a power of two with a finite inverse
 
 // Reduces `a` (lower triangle, row-major) to diagonal d and subdiagonal e; the reflectors stay below the diagonal of a,
-// their factors in tau. p: n vectors of scratch.
+// their factors in tau. x, p: n vectors of scratch each.
 template <class L>
-LK_HD void tridiagonalize(typename L::V* a, typename L::V* d, typename L::V* e, typename L::V* tau, typename L::V* p,
-                          int n) {
+LK_HD void tridiagonalize(typename L::V* a, typename L::V* d, typename L::V* e, typename L::V* tau, typename L::V* x,
+                          typename L::V* p, int n) {
   using V = typename L::V;
-  using T = typename L::Scalar;
   for (int k = 0; k + 1 < n; ++k) {
     const int m = n - k - 1;  // order of what remains
     V* const rest = a + (k + 1) * n + k + 1;
-    V* const x = tau + n;  // the reflector, contiguous
     V square = V{};
     for (int i = 0; i < m; ++i) {
       x[i] = a[(k + 1 + i) * n + k];
@@ -43,14 +34,14 @@ LK_HD void tridiagonalize(typename L::V* a, typename L::V* d, typename L::V* e, 
     }
     const V head = x[0], norm2 = square + head * head;
     d[k] = a[k * n + k];
-    const auto reflect = (square > 0) & (norm2 > splat<L>(Noise<T>::square));
+    const auto reflect = (square > 0) & (norm2 > splat<L>(kNoiseSquare));
     const V norm = square_root<L>(norm2);
     const V beta = head > 0 ? -norm : norm;
-    const V inverse = 1 / (reflect ? head - beta : splat<L>(T(1)));
-    const V factor = reflect ? (beta - head) / (reflect ? beta : splat<L>(T(1))) : V{};
+    const V inverse = 1 / (reflect ? head - beta : splat<L>(1));
+    const V factor = reflect ? (beta - head) / (reflect ? beta : splat<L>(1)) : V{};
     e[k] = reflect ? beta : head;
     tau[k] = factor;
-    x[0] = splat<L>(T(1));
+    x[0] = splat<L>(1);
     for (int i = 1; i < m; ++i) x[i] = reflect ? x[i] * inverse : V{};
     for (int i = 0; i < m; ++i) {
       a[(k + 1 + i) * n + k] = x[i];
@@ -70,7 +61,7 @@ LK_HD void tridiagonalize(typename L::V* a, typename L::V* d, typename L::V* e, 
       p[i] *= factor;
       dot += p[i] * x[i];
     }
-    const V half = dot * factor * T(0.5);
+    const V half = dot * factor * 0.5;
     for (int i = 0; i < m; ++i) p[i] -= half * x[i];
     for (int i = 0; i < m; ++i) {
       V* const row = rest + i * n;
@@ -123,18 +114,17 @@ LK_HD void accumulate_reflectors(const typename L::V* a, const typename L::V* ta
   }
 }
 
-// Implicit QL on (d, e). The rows of v, if given, take the rotations. active: n + 1 masks of scratch.
+// Implicit QL on (d, e). The rows of v take the rotations. active: n + 1 masks of scratch.
 // Returns the lanes that have not converged.
 template <class L>
 LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename L::V* v, typename L::Mask* active,
                                    int n) {
   using V = typename L::V;
   using Mask = typename L::Mask;
-  using T = typename L::Scalar;
-  const V one = splat<L>(T(1));
+  const V one = splat<L>(1);
   V norm = V{};
   for (int i = 0; i < n; ++i) norm = larger<L>(norm, larger<L>(magnitude<L>(d[i]), magnitude<L>(e[i])));
-  const V floor = norm * (Limits<T>::epsilon * Limits<T>::epsilon);
+  const V floor = norm * (kEpsilon * kEpsilon);
   int low = 0;
   Mask seen{};
   for (int shifts = 0; shifts <= kMaxShifts * n; ++shifts) {
@@ -144,7 +134,7 @@ LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename 
     V dl = V{}, dn = V{}, el = one;
     for (int i = low; i + 1 < n; ++i) {
       const V size = magnitude<L>(e[i]);
-      const Mask wanted = (size > Limits<T>::epsilon * (magnitude<L>(d[i]) + magnitude<L>(d[i + 1]))) & (size > floor);
+      const Mask wanted = (size > kEpsilon * (magnitude<L>(d[i]) + magnitude<L>(d[i + 1]))) & (size > floor);
       e[i] = wanted ? e[i] : V{};
       const Mask first = wanted & ~seen;
       run = wanted & (run | ~seen);
@@ -171,7 +161,7 @@ LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename 
       p = start ? V{} : p;
       const V f = s * e[i], b = c * e[i];
       const V square = f * f + g * g;
-      const Mask noise = square < splat<L>(Noise<T>::square);
+      const Mask noise = square < splat<L>(kNoiseSquare);
       const V r = square_root<L>(square), inverse = 1 / r;
       e[i + 1] = on ? (start ? V{} : noise ? g : r) : e[i + 1];
       s = noise ? V{} : f * inverse;
@@ -199,11 +189,10 @@ LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename 
 
 // Loads lower triangles, each scaled by a power of two to entries below 2, so that squares neither overflow nor vanish.
 // Lanes that hold NaN or infinite entries become zero. Returns the finite ones.
-template <class L>
-LK_HD typename L::Mask load_symmetric(const typename L::Scalar* matrices, int count, int n, typename L::V* a,
-                                      typename L::V& scale) {
+template <class L, typename T>
+LK_HD typename L::Mask load_symmetric(const T* matrices, int count, int n, typename L::V* a, typename L::V& scale) {
   using V = typename L::V;
-  const Sources<L> sources(matrices, int64_t(n) * n, count);
+  const Sources<L, T> sources(matrices, int64_t(n) * n, count);
   V largest = V{}, poison = V{};
   for (int i = 0; i < n; ++i)
     for (int j = 0; j <= i; ++j) {
@@ -217,9 +206,9 @@ LK_HD typename L::Mask load_symmetric(const typename L::Scalar* matrices, int co
   for (int l = 0; l < L::count; ++l) {
     int exponent = 0;
     if (finite[l]) std::frexp(largest[l], &exponent);
-    exponent = std::max(exponent - 1, Limits<typename L::Scalar>::least_exponent);
-    scale[l] = std::ldexp(typename L::Scalar(1), exponent);
-    shrink[l] = std::ldexp(typename L::Scalar(1), -exponent);
+    exponent = std::max(exponent - 1, kLeastExponent);
+    scale[l] = std::ldexp(1.0, exponent);
+    shrink[l] = std::ldexp(1.0, -exponent);
   }
   for (int i = 0; i < n; ++i)
     for (int j = 0; j <= i; ++j) a[i * n + j] = finite ? a[i * n + j] * shrink : V{};
@@ -248,6 +237,18 @@ LK_HD void fix_signs(typename L::V* v, int n) {
     for (int k = 1; k < n; ++k) best = magnitude<L>(row[k]) > magnitude<L>(best) ? row[k] : best;
     for (int k = 0; k < n; ++k) row[k] = best < 0 ? -row[k] : row[k];
   }
+}
+
+// All of the above: lower triangles a (n * n, destroyed) to unsorted eigenvalues d (n) and eigenvectors as rows of v
+// (n * n). scratch: eigh_scratch(n) vectors. Returns the lanes that have not converged.
+LK_HD int64_t eigh_scratch(int64_t n) { return 5 * n + 1; }
+template <class L>
+LK_HD typename L::Mask eigh_lanes(typename L::V* a, typename L::V* d, typename L::V* v, typename L::V* scratch, int n) {
+  using V = typename L::V;
+  V *const e = scratch, *const tau = e + n, *const x = tau + n, *const p = x + n;
+  tridiagonalize<L>(a, d, e, tau, x, p, n);
+  accumulate_reflectors<L>(a, tau, x, v, n);
+  return implicit_ql<L>(d, e, v, reinterpret_cast<typename L::Mask*>(p + n), n);
 }
 
 }  // namespace lora_kernels

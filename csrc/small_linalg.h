@@ -1,8 +1,7 @@
-// Batched algebra on small matrices, as templates for host and device.
+// Batched algebra on small matrices: what the CPU (lanes.h, *_lanes.h) and the GPU (*.cu) have in common.
 //
-// Symmetric eigenproblem by cyclic Jacobi rotations (Golub and Van Loan, Matrix Computations, section 8.5). The host
-// works on LANES matrices at once, one per vector lane, so that every operation is a full-width vector operation; the
-// device gives each matrix a block of threads. Rotation, pair schedule and stopping rule are shared.
+// The loops differ, because the CPU gives a matrix a vector lane and the GPU gives it a block of threads; rotations,
+// pair schedule, thresholds and outcomes are shared.
 #pragma once
 
 #include <cmath>
@@ -18,7 +17,8 @@
 
 namespace lora_kernels {
 
-enum Status : int { kOk = 0, kNotFinite = 1, kNotConverged = 2 };
+// kNotPositive + k: the leading minor of order k + 1 is the first that is not positive.
+enum Status : int { kOk = 0, kNotFinite = 1, kNotConverged = 2, kNotPositive = 3 };
 
 constexpr int kMaxSweeps = 40;
 
@@ -27,12 +27,10 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float epsilon = 1.1920929e-07f;
-  static constexpr int least_exponent = -125;  // of a normal power of two with a finite inverse
 };
 template <>
 struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
-  static constexpr int least_exponent = -1021;
 };
 
 template <typename T>
@@ -76,6 +74,26 @@ LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   const int b = k == 0 ? cycle : (round - k + cycle) % cycle;
   p = a < b ? a : b;
   q = a < b ? b : a;
+}
+
+// One-sided Jacobi: whether two rows of length n, with squared norms xx and yy and product xy, need no rotation. A row
+// whose square is below `noise` is a null direction up to rounding. For scalars and for vectors of lanes.
+template <class V, typename T>
+LK_HD auto orthogonal(const V& xx, const V& yy, const V& xy, const V& noise, T epsilon, int n) {
+  return (xy * xy <= epsilon * epsilon * T(n) * xx * yy) | (xx <= noise) | (yy <= noise);
+}
+
+// The squared norm at which a row counts as null beside a matrix of squared Frobenius norm `total`.
+template <class V, typename T>
+LK_HD V null_square(const V& total, T epsilon) {
+  return epsilon * epsilon * T(1e-6) * total;
+}
+
+// P X + X Q = R: a sum of eigenvalues p_i + q_j up to this is zero, and so is the coefficient behind it, which gives
+// the solution of least norm. p, q: largest magnitudes of the eigenvalues; n: the larger of the two orders.
+template <class V, typename T>
+LK_HD V sylvester_threshold(const V& p, const V& q, T epsilon, int n) {
+  return epsilon * T(n) * (p + q);
 }
 
 }  // namespace lora_kernels

@@ -2,6 +2,16 @@
 
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops.covariance import covariance_, symmetrize_
-from lora_kernels.ops.small_linalg import eigh
+from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, eigh, factor_spectrum, sylvester
 
-__all__ = ["BACKENDS", "covariance_", "eigh", "symmetrize_", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "cholesky",
+    "cholesky_solve",
+    "covariance_",
+    "eigh",
+    "factor_spectrum",
+    "sylvester",
+    "symmetrize_",
+    "use_backend",
+]
