@@ -38,7 +38,13 @@ from triton.compiler import ASTSource
 
 import build_support
 
-KERNEL_MODULES = ("lora_kernels.ops.covariance.kernel",)
+KERNEL_MODULES = (
+    "lora_kernels.ops._reduce",
+    "lora_kernels.ops.covariance.kernel",
+    "lora_kernels.ops.gradient_statistics.kernel",
+    "lora_kernels.ops.random_matrix.kernel",
+    "lora_kernels.ops.sketch.kernel",
+)
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")
 
@@ -122,8 +128,8 @@ def _source(case: dict[str, Any], variant: str) -> ASTSource:
             continue
         known = []
         if signature[name].startswith("*"):
-            # Fresh tensors are always aligned; x may be a view that starts anywhere.
-            known += [["tt.divisibility", 16]] if case["aligned"] or name != "x_ptr" else []
+            # Fresh tensors are always aligned; x and g may be views that start anywhere.
+            known += [["tt.divisibility", 16]] if case["aligned"] or name not in ("x_ptr", "g_ptr") else []
             known += [["tt.pointer_range", 32]] if case["platform"] == "hip" and variant != "huge" else []
         elif variant == "ones":
             signature[name], constexprs[name] = "constexpr", 1
@@ -214,7 +220,7 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     Returns:
         The result; `problems` is empty if all is well.
     """
-    op = case["kernel"].fn.__module__.split(".")[-2]
+    op = case["kernel"].fn.__module__.removesuffix(".kernel").split(".")[-1].strip("_")
     kernel, _, config = case["name"].partition(" ")
     report = ""
     try:

@@ -67,30 +67,89 @@ LK_MULTIVERSION void pack_one(const BFloat* x, float w, int64_t n, float* panel,
   pack_row(x, w, n, panel, weighted, sum);
 }
 
+// Rows squared together: the sums pass through the first-level cache once for all of them.
+constexpr int kSquareRows = 4;
+
+// sum[c] += sum over `count` (at most four) rows of v * x^2.
+template <typename X>
+inline __attribute__((always_inline)) void square_group(const X* const* x, const double* v, int count, int64_t columns,
+                                                        double* sum) {
+  if (count < kSquareRows) {
+    for (int r = 0; r < count; ++r) {
+      const X* const row = x[r];
+      const double weight = v[r];
+#pragma GCC ivdep
+      for (int64_t c = 0; c < columns; ++c) {
+        const double value = widen(row[c]);
+        sum[c] += weight * (value * value);
+      }
+    }
+    return;
+  }
+  const X *const x0 = x[0], *const x1 = x[1], *const x2 = x[2], *const x3 = x[3];
+  const double v0 = v[0], v1 = v[1], v2 = v[2], v3 = v[3];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < columns; ++c) {
+    const double a = widen(x0[c]), b = widen(x1[c]), d = widen(x2[c]), e = widen(x3[c]);
+    sum[c] += (v0 * (a * a) + v1 * (b * b)) + (v2 * (d * d) + v3 * (e * e));
+  }
+}
+
+LK_MULTIVERSION void square_rows(const float* const* x, const double* v, int count, int64_t n, double* sum) {
+  square_group(x, v, count, n, sum);
+}
+LK_MULTIVERSION void square_rows(const Half* const* x, const double* v, int count, int64_t n, double* sum) {
+  square_group(x, v, count, n, sum);
+}
+LK_MULTIVERSION void square_rows(const BFloat* const* x, const double* v, int count, int64_t n, double* sum) {
+  square_group(x, v, count, n, sum);
+}
+
 // Rows summed by one task. Fixed, so that the sum does not depend on the number of threads.
 constexpr int64_t kRowBlock = 256;
+
+// out += the partial sums, in order.
+void add_partials(const std::vector<double>& partial, int64_t blocks, int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; ++c) {
+    double total = out[c];
+    for (int64_t block = 0; block < blocks; ++block) total += partial[block * columns + c];
+    out[c] = float(total);
+  }
+}
 
 template <typename X>
 void pack(const PackRows& job, int threads) {
   const int64_t blocks = (job.rows + kRowBlock - 1) / kRowBlock;
-  std::vector<double> partial(job.column_sum ? blocks * job.columns : 0, 0.0);
+  const bool copies = job.panel || job.weighted || job.column_sum;
+  std::vector<double> sums(job.column_sum ? blocks * job.columns : 0, 0.0);
+  std::vector<double> squares(job.square_sum ? blocks * job.columns : 0, 0.0);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
-    double* const sum = job.column_sum ? partial.data() + block * job.columns : nullptr;
+    double* const sum = job.column_sum ? sums.data() + block * job.columns : nullptr;
+    double* const square = job.square_sum ? squares.data() + block * job.columns : nullptr;
+    const X* group[kSquareRows];
+    double group_weight[kSquareRows];
+    int waiting = 0;
     const int64_t last = std::min(job.rows, (block + 1) * kRowBlock);
     for (int64_t r = block * kRowBlock; r < last; ++r) {
       const int64_t row = job.index ? job.index[r] : r;
-      pack_one(static_cast<const X*>(job.x) + row * job.row_stride, job.weight ? job.weight[r] : 1.0f, job.columns,
-               job.panel ? job.panel + r * job.columns : nullptr,
-               job.weighted ? job.weighted + r * job.columns : nullptr, sum);
+      const X* const x = static_cast<const X*>(job.x) + row * job.row_stride;
+      if (copies)
+        pack_one(x, job.weight ? job.weight[r] : 1.0f, job.columns, job.panel ? job.panel + r * job.columns : nullptr,
+                 job.weighted ? job.weighted + r * job.columns : nullptr, sum);
+      if (!square) continue;
+      const double v = job.square_weight ? job.square_weight[r] : 1.0f;
+      if (v == 0.0) continue;
+      group[waiting] = x;
+      group_weight[waiting++] = v;
+      if (waiting < kSquareRows) continue;
+      square_rows(group, group_weight, waiting, job.columns, square);
+      waiting = 0;
     }
+    if (waiting) square_rows(group, group_weight, waiting, job.columns, square);
   }
-  if (!job.column_sum) return;
-  for (int64_t c = 0; c < job.columns; ++c) {
-    double total = job.column_sum[c];
-    for (int64_t block = 0; block < blocks; ++block) total += partial[block * job.columns + c];
-    job.column_sum[c] = float(total);
-  }
+  if (job.column_sum) add_partials(sums, blocks, job.columns, job.column_sum);
+  if (job.square_sum) add_partials(squares, blocks, job.columns, job.square_sum);
 }
 
 }  // namespace

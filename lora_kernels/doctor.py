@@ -18,6 +18,10 @@ from lora_kernels.ops._backend import cpp_refuses, triton_refuses
 from lora_kernels.ops.covariance import covariance_
 from lora_kernels.ops.covariance import op as covariance_op
 from lora_kernels.ops.covariance import reference as covariance_reference
+from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.gradient_statistics import op as gradient_op
+from lora_kernels.ops.gradient_statistics import reference as gradient_reference
+from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
 from lora_kernels.ops.small_linalg import eigh
 from lora_kernels.ops.small_linalg import op as eigh_op
 
@@ -73,6 +77,26 @@ def _covariance_error(device: torch.device, backend: str) -> float:
     return float(torch.linalg.norm(out.double().tril() - truth.tril()) / torch.linalg.norm(truth.tril()))
 
 
+def _gradient_statistics_error(device: torch.device, backend: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    g, x, weight = (torch.randn(97, *size, generator=generator).to(device) for size in ((70,), (33,), ()))
+    gradient, fisher = torch.zeros(70, 33, device=device), torch.zeros(70, device=device)
+    gradient_statistics_(gradient, fisher, g, x, weight, weight > 0, backend=backend)
+    found = torch.cat((gradient, fisher.unsqueeze(-1)), -1).double()
+    truths = gradient_reference.weight_gradient(g, x, weight), gradient_reference.fisher_diagonal(g, weight > 0)
+    truth = torch.cat((truths[0], truths[1].unsqueeze(-1)), -1)
+    return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
+
+
+def _fisher_scaled_error(device: torch.device, backend: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    gradient, fisher = (torch.rand(70, *size, generator=generator).to(device) for size in ((33,), ()))
+    settings = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
+    truth = gradient_reference.fisher_scaled(gradient, fisher, **settings)
+    found = fisher_scaled(gradient, fisher, **settings, backend=backend)
+    return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))
+
+
 def _eigh_error(device: torch.device, backend: str) -> float:
     a = torch.randn(20, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     a = a + a.mT
@@ -96,6 +120,18 @@ def self_tests() -> list[SelfTest]:
                 torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device)
             ),
             1e-5,
+        ),
+        (
+            "gradient_statistics_",
+            _gradient_statistics_error,
+            lambda device: gradient_op.dispatcher.explain(*(torch.zeros(2, 2, device=device) for _ in range(4))),
+            1e-5,
+        ),
+        (
+            "fisher_scaled",
+            _fisher_scaled_error,
+            lambda device: scaling_dispatcher.explain(torch.zeros(2, 2, device=device)),
+            1e-6,
         ),
         (
             "eigh",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHTS = (torch.bool, *FLOATS)  # of rows: a selection, or real factors
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

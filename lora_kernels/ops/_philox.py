@@ -3,7 +3,8 @@
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The state is `(key, counter)`: a 64-bit key and
 four 32-bit counter words give four 32-bit words. The convention for matrices of random numbers is
 
-    counter = (column // 4, row, stream, step)     word column % 4
+    normal draws    counter = (column // 4, row, stream, step)       word column % 4
+    signs           counter = (column // 128, row, stream, step)     word (column % 128) // 32, bit column % 32
 
 so an element depends on its position alone: not on tile shapes, devices or the order of evaluation.
 """
@@ -59,8 +60,7 @@ def philox4x32(seed: int, counter: Sequence[torch.Tensor], rounds: int = ROUNDS)
     return c0, c1, c2, c3
 
 
-def _words(rows: int, columns: int, seed: int, stream: int, step: int) -> torch.Tensor:
-    groups = -(-columns // 4)
+def _words(rows: int, groups: int, seed: int, stream: int, step: int) -> torch.Tensor:
     column = torch.arange(groups, dtype=torch.int64).expand(rows, groups)
     row = torch.arange(rows, dtype=torch.int64).unsqueeze(1).expand(rows, groups)
     constant = torch.zeros_like(column)
@@ -84,9 +84,30 @@ def normal(
     Returns:
         `(rows, columns)` on the CPU, the same on every machine.
     """
-    words = _words(rows, columns, seed, stream, step).to(torch.float64)
+    words = _words(rows, -(-columns // 4), seed, stream, step).to(torch.float64)
     uniform = (words + 0.5) * 2.0**-32  # open interval (0, 1)
     radius = (-2.0 * uniform[..., 0::2].log()).sqrt()
     angle = (2.0 * math.pi) * uniform[..., 1::2]
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)  # (rows, groups, 2, 2)
-    return pairs.reshape(rows, -1)[:, :columns].to(dtype)
+    return pairs.flatten(1)[:, :columns].to(dtype)
+
+
+def signs(
+    rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """A matrix of Rademacher draws: each bit of the words is one, 0 for 1 and 1 for -1.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        seed: 64-bit key.
+        stream: which matrix (a layer, say), 32 bits.
+        step: which draw of that matrix, 32 bits.
+        dtype: dtype of the result.
+
+    Returns:
+        `(rows, columns)` of 1 and -1 on the CPU, the same on every machine.
+    """
+    words = _words(rows, -(-columns // 128), seed, stream, step)
+    bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
+    return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)

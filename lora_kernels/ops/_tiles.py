@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+
+import torch
 
 _SUPER = 8
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and launch shape of a matrix product over tokens.
+
+    Attributes:
+        rows: tile rows.
+        columns: tile columns; a tile of 256 is written in two halves, as one would spill registers.
+        tokens: tokens per step of the loop.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    warps: int
+    stages: int
+
+    @property
+    def two_slices(self) -> bool:
+        """Whether the epilogue goes by halves."""
+        return self.columns > 128
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,6 +61,25 @@ def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ..
     return tuple(tiles)
 
 
+@functools.lru_cache(maxsize=256)
+def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
+    """The tiles that cover a matrix, in groups of 8 tile rows, column by column: neighbours share operands.
+
+    Args:
+        height: rows of the matrix.
+        width: its columns.
+        rows: rows of a tile.
+        columns: columns of a tile.
+
+    Returns:
+        Pairs `(tile row, tile column)`; tile `(i, j)` starts at element `(i * rows, j * columns)`.
+    """
+    tall, wide = -(-height // rows), -(-width // columns)
+    return tuple(
+        (i, j) for group in range(0, tall, _SUPER) for j in range(wide) for i in range(group, min(group + _SUPER, tall))
+    )
+
+
 def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024) -> int:
     """Into how many parts the token loop is cut so that a small matrix still fills the chip.
 
@@ -50,3 +96,38 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
         return 1
     wanted = -(-2 * processors // max(tiles, 1))
     return max(1, min(wanted, tokens // least))
+
+
+def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
+    """How a product's token loop is cut.
+
+    Args:
+        tiles: programs per part.
+        tokens: length of the loop, at least 1.
+        config: tile sizes.
+        processors: multiprocessors of the chip.
+        least: tokens that a part has at least, about.
+
+    Returns:
+        The number of parts and the tokens of each; the last may have fewer.
+    """
+    splits = token_splits(tiles, tokens, processors, least=least)
+    chunk = -(-tokens // splits)
+    if splits > 1:  # whole steps: no part but the last has a ragged end
+        chunk = -(-chunk // config.tokens) * config.tokens
+    return -(-tokens // chunk), chunk
+
+
+def build_platform() -> str:
+    """`cuda` or `hip`: what this torch was built for."""
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device. In the interpreter any number serves: 4 lets small tests reach the split path."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def precision(dtype: torch.dtype, platform: str) -> str:
+    """What `tl.dot` is told: float32 accuracy takes three tf32 products on CUDA; HIP multiplies float32 natively."""
+    return "tf32x3" if dtype == torch.float32 and platform == "cuda" else "ieee"

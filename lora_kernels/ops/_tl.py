@@ -28,3 +28,78 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and right half of a tile, without a trip through memory."""
     parts = tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
     return tl.split(parts)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key0, key1):
+    """Four random words per counter, all uint32: ten rounds of Philox 4x32, see `_philox.py`."""
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        c1, c3, low0, low1 = high1 ^ c1 ^ key0, high0 ^ c3 ^ key1, c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = c1, low1, c3, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def gaussian_pair(first, second):
+    """Two standard normal draws per pair of uint32 words, by Box-Muller in float32, to an absolute 1e-6.
+
+    No `tl.log`, `tl.sin` or `tl.cos`: their range reduction takes local memory, and near u = 1 float32 cannot hold the
+    uniform number. csrc/random.cpp has the same polynomials.
+    """
+    # sqrt(-2 ln u), u = (word + 1/2) / 2^32: the logarithm of 1 + f for f in [sqrt(1/2) - 1, sqrt(2) - 1]. Near u = 1
+    # f is -(1 - u), which is known exactly from the complement of the word.
+    near_one = first >= 0xB504F334
+    bits = (first.to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    f = tl.where(near_one, ((first ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * -(2.0**-32), mantissa - 1.0)
+    e = tl.where(near_one, 0.0, (exponent - 32).to(tl.float32))
+    p = f * -0.0785954578 + 0.128816224
+    p = p * f - 0.131287677
+    p = p * f + 0.141811961
+    p = p * f - 0.166245531
+    p = p * f + 0.200022861
+    p = p * f - 0.250008104
+    p = p * f + 0.333333167
+    square = f * f
+    log1p = f - 0.5 * square + square * f * p
+    # ln 2 in two parts, of which the first is short: its product with e is exact.
+    radius = tl.sqrt_rn(-2.0 * (e * 0.693359375 + (e * -2.12194440e-4 + log1p)))
+    # Cosine and sine of 2 pi (word + 1/2) / 2^32: the nearest quarter turn, and polynomials for the rest.
+    quarter = (second + 0x20000000) >> 30
+    x = ((second - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * (2.0**-32)
+    square = x * x
+    s = square * -75.4020678 + 81.5925535
+    s = s * square - 41.3416626
+    s = x * 6.28125 + x * (0.0019353072 + square * s)
+    c = square * 59.2459618 - 85.4437417
+    c = c * square + 64.9393265
+    c = c * square - 19.7392087
+    c = 1.0 + square * c
+    odd = (quarter & 1) != 0
+    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
+    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+def token_rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
+    """The int64 rows of a block of tokens: from a list, or the tokens themselves."""
+    if HAS_INDEX:
+        return tl.load(index_ptr + token, mask=token < last, other=0)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def add_tile(out_ptr, rows, columns, height, width, stride, tile, LOWER: tl.constexpr):
+    """Add a tile to a matrix in memory, or to the lower triangle of a square one."""
+    if LOWER:
+        add_lower(out_ptr, rows, columns, height, stride, tile)
+    else:
+        mask = (rows[:, None] < height) & (columns[None, :] < width)
+        pointers = out_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tile, mask=mask)

@@ -10,8 +10,8 @@ from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = kernel.SyrkConfig(16, 16, 16, 4, 2)
-TWO_HALVES = kernel.SyrkConfig(16, 256, 16, 4, 2)
+TINY = kernel.TileConfig(16, 16, 16, 4, 2)
+TWO_HALVES = kernel.TileConfig(16, 256, 16, 4, 2)
 
 
 def run(x, weight, config, least_chunk=1024):

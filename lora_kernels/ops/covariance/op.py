@@ -6,14 +6,10 @@ import contextlib
 
 import torch
 
-from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_tensor
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor
+from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
 
-_WEIGHTS = (torch.bool, *FLOATS)
-_CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Rows handled at a time on the CPU: the float32 copy of a chunk stays in the last-level cache.
-_CHUNK = 2048
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
 # matrix product itself slows down (2 cores, 2048 x 1376: full 36.9 ms, blocks of 128 23.6 ms, the floor is 18.5).
 _CPU_BLOCK = 128
@@ -32,7 +28,7 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
     if features > 1 and out.stride(-1) != 1:
         raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
     if weight is not None:
-        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=_WEIGHTS, device=x.device)
+        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
     if column_sum is not None:
         check_tensor("column_sum", column_sum, shape=(features,), dtypes=(out.dtype,), device=x.device)
         if not column_sum.is_contiguous():
@@ -40,7 +36,7 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
 
 
 def _narrow_only(out: torch.Tensor, x: torch.Tensor) -> str | None:
-    return None if out.dtype == torch.float32 and x.dtype in _CPP_DTYPES else f"takes no {x.dtype} into {out.dtype}"
+    return None if out.dtype == torch.float32 and x.dtype in CPP_DTYPES else f"takes no {x.dtype} into {out.dtype}"
 
 
 def _triton_refuses(out: torch.Tensor, x: torch.Tensor, *_: object) -> str | None:
@@ -65,17 +61,6 @@ dispatcher = Dispatcher(
 )
 
 
-def _selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The rows that count and their weights; rows of weight zero are never read."""
-    if weight is None:
-        return None, None
-    flat = weight.reshape(-1)
-    index = flat.nonzero().squeeze(-1)
-    if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered
-        return None, None if flat.dtype == torch.bool else flat
-    return index, None if flat.dtype == torch.bool else flat[index]
-
-
 def _add_lower(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, block: int) -> None:
     for low in range(0, out.shape[0], block):
         high = min(low + block, out.shape[0])
@@ -91,8 +76,8 @@ def _run_torch(
 ) -> None:
     on_cpu = x.device.type == "cpu"
     tokens = x.shape[0] if index is None else index.shape[0]
-    for low in range(0, tokens, _CHUNK if on_cpu else max(tokens, 1)):
-        part = slice(low, min(low + _CHUNK, tokens) if on_cpu else tokens)
+    for low in range(0, tokens, CHUNK if on_cpu else max(tokens, 1)):
+        part = slice(low, min(low + CHUNK, tokens) if on_cpu else tokens)
         rows = (x[part] if index is None else x[index[part]]).to(out.dtype)
         weighted = rows if weight is None else rows * weight[part].to(out.dtype).unsqueeze(-1)
         _add_lower(out, weighted, rows, _CPU_BLOCK if on_cpu else _GPU_BLOCK)
@@ -108,30 +93,16 @@ def _run_cpp(
     column_sum: torch.Tensor | None,
 ) -> None:
     """One pass selects, widens, weighs and sums a chunk of rows; BLAS multiplies what it leaves in cache."""
-    pack = _ext.extension().pack_rows
     tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
     direct = index is None and x.dtype == torch.float32
-    panel = None if direct else torch.empty(min(_CHUNK, tokens), features, dtype=torch.float32)
-    scaled = None if weight is None else torch.empty(min(_CHUNK, tokens), features, dtype=torch.float32)
+    panel = None if direct else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
+    scaled = None if weight is None else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
     weight = None if weight is None else weight.to(torch.float32).contiguous()
-    for low in range(0, tokens, _CHUNK):
-        count = min(_CHUNK, tokens - low)
-        source = x[low : low + count] if index is None else x
+    for low in range(0, tokens, CHUNK):
+        count = min(CHUNK, tokens - low)
         if panel is not None or scaled is not None or column_sum is not None:
-            pack(
-                source.data_ptr(),
-                _CPP_DTYPES[x.dtype],
-                x.stride(0),
-                0 if index is None else index[low:].data_ptr(),
-                count,
-                features,
-                0 if weight is None else weight[low:].data_ptr(),
-                0 if panel is None else panel.data_ptr(),
-                0 if scaled is None else scaled.data_ptr(),
-                0 if column_sum is None else column_sum.data_ptr(),
-                torch.get_num_threads(),
-            )
-        right = source if panel is None else panel[:count]
+            pack_rows(x, index, low, count, weight=weight, panel=panel, weighted=scaled, column_sum=column_sum)
+        right = x[low : low + count] if panel is None else panel[:count]
         _add_lower(out, right if scaled is None else scaled[:count], right, _CPU_BLOCK)
 
 
@@ -148,7 +119,7 @@ def _covariance(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    index, weights = _selection(weight)
+    index, weights = selection(weight)
     if backend == "torch":
         _run_torch(out, rows, index, weights, column_sum)
     elif backend == "cpp":

@@ -1,0 +1,79 @@
+"""Rows that count: their selection by weights, and the C++ pass over them."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_kernels.ops import _ext
+
+# Code of a dtype in csrc; the dtypes that the C++ kernels read.
+CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Rows handled at a time on the CPU: the float32 copy of a chunk stays in the last-level cache.
+CHUNK = 2048
+
+
+def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The rows that count and their weights; rows of weight zero are never read.
+
+    Args:
+        weight: `(...)` bool or real, or `None` for ones.
+
+    Returns:
+        `(rows,)` int64, or `None` for all, and their `(rows,)` real weights, or `None` for ones.
+    """
+    if weight is None:
+        return None, None
+    flat = weight.reshape(-1)
+    index = flat.nonzero().squeeze(-1)
+    if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered
+        return None, None if flat.dtype == torch.bool else flat
+    return index, None if flat.dtype == torch.bool else flat[index]
+
+
+def _address(tensor: torch.Tensor | None, low: int = 0) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + low * tensor.element_size()
+
+
+def pack_rows(
+    rows: torch.Tensor,
+    index: torch.Tensor | None,
+    low: int,
+    count: int,
+    *,
+    weight: torch.Tensor | None = None,
+    panel: torch.Tensor | None = None,
+    weighted: torch.Tensor | None = None,
+    column_sum: torch.Tensor | None = None,
+    square_weight: torch.Tensor | None = None,
+    square_sum: torch.Tensor | None = None,
+) -> None:
+    """One C++ pass over the rows that count at places `low` to `low + count`: widen, weigh, sum, square.
+
+    Args:
+        rows: `(tokens, n)` float16, bfloat16 or float32, rows contiguous.
+        index: `(places,)` int64 rows that count, or `None` for all.
+        low: the first place.
+        count: how many places.
+        weight: `(places,)` float32, w, or `None` for ones.
+        panel: `(>= count, n)` float32: becomes x.
+        weighted: `(>= count, n)` float32: becomes `w x`.
+        column_sum: `(n,)` float32: `+= sum w x`.
+        square_weight: `(places,)` float32, v, or `None` for ones; rows where it is zero are not read for the squares.
+        square_sum: `(n,)` float32: `+= sum v x^2`.
+    """
+    source = rows[low : low + count] if index is None else rows
+    _ext.extension().pack_rows(
+        source.data_ptr(),
+        CPP_DTYPES[rows.dtype],
+        rows.stride(0),
+        _address(index, low),
+        count,
+        rows.shape[1],
+        _address(weight, low),
+        _address(panel),
+        _address(weighted),
+        _address(column_sum),
+        _address(square_weight, low),
+        _address(square_sum),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,380 @@
+"""Triton kernels of the gradient statistics.
+
+    G[i, j] += sum_t  g[t, i] * w[t] * x[t, j]                     gradient_kernel (+ add_tiles)
+    f[i]    += sum_t  v[t] * g[t, i]^2                             column_sums
+    S[i, j]  = scale * G[i, j] / (f[i] + damping)^power            scale_rows_kernel
+
+One program per tile of G loops over tokens; g is loaded directly transposed (its contiguous axis is the tile's row
+axis). Where G has few tiles the tokens are split over programs, whose partial tiles a second kernel adds in fixed
+order: same input, same bits. The sum of squares is a pass of its own: reduced in the same loop it serialises the
+tensor-core pipeline (ptxas C7515).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops import _tiles
+from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
+from lora_kernels.ops._tl import add_tile, dot, halves, token_rows
+
+WIDE = TileConfig(128, 256, 64, 8, 3)
+SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
+SMALL = TileConfig(64, 64, 64, 4, 4)
+SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
+RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
+# AMD: 64 KB of local memory hold two stages; shorter steps where weights or addresses would take the last registers.
+AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
+AMD_WEIGHTED = TileConfig(128, 128, 32, 8, 2)
+AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
+AMD_RAGGED_SINGLE = TileConfig(64, 64, 16, 4, 2)
+
+# The side and the number of elements from which a matrix has enough tiles of a size.
+_SQUARE_FROM = (512, 1 << 20)
+_WIDE_FROM = (1024, 1 << 23)
+_SCALE_ROWS, _SCALE_COLUMNS, _SCALE_STEPS = 8, 512, 16
+
+
+def config_for(
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    weighted: bool = False,
+    aligned: bool = True,
+    platform: str | None = None,
+) -> TileConfig:
+    """The configuration for a shape; one table per platform until a measurement says otherwise.
+
+    Args:
+        height: m.
+        width: n.
+        dtype: of g and x.
+        weighted: whether rows carry weights.
+        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
+        platform: `cuda` or `hip`; by default what this torch was built for.
+
+    Returns:
+        The configuration.
+    """
+    platform = platform or build_platform()
+
+    def reaches(least: tuple[int, int]) -> bool:
+        return min(height, width) >= least[0] and height * width >= least[1]
+
+    large = aligned and dtype != torch.float32 and reaches(_SQUARE_FROM)
+    if platform == "hip":
+        small = AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
+        return small if not large else AMD_WEIGHTED if weighted else AMD_SQUARE
+    if dtype == torch.float32:
+        return SINGLE
+    if not aligned:
+        return RAGGED
+    if not large:
+        return SMALL
+    return WIDE if reaches(_WIDE_FROM) and not weighted else SQUARE
+
+
+def is_aligned(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
+
+    Args:
+        out: `(m, n)`.
+        g: `(rows, m)`.
+        x: `(rows, n)`.
+
+    Returns:
+        True if all are.
+    """
+    numbers = (g.shape[1], x.shape[1], g.stride(0), x.stride(0), out.stride(0))
+    return all(each % 16 == 0 for each in (*numbers, g.data_ptr(), x.data_ptr(), out.data_ptr()))
+
+
+@triton.jit(do_not_specialize=["n_tokens", "chunk"])
+def gradient_kernel(
+    out_ptr,  # (m, n) float32
+    partial_ptr,  # (splits, tiles, ROWS, COLUMNS) float32, if SPLIT
+    g_ptr,  # (rows of g, m)
+    x_ptr,  # (rows of x, n)
+    index_ptr,  # (n_tokens,) int64 rows of g and x, if HAS_INDEX
+    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
+    scale_ptr,  # (1,) float32, if HAS_SCALE: multiplies the sum
+    tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
+    height,
+    width,
+    n_tokens,
+    chunk,
+    g_stride,
+    x_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TWO_SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of the sum, over one part of the tokens: added to `out`, or stored in `partial` if SPLIT."""
+    packed = tl.load(tiles_ptr + tl.program_id(0))
+    rows = (packed >> 16) * ROWS + tl.arange(0, ROWS)
+    columns = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, n_tokens)
+    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(first, last, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        row = token_rows(index_ptr, token, last, HAS_INDEX)
+        left = tl.load(
+            g_ptr + (row * g_stride)[None, :] + rows[:, None],
+            mask=(token[None, :] < last) & (rows[:, None] < height),
+            other=0.0,
+        )
+        right = tl.load(
+            x_ptr + (row * x_stride)[:, None] + columns[None, :],
+            mask=(token[:, None] < last) & (columns[None, :] < width),
+            other=0.0,
+        )
+        if HAS_WEIGHT:
+            # On the right operand only: weighting the left one serialises the tensor-core pipeline (ptxas C7515).
+            weight = tl.load(weight_ptr + token, mask=token < last, other=0.0)
+            right = (right.to(tl.float32) * weight[:, None]).to(right.dtype)
+        acc = dot(left, right, acc, PRECISION, UPCAST)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr)
+    if SPLIT:
+        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
+    elif TWO_SLICES:
+        low, high = halves(acc, ROWS, COLUMNS)
+        half = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS // 2)
+        add_tile(out_ptr, rows, half, height, width, out_stride, low, False)
+        add_tile(out_ptr, rows, half + COLUMNS // 2, height, width, out_stride, high, False)
+    else:
+        add_tile(out_ptr, rows, columns, height, width, out_stride, acc, False)
+
+
+@triton.jit
+def scale_rows_kernel(
+    out_ptr,  # (m, n) float32
+    gradient_ptr,  # (m, n) float32; may be `out`
+    fisher_ptr,  # (m,) float32
+    height,
+    width,
+    out_stride,
+    gradient_stride,
+    scale,
+    damping,
+    power,
+    power_rest,  # what float32 leaves of the power
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Divide a block of rows, `STEPS` tiles of it, by a power of their damped Fisher: KIND 1, 2 (square root), 0."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    fisher = tl.load(fisher_ptr + rows, mask=rows < height, other=1.0) + damping
+    if KIND == 1:
+        factor = scale / fisher
+    elif KIND == 2:
+        factor = scale / tl.sqrt_rn(fisher)
+    else:
+        # In float64: an error in the exponent is multiplied by the logarithm.
+        exponent = tl.cast(power, tl.float64) + tl.cast(power_rest, tl.float64)
+        factor = (scale * tl.exp2(-exponent * tl.log2(fisher.to(tl.float64)))).to(tl.float32)
+    first = tl.program_id(1) * (STEPS * COLUMNS)
+    for start in range(first, tl.minimum(first + STEPS * COLUMNS, width), COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        mask = (rows[:, None] < height) & (columns[None, :] < width)
+        place = rows[:, None].to(tl.int64)
+        values = tl.load(gradient_ptr + place * gradient_stride + columns[None, :], mask=mask, other=0.0)
+        tl.store(out_ptr + place * out_stride + columns[None, :], values * factor[:, None], mask=mask)
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_map(height: int, width: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    # Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
+    tiles = _tiles.grouped_tiles(height, width, rows, columns)
+    return torch.tensor([i << 16 | j for i, j in tiles], dtype=torch.int32).to(device)
+
+
+def _needs_scale(dtype: torch.dtype) -> bool:
+    """Whether `w x` may leave the range of the dtype: weights then enter as fractions of their largest."""
+    return dtype == torch.float16
+
+
+def _fractions(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as fractions of a power of two, and that power: exact, and without a word to the host."""
+    exponent = torch.frexp(weight.abs().amax()).exponent.clamp(-100, 100)
+    one = torch.ones((), dtype=torch.float32, device=weight.device)
+    return weight * torch.ldexp(one, -exponent), torch.ldexp(one, exponent)
+
+
+def gradient_statistics(
+    gradient: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    config: TileConfig | None = None,
+    least_chunk: int = 1024,
+) -> None:
+    """Launch the kernels of the weight gradient.
+
+    Args:
+        gradient: `(m, n)` float32 with unit column stride.
+        g: `(rows, m)` with unit column stride.
+        x: `(rows, n)` with unit column stride. If its dtype is another than g's, a float32 copy is made of both.
+        index: `(tokens,)` int64 rows that count, or `None` for all.
+        weight: `(tokens,)` float32, or `None`.
+        config: tile sizes; `config_for` by default.
+        least_chunk: tokens that a split has at least.
+    """
+    height, width = gradient.shape
+    tokens = x.shape[0] if index is None else index.shape[0]
+    if tokens == 0 or height == 0 or width == 0:
+        return
+    if g.dtype != x.dtype:
+        g, x = g.to(torch.float32), x.to(torch.float32)
+    scale = None
+    if weight is not None and _needs_scale(x.dtype):
+        weight, scale = _fractions(weight)
+    aligned = is_aligned(gradient, g, x)
+    config = config or config_for(height, width, x.dtype, weighted=weight is not None, aligned=aligned)
+    tiles = _tile_map(height, width, config.rows, config.columns, x.device)
+    splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
+    partial = gradient
+    if splits > 1:
+        area = tiles.numel() * config.rows * config.columns
+        partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
+    gradient_kernel[(tiles.numel(), splits)](
+        gradient,
+        partial,
+        g,
+        x,
+        # A pointer that a flag switches off must still be one.
+        x if index is None else index,
+        x if weight is None else weight,
+        x if scale is None else scale,
+        tiles,
+        height,
+        width,
+        tokens,
+        chunk,
+        g.stride(0),
+        x.stride(0),
+        gradient.stride(0),
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        TOKENS=config.tokens,
+        HAS_INDEX=index is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_SCALE=scale is not None,
+        SPLIT=splits > 1,
+        TWO_SLICES=config.two_slices,
+        PRECISION=precision(x.dtype, build_platform()),
+        UPCAST=interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if splits > 1:
+        add_tiles(gradient, partial, tiles, splits, config, lower=False)
+
+
+def square_sums(fisher: torch.Tensor, g: torch.Tensor, weight: torch.Tensor | None) -> None:
+    """Launch the kernels of the Fisher diagonal.
+
+    Args:
+        fisher: `(m,)` float32 contiguous.
+        g: `(rows, m)` with unit column stride.
+        weight: `(rows,)` float32, or `None`; where it is zero the row is not read.
+    """
+    column_sums(fisher, g, None, weight, square=True)
+
+
+def scale_rows(
+    out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
+) -> None:
+    """Launch the kernel of the Fisher scaling.
+
+    Args:
+        out: `(m, n)` float32 with unit column stride.
+        gradient: `(m, n)` float32 with unit column stride.
+        fisher: `(m,)` float32 contiguous.
+        scale: a factor.
+        damping: added to the Fisher diagonal.
+        power: of the damped diagonal.
+    """
+    height, width = out.shape
+    if height == 0 or width == 0:
+        return
+    rounded = float(torch.tensor(power, dtype=torch.float32))
+    scale_rows_kernel[(-(-height // _SCALE_ROWS), -(-width // (_SCALE_COLUMNS * _SCALE_STEPS)))](
+        out,
+        gradient,
+        fisher,
+        height,
+        width,
+        out.stride(0),
+        gradient.stride(0),
+        float(scale),
+        float(damping),
+        rounded,
+        float(power) - rounded,
+        ROWS=_SCALE_ROWS,
+        COLUMNS=_SCALE_COLUMNS,
+        STEPS=_SCALE_STEPS,
+        KIND={1.0: 1, 0.5: 2}.get(float(power), 0),
+    )
+
+
+def aot_cases() -> Iterator[dict[str, Any]]:
+    """Every form of the kernels here that is launched, for the ahead-of-time compile check.
+
+    Yields:
+        Descriptions as in `ops/_reduce.py`.
+    """
+    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        seen = set()
+        for (dtype, x), weighted, side in itertools.product(AOT_DTYPES.items(), (False, True), (64, 1024, 4096)):
+            config = config_for(side, side, dtype, weighted=weighted, aligned=aligned, platform=platform)
+            if (config, dtype, weighted) in seen:
+                continue
+            seen.add((config, dtype, weighted))
+            for index, split in itertools.product((False, True), (False, True)):
+                constexprs = {
+                    "ROWS": config.rows,
+                    "COLUMNS": config.columns,
+                    "TOKENS": config.tokens,
+                    "HAS_INDEX": index,
+                    "HAS_WEIGHT": weighted,
+                    "HAS_SCALE": weighted and _needs_scale(dtype),
+                    "SPLIT": split,
+                    "TWO_SLICES": config.two_slices,
+                    "PRECISION": precision(dtype, platform),
+                    "UPCAST": False,
+                }
+                label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
+                types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
+                launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
+                yield aot_case(gradient_kernel, label, constexprs, types, **where, **launch)
+        for kind, label in ((1, "power 1"), (2, "power 0.5"), (0, "any power")):
+            constexprs = {"ROWS": _SCALE_ROWS, "COLUMNS": _SCALE_COLUMNS, "STEPS": _SCALE_STEPS, "KIND": kind}
+            types = {"gradient_ptr": "*fp32", "fisher_ptr": "*fp32", "gradient_stride": "i32"}
+            types |= dict.fromkeys(("scale", "damping", "power", "power_rest"), "fp32")
+            yield aot_case(scale_rows_kernel, label, constexprs, types, **where)

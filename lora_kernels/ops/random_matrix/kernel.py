@@ -1,0 +1,184 @@
+"""Triton kernels of the random matrix.
+
+out[i, j] = 1 - 2 * bit (j % 32) of word (j % 128) // 32 of philox(j // 128, i, stream, step)        signs_kernel
+out[i, j] = normal draw j % 4 of philox(j // 4, i, stream, step)                                     normal_kernel
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops._tl import gaussian_pair, philox
+
+
+@dataclass(frozen=True)
+class RandomConfig:
+    """Tile and launch shape.
+
+    Attributes:
+        rows: rows per program.
+        groups: counters per row and program: 128 signs or 4 normal draws each.
+        warps: warps per program.
+    """
+
+    rows: int
+    groups: int
+    warps: int = 4
+
+
+SIGNS = RandomConfig(32, 1)
+NORMAL = RandomConfig(32, 16)
+
+
+def config_for(kind: str) -> RandomConfig:
+    """The configuration of a kind; the same for every chip until a measurement says otherwise."""
+    return SIGNS if kind == "rademacher" else NORMAL
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step"])
+def signs_kernel(
+    out_ptr,  # (size, columns)
+    size,
+    columns,
+    seed_low,
+    seed_high,
+    stream,
+    step,
+    ROWS: tl.constexpr,
+):
+    """A tile of ROWS rows and 128 columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    zero = tl.zeros((ROWS,), dtype=tl.uint32)
+    words = philox(
+        zero + group.to(tl.uint32),
+        row.to(tl.uint32),
+        zero + tl.cast(stream, tl.uint32),
+        zero + tl.cast(step, tl.uint32),
+        tl.cast(seed_low, tl.uint32),
+        tl.cast(seed_high, tl.uint32),
+    )
+    bit = tl.arange(0, 32)
+    pointers = out_ptr + row[:, None].to(tl.int64) * columns
+    for each in tl.static_range(4):
+        column = group * 128 + each * 32 + bit
+        minus = (words[each][:, None] >> bit[None, :].to(tl.uint32)) & 1
+        sign = tl.where(minus != 0, -1.0, 1.0).to(out_ptr.dtype.element_ty)
+        tl.store(pointers + column[None, :], sign, mask=(row[:, None] < size) & (column[None, :] < columns))
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step"])
+def normal_kernel(
+    out_ptr,  # (size, columns), or (2, size, columns) if PAIR
+    size,
+    columns,
+    seed_low,
+    seed_high,
+    stream,
+    step,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAIR: tl.constexpr,
+):
+    """A tile of ROWS rows and 4 * GROUPS columns; if PAIR, what rounding to the dtype took away comes second."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
+    w0, w1, w2, w3 = philox(
+        zero + group[None, :].to(tl.uint32),
+        zero + row[:, None].to(tl.uint32),
+        zero + tl.cast(stream, tl.uint32),
+        zero + tl.cast(step, tl.uint32),
+        tl.cast(seed_low, tl.uint32),
+        tl.cast(seed_high, tl.uint32),
+    )
+    z0, z1 = gaussian_pair(w0, w1)
+    z2, z3 = gaussian_pair(w2, w3)
+    # The last index of a join is its second operand's: (0, 0), (0, 1), (1, 0), (1, 1) are z0, z1, z2, z3.
+    draws = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, 4 * GROUPS))
+    column = tl.program_id(1) * (4 * GROUPS) + tl.arange(0, 4 * GROUPS)
+    pointers = out_ptr + row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row[:, None] < size) & (column[None, :] < columns)
+    high = draws.to(out_ptr.dtype.element_ty)
+    tl.store(pointers, high, mask=mask)
+    if PAIR:
+        low = (draws - high.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(pointers + tl.cast(size, tl.int64) * columns, low, mask=mask)
+
+
+def signed32(word: int) -> int:
+    """The low 32 bits of an integer as a signed one: Triton's type of an argument must not depend on its value."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
+
+
+def random_matrix(
+    out: torch.Tensor,
+    kind: str,
+    seed: int,
+    stream: int,
+    step: int,
+    config: RandomConfig | None = None,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        out: `(rows, columns)` contiguous float16, bfloat16 or float32 to be filled; `(2, rows, columns)` for gaussian
+            draws as a rounded part and the rest.
+        kind: `rademacher` or `gaussian`.
+        seed: 64-bit key.
+        stream: which matrix.
+        step: which draw of that matrix.
+        config: tile sizes; `config_for` by default.
+    """
+    rows, columns = out.shape[-2:]
+    if out.numel() == 0:
+        return
+    config = config or config_for(kind)
+    arguments = (out, rows, columns, signed32(seed), signed32(seed >> 32), signed32(stream), signed32(step))
+    if kind == "rademacher":
+        signs_kernel[(-(-rows // config.rows), -(-columns // 128))](
+            *arguments, ROWS=config.rows, num_warps=config.warps
+        )
+    else:
+        normal_kernel[(-(-rows // config.rows), -(-columns // (4 * config.groups)))](
+            *arguments, ROWS=config.rows, GROUPS=config.groups, PAIR=out.dim() == 3, num_warps=config.warps
+        )
+
+
+_AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may be asked for
+
+
+def aot_cases() -> Iterator[dict[str, Any]]:
+    """Every combination that `random_matrix` launches; see `covariance.kernel.aot_cases`.
+
+    Yields:
+        Keyword descriptions.
+    """
+    integers = ("size", "columns", "seed_low", "seed_high", "stream", "step")
+    for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
+        signature = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}
+        case: dict[str, Any] = {"signature": signature, "stages": 3, "matrix": False}
+        case |= {"platform": platform, "aligned": aligned}
+        yield {
+            **case,
+            "name": f"signs {dtype}",
+            "kernel": signs_kernel,
+            "constexprs": {"ROWS": SIGNS.rows},
+            "warps": SIGNS.warps,
+        }
+        for pair in (False, True) if _AOT_DTYPES[dtype] else (False,):
+            yield {
+                **case,
+                "name": f"normal {dtype}" + " pair" * pair,
+                "kernel": normal_kernel,
+                "constexprs": {"ROWS": NORMAL.rows, "GROUPS": NORMAL.groups, "PAIR": pair},
+                "warps": NORMAL.warps,
+            }

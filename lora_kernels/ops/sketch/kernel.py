@@ -1,0 +1,639 @@
+"""Triton kernels of the sketch ops.
+
+    P[t, c]   = sum_i  x[t, i] * Omega[i, c]            shrink_kernel (+ combine_kernel, which weighs: w[t] * P[t, c])
+    out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ add_kernel)
+
+Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
+between the two kernels. Signs are made in the loop of `shrink_kernel`; gaussian draws would cost more there than the
+product (KERNELS F9), so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
+a larger Omega has the smaller one as its corner.
+
+P keeps float32's accuracy, as reconstructions from sketches need it. Where the rows are bfloat16, P is a pair, rounded
+part and rest, side by side in one operand: one product of twice the width on the 16-bit units, exact to 2^-17. The
+exponents of float16 are too narrow for that (P may overflow): such rows are widened, as float32 ones are multiplied, in
+three tf32 products. A gaussian Omega meets 16-bit rows as a pair as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops import _tiles
+from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._tl import dot, halves, philox
+from lora_kernels.ops.covariance.kernel import _platform, _precision, _processors, add_rows_kernel, column_sum_kernel
+from lora_kernels.ops.random_matrix import kernel as random_kernel
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """Tile sizes and launch shape of one of the two products.
+
+    Attributes:
+        tokens: tokens per tile (`shrink_kernel`) or per step (`tall_kernel`).
+        features: features per step (`shrink_kernel`) or per tile (`tall_kernel`).
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    tokens: int
+    features: int
+    warps: int
+    stages: int
+
+
+SHRINK = SketchConfig(64, 64, 4, 4)
+SHRINK_SINGLE = SketchConfig(64, 32, 4, 3)  # float32
+SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
+SHRINK_AMD = SketchConfig(64, 32, 4, 2)
+TALL = SketchConfig(64, 128, 8, 4)
+TALL_SINGLE = SketchConfig(32, 64, 4, 3)  # float16 and float32
+TALL_RAGGED = SketchConfig(32, 64, 4, 3)
+TALL_AMD = SketchConfig(32, 64, 4, 2)
+
+LEAST_RANK, MOST_RANK = 16, 64
+_ROWS = 16  # of the elementwise kernels
+_SUM_COLUMNS, _SUM_TOKENS = 128, 16
+# Second-level cache assumed where the device does not tell; half of it is for the rows of a chunk.
+_CACHE = 40 * 2**20
+_MOST_TOKENS = 2**20
+
+
+def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
+    """The configuration of a product; one table per platform until a measurement says otherwise.
+
+    Args:
+        product: `shrink` or `tall`.
+        dtype: of the rows.
+        aligned: whether loads can be vectorised.
+        platform: `cuda` or `hip`; by default what this torch was built for.
+
+    Returns:
+        The configuration.
+    """
+    shrink = product == "shrink"
+    if (platform or _platform()) == "hip":
+        return SHRINK_AMD if shrink else TALL_AMD
+    if not aligned:
+        return SHRINK_RAGGED if shrink else TALL_RAGGED
+    if shrink:
+        return SHRINK_SINGLE if dtype == torch.float32 else SHRINK
+    return TALL if dtype == torch.bfloat16 else TALL_SINGLE
+
+
+def rank_for(columns: int) -> tuple[int, int]:
+    """How the columns of Omega are tiled.
+
+    Args:
+        columns: k.
+
+    Returns:
+        The width of a tile (a power of two from 16 to 64) and the number of tiles.
+    """
+    rank = min(max(LEAST_RANK, triton.next_power_of_2(columns)), MOST_RANK)
+    return rank, -(-columns // rank)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether Triton will find the width, the stride and the address of rows to be multiples of 16.
+
+    Args:
+        x: `(rows, n)`.
+
+    Returns:
+        True if all are.
+    """
+    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), x.data_ptr()))
+
+
+@triton.jit
+def _rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
+    if HAS_INDEX:
+        return tl.load(index_ptr + token, mask=token < last, other=0)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def sign_tile(feature, block, stream, key0, key1, FEATURES: tl.constexpr, RANK: tl.constexpr, TYPE: tl.constexpr):
+    """Rows `feature` and columns `block * RANK ...` of the Rademacher matrix; RANK at most 64."""
+    zero = tl.zeros((FEATURES,), dtype=tl.uint32)
+    column = block * RANK
+    words = philox(zero + (column // 128).to(tl.uint32), feature.to(tl.uint32), zero + stream, zero, key0, key1)
+    place = (column % 128) // 32
+    lane = tl.arange(0, RANK)
+    low, high = tl.where(place < 2, words[0], words[2]), tl.where(place < 2, words[1], words[3])
+    if RANK == 64:  # two words, from an even one on
+        word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
+    else:
+        word = tl.where(place % 2 == 0, low, high)[:, None]
+    shift = (column % 32 + lane) % 32
+    minus = (word >> shift[None, :].to(tl.uint32)) & 1
+    return tl.where(minus != 0, -1.0, 1.0).to(TYPE)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "chunk", "seed_low", "seed_high", "stream"])
+def shrink_kernel(
+    out_ptr,  # (splits, n_tokens, out_stride) float32
+    x_ptr,  # (rows of x, size)
+    index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
+    omega_ptr,  # (1 or 2 if PAIR, size, blocks * RANK) of x's dtype, if not SIGNS
+    size,
+    n_tokens,
+    columns,
+    chunk,
+    x_stride,
+    out_stride,
+    seed_low,
+    seed_high,
+    stream,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    SIGNS: tl.constexpr,
+    PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of P over one part of the features. Programs that share rows of x are neighbours."""
+    block = tl.program_id(0)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    lane = block * RANK + tl.arange(0, RANK)
+    width = tl.num_programs(0) * RANK
+    row = _rows(index_ptr, token, n_tokens, HAS_INDEX) * x_stride
+    first = tl.program_id(2) * chunk
+    last = tl.minimum(first + chunk, size)
+    acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    rest = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    for start in range(first, last, FEATURES):
+        feature = start + tl.arange(0, FEATURES)
+        x = tl.load(
+            x_ptr + row[:, None] + feature[None, :],
+            mask=(token[:, None] < n_tokens) & (feature[None, :] < last),
+            other=0.0,
+        )
+        if SIGNS:
+            key0, key1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
+            omega = sign_tile(feature, block, tl.cast(stream, tl.uint32), key0, key1, FEATURES, RANK, x.dtype)
+            acc = dot(x, omega, acc, PRECISION, UPCAST)
+        else:
+            at = omega_ptr + feature[:, None].to(tl.int64) * width + lane[None, :]
+            acc = dot(x, tl.load(at, mask=feature[:, None] < last, other=0.0), acc, PRECISION, UPCAST)
+            if PAIR:  # an accumulator of its own: two dots on one are miscompiled on Blackwell
+                at += tl.cast(size, tl.int64) * width
+                rest = dot(x, tl.load(at, mask=feature[:, None] < last, other=0.0), rest, PRECISION, UPCAST)
+    if PAIR:
+        acc += rest
+    place = (tl.program_id(2).to(tl.int64) * n_tokens + token)[:, None] * out_stride + lane[None, :]
+    tl.store(out_ptr + place, acc, mask=(token[:, None] < n_tokens) & (lane[None, :] < columns))
+
+
+@triton.jit(do_not_specialize=["n_tokens", "splits"])
+def combine_kernel(
+    out_ptr,  # (n_tokens, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
+    partial_ptr,  # (splits, n_tokens, blocks * RANK) float32
+    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
+    n_tokens,
+    splits,
+    columns,
+    out_stride,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PAIR: tl.constexpr,
+):
+    """Add the parts of P in order, weigh its rows, and store it as the second product wants it."""
+    block = tl.program_id(0)
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, RANK)
+    width = tl.num_programs(0) * RANK
+    mask = (token[:, None] < n_tokens) & (block * RANK + lane[None, :] < columns)
+    acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
+    for split in range(0, splits):
+        place = (tl.cast(split, tl.int64) * n_tokens + token)[:, None] * width + block * RANK + lane[None, :]
+        acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
+    if HAS_WEIGHT:
+        acc *= tl.load(weight_ptr + token, mask=token < n_tokens, other=0.0)[:, None]
+    pointers = out_ptr + token[:, None].to(tl.int64) * out_stride + lane[None, :]
+    if PAIR:
+        high = acc.to(out_ptr.dtype.element_ty)
+        pointers += block * (2 * RANK)
+        tl.store(pointers, high, mask=mask)
+        tl.store(pointers + RANK, (acc - high.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointers + block * RANK, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "chunk"])
+def tall_kernel(
+    partial_ptr,  # (splits, size, blocks * RANK) float32
+    x_ptr,  # (rows of x, size)
+    index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
+    p_ptr,  # (n_tokens, blocks, RANK) float32, or (n_tokens, blocks, 2, RANK) of x's dtype if PAIR
+    size,
+    n_tokens,
+    chunk,
+    x_stride,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of `x^T P` over one part of the tokens."""
+    WIDTH: tl.constexpr = 2 * RANK if PAIR else RANK
+    block = tl.program_id(0)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    wide = tl.arange(0, WIDTH)
+    p_stride = tl.num_programs(0) * WIDTH
+    first = tl.program_id(2) * chunk
+    last = tl.minimum(first + chunk, n_tokens)
+    acc = tl.zeros((FEATURES, WIDTH), dtype=tl.float32)
+    for start in range(first, last, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        row = _rows(index_ptr, token, last, HAS_INDEX) * x_stride
+        x = tl.load(
+            x_ptr + row[None, :] + feature[:, None],
+            mask=(token[None, :] < last) & (feature[:, None] < size),
+            other=0.0,
+        )
+        place = token[:, None].to(tl.int64) * p_stride + block * WIDTH + wide[None, :]
+        p = tl.load(p_ptr + place, mask=token[:, None] < last, other=0.0)
+        acc = dot(x.to(p.dtype), p, acc, PRECISION, UPCAST)
+    if PAIR:
+        high, low = halves(acc, FEATURES, WIDTH)
+        acc = high + low
+    lane = block * RANK + tl.arange(0, RANK)
+    place = (tl.program_id(2).to(tl.int64) * size + feature)[:, None] * (tl.num_programs(0) * RANK) + lane[None, :]
+    tl.store(partial_ptr + place, acc, mask=feature[:, None] < size)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_kernel(
+    out_ptr,  # (size, columns) float32
+    partial_ptr,  # (splits, size, blocks * RANK) float32
+    size,
+    columns,
+    splits,
+    out_stride,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """Add the partial sums, in order, to `out`."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
+    mask = (row[:, None] < size) & (lane[None, :] < columns)
+    width = tl.num_programs(0) * RANK
+    acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
+    for split in range(0, splits):
+        place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
+        acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
+    pointers = out_ptr + row[:, None].to(tl.int64) * out_stride + lane[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + acc, mask=mask)
+
+
+@dataclass(frozen=True)
+class Omega:
+    """What Omega is, and its draws where they are kept.
+
+    Attributes:
+        columns: k.
+        kind: `rademacher` or `gaussian`.
+        seed: 64-bit key.
+        stream: which matrix.
+        scratch: `(1 or 2, q, padded k)` of the rows' dtype; `None` where the kernel makes it.
+    """
+
+    columns: int
+    kind: str
+    seed: int
+    stream: int
+    scratch: torch.Tensor | None
+
+
+def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
+    """Draw what cannot be made inside the kernel.
+
+    Args:
+        x: `(rows, q)`, whose device and dtype Omega meets.
+        columns: k.
+        kind: `rademacher` or `gaussian`.
+        seed: 64-bit key.
+        stream: which matrix.
+
+    Returns:
+        The matrix.
+    """
+    scratch = None
+    if kind == "gaussian":
+        rank, blocks = rank_for(columns)
+        parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
+        scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
+        random_kernel.random_matrix(scratch, kind, seed, stream, 0)
+    return Omega(columns, kind, seed, stream, scratch)
+
+
+def _shrink(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    omega: Omega,
+    config: SketchConfig | None,
+    least_features: int,
+) -> None:
+    """Fill `out`: `(tokens, k)` or `(tokens, padded k)` float32, or `(tokens, 2 * padded k)` for a pair."""
+    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    config = config or config_for("shrink", x.dtype, aligned=is_aligned(x))
+    rank, blocks = rank_for(omega.columns)
+    pair = out.dtype != torch.float32
+    tall = -(-tokens // config.tokens)
+    splits = _tiles.token_splits(blocks * tall, features, _processors(x.device), least=least_features)
+    chunk = -(-features // splits)
+    if splits > 1:  # whole steps: no part but the last has a ragged end
+        chunk = -(-chunk // config.features) * config.features
+    splits = -(-features // chunk)
+    direct = splits == 1 and weight is None and not pair
+    target = out
+    if not direct:
+        target = torch.empty(splits, tokens, blocks * rank, dtype=torch.float32, device=x.device)
+    shrink_kernel[(blocks, tall, splits)](
+        target,
+        # A pointer that a flag switches off must still be one.
+        x,
+        x if index is None else index,
+        x if omega.scratch is None else omega.scratch,
+        features,
+        tokens,
+        target.shape[-1],
+        chunk,
+        x.stride(0),
+        target.stride(-2),
+        random_kernel.signed32(omega.seed),
+        random_kernel.signed32(omega.seed >> 32),
+        random_kernel.signed32(omega.stream),
+        TOKENS=config.tokens,
+        FEATURES=config.features,
+        RANK=rank,
+        HAS_INDEX=index is not None,
+        SIGNS=omega.scratch is None,
+        PAIR=omega.scratch is not None and omega.scratch.dim() == 3,
+        PRECISION=_precision(x.dtype, _platform()),
+        UPCAST=interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if not direct:
+        combine_kernel[(blocks, -(-tokens // _ROWS))](
+            out, target, target if weight is None else weight, tokens, splits,
+            blocks * rank if pair else out.shape[1], out.stride(0),
+            ROWS=_ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=pair,
+        )  # fmt: skip
+
+
+def _add_tall(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    p: torch.Tensor,
+    config: SketchConfig | None,
+    least_tokens: int,
+) -> None:
+    """`out += x^T P`, P as `_shrink` left it."""
+    tokens, features = p.shape[0], x.shape[1]
+    config = config or config_for("tall", x.dtype, aligned=is_aligned(x))
+    rank, blocks = rank_for(out.shape[1])
+    tiles = -(-features // config.features)
+    splits = _tiles.token_splits(blocks * tiles, tokens, _processors(x.device), least=least_tokens)
+    chunk = -(-tokens // splits)
+    if splits > 1:
+        chunk = -(-chunk // config.tokens) * config.tokens
+    splits = -(-tokens // chunk)
+    partial = torch.empty(splits, features, blocks * rank, dtype=torch.float32, device=x.device)
+    tall_kernel[(blocks, tiles, splits)](
+        partial,
+        x,
+        x if index is None else index,
+        p,
+        features,
+        tokens,
+        chunk,
+        x.stride(0),
+        TOKENS=config.tokens,
+        FEATURES=config.features,
+        RANK=rank,
+        HAS_INDEX=index is not None,
+        PAIR=p.dtype != torch.float32,
+        PRECISION=_precision(p.dtype, _platform()),
+        UPCAST=interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    add_kernel[(blocks, -(-features // _ROWS))](
+        out, partial, features, out.shape[1], splits, out.stride(0), ROWS=_ROWS, RANK=rank
+    )
+
+
+def _add_column_sum(
+    out: torch.Tensor, x: torch.Tensor, index: torch.Tensor | None, weight: torch.Tensor | None
+) -> None:
+    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    blocks = -(-features // _SUM_COLUMNS)
+    splits = _tiles.token_splits(blocks, tokens, _processors(x.device), least=256)
+    chunk = -(-tokens // splits)
+    splits = -(-tokens // chunk)
+    sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
+    column_sum_kernel[(blocks, splits)](
+        sums, x, x if index is None else index, x if weight is None else weight,
+        features, tokens, chunk, x.stride(0),
+        COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None,
+    )  # fmt: skip
+    add_rows_kernel[(blocks,)](out, sums, features, splits, COLUMNS=_SUM_COLUMNS)
+
+
+def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
+    """How many tokens go through both kernels at a time: half the cache holds their rows.
+
+    Args:
+        tokens: all of them.
+        row_bytes: of a row.
+        cache: bytes of the second-level cache.
+
+    Returns:
+        Tokens per chunk, in whole tiles; about the same for all chunks.
+    """
+    parts = -(-tokens * row_bytes // max(cache // 2, 2**24))
+    return max(-(-tokens // (max(parts, 1) * 64)) * 64, 64)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return int(getattr(properties, "L2_cache_size", 0)) or _CACHE
+
+
+def sketch(
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    index: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    column_sum: torch.Tensor | None,
+    *,
+    kind: str,
+    seed: int,
+    stream: int,
+    configs: tuple[SketchConfig | None, SketchConfig | None] = (None, None),
+    chunk: int | None = None,
+    least: int = 256,
+) -> None:
+    """Launch the kernels.
+
+    Args:
+        out: `(p, k)` float32 with unit column stride.
+        left: `(rows, p)` with unit column stride.
+        right: `(rows, q)` with unit column stride; the same object as `left` for an input sketch.
+        index: `(tokens,)` int64 rows that count, or `None` for all.
+        weight: `(tokens,)` float32, or `None`.
+        column_sum: `(p,)` float32 contiguous, or `None`.
+        kind: `rademacher` or `gaussian`.
+        seed: 64-bit key.
+        stream: which matrix.
+        configs: tile sizes of both products; `config_for` by default.
+        chunk: tokens per chunk; by default from the cache.
+        least: tokens or features that a split has at least.
+    """
+    tokens = left.shape[0] if index is None else index.shape[0]
+    if tokens == 0 or left.shape[1] == 0 or out.shape[1] == 0:
+        return
+    omega = make_omega(right, out.shape[1], kind, seed, stream) if right.shape[1] else None
+    if chunk is None:
+        chunk = _MOST_TOKENS
+        if left is right:  # else nothing is read twice
+            chunk = token_chunk(tokens, left.stride(0) * left.element_size(), _cache_bytes(left.device))
+    rank, blocks = rank_for(out.shape[1])
+    pair = left.dtype == torch.bfloat16
+    for low in range(0, tokens, chunk):
+        part = slice(low, min(low + chunk, tokens))
+        picked = None if index is None else index[part]
+        weights = None if weight is None else weight[part]
+        one = left[part] if index is None else left
+        if omega is not None:
+            two = one if left is right else right[part] if index is None else right
+            p = torch.empty(
+                part.stop - low,
+                blocks * rank * (2 if pair else 1),
+                dtype=torch.bfloat16 if pair else torch.float32,
+                device=left.device,
+            )
+            _shrink(p, two, picked, weights, omega, configs[0], 2 * least)
+            _add_tall(out, one, picked, p, configs[1], least)
+        if column_sum is not None:
+            _add_column_sum(column_sum, one, picked, weights)
+
+
+def project(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    *,
+    kind: str,
+    seed: int,
+    stream: int,
+    config: SketchConfig | None = None,
+    least: int = 512,
+) -> None:
+    """Launch the first product alone.
+
+    Args:
+        out: `(rows, k)` contiguous float32, filled.
+        a: `(rows, q)` with unit column stride, q at least 1.
+        kind: `rademacher` or `gaussian`.
+        seed: 64-bit key.
+        stream: which matrix.
+        config: tile sizes; `config_for` by default.
+        least: features that a split has at least.
+    """
+    if out.numel() == 0:
+        return
+    omega = make_omega(a, out.shape[1], kind, seed, stream)
+    for low in range(0, a.shape[0], _MOST_TOKENS):
+        part = slice(low, low + _MOST_TOKENS)
+        _shrink(out[part], a[part], None, None, omega, config, least)
+
+
+_AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_AOT_INTEGERS = (
+    "size", "n_tokens", "columns", "chunk", "x_stride", "out_stride", "splits", "seed_low", "seed_high", "stream",
+)  # fmt: skip
+_AOT_POINTERS = {"index_ptr": "*i64", "weight_ptr": "*fp32", "partial_ptr": "*fp32", "out_ptr": "*fp32"}
+_RANKS = (16, 32, 64)
+
+
+def _aot_case(
+    kernel: Any, label: str, constexprs: dict[str, Any], types: dict[str, str], **rest: Any
+) -> dict[str, Any]:
+    known = {**dict.fromkeys(_AOT_INTEGERS, "i32"), **_AOT_POINTERS, **types}
+    signature = {name: known[name] for name in kernel.arg_names if name in known}
+    flags = [key.removeprefix("HAS_").lower() for key in ("HAS_INDEX", "HAS_WEIGHT", "SIGNS", "PAIR")
+             if constexprs.get(key)]  # fmt: skip
+    name = " ".join((kernel.__name__.removesuffix("_kernel"), label, *flags))
+    return {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs, **rest}
+
+
+def aot_cases() -> Iterator[dict[str, Any]]:
+    """Every combination that `sketch` and `project` launch; see `covariance.kernel.aot_cases`.
+
+    Yields:
+        Keyword descriptions.
+    """
+    for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        plain = {**where, "warps": 4, "stages": 3, "matrix": False}
+        for dtype, x in _AOT_DTYPES.items():
+            config = config_for("shrink", dtype, aligned=aligned, platform=platform)
+            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
+            for index, signs in itertools.product((False, True), repeat=2):
+                constexprs = {
+                    "TOKENS": config.tokens,
+                    "FEATURES": config.features,
+                    "RANK": rank,
+                    "HAS_INDEX": index,
+                    "SIGNS": signs,
+                    "PAIR": not signs and dtype != torch.float32,
+                    "PRECISION": _precision(dtype, platform),
+                    "UPCAST": False,
+                }
+                label = f"{x} {config.tokens}x{config.features}x{rank}"
+                yield _aot_case(
+                    shrink_kernel, label, constexprs, {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}, **products
+                )  # fmt: skip
+            config = config_for("tall", dtype, aligned=aligned, platform=platform)
+            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
+            pair = dtype == torch.bfloat16
+            p = dtype if pair else torch.float32
+            for index in (False, True):
+                constexprs = {
+                    "TOKENS": config.tokens,
+                    "FEATURES": config.features,
+                    "RANK": rank,
+                    "HAS_INDEX": index,
+                    "PAIR": pair,
+                    "PRECISION": _precision(p, platform),
+                    "UPCAST": False,
+                }
+                label = f"{x} {config.features}x{config.tokens}x{rank}"
+                yield _aot_case(
+                    tall_kernel, label, constexprs, {"x_ptr": f"*{x}", "p_ptr": f"*{_AOT_DTYPES[p]}"}, **products
+                )  # fmt: skip
+        for weight, pair in itertools.product((False, True), repeat=2):
+            constexprs = {"ROWS": _ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
+            yield _aot_case(combine_kernel, f"{rank}", constexprs, {"out_ptr": "*bf16"} if pair else {}, **plain)
+        yield _aot_case(add_kernel, f"{rank}", {"ROWS": _ROWS, "RANK": rank}, {}, **plain)

@@ -1,0 +1,260 @@
+"""The Triton kernels in the interpreter (CPU), or for real where there is a GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lora_kernels.ops import _reduce, fisher_scaled, gradient_statistics_
+from lora_kernels.ops._rows import selection
+from lora_kernels.ops.gradient_statistics import kernel, reference
+from tests.conftest import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Small tiles keep the interpreter quick; the shipped sizes run once each below.
+TINY = kernel.TileConfig(16, 16, 16, 4, 2)
+TWO_HALVES = kernel.TileConfig(16, 256, 16, 4, 2)
+
+
+def run(g, x, weight, config, least_chunk=1024):
+    out = torch.zeros(g.shape[1], x.shape[1], device=DEVICE)
+    index, factor = selection(weight)
+    kernel.gradient_statistics(out, g, x, index, None if factor is None else factor.float(), config, least_chunk)
+    return out
+
+
+def squares(g, weight, least_chunk=256):
+    out = torch.zeros(g.shape[1], device=DEVICE)
+    _reduce.column_sums(out, g, None, weight, square=True, least_chunk=least_chunk)
+    return out
+
+
+def view(tokens, features, dtype):
+    """Rows of a wider matrix that start anywhere."""
+    return torch.randn(tokens, 2 * features, device=DEVICE).to(dtype)[:, features // 2 : features // 2 + features]
+
+
+def make_weight(kind, tokens):
+    weight = {
+        "none": None,
+        "bool": torch.rand(tokens) < 0.6,
+        "dense": torch.rand(tokens) + 0.1,
+        "sparse": torch.randn(tokens) * (torch.rand(tokens) < 0.6),
+    }[kind]
+    return None if weight is None else weight.to(DEVICE)
+
+
+@pytest.mark.parametrize("config", [TINY, TWO_HALVES], ids=["16x16", "16x256"])
+@pytest.mark.parametrize("kind", ["none", "bool", "dense", "sparse"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-7), (torch.float16, 5e-4)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens, height, width", [(1, 17, 4), (5, 1, 33), (37, 50, 24), (65, 20, 70), (100, 33, 1)])
+def test_gradient_matches_float64(tokens, height, width, dtype, bound, kind, config, poisoned_memory):
+    g, x, weight = view(tokens, height, dtype), view(tokens, width, dtype), make_weight(kind, tokens)
+    truth = reference.weight_gradient(g, x, weight)
+    bound = bound if kind in ("dense", "sparse") else 3e-7
+    for least_chunk in (1024, 16):  # one stage, and two stages over token splits
+        out = run(g, x, weight, config, least_chunk)
+        assert relative_error(out, truth) <= bound
+        if float(truth.norm()) > 0:
+            assert relative_error(0.5 * out, truth) > bound
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens, features", [(1, 17), (5, 1), (37, 150), (300, 70)])
+def test_squares_match_float64(tokens, features, dtype, kind, poisoned_memory):
+    g, weight = view(tokens, features, dtype), make_weight(kind, tokens)
+    weight = weight if weight is None else weight.abs()  # no cancellation: the bar is absolute
+    truth = reference.fisher_diagonal(g, weight)
+    for least_chunk in (256, 16):
+        out = squares(g, weight, least_chunk)
+        assert relative_error(out, truth) <= 3e-7
+        if float(truth.norm()) > 0:
+            assert relative_error(0.5 * out, truth) > 3e-7
+
+
+def test_many_tokens_are_cut_into_parts_that_keep_float32_exact_enough(monkeypatch):
+    monkeypatch.setattr(_reduce, "_SUM_CHUNK", 64)
+    g = torch.rand(1000, 5, device=DEVICE)
+    assert relative_error(squares(g, None, least_chunk=10**9), reference.fisher_diagonal(g)) < 1e-7
+
+
+@pytest.mark.parametrize("pair", ["none none", "bool none", "none bool", "sparse dense", "bool sparse"])
+@pytest.mark.parametrize("g_dtype, x_dtype", list(itertools.product((torch.float32, torch.float16), repeat=2)), ids=str)
+def test_op_matches_float64(g_dtype, x_dtype, pair):
+    g, x = torch.randn(3, 15, 21, device=DEVICE).to(g_dtype), torch.randn(3, 15, 18, device=DEVICE).to(x_dtype)
+    weights = [make_weight(kind, 45) for kind in pair.split()]
+    weights = [None if each is None else each.reshape(3, 15) for each in weights]
+    gradient, fisher = torch.zeros(21, 18, device=DEVICE), torch.zeros(21, device=DEVICE)
+    gradient_statistics_(gradient, fisher, g, x, *weights, backend="triton")
+    rounded = g_dtype == x_dtype == torch.float16 and pair.startswith("sparse")
+    assert relative_error(gradient, reference.weight_gradient(g, x, weights[0])) < (5e-4 if rounded else 3e-7)
+    assert relative_error(fisher, reference.fisher_diagonal(g, weights[1])) < 3e-7
+    alone = torch.zeros(21, device=DEVICE)
+    gradient_statistics_(None, alone, g, fisher_weight=weights[1], backend="triton")
+    assert torch.equal(alone, fisher)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masked_rows_may_hold_anything(kind):
+    g, x, number = torch.randn(40, 20, device=DEVICE), torch.randn(40, 12, device=DEVICE), torch.arange(40)
+    first, second = (number % 3 != 0).to(DEVICE), (number % 2 != 0).to(DEVICE)
+    dirty_g, dirty_x = g.clone(), x.clone()
+    dirty_g[~(first | second)], dirty_x[~first] = float("nan"), float("inf")
+    gradient, fisher = torch.zeros(20, 12, device=DEVICE), torch.zeros(20, device=DEVICE)
+    weights = (first, second) if kind == "bool" else (first.float(), second.double())
+    gradient_statistics_(gradient, fisher, dirty_g, dirty_x, *weights, backend="triton")
+    assert relative_error(gradient, reference.weight_gradient(g, x, first)) < 3e-7
+    assert relative_error(fisher, reference.fisher_diagonal(g, second)) < 3e-7
+
+
+def test_everything_masked_or_empty_changes_nothing():
+    nothing = torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    for tokens, mask in ((4, nothing), (0, None)):
+        gradient, fisher = torch.full((9, 5), 3.0, device=DEVICE), torch.full((9,), 2.0, device=DEVICE)
+        g, x = torch.randn(tokens, 9, device=DEVICE), torch.randn(tokens, 5, device=DEVICE)
+        gradient_statistics_(gradient, fisher, g, x, mask, mask, backend="triton")
+        assert bool((gradient == 3.0).all()) and bool((fisher == 2.0).all())
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_weights_of_any_size_fit_float16(size):
+    """`w x` itself would fall below, or rise above, what float16 can hold."""
+    g, x = torch.randn(60, 20, device=DEVICE).half(), torch.randn(60, 18, device=DEVICE).half()
+    for weight in (torch.rand(60, device=DEVICE) * size, torch.full((60,), size, device=DEVICE)):
+        assert relative_error(run(g, x, weight, TINY, 16), reference.weight_gradient(g, x, weight)) < 5e-4
+
+
+def test_adds_to_what_is_there_and_repeats_bit_for_bit():
+    g, x = torch.randn(90, 40, device=DEVICE), torch.randn(90, 24, device=DEVICE)
+    first, second = run(g, x, None, TINY, 16), run(g, x, None, TINY, 16)
+    assert torch.equal(first, second) and torch.equal(squares(g, None, 16), squares(g, None, 16))
+    kernel.gradient_statistics(second, g, x, None, None, TINY)
+    assert relative_error(second, 2 * first) < 1e-6
+
+
+def test_bfloat16_products_are_exact():
+    """Small integers: exact in bfloat16, so that any wrong reading of its bits shows."""
+    g, x = (torch.randint(-8, 9, (50, side), device=DEVICE).to(torch.bfloat16) for side in (37, 20))
+    assert torch.equal(run(g, x, None, TINY), g.float().mT @ x.float())
+    assert torch.equal(squares(g, None), g.float().square().sum(0))
+
+
+def test_memory_beyond_is_left_alone():
+    wide = torch.full((40, 60), -7.0, device=DEVICE)
+    g, x = torch.randn(40, 33, device=DEVICE), torch.randn(40, 21, device=DEVICE)
+    for config, least_chunk in itertools.product((TINY, TWO_HALVES), (1024, 16)):
+        out = wide.clone()
+        kernel.gradient_statistics(out[:33, 5:26], g, x, None, None, config, least_chunk)
+        assert relative_error(out[:33, 5:26] + 7.0, reference.weight_gradient(g, x)) < 1e-6
+        out[:33, 5:26] = -7.0
+        assert torch.equal(out, wide)
+
+
+SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.TileConfig)]
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=str)
+def test_shipped_configurations(config):
+    g, x = torch.randn(70, 140, device=DEVICE).half(), torch.randn(70, 300, device=DEVICE).half()
+    if config is kernel.SINGLE:
+        g, x = g.float(), x.float()
+    truth = reference.weight_gradient(g, x)
+    assert relative_error(run(g, x, None, config), truth) < 3e-7
+    assert relative_error(run(g, x, torch.rand(70, device=DEVICE) < 0.9, config), truth) > 1e-3, "the mask must matter"
+
+
+def test_configuration_depends_on_shape_dtype_weights_alignment_and_platform():
+    half = torch.bfloat16
+    assert kernel.config_for(64, 4096, half) == kernel.SMALL
+    assert kernel.config_for(512, 1024, torch.float16) == kernel.SMALL
+    assert kernel.config_for(1024, 1024, torch.float16) == kernel.SQUARE
+    assert kernel.config_for(4096, 4096, half) == kernel.WIDE
+    assert kernel.config_for(14336, 512, half) == kernel.SQUARE
+    # With weights the wide tile spills.
+    assert kernel.config_for(4096, 4096, half, weighted=True) == kernel.SQUARE
+    assert kernel.config_for(4096, 4096, torch.float32) == kernel.SINGLE
+    assert kernel.config_for(4096, 4095, half, aligned=False) == kernel.RAGGED
+    assert kernel.config_for(4096, 4095, torch.float32, aligned=False) == kernel.SINGLE
+    assert kernel.config_for(4096, 4096, half, weighted=True, platform="hip") == kernel.AMD_WEIGHTED
+    assert kernel.config_for(4095, 64, torch.float32, aligned=False, platform="hip") == kernel.AMD_RAGGED_SINGLE
+    # 64 KB of local memory: two stages of both operands, in bytes, must fit.
+    for side, dtype, weighted in itertools.product((64, 1024, 4096), (half, torch.float32), (False, True)):
+        config = kernel.config_for(side, side, dtype, weighted=weighted, platform="hip")
+        assert (config.rows + config.columns) * config.tokens * dtype.itemsize * (config.stages - 1) <= 65536
+        assert config.stages == 2 and not config.two_slices
+
+
+def test_alignment_is_that_of_every_size_stride_and_address():
+    wide, out = torch.zeros(40, 64, dtype=torch.float16), torch.zeros(32, 48)
+    odd = torch.zeros(40, 65, dtype=torch.float16)
+    assert kernel.is_aligned(out, wide[:, :32], wide[:, 8:56])  # 8 elements are 16 bytes
+    assert not kernel.is_aligned(out, wide[:, 4:36], wide[:, :48])
+    assert not kernel.is_aligned(out, wide[:, :32], wide[:, 4:52])
+    assert not kernel.is_aligned(out, odd[:, :32], wide[:, :48])
+    assert not kernel.is_aligned(out, wide[:, :32], odd[:, :48])
+    assert not kernel.is_aligned(torch.zeros(32, 49)[:, :48], wide[:, :32], wide[:, :48])
+    assert not kernel.is_aligned(torch.zeros(31, 48), wide[:, :31], wide[:, :48])
+
+
+def test_ahead_of_time_cases_cover_every_launch():
+    """Each shape, dtype, kind of weight, alignment and platform leads to a form that the compile check knows."""
+    known = {
+        (case["platform"], case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["HAS_WEIGHT"],
+         case["constexprs"]["ROWS"], case["constexprs"]["COLUMNS"], case["constexprs"]["TOKENS"],
+         case["warps"], case["stages"])
+        for case in kernel.aot_cases() if "g_ptr" in case["signature"]
+    }  # fmt: skip
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    sides = (1, 17, 512, 1024, 4096, 14336)
+    for platform, aligned, weighted in itertools.product(("cuda", "hip"), (True, False), (True, False)):
+        for (dtype, name), height, width in itertools.product(names.items(), sides, sides):
+            each = kernel.config_for(height, width, dtype, weighted=weighted, aligned=aligned, platform=platform)
+            launch = (each.rows, each.columns, each.tokens, each.warps, each.stages)
+            assert (platform, aligned, name, weighted, *launch) in known
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.3, 2, -1.0])
+@pytest.mark.parametrize("height, width", [(1, 1), (13, 70), (9, 9000)])
+def test_scaling_matches_float64(height, width, power, poisoned_memory):
+    gradient = torch.randn(height, width + 5, device=DEVICE)[:, 3:-2]
+    fisher = torch.rand(height, device=DEVICE) ** 8 * 1e-8
+    found = fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power, backend="triton")
+    truth = reference.fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power)
+    assert relative_error(found, truth) <= 3e-7 < relative_error(0.5 * found, truth)
+    wide = torch.full((height + 1, width + 4), 5.0, device=DEVICE)
+    fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power, out=wide[:height, 2:-2], backend="triton")
+    assert torch.equal(wide[:height, 2:-2], found)
+    wide[:height, 2:-2] = 5.0
+    assert bool((wide == 5.0).all())
+    fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power, out=gradient, backend="triton")
+    assert torch.equal(gradient, found)
+
+
+def test_registration_is_sound():
+    g, x = torch.randn(20, 18, device=DEVICE), torch.randn(20, 16, device=DEVICE)
+    gradient, fisher = torch.zeros(18, 16, device=DEVICE), torch.zeros(18, device=DEVICE)
+    checks = ("test_schema", "test_faketensor")
+    for arguments in (
+        (gradient, fisher, g, x, None, None, "triton"),
+        (None, fisher, g, None, None, torch.rand(20, device=DEVICE), "triton"),
+    ):
+        torch.library.opcheck(torch.ops.lora_kernels.gradient_statistics_.default, arguments, test_utils=checks)
+    arguments = (gradient, None, fisher, 1.0, 0.5, 1.0, "triton")
+    torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled_.default, arguments, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("height, width", [(64, 129), (1024, 4096), (4096, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_gpu_error_is_within_twice_that_of_torch(height, width, dtype):
+    g, x = torch.randn(3001, height, device="cuda").to(dtype), torch.randn(3001, width, device="cuda").to(dtype)
+    for weight in (None, torch.rand(3001, device="cuda") < 0.8):
+        gradient, fisher = torch.zeros(height, width, device="cuda"), torch.zeros(height, device="cuda")
+        gradient_statistics_(gradient, fisher, g, x, weight, weight, backend="triton")
+        left, right = (g, x) if weight is None else (g[weight], x[weight])
+        plain = relative_error(left.float().mT @ right.float(), reference.weight_gradient(left, right))
+        assert relative_error(gradient, reference.weight_gradient(left, right)) <= 2 * plain + 1e-7
+        assert relative_error(fisher, reference.fisher_diagonal(left)) <= 3e-7
