@@ -6,7 +6,6 @@ import contextlib
 
 import torch
 
-from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
 from lora_kernels.ops._rows import CPP_DTYPES, pack_rows, selection
@@ -231,13 +230,14 @@ def sketch_(
 ) -> None:
     """Add `sum_t w_t left_t (right_t^T Omega)` to `out`, and `sum_t w_t left_t` to `column_sum`.
 
-    With `left` and `right` the same tensor x this is the sketch `M Omega` of the second moment `M = sum_t w_t x_t x_t^T`;
+    With `left` and `right` the same tensor x this is the sketch `M Omega` of the second moment
+    `M = sum_t w_t x_t x_t^T`;
     with gradients g on the left and inputs x on the right, that of the weight gradient, `G Omega`; with roles
     exchanged, of its transpose. Neither M nor G is formed (Halko, Martinsson and Tropp, SIAM Review 53, 2011).
 
-    `Omega` is `random_matrix(q, k, kind=kind, seed=seed, stream=stream)`, not scaled: E[Omega Omega^T] = k I. It is made
-    anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never read
-    into the result: they may hold anything. Gradients do not flow through.
+    `Omega` is `random_matrix(q, k, kind=kind, seed=seed, stream=stream)`, not scaled: E[Omega Omega^T] = k I. It is
+    made anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never
+    read into the result: they may hold anything. Gradients do not flow through.
 
     Args:
         out: `(p, k)` float32 (float64 on the torch backend), rows contiguous; accumulates.

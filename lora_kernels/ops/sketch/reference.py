@@ -44,7 +44,9 @@ def sketch(
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t left_t (right_t^T Omega)` and `sum_t w_t left_t`. Rows of weight zero do not count, whatever they hold.
+    """`sum_t w_t left_t (right_t^T Omega)` and `sum_t w_t left_t`.
+
+    Rows of weight zero do not count, whatever they hold.
 
     Args:
         left: `(..., p)`.
