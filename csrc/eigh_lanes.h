@@ -16,6 +16,7 @@ constexpr int kMaxShifts = 30;  // per eigenvalue, on average over the matrix
 // A sum of squares below this is rounding noise of a matrix of entries up to 2: it cannot be normalised accurately.
 constexpr double kNoiseSquare = 1e-280;
 constexpr double kEpsilon = Limits<double>::epsilon;
+constexpr double kSignTie = 0.999;     // entries this close in magnitude count as equal, since rounding decides
 constexpr int kLeastExponent = -1021;  // of a power of two with a finite inverse
 
 // Reduces `a` (lower triangle, row-major) to diagonal d and subdiagonal e; the reflectors stay below the diagonal of a,
@@ -227,15 +228,17 @@ LK_HD void ascending_ranks(const typename L::V* d, typename L::Mask* rank, int n
     }
 }
 
-// Makes the entry of largest magnitude of each row positive, the first of equals.
+// The sign rule of reference.py: makes the first entry of each row that comes near its largest magnitude positive.
 template <class L>
 LK_HD void fix_signs(typename L::V* v, int n) {
   using V = typename L::V;
   for (int i = 0; i < n; ++i) {
     V* const row = v + i * n;
-    V best = row[0];
-    for (int k = 1; k < n; ++k) best = magnitude<L>(row[k]) > magnitude<L>(best) ? row[k] : best;
-    for (int k = 0; k < n; ++k) row[k] = best < 0 ? -row[k] : row[k];
+    V largest = magnitude<L>(row[0]), leader = V{};
+    for (int k = 1; k < n; ++k) largest = larger<L>(largest, magnitude<L>(row[k]));
+    const V near = kSignTie * largest;
+    for (int k = n - 1; k >= 0; --k) leader = magnitude<L>(row[k]) >= near ? row[k] : leader;
+    for (int k = 0; k < n; ++k) row[k] = leader < 0 ? -row[k] : row[k];
   }
 }
 

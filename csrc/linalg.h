@@ -12,7 +12,7 @@ struct Outcome {
   int64_t index;
 };
 
-// Eigenvalues ascending, eigenvectors as columns, their entries of largest magnitude positive.
+// Eigenvalues ascending, eigenvectors as columns, with the signs of reference.py.
 template <typename T>
 Outcome eigh_cpu(const T* matrices, T* values, T* vectors, int64_t batch, int n, int threads);
 // Lower Cholesky factors, zero above the diagonal.

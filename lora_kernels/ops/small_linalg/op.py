@@ -101,8 +101,8 @@ def eigh(matrices: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor
         backend: `auto`, `cpp` (C++ on the CPU up to n = 128, CUDA as far as shared memory goes) or `torch`.
 
     Returns:
-        Values `(..., n)`, ascending, and vectors `(..., n, n)` as columns; the entry of largest magnitude of each
-        vector is positive.
+        Values `(..., n)`, ascending, and vectors `(..., n, n)` as columns; of the entries of each vector that come
+        within 0.1 % of its largest magnitude, the first is positive.
 
     Raises:
         TypeError: on another dtype.

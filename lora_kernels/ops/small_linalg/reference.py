@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 
 
+# As kSignTie in csrc/eigh_lanes.h. Entries that tie differ by rounding only, which must not decide a sign.
+_SIGN_TIE = 0.999
+
+
 def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """Make the entry of largest magnitude of each column positive (the first of equals).
+    """Make one entry of each column positive: the first of at least 0.999 times the largest magnitude in it.
 
     Args:
         vectors: `(..., n, k)`.
@@ -16,8 +20,10 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     """
     if vectors.numel() == 0:
         return vectors
-    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
+    magnitudes = vectors.abs()
+    near = magnitudes >= _SIGN_TIE * magnitudes.amax(dim=-2, keepdim=True)
+    leader = vectors.gather(-2, near.byte().argmax(dim=-2, keepdim=True))
+    return torch.where(leader < 0, -vectors, vectors)
 
 
 def eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
