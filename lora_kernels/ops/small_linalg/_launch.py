@@ -112,7 +112,7 @@ def not_positive(info: torch.Tensor) -> torch.Tensor:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous `(batch, rows, columns)` form of `(..., rows, columns)`."""
-    return tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
+    return tensor.reshape(tensor.shape[:-2].numel(), *tensor.shape[-2:]).contiguous()
 
 
 def _arguments(arguments: tuple[Any, ...]) -> list[Any]:

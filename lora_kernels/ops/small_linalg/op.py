@@ -60,8 +60,13 @@ def eigenpairs_cuda(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     return values, vectors, info
 
 
-def _run_cpp(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = _launch.dense(matrices)
+def _run_torch(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _launch.raise_first(_launch.not_finite(flat.tril()))
+    values, vectors = reference.eigh(flat)  # where it does not converge, torch's error names the matrix
+    return values, vectors.contiguous()
+
+
+def _run_cpp(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if flat.device.type == "cpu":
         values, vectors = flat.new_empty(flat.shape[:-1]), torch.empty_like(flat)
         _launch.run_cpu("eigh", flat.dtype, flat, values, vectors, flat.shape[0], flat.shape[-1])
@@ -69,18 +74,15 @@ def _run_cpp(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values, vectors, info = eigenpairs_cuda(flat)
         _launch.raise_first(info)
         vectors = fix_signs(vectors).contiguous()
-    return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)
+    return values, vectors
 
 
 @torch.library.custom_op("lora_kernels::eigh", mutates_args=())
 def _eigh(matrices: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     if matrices.numel() == 0:
         return matrices.new_empty(matrices.shape[:-1]), matrices.new_empty(matrices.shape)
-    if backend != "torch":
-        return _run_cpp(matrices)
-    _launch.raise_first(_launch.not_finite(matrices.tril()))
-    values, vectors = reference.eigh(matrices)
-    return values, vectors.contiguous()
+    values, vectors = (_run_torch if backend == "torch" else _run_cpp)(_launch.dense(matrices))
+    return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)
 
 
 @_eigh.register_fake

@@ -66,10 +66,10 @@ def _factors_by_cuda(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _cholesky(matrices: torch.Tensor, backend: str) -> torch.Tensor:
     if matrices.numel() == 0:
         return matrices.new_empty(matrices.shape)
-    if backend == "torch":
-        return _factors_by_torch(matrices).contiguous()
     flat = _launch.dense(matrices)
-    if flat.device.type == "cpu":
+    if backend == "torch":
+        factors = _factors_by_torch(flat).contiguous()
+    elif flat.device.type == "cpu":
         factors = torch.empty_like(flat)
         _launch.run_cpu("cholesky", flat.dtype, flat, factors, flat.shape[0], flat.shape[-1])
     else:
@@ -112,13 +112,15 @@ def cholesky(matrices: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
 def _cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor, backend: str) -> torch.Tensor:
     if matrices.numel() == 0:
         return rhs.new_empty(rhs.shape)
-    if backend == "torch":
-        return torch.cholesky_solve(rhs, _factors_by_torch(matrices)).contiguous()
     flat, right = _launch.dense(matrices), _launch.dense(rhs)
-    out, sizes = torch.empty_like(right), (flat.shape[0], flat.shape[-1], rhs.shape[-1])
-    if flat.device.type == "cpu":
+    sizes = flat.shape[0], flat.shape[-1], rhs.shape[-1]
+    if backend == "torch":
+        out = torch.cholesky_solve(right, _factors_by_torch(flat)).contiguous()
+    elif flat.device.type == "cpu":
+        out = torch.empty_like(right)
         _launch.run_cpu("cholesky_solve", flat.dtype, flat, right, out, *sizes)
     else:
+        out = torch.empty_like(right)
         factors, info = _factors_by_cuda(flat)
         if rhs.numel() > 0:
             _launch.run_cuda("cholesky_substitute", flat.dtype, factors, right, out, *sizes)
@@ -169,11 +171,11 @@ def _sylvester_cuda(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torc
 def _sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor, backend: str) -> torch.Tensor:
     if rhs.numel() == 0:
         return rhs.new_empty(rhs.shape)
-    if backend == "torch":
-        _launch.raise_first(_launch.not_finite(p.tril()) | _launch.not_finite(q.tril()) | _launch.not_finite(rhs))
-        return reference.sylvester(p, q, rhs).contiguous()
     left, right, flat = _launch.dense(p), _launch.dense(q), _launch.dense(rhs)
-    if flat.device.type == "cpu":
+    if backend == "torch":
+        _launch.raise_first(_launch.not_finite(left.tril(), right.tril(), flat))
+        out = reference.sylvester(left, right, flat).contiguous()
+    elif flat.device.type == "cpu":
         out = torch.empty_like(flat)
         _launch.run_cpu("sylvester", flat.dtype, left, right, flat, out, *flat.shape)
     else:

@@ -87,7 +87,7 @@ def _magnitude(factor: torch.Tensor) -> torch.Tensor:
 def _factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float, backend: str) -> torch.Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return a.new_zeros(a.shape[:-1])
-    rows, columns = _launch.dense(a), b.reshape(-1, *b.shape[-2:])
+    rows, columns = _launch.dense(a), _launch.dense(b)
     # Products of the entries of the scaled factors neither overflow nor vanish.
     scale_a, scale_b = _magnitude(rows), _magnitude(columns)
     _launch.raise_first(torch.isnan(scale_a + scale_b).int())
