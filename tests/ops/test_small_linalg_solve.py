@@ -25,7 +25,7 @@ NAN = float("nan")
 
 
 def within_the_bar(found, truth, by_torch, condition):
-    """At most twice the error that torch makes in the same dtype; and the bar is not one that half the result passes."""
+    """At most twice the error that torch makes in the same dtype, and not a bar that half the result passes."""
     # The float64 truth is itself wrong by the condition.
     bound = 2 * relative_error(by_torch, truth) + 10 * EPSILON[found.dtype] + condition * EPSILON[torch.float64]
     assert relative_error(found, truth) <= bound

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 # As kSignTie in csrc/eigh_lanes.h. Entries that tie differ by rounding only, which must not decide a sign.
 _SIGN_TIE = 0.999
 
