@@ -36,7 +36,7 @@ LK_HD void tridiagonalize(typename L::V* a, typename L::V* d, typename L::V* e, 
     const V head = x[0], norm2 = square + head * head;
     d[k] = a[k * n + k];
     const auto reflect = (square > 0) & (norm2 > splat<L>(kNoiseSquare));
-    const V norm = square_root<L>(norm2);
+    const V norm = L::root(norm2);
     const V beta = head > 0 ? -norm : norm;
     const V inverse = 1 / (reflect ? head - beta : splat<L>(1));
     const V factor = reflect ? (beta - head) / (reflect ? beta : splat<L>(1)) : V{};
@@ -151,7 +151,7 @@ LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename 
     const int top = highest<L>(end);
     active[top] = Mask{};
     const V slope = (dn - dl) / (2 * el);
-    const V root = square_root<L>(slope * slope + 1);
+    const V root = L::root(slope * slope + 1);
     const V shift = el / (slope + (slope < 0 ? -root : root)) - dl;
     V c = one, s = one, p = V{}, g = V{};
     for (int i = top - 1; i >= low; --i) {
@@ -163,7 +163,7 @@ LK_HD typename L::Mask implicit_ql(typename L::V* d, typename L::V* e, typename 
       const V f = s * e[i], b = c * e[i];
       const V square = f * f + g * g;
       const Mask noise = square < splat<L>(kNoiseSquare);
-      const V r = square_root<L>(square), inverse = 1 / r;
+      const V r = L::root(square), inverse = 1 / r;
       e[i + 1] = on ? (start ? V{} : noise ? g : r) : e[i + 1];
       s = noise ? V{} : f * inverse;
       c = noise ? one : g * inverse;

@@ -10,6 +10,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed between functions that are always inlined
 #endif
@@ -23,18 +27,22 @@ struct Lanes {
   typedef double V __attribute__((vector_size(BYTES)));
   typedef int64_t Mask __attribute__((vector_size(BYTES)));
   static constexpr int count = BYTES / int(sizeof(double));
+  // A template, because GCC takes a vector of dependent size for a number while it parses this class.
+  template <class X>
+  static LK_HD X root(const X& x) {
+    X y;
+    for (int l = 0; l < count; ++l) y[l] = std::sqrt(x[l]);
+    return y;
+  }
+  template <class X>
+  static LK_HD X inverse_root(const X& x) {
+    return 1 / root(x);
+  }
 };
 
 template <class L>
 LK_HD typename L::V splat(double x) {
   return typename L::V{} + x;
-}
-
-template <class L>
-LK_HD typename L::V square_root(const typename L::V& x) {
-  typename L::V y;
-  for (int l = 0; l < L::count; ++l) y[l] = std::sqrt(x[l]);
-  return y;
 }
 
 template <class L>
@@ -105,19 +113,22 @@ LK_HD void multiply(const typename L::V* a, int a_row, int a_column, const typen
   }
 }
 
-// Scratch memory of one thread.
+// Scratch memory of all threads, each part on cache lines of its own.
 class Arena {
  public:
-  explicit Arena(size_t bytes) : memory_(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64)) {
+  Arena(size_t bytes, int parts)
+      : part_((bytes / kLine + 2) * kLine), memory_(static_cast<char*>(std::aligned_alloc(kLine, part_ * parts))) {
     if (!memory_) throw std::bad_alloc();
   }
   ~Arena() { std::free(memory_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
-  void* get() const { return memory_; }
+  void* part(int number) const { return memory_ + part_ * number; }
 
  private:
-  void* memory_;
+  static constexpr size_t kLine = 64;
+  size_t part_;
+  char* memory_;
 };
 
 // A job does `template <class L> void group(int64_t first, int count, typename L::V* scratch) const` on items
@@ -137,7 +148,11 @@ inline int lane_bytes() {
     const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool widest = wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    return widest ? 64 : wide ? 32 : 16;
+    const int there = widest ? 64 : wide ? 32 : 16;
+    // For tests of what other machines run: at most this many bytes.
+    const char* const limit = std::getenv("LORA_KERNELS_LANE_BYTES");
+    const int wanted = limit ? std::atoi(limit) : there;
+    return wanted >= there ? there : wanted >= 32 ? 32 : 16;
   }();
   return bytes;
 }
@@ -158,18 +173,23 @@ void run_groups(const Job& job, int64_t items, int step, int64_t vectors, int th
   const int bytes = lane_bytes();
   const int64_t groups = (items + step - 1) / step;
   if (threads > groups) threads = int(groups > 0 ? groups : 1);
+  const Arena arena(size_t(vectors) * bytes, threads);  // here, because nothing may be thrown inside
 #pragma omp parallel num_threads(threads)
   {
-    const Arena arena(size_t(vectors) * bytes);
+#ifdef _OPENMP
+    void* const scratch = arena.part(omp_get_thread_num());
+#else
+    void* const scratch = arena.part(0);
+#endif
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * step;
       const int count = int(items - first < step ? items - first : step);
 #if defined(__x86_64__) && defined(__GNUC__)
-      if (bytes == 64) group_512(job, first, count, arena.get());
-      if (bytes == 32) group_256(job, first, count, arena.get());
+      if (bytes == 64) group_512(job, first, count, scratch);
+      if (bytes == 32) group_256(job, first, count, scratch);
 #endif
-      if (bytes == 16) group_128(job, first, count, arena.get());
+      if (bytes == 16) group_128(job, first, count, scratch);
     }
   }
 }

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     const T square = a[packed(j, j)];
     const bool positive = square > T(0);
     if (!positive && minor == 0) minor = j + 1;
-    const T inverse = positive ? inverse_sqrt(square) : T(1);
+    const T inverse = positive ? Scalar<T>::inverse_root(square) : T(1);
     __syncthreads();
     for (int i = j + tid; i < n; i += kThreads) a[packed(i, j)] = i == j ? square * inverse : a[packed(i, j)] * inverse;
     __syncthreads();
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kThreads)
         xy = warp_sum(xy);
         if (orthogonal(xx, yy, xy, noise, epsilon, n)) continue;
         turned = 1;
-        double c, s;
-        jacobi_rotation(xx, yy, xy, c, s);
+        double t, c, s;
+        jacobi_rotation<Scalar<double>>(xx, yy, xy, false, t, c, s);
         for (int e = lane; e < n; e += 32) {
           const double x = a[p * n + e], y = a[q * n + e];
           a[p * n + e] = c * x - s * y;

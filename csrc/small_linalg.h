@@ -1,7 +1,11 @@
 // Batched algebra on small matrices: what the CPU (lanes.h, *_lanes.h) and the GPU (*.cu) have in common.
 //
-// The loops differ, because the CPU gives a matrix a vector lane and the GPU gives it a block of threads; rotations,
-// pair schedule, thresholds and outcomes are shared.
+// The loops differ, because the CPU gives a matrix a vector lane and the GPU gives it a block of threads. Shared are
+// the outcomes, the Jacobi rotation and all thresholds. What they run:
+//   eigenpairs       CPU tridiagonalisation and implicit QL (eigh_lanes.h), GPU two-sided Jacobi (cuda.cu)
+//   Cholesky         CPU left-looking (solve_lanes.h), GPU right-looking (linalg_cuda.cu)
+//   Sylvester        both: eigenpairs, rotate, divide, rotate back
+//   singular values  both: one-sided Jacobi; the CPU takes pairs in order, the GPU disjoint ones at once
 #pragma once
 
 #include <cmath>
@@ -33,30 +37,33 @@ struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
 };
 
+// What an algorithm computes with, in place of the vectors of lanes.h: one number.
 template <typename T>
-LK_HD T inverse_sqrt(T x) {
+struct Scalar {
+  using V = T;
+  using Mask = bool;
+  static LK_HD T root(T x) { return std::sqrt(x); }
+  static LK_HD T inverse_root(T x) {
 #if defined(__CUDA_ARCH__)
-  return rsqrt(x);  // no division subroutine, hence no stack
+    return rsqrt(x);  // no division subroutine, hence no stack
 #else
-  return T(1) / std::sqrt(x);
+    return T(1) / std::sqrt(x);
 #endif
-}
+  }
+};
 
-// The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq]. Without branches, so that it
-// vectorises; a_pq = 0 gives the identity.
-template <typename T>
-LK_HD void jacobi_rotation(T app, T aqq, T apq, T& c, T& s) {
-  const bool skip = apq == T(0);
-  const T theta = (aqq - app) / (T(2) * (skip ? T(1) : apq));
-  const T sign = theta < T(0) ? T(-1) : T(1);
-  const T magnitude = theta * sign;
-  // theta^2 overflows for a huge theta, where t = 1 / (2 theta) is exact to rounding.
-  const bool huge = magnitude > T(1e15);
-  const T bounded = huge ? T(1) : magnitude;
-  const T near = sign / (bounded + std::sqrt(bounded * bounded + T(1)));
-  const T far = sign / (T(2) * (huge ? magnitude : T(1)));
-  const T t = skip ? T(0) : (huge ? far : near);
-  c = inverse_sqrt(t * t + T(1));
+// The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq], t = s / c; the identity where
+// `skip`, which must hold where a_pq = 0. A slope whose square overflows gives the identity as well, and then a_pq is
+// beyond rounding beside the diagonal.
+template <class L>
+LK_HD void jacobi_rotation(const typename L::V& app, const typename L::V& aqq, const typename L::V& apq,
+                           const typename L::Mask& skip, typename L::V& t, typename L::V& c, typename L::V& s) {
+  using V = typename L::V;
+  const V one = V{} + 1;
+  const V slope = (aqq - app) / (2 * (skip ? one : apq));
+  const V root = L::root(slope * slope + 1);
+  t = skip ? V{} : 1 / (slope + (slope < 0 ? -root : root));
+  c = L::inverse_root(t * t + 1);
   s = t * c;
 }
 
@@ -67,7 +74,7 @@ LK_HD T jacobi_threshold(T total, int n) {
   return relative * relative * total * T(0.0625);
 }
 
-// Round-robin tournament: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a round are disjoint.
+// Round-robin tournament of the GPU: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a round are disjoint.
 LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   const int cycle = players - 1;
   const int a = (round + k) % cycle;

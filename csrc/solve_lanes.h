@@ -17,7 +17,7 @@ LK_HD typename L::Mask cholesky_lanes(typename L::V* a, typename L::V* inverse, 
     for (int k = 0; k < j; ++k) square -= pivot[k] * pivot[k];
     const auto positive = square > 0;
     minor = (positive | (minor != 0)) ? minor : minor + (j + 1);
-    const V root = square_root<L>(positive ? square : splat<L>(1));
+    const V root = L::root(positive ? square : splat<L>(1));
     a[j * n + j] = root;
     inverse[j] = 1 / root;
     for (int i = j + 1; i < n; i += 4) {
@@ -50,7 +50,6 @@ LK_HD typename L::Mask singular_values_lanes(typename L::V* a, typename L::V* sq
   using V = typename L::V;
   using Mask = typename L::Mask;
   constexpr double epsilon = Limits<double>::epsilon;
-  const V one = splat<L>(1);
   Mask turned{};
   for (int sweep = 0; sweep <= kMaxSweeps; ++sweep) {
     // Rotations update the squares; every sweep begins with exact ones.
@@ -78,10 +77,8 @@ LK_HD typename L::Mask singular_values_lanes(typename L::V* a, typename L::V* sq
         const Mask skip = orthogonal(xx, yy, xy, noise, epsilon, n);
         if (!any<L>(~skip)) continue;
         turned |= ~skip;
-        const V slope = (yy - xx) / (2 * (skip ? one : xy));
-        const V root = square_root<L>(slope * slope + 1);
-        const V t = skip ? V{} : 1 / (slope + (slope < 0 ? -root : root));
-        const V c = 1 / square_root<L>(t * t + 1), s = t * c;
+        V t, c, s;
+        jacobi_rotation<L>(xx, yy, xy, skip, t, c, s);
         squares[p] = xx - t * xy;
         squares[q] = yy + t * xy;
         for (k = 0; k < n; ++k) {
@@ -96,7 +93,7 @@ LK_HD typename L::Mask singular_values_lanes(typename L::V* a, typename L::V* sq
   for (int i = 0; i < n; ++i) {
     V square = V{};
     for (int k = 0; k < n; ++k) square += a[i * n + k] * a[i * n + k];
-    values[i] = square_root<L>(square);
+    values[i] = L::root(square);
   }
   return turned;
 }

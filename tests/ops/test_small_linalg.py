@@ -1,5 +1,9 @@
 """Eigenpairs of small symmetric matrices."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -154,3 +158,30 @@ def test_entries_that_tie_up_to_rounding_do_not_decide_a_sign():
 def test_reference_is_torch_with_signs():
     a = symmetric((5,), 7, "random", torch.float64)
     torch.testing.assert_close(reference.eigh(a)[0], torch.linalg.eigvalsh(a))
+
+
+_NARROW = """
+import torch
+from lora_kernels.ops import cholesky_solve, eigh, factor_spectrum, sylvester
+torch.manual_seed(0)
+a, q, rhs = torch.randn(13, 9, 9).double(), torch.randn(13, 5, 5).double(), torch.randn(13, 9, 70).double()
+a, q = a @ a.mT + torch.eye(9), q @ q.mT + torch.eye(5)
+for call in (
+    lambda to: eigh(a, backend=to)[0],
+    lambda to: eigh(a, backend=to)[1],
+    lambda to: cholesky_solve(a, rhs, backend=to),
+    lambda to: sylvester(a, q, rhs[..., :5], backend=to),
+    lambda to: factor_spectrum(rhs, a, backend=to),
+):
+    torch.testing.assert_close(call("cpp"), call("torch"), rtol=1e-10, atol=1e-12)
+print("agreed")
+"""
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="extension not built")
+@pytest.mark.parametrize("width", [16, 32])
+def test_machines_with_narrower_vectors(width):
+    environment = {**os.environ, "LORA_KERNELS_LANE_BYTES": str(width)}
+    command = [sys.executable, "-c", _NARROW]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "agreed", done.stderr[-2000:]

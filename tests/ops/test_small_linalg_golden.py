@@ -31,11 +31,11 @@ def test_eigh(case, dtype, run):
     golden = parts(case, device)
     values, vectors = eigh(golden["M"].to(dtype), backend=backend)
     n, wide = golden["M"].shape[-1], golden["M"].double()
-    scale = golden["w"].abs().amax(-1)[:, None]
-    assert float(((values.double() - golden["w"]).abs() / scale).max()) <= 25 * EPSILON[dtype]
+    scale, bound = golden["w"].abs().amax(-1)[:, None], (20 + n / 4) * EPSILON[dtype]
+    assert float(((values.double() - golden["w"]).abs() / scale).max()) <= bound
     w, v = values.double(), vectors.double()
-    assert float(((wide @ v - v * w.unsqueeze(-2)) / scale[..., None]).abs().max()) <= 25 * EPSILON[dtype]
-    assert float((v.mT @ v - torch.eye(n, device=device)).abs().max()) <= 25 * EPSILON[dtype]
+    assert float(((wide @ v - v * w.unsqueeze(-2)) / scale[..., None]).abs().max()) <= bound
+    assert float((v.mT @ v - torch.eye(n, device=device)).abs().max()) <= bound
     assert torch.equal(fix_signs(vectors), vectors)
 
 
