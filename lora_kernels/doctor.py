@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,8 +23,10 @@ from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statist
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
 from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
-from lora_kernels.ops.small_linalg import eigh
+from lora_kernels.ops.small_linalg import cholesky_solve, eigh, factor_spectrum, sylvester
 from lora_kernels.ops.small_linalg import op as eigh_op
+from lora_kernels.ops.small_linalg import solve as solve_op
+from lora_kernels.ops.small_linalg import spectrum as spectrum_op
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib", "rich", "tqdm")
 
@@ -91,7 +94,7 @@ def _gradient_statistics_error(device: torch.device, backend: str) -> float:
 def _fisher_scaled_error(device: torch.device, backend: str) -> float:
     generator = torch.Generator().manual_seed(0)
     gradient, fisher = (torch.rand(70, *size, generator=generator).to(device) for size in ((33,), ()))
-    settings = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
+    settings: dict[str, Any] = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
     truth = gradient_reference.fisher_scaled(gradient, fisher, **settings)
     found = fisher_scaled(gradient, fisher, **settings, backend=backend)
     return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))
@@ -102,6 +105,34 @@ def _eigh_error(device: torch.device, backend: str) -> float:
     a = a + a.mT
     values, vectors = eigh(a, backend=backend)
     return float(torch.linalg.norm(a @ vectors - vectors * values.unsqueeze(-2)) / torch.linalg.norm(a))
+
+
+def _solve_problem(device: torch.device) -> list[torch.Tensor]:
+    """Two batches of symmetric positive definite matrices and right-hand sides."""
+    generator = torch.Generator().manual_seed(0)
+    p, q, rhs = (
+        torch.randn(20, *size, dtype=torch.float64, generator=generator).to(device)
+        for size in ((12, 12), (7, 7), (12, 7))
+    )
+    return [each @ each.mT + torch.eye(each.shape[-1], device=device) for each in (p, q)] + [rhs]
+
+
+def _cholesky_solve_error(device: torch.device, backend: str) -> float:
+    p, _, rhs = _solve_problem(device)
+    return float(torch.linalg.norm(p @ cholesky_solve(p, rhs, backend=backend) - rhs) / torch.linalg.norm(rhs))
+
+
+def _sylvester_error(device: torch.device, backend: str) -> float:
+    p, q, rhs = _solve_problem(device)
+    found = sylvester(p, q, rhs, backend=backend)
+    return float(torch.linalg.norm(p @ found + found @ q - rhs) / torch.linalg.norm(rhs))
+
+
+def _factor_spectrum_error(device: torch.device, backend: str) -> float:
+    p, _, rhs = _solve_problem(device)
+    truth = 2 * torch.linalg.svdvals(p @ rhs)
+    found = factor_spectrum(rhs, p, 2.0, backend=backend)[:, : truth.shape[-1]]
+    return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
 
 
 def self_tests() -> list[SelfTest]:
@@ -136,7 +167,25 @@ def self_tests() -> list[SelfTest]:
         (
             "eigh",
             _eigh_error,
-            lambda device: eigh_op.dispatcher.explain(torch.zeros(2, 2, dtype=torch.float64, device=device)),
+            lambda device: eigh_op.dispatcher.explain(*_solve_problem(device)[:1]),
+            1e-12,
+        ),
+        (
+            "cholesky_solve",
+            _cholesky_solve_error,
+            lambda device: solve_op.solve_dispatcher.explain(*_solve_problem(device)[::2]),
+            1e-12,
+        ),
+        (
+            "sylvester",
+            _sylvester_error,
+            lambda device: solve_op.sylvester_dispatcher.explain(*_solve_problem(device)),
+            1e-12,
+        ),
+        (
+            "factor_spectrum",
+            _factor_spectrum_error,
+            lambda device: spectrum_op.dispatcher.explain(*_solve_problem(device)[::-2]),
             1e-12,
         ),
     ]

@@ -12,6 +12,19 @@ from lora_kernels.ops._checks import check_tensor
 
 DTYPES = (torch.float32, torch.float64)
 MAX_ORDER = 128
+
+# On the CPU a matrix takes a vector lane, so that few matrices of a high order leave lanes idle, and LAPACK, one matrix
+# at a time, wins. C++ is the choice up to max(first, second * batch), measured on 2 cores with 8 lanes each, batches of
+# 1 to 224 and orders of 4 to 128. The two Cholesky ops, not listed, are faster in C++ throughout. In float64 the QR
+# factorisations, which are LAPACK's either way, are most of factor_spectrum.
+_CPU_ORDERS = {
+    ("eigh", torch.float32): (32, 16),
+    ("eigh", torch.float64): (32, 16),
+    ("sylvester", torch.float32): (32, 12),
+    ("sylvester", torch.float64): (32, 12),
+    ("factor_spectrum", torch.float32): (24, 12),
+    ("factor_spectrum", torch.float64): (8, 4),
+}
 # As in csrc/small_linalg.h: from here on, the order of the first leading minor that is not positive, less one.
 _NOT_FINITE, _NOT_CONVERGED, _NOT_POSITIVE = 1, 2, 3
 
@@ -53,6 +66,21 @@ def order_refuses(device: torch.device, order: int, *limits: tuple[str, torch.dt
     with torch.cuda.device(device):
         limit = min(int(getattr(module, f"{name}_cuda_limit")(dtype.itemsize)) for name, dtype in limits)
     return None if order <= limit else f"order {order} exceeds the {limit} that fit in shared memory"
+
+
+def lapack_wins(op: str, like: torch.Tensor, order: int) -> bool:
+    """Whether torch beats the compiled driver, so that `auto` passes over it.
+
+    Args:
+        op: a name in the table above.
+        like: a batch, `(..., rows, columns)`.
+        order: of the matrices that the driver works on.
+
+    Returns:
+        The answer, from measurements.
+    """
+    least, per_matrix = _CPU_ORDERS[op, like.dtype]
+    return like.device.type == "cpu" and order > max(least, per_matrix * like.shape[:-2].numel())
 
 
 def raise_status(status: int, index: int) -> None:

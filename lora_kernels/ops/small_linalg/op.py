@@ -9,11 +9,6 @@ from lora_kernels.ops.small_linalg import _launch, reference
 
 fix_signs = reference.fix_signs
 
-# On the CPU a matrix takes a vector lane, so that few matrices of a high order leave lanes idle, and LAPACK wins
-# (2 cores, 8 lanes: even at 1 matrix of order 32, 4 of 64, 8 of 128).
-CPU_ORDER = 32
-_CPU_ORDER_PER_MATRIX = 16
-
 
 def _check(matrices: torch.Tensor) -> None:
     _launch.check_square("matrices", matrices)
@@ -23,24 +18,14 @@ def _cpp_refuses(matrices: torch.Tensor) -> str | None:
     return _launch.order_refuses(matrices.device, matrices.shape[-1], ("eigh", matrices.dtype))
 
 
-def lapack_wins(matrices: torch.Tensor) -> bool:
-    """Whether LAPACK, one matrix at a time, beats one matrix per lane.
-
-    Args:
-        matrices: `(..., n, n)`.
-
-    Returns:
-        The answer, from measurements.
-    """
-    order = matrices.shape[-1]
-    batch = matrices.shape[:-2].numel()
-    return matrices.device.type == "cpu" and order > max(CPU_ORDER, _CPU_ORDER_PER_MATRIX * batch)
+def _lapack_wins(matrices: torch.Tensor) -> bool:
+    return _launch.lapack_wins("eigh", matrices, matrices.shape[-1])
 
 
 dispatcher = Dispatcher(
     "eigh",
     (
-        Implementation("cpp", _cpp_refuses, explicit_only=lapack_wins),
+        Implementation("cpp", _cpp_refuses, explicit_only=_lapack_wins),
         Implementation("torch", lambda *_: None),
     ),
 )

@@ -7,7 +7,7 @@ import torch
 from lora_kernels.ops._backend import Dispatcher, Implementation
 from lora_kernels.ops._checks import check_tensor
 from lora_kernels.ops.small_linalg import _launch, reference
-from lora_kernels.ops.small_linalg.op import eigenpairs_cuda, lapack_wins
+from lora_kernels.ops.small_linalg.op import eigenpairs_cuda
 
 
 def _check_pair(matrices: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -33,23 +33,20 @@ def _sylvester_refuses(p: torch.Tensor, q: torch.Tensor, *_: object) -> str | No
     return _launch.order_refuses(p.device, order, ("eigh", p.dtype), ("sylvester", p.dtype))
 
 
-def _lapack_solves(matrices: torch.Tensor, *_: object) -> bool:
-    return lapack_wins(matrices)
-
-
 def _lapack_wins_sylvester(p: torch.Tensor, q: torch.Tensor, *_: object) -> bool:
-    return lapack_wins(p if p.shape[-1] >= q.shape[-1] else q)
+    return _launch.lapack_wins("sylvester", p, max(p.shape[-1], q.shape[-1]))
 
 
 _torch = Implementation("torch", lambda *_: None)
-cholesky_dispatcher = Dispatcher("cholesky", (Implementation("cpp", _cholesky_refuses, _lapack_solves), _torch))
-solve_dispatcher = Dispatcher("cholesky_solve", (Implementation("cpp", _cholesky_refuses, _lapack_solves), _torch))
+cholesky_dispatcher = Dispatcher("cholesky", (Implementation("cpp", _cholesky_refuses), _torch))
+solve_dispatcher = Dispatcher("cholesky_solve", (Implementation("cpp", _cholesky_refuses), _torch))
 sylvester_dispatcher = Dispatcher(
     "sylvester", (Implementation("cpp", _sylvester_refuses, _lapack_wins_sylvester), _torch)
 )
 
 
 def _factors_by_torch(matrices: torch.Tensor) -> torch.Tensor:
+    factors: torch.Tensor
     factors, info = torch.linalg.cholesky_ex(matrices)
     broken = _launch.not_finite(matrices.tril())
     _launch.raise_first(torch.where(broken > 0, broken, _launch.not_positive(info)))

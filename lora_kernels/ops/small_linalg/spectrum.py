@@ -29,14 +29,18 @@ def _cpp_refuses(a: torch.Tensor, *_: object) -> str | None:
     return _launch.order_refuses(a.device, a.shape[-2], *limits)
 
 
+def _lapack_wins(a: torch.Tensor, *_: object) -> bool:
+    return _launch.lapack_wins("factor_spectrum", a, a.shape[-2])
+
+
 dispatcher = Dispatcher(
-    "factor_spectrum", (Implementation("cpp", _cpp_refuses), Implementation("torch", lambda *_: None))
+    "factor_spectrum", (Implementation("cpp", _cpp_refuses, _lapack_wins), Implementation("torch", lambda *_: None))
 )
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
     """R (rank, rank) of the QR factorisation, padded with zero rows where `tall` has fewer rows than columns."""
-    r = torch.linalg.qr(tall, mode="r").R
+    r: torch.Tensor = torch.linalg.qr(tall, mode="r").R
     return torch.nn.functional.pad(r, (0, 0, 0, tall.shape[-1] - r.shape[-2]))
 
 
@@ -44,7 +48,8 @@ def _gram_root(factor: torch.Tensor, backend: str) -> torch.Tensor:
     """R with `R^T R = factor factor^T`, from float32 (batch, rank, n) in float64."""
     rank, columns = factor.shape[-2:]
     step = max(1, _CHUNK // max(1, rank * columns))
-    grams = [part @ part.mT for part in (each.double() for each in factor.split(step))]
+    chunks = (factor[low : low + step].double() for low in range(0, factor.shape[0], step))
+    grams = [chunk @ chunk.mT for chunk in chunks]
     values, vectors = eigh(torch.cat(grams), backend=backend)
     return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
 
@@ -63,8 +68,10 @@ def _core(a: torch.Tensor, b: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 def _singular_values(core: torch.Tensor, backend: str) -> torch.Tensor:
+    values: torch.Tensor
     if backend == "torch":
-        return torch.linalg.svdvals(core)
+        values = torch.linalg.svdvals(core)
+        return values
     core = core.contiguous()
     values = core.new_empty(core.shape[:-1])
     if core.device.type == "cpu":
