@@ -122,8 +122,8 @@ def write_ninja(plan: Plan, folder: Path, output: Path) -> Path:
         # nvcc links: it knows where its static runtime lives. The module then loads without a CUDA driver.
         linker = plan.nvcc
         link = ["-shared", "-cudart=static", *(["-Xcompiler=-fopenmp"] if plan.openmp else [])]
-    units = [("cxx", SOURCES / name) for name in ("bindings.cpp", "cpu.cpp", "random.cpp")]
-    units += [("nvcc", SOURCES / "cuda.cu")] if plan.nvcc else []
+    units = [("cxx", source) for source in sorted(SOURCES.glob("*.cpp"))]
+    units += [("nvcc", source) for source in sorted(SOURCES.glob("*.cu"))] if plan.nvcc else []
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",

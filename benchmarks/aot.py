@@ -4,7 +4,7 @@
 compiled as the launcher would: it builds; no register spills and no local memory; shared memory fits; the chip's own
 tensor-core instruction is there, and not serialised, where one must be; it stores to memory. What Triton learns from
 the arguments changes the code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become
-constants). The CUDA file is compiled for its own chips and checked for spills.
+constants). The CUDA files are compiled for their own chips and checked for spills.
 """
 
 from __future__ import annotations
@@ -253,27 +253,27 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
 
 
 def compile_cuda() -> Iterator[Result]:
-    """Compile csrc/cuda.cu for its own chips.
+    """Compile the CUDA files of csrc for their own chips.
 
     Yields:
-        One result per chip; none where there is no nvcc.
+        One result per file and chip; none where there is no nvcc.
     """
     nvcc = build_support.find_nvcc()
-    source = build_support.SOURCES / "cuda.cu"
-    for flag in build_support.nvcc_arch_flags() if nvcc and source.exists() else ():
-        chip = flag.rsplit("=", 1)[1]
-        if not chip.startswith("sm_"):
-            continue  # PTX for later chips: nothing is assembled yet
-        general = [each for each in build_support.nvcc_compile_flags() if not each.startswith("-gencode")]
-        with tempfile.TemporaryDirectory() as folder:
-            command = [str(nvcc), *general, flag, "-Xptxas=-v", "-c", str(source), "-o", str(Path(folder) / "cuda.o")]
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            yield Result("csrc", "cuda.cu", "", "", chip, (f"does not build: {answer.stderr[-300:]}",))
-            continue
-        registers, spills, local = parse_ptxas(answer.stderr + answer.stdout)
-        problems = (f"{spills} spilled, {local} bytes of stack",) if spills or local else ()
-        yield Result("csrc", "cuda.cu", "", "", chip, problems, registers, spills, local)
+    general = [each for each in build_support.nvcc_compile_flags() if not each.startswith("-gencode")]
+    # The PTX for later chips is left out: nothing is assembled yet.
+    chips = {flag.rsplit("=", 1)[1]: flag for flag in build_support.nvcc_arch_flags() if "code=sm_" in flag}
+    for source in sorted(build_support.SOURCES.glob("*.cu")) if nvcc else ():
+        for chip, flag in chips.items():
+            with tempfile.TemporaryDirectory() as folder:
+                output = str(Path(folder) / "cuda.o")
+                command = [str(nvcc), *general, flag, "-Xptxas=-v", "-c", str(source), "-o", output]
+                answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            if answer.returncode:
+                yield Result("csrc", source.name, "", "", chip, (f"does not build: {answer.stderr[-300:]}",))
+                continue
+            registers, spills, local = parse_ptxas(answer.stderr + answer.stdout)
+            problems = (f"{spills} spilled, {local} bytes of stack",) if spills or local else ()
+            yield Result("csrc", source.name, "", "", chip, problems, registers, spills, local)
 
 
 def _cache_file(case: dict[str, Any], chip: Chip, variant: str) -> Path:
@@ -314,7 +314,7 @@ def check_all(quick: bool = False, processes: int = 1) -> list[Result]:
     """Compile everything, reading unchanged results from the user's cache folder.
 
     Args:
-        quick: one configuration per kernel and kind of arguments, for sm_90 and gfx942 only, without the CUDA file.
+        quick: one configuration per kernel and kind of arguments, for sm_90 and gfx942 only, without the CUDA files.
         processes: how many compile at a time.
 
     Returns:
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         0 if every compilation is clean, else 1.
     """
     parser = argparse.ArgumentParser(description="compile every shipped kernel for every chip and check the result")
-    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, two chips, no CUDA file")
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, two chips, no CUDA files")
     parser.add_argument("--out", type=Path, help="where the record goes (default: the committed one; none if --quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     options = parser.parse_args(arguments)

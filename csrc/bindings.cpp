@@ -9,7 +9,6 @@
 #include <string>
 
 #include "drivers.h"
-#include "small_linalg.h"
 
 namespace py = pybind11;
 namespace lk = lora_kernels;
@@ -21,27 +20,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void raise(const lk::Outcome& outcome) {
-  const std::string where = "matrix " + std::to_string(outcome.index);
-  if (outcome.status == lk::kNotFinite) throw py::value_error(where + " holds NaN or infinite entries");
-  if (outcome.status == lk::kNotConverged) throw std::runtime_error("the Jacobi iteration did not converge for " + where);
-}
-
 void check(bool good, const char* message) {
   if (!good) throw py::value_error(message);
-}
-
-void eigh(uintptr_t matrices, uintptr_t values, uintptr_t vectors, int64_t batch, int n, bool wide, int threads) {
-  check(batch >= 0 && n >= 0 && threads >= 1, "batch, n and threads must not be negative");
-  lk::Outcome outcome{};
-  {
-    py::gil_scoped_release release;
-    outcome = wide ? lk::eigh_cpu(pointer<const double>(matrices), pointer<double>(values), pointer<double>(vectors),
-                                  batch, n, threads)
-                   : lk::eigh_cpu(pointer<const float>(matrices), pointer<float>(values), pointer<float>(vectors),
-                                  batch, n, threads);
-  }
-  raise(outcome);
 }
 
 void pack_rows(uintptr_t x, int dtype, int64_t row_stride, uintptr_t index, int64_t rows, int64_t columns,
@@ -65,18 +45,6 @@ void random_matrix(uintptr_t out, int64_t rows, int64_t columns, bool gaussian, 
   lk::random_matrix(job, threads);
 }
 
-#ifdef LK_WITH_CUDA
-void eigh_cuda(uintptr_t matrices, uintptr_t values, uintptr_t vectors, uintptr_t info, int64_t batch, int n, bool wide,
-               uintptr_t stream) {
-  const char* error =
-      wide ? lk::eigh_cuda(pointer<const double>(matrices), pointer<double>(values), pointer<double>(vectors),
-                           pointer<int>(info), batch, n, pointer<void>(stream))
-           : lk::eigh_cuda(pointer<const float>(matrices), pointer<float>(values), pointer<float>(vectors),
-                           pointer<int>(info), batch, n, pointer<void>(stream));
-  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
-}
-#endif
-
 py::dict build_info() {
   py::dict info;
 #ifdef _OPENMP
@@ -97,14 +65,12 @@ py::dict build_info() {
 
 }  // namespace
 
+void bind_linalg(py::module_& m);  // linalg_bindings.cpp
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lora_kernels";
   m.def("build_info", &build_info);
-  m.def("eigh", &eigh);
   m.def("pack_rows", &pack_rows);
   m.def("random_matrix", &random_matrix);
-#ifdef LK_WITH_CUDA
-  m.def("eigh_cuda", &eigh_cuda);
-  m.def("eigh_cuda_limit", &lk::eigh_cuda_limit);
-#endif
+  bind_linalg(m);
 }

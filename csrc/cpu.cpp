@@ -1,12 +1,9 @@
-// OpenMP drivers and the memory-bound CPU kernels.
+// OpenMP drivers of the memory-bound CPU kernels.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "drivers.h"
-#include "small_linalg.h"
 
 // One binary for every x86-64: the loader picks the widest version that the machine runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -16,93 +13,6 @@
 #endif
 
 namespace lora_kernels {
-namespace {
-
-constexpr int kLaneBytes = 64;
-
-LK_MULTIVERSION int jacobi_group(double* a, double* v, int n, double* off) {
-  return jacobi_lanes<double, kLaneBytes / 8>(a, v, n, off);
-}
-LK_MULTIVERSION int jacobi_group(float* a, float* v, int n, float* off) {
-  return jacobi_lanes<float, kLaneBytes / 4>(a, v, n, off);
-}
-
-template <typename T>
-struct Lane {
-  T scale = T(1);
-  bool finite = true;
-};
-
-// Loads one matrix into its lane, scaled to a largest entry of 1 so that squares neither overflow nor vanish.
-template <typename T, int LANES>
-Lane<T> load_lane(const T* matrix, T* a, int n, int lane) {
-  Lane<T> info;
-  T largest = T(0);
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j) {
-      const T x = matrix[i * n + j];
-      info.finite = info.finite && std::isfinite(x);
-      largest = std::max(largest, std::abs(x));
-    }
-  if (!info.finite) largest = T(0);
-  info.scale = largest > T(0) ? largest : T(1);
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j <= i; ++j) {
-      const T x = info.finite ? matrix[i * n + j] / info.scale : T(0);
-      a[(i * n + j) * LANES + lane] = x;
-      a[(j * n + i) * LANES + lane] = x;
-    }
-  return info;
-}
-
-template <typename T, int LANES>
-void store_lane(const T* a, const T* v, T* values, T* vectors, int n, int lane, T scale, std::vector<int>& order) {
-  order.resize(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int i, int j) {
-    return a[(i * n + i) * LANES + lane] < a[(j * n + j) * LANES + lane];
-  });
-  for (int k = 0; k < n; ++k) {
-    values[k] = a[(order[k] * n + order[k]) * LANES + lane] * scale;
-    for (int i = 0; i < n; ++i) vectors[i * n + k] = v[(order[k] * n + i) * LANES + lane];
-  }
-}
-
-}  // namespace
-
-template <typename T>
-Outcome eigh_cpu(const T* matrices, T* values, T* vectors, int64_t batch, int n, int threads) {
-  constexpr int kLanes = kLaneBytes / sizeof(T);
-  const int64_t groups = (batch + kLanes - 1) / kLanes;
-  const int64_t size = int64_t(n) * n;
-  std::vector<int> status(batch, kOk);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<T> a(size * kLanes), v(size * kLanes), off(kLanes);
-    std::vector<int> order;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = group * kLanes;
-      const int count = int(std::min<int64_t>(kLanes, batch - first));
-      std::fill(a.begin(), a.end(), T(0));
-      Lane<T> lanes[kLanes];
-      for (int l = 0; l < count; ++l) lanes[l] = load_lane<T, kLanes>(matrices + (first + l) * size, a.data(), n, l);
-      const bool converged = jacobi_group(a.data(), v.data(), n, off.data()) <= kMaxSweeps;
-      for (int l = 0; l < count; ++l) {
-        status[first + l] = !lanes[l].finite ? kNotFinite : converged ? kOk : kNotConverged;
-        store_lane<T, kLanes>(a.data(), v.data(), values + (first + l) * n, vectors + (first + l) * size, n, l,
-                              lanes[l].scale, order);
-      }
-    }
-  }
-  for (int64_t b = 0; b < batch; ++b)
-    if (status[b] != kOk) return {status[b], b};
-  return {kOk, -1};
-}
-
-template Outcome eigh_cpu<float>(const float*, float*, float*, int64_t, int, int);
-template Outcome eigh_cpu<double>(const double*, double*, double*, int64_t, int, int);
-
 namespace {
 
 struct Half {

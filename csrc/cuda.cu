@@ -4,7 +4,7 @@
 // one launch for all of them. A round of the tournament rotates n / 2 disjoint pairs at once.
 #include <cuda_runtime.h>
 
-#include "drivers.h"
+#include "linalg.h"
 #include "small_linalg.h"
 
 namespace lora_kernels {
@@ -79,8 +79,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = tid; k < players / 2; k += kThreads) {
         int p, q;
         tournament_pair(players, round, k, p, q);
-        T c = T(1), s = T(0);
-        if (q < n) jacobi_rotation(a[p * n + p], a[q * n + q], a[p * n + q], c, s);
+        T t, c = T(1), s = T(0);
+        if (q < n) {
+          const T apq = a[p * n + q];
+          jacobi_rotation<Scalar<T>>(a[p * n + p], a[q * n + q], apq, apq == T(0), t, c, s);
+        }
         cosine[k] = c;
         sine[k] = s;
       }

@@ -5,16 +5,6 @@
 
 namespace lora_kernels {
 
-// The first problem found: a Status and the index of the matrix it concerns.
-struct Outcome {
-  int status;
-  int64_t index;
-};
-
-// Eigenpairs of `batch` symmetric (n, n) matrices, lower triangles read; values ascending, vectors as columns.
-template <typename T>
-Outcome eigh_cpu(const T* matrices, T* values, T* vectors, int64_t batch, int n, int threads);
-
 // One pass over selected rows: widen to float, weigh, sum, square.
 struct PackRows {
   const void* x;
@@ -43,13 +33,5 @@ struct RandomMatrix {
   uint32_t step;
 };
 void random_matrix(const RandomMatrix& job, int threads);
-
-#ifdef LK_WITH_CUDA
-// The same on the device, asynchronously; info[b] gets the Status of matrix b. Returns a CUDA error text or null.
-template <typename T>
-const char* eigh_cuda(const T* matrices, T* values, T* vectors, int* info, int64_t batch, int n, void* stream);
-// The largest n that fits the shared memory of the current device, 0 if there is none.
-int eigh_cuda_limit(int element_size);
-#endif
 
 }  // namespace lora_kernels

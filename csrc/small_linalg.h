@@ -1,8 +1,11 @@
-// Batched algebra on small matrices, as templates for host and device.
+// Batched algebra on small matrices: what the CPU (lanes.h, *_lanes.h) and the GPU (*.cu) have in common.
 //
-// Symmetric eigenproblem by cyclic Jacobi rotations (Golub and Van Loan, Matrix Computations, section 8.5). The host
-// works on LANES matrices at once, one per vector lane, so that every operation is a full-width vector operation; the
-// device gives each matrix a block of threads. Rotation, pair schedule and stopping rule are shared.
+// The loops differ, because the CPU gives a matrix a vector lane and the GPU gives it a block of threads. Shared are
+// the outcomes, the Jacobi rotation and all thresholds. What they run:
+//   eigenpairs       CPU tridiagonalisation and implicit QL (eigh_lanes.h), GPU two-sided Jacobi (cuda.cu)
+//   Cholesky         CPU left-looking (solve_lanes.h), GPU right-looking (linalg_cuda.cu)
+//   Sylvester        both: eigenpairs, rotate, divide, rotate back
+//   singular values  both: one-sided Jacobi; the CPU takes pairs in order, the GPU disjoint ones at once
 #pragma once
 
 #include <cmath>
@@ -18,7 +21,8 @@
 
 namespace lora_kernels {
 
-enum Status : int { kOk = 0, kNotFinite = 1, kNotConverged = 2 };
+// kNotPositive + k: the leading minor of order k + 1 is the first that is not positive.
+enum Status : int { kOk = 0, kNotFinite = 1, kNotConverged = 2, kNotPositive = 3 };
 
 constexpr int kMaxSweeps = 40;
 
@@ -33,30 +37,33 @@ struct Limits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
 };
 
+// What an algorithm computes with, in place of the vectors of lanes.h: one number.
 template <typename T>
-LK_HD T inverse_sqrt(T x) {
+struct Scalar {
+  using V = T;
+  using Mask = bool;
+  static LK_HD T root(T x) { return std::sqrt(x); }
+  static LK_HD T inverse_root(T x) {
 #if defined(__CUDA_ARCH__)
-  return rsqrt(x);  // no division subroutine, hence no stack
+    return rsqrt(x);  // no division subroutine, hence no stack
 #else
-  return T(1) / std::sqrt(x);
+    return T(1) / std::sqrt(x);
 #endif
-}
+  }
+};
 
-// The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq]. Without branches, so that it
-// vectorises; a_pq = 0 gives the identity.
-template <typename T>
-LK_HD void jacobi_rotation(T app, T aqq, T apq, T& c, T& s) {
-  const bool skip = apq == T(0);
-  const T theta = (aqq - app) / (T(2) * (skip ? T(1) : apq));
-  const T sign = theta < T(0) ? T(-1) : T(1);
-  const T magnitude = theta * sign;
-  // theta^2 overflows for a huge theta, where t = 1 / (2 theta) is exact to rounding.
-  const bool huge = magnitude > T(1e15);
-  const T bounded = huge ? T(1) : magnitude;
-  const T near = sign / (bounded + std::sqrt(bounded * bounded + T(1)));
-  const T far = sign / (T(2) * (huge ? magnitude : T(1)));
-  const T t = skip ? T(0) : (huge ? far : near);
-  c = inverse_sqrt(t * t + T(1));
+// The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq], t = s / c; the identity where
+// `skip`, which must hold where a_pq = 0. A slope whose square overflows gives the identity as well, and then a_pq is
+// beyond rounding beside the diagonal.
+template <class L>
+LK_HD void jacobi_rotation(const typename L::V& app, const typename L::V& aqq, const typename L::V& apq,
+                           const typename L::Mask& skip, typename L::V& t, typename L::V& c, typename L::V& s) {
+  using V = typename L::V;
+  const V one = V{} + 1;
+  const V slope = (aqq - app) / (2 * (skip ? one : apq));
+  const V root = L::root(slope * slope + 1);
+  t = skip ? V{} : 1 / (slope + (slope < 0 ? -root : root));
+  c = L::inverse_root(t * t + 1);
   s = t * c;
 }
 
@@ -67,7 +74,7 @@ LK_HD T jacobi_threshold(T total, int n) {
   return relative * relative * total * T(0.0625);
 }
 
-// Round-robin tournament: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a round are disjoint.
+// Round-robin tournament of the GPU: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a round are disjoint.
 LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   const int cycle = players - 1;
   const int a = (round + k) % cycle;
@@ -76,67 +83,24 @@ LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   q = a < b ? b : a;
 }
 
-// Eigenpairs of LANES symmetric matrices stored lane-innermost: a[(row * n + column) * LANES + lane], both triangles.
-// On return the diagonal of a holds the eigenvalues (unsorted) and the columns of v the eigenvectors.
-// Returns the number of sweeps, or kMaxSweeps + 1 if a lane did not converge.
-template <typename T, int LANES>
-LK_HD int jacobi_lanes(T* __restrict__ a, T* __restrict__ v, int n, T* __restrict__ off) {
-  for (int i = 0; i < n * n * LANES; ++i) v[i] = T(0);
-  for (int i = 0; i < n; ++i)
-    for (int l = 0; l < LANES; ++l) v[(i * n + i) * LANES + l] = T(1);
-  T threshold[LANES];
-  for (int l = 0; l < LANES; ++l) threshold[l] = T(0);
-  for (int i = 0; i < n * n; ++i)
-    for (int l = 0; l < LANES; ++l) threshold[l] += a[i * LANES + l] * a[i * LANES + l];
-  for (int l = 0; l < LANES; ++l) threshold[l] = jacobi_threshold(threshold[l], n);
-  for (int sweep = 0; sweep <= kMaxSweeps; ++sweep) {
-    for (int l = 0; l < LANES; ++l) off[l] = T(0);
-    for (int p = 1; p < n; ++p)
-      for (int q = 0; q < p; ++q)
-        for (int l = 0; l < LANES; ++l) off[l] += T(2) * a[(p * n + q) * LANES + l] * a[(p * n + q) * LANES + l];
-    bool done = true;
-    for (int l = 0; l < LANES; ++l) done = done && off[l] <= threshold[l];
-    if (done) return sweep;
-    for (int p = 0; p < n - 1; ++p) {
-      for (int q = p + 1; q < n; ++q) {
-        T c[LANES], s[LANES];
-        T* const row_p = a + p * n * LANES;
-        T* const row_q = a + q * n * LANES;
-#pragma GCC ivdep
-        for (int l = 0; l < LANES; ++l) {
-          const T app = row_p[p * LANES + l], aqq = row_q[q * LANES + l], apq = row_p[q * LANES + l];
-          jacobi_rotation(app, aqq, apq, c[l], s[l]);
-          const T t = s[l] / c[l];
-          row_p[p * LANES + l] = app - t * apq;
-          row_q[q * LANES + l] = aqq + t * apq;
-          row_p[q * LANES + l] = T(0);
-          row_q[p * LANES + l] = T(0);
-        }
-        for (int k = 0; k < n; ++k) {
-          if (k == p || k == q) continue;
-#pragma GCC ivdep
-          for (int l = 0; l < LANES; ++l) {
-            const T x = row_p[k * LANES + l], y = row_q[k * LANES + l];
-            const T xx = c[l] * x - s[l] * y, yy = s[l] * x + c[l] * y;
-            row_p[k * LANES + l] = xx;
-            row_q[k * LANES + l] = yy;
-            a[(k * n + p) * LANES + l] = xx;
-            a[(k * n + q) * LANES + l] = yy;
-          }
-        }
-        // v is kept transposed (row i holds eigenvector i) so that a rotation touches two contiguous rows.
-        for (int k = 0; k < n * LANES; k += LANES) {
-#pragma GCC ivdep
-          for (int l = 0; l < LANES; ++l) {
-            const T x = v[p * n * LANES + k + l], y = v[q * n * LANES + k + l];
-            v[p * n * LANES + k + l] = c[l] * x - s[l] * y;
-            v[q * n * LANES + k + l] = s[l] * x + c[l] * y;
-          }
-        }
-      }
-    }
-  }
-  return kMaxSweeps + 1;
+// One-sided Jacobi: whether two rows of length n, with squared norms xx and yy and product xy, need no rotation. A row
+// whose square is below `noise` is a null direction up to rounding. For scalars and for vectors of lanes.
+template <class V, typename T>
+LK_HD auto orthogonal(const V& xx, const V& yy, const V& xy, const V& noise, T epsilon, int n) {
+  return (xy * xy <= epsilon * epsilon * T(n) * xx * yy) | (xx <= noise) | (yy <= noise);
+}
+
+// The squared norm at which a row counts as null beside a matrix of squared Frobenius norm `total`.
+template <class V, typename T>
+LK_HD V null_square(const V& total, T epsilon) {
+  return epsilon * epsilon * T(1e-6) * total;
+}
+
+// P X + X Q = R: a sum of eigenvalues p_i + q_j up to this is zero, and so is the coefficient behind it, which gives
+// the solution of least norm. p, q: largest magnitudes of the eigenvalues; n: the larger of the two orders.
+template <class V, typename T>
+LK_HD V sylvester_threshold(const V& p, const V& q, T epsilon, int n) {
+  return epsilon * T(n) * (p + q);
 }
 
 }  // namespace lora_kernels

@@ -24,7 +24,7 @@ class TopEigenpairs:
 
     Attributes:
         values: `(..., k)`, descending.
-        vectors: `(..., n, k)`, orthonormal columns; the entry of largest magnitude of each column is positive.
+        vectors: `(..., n, k)`, orthonormal columns with the signs of `ops.eigh`.
         residuals: `(...)`, the largest `||S v - lambda v||` over the k pairs, relative to the largest `|lambda|`.
         method: `direct` (full decomposition), `krylov`, or `krylov+direct` where the iteration did not reach the
             tolerance within its budget and the full decomposition answered instead.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+# As kSignTie in csrc/eigh_lanes.h. Entries that tie differ by rounding only, which must not decide a sign.
+_SIGN_TIE = 0.999
+
 
 def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """Make the entry of largest magnitude of each column positive (the first of equals).
+    """Make one entry of each column positive: the first of at least 0.999 times the largest magnitude in it.
 
     Args:
         vectors: `(..., n, k)`.
@@ -16,8 +19,10 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     """
     if vectors.numel() == 0:
         return vectors
-    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
+    magnitudes = vectors.abs()
+    near = magnitudes >= _SIGN_TIE * magnitudes.amax(dim=-2, keepdim=True)
+    leader = vectors.gather(-2, near.byte().argmax(dim=-2, keepdim=True))
+    return torch.where(leader < 0, -vectors, vectors)
 
 
 def eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,3 +36,64 @@ def eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     values, vectors = torch.linalg.eigh(matrices)
     return values, fix_signs(vectors)
+
+
+def cholesky(matrices: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factors of symmetric positive definite matrices.
+
+    Args:
+        matrices: `(..., r, r)` float32 or float64.
+
+    Returns:
+        `(..., r, r)`.
+    """
+    return torch.linalg.cholesky(matrices)
+
+
+def cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """X of `matrices X = rhs`.
+
+    Args:
+        matrices: `(..., r, r)`, symmetric positive definite.
+        rhs: `(..., r, c)`.
+
+    Returns:
+        `(..., r, c)`.
+    """
+    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrices))
+
+
+def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """X of least norm with the least residual of `P X + X Q = R`, P and Q symmetric.
+
+    Args:
+        p: `(..., r, r)`.
+        q: `(..., k, k)`.
+        rhs: `(..., r, k)`.
+
+    Returns:
+        `(..., r, k)`.
+    """
+    p_values, p_vectors = torch.linalg.eigh(p)
+    q_values, q_vectors = torch.linalg.eigh(q)
+    sums = p_values.unsqueeze(-1) + q_values.unsqueeze(-2)
+    largest = p_values.abs().amax(-1) + q_values.abs().amax(-1)
+    zero = torch.finfo(p.dtype).eps * max(p.shape[-1], q.shape[-1]) * largest
+    singular = sums.abs() <= zero[..., None, None]
+    middle = p_vectors.mT @ rhs @ q_vectors / sums.masked_fill(singular, 1)
+    return p_vectors @ middle.masked_fill(singular, 0) @ q_vectors.mT
+
+
+def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The first r singular values of `scaling * B A`, by forming it.
+
+    Args:
+        a: `(..., r, n)`.
+        b: `(..., m, r)`.
+        scaling: a number.
+
+    Returns:
+        `(..., r)`, descending, zeros behind the min(m, n)-th.
+    """
+    values = torch.linalg.svdvals(scaling * (b @ a))[..., : a.shape[-2]]
+    return torch.nn.functional.pad(values, (0, a.shape[-2] - values.shape[-1]))
