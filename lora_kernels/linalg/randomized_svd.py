@@ -102,7 +102,9 @@ def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
         `(...)`, in the dtype of the residuals.
     """
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
-    return torch.linalg.vector_norm(residuals, dim=-2).amax(-1) * (alpha * math.sqrt(2.0 / math.pi))
+    # In float64, where no square of a float32 number overflows or vanishes.
+    longest = torch.linalg.vector_norm(residuals, dim=-2, dtype=torch.float64).amax(-1)
+    return (longest * (alpha * math.sqrt(2.0 / math.pi))).to(residuals.dtype)
 
 
 def _operator(a: torch.Tensor) -> LinearOperator:
@@ -314,11 +316,14 @@ def _ritz(
     return u, s, v
 
 
-def _direct(operator: LinearOperator, apply: _Counted, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _direct(
+    a: torch.Tensor | LinearOperator, operator: LinearOperator, apply: _Counted, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *batch, m, n = operator.shape
     identity = torch.eye(min(m, n), dtype=operator.dtype, device=operator.device).expand(*batch, -1, -1)
-    a = apply(identity, False) if n <= m else apply(identity, True).mT
-    u, s, vh = torch.linalg.svd(a.to(torch.float64), full_matrices=False)
+    dense = apply(identity, False) if n <= m else apply(identity, True).mT
+    _name_bad_matrix(a, dense)
+    u, s, vh = torch.linalg.svd(dense.to(torch.float64), full_matrices=False)
     return (
         u[..., :rank].to(operator.dtype),
         s[..., :rank].to(operator.dtype),
@@ -397,8 +402,7 @@ def randomized_svd(
     first = apply(drawn, False) if columns else drawn.new_empty(*batch, m, 0)
     _name_bad_matrix(a, first)
     if direct:
-        u, s, v = _direct(operator, apply, rank)
-        _name_bad_matrix(a, s.unsqueeze(-1))
+        u, s, v = _direct(a, operator, apply, rank)
     else:
         flat = first[..., :width].contiguous()
         parts = _grow(apply, flat, rounds, krylov)
