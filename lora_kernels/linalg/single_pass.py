@@ -95,11 +95,9 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     basis = basis.expand(*batch, n, k)
     wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).expand(*batch, n, k)
     scale = _norm(wide)
-    scale = torch.where(scale > 0, scale, 1.0)
-    wide = wide / scale
+    wide = wide / torch.where(scale > 0, scale, 1.0)
     core = basis.mT @ wide
     noise = torch.linalg.matrix_norm(core - core.mT, keepdim=True)
-    # A zero sketch is all noise: its shift is the scale, which the values lose again.
     shift = torch.maximum(noise, torch.full_like(noise, _UNIT * n**0.5))
     eye = torch.eye(k, dtype=core.dtype, device=core.device)
     for _ in range(_ATTEMPTS):
