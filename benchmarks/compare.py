@@ -1,4 +1,7 @@
-"""Side-by-side comparison with the peers that are installed: `python -m benchmarks.compare eva [--case ...]`.
+"""Side-by-side comparisons: `python -m benchmarks.compare eva|statistics [--case ...]`.
+
+`eva`: our EVA, PEFT's, and the bare forward passes. `statistics`: one pass that collects everything, the ordinary forward
+and backward passes of full fine-tuning, and EVA from sketches.
 
 Correctness is checked before any time is believed; both sides run in one process, in turn, on the same model and the
 same batches.
@@ -235,6 +238,114 @@ def show_eva(record: dict[str, Any]) -> None:
         CONSOLE.print(f"PEFT takes {record['peft_over_ours']:.1f} times as long; {record['quality']}")
 
 
+def check_statistics(model: torch.nn.Module, batches: Sequence[Any], found: Any) -> dict[str, float]:
+    """How far the collected sums are from those of plain autograd and plain float64 hooks.
+
+    Args:
+        model: the model, its weight gradients those of the summed losses of all batches.
+        batches: the data.
+        found: the statistics.
+
+    Returns:
+        Largest relative Frobenius errors over all layers.
+    """
+    worst = {"gradient": 0.0, "input_second": 0.0}
+    names = list(found)
+    truth = exact_covariances(model, batches, [names[0], names[-2]])
+    for name in names:
+        expected = model.get_submodule(name).weight.grad
+        error = torch.linalg.norm(found[name].output.gradient - expected) / torch.linalg.norm(expected)
+        worst["gradient"] = max(worst["gradient"], float(error))
+    for name, expected in truth.items():
+        error = torch.linalg.norm(found[name].input.covariance() - expected) / torch.linalg.norm(expected)
+        worst["input_second"] = max(worst["input_second"], float(error))
+    return worst
+
+
+def run_statistics(name: str, rounds: int) -> dict[str, Any]:
+    """Time the collection of all statistics against ordinary training passes, and sketched EVA against bare ones.
+
+    Args:
+        name: the case, a Llama.
+        rounds: how often each is timed.
+
+    Returns:
+        The record.
+    """
+    model, batches = case(name)
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    results: dict[str, Any] = {}
+    adapters: list[torch.nn.Module] = []
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def clear() -> None:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(True)
+
+    def training() -> None:
+        for batch in batches:
+            items = (batch["labels"][:, 1:] != -100).sum()
+            (model(**batch).loss * items).backward()
+
+    def everything() -> None:
+        wants = ("input_second", "gradient", "fisher")
+        results["statistics"] = lk.collect(model, batches, wants, progress=False)
+
+    def adapter() -> None:
+        adapters[:] = [wrap(model, "stock")]
+
+    def sketched_eva() -> None:
+        results["report"] = lk.initialize(adapters[0], batches, lk.EVA(rho=RHO), form="sketch", progress=False)
+
+    clear()
+    training()
+    everything()
+    errors = check_statistics(model, batches, results["statistics"])
+    if max(errors.values()) > 1e-4:
+        raise SystemExit(f"the sums are wrong: {errors}")
+    clear()
+    calls = {"forward": forward, "training": training, "statistics": everything, "sketched_eva": sketched_eva}
+    times = records.interleaved(calls, rounds, {"training": clear, "statistics": clear, "sketched_eva": adapter})
+    statistics, report = results["statistics"], results["report"]
+    truth = exact_covariances(model, batches, [each.name.removeprefix("base_model.model.") for each in report.layers])
+    shares = []
+    for each in report.layers:
+        covariance = truth[each.name.removeprefix("base_model.model.")]
+        factor = adapters[0].get_submodule(each.name).lora_A["default"].weight.detach()
+        best = torch.linalg.eigvalsh(covariance)[-factor.shape[0] :].sum() / covariance.trace()
+        shares.append(captured(factor, covariance) / float(best))
+    return {
+        "case": name,
+        "rank": RANK,
+        "rho": RHO,
+        "layers": len(statistics),
+        "tokens": statistics.tokens,
+        "seconds": times,
+        "statistics_over_training": times["statistics"]["p50"] / times["training"]["p50"],
+        "sketched_eva_over_forward": times["sketched_eva"]["p50"] / times["forward"]["p50"],
+        "errors": errors,
+        "sketched_eva_parts": report.seconds,
+        "sketched_eva_captured_of_best": {"worst": min(shares), "mean": sum(shares) / len(shares)},
+    }
+
+
+def show_statistics(record: dict[str, Any]) -> None:
+    """Print a record."""
+    table = Table("side", "seconds (p50)", title=f"statistics, case {record['case']}")
+    for name, times in record["seconds"].items():
+        table.add_row(name, f"{times['p50']:.2f}")
+    CONSOLE.print(table)
+    CONSOLE.print(
+        f"all statistics take {record['statistics_over_training']:.2f} of the training passes; sketched EVA takes "
+        f"{record['sketched_eva_over_forward']:.2f} of the bare forward passes"
+    )
+    CONSOLE.print(record["errors"], record["sketched_eva_captured_of_best"], record["sketched_eva_parts"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a comparison and write its record.
 
@@ -245,15 +356,21 @@ def main(arguments: list[str] | None = None) -> int:
         0.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["eva"])
+    parser.add_argument("what", choices=["eva", "statistics"])
     parser.add_argument("--case", choices=["small", "llama", "minilm"], default="small")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peft", action="store_true", help="time ours and the bare forward passes only")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record")
     options = parser.parse_args(arguments)
-    record = run_eva(options.case, options.rounds, not options.no_peft)
-    show_eva(record)
-    CONSOLE.print(f"record: {records.save(f'eva_{options.case}', record, options.out)}")
+    if options.what == "eva":
+        record = run_eva(options.case, options.rounds, not options.no_peft)
+        show_eva(record)
+    elif options.case == "minilm":
+        parser.error("statistics needs a model with a loss: --case small or llama")
+    else:
+        record = run_statistics(options.case, options.rounds)
+        show_statistics(record)
+    CONSOLE.print(f"record: {records.save(f'{options.what}_{options.case}', record, options.out)}")
     return 0
 
 
