@@ -1,7 +1,7 @@
 """Side-by-side comparisons: `python -m benchmarks.compare eva|statistics [--case ...]`.
 
-`eva`: our EVA, PEFT's, and the bare forward passes. `statistics`: one pass that collects everything, the ordinary forward
-and backward passes of full fine-tuning, and EVA from sketches.
+`eva`: our EVA, PEFT's, and the bare forward passes. `statistics`: one pass that collects everything, the ordinary
+forward and backward passes of full fine-tuning, and EVA from sketches.
 
 Correctness is checked before any time is believed; both sides run in one process, in turn, on the same model and the
 same batches.

@@ -57,6 +57,9 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--max-batches", type=int, default=64)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--budget", help='memory for the statistics of one pass, such as 4GB, or "auto"')
+    parser.add_argument("--form", default="auto", help="auto, exact or sketch")
+    parser.add_argument("--checkpoint", type=Path, help="file for partial statistics; a killed run goes on from it")
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -83,7 +86,8 @@ def _init(options: argparse.Namespace) -> int:
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha or options.rank, target_modules=targets)
     peft_model = get_peft_model(model, config)
     batches = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length)
-    report = lk.initialize(peft_model, batches, method, max_batches=options.max_batches, max_tokens=options.max_tokens)
+    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint")
+    report = lk.initialize(peft_model, batches, method, **{name: getattr(options, name) for name in names})
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
     Console(width=None if sys.stdout.isatty() else 140).print(report, f"adapter: {options.out}", sep="\n")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device
+from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
 from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
 from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder, is_sharded, observation_mode
@@ -23,7 +24,7 @@ from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan, parse_budget
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.storage import Held, Progress
-from lora_kernels.statistics.store import Statistics, Target
+from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
@@ -58,7 +59,7 @@ class Collection:
         self.finished: list[Held] = []
         self.resumed: list[Held] = []
         self.path: Path | None = None
-        self.identity: dict[str, Any] = storage.fingerprint(self.model, targets, wants, options)
+        self.identity: dict[str, Any] = fingerprint(self.model, targets, wants, options)
         if options.checkpoint is not None:
             self._take_up(Path(options.checkpoint))
 
@@ -70,7 +71,7 @@ class Collection:
         if not path.exists():
             return
         held, self.progress, found = storage.read(path, self.device)
-        storage.check_fingerprint(path, found, self.identity)
+        check_fingerprint(path, found, self.identity)
         current = 0 if self.progress.complete else self.progress.current
         self.finished, self.resumed = held[: len(held) - current], held[len(held) - current :]
 
@@ -142,7 +143,7 @@ class Collection:
             distributed.all_reduce(held, self.device)
             progress = distributed.reduce_progress(progress)
         targets = [(target.name, target.in_features, target.out_features) for target in self.targets]
-        statistics = storage.assemble(targets, held, progress, self.identity)
+        statistics = assemble(targets, held, progress, self.identity)
         _check_reached(statistics, self.wants)
         return statistics
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from lora_kernels.statistics.moments import InputMoments, pack_lower, unpack_lower_
-from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sketches import InputSketch
-from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
 
 _FORMAT = 1
 _KEY = "lora_kernels_statistics"
-_SAMPLES = 64  # entries of each parameter that identify its values
 
 Sums = InputMoments | InputSketch | OutputStatistics
 _KINDS: dict[str, Any] = {each.kind: each for each in (InputMoments, InputSketch, OutputStatistics)}
@@ -78,69 +74,6 @@ class Held:
 
     layers: list[str]
     sums: Sums
-
-
-def fingerprint(
-    model: nn.Module, targets: Sequence[Target], wants: Mapping[str, bool], options: CollectOptions
-) -> dict[str, Any]:
-    """What must be equal for statistics to be of the same thing.
-
-    Args:
-        model: the model.
-        targets: the observed layers.
-        wants: the statistics.
-        options: of the collection.
-
-    Returns:
-        A JSON-ready mapping: the model's class and a digest of its parameters' names, shapes and a sample of their
-        values, the targets, the statistics and the options.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type == "meta" or hasattr(parameter, "device_mesh") or parameter.numel() == 0:
-            continue  # a shard is not the same on every process
-        try:
-            flat = parameter.detach().reshape(-1)
-            step = max(1, flat.numel() // _SAMPLES)
-            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy().data)
-        except (RuntimeError, NotImplementedError, TypeError):
-            continue  # a quantized tensor subclass that cannot be sliced: its name and shape have to do
-    return {
-        "model": type(model).__name__,
-        "parameters": digest.hexdigest(),
-        "targets": [[target.name, target.in_features, target.out_features] for target in targets],
-        "wants": dict(wants),
-        "options": options.described(),
-    }
-
-
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    keys = [key for key in expected if json.loads(json.dumps(expected[key])) != found.get(key)]
-    named = []
-    for key in keys:
-        if key == "options" and isinstance(found.get(key), Mapping):
-            old, new = found[key], json.loads(json.dumps(expected[key]))
-            named += [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in new if old.get(name) != new[name]]
-        else:
-            named.append(key)
-    return ", ".join(named)
-
-
-def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a file of another model, other targets or other options.
-
-    Args:
-        path: the file, for the message.
-        found: its fingerprint.
-        expected: what it must be.
-
-    Raises:
-        ValueError: if they differ; the message says in what.
-    """
-    differences = _differences(found, expected)
-    if differences:
-        raise ValueError(f"{path} holds statistics of something else: it differs in {differences}; delete or move it")
 
 
 def _flat(held: Iterable[Held]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -249,114 +182,3 @@ def rebuild(kind: str, settings: Mapping[str, Any], device: torch.device, dtype:
     sizes = [arguments.pop(name) for name in ("out_features", "in_features", "features") if name in arguments]
     sums: Sums = _KINDS[kind](*sizes, device, dtype, **arguments)
     return sums
-
-
-def assemble(
-    targets: Sequence[tuple[str, int, int]], held: Iterable[Held], progress: Progress, identity: Mapping[str, Any]
-) -> Statistics:
-    """The statistics made of sums.
-
-    Args:
-        targets: name, in_features and out_features of every observed layer.
-        held: the sums.
-        progress: counts, notes.
-        identity: the fingerprint.
-
-    Returns:
-        The statistics.
-    """
-    inputs: dict[str, Held] = {}
-    outputs: dict[str, OutputStatistics] = {}
-    for each in held:
-        if isinstance(each.sums, OutputStatistics):
-            outputs[each.layers[0]] = _merged(outputs.get(each.layers[0]), each.sums)
-        else:
-            inputs |= dict.fromkeys(each.layers, each)
-    layers = {}
-    for name, in_features, out_features in targets:
-        group, output = inputs.get(name), outputs.get(name)
-        notes = list(progress.notes.get(name, []))
-        if group is None and output is None:
-            notes.append("never called in this pass")
-        if output is not None and float(output.calls) == 0:
-            notes.append("no gradient reached this layer: the loss does not depend on it")
-        others = tuple(each for each in group.layers if each != name) if group else ()
-        sums = group.sums if group else None
-        assert not isinstance(sums, OutputStatistics)
-        layers[name] = LayerStatistics(name, in_features, out_features, sums, others, tuple(notes), output)
-    return Statistics(
-        layers,
-        progress.batches,
-        progress.tokens,
-        progress.seconds,
-        progress.skipped,
-        progress.loss_items,
-        progress.samples,
-        progress.skipped_modules,
-        dict(identity),
-    )
-
-
-def _merged(first: OutputStatistics | None, second: OutputStatistics) -> OutputStatistics:
-    """The sums of one layer that different passes collected."""
-    if first is None:
-        return second
-    for name in ("fisher", "second", "gradient", "sketch"):
-        value = getattr(second, name)
-        if value is not None:
-            setattr(first, name, value)
-    first.forms |= second.forms
-    return first
-
-
-def disassemble(statistics: Statistics) -> tuple[list[Held], Progress]:
-    """The sums of statistics, each once, and their counts.
-
-    Args:
-        statistics: from `assemble`.
-
-    Returns:
-        Both.
-    """
-    inputs: dict[int, Held] = {}
-    held = []
-    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
-    for name, layer in statistics.items():
-        if layer.input is not None:
-            inputs.setdefault(id(layer.input), Held([], layer.input)).layers.append(name)
-        if layer.output is not None:
-            held.append(Held([name], layer.output))
-    counts = (statistics.tokens, statistics.loss_items, statistics.samples, statistics.batches, statistics.seconds)
-    progress = Progress(0, statistics.batches, "", True, *counts, statistics.skipped_rows, notes)
-    progress.skipped_modules = statistics.skipped_modules
-    return [*inputs.values(), *held], progress
-
-
-def save(statistics: Statistics, path: Path) -> None:
-    """Write statistics; see `Statistics.save`."""
-    held, progress = disassemble(statistics)
-    targets = [[each.name, each.in_features, each.out_features] for each in statistics.values()]
-    write(path, held, progress, {**statistics.fingerprint, "targets": targets})
-
-
-def load(path: Path, device: torch.device) -> Statistics:
-    """Read statistics; see `Statistics.load`.
-
-    Args:
-        path: the file.
-        device: where the sums are to live.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        ValueError: if the file cannot be read, or holds an unfinished run.
-    """
-    held, progress, identity = read(path, device)
-    if not progress.complete:
-        raise ValueError(
-            f"{path} holds an unfinished run (pass {progress.number + 1}, {progress.done} batches): "
-            "call collect with checkpoint= this file to finish it"
-        )
-    targets = [(str(name), int(n), int(m)) for name, n, m in identity["targets"]]
-    return assemble(targets, held, progress, identity)

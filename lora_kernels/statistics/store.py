@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.statistics import storage
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sharing import InputSums
+from lora_kernels.statistics.storage import Held, Progress
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ class Statistics(Mapping[str, LayerStatistics]):
         Args:
             path: the file.
         """
-        from lora_kernels.statistics import storage  # noqa: PLC0415  (storage imports this module)
-
-        storage.save(self, Path(path))
+        held, progress = _disassemble(self)
+        targets = [[each.name, each.in_features, each.out_features] for each in self.values()]
+        storage.write(Path(path), held, progress, {**self.fingerprint, "targets": targets})
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Statistics:
@@ -139,8 +141,87 @@ class Statistics(Mapping[str, LayerStatistics]):
             The statistics.
 
         Raises:
-            ValueError: if the file is truncated, changed, or no such file.
+            ValueError: if the file is missing, truncated, changed, or holds an unfinished run.
         """
-        from lora_kernels.statistics import storage  # noqa: PLC0415  (storage imports this module)
+        held, progress, identity = storage.read(Path(path), torch.device(device))
+        if not progress.complete:
+            raise ValueError(
+                f"{path} holds an unfinished run (pass {progress.number + 1}, {progress.done} batches): "
+                "call collect with checkpoint= this file to finish it"
+            )
+        targets = [(str(name), int(n), int(m)) for name, n, m in identity["targets"]]
+        return assemble(targets, held, progress, identity)
 
-        return storage.load(Path(path), torch.device(device))
+
+def assemble(
+    targets: Sequence[tuple[str, int, int]], held: Iterable[Held], progress: Progress, identity: Mapping[str, Any]
+) -> Statistics:
+    """The statistics made of sums.
+
+    Args:
+        targets: name, in_features and out_features of every observed layer.
+        held: the sums.
+        progress: counts, notes.
+        identity: the fingerprint.
+
+    Returns:
+        The statistics.
+    """
+    inputs: dict[str, Held] = {}
+    outputs: dict[str, OutputStatistics] = {}
+    for each in held:
+        if isinstance(each.sums, OutputStatistics):
+            outputs[each.layers[0]] = _merged(outputs.get(each.layers[0]), each.sums)
+        else:
+            inputs |= dict.fromkeys(each.layers, each)
+    layers = {}
+    for name, in_features, out_features in targets:
+        group, output = inputs.get(name), outputs.get(name)
+        notes = list(progress.notes.get(name, []))
+        if group is None and output is None:
+            notes.append("never called in this pass")
+        if output is not None and float(output.calls) == 0:
+            notes.append("no gradient reached this layer: the loss does not depend on it")
+        others = tuple(each for each in group.layers if each != name) if group else ()
+        sums = group.sums if group else None
+        assert not isinstance(sums, OutputStatistics)
+        layers[name] = LayerStatistics(name, in_features, out_features, sums, others, tuple(notes), output)
+    return Statistics(
+        layers,
+        progress.batches,
+        progress.tokens,
+        progress.seconds,
+        progress.skipped,
+        progress.loss_items,
+        progress.samples,
+        progress.skipped_modules,
+        dict(identity),
+    )
+
+
+def _merged(first: OutputStatistics | None, second: OutputStatistics) -> OutputStatistics:
+    """The sums of one layer that different passes collected."""
+    if first is None:
+        return second
+    for name in ("fisher", "second", "gradient", "sketch"):
+        value = getattr(second, name)
+        if value is not None:
+            setattr(first, name, value)
+    first.forms |= second.forms
+    return first
+
+
+def _disassemble(statistics: Statistics) -> tuple[list[Held], Progress]:
+    """The sums of statistics, each once, and their counts."""
+    inputs: dict[int, Held] = {}
+    held = []
+    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
+    for name, layer in statistics.items():
+        if layer.input is not None:
+            inputs.setdefault(id(layer.input), Held([], layer.input)).layers.append(name)
+        if layer.output is not None:
+            held.append(Held([name], layer.output))
+    counts = (statistics.tokens, statistics.loss_items, statistics.samples, statistics.batches, statistics.seconds)
+    progress = Progress(0, statistics.batches, "", True, *counts, statistics.skipped_rows, notes)
+    progress.skipped_modules = statistics.skipped_modules
+    return [*inputs.values(), *held], progress

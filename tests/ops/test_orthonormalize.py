@@ -28,7 +28,9 @@ def conditioned(n, k, log10, dtype=torch.float32, batch=()):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (7, 7), (131, 24), (1009, 4), (3, 127, 24), (2, 3, 31, 5), (5000, 17)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (7, 1), (7, 7), (131, 24), (1009, 4), (3, 127, 24), (2, 3, 31, 5), (5000, 17)]
+)
 def test_against_householder(shape, dtype):
     y = torch.randn(shape).to(dtype)
     q, r = orthonormalize(y)

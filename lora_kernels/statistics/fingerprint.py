@@ -1,0 +1,80 @@
+"""What statistics are of: model, layers, statistics and options, so that files of something else can be refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.statistics.options import CollectOptions
+from lora_kernels.statistics.store import Target
+
+_SAMPLES = 64  # entries of each parameter that identify its values
+
+
+def fingerprint(
+    model: nn.Module, targets: Sequence[Target], wants: Mapping[str, bool], options: CollectOptions
+) -> dict[str, Any]:
+    """What must be equal for statistics to be of the same thing.
+
+    Args:
+        model: the model.
+        targets: the observed layers.
+        wants: the statistics.
+        options: of the collection.
+
+    Returns:
+        A JSON-ready mapping: the model's class and a digest of its parameters' names, shapes and a sample of their
+        values, the targets, the statistics and the options.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type == "meta" or hasattr(parameter, "device_mesh") or parameter.numel() == 0:
+            continue  # a shard is not the same on every process
+        try:
+            flat = parameter.detach().reshape(-1)
+            step = max(1, flat.numel() // _SAMPLES)
+            digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy().data)
+        except (RuntimeError, NotImplementedError, TypeError):
+            continue  # a quantized tensor subclass that cannot be sliced: its name and shape have to do
+    return {
+        "model": type(model).__name__,
+        "parameters": digest.hexdigest(),
+        "targets": [[target.name, target.in_features, target.out_features] for target in targets],
+        "wants": dict(wants),
+        "options": options.described(),
+    }
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    keys = [key for key in expected if json.loads(json.dumps(expected[key])) != found.get(key)]
+    named = []
+    for key in keys:
+        if key == "options" and isinstance(found.get(key), Mapping):
+            old, new = found[key], json.loads(json.dumps(expected[key]))
+            named += [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in new if old.get(name) != new[name]]
+        else:
+            named.append(key)
+    return ", ".join(named)
+
+
+def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a file of another model, other targets or other options.
+
+    Args:
+        path: the file, for the message.
+        found: its fingerprint.
+        expected: what it must be.
+
+    Raises:
+        ValueError: if they differ; the message says in what.
+    """
+    differences = _differences(found, expected)
+    if differences:
+        raise ValueError(f"{path} holds statistics of something else: it differs in {differences}; delete or move it")
