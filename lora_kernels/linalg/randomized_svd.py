@@ -104,7 +104,8 @@ def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
     # In float64, where no square of a float32 number overflows or vanishes.
     longest = torch.linalg.vector_norm(residuals, dim=-2, dtype=torch.float64).amax(-1)
-    return (longest * (alpha * math.sqrt(2.0 / math.pi))).to(residuals.dtype)
+    bound: torch.Tensor = longest * (alpha * math.sqrt(2.0 / math.pi))
+    return bound.to(residuals.dtype)
 
 
 def _operator(a: torch.Tensor) -> LinearOperator:
@@ -141,9 +142,8 @@ def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: 
     of them coincide by chance. The bound needs gaussian probes.
     """
     kind = "rademacher" if width >= _LANES else "gaussian"
-    key = {"seed": seed, "stream": stream, "device": operator.device}
-    start = random_matrix(rows, width, kind=kind, **key)
-    test = random_matrix(rows, probes, kind="gaussian", step=1, **key)
+    start = random_matrix(rows, width, kind=kind, seed=seed, stream=stream, device=operator.device)
+    test = random_matrix(rows, probes, kind="gaussian", seed=seed, stream=stream, step=1, device=operator.device)
     return torch.cat((start, test), dim=-1).to(operator.dtype)
 
 

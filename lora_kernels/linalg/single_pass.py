@@ -57,7 +57,8 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     """Frobenius norms, safe from overflow and underflow of the squares; `(..., 1, 1)`."""
     scale = x.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
-    return torch.linalg.matrix_norm(x / scale, keepdim=True) * scale
+    norm: torch.Tensor = torch.linalg.matrix_norm(x / scale, keepdim=True)
+    return norm * scale
 
 
 def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Tensor | float | None = None) -> Nystrom:
@@ -91,9 +92,8 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
         )
     check_range("rank", rank, low=1, high=k, integer=True)
     basis, triangle = orthonormalize(test)
-    batch = torch.broadcast_shapes(wide.shape[:-2], basis.shape[:-2])
-    basis = basis.expand(*batch, n, k)
-    wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).expand(*batch, n, k)
+    wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False)
+    basis = basis.expand_as(wide)
     scale = _norm(wide)
     wide = wide / torch.where(scale > 0, scale, 1.0)
     core = basis.mT @ wide

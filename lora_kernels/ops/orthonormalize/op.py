@@ -100,7 +100,8 @@ def times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
 
 def _invert(lower: torch.Tensor) -> torch.Tensor:
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse
 
 
 def _round(
