@@ -20,6 +20,8 @@ CONFIDENCE = 0.999
 _GRAM_FLOOR = 1e-4
 # Basis blocks this far from orthonormal are repaired by a Cholesky factor; farther, dependent directions are dropped.
 _REPAIRABLE, _DEPENDENT = 0.3, 1e-2
+# So close to orthonormal there is nothing to repair: the bases are no better themselves.
+_NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
 # Columns of the next block may be this ill conditioned before it is orthonormalised with care.
 _LOOSE_CONDITION = 1e3
 # CPU: matrices of up to so many elements are multiplied from the left, larger ones from the right (measured: 0.4 to 0.7
@@ -156,7 +158,8 @@ def _check_operator(a: LinearOperator) -> None:
 
 def _name_bad_matrix(a: torch.Tensor | LinearOperator, product: torch.Tensor) -> None:
     """A NaN or infinite entry spoils a row of the first product, which is far smaller than the matrix."""
-    if bool(torch.isfinite(product).all()):
+    # The sum is far cheaper than a test of each entry; where it overflows by itself the entries are looked at.
+    if bool(torch.isfinite(product.sum())) or bool(torch.isfinite(product).all()):
         return
     where = a if isinstance(a, torch.Tensor) else product
     finite = torch.isfinite(where).flatten(-2).all(-1).reshape(-1)
@@ -296,16 +299,19 @@ def _ritz(
         ]
     )
     basis, image = (blocks[0], images[0]) if count == 1 else (torch.cat(blocks, -1), torch.cat(images, -1))
-    hard = ~((overlap - eye).square().sum((-2, -1)) <= _REPAIRABLE**2)
-    if bool(hard.any()):
+    deviation = torch.linalg.matrix_norm(overlap - eye)
+    hard = ~(deviation <= _REPAIRABLE)
+    lower = None
+    if not bool((deviation <= _NEGLIGIBLE[basis.dtype]).all()):
         overlap[hard] = eye
-    # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
-    lower = torch.linalg.cholesky(overlap)
-    half = torch.linalg.solve_triangular(lower, square, upper=False)
-    reduced = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    values, rotation = _eigh((reduced + reduced.mT) / 2)
+        # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
+        lower = torch.linalg.cholesky(overlap)
+        half = torch.linalg.solve_triangular(lower, square, upper=False)
+        square = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    values, rotation = _eigh((square + square.mT) / 2)
     values, rotation = values[..., -rank:].flip(-1), rotation[..., -rank:].flip(-1)
-    rotation = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)
+    if lower is not None:
+        rotation = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)
     s = values.clamp_min(0).sqrt()
     u = basis @ rotation.to(basis.dtype)
     v = times(image, rotation / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2))
