@@ -20,8 +20,8 @@ CONFIDENCE = 0.999
 _GRAM_FLOOR = 1e-4
 # Basis blocks this far from orthonormal are repaired by a Cholesky factor; farther, dependent directions are dropped.
 _REPAIRABLE, _DEPENDENT = 0.3, 1e-2
-# So close to orthonormal there is nothing to repair: the bases are no better themselves.
-_NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
+# Products of columns no larger than this need no repair: the blocks themselves are no better.
+_NEGLIGIBLE = {torch.float32: 4e-7, torch.float64: 1e-14}
 # Columns of the next block may be this ill conditioned before it is orthonormalised with care.
 _LOOSE_CONDITION = 1e3
 # CPU: matrices of up to so many elements are multiplied from the left, larger ones from the right (measured: 0.4 to 0.7
@@ -261,6 +261,14 @@ def _careful_ritz(
     return (wide @ right.mT[:, :rank]).to(kept), s[:rank].to(kept), (q @ left[:, :rank]).to(kept)
 
 
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].stride(-1) != 1 and parts[0].stride(-2) == 1:  # products from the left: their columns are contiguous
+        return torch.cat([part.mT for part in parts], dim=-2).mT
+    return torch.cat(parts, dim=-1)
+
+
 def _assemble(parts: list[list[torch.Tensor]]) -> torch.Tensor:
     """A symmetric matrix from the blocks of its upper triangle, row by row."""
     count = len(parts)
@@ -298,11 +306,11 @@ def _ritz(
             for i in range(count)
         ]
     )
-    basis, image = (blocks[0], images[0]) if count == 1 else (torch.cat(blocks, -1), torch.cat(images, -1))
-    deviation = torch.linalg.matrix_norm(overlap - eye)
-    hard = ~(deviation <= _REPAIRABLE)
+    basis, image = _side_by_side(blocks), _side_by_side(images)
+    difference = (overlap - eye).abs()
+    hard = ~(difference.square().sum((-2, -1)) <= _REPAIRABLE**2)
     lower = None
-    if not bool((deviation <= _NEGLIGIBLE[basis.dtype]).all()):
+    if not bool((difference <= _NEGLIGIBLE[basis.dtype]).all()):
         overlap[hard] = eye
         # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
         lower = torch.linalg.cholesky(overlap)
