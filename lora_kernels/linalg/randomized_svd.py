@@ -20,6 +20,8 @@ CONFIDENCE = 0.999
 _GRAM_FLOOR = 1e-4
 # Basis blocks this far from orthonormal are repaired by a Cholesky factor; farther, dependent directions are dropped.
 _REPAIRABLE, _DEPENDENT = 0.3, 1e-2
+# Products of columns no larger than this need no repair: the blocks themselves are no better.
+_NEGLIGIBLE = {torch.float32: 4e-7, torch.float64: 1e-14}
 # Columns of the next block may be this ill conditioned before it is orthonormalised with care.
 _LOOSE_CONDITION = 1e3
 # CPU: matrices of up to so many elements are multiplied from the left, larger ones from the right (measured: 0.4 to 0.7
@@ -104,7 +106,8 @@ def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
     # In float64, where no square of a float32 number overflows or vanishes.
     longest = torch.linalg.vector_norm(residuals, dim=-2, dtype=torch.float64).amax(-1)
-    return (longest * (alpha * math.sqrt(2.0 / math.pi))).to(residuals.dtype)
+    bound: torch.Tensor = longest * (alpha * math.sqrt(2.0 / math.pi))
+    return bound.to(residuals.dtype)
 
 
 def _operator(a: torch.Tensor) -> LinearOperator:
@@ -141,9 +144,8 @@ def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: 
     of them coincide by chance. The bound needs gaussian probes.
     """
     kind = "rademacher" if width >= _LANES else "gaussian"
-    key = {"seed": seed, "stream": stream, "device": operator.device}
-    start = random_matrix(rows, width, kind=kind, **key)
-    test = random_matrix(rows, probes, kind="gaussian", step=1, **key)
+    start = random_matrix(rows, width, kind=kind, seed=seed, stream=stream, device=operator.device)
+    test = random_matrix(rows, probes, kind="gaussian", seed=seed, stream=stream, step=1, device=operator.device)
     return torch.cat((start, test), dim=-1).to(operator.dtype)
 
 
@@ -156,7 +158,8 @@ def _check_operator(a: LinearOperator) -> None:
 
 def _name_bad_matrix(a: torch.Tensor | LinearOperator, product: torch.Tensor) -> None:
     """A NaN or infinite entry spoils a row of the first product, which is far smaller than the matrix."""
-    if bool(torch.isfinite(product).all()):
+    # The sum is far cheaper than a test of each entry; where it overflows by itself the entries are looked at.
+    if bool(torch.isfinite(product.sum())) or bool(torch.isfinite(product).all()):
         return
     where = a if isinstance(a, torch.Tensor) else product
     finite = torch.isfinite(where).flatten(-2).all(-1).reshape(-1)
@@ -258,6 +261,14 @@ def _careful_ritz(
     return (wide @ right.mT[:, :rank]).to(kept), s[:rank].to(kept), (q @ left[:, :rank]).to(kept)
 
 
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].stride(-1) != 1 and parts[0].stride(-2) == 1:  # products from the left: their columns are contiguous
+        return torch.cat([part.mT for part in parts], dim=-2).mT
+    return torch.cat(parts, dim=-1)
+
+
 def _assemble(parts: list[list[torch.Tensor]]) -> torch.Tensor:
     """A symmetric matrix from the blocks of its upper triangle, row by row."""
     count = len(parts)
@@ -295,17 +306,20 @@ def _ritz(
             for i in range(count)
         ]
     )
-    basis, image = (blocks[0], images[0]) if count == 1 else (torch.cat(blocks, -1), torch.cat(images, -1))
-    hard = ~((overlap - eye).square().sum((-2, -1)) <= _REPAIRABLE**2)
-    if bool(hard.any()):
+    basis, image = _side_by_side(blocks), _side_by_side(images)
+    difference = (overlap - eye).abs()
+    hard = ~(difference.square().sum((-2, -1)) <= _REPAIRABLE**2)
+    lower = None
+    if not bool((difference <= _NEGLIGIBLE[basis.dtype]).all()):
         overlap[hard] = eye
-    # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
-    lower = torch.linalg.cholesky(overlap)
-    half = torch.linalg.solve_triangular(lower, square, upper=False)
-    reduced = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    values, rotation = _eigh((reduced + reduced.mT) / 2)
+        # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
+        lower = torch.linalg.cholesky(overlap)
+        half = torch.linalg.solve_triangular(lower, square, upper=False)
+        square = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    values, rotation = _eigh((square + square.mT) / 2)
     values, rotation = values[..., -rank:].flip(-1), rotation[..., -rank:].flip(-1)
-    rotation = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)
+    if lower is not None:
+        rotation = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)
     s = values.clamp_min(0).sqrt()
     u = basis @ rotation.to(basis.dtype)
     v = times(image, rotation / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2))

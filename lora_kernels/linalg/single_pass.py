@@ -57,7 +57,8 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     """Frobenius norms, safe from overflow and underflow of the squares; `(..., 1, 1)`."""
     scale = x.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
-    return torch.linalg.matrix_norm(x / scale, keepdim=True) * scale
+    norm: torch.Tensor = torch.linalg.matrix_norm(x / scale, keepdim=True)
+    return norm * scale
 
 
 def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Tensor | float | None = None) -> Nystrom:
@@ -70,8 +71,8 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
 
     Args:
         y: `(..., n, k)` float32 or float64.
-        omega: `(n, k)` or `(..., n, k)`, of rank k.
-        rank: number of pairs, 1 <= rank <= k.
+        omega: `(n, k)` or `(..., n, k)`, of full rank.
+        rank: number of pairs, 1 <= rank <= min(k, n).
         trace: the exact trace of M, `(...)` or a number, for the residual.
 
     Returns:
@@ -85,15 +86,15 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     wide = _check_sketch("y", y)
     test = _check_sketch("omega", omega, y.shape[-2])
     n, k = y.shape[-2:]
-    if test.shape[-1] != k or k > n:
-        raise ValueError(
-            f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k) with k <= n"
-        )
-    check_range("rank", rank, low=1, high=k, integer=True)
-    basis, triangle = orthonormalize(test)
-    batch = torch.broadcast_shapes(wide.shape[:-2], basis.shape[:-2])
-    basis = basis.expand(*batch, n, k)
-    wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).expand(*batch, n, k)
+    if test.shape[-1] != k:
+        raise ValueError(f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k)")
+    check_range("rank", rank, low=1, high=min(k, n), integer=True)
+    if k > n:  # the sketch is larger than M, which it gives away
+        basis, wide, k = torch.eye(n, dtype=torch.float64, device=y.device), wide @ torch.linalg.pinv(test), n
+    else:
+        basis, triangle = orthonormalize(test)
+        wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False)
+    basis = basis.expand_as(wide)
     scale = _norm(wide)
     wide = wide / torch.where(scale > 0, scale, 1.0)
     core = basis.mT @ wide
@@ -139,7 +140,7 @@ def two_sided(
         z: `(..., l, n)`, l >= k.
         omega: `(n, k)` or `(..., n, k)`; only used to see that the four belong together.
         psi: `(l, m)` or `(..., l, m)`.
-        rank: number of triplets, 1 <= rank <= k.
+        rank: number of triplets, 1 <= rank <= min(k, m, n).
         probe: `(t, G t)`, `(n, p)` and `(..., m, p)`: independent gaussian vectors that had no part in y, and what G
             made of them, for the bound on the error.
 
@@ -157,22 +158,30 @@ def two_sided(
     length, n = right.shape[-2:]
     test = _check_sketch("omega", omega, n)
     co_test = _check_sketch("psi", psi, length)
-    if co_test.shape[-1] != m or test.shape[-1] != k or not k <= length or k > min(m, n):
+    if co_test.shape[-1] != m or test.shape[-1] != k or k > length:
         raise ValueError(
             f"y, z, omega and psi have shapes {tuple(y.shape)}, {tuple(z.shape)}, {tuple(omega.shape)} and "
-            f"{tuple(psi.shape)}, but must be (m, k), (l, n), (n, k) and (l, m) with k <= l and k <= min(m, n)"
+            f"{tuple(psi.shape)}, but must be (m, k), (l, n), (n, k) and (l, m) with k <= l"
         )
-    check_range("rank", rank, low=1, high=k, integer=True)
+    check_range("rank", rank, low=1, high=min(k, m, n), integer=True)
     one, two = right @ test, co_test @ left
     apart = _norm(one - two) > _MISMATCH * torch.maximum(_norm(one), _norm(two))
     if bool(apart.any()):
         index = int(apart.reshape(-1).nonzero()[0])
         raise ValueError(f"z Omega and Psi y of matrix {index} differ, but both must be Psi G Omega")
-    q, _ = orthonormalize(left)
+    if k > m:  # y spans everything
+        q = torch.eye(m, dtype=torch.float64, device=y.device).expand(*left.shape[:-2], m, m)
+    else:
+        q, _ = orthonormalize(left)
     core = torch.linalg.pinv(co_test @ q) @ right
-    v, r = orthonormalize(core.mT)
-    small, s, rotation = torch.linalg.svd(r.mT)  # core = r^T v^T
-    u, v, s = q @ small[..., :rank], v @ rotation.mT[..., :rank], s[..., :rank]
+    if core.shape[-2] > n:
+        small, s, vh = torch.linalg.svd(core, full_matrices=False)
+        v = vh.mT
+    else:
+        v, r = orthonormalize(core.mT)
+        small, s, rotation = torch.linalg.svd(r.mT)  # core = r^T v^T
+        v = v @ rotation.mT
+    u, v, s = q @ small[..., :rank], v[..., :rank], s[..., :rank]
     error = None
     if probe is not None:
         t, image = _check_sketch("probe[0]", probe[0], n), _check_sketch("probe[1]", probe[1], m)

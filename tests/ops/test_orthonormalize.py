@@ -27,10 +27,11 @@ def conditioned(n, k, log10, dtype=torch.float32, batch=()):
     return ((u * torch.logspace(0, -log10, k, dtype=torch.float64)) @ v.mT).to(dtype)
 
 
+SHAPES = [(1, 1), (7, 1), (7, 7), (131, 24), (1009, 4), (3, 127, 24), (2, 3, 31, 5), (5000, 17)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (7, 1), (7, 7), (131, 24), (1009, 4), (3, 127, 24), (2, 3, 31, 5), (5000, 17)]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_against_householder(shape, dtype):
     y = torch.randn(shape).to(dtype)
     q, r = orthonormalize(y)

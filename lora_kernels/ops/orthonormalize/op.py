@@ -74,7 +74,7 @@ def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """`y small` with float64 arithmetic, rounded to y's own dtype.
+    """`y small` with float64 arithmetic, rounded to y's own dtype. Of y's layout.
 
     Args:
         y: `(..., n, k)`.
@@ -85,22 +85,31 @@ def times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
     """
     if y.dtype == torch.float64:
         return y @ small
-    out = y.new_empty((*y.shape[:-1], small.shape[-1]))
-    step = _row_step(y)
-    if y.dim() == 3 and step >= y.shape[-2]:
-        matrices = max(1, step // max(1, y.shape[-2]))
+    # With columns in one piece the product from the left is several times faster on the CPU.
+    turned = y.shape[-1] > 1 and y.stride(-1) != 1 and y.stride(-2) == 1
+    if turned:
+        out = y.new_empty((*y.shape[:-2], small.shape[-1], y.shape[-2])).mT
+        left = small.mT.contiguous()
+    else:
+        out = y.new_empty((*y.shape[:-1], small.shape[-1]))
+    step, n = _row_step(y), y.shape[-2]
+    if y.dim() == 3 and step >= n:
+        matrices = max(1, step // max(1, n))
         for low in range(0, y.shape[0], matrices):
-            part = slice(low, low + matrices)
-            out[part] = y[part].to(torch.float64) @ small[part]
+            some = slice(low, low + matrices)
+            wide = y[some].to(torch.float64)
+            out[some] = (left[some] @ wide.mT).mT if turned else wide @ small[some]
         return out
-    for low in range(0, y.shape[-2], step):
-        out[..., low : low + step, :] = y[..., low : low + step, :].to(torch.float64) @ small
+    for low in range(0, n, step):
+        wide = y[..., low : low + step, :].to(torch.float64)
+        out[..., low : low + step, :] = (left @ wide.mT).mT if turned else wide @ small
     return out
 
 
 def _invert(lower: torch.Tensor) -> torch.Tensor:
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse
 
 
 def _round(
