@@ -111,7 +111,7 @@ def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, b
 
     Both factors are reduced to r x r, by QR (float64) or by their Gram matrices in float64 (float32), and the singular
     values of the product of the two reductions found by one-sided Jacobi (Golub and Van Loan, section 8.6.3). Absolute
-    error relative to `scaling * |A| |B|` (spectral norms): about r / 2 roundings of float64, one of float32. Not
+    error relative to `scaling * |A| |B|` (spectral norms): a few roundings of float64, one of float32. Not
     differentiable.
 
     Args:
