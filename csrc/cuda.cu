@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const a = reinterpret_cast<T*>(raw);
   T* const v = a + n * n;  // row i: eigenvector i
   __shared__ T scratch[kThreads];
-  __shared__ T cosine[kMaxPairs], sine[kMaxPairs];
+  __shared__ Rotation<Scalar<T>> turns[kMaxPairs];
   __shared__ int order[2 * kMaxPairs];
   const int tid = threadIdx.x;
   const T* const matrix = matrices + int64_t(blockIdx.x) * n * n;
@@ -79,37 +79,33 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = tid; k < players / 2; k += kThreads) {
         int p, q;
         tournament_pair(players, round, k, p, q);
-        T t, c = T(1), s = T(0);
-        if (q < n) {
-          const T apq = a[p * n + q];
-          jacobi_rotation<Scalar<T>>(a[p * n + p], a[q * n + q], apq, apq == T(0), t, c, s);
-        }
-        cosine[k] = c;
-        sine[k] = s;
+        if (q >= n) continue;
+        const T apq = a[p * n + q];
+        turns[k] = jacobi_rotation<Scalar<T>>(a[p * n + p], a[q * n + q], apq, apq == T(0));
       }
       __syncthreads();
       for (int e = tid; e < players / 2 * n; e += kThreads) {  // rows of a, and eigenvectors
         int p, q;
         tournament_pair(players, round, e / n, p, q);
         if (q >= n) continue;
-        const T c = cosine[e / n], s = sine[e / n];
+        const Rotation<Scalar<T>> turn = turns[e / n];
         const int i = p * n + e % n, j = q * n + e % n;
         const T x = a[i], y = a[j], u = v[i], w = v[j];
-        a[i] = c * x - s * y;
-        a[j] = s * x + c * y;
-        v[i] = c * u - s * w;
-        v[j] = s * u + c * w;
+        a[i] = turn.first(x, y);
+        a[j] = turn.second(x, y);
+        v[i] = turn.first(u, w);
+        v[j] = turn.second(u, w);
       }
       __syncthreads();
       for (int e = tid; e < players / 2 * n; e += kThreads) {  // columns of a
         int p, q;
         tournament_pair(players, round, e / n, p, q);
         if (q >= n) continue;
-        const T c = cosine[e / n], s = sine[e / n];
+        const Rotation<Scalar<T>> turn = turns[e / n];
         const int row = e % n;
         const T x = a[row * n + p], y = a[row * n + q];
-        a[row * n + p] = row == q ? T(0) : c * x - s * y;
-        a[row * n + q] = row == p ? T(0) : s * x + c * y;
+        a[row * n + p] = row == q ? T(0) : turn.first(x, y);
+        a[row * n + q] = row == p ? T(0) : turn.second(x, y);
       }
       __syncthreads();
     }
@@ -149,7 +145,8 @@ int eigh_cuda_limit(int element_size) {
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
     return 0;
-  const int fixed = kThreads * element_size + 2 * kMaxPairs * (element_size + int(sizeof(int)));
+  // scratch, turns and order
+  const int fixed = (kThreads + 3 * kMaxPairs) * element_size + 2 * kMaxPairs * int(sizeof(int));
   int n = 0;
   while (n < 2 * kMaxPairs && 2 * (n + 1) * (n + 1) * element_size + fixed <= bytes) ++n;
   return n;

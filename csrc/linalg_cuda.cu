@@ -198,12 +198,11 @@ __global__ void __launch_bounds__(kThreads)
         xy = warp_sum(xy);
         if (orthogonal(xx, yy, xy, noise, epsilon, n)) continue;
         turned = 1;
-        double t, c, s;
-        jacobi_rotation<Scalar<double>>(xx, yy, xy, false, t, c, s);
+        const Rotation<Scalar<double>> turn = jacobi_rotation<Scalar<double>>(xx, yy, xy, false);
         for (int e = lane; e < n; e += 32) {
           const double x = a[p * n + e], y = a[q * n + e];
-          a[p * n + e] = c * x - s * y;
-          a[q * n + e] = s * x + c * y;
+          a[p * n + e] = turn.first(x, y);
+          a[q * n + e] = turn.second(x, y);
         }
       }
       __syncthreads();

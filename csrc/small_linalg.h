@@ -52,19 +52,29 @@ struct Scalar {
   }
 };
 
-// The rotation [c s; -s c] that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq], t = s / c; the identity where
-// `skip`, which must hold where a_pq = 0. A slope whose square overflows gives the identity as well, and then a_pq is
-// beyond rounding beside the diagonal.
+// A rotation [c s; -s c] as its sine, its tangent and tau = s / (1 + c), with which it is applied as a correction: the
+// rounding of a small rotation is then small too, and lengths do not drift over the hundreds that a row goes through
+// (Rutishauser 1966; Golub and Van Loan, section 8.5).
 template <class L>
-LK_HD void jacobi_rotation(const typename L::V& app, const typename L::V& aqq, const typename L::V& apq,
-                           const typename L::Mask& skip, typename L::V& t, typename L::V& c, typename L::V& s) {
+struct Rotation {
+  typename L::V s, t, tau;
+  LK_HD typename L::V first(const typename L::V& x, const typename L::V& y) const { return x - s * (y + tau * x); }
+  LK_HD typename L::V second(const typename L::V& x, const typename L::V& y) const { return y + s * (x - tau * y); }
+};
+
+// The rotation that annihilates the entry a_pq of [a_pp a_pq; a_pq a_qq]; the identity where `skip`, which must hold
+// where a_pq = 0. A slope whose square overflows gives the identity as well, and then a_pq is beyond rounding beside
+// the diagonal.
+template <class L>
+LK_HD Rotation<L> jacobi_rotation(const typename L::V& app, const typename L::V& aqq, const typename L::V& apq,
+                                  const typename L::Mask& skip) {
   using V = typename L::V;
   const V one = V{} + 1;
   const V slope = (aqq - app) / (2 * (skip ? one : apq));
   const V root = L::root(slope * slope + 1);
-  t = skip ? V{} : 1 / (slope + (slope < 0 ? -root : root));
-  c = L::inverse_root(t * t + 1);
-  s = t * c;
+  const V t = skip ? V{} : 1 / (slope + (slope < 0 ? -root : root));
+  const V c = L::inverse_root(t * t + 1);
+  return {t * c, t, t * c / (1 + c)};
 }
 
 // Sum of squares off the diagonal at which a matrix of squared Frobenius norm `total` counts as diagonal.

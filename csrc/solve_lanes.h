@@ -77,14 +77,13 @@ LK_HD typename L::Mask singular_values_lanes(typename L::V* a, typename L::V* sq
         const Mask skip = orthogonal(xx, yy, xy, noise, epsilon, n);
         if (!any<L>(~skip)) continue;
         turned |= ~skip;
-        V t, c, s;
-        jacobi_rotation<L>(xx, yy, xy, skip, t, c, s);
-        squares[p] = xx - t * xy;
-        squares[q] = yy + t * xy;
+        const Rotation<L> turn = jacobi_rotation<L>(xx, yy, xy, skip);
+        squares[p] = xx - turn.t * xy;
+        squares[q] = yy + turn.t * xy;
         for (k = 0; k < n; ++k) {
           const V u = x[k], w = y[k];
-          x[k] = c * u - s * w;
-          y[k] = s * u + c * w;
+          x[k] = turn.first(u, w);
+          y[k] = turn.second(u, w);
         }
       }
     }

@@ -24,9 +24,9 @@ def errors(found, a, b, scaling):
     return tuple(float(((each - truth).abs() / scale).max()) for each in (found.double(), by_torch))
 
 
-def allowed(dtype, r):
-    """Float32 is computed in float64; in float64 every row takes part in some 8 r rotations."""
-    return EPSILON[dtype] if dtype == torch.float32 else (5 + r / 2) * EPSILON[dtype]
+def allowed(dtype):
+    """Float32 is computed in float64."""
+    return (1 if dtype == torch.float32 else 10) * EPSILON[dtype]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -39,7 +39,7 @@ def test_matches_the_formed_product(r, dtype, run, poisoned_memory):
     assert found.dtype == dtype and found.shape == (few(r), r)
     assert bool((found.diff(dim=-1) <= 0).all()) and bool((found >= 0).all())
     error, by_torch = errors(found, a, b, -1.7)
-    bound = 2 * by_torch + allowed(dtype, r)
+    bound = 2 * by_torch + allowed(dtype)
     assert error <= bound
     assert errors(0.5 * found, a, b, -1.7)[0] > bound, "the bar would pass a half-scaled result"
 
@@ -51,7 +51,7 @@ def test_ranks_beyond_the_sizes(r, m, n, dtype, run):
     backend, device = run
     a, b = factors((3,), r, m, n, dtype, device)
     found = factor_spectrum(a, b, 2.0, backend=backend)
-    assert errors(found, a, b, 2.0)[0] <= allowed(dtype, r)
+    assert errors(found, a, b, 2.0)[0] <= allowed(dtype)
     noise = 1e-7 if dtype == torch.float32 else 1e-14
     assert bool((found[:, min(r, m, n) :] <= noise * found[:, :1]).all())
 
@@ -68,7 +68,7 @@ def test_degenerate_factors(dtype, run):
     a[4] *= torch.logspace(0, -6, 8, dtype=dtype, device=device).unsqueeze(-1)
     a[5, 1:] = 0
     found = factor_spectrum(a, b, 2.0, backend=backend)
-    assert errors(found, a, b, 2.0)[0] <= allowed(dtype, 8)
+    assert errors(found, a, b, 2.0)[0] <= allowed(dtype)
     assert not bool(found[:2].any())
     assert not bool(factor_spectrum(a, b, 0.0, backend=backend).any())
     if dtype == torch.float64:  # values far below the largest keep digits of their own

@@ -47,7 +47,8 @@ def cholesky(matrices: torch.Tensor) -> torch.Tensor:
     Returns:
         `(..., r, r)`.
     """
-    return torch.linalg.cholesky(matrices)
+    factors: torch.Tensor = torch.linalg.cholesky(matrices)
+    return factors
 
 
 def cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,8 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torch.Tens
     zero = torch.finfo(p.dtype).eps * max(p.shape[-1], q.shape[-1]) * largest
     singular = sums.abs() <= zero[..., None, None]
     middle = p_vectors.mT @ rhs @ q_vectors / sums.masked_fill(singular, 1)
-    return p_vectors @ middle.masked_fill(singular, 0) @ q_vectors.mT
+    solution: torch.Tensor = p_vectors @ middle.masked_fill(singular, 0) @ q_vectors.mT
+    return solution
 
 
 def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -50,21 +50,28 @@ def _gram_root(factor: torch.Tensor, backend: str) -> torch.Tensor:
     step = max(1, _CHUNK // max(1, rank * columns))
     chunks = (factor[low : low + step].double() for low in range(0, factor.shape[0], step))
     grams = [chunk @ chunk.mT for chunk in chunks]
-    values, vectors = eigh(torch.cat(grams), backend=backend)
+    values, vectors = eigh(torch.cat(grams), backend=backend)  # finds what is not finite
     return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
 
 
-def _core(a: torch.Tensor, b: torch.Tensor, backend: str) -> torch.Tensor:
-    """A float64 (batch, rank, rank) matrix with the singular values of B A.
+def _roots(a: torch.Tensor, b: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 R_a and R_b, (batch, rank, rank), with `R_a^T R_a = A A^T` and `R_b^T R_b = B^T B`.
 
     By Gram matrices where the input is float32: in float64 they lose nothing that float32 had (eigenvalues to 1e-16 of
-    the largest, so singular values to 1e-8), and are matrix products. By QR where it is float64.
+    the largest, so singular values to 1e-8), cannot overflow, and are matrix products. By QR where it is float64.
     """
     if a.dtype == torch.float32:
-        left, right = _gram_root(b.mT, backend), _gram_root(a, backend)
-    else:
-        left, right = _triangle(b), _triangle(a.mT)
-    return left @ right.mT
+        return _gram_root(a, backend), _gram_root(b.mT, backend)
+    left, right = _triangle(a.mT), _triangle(b)
+    _launch.raise_first(_launch.not_finite(left, right))
+    return left, right
+
+
+def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices divided by the power of two at their largest entries, so that products neither overflow nor vanish."""
+    largest = roots.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(largest.dtype) - 1), 1.0)
+    return roots / scale, scale.squeeze(-1)
 
 
 def _singular_values(core: torch.Tensor, backend: str) -> torch.Tensor:
@@ -83,24 +90,13 @@ def _singular_values(core: torch.Tensor, backend: str) -> torch.Tensor:
     return values
 
 
-def _magnitude(factor: torch.Tensor) -> torch.Tensor:
-    """The power of two above the largest entry of each matrix, NaN where an entry is NaN or infinite."""
-    largest = factor.abs().amax((-2, -1))
-    power = torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(largest.dtype) - 1), 1.0)
-    return torch.where(torch.isfinite(largest), power, torch.nan)
-
-
 @torch.library.custom_op("lora_kernels::factor_spectrum", mutates_args=())
 def _factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float, backend: str) -> torch.Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return a.new_zeros(a.shape[:-1])
-    rows, columns = _launch.dense(a), _launch.dense(b)
-    # Products of the entries of the scaled factors neither overflow nor vanish.
-    scale_a, scale_b = _magnitude(rows), _magnitude(columns)
-    _launch.raise_first(torch.isnan(scale_a + scale_b).int())
-    core = _core(rows / scale_a[:, None, None], columns / scale_b[:, None, None], backend)
-    values = _singular_values(core, backend)
-    values = values * abs(scaling) * scale_a.double().unsqueeze(-1) * scale_b.double().unsqueeze(-1)
+    root_a, root_b = _roots(_launch.dense(a), _launch.dense(b), backend)
+    (left, scale_a), (right, scale_b) = _normalised(root_a), _normalised(root_b)
+    values = _singular_values(right @ left.mT, backend) * abs(scaling) * scale_a * scale_b
     return values.to(a.dtype).reshape(a.shape[:-1])
 
 
@@ -115,7 +111,7 @@ def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, b
 
     Both factors are reduced to r x r, by QR (float64) or by their Gram matrices in float64 (float32), and the singular
     values of the product of the two reductions found by one-sided Jacobi (Golub and Van Loan, section 8.6.3). Absolute
-    error relative to `scaling * |A| |B|` (spectral norms): about r / 2 roundings of float64, one of float32. Not
+    error relative to `scaling * |A| |B|` (spectral norms): a few roundings of float64, one of float32. Not
     differentiable.
 
     Args:
