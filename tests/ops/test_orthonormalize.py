@@ -163,3 +163,14 @@ def test_cuda(log10):
     y = conditioned(1000, 24, log10, batch=(4,))
     q, r = orthonormalize(y.cuda())
     check(y, q.cpu(), r.cpu())
+
+
+def test_what_is_left_of_a_deficient_matrix_is_rounding():
+    """A span that misses a part of y shows here and not in the orthogonality."""
+    y = torch.randn(150, 7).double() @ torch.randn(7, 20).double()
+    q, r = orthonormalize(y)
+    assert float(torch.linalg.norm(y - q @ r) / torch.linalg.norm(y)) < 1e-14
+    ill = torch.linalg.qr(torch.randn(200, 12).double()).Q * torch.logspace(0, -6, 12).double()
+    ill = ill @ torch.linalg.qr(torch.randn(12, 12).double()).Q
+    q, r = orthonormalize(ill)
+    assert float(torch.linalg.norm(ill - q @ r) / torch.linalg.norm(ill)) < 1e-14
