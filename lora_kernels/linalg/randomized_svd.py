@@ -11,7 +11,7 @@ import torch
 from lora_kernels.ops._checks import FLOATS, check_choice, check_range, check_tensor
 from lora_kernels.ops.orthonormalize import gram, orthonormalize, times
 from lora_kernels.ops.random_matrix import random_matrix
-from lora_kernels.ops.small_linalg import eigh as small_eigh
+from lora_kernels.ops.small_linalg import eigh
 
 METHODS = ("krylov", "subspace")
 # The a-posteriori bounds hold with at least this probability.
@@ -29,9 +29,8 @@ _LOOSE_CONDITION = 1e3
 _ROWWISE = 1 << 21
 # Columns of a block are a multiple of this where we choose: the width of the vendors' float32 kernels.
 _LANES = 16
-# Up to this rank krylov's default is one round with a wide block; beyond it, two rounds with a block below the rank.
+# Up to this rank krylov's default is two rounds with a block of the rank; beyond it, three with half of that.
 _WIDE_RANK = 24
-_BATCHED_ORDER = 112
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,12 @@ def _plan(rank: int, method: str, oversample: int | None, n_iter: int | None) ->
     """
     if method == "subspace":
         return rank + (8 if oversample is None else oversample), 2 if n_iter is None else n_iter
-    rounds = (1 if rank <= _WIDE_RANK else 2) if n_iter is None else n_iter
+    rounds = (2 if rank <= _WIDE_RANK else 3) if n_iter is None else n_iter
     if oversample is not None:
         return rank + oversample, rounds
-    wanted = rank + 16 if rounds < 2 else max(3 * rank // 4, -(-rank // (rounds + 1)) + 4)
-    return -(-wanted // _LANES) * _LANES, rounds
+    # The basis has rounds + 1 blocks: three times the rank with two rounds, twice the rank with three.
+    wanted = {0: 2 * rank, 1: rank + 16, 2: rank if rank <= _WIDE_RANK else 3 * rank // 4}.get(rounds, rank // 2)
+    return -(-max(wanted, -(-rank // (rounds + 1)) + 4) // _LANES) * _LANES, rounds
 
 
 def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: LinearOperator) -> torch.Tensor:
@@ -209,6 +209,14 @@ def _scaled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled, product
 
 
+def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """The part of y orthogonal to the columns of a block."""
+    inside = block.mT @ y
+    if y.dim() == 2:
+        return torch.addmm(y, block, inside, alpha=-1.0)
+    return torch.baddbmm(y, block, inside, alpha=-1.0) if y.dim() == 3 else y - block @ inside
+
+
 def _grow(
     apply: _Counted, first: torch.Tensor, rounds: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -230,21 +238,15 @@ def _grow(
         direction, product = _scaled(images[-1])
         fresh = apply(direction, False)
         if keep:
-            # Twice: the second projection removes what cancellation left of the first.
-            for block in blocks * 2:
-                fresh = fresh - block @ (block.mT @ fresh)
+            # What cancellation leaves of the overlap in float32, `_ritz` repairs; float64 has that done here.
+            for block in blocks * (2 if fresh.dtype == torch.float64 else 1):
+                fresh = _without(fresh, block)
             grams.append(product)
         else:
             blocks, images = [], []
         blocks.append(orthonormalize(fresh)[0])
         images.append(apply(blocks[-1], True))
     return blocks, images, grams
-
-
-def _eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # On a GPU the batched solver spares a launch per matrix; on the CPU LAPACK is the best for such orders.
-    small = matrices.device.type == "cuda" and matrices.shape[-1] <= _BATCHED_ORDER
-    return small_eigh(matrices) if small else torch.linalg.eigh(matrices)
 
 
 def _careful_ritz(
@@ -316,7 +318,7 @@ def _ritz(
         lower = torch.linalg.cholesky(overlap)
         half = torch.linalg.solve_triangular(lower, square, upper=False)
         square = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    values, rotation = _eigh((square + square.mT) / 2)
+    values, rotation = eigh((square + square.mT) / 2)
     values, rotation = values[..., -rank:].flip(-1), rotation[..., -rank:].flip(-1)
     if lower is not None:
         rotation = torch.linalg.solve_triangular(lower.mT, rotation, upper=True)
@@ -369,11 +371,11 @@ def randomized_svd(
         a: `(..., m, n)` float16, bfloat16, float32 or float64; 16-bit is widened to a float32 copy. Or a
             `LinearOperator`.
         rank: number of triplets, 1 <= rank <= min(m, n).
-        oversample: extra columns of the block; by default 8 for `subspace`. For `krylov` the default is a block of at
-            least `rank + 16` columns with one round, and of three quarters of the rank with more (its basis has
-            `n_iter + 1` such blocks), up to a multiple of 16.
-        n_iter: rounds of two products after the first two; by default 2 for `subspace`, and for `krylov` 1 up to rank
-            24 and 2 above. `krylov`'s error is then the smaller one at fewer operations.
+        oversample: extra columns of the block; by default 8 for `subspace`. `krylov` has `n_iter + 1` blocks in its
+            basis; by default they have `rank` columns with two rounds and half as many with three, up to a multiple of
+            16.
+        n_iter: rounds of two products after the first two; by default 2 for `subspace`, and for `krylov` 2 up to rank
+            24 and 3 above. `krylov`'s error is then no larger, at fewer operations.
         method: `krylov` or `subspace`.
         probes: gaussian vectors for the bound on the error; 0 for none.
         seed: 64-bit key of the random block: the same seed gives the same bits.

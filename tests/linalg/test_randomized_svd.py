@@ -53,7 +53,7 @@ def check_shape(a, found, rank):
 def test_near_the_best_approximation(kind, m, n, method, dtype):
     a = matrix(m, n, SPECTRA[kind]).to(dtype)
     found = randomized_svd(a, 16, method=method)
-    assert found.method == method and found.products == (4 if method == "krylov" else 6)
+    assert found.method == method and found.products == 6
     check_shape(a, found, 16)
     if kind == "steep":  # the best residual is at the level of float32 rounding
         truth = torch.linalg.svdvals(a.double())
