@@ -2,11 +2,18 @@ import pytest
 import torch
 
 from lora_kernels.ops import orthonormalize
-from lora_kernels.ops.orthonormalize import gram, reference, times
+from lora_kernels.ops.orthonormalize import gram, op, reference, times
 
 # |Q^T Q - 1|, then |y - Q R| / |y|, as documented.
 BARS = {torch.float64: (1e-13, 1e-14), torch.float32: (1e-6, 5e-7)}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True, params=["cholesky", "householder"])
+def _method(request, monkeypatch):
+    monkeypatch.setattr(
+        op, "_householder_is_faster", lambda y: request.param == "householder" and y.dtype == torch.float64
+    )
 
 
 def check(y, q, r):

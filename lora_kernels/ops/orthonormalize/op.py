@@ -1,4 +1,4 @@
-"""Orthonormalisation: checks, registration and the Cholesky rounds.
+"""Orthonormalisation: checks, registration, the Cholesky rounds, and where Householder is the better choice.
 
 There is one backend, torch. Each round is two matrix products and a k x k factorisation, all of them batched in the
 vendor's libraries; the products of `(n, k)` by `(k, k)` are bound by the read of y, which no kernel of ours can avoid:
@@ -156,7 +156,29 @@ def _careful(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.to(y.dtype), (total * scale).to(y.dtype)
 
 
+def _householder_is_faster(y: torch.Tensor) -> bool:
+    """Whether LAPACK's QR beats the rounds for `(b, n, k)`.
+
+    Measured on a CPU: in float64 1.4 to 4 times faster for 16 to 64 columns. In float32 it is faster for a few columns
+    too, but loses a digit of orthogonality on long ones. On GPUs it is far slower.
+    """
+    return y.device.type == "cpu" and y.dtype == torch.float64
+
+
 def _run(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and R of `(b, n, k)` float32 or float64."""
+    if not _householder_is_faster(y):
+        return _cholesky(y)
+    q, r = reference.householder(y)
+    finite = torch.isfinite(r.sum((-2, -1)))
+    if not bool(finite.all()):
+        finite = torch.isfinite(y).all(-1).all(-1)  # else the sum alone overflows
+        if not bool(finite.all()):
+            raise ValueError(f"matrix {int((~finite).nonzero()[0])} of y holds NaN or infinite entries")
+    return q, r
+
+
+def _cholesky(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cholesky rounds on `(b, n, k)` float32 or float64."""
     narrow = y.dtype == torch.float32
     q, total, failed, condition = _round(y)
@@ -211,6 +233,7 @@ def orthonormalize(y: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Ten
     after it (shifted CholeskyQR3, Fukaya et al. 2020); if that does not give orthonormal columns either (y is
     rank-deficient or zero) Householder QR in float64 answers for that matrix. So Q is always orthonormal; where y
     is rank-deficient the surplus columns of Q are arbitrary and belong to a (near) zero on the diagonal of R.
+    On the CPU, LAPACK's Householder QR answers at once where it is faster: in float64.
     Not differentiable. One synchronisation with the device per round.
 
     Args:

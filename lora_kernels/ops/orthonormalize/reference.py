@@ -16,6 +16,11 @@ def orthonormalize(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Q `(..., n, k)` and the upper triangular R `(..., k, k)`, both float64.
     """
-    q, r = torch.linalg.qr(y.to(torch.float64))
+    return householder(y.to(torch.float64))
+
+
+def householder(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in the dtype of y."""
+    q, r = torch.linalg.qr(y)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r.dtype)
     return q * signs.unsqueeze(-2), r * signs.unsqueeze(-1)
