@@ -123,8 +123,8 @@ def _round(
     inverse = _invert(lower)
     condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
     if y.dtype == torch.float64:
-        # Row by row backward stable. A product with the inverse would leave y - Q R of the order of u cond(y), which only
-        # a float32 result does not show.
+        # Row by row backward stable. A product with the inverse would leave y - Q R of the order of u cond(y), which
+        # only a float32 result does not show.
         q = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
     else:
         q = times(y, inverse.mT)
