@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-from lora_kernels.init.factors import LayerFactors, LoraFactors
+from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers, redistribute
 from lora_kernels.linalg import eigh_topk
 from lora_kernels.ops._checks import check_range
@@ -66,6 +66,7 @@ class EVA:
 
     name: ClassVar[str] = "eva"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["eva"]
+    offsets_base: ClassVar[bool] = False
 
     rho: float = 2.0
     center: bool = True
@@ -89,13 +90,19 @@ class EVA:
         return 2 * round(self.rho * max(ranks, default=1))
 
     def factors(
-        self, statistics: Mapping[str, LayerStatistics], ranks: Mapping[str, int], *, progress: bool = False
+        self,
+        statistics: Mapping[str, LayerStatistics],
+        ranks: Mapping[str, int],
+        *,
+        base: Mapping[str, BaseLayer] | None = None,  # noqa: ARG002  (not needed)
+        progress: bool = False,
     ) -> dict[str, LayerFactors]:
         """The factors of every layer.
 
         Args:
             statistics: of all layers named in `ranks`; each must have been called.
             ranks: the rank each layer asked for; their sum is the budget.
+            base: not needed.
             progress: show a progress bar over the decompositions.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +49,19 @@ class LayerFactors:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class BaseLayer:
+    """What a method may need to know of the layer under an adapter.
+
+    Attributes:
+        weight: returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
+        scaling: s, by which PEFT multiplies `B A`.
+    """
+
+    weight: Callable[[], torch.Tensor]
+    scaling: float
+
+
 @runtime_checkable
 class InitMethod(Protocol):
     """A frozen config that turns statistics into factors."""
@@ -68,7 +81,16 @@ class InitMethod(Protocol):
     def adjust_scaling_factors(self) -> bool:
         """Whether alpha follows a changed rank so that the scaling `s` stays as it was."""
 
+    @property
+    def offsets_base(self) -> bool:
+        """Whether `s B A` of the start has to be taken off the base for the model to keep its function."""
+
     def factors(
-        self, statistics: Mapping[str, LayerStatistics], ranks: Mapping[str, int], *, progress: bool = False
+        self,
+        statistics: Mapping[str, LayerStatistics],
+        ranks: Mapping[str, int],
+        *,
+        base: Mapping[str, BaseLayer] | None = None,
+        progress: bool = False,
     ) -> dict[str, LayerFactors]:
-        """The factors of every layer in `ranks`, given the rank each layer asked for."""
+        """The factors of every layer in `ranks`, given the rank each layer asked for and what is under its adapter."""
