@@ -56,8 +56,8 @@ def _statistics() -> list[str]:
     records = {name: _record(f"statistics_{name}") for name in ("llama", "small")}
     lines = [
         "All statistics in one pass (input second moments, weight gradients, Fisher diagonals of all linear layers), "
-        "against ordinary forward and backward passes with all weight gradients; and EVA from sketches, against the bare "
-        "forward passes. Medians, same machine, side by side:",
+        "against ordinary forward and backward passes with all weight gradients; and EVA from sketches, against the "
+        "bare forward passes. Medians, same machine, side by side:",
         "",
         "| case | training passes | all statistics | ratio | bare forward | sketched EVA | ratio | of the best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
