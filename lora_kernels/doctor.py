@@ -23,6 +23,8 @@ from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statist
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
 from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
+from lora_kernels.ops.orthonormalize import op as orthonormalize_op
+from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.sketch import op as sketch_op
 from lora_kernels.ops.sketch import project, sketch_
 from lora_kernels.ops.sketch import reference as sketch_reference
@@ -120,6 +122,13 @@ def _project_error(device: torch.device, backend: str) -> float:
     return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth))
 
 
+def _orthonormalize_error(device: torch.device, backend: str) -> float:
+    y = torch.randn(3, 97, 20, generator=torch.Generator().manual_seed(0)).to(device)
+    q, r = (each.double() for each in orthonormalize(y, backend=backend))
+    eye = torch.eye(20, dtype=torch.float64, device=device)
+    return float(torch.linalg.norm(q @ r - y) / torch.linalg.norm(y) + (q.mT @ q - eye).abs().max())
+
+
 def _eigh_error(device: torch.device, backend: str) -> float:
     a = torch.randn(20, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     a = a + a.mT
@@ -194,6 +203,12 @@ def self_tests() -> list[SelfTest]:
             "project",
             _project_error,
             lambda device: sketch_op.project_dispatcher.explain(torch.zeros(2, 2, device=device)),
+            1e-5,
+        ),
+        (
+            "orthonormalize",
+            _orthonormalize_error,
+            lambda device: orthonormalize_op.dispatcher.explain(torch.zeros(2, 2, device=device)),
             1e-5,
         ),
         (
