@@ -11,6 +11,7 @@ from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA
 from lora_kernels.integrations.entry import collect, initialize, plan
+from lora_kernels.integrations.offset import export
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 
@@ -23,6 +24,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "collect",
+    "export",
     "init",
     "initialize",
     "linalg",

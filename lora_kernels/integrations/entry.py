@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from lora_kernels.init import InitMethod, LayerFactors, resolve_method
+from lora_kernels.init.factors import BaseLayer
+from lora_kernels.integrations import offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport, LayerReport
@@ -23,7 +26,8 @@ from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.observe import observation_mode
 from lora_kernels.statistics.options import Forward
 from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.wants import Wants, resolve_wants
+from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.wants import OF_GRADIENTS, Wants, resolve_wants
 
 
 def _options(options: Mapping[str, Any]) -> CollectOptions:
@@ -136,22 +140,27 @@ def initialize(
     *,
     statistics: Statistics | None = None,
     adapter_name: str = "default",
+    base: str = "intact",
     unreached: str = "warn",
     force: bool = False,
     **options: Any,
 ) -> InitReport:
     """Give a PEFT adapter a data-aware start. Call it before the optimizer is created.
 
-    Base weights are never touched. Ranks may change (see the method's config); the adapter's `rank_pattern`,
-    `alpha_pattern` and `target_modules` follow, so that the saved adapter loads in stock PEFT. If anything fails
-    before the factors are written, the model is as it was.
+    Base weights are not touched unless `base="mutate"` asks for it. Ranks may change (see the method's config); the
+    adapter's `rank_pattern`, `alpha_pattern` and `target_modules` follow, so that the saved adapter loads in stock
+    PEFT. If anything fails before the factors are written, the model is as it was.
 
     Args:
         model: a PEFT model.
-        loader: yields batches; not needed with `statistics`.
-        method: `"eva"` or a config such as `EVA(rho=1.0)`.
+        loader: yields batches; not needed with `statistics`, or by a method that reads no data.
+        method: a name such as `"eva"`, or a config such as `EVA(rho=1.0)`; see `init.METHODS`.
         statistics: from `collect` on the same model, instead of a new pass.
         adapter_name: the adapter.
+        base: what methods that start away from zero but keep the model's function do about `s B A` of the start.
+            `intact`: a frozen adapter `<adapter_name>_offset` beside this one takes it off; the base weights stay as
+            they are (`export` writes both as one stock adapter). `mutate`: it is taken off the base weights, as PEFT
+            does; not possible on quantized ones.
         unreached: what to do about layers that the data never reached: `warn` (they keep their stock values) or
             `raise`.
         force: overwrite an adapter whose `lora_B` is not zero.
@@ -168,13 +177,18 @@ def initialize(
     started = time.perf_counter()
     resolved = resolve_method(method)
     check_choice("unreached", unreached, ("warn", "raise"))
-    if (loader is None) == (statistics is None):
+    check_choice("base", base, ("intact", "mutate"))
+    if resolved.wants and (loader is None) == (statistics is None):
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
-    if statistics is None:
+    if resolved.offsets_base:
+        offset.check(model, layers, adapter_name, base)
+    if not resolved.wants:
+        statistics = Statistics({}, 0, 0.0, 0.0)
+    elif statistics is None:
         assert loader is not None  # one of both was given
         sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
         statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**sizes, **options})
@@ -182,10 +196,15 @@ def initialize(
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
-    ranks = _ranks(layers, statistics, unreached)
-    found = resolved.factors(statistics, ranks, progress=bool(options.get("progress", True)))
+    ranks = _ranks(layers, statistics, resolved.wants, unreached)
+    under = {
+        each.target.name: BaseLayer(functools.partial(offset.base_weight, each.target.module), each.scaling)
+        for each in layers.supported
+    }
+    found = resolved.factors(statistics, ranks, base=under, progress=bool(options.get("progress", True)))
     decomposed = time.perf_counter()
     before = _factor_sizes(layers, {})
+    offset.remove(model, adapter_name)
     peft_layers.write(
         model,
         layers,
@@ -193,6 +212,9 @@ def initialize(
         adapter_name,
         adjust_scaling_factors=resolved.adjust_scaling_factors,
     )
+    if resolved.offsets_base:
+        take_off = offset.attach if base == "intact" else offset.subtract
+        take_off(model, adapter_name, [name for name, each in found.items() if each.factors.rank])
     written = time.perf_counter()
     return InitReport(
         method=resolved.name,
@@ -212,8 +234,17 @@ def initialize(
     )
 
 
-def _ranks(layers: peft_layers.LoraLayers, statistics: Statistics, unreached: str) -> dict[str, int]:
-    """The layers that data reached, with their ranks."""
+def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
+    needs_gradients = any(name in OF_GRADIENTS for name in wants)
+    return layer.tokens > 0 and (not needs_gradients or (layer.output is not None and float(layer.output.calls) > 0))
+
+
+def _ranks(
+    layers: peft_layers.LoraLayers, statistics: Statistics, wants: Mapping[str, bool], unreached: str
+) -> dict[str, int]:
+    """The layers that data reached, with their ranks; all of them for a method that reads no data."""
+    if not wants:
+        return {each.target.name: each.rank for each in layers.supported}
     ranks, missed = {}, []
     for each in layers.supported:
         name = each.target.name
@@ -222,7 +253,7 @@ def _ranks(layers: peft_layers.LoraLayers, statistics: Statistics, unreached: st
         seen = statistics[name]
         if (seen.in_features, seen.out_features) != (each.target.in_features, each.target.out_features):
             raise ValueError(f"statistics of layer {name} are of another shape: they come from another model")
-        if seen.input is None or seen.input.tokens <= 0:
+        if not _reached(seen, wants):
             missed.append(name)
         else:
             ranks[name] = each.rank
@@ -246,11 +277,15 @@ def _layer_reports(
 ) -> tuple[LayerReport, ...]:
     reports = []
     for each in layers.supported:
-        name, seen = each.target.name, statistics[each.target.name]
+        name = each.target.name
+        seen = statistics.get(name)
+        notes = () if seen is None else seen.notes
         if name not in found:
-            reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=seen.notes))
+            reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=notes))
             continue
         answer = found[name]
+        start = offset.product_norm(answer.factors, each.scaling)
+        share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
         skipped = statistics.skipped_rows.get(name, 0)
         reports.append(
@@ -261,11 +296,12 @@ def _layer_reports(
                 answer.factors.rank,
                 explained,
                 None if explained is None else max(0.0, 1.0 - explained),
-                seen.input.tokens if seen.input else 0.0,
-                seen.shared_with,
+                0.0 if seen is None else seen.tokens,
+                () if seen is None else seen.shared_with,
                 answer.residual,
                 answer.solver,
-                (*seen.notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
+                share,
+                (*notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
             )
         )
     reports += [LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in layers.unsupported]

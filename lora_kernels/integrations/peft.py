@@ -35,6 +35,11 @@ class LoraTarget:
     alpha: float
     rslora: bool
 
+    @property
+    def scaling(self) -> float:
+        """S, by which PEFT multiplies `B A`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
 
 @dataclass(frozen=True)
 class LoraLayers:
@@ -265,7 +270,7 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
     return with_adapter, without
 
 
-def _patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
+def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
     """Rank and alpha patterns that give every layer its own values under PEFT's matching rule (first match wins)."""
     from peft.utils.other import get_pattern_key  # noqa: PLC0415
 
@@ -292,7 +297,7 @@ def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
     """
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
     layers, without = _config_names(model, adapter)
-    config.rank_pattern, config.alpha_pattern = _patterns(layers, config)
+    config.rank_pattern, config.alpha_pattern = patterns(layers, config)
     if not removed:
         return
     config.target_modules = set(layers)

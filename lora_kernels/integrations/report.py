@@ -28,6 +28,7 @@ class LayerReport:
         shared_with: layers that read the same tensor and share its statistics.
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
         solver: how they were found.
+        start_share: `|s B A| / |W|` (Frobenius) at the start.
         notes: facts a user should know.
     """
 
@@ -41,6 +42,7 @@ class LayerReport:
     shared_with: tuple[str, ...] = ()
     eigen_residual: float | None = None
     solver: str = ""
+    start_share: float = 0.0
     notes: tuple[str, ...] = ()
 
 

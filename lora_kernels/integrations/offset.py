@@ -1,0 +1,265 @@
+"""Adapters that start away from zero, on base weights that stay as they are.
+
+A method such as PiSSA starts at `s B0 A0 != 0` and keeps the model's function by taking that off the base weight. Here
+the base weight is never touched: `-s B0 A0` is a second, frozen adapter of the same PEFT model, active beside the
+first. Its factors are buffers, not parameters, so no optimizer, no `requires_grad_` and no `disable_adapter` of PEFT can
+set them free. `export` writes both as one stock adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.init.factors import LoraFactors
+from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.integrations.plain import linear_features
+from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics.observe import is_sharded
+
+
+def offset_name(adapter: str) -> str:
+    """The name of the frozen adapter that goes with an adapter."""
+    return f"{adapter}_offset"
+
+
+def has_offset(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter has its frozen counterpart."""
+    return offset_name(adapter) in model.peft_config  # type: ignore[operator]
+
+
+def base_weight(module: Any) -> torch.Tensor:
+    """The weight under a LoRA layer.
+
+    Args:
+        module: a PEFT LoRA layer.
+
+    Returns:
+        W, `(m, n)` float32, a copy where the base is quantized, sharded or of another dtype.
+    """
+    from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415  (peft is an optional dependency)
+
+    layer = module.get_base_layer()
+    weight: Any = dequantize_module_weight(layer).detach()
+    if is_sharded(weight):
+        weight = weight.full_tensor()
+    transposed = linear_features(layer) == weight.shape and weight.shape != (module.out_features, module.in_features)
+    if type(layer).__name__ == "Conv1D" or transposed:
+        weight = weight.mT
+    wide: torch.Tensor = weight.to(torch.float32)
+    return wide
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether the base weight of a LoRA layer is not a plain floating tensor that can be changed in place."""
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or type(weight) not in (nn.Parameter, torch.Tensor):
+        return True
+    return not weight.is_floating_point()
+
+
+@contextlib.contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT makes the parameters of every adapter that it activates trainable, also those frozen before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def remove(model: nn.Module, adapter: str) -> None:
+    """Delete the frozen counterpart of an adapter, if there is one."""
+    if has_offset(model, adapter):
+        with _flags_kept(model):
+            active = [each for each in model.active_adapters if each != offset_name(adapter)]  # type: ignore[union-attr]
+            model.base_model.set_adapter(active)  # type: ignore[operator, union-attr]
+            model.delete_adapter(offset_name(adapter))  # type: ignore[operator]
+
+
+def _freeze(linear: nn.Linear, weight: torch.Tensor) -> None:
+    """Make a weight a buffer."""
+    del linear.weight
+    linear.register_buffer("weight", weight)
+
+
+def check(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str, base: str) -> None:
+    """Refuse what could not be finished, before anything is read or written.
+
+    Args:
+        model: the PEFT model.
+        layers: the adapter's layers.
+        adapter: its name.
+        base: `intact` or `mutate`.
+
+    Raises:
+        ValueError: if the adapter uses DoRA (its output is not `s B A x`), or a base that should change is quantized.
+    """
+    if model.peft_config[adapter].use_dora:  # type: ignore[index, union-attr, operator]
+        raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
+    for each in layers.supported:
+        if base == "mutate" and is_quantized(each.target.module):
+            raise ValueError(f'layer {each.target.name} has a quantized base: only base="intact" is possible')
+
+
+def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+    """Take what an adapter's factors are now off the model's function, by a frozen adapter beside it.
+
+    Args:
+        model: the PEFT model, factors written.
+        adapter: the adapter.
+        names: its layers that start away from zero.
+    """
+    config: Any = copy.deepcopy(model.peft_config[adapter])  # type: ignore[index, union-attr, operator]
+    config.init_lora_weights, config.lora_dropout, config.lora_bias = True, 0.0, False  # B = 0, so nothing is added
+    config.modules_to_save = config.trainable_token_indices = None
+    frozen = offset_name(adapter)
+    with _flags_kept(model):
+        active = list(model.active_adapters)  # type: ignore[arg-type]
+        model.add_adapter(frozen, config)  # type: ignore[operator]
+        model.base_model.set_adapter([*active, frozen])  # type: ignore[operator, union-attr]
+    for name in names:
+        module: Any = model.get_submodule(name)
+        _freeze(module.lora_A[frozen], module.lora_A[adapter].weight.detach().clone())
+        _freeze(module.lora_B[frozen], -module.lora_B[adapter].weight.detach())
+        module.scaling[frozen] = module.scaling[adapter]
+    for name, parameter in model.named_parameters():
+        if f".{frozen}." in name or name.endswith(f".{frozen}"):
+            parameter.requires_grad_(False)
+
+
+def subtract(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
+    """Take the start off the base weights themselves, as PEFT does.
+
+    Args:
+        model: the PEFT model, factors written.
+        adapter: the adapter.
+        names: its layers that start away from zero.
+    """
+    with torch.no_grad():
+        for name in names:
+            module: Any = model.get_submodule(name)
+            weight = module.get_base_layer().weight
+            delta = module.get_delta_weight(adapter)
+            weight.copy_(weight.to(delta.dtype) - delta)
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an exported adapter.
+
+    Attributes:
+        rank: of the written adapter.
+        error: `|P - P_k| / |P|` (Frobenius) of the product that it stands for; 0 where nothing was cut.
+    """
+
+    rank: int
+    error: float
+
+
+def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best product of rank `rank` to a product of factors, without forming it (QR of both, SVD of the core).
+
+    Args:
+        a: `(q, n)`.
+        b: `(m, q)`.
+        rank: at most q.
+
+    Returns:
+        A `(rank, n)` and B `(m, rank)` in float64, balanced (`A A^T = B^T B`), and the relative Frobenius error.
+    """
+    left, core_b = torch.linalg.qr(b.to(torch.float64))
+    right, core_a = torch.linalg.qr(a.to(torch.float64).mT)
+    u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
+    total = float(torch.linalg.vector_norm(s))
+    error = float(torch.linalg.vector_norm(s[rank:])) / total if total > 0 else 0.0
+    u, v = fix_pair(left @ u[:, :rank], right @ vh.mT[:, :rank])
+    root = s[:rank].sqrt()
+    return (v * root).mT, u * root, error
+
+
+def export(
+    model: nn.Module, path: str | Path, *, rank: str | int = "exact", adapter_name: str = "default"
+) -> dict[str, ExportedLayer]:
+    """Write an adapter, together with its frozen counterpart, as one stock PEFT adapter for the unmodified base.
+
+    Args:
+        model: the PEFT model.
+        path: a folder.
+        rank: `"exact"` (twice the rank where there is a counterpart), or the rank to cut every layer to.
+        adapter_name: the adapter.
+
+    Returns:
+        By layer, the rank written and the error of cutting.
+
+    Raises:
+        ValueError: if `rank` is neither `"exact"` nor a positive number, or the adapter is missing.
+        TypeError: if the model is no PEFT model.
+    """
+    from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    if isinstance(rank, str):
+        if rank != "exact":
+            raise ValueError(f'rank is {rank!r}, but must be "exact" or a number')
+    else:
+        check_range("rank", rank, low=1, integer=True)
+    layers = peft_layers.find_lora_layers(model, adapter_name)
+    frozen = offset_name(adapter_name) if has_offset(model, adapter_name) else None
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    config: Any = copy.deepcopy(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
+    found: dict[str, ExportedLayer] = {}
+    shapes: dict[str, tuple[int, float]] = {}
+    for each in layers.supported:
+        name = each.target.name
+        module: Any = each.target.module
+        a, b, error = _product(module, adapter_name, frozen, rank)
+        scaling = module.scaling[adapter_name]
+        dtype = module.lora_A[adapter_name].weight.dtype
+        for key, value in (("lora_A", a), ("lora_B", b)):
+            state[f"{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
+        found[name] = ExportedLayer(a.shape[0], error)
+        shapes[name.removeprefix("base_model.model.")] = (a.shape[0], scaling * a.shape[0])
+    for name, old, _why in layers.unsupported:
+        other: Any = model.get_submodule(name)
+        shapes[name.removeprefix("base_model.model.")] = (old, other.scaling[adapter_name] * old)
+    config.use_rslora = False  # alpha = s r, whatever s was made of
+    config.r = max(size for size, _ in shapes.values())
+    config.lora_alpha = next(alpha for size, alpha in shapes.values() if size == config.r)
+    config.rank_pattern, config.alpha_pattern = peft_layers.patterns(shapes, config)
+    config.init_lora_weights, config.inference_mode = True, True
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return found
+
+
+def _product(
+    module: Any, adapter: str, frozen: str | None, rank: str | int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The factors to write for one layer."""
+    a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+    if frozen is not None and frozen in module.lora_A and bool(module.lora_B[frozen].weight.any()):
+        a = torch.cat((a, module.lora_A[frozen].weight.detach().to(a)))
+        b = torch.cat((b, module.lora_B[frozen].weight.detach().to(b)), dim=1)
+    if isinstance(rank, str) or a.shape[0] <= rank:
+        return a, b, 0.0
+    return compress(a, b, rank)
+
+
+def product_norm(factors: LoraFactors, scaling: float) -> float:
+    """`|s B A|` (Frobenius), from the Gram matrices of the factors."""
+    a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
+    return abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))

@@ -1,0 +1,190 @@
+"""Starts away from zero: a frozen counterpart keeps the function, and both leave as one stock adapter."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import lora_kernels as lk
+from lora_kernels.init import LayerFactors, LoraFactors
+from lora_kernels.integrations.offset import compress, offset_name
+from tests.conftest import relative_error
+from tests.statistics.models import padded, samples, tiny_llama
+from tests.statistics.test_models import quantized
+
+BATCH = padded(samples(4), 4)[0]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The leading triplets of W, split evenly: the simplest method that starts away from zero."""
+
+    name: ClassVar[str] = "principal"
+    wants: ClassVar[dict] = {}
+    offsets_base: ClassVar[bool] = True
+    adjust_scaling_factors: ClassVar[bool] = False
+
+    def sketch_size(self, ranks):
+        return max(ranks)
+
+    def factors(self, statistics, ranks, *, base=None, progress=False):
+        found = {}
+        for name, rank in ranks.items():
+            u, s, vh = torch.linalg.svd(base[name].weight(), full_matrices=False)
+            root = (s[:rank] / base[name].scaling).sqrt()
+            factors = LoraFactors((root.unsqueeze(1) * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous())
+            found[name] = LayerFactors(factors, float("nan"), 0.0, "svd")
+        return found
+
+
+def wrapped(base=None, **changes):
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "lora_dropout": 0.3, **changes}
+    return get_peft_model(tiny_llama() if base is None else base, LoraConfig(**settings))
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(**{key: BATCH[key] for key in ("input_ids", "attention_mask")}).logits
+
+
+def train(model, steps=3):
+    model.train()
+    optimizer = torch.optim.AdamW(
+        (each for each in model.parameters() if each.requires_grad), lr=1e-2, weight_decay=0.1
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**BATCH).loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_function_and_the_base_are_kept_and_the_counterpart_stays_frozen(rslora):
+    base = tiny_llama()
+    before, weights = logits(base), {name: value.clone() for name, value in base.state_dict().items()}
+    model = wrapped(base, use_rslora=rslora)
+    flags = {name: each.requires_grad for name, each in model.named_parameters()}
+    report = lk.initialize(model, method=Principal())
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    assert {name: each.requires_grad for name, each in model.named_parameters() if name in flags} == flags
+    frozen = {name: each.clone() for name, each in model.named_buffers() if "_offset" in name}
+    assert len(frozen) == 2 * len(report.layers) and all(each.status == "initialised" for each in report.layers)
+    assert not any("_offset" in name for name, each in model.named_parameters() if each.requires_grad)
+    assert all(0.1 < each.start_share < 1 for each in report.layers)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    train(model)
+    assert relative_error(logits(model), before) > 1e-3
+    for name, each in model.named_buffers():
+        if name in frozen:
+            assert torch.equal(each, frozen[name])
+    for name, value in model.get_base_model().state_dict().items():
+        plain = name.replace(".base_layer", "")
+        if plain in weights:
+            assert torch.equal(value, weights[plain]), name
+
+
+def test_export_is_a_stock_adapter_for_the_untouched_base(tmp_path):
+    model = wrapped()
+    lk.initialize(model, method=Principal())
+    train(model)
+    trained = logits(model)
+    found = lk.export(model, tmp_path / "exact")
+    assert {each.rank for each in found.values()} == {8} and {each.error for each in found.values()} == {0.0}
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "exact")
+    assert relative_error(logits(again), trained) < 1e-5
+    assert relative_error(logits(wrapped()), trained) > 1e-3
+    errors = []
+    for rank in (6, 2):
+        found = lk.export(model, tmp_path / str(rank), rank=rank)
+        assert {each.rank for each in found.values()} == {rank}
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
+        errors.append((relative_error(logits(again), trained), max(each.error for each in found.values())))
+    assert 0 < errors[0][1] < errors[1][1] < 1 and errors[0][0] < errors[1][0]
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", offset_name("default")])
+    assert relative_error(logits(merged), trained) < 1e-5
+
+
+def test_export_of_an_adapter_that_started_at_zero(tmp_path):
+    model = wrapped(modules_to_save=["lm_head"])
+    train(model)
+    found = lk.export(model, tmp_path / "plain")
+    assert {each.rank for each in found.values()} == {4}
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rank is 'half'"):
+        lk.export(model, tmp_path / "bad", rank="half")
+    with pytest.raises(ValueError, match="rank"):
+        lk.export(model, tmp_path / "bad", rank=0)
+    with pytest.raises(ValueError, match="adapter_name"):
+        lk.export(model, tmp_path / "bad", adapter_name="other")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_mutate_changes_the_base_as_peft_does():
+    before, model, stock = logits(tiny_llama()), wrapped(), wrapped(init_lora_weights="pissa")
+    lk.initialize(model, method=Principal(), base="mutate")
+    assert not any("_offset" in name for name in model.state_dict())
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    theirs = dict(stock.named_parameters())
+    for name, value in model.named_parameters():
+        if "base_layer" in name:
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_quantized_bases_are_kept_intact():
+    base = quantized("nf4")
+    before, model = logits(base), wrapped(base)
+    with pytest.raises(ValueError, match='quantized base: only base="intact"'):
+        lk.initialize(model, method=Principal(), base="mutate")
+    lk.initialize(model, method=Principal())
+    assert relative_error(logits(model), before) < 1e-5
+    train(model)
+    assert relative_error(logits(model), before) > 1e-3
+
+
+def test_starting_again_removes_the_old_counterpart():
+    model = wrapped()
+    before = logits(model)
+    lk.initialize(model, method=Principal())
+    with pytest.raises(ValueError, match="lora_B that is not zero"):
+        lk.initialize(model, method=Principal())
+    lk.initialize(model, method=Principal(), force=True)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    lk.initialize(model, [BATCH], "eva", force=True, progress=False)
+    assert list(model.peft_config) == ["default"]
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+
+
+def test_several_adapters_with_starts_of_their_own():
+    model = wrapped()
+    before = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
+    lk.initialize(model, method=Principal())
+    lk.initialize(model, method=Principal(), adapter_name="second")
+    model.base_model.set_adapter(["default", offset_name("default"), "second", offset_name("second")])
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_is_refused_before_anything_is_read():
+    model = wrapped(use_dora=True)
+    with pytest.raises(ValueError, match="DoRA"):
+        lk.initialize(model, method=Principal())
+    assert list(model.peft_config) == ["default"]
+
+
+def test_compress_is_the_best_of_its_rank():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 30).double(), torch.randn(20, 6).double()
+    u, s, vh = torch.linalg.svd(b @ a)
+    small_a, small_b, error = compress(a, b, 3)
+    torch.testing.assert_close(small_b @ small_a, u[:, :3] * s[:3] @ vh[:3])
+    torch.testing.assert_close(small_a @ small_a.mT, small_b.mT @ small_b)
+    assert error == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-9)
+    assert compress(a * 0, b, 2)[2] == 0.0
