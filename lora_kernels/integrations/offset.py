@@ -2,8 +2,8 @@
 
 A method such as PiSSA starts at `s B0 A0 != 0` and keeps the model's function by taking that off the base weight. Here
 the base weight is never touched: `-s B0 A0` is a second, frozen adapter of the same PEFT model, active beside the
-first. Its factors are buffers, not parameters, so no optimizer, no `requires_grad_` and no `disable_adapter` of PEFT can
-set them free. `export` writes both as one stock adapter.
+first. Its factors are buffers, not parameters, so no optimizer, no `requires_grad_` and no `disable_adapter` of PEFT
+can set them free. `export` writes both as one stock adapter.
 """
 
 from __future__ import annotations
