@@ -94,10 +94,11 @@ def peft(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
     elif method == "corda":
         config = _config(model, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
 
-        def run() -> None:
+        def run() -> None:  # PEFT's hook takes one sample at a time
             with torch.no_grad():
                 for batch in batches:
-                    model(**batch)
+                    for row in range(len(batch["input_ids"])):
+                        model(**{key: value[row : row + 1] for key, value in batch.items()})
 
         preprocess_corda(model, config, run_model=run)
         get_peft_model(base, config)
