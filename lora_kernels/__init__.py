@@ -9,7 +9,7 @@ Importing touches no GPU and needs no compiler.
 
 from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
-from lora_kernels.init import EVA
+from lora_kernels.init import EVA, LoraDA
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
@@ -19,6 +19,7 @@ __all__ = [
     "CollectOptions",
     "InitReport",
     "LayerReport",
+    "LoraDA",
     "Plan",
     "Statistics",
     "__version__",

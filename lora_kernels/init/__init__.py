@@ -2,9 +2,10 @@
 
 from lora_kernels.init.eva import EVA
 from lora_kernels.init.factors import InitMethod, LayerFactors, LoraFactors
+from lora_kernels.init.lora_da import LoraDA
 from lora_kernels.init.ranks import redistribute
 
-METHODS: dict[str, type[EVA]] = {EVA.name: EVA}
+METHODS: dict[str, type[EVA] | type[LoraDA]] = {each.name: each for each in (EVA, LoraDA)}
 
 
 def resolve_method(method: str | InitMethod) -> InitMethod:
@@ -29,4 +30,4 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
     return method
 
 
-__all__ = ["EVA", "METHODS", "InitMethod", "LayerFactors", "LoraFactors", "redistribute", "resolve_method"]
+__all__ = ["EVA", "METHODS", "InitMethod", "LayerFactors", "LoraDA", "LoraFactors", "redistribute", "resolve_method"]

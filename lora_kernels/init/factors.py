@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.store import Statistics
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class InitMethod(Protocol):
     def wants(self) -> Mapping[str, bool]:
         """The statistics it reads; True where only the exact sums will do (see `statistics.resolve_wants`)."""
 
+    @property
+    def collect_options(self) -> Mapping[str, Any]:
+        """Fields of `statistics.CollectOptions` that `initialize` collects with, unless told otherwise."""
+
     def sketch_size(self, ranks: Sequence[int]) -> int:
         """Columns that a sketch should have to serve these ranks well."""
 
@@ -87,7 +91,7 @@ class InitMethod(Protocol):
 
     def factors(
         self,
-        statistics: Mapping[str, LayerStatistics],
+        statistics: Statistics,
         ranks: Mapping[str, int],
         *,
         base: Mapping[str, BaseLayer] | None = None,

@@ -149,14 +149,14 @@ def initialize(
     Args:
         model: a PEFT model.
         loader: yields batches; not needed with `statistics`.
-        method: `"eva"` or a config such as `EVA(rho=1.0)`.
+        method: `"eva"`, `"lora_da"` or a config such as `EVA(rho=1.0)`.
         statistics: from `collect` on the same model, instead of a new pass.
         adapter_name: the adapter.
         unreached: what to do about layers that the data never reached: `warn` (they keep their stock values) or
             `raise`.
         force: overwrite an adapter whose `lora_B` is not zero.
         options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
-            default `sketch_size` follows the ranks.
+            default `sketch_size` follows the ranks, and the method sets others (its `collect_options`).
 
     Returns:
         What was done, layer by layer.
@@ -177,7 +177,8 @@ def initialize(
     if statistics is None:
         assert loader is not None  # one of both was given
         sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
-        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**sizes, **options})
+        defaults = {**sizes, **resolved.collect_options}
+        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**defaults, **options})
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")
