@@ -192,9 +192,7 @@ class LoraDA:
         if other:
             warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=3)
 
-    def _layer(
-        self, statistics: Statistics, name: str, rank: int, metric: _Input, population: int
-    ) -> LayerFactors:
+    def _layer(self, statistics: Statistics, name: str, rank: int, metric: _Input, population: int) -> LayerFactors:
         notes = list(metric.notes)
         inverse = self._inverse_fisher(statistics, name, notes).to(metric.lower.device)
         gradient = statistics.mean_gradient(name).to(metric.lower)
@@ -285,10 +283,11 @@ def _factorize(moments: InputMoments, damping: float, name: str) -> _Input:
 def _gram(step: torch.Tensor) -> LinearOperator:
     """The smaller one of `D D^T` and `D^T D`."""
     thin = step if step.shape[0] <= step.shape[1] else step.mT
-    size = thin.shape[0]
-    return LinearOperator(
-        (size, size), lambda x: thin @ (thin.mT @ x), lambda x: thin @ (thin.mT @ x), step.dtype, step.device
-    )
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return thin @ (thin.mT @ x)
+
+    return LinearOperator((thin.shape[0], thin.shape[0]), apply, apply, step.dtype, step.device)
 
 
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
