@@ -9,7 +9,7 @@ Importing touches no GPU and needs no compiler.
 
 from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
-from lora_kernels.init import EVA
+from lora_kernels.init import EVA, LoraDA, TaskDirections
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.offset import export
 from lora_kernels.integrations.report import InitReport, LayerReport
@@ -20,8 +20,10 @@ __all__ = [
     "CollectOptions",
     "InitReport",
     "LayerReport",
+    "LoraDA",
     "Plan",
     "Statistics",
+    "TaskDirections",
     "__version__",
     "collect",
     "export",

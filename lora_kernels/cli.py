@@ -66,11 +66,10 @@ def _init(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.init import METHODS  # noqa: PLC0415
     from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
     from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
 
-    check_choice("method", options.method, tuple(METHODS))
+    check_choice("method", options.method, (lk.EVA.name,))
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
     method = lk.EVA(

@@ -1,10 +1,14 @@
 """Floor 4: initialisation methods, pure functions of statistics. No module and no hook in here."""
 
+from typing import Any
+
 from lora_kernels.init.eva import EVA
 from lora_kernels.init.factors import InitMethod, LayerFactors, LoraFactors
+from lora_kernels.init.lora_da import LoraDA
 from lora_kernels.init.ranks import redistribute
+from lora_kernels.init.task_directions import TaskDirections
 
-METHODS: dict[str, type[EVA]] = {EVA.name: EVA}
+METHODS: dict[str, Any] = {each.name: each for each in (EVA, LoraDA, TaskDirections)}
 
 
 def resolve_method(method: str | InitMethod) -> InitMethod:
@@ -23,10 +27,21 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}, or a config")
-        return METHODS[method]()
+        made: InitMethod = METHODS[method]()
+        return made
     if not isinstance(method, InitMethod):
         raise TypeError(f"method must be a name or a method config such as EVA(), got {type(method).__name__}")
     return method
 
 
-__all__ = ["EVA", "METHODS", "InitMethod", "LayerFactors", "LoraFactors", "redistribute", "resolve_method"]
+__all__ = [
+    "EVA",
+    "METHODS",
+    "InitMethod",
+    "LayerFactors",
+    "LoraDA",
+    "LoraFactors",
+    "TaskDirections",
+    "redistribute",
+    "resolve_method",
+]

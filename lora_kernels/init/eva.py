@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -67,6 +68,7 @@ class EVA:
     name: ClassVar[str] = "eva"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["eva"]
     offsets_base: ClassVar[bool] = False
+    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     rho: float = 2.0
     center: bool = True

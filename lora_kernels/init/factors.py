@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.store import Statistics
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class BaseLayer:
     Attributes:
         weight: returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
         scaling: s, by which PEFT multiplies `B A`.
+        adapter: returns the factors as they are now, or `None`.
     """
 
     weight: Callable[[], torch.Tensor]
     scaling: float
+    adapter: Callable[[], LoraFactors] | None = None
 
 
 @runtime_checkable
@@ -74,6 +76,10 @@ class InitMethod(Protocol):
     def wants(self) -> Mapping[str, bool]:
         """The statistics it reads; True where only the exact sums will do (see `statistics.resolve_wants`)."""
 
+    @property
+    def collect_options(self) -> Mapping[str, Any]:
+        """Fields of `statistics.CollectOptions` that `initialize` collects with, unless told otherwise."""
+
     def sketch_size(self, ranks: Sequence[int]) -> int:
         """Columns that a sketch should have to serve these ranks well."""
 
@@ -87,7 +93,7 @@ class InitMethod(Protocol):
 
     def factors(
         self,
-        statistics: Mapping[str, LayerStatistics],
+        statistics: Statistics,
         ranks: Mapping[str, int],
         *,
         base: Mapping[str, BaseLayer] | None = None,

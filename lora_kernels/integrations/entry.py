@@ -6,8 +6,8 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ def initialize(
             `raise`.
         force: overwrite an adapter whose `lora_B` is not zero.
         options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
-            default `sketch_size` follows the ranks.
+            default `sketch_size` follows the ranks, and the method sets others (its `collect_options`).
 
     Returns:
         What was done, layer by layer.
@@ -175,7 +175,7 @@ def initialize(
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
-    resolved = resolve_method(method)
+    resolved = _with_population(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
     if resolved.wants and (loader is None) == (statistics is None):
@@ -191,16 +191,14 @@ def initialize(
     elif statistics is None:
         assert loader is not None  # one of both was given
         sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
-        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**sizes, **options})
+        defaults = {**sizes, **resolved.collect_options}
+        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**defaults, **options})
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
     ranks = _ranks(layers, statistics, resolved.wants, unreached)
-    under = {
-        each.target.name: BaseLayer(functools.partial(offset.base_weight, each.target.module), each.scaling)
-        for each in layers.supported
-    }
+    under = {each.target.name: _under(each, adapter_name) for each in layers.supported}
     found = resolved.factors(statistics, ranks, base=under, progress=bool(options.get("progress", True)))
     decomposed = time.perf_counter()
     before = _factor_sizes(layers, {})
@@ -232,6 +230,23 @@ def initialize(
         trainable_before=before,
         trainable=_factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
     )
+
+
+def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
+    module = layer.target.module
+    return BaseLayer(
+        functools.partial(offset.base_weight, module),
+        layer.scaling,
+        functools.partial(peft_layers.read_factors, module, adapter),
+    )
+
+
+def _with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
+    """A method that weighs by the size of the training set, and was not told it, takes that of the loader's dataset."""
+    dataset = getattr(loader, "dataset", None)
+    if getattr(method, "population_size", 0) is None and isinstance(dataset, Sized) and len(dataset) > 0:
+        return replace(method, population_size=len(dataset))  # type: ignore[type-var]
+    return method
 
 
 def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:

@@ -211,6 +211,13 @@ def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: s
     return found
 
 
+def read_factors(module: Any, adapter: str) -> LoraFactors:
+    """The factors of a LoRA layer as they are now, float32 copies, whole where they are sharded."""
+    weights = [getattr(module, name)[adapter].weight.detach() for name in ("lora_A", "lora_B")]
+    whole = [each.full_tensor() if is_sharded(each) else each for each in weights]
+    return LoraFactors(*(each.to(torch.float32, copy=True) for each in whole))
+
+
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
     """Write a weight in place where the shape allows, else as a new parameter of the same dtype and flag."""
     old = linear.weight

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops import _philox
 from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.small_linalg import eigh as small_eigh
@@ -38,16 +39,20 @@ class TopEigenpairs:
     products: int
 
 
-def _direct(matrices: torch.Tensor, k: int, method: str, products: int) -> TopEigenpairs:
+def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, products: int) -> TopEigenpairs:
+    if isinstance(matrices, LinearOperator):
+        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        dense = matrices.matmul(identity)
+        matrices = (dense + dense.mT) / 2
     # Above what the batched small solver takes, only the signs of the k wanted columns are worth fixing.
     solve = small_eigh if matrices.shape[-1] <= _SMALL_ORDER else torch.linalg.eigh
     values, vectors = solve(matrices)
     values, vectors = values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
-    return TopEigenpairs(values, vectors, _residuals(matrices, values, vectors), method, products)
+    return TopEigenpairs(values, vectors, _residuals(matrices @ vectors, values, vectors), method, products)
 
 
-def _residuals(matrices: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    error = torch.linalg.vector_norm(matrices @ vectors - vectors * values.unsqueeze(-2), dim=-2).amax(-1)
+def _residuals(image: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    error = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2).amax(-1)
     scale = values.abs().amax(-1)
     return torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error)
 
@@ -71,7 +76,7 @@ def _rayleigh_ritz(
 
 
 def eigh_topk(
-    matrices: torch.Tensor,
+    matrices: torch.Tensor | LinearOperator,
     k: int,
     *,
     oversample: int = 8,
@@ -87,7 +92,8 @@ def eigh_topk(
     every product. Small matrices, and a k that is a large share of n, take the full decomposition, which is cheaper.
 
     Args:
-        matrices: `(..., n, n)` symmetric, both triangles valid. float16/bfloat16/float32 are computed in float64.
+        matrices: `(..., n, n)` symmetric, both triangles valid. float16/bfloat16/float32 are computed in float64. Or a
+            symmetric float64 `LinearOperator`: the full decomposition multiplies it with the identity.
         k: number of pairs, 1 <= k <= n.
         oversample: extra columns of the block; more converges in fewer, dearer rounds.
         tolerance: relative residual at which a pair counts as converged.
@@ -98,26 +104,35 @@ def eigh_topk(
         The pairs in float64.
 
     Raises:
-        TypeError: if `matrices` is no float tensor.
+        TypeError: if `matrices` is neither a float tensor nor a float64 operator.
         ValueError: if it is not square, k is out of range, or an entry is NaN or infinite.
     """
-    check_tensor("matrices", matrices)
-    if matrices.dim() < 2 or matrices.shape[-1] != matrices.shape[-2]:
+    if not isinstance(matrices, LinearOperator):
+        check_tensor("matrices", matrices)
+    elif matrices.dtype != torch.float64:
+        raise TypeError(f"the operator's dtype is {matrices.dtype}, but must be float64")
+    if len(matrices.shape) < 2 or matrices.shape[-1] != matrices.shape[-2]:
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, but must be square in its last two sizes")
     n = matrices.shape[-1]
     check_range("k", k, low=1, high=n, integer=True)
     check_range("oversample", oversample, low=0, integer=True)
-    if not bool(torch.isfinite(matrices).all()):
-        raise ValueError("matrices holds NaN or infinite entries")
-    matrices = matrices.to(torch.float64)
+    if isinstance(matrices, LinearOperator):
+        device, apply = matrices.device, matrices.matmul
+    else:
+        if not bool(torch.isfinite(matrices).all()):
+            raise ValueError("matrices holds NaN or infinite entries")
+        matrices = matrices.to(torch.float64)
+        device, apply = matrices.device, matrices.__matmul__
     block = min(n, k + oversample)
     depth = max(2, min(8, n // (_BASIS_SHARE * block) - 1))
     if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
         return _direct(matrices, k, "direct", 0)
 
-    start = _philox.normal(n, block, seed=seed).to(matrices.device)
-    vectors = _orthonormalize(matrices @ start, None)
-    image = matrices @ vectors
+    start = apply(_philox.normal(n, block, seed=seed).to(device))
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("the product with matrices holds NaN or infinite entries")
+    vectors = _orthonormalize(start, None)
+    image = apply(vectors)
     products = 2
     previous = float("inf")
     for remaining in range(max_restarts - 1, -1, -1):
@@ -126,14 +141,14 @@ def eigh_topk(
             basis = torch.cat(bases, dim=-1)
             fresh = _orthonormalize(images[-1], basis)
             bases.append(fresh)
-            images.append(matrices @ fresh)
+            images.append(apply(fresh))
             products += 1
         values, vectors, image = _rayleigh_ritz(torch.cat(bases, dim=-1), torch.cat(images, dim=-1), block)
         residual = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2)[..., :k].amax(-1)
         worst = float((residual / values[..., 0].abs().clamp_min(torch.finfo(values.dtype).tiny)).max())
         if worst <= tolerance:
             values, found = values[..., :k], fix_signs(vectors[..., :k])
-            return TopEigenpairs(values, found, _residuals(matrices, values, found), "krylov", products)
+            return TopEigenpairs(values, found, _residuals(apply(found), values, found), "krylov", products)
         if worst * min(1.0, worst / previous) ** remaining > tolerance and previous < float("inf"):
             break  # at this pace the remaining rounds do not get there: a spectrum without decay
         previous = worst

@@ -162,7 +162,7 @@ class InputMoments(Accumulator):
         result = torch.empty(self.features, self.features, dtype=torch.float64, device=self.second.device)
         for low in range(0, self.features, _PANEL):
             high = min(low + _PANEL, self.features)
-            rows = self.second[low:high, :high].to(torch.float64).div_(tokens)
+            rows = self.second[low:high, :high].to(torch.float64, copy=True).div_(tokens)
             if center:
                 rows.addr_(mean[low:high], mean[:high], alpha=-1.0)
             diagonal = rows[:, low:].tril()

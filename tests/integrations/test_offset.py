@@ -27,6 +27,7 @@ class Principal:
     wants: ClassVar[dict] = {}
     offsets_base: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
+    collect_options: ClassVar[dict] = {}
 
     def sketch_size(self, ranks):
         return max(ranks)

@@ -33,6 +33,15 @@ def test_float64_sums_take_half_inputs():
     torch.testing.assert_close(moments.covariance(), torch.cov(x.double().mT, correction=0), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reading_the_covariance_leaves_the_sums(dtype):
+    moments = InputMoments(6, torch.device("cpu"), dtype)
+    moments.update(torch.randn(50, 6))
+    kept = moments.second.clone()
+    first, again = moments.covariance(), moments.covariance()
+    assert torch.equal(first, again) and torch.equal(moments.second, kept)
+
+
 def test_nothing_counted_is_an_error():
     with pytest.raises(ValueError, match="0 tokens"):
         InputMoments(3, torch.device("cpu")).covariance()

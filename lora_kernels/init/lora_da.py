@@ -1,0 +1,343 @@
+"""LoRA-DA: data-aware initialisation by asymptotic analysis (arXiv 2510.24561)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from tqdm import tqdm
+
+from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
+from lora_kernels.init.ranks import offers
+from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
+from lora_kernels.linalg.eigen import DIRECT_ORDER
+from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops.small_linalg import fix_signs
+from lora_kernels.statistics.distributed import share_out
+from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.wants import METHOD_WANTS
+
+# Our names of the authors' token masks.
+_MASKS = {"attention": "attention", "labels": "next_labels"}
+# Tenfold raises of the damping before a second moment is given up.
+_RAISES = 12
+# Gains below this share of the largest are rounding.
+_NO_GAIN = 1e-13
+# A Rayleigh quotient errs by the square of its vector's residual.
+_NORM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What layers that read the same tensor have in common."""
+
+    lower: torch.Tensor  # (n, n), the Cholesky factor of C = M / N + damping I
+    damping: float  # after any raises
+    mean: torch.Tensor  # (n,)
+    power: float  # trace of M / N
+    notes: tuple[str, ...]
+
+    def solve(self, block: torch.Tensor) -> torch.Tensor:
+        """`C^{-1}` times a block."""
+        return torch.cholesky_solve(block, self.lower)
+
+    def explained(self, vectors: torch.Tensor) -> float:
+        """Share of the (centred) input variance in the span of orthonormal columns."""
+        inside = float((self.lower.mT @ vectors).square().sum()) - self.damping * vectors.shape[1]
+        variance = float((vectors.mT @ self.mean).square().sum())
+        total = self.power - float(self.mean.square().sum())
+        return min(1.0, max(0.0, (inside - variance) / total)) if total > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class LoraDA:
+    """A = the directions that gain most from a Fisher-preconditioned step, against their variance; B = that step in A.
+
+    With `C = M / N + damping I` (raw second moment of the input), `f` the mean squared output gradients, `G` the mean
+    gradient over samples and `w = 1 / (f + damping)`: `D = -C^{-1} G^T diag(w)`, and the rows of A are the eigenvectors
+    of the smallest eigenvalues of `-bias_weight D D^T + variance_weight (sum w / population_size) C^{-1}`, and
+    `B = (A D)^T / |D|_2`, both over `sqrt(gamma)`. The base weight stays as it is, so the model starts one step on.
+    All in float64.
+
+    Args:
+        bias_weight: of the first term, above 0.
+        variance_weight: of the second term; with 0 the rows of A are the leading left singular vectors of D.
+        damping: of C and of f.
+        gamma: both factors are divided by its square root.
+        population_size: number of samples of the training set; by default the number of samples read.
+        normalize: divide D (and so B) by its largest singular value.
+        token_mask: which rows count in C and f: `attention`, or `labels`: positions whose next label counts.
+        output_damping_ratio: dampen f by this share of its (lower) median instead of `damping`.
+        normalize_variance: give the second term the Frobenius norm of the first one, before `variance_weight`; forms
+            the inverse of C.
+        balance_factors: split the singular values of B evenly between A and B; A's rows are then not orthogonal.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    name: ClassVar[str] = "lora_da"
+    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["lora_da"]
+    offsets_base: ClassVar[bool] = False
+    adjust_scaling_factors: ClassVar[bool] = False
+
+    bias_weight: float = 1.0
+    variance_weight: float = 0.03
+    damping: float = 1e-6
+    gamma: float = 1024.0
+    population_size: int | None = None
+    normalize: bool = True
+    token_mask: str = "attention"
+    output_damping_ratio: float | None = None
+    normalize_variance: bool = False
+    balance_factors: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges that need no model."""
+        for name in ("bias_weight", "damping", "gamma", "output_damping_ratio"):
+            value = getattr(self, name)
+            if name == "output_damping_ratio" and value is None:
+                continue
+            check_range(name, value)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
+        check_range("variance_weight", self.variance_weight, low=0)
+        check_choice("token_mask", self.token_mask, tuple(_MASKS))
+        if self.population_size is not None:
+            check_range("population_size", self.population_size, low=1, integer=True)
+
+    @property
+    def collect_options(self) -> Mapping[str, Any]:
+        """The authors' loop over single samples, whatever the batch size."""
+        return {"weighting": "sample", "mask": _MASKS[self.token_mask]}
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (nothing of it may be sketched)
+        """Columns that a sketch should have: none is read."""
+        return 1
+
+    def factors(
+        self,
+        statistics: Statistics,
+        ranks: Mapping[str, int],
+        *,
+        base: Mapping[str, BaseLayer] | None = None,  # noqa: ARG002  (not needed)
+        progress: bool = False,
+    ) -> dict[str, LayerFactors]:
+        """The factors of every layer.
+
+        Args:
+            statistics: exact input second moments, Fisher diagonals and weight gradients, collected with
+                `collect_options`; a warning says where they were not.
+            ranks: the rank of each layer.
+            base: not needed.
+            progress: show a progress bar.
+
+        Returns:
+            Per layer its factors: `A` `(r, n)` with orthogonal rows (unless balanced), `B` `(m, r)`. `residual` is that
+            of the eigenpairs, relative to the largest eigenvalue.
+
+        Raises:
+            ValueError: if a rank is outside [1, min(m, n)], statistics are missing, sketched, zero or not finite, or no
+                damping makes a second moment positive definite.
+        """
+        limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
+        offers(ranks, limits, rho=1.0)
+        population = self._population(statistics)
+        groups: dict[int, list[str]] = {}  # layers that share an input share its Cholesky factor
+        for name in ranks:
+            _check_layer(statistics, name)
+            groups.setdefault(id(statistics[name].input), []).append(name)
+        if not groups:
+            return {}
+        self._warn_of_conventions(statistics)
+        members = dict(enumerate(groups.values()))
+        with tqdm(total=len(ranks), desc="solving layers", unit="layer", disable=not progress, leave=False) as bar:
+
+            def solve(number: int) -> dict[str, LayerFactors]:
+                first, found = members[number][0], {}
+                moments = statistics[first].input
+                assert isinstance(moments, InputMoments)  # _check_layer
+                metric = _factorize(moments, self.damping, first)
+                for name in members[number]:
+                    found[name] = self._layer(statistics, name, ranks[name], metric, population)
+                    bar.update()
+                return found
+
+            # The processes of a distributed run share the inputs out and exchange the results.
+            first = statistics[members[0][0]].input
+            assert first is not None  # _check_layer
+            solved = share_out(members, solve, first.total.device)
+        found = {name: answer for each in solved.values() for name, answer in each.items()}
+        return {name: found[name] for name in ranks}
+
+    def _population(self, statistics: Statistics) -> int:
+        population = self.population_size or statistics.samples
+        if population < 1:
+            raise ValueError("statistics count no samples: give population_size, the size of the training set")
+        return population
+
+    def _warn_of_conventions(self, statistics: Statistics) -> None:
+        used = statistics.fingerprint.get("options", {})
+        other = [
+            f"{key}={used[key]!r} instead of {value!r}"
+            for key, value in self.collect_options.items()
+            if key in used and used[key] != value
+        ]
+        if other:
+            warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=3)
+
+    def _layer(self, statistics: Statistics, name: str, rank: int, metric: _Input, population: int) -> LayerFactors:
+        notes = list(metric.notes)
+        inverse = self._inverse_fisher(statistics, name, notes).to(metric.lower.device)
+        gradient = statistics.mean_gradient(name).to(metric.lower)
+        step = metric.solve((gradient * inverse.unsqueeze(-1)).mT).neg_()
+        variance = self._variance(step, inverse, metric, population)
+        if variance > 0 and not self.normalize_variance and self.population_size is None:
+            notes.append(f"population_size was left open: taken as the {population} samples read")
+        pairs = _directions(step, rank, self.bias_weight, variance, metric)
+        gains = int((pairs.values > _NO_GAIN * pairs.values[0].abs()).sum())
+        if gains < rank:
+            notes.append(f"only {gains} of {rank} directions gain more than their variance costs")
+        a = pairs.vectors.mT
+        b = step.mT @ pairs.vectors
+        if self.normalize:
+            b /= _spectral_norm(step)
+        if self.balance_factors:
+            u, s, vh = torch.linalg.svd(b, full_matrices=False)
+            u, v = fix_pair(u, vh.mT)
+            b, a = u * s.sqrt(), s.sqrt().unsqueeze(-1) * (v.mT @ a)
+        scale = math.sqrt(self.gamma)
+        made = LoraFactors((a / scale).to(torch.float32).contiguous(), (b / scale).to(torch.float32).contiguous())
+        explained = metric.explained(pairs.vectors)
+        return LayerFactors(made, explained, float(pairs.residuals), pairs.method, tuple(notes))
+
+    def _inverse_fisher(self, statistics: Statistics, name: str, notes: list[str]) -> torch.Tensor:
+        output = statistics[name].output
+        assert output is not None and output.fisher is not None  # _check_layer
+        mean = output.fisher.to(torch.float64) / output.tokens
+        if self.output_damping_ratio is None:
+            return 1.0 / (mean + self.damping)
+        median = float(mean.median())
+        if median <= 0:
+            notes.append("half of the Fisher diagonal is zero: so is its median, which was to dampen it")
+        return 1.0 / (mean + max(self.output_damping_ratio * median, torch.finfo(torch.float32).tiny))
+
+    def _variance(self, step: torch.Tensor, inverse: torch.Tensor, metric: _Input, population: int) -> float:
+        """The factor of `C^{-1}`, for a D that is not normalised: the eigenvectors are the same."""
+        if self.variance_weight == 0:
+            return 0.0
+        if not self.normalize_variance:
+            return self.variance_weight * float(inverse.sum()) / population
+        gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
+        bias = self.bias_weight * float(torch.linalg.norm(gram))
+        return self.variance_weight * bias / float(torch.linalg.norm(torch.cholesky_inverse(metric.lower)))
+
+
+def _check_layer(statistics: Statistics, name: str) -> None:
+    layer = statistics[name]
+    again = 'collect(wants="lora_da") keeps what is needed'
+    if layer.input is None or layer.input.tokens <= 0:
+        raise ValueError(f"layer {name} saw no token in the collection pass")
+    if not isinstance(layer.input, InputMoments):
+        raise ValueError(f"layer {name} holds a sketch of its input, but LoRA-DA needs the exact moments: {again}")
+    output = layer.output
+    if output is None or output.fisher is None or (output.gradient is None and output.sketch is None):
+        raise ValueError(f"layer {name} has no Fisher diagonal and weight gradient: {again}")
+    if output.gradient is None:
+        raise ValueError(f"layer {name} holds a sketch of its gradient, but LoRA-DA needs the exact one: {again}")
+    if output.tokens <= 0 or statistics.loss_items <= 0:
+        raise ValueError(f"layer {name} counted no row in the backward pass: there was none, or all were masked")
+    for what, sums in (("weight gradient", output.gradient), ("Fisher diagonal", output.fisher)):
+        largest = float(sums.abs().max())
+        if not math.isfinite(largest):
+            raise ValueError(f"the {what} of layer {name} holds NaN or infinite entries")
+        if largest == 0:
+            raise ValueError(f"the {what} of layer {name} is zero: the loss of this data does not depend on it")
+
+
+def _factorize(moments: InputMoments, damping: float, name: str) -> _Input:
+    matrix = moments.covariance(center=False)
+    diagonal = matrix.diagonal()
+    power = float(diagonal.sum())
+    if not math.isfinite(power):
+        raise ValueError(f"the input second moment of layer {name} holds NaN or infinite entries")
+    notes: tuple[str, ...] = ()
+    plain, used = diagonal.clone(), damping
+    for _ in range(_RAISES):
+        torch.add(plain, used, out=diagonal)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            if used > damping:
+                notes = (f"input damping raised from {damping:g} to {used:g}: the moments are not positive definite",)
+            return _Input(lower, used, moments.mean(), power, notes)
+        used *= 10
+    raise ValueError(f"the input second moment of layer {name} is not positive definite, even with damping {used:g}")
+
+
+def _gram(step: torch.Tensor) -> LinearOperator:
+    """The smaller one of `D D^T` and `D^T D`."""
+    thin = step if step.shape[0] <= step.shape[1] else step.mT
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return thin @ (thin.mT @ x)
+
+    return LinearOperator((thin.shape[0], thin.shape[0]), apply, apply, step.dtype, step.device)
+
+
+def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
+    if min(step.shape) <= DIRECT_ORDER:
+        norm: torch.Tensor = torch.linalg.matrix_norm(step, ord=2)
+        return norm
+    return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
+
+
+def _directions(step: torch.Tensor, rank: int, bias: float, variance: float, metric: _Input) -> TopEigenpairs:
+    """The largest eigenpairs of `bias D D^T - variance C^{-1}`, a matrix that only products are taken with."""
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        product = step @ (step.mT @ x)
+        return bias * product - variance * metric.solve(x) if variance > 0 else bias * product
+
+    n, m = step.shape
+    if variance > 0 or (n <= m and n > DIRECT_ORDER):
+        return eigh_topk(LinearOperator((n, n), apply, apply, step.dtype, step.device), rank)
+    if min(n, m) <= DIRECT_ORDER:
+        u, s, _ = torch.linalg.svd(step, full_matrices=False)
+        values, vectors, method, products = bias * s[:rank].square(), u[:, :rank], "svd", 0
+    else:
+        pairs = eigh_topk(_gram(step), rank)
+        values, method, products = bias * pairs.values, pairs.method, pairs.products
+        vectors = torch.linalg.qr(step @ pairs.vectors).Q
+    vectors = fix_signs(vectors)
+    error = torch.linalg.vector_norm(apply(vectors) - vectors * values, dim=0).amax() / values[0]
+    return TopEigenpairs(values, vectors, error, method, products)
+
+
+def descent_step(statistics: Statistics, name: str, damping: float) -> torch.Tensor:
+    """The Fisher-preconditioned descent step `D = -C^{-1} G^T diag(1 / (f + damping))` of a layer.
+
+    Args:
+        statistics: exact input second moments, Fisher diagonals and weight gradients.
+        name: the layer.
+        damping: of C and of f.
+
+    Returns:
+        `(n, m)` float64.
+
+    Raises:
+        ValueError: as `LoraDA.factors`.
+    """
+    _check_layer(statistics, name)
+    layer = statistics[name]
+    assert isinstance(layer.input, InputMoments) and layer.output is not None and layer.output.fisher is not None
+    metric = _factorize(layer.input, damping, name)
+    inverse = 1.0 / (layer.output.fisher.to(torch.float64) / layer.output.tokens + damping)
+    gradient = statistics.mean_gradient(name).to(metric.lower)
+    step: torch.Tensor = metric.solve((gradient * inverse.to(gradient.device).unsqueeze(-1)).mT).neg_()
+    return step
