@@ -207,7 +207,7 @@ class LoraDA:
         a = pairs.vectors.mT
         b = step.mT @ pairs.vectors
         if self.normalize:
-            b /= _spectral_norm(step)
+            b /= _spectral_norm(step) if variance > 0 else (pairs.values[0] / self.bias_weight).sqrt()
         if self.balance_factors:
             u, s, vh = torch.linalg.svd(b, full_matrices=False)
             u, v = fix_pair(u, vh.mT)
@@ -292,7 +292,8 @@ def _gram(step: torch.Tensor) -> LinearOperator:
 
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
     if min(step.shape) <= DIRECT_ORDER:
-        return torch.linalg.matrix_norm(step, ord=2)
+        values: torch.Tensor = torch.linalg.svdvals(step)
+        return values[0]
     return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
 
 
