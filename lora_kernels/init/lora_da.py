@@ -207,7 +207,7 @@ class LoraDA:
         a = pairs.vectors.mT
         b = step.mT @ pairs.vectors
         if self.normalize:
-            b /= _spectral_norm(step)
+            b /= _spectral_norm(step) if variance > 0 else (pairs.values[0] / self.bias_weight).sqrt()
         if self.balance_factors:
             u, s, vh = torch.linalg.svd(b, full_matrices=False)
             u, v = fix_pair(u, vh.mT)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_kernels.linalg import eigh_topk
+from lora_kernels.linalg import LinearOperator, eigh_topk
 from lora_kernels.ops.small_linalg import fix_signs
 
 
@@ -45,6 +45,26 @@ def test_a_spectrum_without_decay_ends_in_the_full_decomposition():
     found = eigh_topk(a, 16)
     assert found.method == "krylov+direct"
     torch.testing.assert_close(found.values, torch.linalg.eigvalsh(a).flip(-1)[:16], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n, method", [(300, "direct"), (800, "krylov")])
+def test_an_operator_gives_what_its_matrix_gives(n, method):
+    a = symmetric(n, SPECTRA["negative too"][:n])
+    operator = LinearOperator((n, n), lambda x: a @ x, lambda x: a @ x, torch.float64)
+    found, expected = eigh_topk(operator, 12), eigh_topk(a, 12)
+    assert found.method == expected.method == method and float(found.residuals) <= 1e-9
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.vectors, expected.vectors, rtol=0, atol=1e-9)
+
+
+def test_bad_operators():
+    with pytest.raises(TypeError, match="dtype is torch.float32, but must be float64"):
+        eigh_topk(LinearOperator((8, 8), torch.zeros_like, torch.zeros_like), 2)
+    with pytest.raises(ValueError, match="must be square"):
+        eigh_topk(LinearOperator((8, 9), torch.zeros_like, torch.zeros_like, torch.float64), 2)
+    spoilt = LinearOperator((700, 700), lambda x: x * torch.nan, torch.zeros_like, torch.float64)
+    with pytest.raises(ValueError, match="holds NaN or infinite entries"):
+        eigh_topk(spoilt, 2)
 
 
 def test_rank_below_k_and_zero():

@@ -128,6 +128,10 @@ def main():
     lk.initialize(model, mine, lk.EVA(rho=2.0), progress=False)
     factors = {name: each.detach() for name, each in model.named_parameters() if "lora_" in name}
     equal_everywhere(digest(factors.values()))
+    model = peft_model()
+    lk.initialize(model, mine, "lora_da", progress=False)
+    solved = {name: each.detach() for name, each in model.named_parameters() if "lora_" in name}
+    equal_everywhere(digest(solved.values()))
     ready = peft_model()
     for layer in ready.base_model.model.model.layers:
         fully_shard(layer)
@@ -137,7 +141,7 @@ def main():
     inside = {name: each.full_tensor() for name, each in ready.named_parameters() if "lora_A" in name}
     equal_everywhere(digest(inside.values()))
     if number == 0:
-        torch.save({"factors": factors, "inside": inside}, out / "factors.pt")
+        torch.save({"factors": factors, "solved": solved, "inside": inside}, out / "factors.pt")
         assert Statistics.load(out / "ddp.safetensors").batches == 5
     distributed.barrier()
     distributed.destroy_process_group()

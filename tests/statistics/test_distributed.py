@@ -82,3 +82,15 @@ def test_factors_are_those_of_one_process(results):
                 assert relative_error(found.mT @ found, value.mT @ value) < 1e-4
             else:
                 assert not bool(found.any())
+
+
+def test_lora_da_factors_are_those_of_one_process(results):
+    solved = torch.load(results / "factors.pt")["solved"]
+    model = peft_model()
+    lk.initialize(model, shares(samples(10), 0, 1), "lora_da", progress=False)
+    expected = {name: each.detach() for name, each in model.named_parameters()}
+    names = [name for name in solved if "lora_A" in name]
+    assert names
+    for name in names:
+        other = name.replace("lora_A", "lora_B")
+        assert relative_error(solved[other] @ solved[name], expected[other] @ expected[name]) < 1e-3, name
