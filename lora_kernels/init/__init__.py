@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from lora_kernels.init.corda import CorDA
 from lora_kernels.init.eva import EVA
 from lora_kernels.init.factors import InitMethod, LayerFactors, LoraFactors
 from lora_kernels.init.lora_da import LoraDA
+from lora_kernels.init.lora_ga import LoraGA
+from lora_kernels.init.pissa import PiSSA
 from lora_kernels.init.ranks import redistribute
 from lora_kernels.init.task_directions import TaskDirections
 
-METHODS: dict[str, Any] = {each.name: each for each in (EVA, LoraDA, TaskDirections)}
+METHODS: dict[str, Any] = {each.name: each for each in (EVA, LoraDA, LoraGA, CorDA, PiSSA, TaskDirections)}
 
 
 def resolve_method(method: str | InitMethod) -> InitMethod:
@@ -37,10 +40,13 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
 __all__ = [
     "EVA",
     "METHODS",
+    "CorDA",
     "InitMethod",
     "LayerFactors",
     "LoraDA",
     "LoraFactors",
+    "LoraGA",
+    "PiSSA",
     "TaskDirections",
     "redistribute",
     "resolve_method",
