@@ -36,8 +36,9 @@ class LayerFactors:
     Attributes:
         factors: the factors; rank 0 where the layer is to have no adapter.
         explained_variance: share of the input variance in the span of A's rows, in [0, 1]; NaN if the input never
-            varies.
-        residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`).
+            varies, or the method does not look at it.
+        residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`), or what the
+            method says of the error of its singular triplets, relative to the largest singular value.
         solver: how they were found.
         notes: facts a user should know, in words.
     """

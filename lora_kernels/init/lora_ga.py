@@ -1,23 +1,20 @@
-"""LoRA-GA: the first step of the adapter along the gradient of full fine-tuning (arXiv 2407.05000)."""
+"""LoRA-GA: the adapter's first step is aligned with that of full fine-tuning (arXiv 2407.05000)."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 
+from lora_kernels.init._layers import base_layer, by_shape, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.init.pissa import relative_error
-from lora_kernels.init.ranks import offers
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics.distributed import share_out
+from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS
 
@@ -27,19 +24,18 @@ SCALES = ("stable", "weight_svd", "gd", "unit")
 
 @dataclass(frozen=True)
 class LoraGA:
-    """A and B = different singular directions of the weight gradient, so that both learn from the first step on.
+    """A and B from the 2r leading singular triplets of the gradient of the mean loss.
 
-    With `G = U S V^T`, the gradient of the mean loss: A takes r rows of `V^T` and B r columns of `U S`, out of the 2 r
-    leading ones. The function is kept (see `initialize(base=...)`). As PEFT's, up to the averaging of batches: G is the
-    mean over items (tokens), not over batches.
+    As in PEFT, B carries the singular values: `B = U_J diag(S_J)` and `A = V_I^T`, then scaled. `residual` is an upper
+    bound on the spectral norm of what the 2r triplets leave of the gradient, relative to that of the gradient.
 
     Args:
-        direction: which go where. `ArB2r`: A the first r, B the next r. `A2rBr`: the reverse. `ArBr`: B the odd ones, A
-            the even ones (counted from 1). `random`: r of them at random, the same for both.
-        scale: of B. `stable`: `m^(1/4) / sqrt(gamma)`. `weight_svd`: its first singular value becomes that of W. `gd`:
-            both factors over s. `unit`: 1.
-        gamma: see `scale`.
-        seed: of `random`.
+        direction: which triplets (numbered from 1) A and B get: `ArB2r` the first r and the second r, `A2rBr` the other
+            way round, `ArBr` the even and the odd ones, `random` the same r random ones.
+        scale: `stable` multiplies B by `m^(1/4) / sqrt(gamma)`; `weight_svd` makes the first column of B as long as the
+            base weight's largest singular value; `gd` divides both factors by s; `unit` leaves them.
+        gamma: of `stable`.
+        seed: of the random start of the decomposition, and of `random`.
 
     Raises:
         ValueError: if a value is out of range.
@@ -47,25 +43,25 @@ class LoraGA:
 
     name: ClassVar[str] = "lora_ga"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["lora_ga"]
-    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     offsets_base: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
+    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     direction: str = "ArB2r"
     scale: str = "stable"
-    gamma: float = 16
+    gamma: float = 16.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the choices and ranges."""
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("scale", self.scale, SCALES)
-        check_range("gamma", self.gamma, low=0.0)
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f"gamma is {self.gamma!r}, but must be above 0 and finite")
+        check_range("gamma", self.gamma, low=0.0, high=torch.finfo(torch.float32).max)
+        if self.gamma == 0:
+            raise ValueError("gamma is 0, but must be positive")
 
     def sketch_size(self, ranks: Sequence[int]) -> int:
-        """Columns that a sketch should have: twice the triplets that are read."""
+        """Columns that a sketch should have: twice the 2r triplets of the widest layer."""
         return 4 * max(ranks, default=1)
 
     def factors(
@@ -79,65 +75,87 @@ class LoraGA:
         """The factors of every layer.
 
         Args:
-            statistics: weight gradients, exact or sketched.
+            statistics: of all layers named in `ranks`. Gradients are divided by `Statistics.loss_items`; those of a
+                plain mapping, which has no such count, are taken to be of the mean loss already.
             ranks: the rank of each layer.
-            base: the scalings, and the base weights for `scale="weight_svd"`.
+            base: weight and scaling of each layer; read by the scales `weight_svd` and `gd` alone.
             progress: show a progress bar.
 
         Returns:
-            Per layer its factors; `residual` is the bound on the spectral norm of G beside its 2 r triplets, relative
-            to the largest singular value.
+            Per layer its factors.
 
         Raises:
-            ValueError: if statistics or base are missing, a gradient is zero or not finite, or 2 r exceeds min(m, n).
+            ValueError: if a layer has no gradient or a gradient that is not finite, 2r exceeds min(m, n) or the size of
+                the sketch, no loss was counted, or a base layer is needed and missing.
         """
-        if base is None:
-            raise ValueError("base is None, but LoRA-GA reads the scalings")
-        limits = {name: min(statistics[name].in_features, statistics[name].out_features) // 2 for name in ranks}
-        offers(ranks, limits, rho=1.0)
-        with tqdm(total=len(ranks), desc="decomposing", unit="layer", disable=not progress, leave=False) as bar:
+        mean = 1.0
+        if isinstance(statistics, Statistics):
+            if statistics.loss_items <= 0:
+                raise ValueError("the statistics hold no loss: collect them with LoRA-GA, or with the gradient")
+            mean = 1.0 / statistics.loss_items
+        exact: list[str] = []
+        sketched: list[str] = []
+        for name, rank in ranks.items():
+            sums = statistics[name].output if name in statistics else None
+            if sums is None or (sums.gradient is None and sums.sketch is None):
+                raise ValueError(f'layer {name} has no weight gradient: collect it with wants=("gradient",)')
+            check_rank(name, rank, min(statistics[name].in_features, statistics[name].out_features), 2)
+            if self.scale in ("weight_svd", "gd"):
+                base_layer(base, name, "LoRA-GA with this scale")
+            (exact if sums.gradient is not None else sketched).append(name)
 
-            def solve(name: str) -> LayerFactors:
-                triplets = self._triplets(statistics, name, 2 * ranks[name])
-                bar.update()
-                factors = self._factors(triplets, ranks[name], base[name], name)
-                return LayerFactors(factors, math.nan, relative_error(triplets), triplets.method)
+        def matrix(name: str) -> torch.Tensor:
+            return finite("weight gradient", name, statistics[name].output.gradient) * mean  # type: ignore[union-attr, arg-type]
 
-            sums = next((statistics[name].output for name in ranks), None)
-            return share_out(ranks, solve, torch.device("cpu") if sums is None else sums.count.device)
+        def solve(names: Sequence[str], gradients: torch.Tensor, rank: int) -> list[LayerFactors]:
+            found = randomized_svd(gradients, 2 * rank, n_iter=4, seed=self.seed)
+            return [self._layer(name, _part(found, index), rank, base) for index, name in enumerate(names)]
 
-    def _triplets(self, statistics: Statistics, name: str, count: int) -> RandomizedSVD:
-        output = statistics[name].output
-        if output is None or (output.gradient is None and output.sketch is None):
-            raise ValueError(f'layer {name} has no weight gradient: collect(wants="lora_ga") keeps it')
-        if output.gradient is not None:
-            triplets = randomized_svd(statistics.mean_gradient(name), count)
-        else:
-            assert output.sketch is not None  # checked above
-            triplets = output.sketch.svd(count, scale=1.0 / statistics.loss_items)
-        if not float(triplets.S[0]) > 0:
-            raise ValueError(f"the weight gradient of layer {name} is zero: the loss does not depend on it")
-        return triplets
+        done = by_shape(exact, matrix, ranks, solve, lambda: matrix(exact[0]).device, progress) if exact else {}
+        for name in sketched:
+            sketch = statistics[name].output.sketch  # type: ignore[union-attr]
+            assert sketch is not None
+            for side in (sketch.left, sketch.right):
+                finite("gradient sketch", name, side)
+            done[name] = self._layer(name, sketch.svd(2 * ranks[name], scale=mean), ranks[name], base)
+        return {name: done[name] for name in ranks}
 
-    def _factors(self, triplets: RandomizedSVD, rank: int, layer: BaseLayer, name: str) -> LoraFactors:
-        first, second = torch.arange(rank), torch.arange(rank, 2 * rank)
-        if self.direction == "ArB2r":
-            rows, columns = first, second
-        elif self.direction == "A2rBr":
-            rows, columns = second, first
-        elif self.direction == "ArBr":
-            rows, columns = 2 * first + 1, 2 * first
-        else:
-            generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
-            rows = columns = torch.randperm(2 * rank, generator=generator)[:rank]
-        rows, columns = rows.to(triplets.S.device), columns.to(triplets.S.device)
-        a, size = triplets.Vh[rows], triplets.S[columns]
-        b = triplets.U[:, columns] * size
+    def _layer(
+        self, name: str, triplets: RandomizedSVD, rank: int, base: Mapping[str, BaseLayer] | None
+    ) -> LayerFactors:
+        rows, columns = self._chosen(name, rank)
+        kept = triplets.S[columns]
+        a, b = triplets.Vh[rows], triplets.U[:, columns] * kept
         if self.scale == "stable":
-            b = b * (b.shape[0] ** 0.25 / math.sqrt(self.gamma))
-        elif self.scale == "weight_svd":
-            largest = float(randomized_svd(layer.weight(), 1).S[0])
-            b = b * (largest / float(size[0])) if float(size[0]) > 0 else b
+            b = b * (b.shape[0] ** 0.25 / self.gamma**0.5)
         elif self.scale == "gd":
-            a, b = a / layer.scaling, b / layer.scaling
-        return LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
+            scaling = base_layer(base, name, self.name).scaling
+            a, b = a / scaling, b / scaling
+        elif self.scale == "weight_svd" and kept[0] > 0:
+            weight = finite("base weight", name, base_layer(base, name, self.name).weight())
+            b = b * float(randomized_svd(weight, 1, n_iter=6, probes=0, seed=self.seed).S[0] / kept[0])
+        top = float(triplets.S[0])
+        assert triplets.error is not None  # probes are drawn
+        residual = float(triplets.error) / top if top > 0 else 0.0
+        notes = () if top > 0 else ("the gradient is zero: all directions are arbitrary, and B is zero",)
+        factors = LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
+        return LayerFactors(factors, math.nan, residual, triplets.method, notes)
+
+    def _chosen(self, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Triplets of A and of B, from 0."""
+        every = torch.arange(2 * rank)
+        if self.direction == "random":
+            # The generator reads no more than 32 bits of a seed.
+            generator = torch.Generator().manual_seed(stream_of(f"{self.seed} {name}"))
+            some = torch.randperm(2 * rank, generator=generator)[:rank]
+            return some, some
+        if self.direction == "ArBr":
+            return every[1::2], every[::2]
+        halves = every[:rank], every[rank:]
+        return halves if self.direction == "ArB2r" else halves[::-1]
+
+
+def _part(found: RandomizedSVD, index: int) -> RandomizedSVD:
+    """One matrix of a batch."""
+    error = None if found.error is None else found.error[index]
+    return RandomizedSVD(found.U[index], found.S[index], found.Vh[index], error, found.method, found.products)

@@ -1,4 +1,4 @@
-"""PiSSA: principal singular values and vectors of the base weight (arXiv 2404.02948)."""
+"""PiSSA: the principal singular components of the base weight become the adapter (arXiv 2404.02948)."""
 
 from __future__ import annotations
 
@@ -9,78 +9,51 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 
-from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.init.ranks import offers
-from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, randomized_svd
+from lora_kernels.init._layers import balanced, base_layer, by_shape, check_rank, finite
+from lora_kernels.init.factors import BaseLayer, LayerFactors
+from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 from lora_kernels.ops._checks import check_range
-from lora_kernels.statistics.distributed import share_out
 from lora_kernels.statistics.store import Statistics
-
-
-def leading(matrix: torch.Tensor, rank: int, n_iter: int | None) -> RandomizedSVD:
-    """The leading singular triplets of one matrix.
-
-    Args:
-        matrix: `(m, n)` float32 or float64.
-        rank: how many.
-        n_iter: rounds of `randomized_svd`, or `None` for a full decomposition, cut.
-
-    Returns:
-        The triplets; `error` bounds the spectral norm of what is left only where they are approximate.
-    """
-    if n_iter is not None:
-        return randomized_svd(matrix, rank, n_iter=n_iter, oversample=8)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    left, right = fix_pair(u[:, :rank], vh[:rank].mT)
-    return RandomizedSVD(left, s[:rank], right.mT, None, "svd")
-
-
-def split(triplets: RandomizedSVD, scaling: float) -> LoraFactors:
-    """Factors with `s B A = U S V^T`, the singular values split evenly."""
-    root = (triplets.S / scaling).sqrt()
-    a, b = root.unsqueeze(-1) * triplets.Vh, triplets.U * root
-    return LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
-
-
-def relative_error(triplets: RandomizedSVD) -> float:
-    """The bound on what is left beside the triplets, of the largest singular value; 0 for a full decomposition."""
-    largest = float(triplets.S[0])
-    return 0.0 if triplets.error is None or largest <= 0 else float(triplets.error) / largest
+from lora_kernels.statistics.wants import METHOD_WANTS
 
 
 @dataclass(frozen=True)
 class PiSSA:
-    """`s B A` = the r leading singular triplets of W, split evenly; the function is kept.
+    """B = `U_r sqrt(S_r / s)` and A = `sqrt(S_r / s) V_r^T` of the base weight; needs no data.
+
+    `residual` is the spectral norm of `W - s B A` relative to that of W: exact from the full decomposition, an upper
+    bound (see `linalg.RandomizedSVD.error`) from the randomized one.
 
     Args:
-        n_iter: rounds of the randomized SVD, whose error bound the report carries; `None` for the full one.
+        n_iter: rounds of the randomized decomposition; `None` for the full one.
+        seed: of its random start.
 
     Raises:
         ValueError: if a value is out of range.
     """
 
     name: ClassVar[str] = "pissa"
-    wants: ClassVar[Mapping[str, bool]] = MappingProxyType({})
-    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["pissa"]
     offsets_base: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
+    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    n_iter: int | None = 4
+    n_iter: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.n_iter is not None:
             check_range("n_iter", self.n_iter, low=0, integer=True)
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (no data is read)
-        """Columns that a sketch should have: none is read."""
+    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (no sketch is read)
+        """Columns that a sketch should have: one, as none is read."""
         return 1
 
     def factors(
         self,
-        statistics: Statistics,  # noqa: ARG002  (no data is read)
+        statistics: Statistics,  # noqa: ARG002  (not needed)
         ranks: Mapping[str, int],
         *,
         base: Mapping[str, BaseLayer] | None = None,
@@ -89,29 +62,45 @@ class PiSSA:
         """The factors of every layer.
 
         Args:
-            statistics: not read.
+            statistics: not needed.
             ranks: the rank of each layer.
-            base: the base weights.
+            base: weight and scaling of each layer.
             progress: show a progress bar.
 
         Returns:
-            Per layer its factors; `residual` is the bound on the spectral norm of the weight beside them, relative to
-            the largest singular value (0 for the full decomposition).
+            Per layer its factors.
 
         Raises:
-            ValueError: if the base weights are missing, or a rank is outside [1, min(m, n)].
+            ValueError: if a layer has no base or no positive scaling, its weight is not finite, or its rank is outside
+                [1, min(m, n)].
         """
-        if base is None:
-            raise ValueError("base is None, but PiSSA reads the base weights")
-        with tqdm(total=len(ranks), desc="decomposing weights", unit="layer", disable=not progress, leave=False) as bar:
+        layers = {name: base_layer(base, name, "PiSSA") for name in ranks}
 
-            def solve(name: str) -> LayerFactors:
-                weight = base[name].weight()
-                offers({name: ranks[name]}, {name: min(weight.shape)}, rho=1.0)
-                triplets = leading(weight, ranks[name], self.n_iter)
-                bar.update()
-                factors = split(triplets, base[name].scaling)
-                return LayerFactors(factors, math.nan, relative_error(triplets), triplets.method)
+        def matrix(name: str) -> torch.Tensor:
+            weight = finite("base weight", name, layers[name].weight()).to(torch.float32)
+            check_rank(name, ranks[name], min(weight.shape))
+            return weight
 
-            device = next((base[name].weight().device for name in ranks), torch.device("cpu"))
-            return share_out(ranks, solve, device)
+        def solve(names: Sequence[str], weights: torch.Tensor, rank: int) -> list[LayerFactors]:
+            u, s, vh, left, solver = self._svd(weights, rank)
+            found = []
+            for index, name in enumerate(names):
+                factors, notes = balanced(u[index], s[index], vh[index], layers[name].scaling)
+                residual = float(left[index] / s[index, 0]) if s[index, 0] > 0 else 0.0
+                found.append(LayerFactors(factors, math.nan, residual, solver, notes))
+            return found
+
+        return by_shape(ranks, matrix, ranks, solve, lambda: next(iter(layers.values())).weight().device, progress)
+
+    def _svd(
+        self, weights: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
+        """The leading triplets, the spectral norm of what they leave, and how they were found."""
+        if self.n_iter is not None:
+            found = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
+            assert found.error is not None  # probes are drawn
+            return found.U, found.S, found.Vh, found.error, found.method
+        u, s, vh = torch.linalg.svd(weights, full_matrices=False)
+        left = s[:, rank] if rank < s.shape[-1] else torch.zeros_like(s[:, 0])
+        u, v = fix_pair(u[..., :rank], vh[:, :rank].mT)
+        return u, s[:, :rank], v.mT, left, "svd"

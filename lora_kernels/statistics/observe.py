@@ -21,6 +21,9 @@ from lora_kernels.statistics.sketches import InputSketch, stream_of
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.wants import INPUT_SECOND
 
+# An attribute of bitsandbytes' 4-bit layers.
+_PACKS = "support_avx512bf16_for_cpu"
+
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a shard of FSDP2 (a DTensor)."""
@@ -57,6 +60,12 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             torch.set_grad_enabled(gradients),
         ):
             model.eval()
+            for module in training:
+                if hasattr(module, _PACKS):
+                    # In evaluation mode, bitsandbytes packs 4-bit weights for CPUs into a format for good through which
+                    # no gradient flows, neither now nor in training. The flag has no other meaning there.
+                    module.training = True
+                    _check_unpacked(module, gradients)
             if caches:
                 config.use_cache = False  # type: ignore[union-attr]
             for parameter, _ in flags:
@@ -69,6 +78,15 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             module.training = flag
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _check_unpacked(module: Any, gradients: bool) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if gradients and getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has packed a 4-bit weight for inference (the model ran in evaluation mode on this CPU): no "
+            "gradient flows through it any more; load the model anew and collect before evaluating it"
+        )
 
 
 class _Root(torch.autograd.Function):
@@ -253,8 +271,8 @@ class Observer:
 
         return tap
 
-    def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor) -> None:
-        if self._discarding:
+    def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor | None) -> None:
+        if self._discarding or g is None:  # undefined: nothing downstream depends on this output
             return
         x, weight, factors = call.x, call.weight, call.factors
         call.x = call.weight = call.factors = None  # frees the activation as soon as it has served

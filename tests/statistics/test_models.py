@@ -94,6 +94,20 @@ def test_quantized_bases_are_collected_like_any_other(kind):
     assert all(each.grad is None for each in model.parameters())
 
 
+def test_a_packed_base_is_refused_and_none_is_packed_by_us():
+    batches = padded(samples(4), 4)
+    model = quantized("nf4")
+    if not getattr(model.model.layers[0].mlp.up_proj, "support_avx512bf16_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    lk.collect(model.eval(), batches, progress=False)
+    lk.collect(model, batches, "gradient", progress=False)  # the first collection has left it as it was
+    with torch.no_grad():
+        model(**batches[0])
+    with pytest.raises(ValueError, match="packed a 4-bit weight for inference"):
+        lk.collect(model, batches, "gradient", progress=False)
+    assert lk.collect(model, batches, progress=False).tokens > 0
+
+
 def test_peft_on_a_quantized_base_gets_eva():
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
