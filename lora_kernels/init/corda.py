@@ -34,6 +34,9 @@ class CorDA:
     depend on it. `residual` is, for `instruction_previewed`, an upper bound on the spectral norm of what the components
     leave of `W C`, relative to that of `W C`; for `knowledge_preserved` the largest `|W C v - S u|` on the same scale.
 
+    All of it is float64: of the smallest components float32 (and PEFT, which uses it) leaves little but rounding once
+    `W C` is ill conditioned. Sums in float64 (`CollectOptions.dtype`) sharpen them further.
+
     Args:
         mode: `instruction_previewed` trains the r largest components, `knowledge_preserved` the r smallest.
         damping: what is added to the diagonal of C, as a multiple of its mean; raised, with a note, where C is then

@@ -23,7 +23,8 @@ class PiSSA:
     """B = `U_r sqrt(S_r / s)` and A = `sqrt(S_r / s) V_r^T` of the base weight; needs no data.
 
     `residual` is the spectral norm of `W - s B A` relative to that of W: exact from the full decomposition, an upper
-    bound (see `linalg.RandomizedSVD.error`) from the randomized one.
+    bound (see `linalg.RandomizedSVD.error`) from the randomized one; where many components of like size are left, it is
+    several times too large and may exceed 1.
 
     Args:
         n_iter: rounds of the randomized decomposition; `None` for the full one.
