@@ -79,8 +79,8 @@ def _methods() -> list[str]:
     lines = [
         "Every initialisation from the base model to the finished adapter, each run a process of its own "
         f"({_CASES['llama']} cut to 2 layers and 4 batches; peers: PEFT {record['environment']['versions']['peft']}, "
-        f"with {record['pissa_niter']} iterations for PiSSA; for LoRA-DA the authors' multi-pass procedure). PEFT's CorDA "
-        "takes one sample at a time. Memory: the most above the loaded model.",
+        f"with {record['pissa_niter']} iterations for PiSSA; for LoRA-DA the authors' multi-pass procedure). PEFT's "
+        "CorDA takes one sample at a time. Memory: the most above the loaded model.",
         "",
         "| method | ours | peer | peer / ours | memory, ours | memory, peer |",
         "| --- | --- | --- | --- | --- | --- |",
