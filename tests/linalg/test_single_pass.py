@@ -114,6 +114,14 @@ def test_nystrom_with_noise_above_its_small_values():
     assert (found.values[15:] < 2e-2).all()
 
 
+def test_nystrom_takes_the_shift_off_again():
+    """Behind the rank of M there is only rounding; with the shift left in, its values would be the shift."""
+    basis = torch.linalg.qr(torch.randn(50, 5).double()).Q
+    omega = torch.randn(50, 12).double()
+    found = nystrom((basis * torch.arange(5, 0, -1).double() @ basis.mT @ omega).float(), omega, 12)
+    assert float(found.values[5:].max()) < 0.5 * float(found.shift)
+
+
 def test_nystrom_arguments():
     omega = normal(200, 20)
     with pytest.raises(ValueError, match="rank is 21, but must be >= 1 and <= 20"):

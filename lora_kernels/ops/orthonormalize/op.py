@@ -122,13 +122,7 @@ def _round(
     lower, info = torch.linalg.cholesky_ex(product)
     inverse = _invert(lower)
     condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
-    if y.dtype == torch.float64:
-        # Row by row backward stable. A product with the inverse would leave y - Q R of the order of u cond(y), which
-        # only a float32 result does not show.
-        q = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
-    else:
-        q = times(y, inverse.mT)
-    return q, lower.mT, info != 0, condition
+    return times(y, inverse.mT), lower.mT, info != 0, condition
 
 
 def _defect(q: torch.Tensor) -> torch.Tensor:
