@@ -9,7 +9,7 @@ Importing touches no GPU and needs no compiler.
 
 from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
-from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, TaskDirections
+from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.offset import export
 from lora_kernels.integrations.report import InitReport, LayerReport
@@ -25,6 +25,7 @@ __all__ = [
     "LoraGA",
     "PiSSA",
     "Plan",
+    "Redistribution",
     "Statistics",
     "TaskDirections",
     "__version__",

@@ -8,7 +8,7 @@ from lora_kernels.init.factors import InitMethod, LayerFactors, LoraFactors
 from lora_kernels.init.lora_da import LoraDA
 from lora_kernels.init.lora_ga import LoraGA
 from lora_kernels.init.pissa import PiSSA
-from lora_kernels.init.ranks import redistribute
+from lora_kernels.init.ranks import Redistribution, redistribute
 from lora_kernels.init.task_directions import TaskDirections
 
 METHODS: dict[str, Any] = {each.name: each for each in (EVA, LoraDA, LoraGA, CorDA, PiSSA, TaskDirections)}
@@ -47,6 +47,7 @@ __all__ = [
     "LoraFactors",
     "LoraGA",
     "PiSSA",
+    "Redistribution",
     "TaskDirections",
     "redistribute",
     "resolve_method",

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.statistics.distributed import share_out, world_size
 
-# Matrices of one shape are decomposed in batches of at most this many bytes.
-_BATCH_BYTES = 256 * 2**20
+# Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
+_BATCH_BYTES = {"cpu": 2**22}
+_BATCH_BYTES_ELSEWHERE = 2**28
 
 
 def check_rank(name: str, rank: int, limit: int, per_rank: int = 1) -> None:
@@ -136,7 +137,8 @@ def by_shape(
                 loaded = matrix(name)
                 key = (loaded.shape, ranks[name], loaded.device)
                 waiting[key][name] = loaded
-                if (len(waiting[key]) + 1) * loaded.nbytes > _BATCH_BYTES:
+                limit = _BATCH_BYTES.get(loaded.device.type, _BATCH_BYTES_ELSEWHERE)
+                if (len(waiting[key]) + 1) * loaded.nbytes > limit:
                     flush(waiting.pop(key), ranks[name])
             for (_, rank, _), batch in waiting.items():
                 flush(batch, rank)

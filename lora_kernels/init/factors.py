@@ -89,6 +89,10 @@ class InitMethod(Protocol):
         """Whether alpha follows a changed rank so that the scaling `s` stays as it was."""
 
     @property
+    def full_rate(self) -> bool:
+        """Whether its authors train at learning rates of full fine-tuning."""
+
+    @property
     def offsets_base(self) -> bool:
         """Whether `s B A` of the start has to be taken off the base for the model to keep its function."""
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
+from lora_kernels.init.curvature import InputMetric, check_layer, factorize
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
@@ -25,34 +26,10 @@ from lora_kernels.statistics.wants import METHOD_WANTS
 
 # Our names of the authors' token masks.
 _MASKS = {"attention": "attention", "labels": "next_labels"}
-# Tenfold raises of the damping before a second moment is given up.
-_RAISES = 12
 # Gains below this share of the largest are rounding.
 _NO_GAIN = 1e-13
 # A Rayleigh quotient errs by the square of its vector's residual.
 _NORM_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What layers that read the same tensor have in common."""
-
-    lower: torch.Tensor  # (n, n), the Cholesky factor of C = M / N + damping I
-    damping: float  # after any raises
-    mean: torch.Tensor  # (n,)
-    power: float  # trace of M / N
-    notes: tuple[str, ...]
-
-    def solve(self, block: torch.Tensor) -> torch.Tensor:
-        """`C^{-1}` times a block."""
-        return torch.cholesky_solve(block, self.lower)
-
-    def explained(self, vectors: torch.Tensor) -> float:
-        """Share of the (centred) input variance in the span of orthonormal columns."""
-        inside = float((self.lower.mT @ vectors).square().sum()) - self.damping * vectors.shape[1]
-        variance = float((vectors.mT @ self.mean).square().sum())
-        total = self.power - float(self.mean.square().sum())
-        return min(1.0, max(0.0, (inside - variance) / total)) if total > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -85,6 +62,7 @@ class LoraDA:
     name: ClassVar[str] = "lora_da"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["lora_da"]
     offsets_base: ClassVar[bool] = False
+    full_rate: ClassVar[bool] = False
     adjust_scaling_factors: ClassVar[bool] = False
 
     bias_weight: float = 1.0
@@ -151,7 +129,7 @@ class LoraDA:
         population = self._population(statistics)
         groups: dict[int, list[str]] = {}  # layers that share an input share its Cholesky factor
         for name in ranks:
-            _check_layer(statistics, name)
+            check_layer(statistics, name)
             groups.setdefault(id(statistics[name].input), []).append(name)
         if not groups:
             return {}
@@ -162,8 +140,8 @@ class LoraDA:
             def solve(number: int) -> dict[str, LayerFactors]:
                 first, found = members[number][0], {}
                 moments = statistics[first].input
-                assert isinstance(moments, InputMoments)  # _check_layer
-                metric = _factorize(moments, self.damping, first)
+                assert isinstance(moments, InputMoments)  # check_layer
+                metric = factorize(moments, self.damping, first)
                 for name in members[number]:
                     found[name] = self._layer(statistics, name, ranks[name], metric, population)
                     bar.update()
@@ -171,7 +149,7 @@ class LoraDA:
 
             # The processes of a distributed run share the inputs out and exchange the results.
             first = statistics[members[0][0]].input
-            assert first is not None  # _check_layer
+            assert first is not None  # check_layer
             solved = share_out(members, solve, first.total.device)
         found = {name: answer for each in solved.values() for name, answer in each.items()}
         return {name: found[name] for name in ranks}
@@ -192,7 +170,9 @@ class LoraDA:
         if other:
             warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=3)
 
-    def _layer(self, statistics: Statistics, name: str, rank: int, metric: _Input, population: int) -> LayerFactors:
+    def _layer(
+        self, statistics: Statistics, name: str, rank: int, metric: InputMetric, population: int
+    ) -> LayerFactors:
         notes = list(metric.notes)
         inverse = self._inverse_fisher(statistics, name, notes).to(metric.lower.device)
         gradient = statistics.mean_gradient(name).to(metric.lower)
@@ -219,7 +199,7 @@ class LoraDA:
 
     def _inverse_fisher(self, statistics: Statistics, name: str, notes: list[str]) -> torch.Tensor:
         output = statistics[name].output
-        assert output is not None and output.fisher is not None  # _check_layer
+        assert output is not None and output.fisher is not None  # check_layer
         mean = output.fisher.to(torch.float64) / output.tokens
         if self.output_damping_ratio is None:
             return 1.0 / (mean + self.damping)
@@ -228,7 +208,7 @@ class LoraDA:
             notes.append("half of the Fisher diagonal is zero: so is its median, which was to dampen it")
         return 1.0 / (mean + max(self.output_damping_ratio * median, torch.finfo(torch.float32).tiny))
 
-    def _variance(self, step: torch.Tensor, inverse: torch.Tensor, metric: _Input, population: int) -> float:
+    def _variance(self, step: torch.Tensor, inverse: torch.Tensor, metric: InputMetric, population: int) -> float:
         """The factor of `C^{-1}`, for a D that is not normalised: the eigenvectors are the same."""
         if self.variance_weight == 0:
             return 0.0
@@ -237,47 +217,6 @@ class LoraDA:
         gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
         bias = self.bias_weight * float(torch.linalg.norm(gram))
         return self.variance_weight * bias / float(torch.linalg.norm(torch.cholesky_inverse(metric.lower)))
-
-
-def _check_layer(statistics: Statistics, name: str) -> None:
-    layer = statistics[name]
-    again = 'collect(wants="lora_da") keeps what is needed'
-    if layer.input is None or layer.input.tokens <= 0:
-        raise ValueError(f"layer {name} saw no token in the collection pass")
-    if not isinstance(layer.input, InputMoments):
-        raise ValueError(f"layer {name} holds a sketch of its input, but LoRA-DA needs the exact moments: {again}")
-    output = layer.output
-    if output is None or output.fisher is None or (output.gradient is None and output.sketch is None):
-        raise ValueError(f"layer {name} has no Fisher diagonal and weight gradient: {again}")
-    if output.gradient is None:
-        raise ValueError(f"layer {name} holds a sketch of its gradient, but LoRA-DA needs the exact one: {again}")
-    if output.tokens <= 0 or statistics.loss_items <= 0:
-        raise ValueError(f"layer {name} counted no row in the backward pass: there was none, or all were masked")
-    for what, sums in (("weight gradient", output.gradient), ("Fisher diagonal", output.fisher)):
-        largest = float(sums.abs().max())
-        if not math.isfinite(largest):
-            raise ValueError(f"the {what} of layer {name} holds NaN or infinite entries")
-        if largest == 0:
-            raise ValueError(f"the {what} of layer {name} is zero: the loss of this data does not depend on it")
-
-
-def _factorize(moments: InputMoments, damping: float, name: str) -> _Input:
-    matrix = moments.covariance(center=False)
-    diagonal = matrix.diagonal()
-    power = float(diagonal.sum())
-    if not math.isfinite(power):
-        raise ValueError(f"the input second moment of layer {name} holds NaN or infinite entries")
-    notes: tuple[str, ...] = ()
-    plain, used = diagonal.clone(), damping
-    for _ in range(_RAISES):
-        torch.add(plain, used, out=diagonal)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            if used > damping:
-                notes = (f"input damping raised from {damping:g} to {used:g}: the moments are not positive definite",)
-            return _Input(lower, used, moments.mean(), power, notes)
-        used *= 10
-    raise ValueError(f"the input second moment of layer {name} is not positive definite, even with damping {used:g}")
 
 
 def _gram(step: torch.Tensor) -> LinearOperator:
@@ -292,12 +231,13 @@ def _gram(step: torch.Tensor) -> LinearOperator:
 
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
     if min(step.shape) <= DIRECT_ORDER:
-        norm: torch.Tensor = torch.linalg.matrix_norm(step, ord=2)
-        return norm
+        thin = step if step.shape[0] <= step.shape[1] else step.mT
+        largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # a tenth of the time of a full SVD
+        return largest.sqrt()
     return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
 
 
-def _directions(step: torch.Tensor, rank: int, bias: float, variance: float, metric: _Input) -> TopEigenpairs:
+def _directions(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:
     """The largest eigenpairs of `bias D D^T - variance C^{-1}`, a matrix that only products are taken with."""
 
     def apply(x: torch.Tensor) -> torch.Tensor:
@@ -317,27 +257,3 @@ def _directions(step: torch.Tensor, rank: int, bias: float, variance: float, met
     vectors = fix_signs(vectors)
     error = torch.linalg.vector_norm(apply(vectors) - vectors * values, dim=0).amax() / values[0]
     return TopEigenpairs(values, vectors, error, method, products)
-
-
-def descent_step(statistics: Statistics, name: str, damping: float) -> torch.Tensor:
-    """The Fisher-preconditioned descent step `D = -C^{-1} G^T diag(1 / (f + damping))` of a layer.
-
-    Args:
-        statistics: exact input second moments, Fisher diagonals and weight gradients.
-        name: the layer.
-        damping: of C and of f.
-
-    Returns:
-        `(n, m)` float64.
-
-    Raises:
-        ValueError: as `LoraDA.factors`.
-    """
-    _check_layer(statistics, name)
-    layer = statistics[name]
-    assert isinstance(layer.input, InputMoments) and layer.output is not None and layer.output.fisher is not None
-    metric = _factorize(layer.input, damping, name)
-    inverse = 1.0 / (layer.output.fisher.to(torch.float64) / layer.output.tokens + damping)
-    gradient = statistics.mean_gradient(name).to(metric.lower)
-    step: torch.Tensor = metric.solve((gradient * inverse.to(gradient.device).unsqueeze(-1)).mT).neg_()
-    return step

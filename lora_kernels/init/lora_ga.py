@@ -44,6 +44,7 @@ class LoraGA:
     name: ClassVar[str] = "lora_ga"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["lora_ga"]
     offsets_base: ClassVar[bool] = True
+    full_rate: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
     collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 

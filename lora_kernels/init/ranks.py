@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels.init.scores import SCORES
+from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.statistics.store import Statistics
 
 
 def offers(
@@ -81,3 +84,68 @@ def redistribute(
     for _, _, name in sorted(blocks, key=lambda each: each[:2])[:remaining]:
         counts[name] += 1
     return {name: count * multiple_of for name, count in counts.items()}
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """A fixed budget of ranks, the sum of those asked for, goes where components score highest; for any method.
+
+    Args:
+        score: `explained_variance` (of the inputs, relative to each layer; as EVA does), `gradient_energy` (squared
+            singular values of the weight gradient) or `fisher_energy` (what a natural-gradient step gains along a
+            component); the last two compare layers in units of the loss.
+        rho: a layer's rank may grow to `round(rho * r)`.
+        min_rank: smallest rank of a layer; with 0 a layer without a winning component loses its adapter.
+        max_rank: largest rank of a layer (serving engines allocate for it).
+        multiple_of: every rank is a multiple of this.
+        adjust_scaling_factors: where a rank changes, alpha follows so that the scaling s stays the same.
+        seed: of random starts.
+
+    Raises:
+        ValueError: if a value is out of range or the score unknown.
+    """
+
+    score: str = "explained_variance"
+    rho: float = 2.0
+    min_rank: int = 0
+    max_rank: int | None = None
+    multiple_of: int = 1
+    adjust_scaling_factors: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges that need no model."""
+        check_choice("score", self.score, tuple(SCORES))
+        check_range("rho", self.rho, low=1.0)
+        check_range("min_rank", self.min_rank, low=0, integer=True)
+        check_range("multiple_of", self.multiple_of, low=1, integer=True)
+        if self.max_rank is not None:
+            check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True)
+
+    @property
+    def wants(self) -> Mapping[str, bool]:
+        """The statistics it reads; True where only the exact sums will do."""
+        return SCORES[self.score][0]
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:
+        """Columns that a sketch should have: twice the components that the widest layer may offer."""
+        return 2 * round(self.rho * max(ranks, default=1))
+
+    def assign(self, statistics: Statistics, ranks: Mapping[str, int], *, progress: bool = False) -> dict[str, int]:
+        """The new ranks.
+
+        Args:
+            statistics: of all layers named in `ranks`.
+            ranks: the rank each layer asked for; their sum is the budget.
+            progress: show a progress bar.
+
+        Returns:
+            The rank of each layer, 0 where it is to have no adapter.
+
+        Raises:
+            ValueError: if statistics are missing or `min_rank` cannot be met.
+        """
+        limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
+        offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
+        scores = SCORES[self.score][1](statistics, offered, seed=self.seed, progress=progress)
+        return redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from lora_kernels.init.curvature import descent_step
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.init.lora_da import descent_step
 from lora_kernels.init.ranks import offers
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._checks import check_choice, check_range
@@ -52,6 +52,7 @@ class TaskDirections:
 
     name: ClassVar[str] = "task_directions"
     offsets_base: ClassVar[bool] = True
+    full_rate: ClassVar[bool] = False
     adjust_scaling_factors: ClassVar[bool] = False
 
     update: str = "gradient_step"

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.init import InitMethod, LayerFactors, resolve_method
-from lora_kernels.init.factors import BaseLayer
-from lora_kernels.integrations import offset
+from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution, resolve_method
+from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.integrations import guidance, offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport, LayerReport
-from lora_kernels.ops._checks import check_choice
+from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics import CollectOptions, Plan, Statistics, Target, distributed, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.distributed import unwrap
@@ -141,6 +141,8 @@ def initialize(
     statistics: Statistics | None = None,
     adapter_name: str = "default",
     base: str = "intact",
+    ranks: Redistribution | None = None,
+    learning_rate: float | None = None,
     unreached: str = "warn",
     force: bool = False,
     **options: Any,
@@ -161,8 +163,12 @@ def initialize(
             `intact`: a frozen adapter `<adapter_name>_offset` beside this one takes it off; the base weights stay as
             they are (`export` writes both as one stock adapter). `mutate`: it is taken off the base weights, as PEFT
             does; not possible on quantized ones.
-        unreached: what to do about layers that the data never reached: `warn` (they keep their stock values) or
-            `raise`.
+        ranks: redistribute the ranks by a score of their components, whatever the method (EVA's own redistribution
+            then rests). By default the method decides: all but EVA keep them.
+        learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
+            start.
+        unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
+            (they keep their stock values) or `raise`.
         force: overwrite an adapter whose `lora_B` is not zero.
         options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
             default `sketch_size` follows the ranks, and the method sets others (its `collect_options`).
@@ -178,7 +184,12 @@ def initialize(
     resolved = _with_population(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
-    if resolved.wants and (loader is None) == (statistics is None):
+    if learning_rate is not None:
+        check_range("learning_rate", learning_rate, low=0.0)
+    if ranks is not None and isinstance(resolved, EVA):
+        resolved = resolved.keeping_ranks()
+    wants = _with_wants(resolved.wants, ranks)
+    if wants and (loader is None) == (statistics is None):
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
     layers = peft_layers.find_lora_layers(model, adapter_name)
@@ -186,20 +197,26 @@ def initialize(
         peft_layers.check_untrained(layers, adapter_name)
     if resolved.offsets_base:
         offset.check(model, layers, adapter_name, base)
-    if not resolved.wants:
-        statistics = Statistics({}, 0, 0.0, 0.0)
+    if not wants:
+        statistics = statistics or Statistics({}, 0, 0.0, 0.0)
     elif statistics is None:
         assert loader is not None  # one of both was given
-        sizes = {"sketch_size": max(64, resolved.sketch_size([each.rank for each in layers.supported]))}
-        defaults = {**sizes, **resolved.collect_options}
-        statistics = collect(model, loader, resolved, adapter_name=adapter_name, **{**defaults, **options})
+        asked = [each.rank for each in layers.supported]
+        size = max(64, resolved.sketch_size(asked), 0 if ranks is None else ranks.sketch_size(asked))
+        defaults = {"sketch_size": size, **resolved.collect_options}
+        statistics = collect(model, loader, wants, adapter_name=adapter_name, **{**defaults, **options})
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
-    ranks = _ranks(layers, statistics, resolved.wants, unreached)
+    progress = bool(options.get("progress", True))
+    given = _ranks(layers, statistics, wants, unreached)
+    assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
     under = {each.target.name: _under(each, adapter_name) for each in layers.supported}
-    found = resolved.factors(statistics, ranks, base=under, progress=bool(options.get("progress", True)))
+    kept = {name: rank for name, rank in assigned.items() if rank > 0}
+    found = resolved.factors(statistics, kept, base=under, progress=progress)
+    targets = {each.target.name: each.target for each in layers.supported}
+    found |= {name: _no_adapter(targets[name]) for name in assigned if name not in kept}
     decomposed = time.perf_counter()
     before = _factor_sizes(layers, {})
     offset.remove(model, adapter_name)
@@ -208,17 +225,30 @@ def initialize(
         layers,
         {name: each.factors for name, each in found.items()},
         adapter_name,
-        adjust_scaling_factors=resolved.adjust_scaling_factors,
+        adjust_scaling_factors=(resolved if ranks is None else ranks).adjust_scaling_factors,
     )
     if resolved.offsets_base:
         take_off = offset.attach if base == "intact" else offset.subtract
         take_off(model, adapter_name, [name for name, each in found.items() if each.factors.rank])
     written = time.perf_counter()
+    reports = _layer_reports(layers, statistics, found, offset_base=resolved.offsets_base)
+    advice = guidance.advice(
+        resolved.name,
+        [each.step_ratio for each in reports if each.step_ratio is not None],
+        starts_away=any(bool(each.factors.B.any()) for each in found.values()),
+        full_rate=resolved.full_rate,
+        learning_rate=learning_rate,
+    )
+    for sentence in filter(guidance.is_warning, advice):
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(
         method=resolved.name,
-        settings=asdict(resolved) if is_dataclass(resolved) and not isinstance(resolved, type) else {},
+        settings={
+            **(asdict(resolved) if is_dataclass(resolved) and not isinstance(resolved, type) else {}),
+            **({} if ranks is None else {"ranks": asdict(ranks)}),
+        },
         adapter=adapter_name,
-        layers=_layer_reports(layers, statistics, found),
+        layers=reports,
         seconds={
             "collect": collected - started,
             "decompose": decomposed - collected,
@@ -229,7 +259,19 @@ def initialize(
         tokens=statistics.tokens,
         trainable_before=before,
         trainable=_factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
+        advice=advice,
     )
+
+
+def _with_wants(wants: Mapping[str, bool], ranks: Redistribution | None) -> dict[str, bool]:
+    """What a method and a redistribution read together; exact where one of them needs it so."""
+    more = {} if ranks is None else ranks.wants
+    return {name: bool(wants.get(name)) or bool(more.get(name)) for name in (*wants, *more)}
+
+
+def _no_adapter(target: Target) -> LayerFactors:
+    empty = LoraFactors(torch.zeros(0, target.in_features), torch.zeros(target.out_features, 0))
+    return LayerFactors(empty, math.nan, 0.0, "", ("no component won a rank",))
 
 
 def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
@@ -251,7 +293,9 @@ def _with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMe
 
 def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
     needs_gradients = any(name in OF_GRADIENTS for name in wants)
-    return layer.tokens > 0 and (not needs_gradients or (layer.output is not None and float(layer.output.calls) > 0))
+    if layer.tokens <= 0 or not needs_gradients:
+        return layer.tokens > 0
+    return layer.output is not None and float(layer.output.calls) > 0 and not layer.output.is_zero
 
 
 def _ranks(
@@ -273,7 +317,7 @@ def _ranks(
         else:
             ranks[name] = each.rank
     if missed:
-        message = f"the data reached no token of {len(missed)} LoRA layers (first: {missed[0]})"
+        message = f"the data, or its loss, does not reach {len(missed)} LoRA layers (first: {missed[0]})"
         if unreached == "raise":
             raise ValueError(message)
         warnings.warn(f"{message}; they keep their stock initialisation", RuntimeWarning, stacklevel=3)
@@ -288,7 +332,7 @@ def _factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
 
 
 def _layer_reports(
-    layers: peft_layers.LoraLayers, statistics: Statistics, found: dict[str, LayerFactors]
+    layers: peft_layers.LoraLayers, statistics: Statistics, found: dict[str, LayerFactors], *, offset_base: bool
 ) -> tuple[LayerReport, ...]:
     reports = []
     for each in layers.supported:
@@ -299,6 +343,9 @@ def _layer_reports(
             reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=notes))
             continue
         answer = found[name]
+        view = None
+        if answer.factors.rank:
+            view = guidance.outlook(answer.factors, each.scaling, statistics, name, offset=offset_base)
         start = offset.product_norm(answer.factors, each.scaling)
         share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
@@ -316,6 +363,9 @@ def _layer_reports(
                 answer.residual,
                 answer.solver,
                 share,
+                None if view is None else view.start_change,
+                None if view is None else view.first_step,
+                None if view is None else view.step_ratio,
                 (*notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
             )
         )

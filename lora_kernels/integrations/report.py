@@ -29,6 +29,9 @@ class LayerReport:
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
         solver: how they were found.
         start_share: `|s B A| / |W|` (Frobenius) at the start.
+        start_change: predicted change of the mean loss by the start itself, or `None`; see `guidance.Outlook`.
+        first_step: predicted change of the mean loss by Adam's first step, per unit of learning rate, or `None`.
+        step_ratio: how much farther a step moves the weight than from stock LoRA's start, or `None`.
         notes: facts a user should know.
     """
 
@@ -43,6 +46,9 @@ class LayerReport:
     eigen_residual: float | None = None
     solver: str = ""
     start_share: float = 0.0
+    start_change: float | None = None
+    first_step: float | None = None
+    step_ratio: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -60,6 +66,7 @@ class InitReport:
         tokens: tokens counted.
         trainable_before: parameters of the adapter's factors before.
         trainable: and now.
+        advice: on learning rates.
     """
 
     method: str
@@ -71,6 +78,7 @@ class InitReport:
     tokens: float
     trainable_before: int
     trainable: int
+    advice: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[LayerReport]:
         """The layers."""
@@ -112,7 +120,8 @@ class InitReport:
             ("layer", "left"),
             ("rank", "right"),
             ("explained", "right"),
-            ("residual", "right"),
+            ("start", "right"),
+            ("first step", "right"),
             ("tokens", "right"),
             ("notes", "left"),
         ):
@@ -124,12 +133,17 @@ class InitReport:
                 layer.name,
                 rank,
                 _percent(layer.explained_variance),
-                _percent(layer.residual_variance),
+                "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",
+                "" if layer.first_step is None else f"{layer.first_step:.2g}",
                 f"{layer.tokens:,.0f}",
                 "; ".join((*status, *layer.notes)),
             )
+        table.caption = (
+            "explained: share of the input variance in A; start: |s B A| / |W|; first step: predicted loss change of "
+            "Adam's first step, per unit of learning rate"
+        )
         yield table
-        yield Text(self.summary())
+        yield Text("\n".join((self.summary(), *self.advice)))
 
     def __str__(self) -> str:
         """The same as plain text."""

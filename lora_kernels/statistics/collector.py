@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_kernels.statistics import distributed, storage
-from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device
+from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device, trimmer
 from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
 from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
 from lora_kernels.statistics.masks import BatchWeights
@@ -55,6 +55,7 @@ class Collection:
         self.lockstep = self.world > 1 and any(is_sharded(each) for each in self.model.parameters())
         self.encoder_decoder = is_encoder_decoder(self.model)
         self._told = False
+        self._trim = trimmer(self.model, [target.module for target in targets])
         self.progress = Progress(skipped_modules=dict(skipped_modules))
         self.finished: list[Held] = []
         self.resumed: list[Held] = []
@@ -240,13 +241,14 @@ class Collection:
                 factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(options.dtype)
         weights = BatchWeights.of(batch, options.mask, encoder_decoder=self.encoder_decoder, factors=factors)
         observer.begin(number, weights)
-        outputs = (options.forward or call_model)(self.model, batch)
+        given = batch if observer.gradients or options.forward is not None else self._trim(batch)
+        outputs = (options.forward or call_model)(self.model, given)
         # Sharded weights are gathered in the backward pass too: there every process must go through it.
         if observer.gradients and (items > 0 or self.lockstep):
             counts = items > 0 and observer.counting
             loss = self._loss(observer, outputs, batch, number if counts else None)
+            del outputs  # the backward pass does not read its logits, nor does it have to hold them
             observer.backward(loss if options.reduction == "sum" else loss * items, discard=not counts)
-        del outputs
         if not observer.counting:
             return progress.tokens
         observer.check(number)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,39 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT model; another model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+
+
+def trimmer(model: nn.Module, observed: Sequence[nn.Module]) -> Callable[[Any], Any]:
+    """What to leave out of a batch when nobody wants the model's output.
+
+    Args:
+        model: the model.
+        observed: the modules that must run on all rows.
+
+    Returns:
+        A function of a batch. For transformers models that can be told how many rows of logits to compute, and whose
+        output layer is not observed: the mapping without labels, for one row. Otherwise the batch as it is.
+    """
+    inner: Any = without_peft(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if (
+        not isinstance(head, nn.Module)
+        or {id(each) for each in head.modules()} & {id(each) for each in observed}
+        or "logits_to_keep" not in inspect.signature(inner.forward).parameters
+    ):
+        return lambda batch: batch
+
+    def trim(batch: Any) -> Any:
+        if not isinstance(batch, Mapping) or "logits_to_keep" in batch:
+            return batch
+        return {**{key: value for key, value in batch.items() if key != "labels"}, "logits_to_keep": 1}
+
+    return trim
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.statistics.feed import without_peft
 from lora_kernels.statistics.masks import IGNORED_LABEL
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -48,11 +49,6 @@ def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
             "put labels into the batch, or pass loss=lambda outputs, batch: ..."
         )
     return found
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
 
 
 def _first_tensor(batch: Any) -> torch.Tensor | None:
@@ -96,7 +92,7 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     per_token = isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
     if reduction == "auto":
-        causal = getattr(_plain(model), "loss_type", None) == "ForCausalLM"
+        causal = getattr(without_peft(model), "loss_type", None) == "ForCausalLM"
         reduction = ("next_tokens" if causal else "tokens") if per_token else "samples"
     if reduction in ("next_tokens", "tokens"):
         if not per_token:

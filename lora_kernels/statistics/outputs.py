@@ -117,6 +117,12 @@ class OutputStatistics(Accumulator):
             self.sketch.update(g, x, factors)
 
     @property
+    def is_zero(self) -> bool:
+        """Whether one of the sums is zero throughout: the loss of the data does not depend on the layer."""
+        parts = (self.fisher, self.gradient, None if self.sketch is None else self.sketch.left)
+        return any(not bool(each.any()) for each in parts if each is not None)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the sums."""
         return next(value.dtype for name, value in self.tensors().items() if name not in ("count", "calls"))

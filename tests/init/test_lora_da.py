@@ -269,7 +269,7 @@ def test_sketched_inputs_and_bad_ranks():
     stats = lk.collect(
         model, batches, ("input_second", "fisher", "gradient"), form="sketch", sketch_size=4, progress=False
     )
-    with pytest.raises(ValueError, match="holds a sketch of its input, but LoRA-DA needs the exact moments"):
+    with pytest.raises(ValueError, match="holds a sketch of its input, but the exact moments are needed"):
         LoraDA().factors(stats, {"model.layers.0.mlp.down_proj": 2})
     with pytest.raises(ValueError, match=r"layer l has rank 21, but must be between 1 and min\(m, n\) = 20"):
         LoraDA().factors(of(made()), {"l": 21})

@@ -268,11 +268,11 @@ def test_unreached_layers_keep_their_values_or_raise():
 
     model = get_peft_model(Half(), LoraConfig(r=2, target_modules=["used", "unused"]))
     kept = model.get_submodule("base_model.model.unused").lora_A["default"].weight.clone()
-    with pytest.warns(RuntimeWarning, match="reached no token of 1 LoRA layers .first: base_model.model.unused"):
+    with pytest.warns(RuntimeWarning, match="does not reach 1 LoRA layers .first: base_model.model.unused"):
         report = run(model, loader=[torch.randn(9, 6)])
     assert [each.status for each in report] == ["initialised", "not_reached"]
     assert torch.equal(model.get_submodule("base_model.model.unused").lora_A["default"].weight, kept)
-    with pytest.raises(ValueError, match="reached no token"):
+    with pytest.raises(ValueError, match="does not reach"):
         run(model, loader=[torch.randn(9, 6)], unreached="raise")
 
 

@@ -220,3 +220,21 @@ def test_enabled_input_gradients_of_peft_do_not_hide_layers():
     for name in one:
         assert relative_error(other[name].output.gradient, one[name].output.gradient) < 1e-6
         assert not other[name].notes
+
+
+def test_a_pass_without_gradients_computes_no_logits_and_no_loss():
+    batches, seen = padded(samples(), 4), []
+    found = {}
+    for targets in (["q_proj", "down_proj"], ["q_proj", "down_proj", "lm_head"]):
+        model = tiny_llama()
+        names = [name for name, _ in model.named_modules() if name.endswith(tuple(targets))]
+        model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
+        head = model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+        found[targets[-1]] = lk.collect(model, batches, targets=names, mask="labels", progress=False)
+        head.remove()
+    short, whole = found.values()
+    assert seen[:2] == [["attention_mask", "input_ids", "logits_to_keep"], 1]
+    assert ["attention_mask", "input_ids", "labels"] in seen  # the output layer is observed: all its rows count
+    for name in short:
+        assert torch.equal(short[name].input.second, whole[name].input.second)
+    assert short.tokens == whole.tokens

@@ -1,0 +1,131 @@
+"""What a start means for training: how far it moves the model, what the first step gains, and which rate suits it."""
+
+from __future__ import annotations
+
+import math
+import statistics as quantiles
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.init.factors import LoraFactors
+from lora_kernels.statistics.store import Statistics
+
+# From here on a learning rate is one for stock LoRA rather than for full fine-tuning.
+LORA_RATE = 1e-4
+# Closer than this the rates of two starts are alike.
+_ALIKE = 1.5
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the start of one layer means.
+
+    Attributes:
+        start_change: first-order change of the mean loss by the start itself, `<G, s B A>`; 0 where the base takes it
+            off, `None` without a gradient.
+        first_step: first-order change of the mean loss by Adam's first step, per unit of learning rate:
+            `-(|s B^T G|_1 + |s G A^T|_1)`; `None` without a gradient.
+        step_ratio: how much farther a step of Adam moves the weight than it would from stock LoRA's start at the same
+            rate (signs taken as independent).
+    """
+
+    start_change: float | None
+    first_step: float | None
+    step_ratio: float
+
+
+def _gradient(statistics: Statistics, name: str) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None:
+    """The mean gradient of a layer, `(m, n)` or as two factors `(m, k)` and `(k, n)`, if it was collected."""
+    layer = statistics.get(name)
+    if layer is None or layer.output is None or statistics.loss_items <= 0:
+        return None
+    if layer.output.gradient is not None:
+        return statistics.mean_gradient(name)
+    sketch = layer.output.sketch
+    if sketch is None:
+        return None
+    found = sketch.svd(min(sketch.size, sketch.out_features, sketch.in_features), scale=1.0 / statistics.loss_items)
+    return found.U * found.S, found.Vh
+
+
+def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
+    """What a start means.
+
+    Args:
+        factors: A `(r, n)` and B `(m, r)`, r at least 1.
+        scaling: s.
+        statistics: with the layer's weight gradient, exact or sketched, if the first-order changes are wanted.
+        name: the layer.
+        offset: whether the base takes `s B A` off.
+
+    Returns:
+        The numbers.
+    """
+    a, b = factors.A.detach(), factors.B.detach()
+    (rank, n), m = a.shape, b.shape[0]
+    # A step of Adam moves every entry by the rate. With independent signs |dB A|^2 is m |A|^2, and |B dA|^2 n |B|^2;
+    # stock LoRA has B = 0 and A uniform within 1 / sqrt(n), so |A|^2 = r / 3.
+    moved = m * float(a.square().sum()) + n * float(b.square().sum())
+    ratio = math.sqrt(moved / (m * rank / 3))
+    gradient = _gradient(statistics, name)
+    if gradient is None:
+        return Outlook(0.0 if offset or not bool(b.any()) else None, None, ratio)
+    if isinstance(gradient, torch.Tensor):
+        a, b = a.to(gradient), b.to(gradient)
+        of_a, of_b = b.mT @ gradient, gradient @ a.mT
+    else:
+        left, right = gradient
+        a, b = a.to(left), b.to(left)
+        of_a, of_b = (b.mT @ left) @ right, left @ (right @ a.mT)
+    change = 0.0 if offset else scaling * float((of_a * a).sum())
+    return Outlook(change, -abs(scaling) * float(of_a.abs().sum() + of_b.abs().sum()), ratio)
+
+
+def advice(
+    method: str, ratios: Iterable[float], *, starts_away: bool, full_rate: bool, learning_rate: float | None
+) -> tuple[str, ...]:
+    """What to say of learning rates.
+
+    Args:
+        method: its name.
+        ratios: `Outlook.step_ratio` of the layers.
+        starts_away: whether B is not zero.
+        full_rate: whether the method's authors train at rates of full fine-tuning.
+        learning_rate: that the user is going to use, if known.
+
+    Returns:
+        Sentences. The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves
+        farther than stock LoRA does (`is_warning`).
+    """
+    known = sorted(ratios)
+    if not known:
+        return ()
+    ratio, said = quantiles.median(known), []
+    if full_rate:
+        said.append(f"the authors of {method} train it at rates of full fine-tuning (about 2e-5 for 7B models)")
+    if ratio > _ALIKE:
+        said.append(
+            f"a step moves the weights {ratio:.1f} times as far as stock LoRA's at the same rate (median over layers): "
+            f"begin with a rate {ratio:.1f} times smaller"
+        )
+    elif ratio < 1 / _ALIKE:
+        said.append(
+            f"a step moves the weights {ratio:.2g} times as far as stock LoRA's at the same rate (median over layers): "
+            f"a rate up to {1 / ratio:.0f} times larger may be needed"
+        )
+    if learning_rate is not None and starts_away and learning_rate >= LORA_RATE and ratio > _ALIKE:
+        said.append(
+            f"{_WARNING}: {method} starts at B != 0, and learning_rate={learning_rate:g} is a rate for B = 0; it moves "
+            f"the weights as {learning_rate * ratio:.1e} would there. Try {learning_rate / ratio:.1e}"
+        )
+    return tuple(said)
+
+
+_WARNING = "learning rate"
+
+
+def is_warning(sentence: str) -> bool:
+    """Whether a sentence of `advice` deserves a `RuntimeWarning`."""
+    return sentence.startswith(_WARNING)
