@@ -11,7 +11,7 @@ from lora_kernels import init, linalg, ops, statistics
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
 from lora_kernels.integrations.entry import collect, initialize, plan
-from lora_kernels.integrations.offset import export
+from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 
@@ -34,6 +34,7 @@ __all__ = [
     "init",
     "initialize",
     "linalg",
+    "load",
     "ops",
     "plan",
     "statistics",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -43,15 +46,24 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
     parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", help="for sequence-classification: labels, for methods that read gradients")
     parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
-    parser.add_argument("--method", default="eva")
+    parser.add_argument("--method", default="eva", help="eva, lora_da, lora_ga, corda, pissa or task_directions")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as gamma=64"
+    )
+    parser.add_argument(
+        "--ranks",
+        metavar="SCORE",
+        help="redistribute ranks by explained_variance (EVA's default), gradient_energy or fisher_energy; or keep",
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank)")
-    parser.add_argument("--rho", type=float, default=2.0, help="how far a layer's rank may grow; 1 keeps all ranks")
+    parser.add_argument("--rho", type=float, default=2.0, help="how far a redistributed rank may grow")
     parser.add_argument("--min-rank", type=int, default=0)
     parser.add_argument("--max-rank", type=int)
     parser.add_argument("--multiple-of", type=int, default=1)
-    parser.add_argument("--whiten", action="store_true")
+    parser.add_argument("--learning-rate", type=float, help="that you will train with; the report judges it")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="names as in PEFT")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
@@ -62,34 +74,74 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="file for partial statistics; a killed run goes on from it")
 
 
+def _method(name: str, settings: Sequence[str]) -> Any:
+    """The config of a method; values are Python literals, anything else is taken as text."""
+    from lora_kernels.init import METHODS  # noqa: PLC0415
+    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
+
+    check_choice("method", name, tuple(METHODS))
+    known = {each.name for each in fields(METHODS[name])}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or key not in known:
+            raise ValueError(
+                f"set is {setting!r}, but must be NAME=VALUE with a name out of {', '.join(sorted(known))}"
+            )
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return METHODS[name](**values)
+
+
 def _init(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
 
-    check_choice("method", options.method, (lk.EVA.name,))
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
-    method = lk.EVA(
-        rho=options.rho,
-        whiten=options.whiten,
-        min_rank=options.min_rank,
-        max_rank=options.max_rank,
-        multiple_of=options.multiple_of,
-    )
-    texts = text_files.read_texts(options.data, options.text_column)
+    method = _method(options.method, options.set)
+    score = options.ranks or ("explained_variance" if options.method == lk.EVA.name else "keep")
+    ranks = None
+    if score != "keep":
+        limits = (options.rho, options.min_rank, options.max_rank, options.multiple_of)
+        ranks = lk.Redistribution(score, *limits)
+    elif isinstance(method, lk.EVA):
+        method = method.keeping_ranks()
+    labels = None
+    if options.label_column is None:
+        texts = text_files.read_texts(options.data, options.text_column)
+    else:
+        texts, labels = text_files.read_labelled(options.data, options.text_column, options.label_column)
     model, tokenizer = transformers.load(options.model, options.task)
     targets = options.target_modules[0] if options.target_modules == ["all-linear"] else options.target_modules
-    config = LoraConfig(r=options.rank, lora_alpha=options.alpha or options.rank, target_modules=targets)
+    kinds = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}  # these heads get no adapter
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha or options.rank,
+        target_modules=targets,
+        task_type=kinds.get(options.task),  # type: ignore[arg-type]
+    )
     peft_model = get_peft_model(model, config)
-    batches = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length)
-    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint")
-    report = lk.initialize(peft_model, batches, method, **{name: getattr(options, name) for name in names})
+    batches = transformers.text_batches(
+        tokenizer,
+        texts,
+        options.batch_size,
+        options.max_length,
+        causal=options.task == "causal-lm" and labels is None,
+        labels=None if labels is None else transformers.label_ids(model, labels),
+    )
+    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint", "learning_rate")
+    chosen = {name: getattr(options, name) for name in names}
+    report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
-    Console(width=None if sys.stdout.isatty() else 140).print(report, f"adapter: {options.out}", sep="\n")
+    how = "lora_kernels.load (its frozen counterpart keeps the function)" if method.offsets_base else "stock PEFT"
+    lines = (report, f"adapter: {options.out}, to be loaded with {how}")
+    Console(width=None if sys.stdout.isatty() else 140).print(*lines, sep="\n")
     return 0
 
 

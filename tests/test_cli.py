@@ -50,9 +50,77 @@ def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, ca
     assert "must be a new or empty folder" in capsys.readouterr().err
 
 
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[2, 4, 6, 8, 2, 10]])).logits
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "lora_da", "corda", "pissa", "task_directions"])
+def test_init_by_every_method(method, folder, text, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import lora_kernels as lk
+
+    out = tmp_path / "adapter"
+    command = ["init", "--model", str(folder), "--data", str(text), "--out", str(out), "--method", method]
+    more = ["--rank", "2", "--ranks", "gradient_energy", "--max-rank", "4", "--min-rank", "1"]
+    assert cli.main([*command, *more]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["method"] == method and len({each["rank"] for each in report["layers"]}) > 1
+    assert all(each["first_step"] < 0 for each in report["layers"])
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    before = logits_of(base)
+    if method == "lora_da":
+        assert "stock PEFT" in printed
+        assert not torch.equal(logits_of(PeftModel.from_pretrained(base, out)), before)
+        return
+    assert "lora_kernels.load" in printed
+    loaded = lk.load(base, out)
+    torch.testing.assert_close(logits_of(loaded), before, rtol=1e-4, atol=1e-5)
+    trainable = [name for name, each in loaded.named_parameters() if each.requires_grad]
+    assert trainable and not any("offset" in name for name in trainable)
+    with torch.no_grad():
+        for name, value in loaded.named_parameters():
+            if name in trainable:
+                value.mul_(1.1)
+    changed = logits_of(loaded)
+    assert not torch.allclose(changed, before, rtol=1e-4, atol=1e-5)
+    lk.export(loaded, tmp_path / "stock")
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "stock")
+    torch.testing.assert_close(logits_of(stock), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_init_of_a_classifier_reads_labels(tmp_path, folder, capsys):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    where = tmp_path / "classifier"
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=14, pad_token_id=0
+    )
+    config.num_labels = 2
+    config.id2label, config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    LlamaForSequenceClassification(config).save_pretrained(where)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(where)
+    data = tmp_path / "rows.csv"
+    data.write_text("text,kind\n" + "the cat sat,cat\na dog ran,dog\nthe dog sat fast,1\n" * 4)
+    command = ["init", "--model", str(where), "--data", str(data), "--task", "sequence-classification", "--rank", "2"]
+    command += ["--method", "lora_ga", "--label-column", "kind", "--set", "gamma=64", "--set", "direction=ArBr"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert settings["gamma"] == 64 and settings["direction"] == "ArBr"
+    data.write_text("text,kind\nthe cat sat,cow\n")
+    assert cli.main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "label 'cow' is none of the model's: cat, dog" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        (["--set", "gamma=2"], "set is 'gamma=2', but must be NAME=VALUE with a name out of"),
+        (["--method", "lora_ga", "--set", "gamma=-2"], "gamma is -2"),
+        (["--ranks", "loss"], "score is 'loss'"),
         (["--data", "missing.csv"], "must be an existing .csv or .jsonl file"),
         (["--text-column", "body"], "must include 'body'"),
         (["--method", "magic"], "method is 'magic', but must be one of 'eva'"),

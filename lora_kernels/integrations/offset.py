@@ -78,12 +78,36 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _add(model: nn.Module, adapter: str, config: Any) -> None:
+    """Add an adapter of LoRA layers alone, active beside the others.
+
+    (`model.add_adapter` of a classifier would train another copy of its head with it, and `model.set_adapter` refuses
+    two adapters where one of them has modules to save.)
+    """
+    from peft import PeftModel  # noqa: PLC0415  (peft is an optional dependency)
+
+    config.modules_to_save = config.trainable_token_indices = None
+    with _flags_kept(model):
+        active = list(model.active_adapters)  # type: ignore[arg-type]
+        PeftModel.add_adapter(model, adapter, config)  # type: ignore[arg-type]
+        _activate(model, [*active, adapter])
+
+
+def _activate(model: nn.Module, adapters: list[str]) -> None:
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(adapters)
+    model.base_model.active_adapter = adapters  # type: ignore[union-attr]
+
+
 def remove(model: nn.Module, adapter: str) -> None:
     """Delete the frozen counterpart of an adapter, if there is one."""
     if has_offset(model, adapter):
         with _flags_kept(model):
             active = [each for each in model.active_adapters if each != offset_name(adapter)]  # type: ignore[union-attr]
-            model.base_model.set_adapter(active)  # type: ignore[operator, union-attr]
+            _activate(model, active)
             model.delete_adapter(offset_name(adapter))  # type: ignore[operator]
 
 
@@ -122,12 +146,8 @@ def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     """
     config: Any = copy.deepcopy(model.peft_config[adapter])  # type: ignore[index, union-attr, operator]
     config.init_lora_weights, config.lora_dropout, config.lora_bias = True, 0.0, False  # B = 0, so nothing is added
-    config.modules_to_save = config.trainable_token_indices = None
     frozen = offset_name(adapter)
-    with _flags_kept(model):
-        active = list(model.active_adapters)  # type: ignore[arg-type]
-        model.add_adapter(frozen, config)  # type: ignore[operator]
-        model.base_model.set_adapter([*active, frozen])  # type: ignore[operator, union-attr]
+    _add(model, frozen, config)
     for name in names:
         module: Any = model.get_submodule(name)
         _freeze(module.lora_A[frozen], module.lora_A[adapter].weight.detach().clone())
@@ -136,6 +156,47 @@ def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     for name, parameter in model.named_parameters():
         if f".{frozen}." in name or name.endswith(f".{frozen}"):
             parameter.requires_grad_(False)
+
+
+def load(
+    base: nn.Module, path: str | Path, *, adapter_name: str = "default", is_trainable: bool = True, **settings: Any
+) -> nn.Module:
+    """Load an adapter that `save_pretrained` wrote, together with its frozen counterpart if there is one.
+
+    (Stock `PeftModel.from_pretrained` loads the adapter alone, which is then away from zero on an untouched base.)
+
+    Args:
+        base: the unmodified base model.
+        path: the adapter's folder.
+        adapter_name: its name.
+        is_trainable: whether its factors are to be trained.
+        settings: more arguments of `PeftModel.from_pretrained`.
+
+    Returns:
+        The PEFT model.
+    """
+    from peft import (  # noqa: PLC0415  (peft is an optional dependency)
+        LoraConfig,
+        PeftModel,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+
+    model: Any = PeftModel.from_pretrained(
+        base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **settings
+    )
+    frozen = offset_name(adapter_name)
+    # PEFT writes every adapter but "default" into a folder of its own name.
+    folder = (Path(path) if adapter_name == "default" else Path(path).parent) / frozen
+    if not folder.is_dir():
+        return model  # type: ignore[no-any-return]
+    _add(model, frozen, LoraConfig.from_pretrained(str(folder)))
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=frozen)
+    for module in model.modules():
+        if frozen in getattr(module, "lora_A", {}):
+            for part in (module.lora_A[frozen], module.lora_B[frozen]):
+                _freeze(part, part.weight.detach())
+    return model  # type: ignore[no-any-return]
 
 
 def subtract(model: nn.Module, adapter: str, names: Iterable[str]) -> None:

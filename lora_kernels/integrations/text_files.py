@@ -55,6 +55,34 @@ def read_texts(path: Path, column: str) -> list[str]:
     return texts
 
 
+def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
+    """Read texts and their labels.
+
+    Args:
+        path: see `read_rows`.
+        text_column: the column of the text.
+        label_column: the column of the label.
+
+    Returns:
+        Texts and labels, in the file's order.
+
+    Raises:
+        ValueError: as `read_rows`, or if a text or label is missing or empty.
+    """
+    texts, labels = [], []
+    for place, row in read_rows(path, (text_column, label_column)):
+        text, label = row[text_column], row[label_column]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: {text_column!r} was {text!r}, must be a text that is not empty")
+        if not isinstance(label, (str, int)) or not str(label).strip():
+            raise ValueError(f"{place}: {label_column!r} was {label!r}, must be a string or an integer")
+        texts.append(" ".join(text.split()))
+        labels.append(str(label).strip())
+    if not texts:
+        raise ValueError(f"{path.name} has no rows")
+    return texts, labels
+
+
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)

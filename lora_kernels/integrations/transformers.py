@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels.integrations.plain import linear_features
 from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.statistics.masks import IGNORED_LABEL
 
 TASKS = ("causal-lm", "sequence-classification", "base")
 
@@ -117,8 +118,35 @@ def linear_targets(model: Any) -> list[str]:
     ]
 
 
+def label_ids(model: Any, labels: Sequence[str]) -> list[int]:
+    """The numbers that a classifier gives to labels, by the names or the numbers in its config.
+
+    Args:
+        model: a transformers sequence classifier.
+        labels: names or numbers.
+
+    Returns:
+        A number per label.
+
+    Raises:
+        ValueError: if a label is unknown.
+    """
+    known = {str(name): int(index) for name, index in model.config.label2id.items()}
+    known |= {str(index): index for index in range(model.config.num_labels)}
+    for label in labels:
+        if label not in known:
+            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
+    return [known[label] for label in labels]
+
+
 def text_batches(
-    tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int,
+    *,
+    causal: bool = False,
+    labels: Sequence[int] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Tokenise texts into padded batches, in their order.
 
@@ -127,9 +155,12 @@ def text_batches(
         texts: what to tokenise.
         batch_size: texts per batch.
         max_length: tokens at which a text is cut.
+        causal: label every token with itself, padding with -100 (causal models shift their labels).
+        labels: of the texts, for a classifier.
 
     Returns:
-        Batches with `input_ids` and `attention_mask`, `(batch, tokens)` int64.
+        Batches with `input_ids` and `attention_mask`, `(batch, tokens)` int64, and labels if there are any:
+        `(batch, tokens)` or `(batch,)` int64.
     """
     check_range("batch_size", batch_size, low=1, integer=True)
     check_range("max_length", max_length, low=1, integer=True)
@@ -137,5 +168,10 @@ def text_batches(
     for low in range(0, len(texts), batch_size):
         part = list(texts[low : low + batch_size])
         encoded = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batches.append({key: encoded[key] for key in ("input_ids", "attention_mask")})
+        batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        if causal:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        elif labels is not None:
+            batch["labels"] = torch.tensor(labels[low : low + batch_size])
+        batches.append(batch)
     return batches

@@ -26,6 +26,7 @@ class Principal:
     name: ClassVar[str] = "principal"
     wants: ClassVar[dict] = {}
     offsets_base: ClassVar[bool] = True
+    full_rate: ClassVar[bool] = False
     adjust_scaling_factors: ClassVar[bool] = False
     collect_options: ClassVar[dict] = {}
 
@@ -194,3 +195,46 @@ def test_compress_is_the_best_of_its_rank():
     torch.testing.assert_close(small_a @ small_a.mT, small_b.mT @ small_b)
     assert error == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-9)
     assert compress(a * 0, b, 2)[2] == 0.0
+
+
+def test_a_classifier_keeps_its_one_trained_head(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=61, pad_token_id=0
+    )
+    base = LlamaForSequenceClassification(config).eval()
+    plain = copy.deepcopy(base)
+    inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
+    before = base(**inputs).logits.detach()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS"))
+    for _ in range(2):  # a second time replaces the counterpart
+        lk.initialize(model, method=Principal(), force=True)
+        torch.testing.assert_close(model.eval()(**inputs).logits.detach(), before, rtol=1e-4, atol=1e-5)
+    heads = [name for name, each in model.named_parameters() if "score" in name and each.requires_grad]
+    assert heads == ["base_model.model.score.modules_to_save.default.weight"]
+    train_labels = {**inputs, "labels": torch.zeros(len(BATCH["input_ids"]), dtype=torch.long)}
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    model(**train_labels).loss.backward()
+    optimizer.step()
+    trained = model(**inputs).logits.detach()
+    assert not torch.allclose(trained, before, atol=1e-3)
+    model.save_pretrained(tmp_path / "both")
+    lk.export(model, tmp_path / "stock")
+    for loaded in (
+        lk.load(copy.deepcopy(plain), tmp_path / "both"),
+        PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "stock"),
+    ):
+        torch.testing.assert_close(loaded.eval()(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_a_named_adapter_loads_with_its_counterpart(tmp_path):
+    base = tiny_llama()
+    before = logits(copy.deepcopy(base))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=TARGETS), adapter_name="mine")
+    lk.initialize(model, method=Principal(), adapter_name="mine")
+    model.save_pretrained(tmp_path)
+    loaded = lk.load(base, tmp_path / "mine", adapter_name="mine")
+    torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-5)
+    assert sum("offset" in name for name, _ in loaded.named_buffers()) == 2 * len(TARGETS) * 2
