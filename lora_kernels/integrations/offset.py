@@ -120,13 +120,16 @@ def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
         adapter: the adapter.
         names: its layers that start away from zero.
     """
+    from peft import PeftModel  # noqa: PLC0415  (peft is an optional dependency)
+
     config: Any = copy.deepcopy(model.peft_config[adapter])  # type: ignore[index, union-attr, operator]
     config.init_lora_weights, config.lora_dropout, config.lora_bias = True, 0.0, False  # B = 0, so nothing is added
     config.modules_to_save = config.trainable_token_indices = None
     frozen = offset_name(adapter)
     with _flags_kept(model):
         active = list(model.active_adapters)  # type: ignore[arg-type]
-        model.add_adapter(frozen, config)  # type: ignore[operator]
+        # The classes for classifiers would give every adapter a head of its own, and two heads cannot be active.
+        PeftModel.add_adapter(model, frozen, config)
         model.base_model.set_adapter([*active, frozen])  # type: ignore[operator, union-attr]
     for name in names:
         module: Any = model.get_submodule(name)

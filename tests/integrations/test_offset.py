@@ -112,6 +112,28 @@ def test_export_is_a_stock_adapter_for_the_untouched_base(tmp_path):
     assert relative_error(logits(merged), trained) < 1e-5
 
 
+def test_a_classifier_keeps_its_one_head():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    base = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes)).eval()
+    batch = {"input_ids": torch.randint(0, 20, (4, 6)), "labels": torch.tensor([0, 1, 2, 0])}
+    with torch.no_grad():
+        before = base(**batch).logits
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lk.initialize(model, method=Principal())
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+    # The frozen counterpart has no head, and what is trained is what was trained.
+    assert list(model.base_model.model.classifier.modules_to_save) == ["default"]
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model(**batch).loss.backward()
+    assert model.base_model.model.classifier.modules_to_save["default"].weight.grad.abs().max() > 0
+    lk.initialize(model, method=Principal(), force=True)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+
+
 def test_export_of_an_adapter_that_started_at_zero(tmp_path):
     model = wrapped(modules_to_save=["lm_head"])
     train(model)
