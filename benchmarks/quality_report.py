@@ -262,7 +262,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     [mean - min(group) for mean, group in zip(means, groups, strict=True)],
                     [max(group) - mean for mean, group in zip(means, groups, strict=True)],
                 ]
-                panels[0][column].errorbar(xs, means, yerr=bars, linewidth=1, elinewidth=1.5, label=label, **style)
+                # The lines join the true places: shifted ones would look like a delay.
+                panels[0][column].plot(places, means, linewidth=1, alpha=0.6, color=style["color"])
+                panels[0][column].errorbar(xs, means, yerr=bars, linestyle="none", elinewidth=1.5, label=label, **style)
             found = compared.get(arm)
             if found is not None:
                 differences = [scale * each.difference for _, each in found[measure]]
