@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels.ops._checks import check_number
 from lora_kernels.ops._philox import keep_factor, keep_threshold
 
 
@@ -96,10 +96,13 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
         return 0, None, 0
     if not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a Dropout or None, got {type(dropout).__name__}")
-    check_range("dropout.p", dropout.p, low=0)
-    if dropout.p >= 1:
-        raise ValueError(f"dropout.p is {dropout.p!r}, but must be below 1")
-    check_range("dropout.stream", dropout.stream, low=0, high=2**32 - 1, integer=True)
+    check_number("dropout.p", dropout.p)
+    if not 0 <= dropout.p < 1:
+        raise ValueError(f"dropout.p is {dropout.p!r}, but must be at least 0 and below 1")
+    if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int):
+        raise TypeError(f"dropout.stream must be an int, got {type(dropout.stream).__name__} {dropout.stream!r}")
+    if not 0 <= dropout.stream < 2**32:
+        raise ValueError(f"dropout.stream is {dropout.stream}, but must lie in [0, 2^32)")
     seed = dropout.seed
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:

@@ -35,7 +35,9 @@ def _mul_hi_lo(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch
     return upper & _MASK, lower
 
 
-def philox4x32(seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS) -> tuple[torch.Tensor, ...]:
+def philox4x32(
+    seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS
+) -> tuple[torch.Tensor, ...]:
     """Four random 32-bit words per counter.
 
     Args:

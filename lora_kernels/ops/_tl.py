@@ -44,20 +44,26 @@ def philox(c0, c1, c2, c3, key0, key1, ROUNDS: tl.constexpr = 10):
 
 
 @triton.jit
-def keep_tile(rows, groups, seed_ptr, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def load_key(seed_ptr):
+    """Both halves of a seed that lies in memory, so that it may be drawn on the device."""
+    seed = tl.load(seed_ptr)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`, column group g holds columns 8 g to 8 g + 7.
 
-    The definition is `_philox.keep_mask`. The seed is loaded, so that it may be drawn on the device.
+    The definition is `_philox.keep_mask`.
     """
-    seed = tl.load(seed_ptr)
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     w0, w1, w2, w3 = philox(
         zero + groups[None, :].to(tl.uint32),
         zero + rows[:, None].to(tl.uint32),
         zero + tl.cast(stream, tl.uint32),
         zero,
-        seed.to(tl.uint32),
-        (seed >> 32).to(tl.uint32),
+        key0,
+        key1,
         7,
     )
     # The last index of a join is its second operand's: words in order, each with its low half first.

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops._checks import check_number, check_tensor
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops.lora_linear import _passes
 from lora_kernels.ops.lora_linear._passes import Factors
@@ -184,6 +185,37 @@ _linear.register_vmap(_one_by_one(_linear))
 _linear_backward.register_vmap(_one_by_one(_linear_backward))
 
 
+class _Transformed(torch.autograd.Function):
+    """The same op inside `torch.func.grad` and the like, which registered ops cannot be differentiated by."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = _linear(*args)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = _one_by_one(_Transformed.apply)(info, in_dims, *args)
+        return found
+
+
+def _run(*args: Any) -> torch.Tensor:
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    run: Callable[..., Any] = _Transformed.apply if transformed else _linear
+    y: torch.Tensor = run(*args)[0]
+    return y
+
+
 def _check_factors(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, extra: object, outputs: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
@@ -192,7 +224,7 @@ def _check_factors(
         raise ValueError("x has shape (), but must be (..., n)")
     check_tensor("a", a, shape=(None, x.shape[-1]), device=x.device)
     check_tensor("b", b, shape=(outputs, a.shape[0]), device=x.device)
-    check_range("scaling", scaling)
+    check_number("scaling", scaling)
     if extra is None:
         return None, None, 0.0
     if not isinstance(extra, tuple) or len(extra) != 3:
@@ -200,7 +232,7 @@ def _check_factors(
     a0, b0, extra_scaling = extra
     check_tensor("extra[0]", a0, shape=(None, x.shape[-1]), device=x.device)
     check_tensor("extra[1]", b0, shape=(b.shape[0], a0.shape[0]), device=x.device)
-    check_range("extra[2]", extra_scaling)
+    check_number("extra[2]", extra_scaling)
     # Frozen: no gradient is worked out, so none may be waited for.
     return a0.detach(), b0.detach(), float(extra_scaling)
 
@@ -227,12 +259,12 @@ def lora_linear(
 ) -> torch.Tensor:
     """`x W^T + bias + s drop(x) A^T B^T`, differentiable in x, W, bias, A and B.
 
-    The dropout mask is never stored but made anew in the backward pass, and neither is a dropped copy of x: what autograd
-    keeps is x, the weights and a `(tokens, r)` matrix. The arithmetic is that of x's dtype with float32 sums (under
-    autocast, of autocast's dtype, as in `torch.nn.functional.linear`); A and B may have another dtype, float32 masters
-    of a bfloat16 model, say: they are cast for the products, and their gradients are rounded from float32 sums to their
-    own dtype. (PEFT casts x up instead.) Works with `torch.compile`, checkpointing, `torch.func.grad`, `vjp` and `vmap`,
-    one element at a time; twice differentiable it is not.
+    Neither the dropout mask nor a dropped copy of x is stored, the mask is made anew in the backward pass: what
+    autograd keeps is x, the weights and a `(tokens, r)` matrix. The arithmetic is that of x's dtype with float32 sums
+    (under autocast, of autocast's dtype, as in `torch.nn.functional.linear`); A and B may have another dtype, float32
+    masters of a bfloat16 model, say: they are cast for the products, and their gradients are rounded from float32 sums
+    to their own dtype. (PEFT casts x up instead.) Works with `torch.compile`, checkpointing, `torch.func.grad`, `vjp`
+    and `vmap` (one element of the batch at a time); it cannot be differentiated twice.
 
     Args:
         x: `(..., n)` float16, bfloat16 or float32; float64 on the torch backend.
@@ -243,8 +275,8 @@ def lora_linear(
         scaling: s.
         dropout: of the adapter's input, or `None`; rows are counted over all leading sizes of x. See `Dropout` on where
             seeds come from.
-        extra: a frozen pair `(A0, B0, e)`, `(q, n)` and `(m, q)`: `+ e x A0^T B0^T`, not dropped and without gradients of
-            its own. With `e = -s` it takes off what an adapter started from, and the base weight stays as it was.
+        extra: a frozen pair `(A0, B0, e)`, `(q, n)` and `(m, q)`: `+ e x A0^T B0^T`, not dropped and without gradients
+            of its own. With `e = -s` it takes off what an adapter started from, and the base weight stays as it was.
         backend: of the skinny products: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`. The product with W is
             the library's.
 
@@ -266,8 +298,7 @@ def lora_linear(
     x = x if cast is None else x.to(cast)
     drop = lowered(dropout, x.device)
     chosen = linear_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
-    y: torch.Tensor = _linear(x, weight, bias, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)[0]
-    return y
+    return _run(x, weight, bias, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)
 
 
 def lora_delta(
@@ -284,8 +315,9 @@ def lora_delta(
     """`y + s drop(x) A^T B^T`, for a base layer that works out y by itself, a quantised one, say.
 
     The result is a new tensor: y is left as it is, since whatever made it may have saved it for its backward pass, and
-    may share it. Reading y and writing the sum is one pass, as an addition in place would be; what it costs is memory for
-    the sum, and y's own can be freed as soon as the caller lets go of it.
+    may share it. Reading y and writing the sum is one pass, as an addition in place would be; what it costs is memory
+    for the sum, and y's own can be freed as soon as the caller lets go of it. (Where nothing needs a gradient, `expand`
+    adds in place.)
 
     Args:
         y: `(..., m)`, the base layer's result; differentiable. It is cast to x's dtype if it has another.
@@ -312,5 +344,4 @@ def lora_delta(
     drop = lowered(dropout, x.device)
     chosen = delta_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
     start = y.to(x.dtype)
-    made: torch.Tensor = _linear(x, None, start, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)[0]
-    return made
+    return _run(x, None, start, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)

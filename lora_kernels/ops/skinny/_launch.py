@@ -1,6 +1,6 @@
 """The three products on each backend, on tensors that are already checked. Every function fills what it is given.
 
-Wide operands have unit column stride; b and a have any strides. All of one dtype, but the result of `tsreduce`, which is
+Wide operands have unit column stride; b and a have any strides. All are of one dtype, but the result of `tsreduce` is
 float32 (float64 for float64).
 """
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,65 +24,11 @@ from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision, processors
-from lora_kernels.ops._tl import dot, keep_tile
+from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.random_matrix.kernel import signed32
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, rank_for
 
-
-@dataclass(frozen=True)
-class SkinnyConfig:
-    """Tile sizes and launch shape.
-
-    Attributes:
-        tokens: tokens per tile, or per step (`reduce_kernel`).
-        columns: columns of the wide operand per tile, or per step (`shrink_kernel`); a multiple of 8.
-        warps: warps per program.
-        stages: depth of the load pipeline.
-    """
-
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
-
-
-LEAST_RANK, MOST_RANK = 16, 64
 _PART = 1024  # elements per program of `sum_parts_kernel`
-
-# (product, 32-bit numbers, platform): one table until a measurement says otherwise.
-_CONFIGS = {
-    ("shrink", False, "cuda"): SkinnyConfig(64, 64, 4, 4),
-    ("shrink", True, "cuda"): SkinnyConfig(64, 32, 8, 3),
-    ("shrink", False, "hip"): SkinnyConfig(64, 64, 4, 2),
-    ("shrink", True, "hip"): SkinnyConfig(64, 32, 8, 2),
-    ("reduce", False, "cuda"): SkinnyConfig(64, 128, 4, 4),
-    ("reduce", True, "cuda"): SkinnyConfig(32, 128, 8, 3),
-    ("reduce", False, "hip"): SkinnyConfig(64, 64, 4, 2),
-    ("reduce", True, "hip"): SkinnyConfig(32, 64, 4, 2),
-    ("expand", False, "cuda"): SkinnyConfig(64, 128, 4, 2),
-    ("expand", True, "cuda"): SkinnyConfig(64, 64, 8, 2),
-    ("expand", False, "hip"): SkinnyConfig(64, 64, 4, 2),
-    ("expand", True, "hip"): SkinnyConfig(64, 64, 8, 2),
-}
-
-
-def config_for(product: str, dtype: torch.dtype, platform: str | None = None) -> SkinnyConfig:
-    """The configuration of a product.
-
-    Args:
-        product: `shrink`, `reduce` or `expand`.
-        dtype: of the operands.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
-    """
-    return _CONFIGS[product, dtype == torch.float32, platform or build_platform()]
-
-
-def rank_for(rank: int) -> tuple[int, int]:
-    """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
-    width = min(max(LEAST_RANK, triton.next_power_of_2(rank)), MOST_RANK)
-    return width, -(-rank // width)
 
 
 @triton.jit
@@ -94,7 +39,7 @@ def skinny_offsets(ranks, columns, stride, TRANSPOSED: tl.constexpr):
     return ranks.to(tl.int64) * stride + columns
 
 
-@triton.jit(do_not_specialize=["n_tokens", "chunk", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "steps", "threshold", "stream"])
 def shrink_kernel(
     out_ptr,  # (splits, n_tokens, rank)
     x_ptr,  # (n_tokens, size)
@@ -103,7 +48,7 @@ def shrink_kernel(
     size,
     n_tokens,
     rank,
-    chunk,
+    steps,
     x_stride,
     factor_stride,
     factor,
@@ -121,20 +66,25 @@ def shrink_kernel(
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = token.to(tl.int64) * x_stride
-    first = tl.program_id(2) * chunk
-    last = tl.minimum(first + chunk, size)
+    # Whole steps, so that the compiler knows what every address is a multiple of: else no load is vectorised.
+    first = tl.program_id(2) * (steps * COLUMNS)
+    last = tl.minimum(first + steps * COLUMNS, size)
+    if HAS_DROPOUT:
+        key0, key1 = load_key(seed_ptr)
     acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for start in range(first, last, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         x = tl.load(
-            x_ptr + row[:, None] + column[None, :], mask=(token[:, None] < n_tokens) & (column[None, :] < last), other=0.0
+            x_ptr + row[:, None] + column[None, :],
+            mask=(token[:, None] < n_tokens) & (column[None, :] < size),
+            other=0.0,
         )
         if HAS_DROPOUT:
             group = start // 8 + tl.arange(0, COLUMNS // 8)
-            keep = keep_tile(token, group, seed_ptr, stream, threshold, TOKENS, COLUMNS // 8)
+            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
             x = tl.where(keep, x, tl.zeros_like(x))
         place = skinny_offsets(lane[None, :], column[:, None], factor_stride, TRANSPOSED)
-        a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < last), other=0.0)
+        a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
         acc = dot(x, a, acc, PRECISION, UPCAST)
     at = (tl.program_id(2).to(tl.int64) * n_tokens + token)[:, None] * rank + lane[None, :]
     mask = (token[:, None] < n_tokens) & (lane[None, :] < rank)
@@ -168,6 +118,8 @@ def reduce_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2) * chunk
     last = tl.minimum(first + chunk, n_tokens)
+    if HAS_DROPOUT:
+        key0, key1 = load_key(seed_ptr)
     acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -184,7 +136,7 @@ def reduce_kernel(
         )
         if HAS_DROPOUT:
             group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            keep = keep_tile(token, group, seed_ptr, stream, threshold, TOKENS, COLUMNS // 8)
+            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
             z = tl.where(keep, z, tl.zeros_like(z))
         acc = dot(t, z, acc, PRECISION, UPCAST)
     at = (tl.program_id(2).to(tl.int64) * rank + lane)[:, None] * size + column[None, :]
@@ -227,7 +179,9 @@ def expand_kernel(
     for start in range(0, rank, RANK):
         lane = start + tl.arange(0, RANK)
         t = tl.load(
-            t_ptr + wide * t_stride + lane[None, :], mask=(token[:, None] < n_tokens) & (lane[None, :] < rank), other=0.0
+            t_ptr + wide * t_stride + lane[None, :],
+            mask=(token[:, None] < n_tokens) & (lane[None, :] < rank),
+            other=0.0,
         )
         place = skinny_offsets(lane[:, None], column[None, :], factor_stride, TRANSPOSED)
         b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
@@ -235,7 +189,8 @@ def expand_kernel(
     mask = (token[:, None] < n_tokens) & (column[None, :] < size)
     if HAS_DROPOUT:
         group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        keep = keep_tile(token, group, seed_ptr, stream, threshold, TOKENS, COLUMNS // 8)
+        key0, key1 = load_key(seed_ptr)
+        keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
         acc = tl.where(keep, acc * factor, 0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
@@ -260,11 +215,12 @@ def sum_parts_kernel(
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=place < size)
 
 
-def _oriented(factor: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
-    # The factor, its stride, and whether it is the transposed view of a row-major matrix.
+def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, int, bool]:
+    # The factor, its stride, and whether it is the transposed view of a row-major matrix. There is no kernel for such
+    # a view and a mask: a layer has them never together.
     if factor.stride(1) == 1:
         return factor, factor.stride(0), False
-    if factor.stride(0) == 1:
+    if factor.stride(0) == 1 and mask is None:
         return factor, factor.stride(1), True
     return factor.contiguous(), factor.shape[1], False
 
@@ -311,14 +267,14 @@ def shrink(
     """
     (tokens, size), rank = x.shape, a.shape[0]
     config = config or config_for("shrink", x.dtype)
-    a, stride, transposed = _oriented(a)
+    a, stride, transposed = _oriented(a, mask)
     seed, factor, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
     tall = -(-tokens // config.tokens)
     splits, chunk = _parts(blocks * tall, size, config.columns, x.device, least)
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
     shrink_kernel[(blocks, tall, splits)](
-        target, x, a, seed, size, tokens, rank, chunk, x.stride(0), stride, factor, threshold, stream,
+        target, x, a, seed, size, tokens, rank, chunk // config.columns, x.stride(0), stride, factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, TRANSPOSED=transposed,
         HAS_DROPOUT=mask is not None, PRECISION=precision(x.dtype, build_platform()), UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
@@ -384,7 +340,7 @@ def expand(
     """
     (tokens, size), rank = out.shape, t.shape[1]
     config = config or config_for("expand", out.dtype)
-    b, stride, transposed = _oriented(b)
+    b, stride, transposed = _oriented(b, mask)
     seed, factor, threshold, stream = _drop(mask, out)
     source = out if base is None else base
     expand_kernel[(-(-size // config.columns), -(-tokens // config.tokens))](
@@ -400,6 +356,24 @@ def expand(
 _RANKS = (16, 32, 64)
 
 
+def _aot_case(
+    kernel: Any, rank: int, drop: bool, dtype: torch.dtype, out: str, label: str, flags: dict[str, bool], **where: Any
+) -> dict[str, Any]:
+    platform, x = where["platform"], f"*{AOT_DTYPES[dtype]}"
+    config = config_for(kernel.__name__.removesuffix("_kernel"), dtype, platform)
+    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "HAS_DROPOUT": drop}
+    fixed |= {"PRECISION": precision(dtype, platform), "UPCAST": False}
+    types = dict.fromkeys(("rank", "steps", "factor_stride", "t_stride", "threshold", "stream"), "i32")
+    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr", "bias_ptr"), x)
+    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}"}
+    # All are bound by memory. Where a mask meets the left operand in registers, the compiler may serialise products
+    # (C7515); fewer than 64 rows go to the older matrix instruction on later chips.
+    older = (kernel is shrink_kernel and drop) or (kernel is reduce_kernel and rank < 64)
+    launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
+    shape = f"{x[1:]} {config.tokens}x{config.columns}x{rank}" + " dropout" * drop + label
+    return aot_case(kernel, shape, {**fixed, **flags}, types, **where, **launch)
+
+
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Every combination that the functions here launch, for the ahead-of-time compile check.
 
@@ -409,42 +383,18 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     Yields:
         Descriptions as in `ops/_reduce.py`.
     """
-    integers = ("rank", "factor_stride", "t_stride", "threshold", "stream")
-    known = {**dict.fromkeys(integers, "i32"), "seed_ptr": "*i64", "factor": "fp32"}
-    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for dtype, x in AOT_DTYPES.items():
-            types = {**known, "x_ptr": f"*{x}", "factor_ptr": f"*{x}", "t_ptr": f"*{x}", "bias_ptr": f"*{x}"}
-            for kernel, rank, drop in itertools.product(
-                (shrink_kernel, reduce_kernel, expand_kernel), _RANKS, (False, True)
-            ):
-                product = kernel.__name__.removesuffix("_kernel")
-                config = config_for(product, dtype, platform)
-                fixed = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "HAS_DROPOUT": drop}
-                fixed |= {"PRECISION": precision(dtype, platform), "UPCAST": False}
-                label = f"{x} {config.tokens}x{config.columns}x{rank}" + " dropout" * drop
-                launch = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
-                if kernel is reduce_kernel:
-                    yield aot_case(kernel, label, fixed, types, **launch)
-                elif kernel is shrink_kernel:
-                    for transposed, out in itertools.product((False, True), dict.fromkeys((x, "fp32"))):
-                        yield aot_case(
-                            kernel,
-                            label + " transposed" * transposed + " split" * (out != x),
-                            {**fixed, "TRANSPOSED": transposed},
-                            {**types, "out_ptr": f"*{out}"},
-                            **launch,
-                        )
-                else:
-                    for transposed, (add, bias) in itertools.product((False, True), ((0, 0), (0, 1), (1, 0))):
-                        if drop and (bias or transposed):
-                            continue  # nothing asks for it
-                        yield aot_case(
-                            kernel,
-                            label + " transposed" * transposed + " add" * add + " bias" * bias,
-                            {**fixed, "TRANSPOSED": transposed, "ADD": bool(add), "HAS_BIAS": bool(bias)},
-                            {**types, "out_ptr": f"*{x}"},
-                            **launch,
-                        )
-        for out in AOT_DTYPES.values():
-            yield aot_case(sum_parts_kernel, out, {"PART": _PART}, {"out_ptr": f"*{out}"}, **where)
+    flags = (False, True)
+    for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
+        where = {"platform": platform, "aligned": aligned}
+        for rank, drop in itertools.product(_RANKS, flags):
+            yield _aot_case(reduce_kernel, rank, drop, dtype, "fp32", "", {}, **where)
+            for transposed in (False,) if drop else flags:
+                label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
+                for out in dict.fromkeys((x, "fp32")):
+                    form = label + " split" * (out != x)
+                    yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, **where)
+                for add, bias in ((False, False), (False, True), (True, False)):
+                    form = label + " add" * add + " bias" * bias
+                    both = {**given, "ADD": add, "HAS_BIAS": bias}
+                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, **where)
+        yield aot_case(sum_parts_kernel, x, {"PART": _PART}, {"out_ptr": f"*{x}"}, **where)

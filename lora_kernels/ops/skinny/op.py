@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops._checks import check_number, check_tensor
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops.skinny import _launch
 
@@ -57,9 +57,7 @@ def unit_columns(wide: torch.Tensor) -> torch.Tensor:
     return wide if wide.stride(1) == 1 else wide.contiguous()
 
 
-def _check_pair(
-    names: tuple[str, str], first: torch.Tensor, second: torch.Tensor, axes: tuple[int, int]
-) -> None:
+def _check_pair(names: tuple[str, str], first: torch.Tensor, second: torch.Tensor, axes: tuple[int, int]) -> None:
     check_tensor(names[0], first, shape=(None, None))
     shape: list[int | None] = [None, None]
     shape[axes[1]] = first.shape[axes[0]]
@@ -191,7 +189,7 @@ def shrink(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check_pair(("x", "a"), x, a, (1, 1))
-    check_range("scale", scale)
+    check_number("scale", scale)
     drop = lowered(dropout, x.device)
     chosen = shrink_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
     made: torch.Tensor = _shrink(x.detach(), a.detach(), float(scale), *drop, chosen)
