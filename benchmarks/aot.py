@@ -44,6 +44,7 @@ KERNEL_MODULES = (
     "lora_kernels.ops.gradient_statistics.kernel",
     "lora_kernels.ops.random_matrix.kernel",
     "lora_kernels.ops.sketch.kernel",
+    "lora_kernels.ops.skinny.kernel",
 )
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")

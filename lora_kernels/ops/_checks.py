@@ -90,3 +90,20 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Check that an argument is a number and not NaN, also while `torch.compile` traces one that it keeps symbolic.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+
+    Raises:
+        TypeError: if it is no number (a bool is none).
+        ValueError: if it is NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if value != value:
+        raise ValueError(f"{name} is {value!r}, but must be a number")

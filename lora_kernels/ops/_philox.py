@@ -5,6 +5,9 @@ four 32-bit counter words give four 32-bit words. The convention for matrices of
 
     normal draws    counter = (column // 4, row, stream, step)       word column % 4
     signs           counter = (column // 128, row, stream, step)     word (column % 128) // 32, bit column % 32
+    dropout         counter = (column // 8, row, stream, 0)          word (column % 8) // 2, its low 16 bits if the
+                    column is even, the high ones if it is odd; 7 rounds (Crush-resistant with a margin of one; ten
+                    cost a memory-bound kernel 20 to 30 %)
 
 so an element depends on its position alone: not on tile shapes, devices or the order of evaluation.
 """
@@ -32,11 +35,13 @@ def _mul_hi_lo(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch
     return upper & _MASK, lower
 
 
-def philox4x32(seed: int, counter: Sequence[torch.Tensor], rounds: int = ROUNDS) -> tuple[torch.Tensor, ...]:
+def philox4x32(
+    seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS
+) -> tuple[torch.Tensor, ...]:
     """Four random 32-bit words per counter.
 
     Args:
-        seed: the 64-bit key.
+        seed: the 64-bit key; an int64 tensor of one element is read where it lies.
         counter: four int64 tensors of one shape, values in [0, 2^32).
         rounds: number of rounds.
 
@@ -48,7 +53,7 @@ def philox4x32(seed: int, counter: Sequence[torch.Tensor], rounds: int = ROUNDS)
     """
     if len(counter) != 4:
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
-    if not -(2**63) <= seed < 2**64:
+    if not isinstance(seed, torch.Tensor) and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}, but must be a 64-bit integer")
     c0, c1, c2, c3 = counter
     key = [seed & _MASK, (seed >> 32) & _MASK]
@@ -111,3 +116,46 @@ def signs(
     words = _words(rows, -(-columns // 128), seed, stream, step)
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
     return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)
+
+
+def keep_threshold(p: float) -> int:
+    """Below which 16-bit number an element is dropped: `round(65536 p)`, at most 65535. 0 drops nothing."""
+    return min(max(round(p * 65536), 0), 65535)
+
+
+def keep_factor(threshold: int) -> float:
+    """What kept elements are multiplied by: one over the share kept, which is a multiple of 2^-16."""
+    return 65536 / (65536 - threshold)
+
+
+def keep_mask(
+    rows: int,
+    columns: int,
+    *,
+    p: float,
+    seed: int | torch.Tensor,
+    stream: int = 0,
+    first_row: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Which elements of a matrix dropout keeps. The kept ones are to be multiplied by `keep_factor`.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        p: the probability to be dropped, in [0, 1); kernels round it to a multiple of 2^-16.
+        seed: 64-bit key; a tensor of one element must be on `device`.
+        stream: which mask of that key, 32 bits.
+        first_row: the number of the first row, for a mask that is made in parts.
+        device: where it is made; by default on the CPU.
+
+    Returns:
+        `(rows, columns)` bool, the same on every machine.
+    """
+    groups = -(-columns // 8)
+    column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
+    constant = torch.zeros_like(column)
+    words = torch.stack(philox4x32(seed, (column, row & _MASK, constant + (stream & _MASK), constant), 7), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, groups, 4, 2)
+    return halves.flatten(1)[:, :columns] >= keep_threshold(p)

@@ -31,9 +31,9 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, key0, key1):
-    """Four random words per counter, all uint32: ten rounds of Philox 4x32, see `_philox.py`."""
-    for _ in tl.static_range(10):
+def philox(c0, c1, c2, c3, key0, key1, ROUNDS: tl.constexpr = 10):
+    """Four random words per counter, all uint32: Philox 4x32, see `_philox.py`."""
+    for _ in tl.static_range(ROUNDS):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)
         c1, c3, low0, low1 = high1 ^ c1 ^ key0, high0 ^ c3 ^ key1, c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -41,6 +41,35 @@ def philox(c0, c1, c2, c3, key0, key1):
         key0 += 0x9E3779B9
         key1 += 0xBB67AE85
     return c0, c1, c2, c3
+
+
+@triton.jit
+def load_key(seed_ptr):
+    """Both halves of a seed that lies in memory, so that it may be drawn on the device."""
+    seed = tl.load(seed_ptr)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`, column group g holds columns 8 g to 8 g + 7.
+
+    The definition is `_philox.keep_mask`.
+    """
+    zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
+    w0, w1, w2, w3 = philox(
+        zero + groups[None, :].to(tl.uint32),
+        zero + rows[:, None].to(tl.uint32),
+        zero + tl.cast(stream, tl.uint32),
+        zero,
+        key0,
+        key1,
+        7,
+    )
+    # The last index of a join is its second operand's: words in order, each with its low half first.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
+    return bits >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit

@@ -1,0 +1,144 @@
+"""Dropout that is regenerated wherever it is needed, from a seed, instead of being stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops._checks import check_number
+from lora_kernels.ops._philox import keep_factor, keep_threshold
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of a matrix are dropped: a function of the seed, the stream and the element's place alone.
+
+    The same values give the same mask in every kernel, on every device, in the forward and in the backward; see
+    `_philox.keep_mask`. Rows are counted from 0 over all leading sizes.
+
+    A seed that is a tensor is read by the kernel, where it lies: one drawn on the GPU is never waited for, and what
+    `torch.compile` traces does not depend on its value. `Dropout.draw` draws one from torch's own generator, so
+    `torch.manual_seed` makes training reproducible, and a checkpointed function (`torch.utils.checkpoint`, both modes),
+    whose generator state is restored, drops the same elements when it is computed again. Draw it inside that function.
+
+    Attributes:
+        p: the probability to be dropped, in [0, 1). It is rounded to a multiple of 2^-16, and what is kept is scaled by
+            one over the rounded share: the mean is preserved exactly.
+        seed: a 64-bit integer, or an int64 tensor of one element on the CPU or on the device of the matrix.
+        stream: which mask of that seed, in [0, 2^32): layers that share a seed take different ones.
+    """
+
+    p: float
+    seed: int | torch.Tensor
+    stream: int = 0
+
+    @staticmethod
+    def draw(p: float, *, stream: int = 0, device: torch.device | str = "cpu") -> Dropout:
+        """A new mask, its seed drawn from torch's generator of a device.
+
+        Args:
+            p: the probability to be dropped, in [0, 1).
+            stream: which mask of that seed.
+            device: where the seed is drawn: that of the matrix.
+
+        Returns:
+            The dropout.
+        """
+        return Dropout(p, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device), stream)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A dropout as kernels take it.
+
+    Attributes:
+        threshold: 16-bit numbers below it drop their element; at least 1.
+        seed: `(1,)` int64.
+        stream: which mask of that seed.
+    """
+
+    threshold: int
+    seed: torch.Tensor
+    stream: int
+
+    @property
+    def factor(self) -> float:
+        """What kept elements are multiplied by."""
+        return keep_factor(self.threshold)
+
+    def key(self) -> int:
+        """The seed as an unsigned number. Waits for the device if it is not on the CPU."""
+        return int(self.seed) & (2**64 - 1)
+
+    def on(self, device: torch.device) -> Mask:
+        """The same mask with its seed on a device; a number from the CPU goes there without waiting."""
+        if self.seed.device == device:
+            return self
+        return Mask(self.threshold, torch.full((1,), int(self.seed), dtype=torch.int64, device=device), self.stream)
+
+
+def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:
+    """A dropout as the arguments of a registered op.
+
+    Args:
+        dropout: checked here.
+        device: of the matrix it is applied to.
+
+    Returns:
+        Threshold (0: nothing is dropped), seed and stream.
+
+    Raises:
+        TypeError: on a wrong type.
+        ValueError: on a value out of range, or a seed on another device.
+    """
+    if dropout is None:
+        return 0, None, 0
+    if not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be a Dropout or None, got {type(dropout).__name__}")
+    check_number("dropout.p", dropout.p)
+    if not 0 <= dropout.p < 1:
+        raise ValueError(f"dropout.p is {dropout.p!r}, but must be at least 0 and below 1")
+    if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int):
+        raise TypeError(f"dropout.stream must be an int, got {type(dropout.stream).__name__} {dropout.stream!r}")
+    if not 0 <= dropout.stream < 2**32:
+        raise ValueError(f"dropout.stream is {dropout.stream}, but must lie in [0, 2^32)")
+    seed = dropout.seed
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"dropout.seed has dtype {seed.dtype}, but must be int64")
+        if seed.numel() != 1:
+            raise ValueError(f"dropout.seed has {seed.numel()} elements, but must have one")
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"dropout.seed is on {seed.device}, but must be on {device} or on the CPU")
+        seed = seed.reshape(1)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout.seed must be an int or a tensor, got {type(seed).__name__} {seed!r}")
+    elif not -(2**63) <= seed < 2**64:
+        raise ValueError(f"dropout.seed is {seed}, but must be a 64-bit integer")
+    else:
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        seed = torch.full((1,), signed, dtype=torch.int64, device=device)
+    threshold = keep_threshold(dropout.p)
+    return (threshold, seed, dropout.stream) if threshold else (0, None, 0)
+
+
+def mask_of(threshold: int, seed: torch.Tensor | None, stream: int) -> Mask | None:
+    """The inverse of `lowered`, inside an op.
+
+    Args:
+        threshold: 0 for no dropout.
+        seed: `(1,)` int64; needed if the threshold is not 0.
+        stream: which mask.
+
+    Returns:
+        The mask, or `None`.
+
+    Raises:
+        ValueError: if there is no seed where one is needed.
+    """
+    if threshold == 0:
+        return None
+    if seed is None:
+        raise ValueError("seed must be given where threshold is not 0")
+    return Mask(threshold, seed, stream)

@@ -1,0 +1,223 @@
+"""The three products on each backend, on tensors that are already checked. Every function fills what it is given.
+
+Wide operands have unit column stride; b and a have any strides. All are of one dtype, but the result of `tsreduce` is
+float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from lora_kernels.ops import _ext, _philox
+from lora_kernels.ops._dropout import Mask
+
+# Elements per chunk where a mask, or a wider copy, is made on the way: a chunk of float32 fits a CPU's cache.
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
+
+
+@contextlib.contextmanager
+def device_of(tensor: torch.Tensor) -> Iterator[None]:
+    """Launch on the device of a tensor, with autocast off: inside an op it would cast operands a second time."""
+    kind = tensor.device.type
+    # Triton launches on the current device, which need not be the tensor's.
+    with torch.cuda.device(tensor.device) if kind == "cuda" else contextlib.nullcontext():
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
+
+
+def _chunks(wide: torch.Tensor) -> Iterator[slice]:
+    tokens, size = wide.shape
+    step = max((_CPU_CHUNK if wide.device.type == "cpu" else _GPU_CHUNK) // max(size, 1), 1)
+    for low in range(0, tokens, step):
+        yield slice(low, min(low + step, tokens))
+
+
+def _keep(mask: Mask, part: slice, columns: int, device: torch.device) -> torch.Tensor:
+    return _philox.keep_mask(
+        part.stop - part.start,
+        columns,
+        p=mask.threshold / 65536,
+        seed=mask.seed,
+        stream=mask.stream,
+        first_row=part.start,
+        device=device,
+    )
+
+
+def _shrink_torch(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
+    # The scale goes along with the product, which rounds once.
+    if mask is None:
+        out.addmm_(x, a.mT, beta=0, alpha=scale)
+        return
+    mask = mask.on(x.device)
+    for part in _chunks(x):
+        kept = torch.where(_keep(mask, part, x.shape[1], x.device), x[part], 0)
+        out[part].addmm_(kept, a.mT, beta=0, alpha=scale * mask.factor)
+
+
+def _tsreduce_torch(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: Mask | None) -> None:
+    if mask is None and z.dtype == out.dtype:
+        torch.mm(t.mT, z, out=out)
+        return
+    out.zero_()
+    mask = None if mask is None else mask.on(z.device)
+    for part in _chunks(z):
+        rows = z[part]
+        if mask is not None:
+            rows = torch.where(_keep(mask, part, z.shape[1], z.device), rows, 0)
+        out.addmm_(t[part].to(out.dtype).mT, rows.to(out.dtype), alpha=1.0 if mask is None else mask.factor)
+
+
+def _expand_torch(
+    out: torch.Tensor,
+    t: torch.Tensor,
+    b: torch.Tensor,
+    base: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: Mask | None,
+) -> None:
+    start = bias if base is None else base
+    if mask is None:
+        if start is None:
+            torch.mm(t, b, out=out)
+        elif start is out:
+            out.addmm_(t, b)
+        else:
+            torch.addmm(start, t, b, out=out)
+        return
+    wide = torch.promote_types(out.dtype, torch.float32)
+    mask, right = mask.on(out.device), b.to(wide)
+    for part in _chunks(out):
+        delta = torch.mm(t[part].to(wide), right).mul_(mask.factor)
+        delta.masked_fill_(~_keep(mask, part, out.shape[1], out.device), 0)
+        if start is not None:
+            delta += start if base is None else base[part]
+        out[part].copy_(delta)
+
+
+def _cpp_mask(mask: Mask | None) -> tuple[int, int, int, int]:
+    if mask is None:
+        return 0, 0, 0, torch.get_num_threads()
+    return mask.threshold, mask.key(), mask.stream, torch.get_num_threads()
+
+
+def _rows(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def shrink(
+    out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str
+) -> torch.Tensor:
+    """`out = scale * drop(x) a^T`.
+
+    Args:
+        out: `(tokens, r)` contiguous.
+        x: `(tokens, n)`.
+        a: `(r, n)`.
+        scale: a factor.
+        mask: of x, or `None`.
+        backend: `triton`, `cpp` or `torch`.
+
+    Returns:
+        `out`.
+    """
+    if out.numel() == 0 or x.shape[1] == 0:
+        return out.zero_()
+    with device_of(x):
+        if backend == "torch":
+            _shrink_torch(out, x, a, scale, mask)
+        elif backend == "cpp":
+            a = _rows(a)
+            _ext.extension().lora_shrink(
+                x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), out.data_ptr(), out.stride(0),
+                *x.shape, a.shape[0], scale, *_cpp_mask(mask),
+            )  # fmt: skip
+        else:
+            # Imported here: without Triton the other backends still work.
+            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+
+            kernel.shrink(out, x, a, scale, mask)
+    return out
+
+
+def tsreduce(t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str) -> torch.Tensor:
+    """`t^T drop(z)`.
+
+    Args:
+        t: `(tokens, r)`.
+        z: `(tokens, d)`.
+        mask: of z, or `None`.
+        backend: `triton`, `cpp` or `torch`.
+
+    Returns:
+        `(r, d)` float32, or float64 for float64.
+    """
+    out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    if out.numel() == 0 or z.shape[0] == 0:
+        return out.zero_()
+    with device_of(z):
+        if backend == "torch":
+            _tsreduce_torch(out, t, z, mask)
+        elif backend == "cpp":
+            _ext.extension().lora_tsreduce(
+                t.data_ptr(), t.stride(0), z.data_ptr(), z.stride(0), out.data_ptr(), out.stride(0),
+                *z.shape, t.shape[1], *_cpp_mask(mask),
+            )  # fmt: skip
+        else:
+            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+
+            kernel.tsreduce(out, t, z, mask)
+    return out
+
+
+def expand(
+    out: torch.Tensor,
+    t: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    base: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: Mask | None = None,
+    backend: str,
+) -> torch.Tensor:
+    """`out = (base or bias) + drop(t b)`.
+
+    Args:
+        out: `(tokens, d)`.
+        t: `(tokens, r)`.
+        b: `(r, d)`.
+        base: `(tokens, d)`, or `None`; it may be `out`.
+        bias: `(d,)` contiguous, or `None`; not both.
+        mask: of the product, or `None`.
+        backend: `triton`, `cpp` or `torch`.
+
+    Returns:
+        `out`.
+    """
+    if out.numel() == 0:
+        return out
+    if t.shape[1] == 0:
+        start = bias if base is None else base
+        return out.zero_() if start is None else out if start is out else out.copy_(start.expand_as(out))
+    with device_of(out):
+        if backend == "torch":
+            _expand_torch(out, t, b, base, bias, mask)
+        elif backend == "cpp":
+            b = _rows(b)
+            if base is not None and base is not out:
+                out.copy_(base)
+            _ext.extension().lora_expand(
+                t.data_ptr(), t.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
+                *out.shape, t.shape[1], base is not None, 0 if bias is None else bias.data_ptr(), *_cpp_mask(mask),
+            )  # fmt: skip
+        else:
+            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+
+            kernel.expand(out, t, b, base, bias, mask)
+    return out
