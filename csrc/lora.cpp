@@ -59,6 +59,19 @@ void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, i
   }
 }
 
+// A row, masked or not, and zeros behind it.
+template <class W, bool MASKED>
+LK_HD void copy_masked(const float* from, int64_t used, const uint16_t* random, int threshold, float* to,
+                       int64_t width) {
+  const int64_t whole = used / W::lanes * W::lanes;
+  for (int64_t c = 0; c < whole; c += W::lanes) {
+    const auto x = load<typename W::F>(from + c);
+    store(to + c, MASKED ? keep<W>(x, random + c, threshold) : x);
+  }
+  for (int64_t c = whole; c < used; ++c) to[c] = !MASKED || random[c] >= threshold ? from[c] : 0.0f;
+  for (int64_t c = used; c < width; ++c) to[c] = 0.0f;
+}
+
 // Lanes run along the columns that are summed over: no lane is idle, whatever the rank. A few rows at a time, a panel
 // of columns at a time: drop(x) is written to the first-level cache, where tiles of rows x columns of a^T find it.
 struct ShrinkJob : LoraShrink {
@@ -96,17 +109,13 @@ struct ShrinkJob : LoraShrink {
   template <class W>
   LK_HD void copy_row(int64_t row, int64_t first, float* to, uint16_t* random) const {
     const float* const from = x + row * x_stride + first;
-    const int64_t used = std::min(kPanel, columns - first), whole = used / W::lanes * W::lanes;
+    const int64_t used = std::min(kPanel, columns - first);
     if (table) {
       mask.draw<W>(table, row, first, first + used, random);
-      for (int64_t c = 0; c < whole; c += W::lanes)
-        store(to + c, keep<W>(load<typename W::F>(from + c), random + c, mask.threshold));
-      for (int64_t c = whole; c < used; ++c) to[c] = random[c] >= mask.threshold ? from[c] : 0.0f;
+      copy_masked<W, true>(from, used, random, mask.threshold, to, width(first));
     } else {
-      for (int64_t c = 0; c < whole; c += W::lanes) store(to + c, load<typename W::F>(from + c));
-      for (int64_t c = whole; c < used; ++c) to[c] = from[c];
+      copy_masked<W, false>(from, used, random, mask.threshold, to, width(first));
     }
-    for (int64_t c = used; c < width(first); ++c) to[c] = 0.0f;
   }
 
   template <class W>
@@ -162,7 +171,7 @@ struct ReduceJob : LoraReduce {
 
   template <class W, bool MASKED>
   LK_HD void add_rows(int64_t row, int64_t begin, int64_t end, float* sums, int64_t sum_stride, uint16_t* random,
-                      float* ragged) const {
+                      float* copy) const {
     constexpr int64_t strip = W::kVectors * W::lanes;
     const int64_t rows = std::min(kRows, tokens - row);
     const Tiles tiles(rank, W::kTile);
@@ -174,10 +183,13 @@ struct ReduceJob : LoraReduce {
         const int64_t used = std::min(strip, last - c), vectors = ceil_div(used, W::lanes);
         const float* from = z + row * z_stride + c;
         int64_t stride = z_stride;
-        if (used % W::lanes) {
+        // Several tiles read a masked copy. So does a tile whose vectors reach past the last column.
+        const bool copied = used % W::lanes || (MASKED && tiles.count > 1);
+        if (copied) {
           for (int64_t i = 0; i < rows; ++i)
-            for (int64_t l = 0; l < strip; ++l) ragged[i * strip + l] = l < used ? from[i * stride + l] : 0.0f;
-          from = ragged;
+            copy_masked<W, MASKED>(from + i * z_stride, used, random + i * kChunk + (c - chunk), mask.threshold,
+                                   copy + i * strip, vectors * W::lanes);
+          from = copy;
           stride = strip;
         }
         with_constant<W::kVectors>(int(vectors), [&](auto tile_vectors) __attribute__((always_inline)) {
@@ -186,8 +198,11 @@ struct ReduceJob : LoraReduce {
             with_constant<W::kTile>(int(count), [&](auto tile_rows) __attribute__((always_inline)) {
               constexpr int M = decltype(tile_rows)::value, V = decltype(tile_vectors)::value;
               typename W::F sum[M][V];
-              outer_tile<W, M, V, MASKED>(t + row * t_stride + j, t_stride, from, stride, rows, random + (c - chunk),
+              if (MASKED && !copied)
+                outer_tile<W, M, V, true>(t + row * t_stride + j, t_stride, from, stride, rows, random + (c - chunk),
                                           kChunk, mask.threshold, sum);
+              else
+                outer_tile<W, M, V, false>(t + row * t_stride + j, t_stride, from, stride, rows, nullptr, 0, 0, sum);
               for (int m = 0; m < M; ++m)
                 for (int v = 0; v < V; ++v) {
                   float* const to = sums + (j + m) * sum_stride + (c - begin) + v * W::lanes;
@@ -204,13 +219,13 @@ struct ReduceJob : LoraReduce {
   LK_HD void work(int64_t block, float* sums) const {
     const int64_t begin = block * panel, end = std::min(columns, begin + panel), stride = round_up(end - begin, 16);
     uint16_t* const random = reinterpret_cast<uint16_t*>(sums + rank * round_up(panel, 16));
-    float* const ragged = sums + rank * round_up(panel, 16) + kRows * kChunk / 2;
+    float* const copy = sums + rank * round_up(panel, 16) + kRows * kChunk / 2;
     for (int64_t s = 0; s < rank * stride; ++s) sums[s] = 0.0f;
     for (int64_t row = 0; row < tokens; row += kRows) {
       if (table)
-        add_rows<W, true>(row, begin, end, sums, stride, random, ragged);
+        add_rows<W, true>(row, begin, end, sums, stride, random, copy);
       else
-        add_rows<W, false>(row, begin, end, sums, stride, random, ragged);
+        add_rows<W, false>(row, begin, end, sums, stride, random, copy);
     }
     for (int64_t j = 0; j < rank; ++j)
       for (int64_t c = 0; c < end - begin; ++c) out[j * out_stride + begin + c] = mask.factor * sums[j * stride + c];

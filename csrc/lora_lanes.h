@@ -43,6 +43,16 @@ LK_HD void store(T* address, const V& x) {
   std::memcpy(address, &x, sizeof x);
 }
 
+// Keeps GCC from reading a vector from memory once for each of its uses: tiles are bound by loads.
+template <class W>
+LK_HD void hold(typename W::F& x) {
+#if LK_X86_ASM
+  if constexpr (W::bytes >= 32) __asm__("" : "+v"(x));
+#else
+  (void)x;
+#endif
+}
+
 // The products of the low halves of 64-bit lanes.
 template <class W>
 LK_HD typename W::U multiply_low(const typename W::U& x, uint32_t factor) {
@@ -120,6 +130,11 @@ struct MaskSource {
     const U row_high = U{} + uint64_t(uint32_t(product >> 32) ^ key1[1]);
     const U row_low = U{} + uint64_t(uint32_t(product) ^ key1[2]);
     const U* entry = static_cast<const U*>(table) + first / W::bytes * 4;
+    U round_key0[kRounds], round_key1[kRounds];  // here, or they are read anew after every store
+    for (int round = 3; round < kRounds; ++round) {
+      round_key0[round] = U{} + uint64_t(key0[round]);
+      round_key1[round] = U{} + uint64_t(key1[round]);
+    }
     for (int64_t column = first; column < last; column += W::bytes, entry += 4, random += W::bytes) {
       // Upper halves of words hold rubbish, which no product reads.
       const U p = multiply_low<W>(row_high ^ entry[0], kFactor1);
@@ -127,8 +142,8 @@ struct MaskSource {
 #pragma GCC unroll 4
       for (int round = 3; round < kRounds; ++round) {
         const U p0 = multiply_low<W>(w0, kFactor0), p1 = multiply_low<W>(w2, kFactor1);
-        w0 = (p1 >> 32) ^ w1 ^ uint64_t(key0[round]);
-        w2 = (p0 >> 32) ^ w3 ^ uint64_t(key1[round]);
+        w0 = (p1 >> 32) ^ w1 ^ round_key0[round];
+        w2 = (p0 >> 32) ^ w3 ^ round_key1[round];
         w1 = p1;
         w3 = p0;
       }
@@ -204,7 +219,8 @@ LK_HD void inner_tile(const float* x, int64_t x_stride, const float* a, int64_t 
     for (int i = 0; i < ROWS; ++i) row[i] = load<F>(x + i * x_stride + k * W::lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < COLUMNS; ++j) {
-      const F column = load<F>(a + (k * COLUMNS + j) * W::lanes);
+      F column = load<F>(a + (k * COLUMNS + j) * W::lanes);
+      hold<W>(column);
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i) sum[i][j] += row[i] * column;
     }
