@@ -155,8 +155,8 @@ struct MaskSource {
   // The 128 bits of one counter after those of another.
   template <class W>
   static LK_HD void interleave(const typename W::U& low, const typename W::U& high, uint16_t* random) {
-    using U = typename W::U;
 #if defined(__GNUC__) && !defined(__clang__)
+    using U = typename W::U;
     U first, second;
     for (int l = 0; l < W::groups; ++l) {
       first[l] = uint64_t(l / 2 + l % 2 * W::groups);
