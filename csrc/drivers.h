@@ -34,8 +34,8 @@ struct RandomMatrix {
 };
 void random_matrix(const RandomMatrix& job, int threads);
 
-// The three skinny products of a LoRA layer, float32, with dropout applied on the way (lora.cpp). Leading dimensions
-// are in elements. Element (row, column) is dropped where its 16 random bits are below `threshold`: Philox with 7
+// The three skinny products of a LoRA layer, with dropout applied on the way (lora.cpp). The big operand is float32 or
+// bfloat16, all else is float32; leading dimensions are in elements. Element (row, column) is dropped where its 16 random bits are below `threshold`: Philox with 7
 // rounds, counter (column / 8, row, stream, 0), word (column % 8) / 2, low half first. Kept ones are multiplied by
 // 65536 / (65536 - threshold); threshold 0 is no dropout.
 struct Dropout {
@@ -45,7 +45,8 @@ struct Dropout {
 };
 // t = scale * drop(x) a^T
 struct LoraShrink {
-  const float* x;  // (tokens, columns)
+  const void* x;  // (tokens, columns)
+  bool bfloat16;  // x
   int64_t x_stride;
   const float* a;  // (rank, columns)
   int64_t a_stride;
@@ -60,7 +61,8 @@ void lora_shrink(const LoraShrink& job, int threads);
 struct LoraReduce {
   const float* t;  // (tokens, rank)
   int64_t t_stride;
-  const float* z;  // (tokens, columns)
+  const void* z;  // (tokens, columns)
+  bool bfloat16;  // z
   int64_t z_stride;
   float* out;  // (rank, columns)
   int64_t out_stride;
@@ -74,7 +76,8 @@ struct LoraExpand {
   int64_t t_stride;
   const float* b;  // (rank, columns)
   int64_t b_stride;
-  float* y;  // (tokens, columns)
+  void* y;  // (tokens, columns)
+  bool bfloat16;  // y
   int64_t y_stride;
   int64_t tokens, columns, rank;
   bool accumulate;

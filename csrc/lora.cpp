@@ -60,20 +60,21 @@ void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, i
 }
 
 // A row, masked or not, and zeros behind it.
-template <class W, bool MASKED>
-LK_HD void copy_masked(const float* from, int64_t used, const uint16_t* random, int threshold, float* to,
+template <class W, bool MASKED, class X>
+LK_HD void copy_masked(const X* from, int64_t used, const uint16_t* random, int threshold, float* to,
                        int64_t width) {
   const int64_t whole = used / W::lanes * W::lanes;
   for (int64_t c = 0; c < whole; c += W::lanes) {
-    const auto x = load<typename W::F>(from + c);
+    const auto x = load_float<W>(from + c);
     store(to + c, MASKED ? keep<W>(x, random + c, threshold) : x);
   }
-  for (int64_t c = whole; c < used; ++c) to[c] = !MASKED || random[c] >= threshold ? from[c] : 0.0f;
+  for (int64_t c = whole; c < used; ++c) to[c] = !MASKED || random[c] >= threshold ? widen(from[c]) : 0.0f;
   for (int64_t c = used; c < width; ++c) to[c] = 0.0f;
 }
 
 // Lanes run along the columns that are summed over: no lane is idle, whatever the rank. A few rows at a time, a panel
 // of columns at a time: drop(x) is written to the first-level cache, where tiles of rows x columns of a^T find it.
+template <class X>
 struct ShrinkJob : LoraShrink {
   static constexpr int64_t kPanel = 512, kRows = 6;
   MaskSource mask;
@@ -108,7 +109,7 @@ struct ShrinkJob : LoraShrink {
 
   template <class W>
   LK_HD void copy_row(int64_t row, int64_t first, float* to, uint16_t* random) const {
-    const float* const from = x + row * x_stride + first;
+    const X* const from = static_cast<const X*>(x) + row * x_stride + first;
     const int64_t used = std::min(kPanel, columns - first);
     if (table) {
       mask.draw<W>(table, row, first, first + used, random);
@@ -155,6 +156,7 @@ struct ShrinkJob : LoraShrink {
 constexpr int64_t kChunk = 192;
 
 // Each task owns columns of the result. Sums of few rows stay in registers, and are added up in memory.
+template <class X>
 struct ReduceJob : LoraReduce {
   static constexpr int64_t kRows = 16;
   MaskSource mask;
@@ -181,28 +183,25 @@ struct ReduceJob : LoraReduce {
         for (int64_t i = 0; i < rows; ++i) mask.draw<W>(table, row + i, chunk, last, random + i * kChunk);
       for (int64_t c = chunk; c < last; c += strip) {
         const int64_t used = std::min(strip, last - c), vectors = ceil_div(used, W::lanes);
-        const float* from = z + row * z_stride + c;
-        int64_t stride = z_stride;
-        // Several tiles read a masked copy. So does a tile whose vectors reach past the last column.
-        const bool copied = used % W::lanes || (MASKED && tiles.count > 1);
-        if (copied) {
+        const X* const from = static_cast<const X*>(z) + row * z_stride + c;
+        // Several tiles read a float copy. So does a tile whose vectors reach past the last column.
+        const bool copied = used % W::lanes || ((MASKED || sizeof(X) < sizeof(float)) && tiles.count > 1);
+        if (copied)
           for (int64_t i = 0; i < rows; ++i)
             copy_masked<W, MASKED>(from + i * z_stride, used, random + i * kChunk + (c - chunk), mask.threshold,
                                    copy + i * strip, vectors * W::lanes);
-          from = copy;
-          stride = strip;
-        }
         with_constant<W::kVectors>(int(vectors), [&](auto tile_vectors) __attribute__((always_inline)) {
           for (int64_t tile = 0; tile < tiles.count; ++tile) {
             const int64_t j = tiles.first(tile), count = tiles.first(tile + 1) - j;
             with_constant<W::kTile>(int(count), [&](auto tile_rows) __attribute__((always_inline)) {
               constexpr int M = decltype(tile_rows)::value, V = decltype(tile_vectors)::value;
               typename W::F sum[M][V];
-              if (MASKED && !copied)
-                outer_tile<W, M, V, true>(t + row * t_stride + j, t_stride, from, stride, rows, random + (c - chunk),
-                                          kChunk, mask.threshold, sum);
+              const float* const factor = t + row * t_stride + j;
+              if (copied)
+                outer_tile<W, M, V, false>(factor, t_stride, copy, strip, rows, nullptr, 0, 0, sum);
               else
-                outer_tile<W, M, V, false>(t + row * t_stride + j, t_stride, from, stride, rows, nullptr, 0, 0, sum);
+                outer_tile<W, M, V, MASKED>(factor, t_stride, from, z_stride, rows, random + (c - chunk), kChunk,
+                                            mask.threshold, sum);
               for (int m = 0; m < M; ++m)
                 for (int v = 0; v < V; ++v) {
                   float* const to = sums + (j + m) * sum_stride + (c - begin) + v * W::lanes;
@@ -233,6 +232,7 @@ struct ReduceJob : LoraReduce {
 };
 
 // A task is a block of rows and a panel of columns whose part of b fits the second-level cache.
+template <class X>
 struct ExpandJob : LoraExpand {
   static constexpr int64_t kRows = 32;
   MaskSource mask;
@@ -244,7 +244,7 @@ struct ExpandJob : LoraExpand {
   int64_t chunks() const { return ceil_div(columns, kChunk); }
   int64_t panels() const { return ceil_div(columns, panel); }
   int64_t blocks() const { return panels() * ceil_div(tokens, kRows); }
-  int64_t scratch() const { return round_up(rank * 8, 16) + 8 * kChunk / 2 + 2 * 8 * 48; }
+  int64_t scratch() const { return round_up(rank * 8, 16) + 8 * kChunk / 2 + 8 * 48; }
 
   template <class W>
   LK_HD void prepare(int64_t chunk) const {
@@ -272,7 +272,7 @@ struct ExpandJob : LoraExpand {
     constexpr int64_t strip = V * W::lanes;
     float* const columns_of_t = scratch;
     uint16_t* const random = reinterpret_cast<uint16_t*>(scratch + round_up(rank * 8, 16));
-    float* const ragged = scratch + round_up(rank * 8, 16) + 8 * kChunk / 2;
+    X* const ragged = reinterpret_cast<X*>(scratch + round_up(rank * 8, 16) + 8 * kChunk / 2);
     for (int64_t j = 0; j < rank; ++j)
       for (int m = 0; m < M; ++m) columns_of_t[j * M + m] = t[(row + m) * t_stride + j];
     for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
@@ -283,14 +283,12 @@ struct ExpandJob : LoraExpand {
         F sum[M][V];
         outer_tile<W, M, V, false>(columns_of_t, M, packed + c * rank, strip, rank, nullptr, 0, 0, sum);
         const int64_t used = std::min(strip, last - c);
-        float* const whole = y + row * y_stride + c;
-        float* const to = used < strip ? ragged : whole;
+        X* const whole = static_cast<X*>(y) + row * y_stride + c;
+        X* const to = used < strip ? ragged : whole;
         const int64_t to_stride = used < strip ? strip : y_stride;
         if (used < strip && accumulate)
           for (int m = 0; m < M; ++m)
-            for (int64_t l = 0; l < strip; ++l) ragged[m * strip + l] = l < used ? whole[m * y_stride + l] : 0.0f;
-        const float* const from = accumulate ? to : base + c;
-        const int64_t from_stride = accumulate ? to_stride : 0;
+            for (int64_t l = 0; l < strip; ++l) ragged[m * strip + l] = l < used ? whole[m * y_stride + l] : X{};
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -298,7 +296,8 @@ struct ExpandJob : LoraExpand {
             F value = sum[m][v];
             if (MASKED)
               value = keep<W>(value * mask.factor, random + m * kChunk + (c - chunk) + v * W::lanes, mask.threshold);
-            store(to + m * to_stride + v * W::lanes, load<F>(from + m * from_stride + v * W::lanes) + value);
+            X* const here = to + m * to_stride + v * W::lanes;
+            store_float<W>(here, value + (accumulate ? load_float<W>(here) : load<F>(base + c + v * W::lanes)));
           }
         if (used < strip)
           for (int m = 0; m < M; ++m)
@@ -326,25 +325,20 @@ size_t table_bytes(const Dropout& dropout, int64_t columns) {
   return dropout.threshold > 0 ? MaskSource::table_bytes(columns) : 0;
 }
 
-}  // namespace
-
-void lora_shrink(const LoraShrink& job, int threads) {
-  if (job.tokens == 0 || job.rank == 0) return;
-  const Arena packed(size_t(job.rank * ShrinkJob::padded(job.columns)) * sizeof(float), 1);
+template <class X>
+void shrink(const LoraShrink& job, int threads) {
+  using Job = ShrinkJob<X>;
+  const Arena packed(size_t(job.rank * Job::padded(job.columns)) * sizeof(float), 1);
   const Arena table(table_bytes(job.dropout, job.columns), 1);
-  const ShrinkJob all{job, MaskSource(job.dropout), static_cast<float*>(packed.part(0)),
-                      job.dropout.threshold > 0 ? table.part(0) : nullptr};
-  if (job.columns == 0) {
-    for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
-    return;
-  }
+  const Job all{job, MaskSource(job.dropout), static_cast<float*>(packed.part(0)),
+                job.dropout.threshold > 0 ? table.part(0) : nullptr};
   run(all, all.panels(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
 }
 
-void lora_tsreduce(const LoraReduce& job, int threads) {
-  if (job.columns == 0 || job.rank == 0) return;
+template <class X>
+void tsreduce(const LoraReduce& job, int threads) {
   const Arena table(table_bytes(job.dropout, job.columns), 1);
-  ReduceJob all{job, MaskSource(job.dropout), job.dropout.threshold > 0 ? table.part(0) : nullptr, 0};
+  ReduceJob<X> all{job, MaskSource(job.dropout), job.dropout.threshold > 0 ? table.part(0) : nullptr, 0};
   // Equal shares, but sums that fit half of a second-level cache.
   const int64_t fits = std::max<int64_t>(1, (1 << 16) / (job.rank * MaskSource::kColumns)) * MaskSource::kColumns;
   const int64_t shares = round_up(ceil_div(job.columns, fits), threads);
@@ -352,20 +346,39 @@ void lora_tsreduce(const LoraReduce& job, int threads) {
   run(all, all.blocks(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
 }
 
-void lora_expand(const LoraExpand& job, int threads) {
-  if (job.tokens == 0 || job.columns == 0) return;
-  const int64_t padded = round_up(job.columns, kChunk);
+template <class X>
+void expand(const LoraExpand& job, int threads) {
+  const int64_t padded = round_up(job.columns, kChunk), rank = std::max<int64_t>(job.rank, 1);
   const Arena packed(size_t(job.rank * padded) * sizeof(float), 1), base(size_t(padded) * sizeof(float), 1);
   const Arena table(table_bytes(job.dropout, job.columns), 1);
-  ExpandJob all{job,
-                MaskSource(job.dropout),
-                static_cast<float*>(packed.part(0)),
-                static_cast<float*>(base.part(0)),
-                job.dropout.threshold > 0 ? table.part(0) : nullptr,
-                0};
-  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (std::max<int64_t>(job.rank, 1) * kChunk)) * kChunk;
+  ExpandJob<X> all{job,
+                   MaskSource(job.dropout),
+                   static_cast<float*>(packed.part(0)),
+                   static_cast<float*>(base.part(0)),
+                   job.dropout.threshold > 0 ? table.part(0) : nullptr,
+                   0};
+  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (rank * kChunk)) * kChunk;
   all.panel = round_up(ceil_div(job.columns, ceil_div(job.columns, fits)), kChunk);
-  run(all, all.chunks(), all.blocks(), all.scratch(), job.tokens * job.columns * std::max<int64_t>(job.rank, 1), threads);
+  run(all, all.chunks(), all.blocks(), all.scratch(), job.tokens * job.columns * rank, threads);
+}
+
+}  // namespace
+
+void lora_shrink(const LoraShrink& job, int threads) {
+  if (job.columns == 0)
+    for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
+  if (job.tokens == 0 || job.columns == 0 || job.rank == 0) return;
+  job.bfloat16 ? shrink<BFloat16>(job, threads) : shrink<float>(job, threads);
+}
+
+void lora_tsreduce(const LoraReduce& job, int threads) {
+  if (job.columns == 0 || job.rank == 0) return;
+  job.bfloat16 ? tsreduce<BFloat16>(job, threads) : tsreduce<float>(job, threads);
+}
+
+void lora_expand(const LoraExpand& job, int threads) {
+  if (job.tokens == 0 || job.columns == 0) return;
+  job.bfloat16 ? expand<BFloat16>(job, threads) : expand<float>(job, threads);
 }
 
 }  // namespace lora_kernels

@@ -43,6 +43,57 @@ LK_HD void store(T* address, const V& x) {
   std::memcpy(address, &x, sizeof x);
 }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// float from 16-bit numbers: their lanes widened.
+template <class W>
+LK_HD typename W::I widen_words(const void* address) {
+#if LK_X86_ASM
+  if constexpr (W::bytes >= 32) {
+    typename W::I word;
+    __asm__("vpmovzxwd %1, %0" : "=v"(word) : "m"(*static_cast<const typename W::H*>(address)));
+    return word;
+  }
+#endif
+  return __builtin_convertvector(load<typename W::H>(static_cast<const char*>(address)), typename W::I);
+}
+template <class W>
+LK_HD typename W::F load_float(const float* address) {
+  return load<typename W::F>(address);
+}
+template <class W>
+LK_HD typename W::F load_float(const BFloat16* address) {
+  const typename W::I word = widen_words<W>(address) << 16;
+  return load<typename W::F>(&word);
+}
+template <class W>
+LK_HD void store_float(float* address, const typename W::F& x) {
+  store(address, x);
+}
+// Rounds to nearest, ties to even; a NaN stays one.
+template <class W>
+LK_HD void store_float(BFloat16* address, const typename W::F& x) {
+  using I = typename W::I;
+  const auto bits = load<I>(&x);
+  const I rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  const I word = x == x ? rounded : I{} + 0x7fc0;
+#if LK_X86_ASM
+  if constexpr (W::bytes == 64) {
+    typename W::H narrow;
+    __asm__("vpmovdw %1, %0" : "=v"(narrow) : "v"(word));
+    return store(address, narrow);
+  }
+#endif
+  store(address, __builtin_convertvector(word, typename W::H));
+}
+LK_HD float widen(float x) { return x; }
+LK_HD float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  return load<float>(&bits);
+}
+
 // Keeps GCC from reading a vector from memory once for each of its uses: tiles are bound by loads.
 template <class W>
 LK_HD void hold(typename W::F& x) {
@@ -71,15 +122,7 @@ LK_HD typename W::U multiply_low(const typename W::U& x, uint32_t factor) {
 // multiplies by 0, and a NaN stays).
 template <class W>
 LK_HD typename W::F keep(const typename W::F& x, const uint16_t* random, int threshold) {
-  typename W::I word;
-#if LK_X86_ASM
-  if constexpr (W::bytes >= 32) {
-    __asm__("vpmovzxwd %1, %0" : "=v"(word) : "m"(*reinterpret_cast<const typename W::H*>(random)));
-    return word >= threshold ? x : typename W::F{};
-  }
-#endif
-  word = __builtin_convertvector(load<typename W::H>(random), typename W::I);
-  return word >= threshold ? x : typename W::F{};
+  return widen_words<W>(random) >= threshold ? x : typename W::F{};
 }
 
 // Random bits of a matrix, 16 per element, row after row. Counters of a row differ in one word, the column; what the
@@ -176,8 +219,8 @@ struct MaskSource {
 };
 
 // sum[m][v] = sum over s of p[s * p_stride + m] * q[s * q_stride + v], q's vectors masked by `random` or not.
-template <class W, int M, int V, bool MASKED>
-LK_HD void outer_tile(const float* p, int64_t p_stride, const float* q, int64_t q_stride, int64_t steps,
+template <class W, int M, int V, bool MASKED, class Q>
+LK_HD void outer_tile(const float* p, int64_t p_stride, const Q* q, int64_t q_stride, int64_t steps,
                       const uint16_t* random, int64_t random_stride, int threshold, typename W::F (&sum)[M][V]) {
   using F = typename W::F;
 #pragma GCC unroll 8
@@ -188,7 +231,7 @@ LK_HD void outer_tile(const float* p, int64_t p_stride, const float* q, int64_t 
     F x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      x[v] = load<F>(q + v * W::lanes);
+      x[v] = load_float<W>(q + v * W::lanes);
       if (MASKED) x[v] = keep<W>(x[v], random + v * W::lanes, threshold);
     }
 #pragma GCC unroll 8

@@ -32,9 +32,9 @@ def dropout_mask(rows, columns, threshold, seed=SEED, stream=STREAM):
     return (halves >= threshold).double() * (65536 / (65536 - threshold))
 
 
-def strided(rows, columns, make=torch.randn):
+def strided(rows, columns, make=torch.randn, dtype=torch.float32):
     """A matrix with a gap after every row, which the kernel must leave alone."""
-    whole = torch.full((rows, columns + GAP), FILL)
+    whole = torch.full((rows, columns + GAP), FILL, dtype=dtype)
     whole[:, :columns] = make(rows, columns)
     return whole[:, :columns]
 
@@ -49,9 +49,13 @@ def place(matrix):
     return matrix.data_ptr(), matrix.stride(0)
 
 
+def binding(name, big):
+    return getattr(_ext.extension(), name + {torch.float32: "", torch.bfloat16: "_bfloat16"}[big.dtype])
+
+
 def shrink(x, a, scale=1.0, threshold=0, threads=2, seed=SEED, stream=STREAM):
     t = strided(x.shape[0], a.shape[0], lambda *shape: torch.full(shape, float("nan")))
-    _ext.extension().lora_shrink(
+    binding("lora_shrink", x)(
         *place(x), *place(a), *place(t), *x.shape, a.shape[0], scale, threshold, seed, stream, threads
     )
     assert gap_is_intact(t)
@@ -60,16 +64,17 @@ def shrink(x, a, scale=1.0, threshold=0, threads=2, seed=SEED, stream=STREAM):
 
 def tsreduce(t, z, threshold=0, threads=2, seed=SEED, stream=STREAM):
     out = strided(t.shape[1], z.shape[1], lambda *shape: torch.full(shape, float("nan")))
-    _ext.extension().lora_tsreduce(
+    binding("lora_tsreduce", z)(
         *place(t), *place(z), *place(out), *z.shape, t.shape[1], threshold, seed, stream, threads
     )
     assert gap_is_intact(out)
     return out
 
 
-def expand(t, b, y=None, bias=None, threshold=0, threads=2, seed=SEED, stream=STREAM):
-    out = strided(t.shape[0], b.shape[1], lambda *shape: torch.full(shape, float("nan")) if y is None else y)
-    _ext.extension().lora_expand(
+def expand(t, b, y=None, bias=None, threshold=0, threads=2, seed=SEED, stream=STREAM, dtype=torch.float32):
+    start = torch.full((t.shape[0], b.shape[1]), float("nan")) if y is None else y
+    out = strided(t.shape[0], b.shape[1], lambda *_: start, dtype)
+    binding("lora_expand", out)(
         *place(t),
         *place(b),
         *place(out),
@@ -134,6 +139,30 @@ def test_the_products(tokens, columns):
             if threshold == 0 and tokens:
                 half = y + (found - y) / 2
                 assert not close(half, (y + value, y.abs() + magnitude), rank)
+
+
+@pytest.mark.parametrize("threshold", [0, 3277])
+@pytest.mark.parametrize("tokens, columns, rank", [(0, 5, 3), (1, 7, 1), (65, 129, 5), (65, 129, 24), (37, 1000, 100)])
+def test_a_bfloat16_operand_is_widened_exactly_and_rounded_once(tokens, columns, rank, threshold):
+    x = strided(tokens, columns, dtype=torch.bfloat16)
+    a, t, bias = strided(rank, columns), strided(tokens, rank), torch.randn(columns)
+    y = torch.randn(tokens, columns).bfloat16()
+    assert torch.equal(shrink(x, a, 0.5, threshold), shrink(x.float(), a, 0.5, threshold))
+    assert torch.equal(tsreduce(t, x, threshold), tsreduce(t, x.float(), threshold))
+    for base in ({"y": y.float()}, {"bias": bias}, {}):
+        wanted = expand(t, a, **base, threshold=threshold).bfloat16()
+        found = expand(t, a, **base, threshold=threshold, dtype=torch.bfloat16)
+        assert torch.equal(found, wanted)
+
+
+def test_bfloat16_rounds_as_torch_does():
+    bits = torch.arange(2**16, dtype=torch.int32).reshape(256, 256) << 16
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (bits | low).view(torch.float32).reshape(-1, 1)
+        found = expand(values, torch.ones(1, 1), dtype=torch.bfloat16)
+        wanted = (values + 0.0).bfloat16()
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS[1:])
@@ -238,7 +267,7 @@ def test_bad_arguments():
 @pytest.mark.parametrize("lane_bytes", [16, 32])
 def test_narrower_machines(lane_bytes):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "the_mask or (the_products and 65-129) or bits or nan"]
+    command += ["-k", "bfloat16 or the_mask or (the_products and 65-129) or bits or nan"]
     environment = {**os.environ, "LORA_KERNELS_LANE_BYTES": str(lane_bytes)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
