@@ -45,6 +45,51 @@ void random_matrix(uintptr_t out, int64_t rows, int64_t columns, bool gaussian, 
   lk::random_matrix(job, threads);
 }
 
+lk::Dropout make_dropout(int64_t threshold, uint64_t seed, uint32_t stream) {
+  check(threshold >= 0 && threshold <= 65535, "threshold must lie in [0, 65535]");
+  return {int(threshold), seed, stream};
+}
+
+void check_lora(int64_t tokens, int64_t columns, int64_t rank, int threads) {
+  check(tokens >= 0 && columns >= 0 && rank >= 0 && threads >= 1, "sizes and threads must not be negative");
+  check(tokens <= int64_t(1) << 32 && columns <= int64_t(1) << 35, "sizes must fit the counters of the generator");
+}
+
+template <bool BFLOAT16>
+void lora_shrink(uintptr_t x, int64_t x_stride, uintptr_t a, int64_t a_stride, uintptr_t t, int64_t t_stride,
+                 int64_t tokens, int64_t columns, int64_t rank, float scale, int64_t threshold, uint64_t seed,
+                 uint32_t stream, int threads) {
+  check_lora(tokens, columns, rank, threads);
+  const lk::LoraShrink job{pointer<const void>(x), BFLOAT16, x_stride, pointer<const float>(a), a_stride, pointer<float>(t),
+                           t_stride, tokens, columns, rank, scale, make_dropout(threshold, seed, stream)};
+  py::gil_scoped_release release;
+  lk::lora_shrink(job, threads);
+}
+
+template <bool BFLOAT16>
+void lora_tsreduce(uintptr_t t, int64_t t_stride, uintptr_t z, int64_t z_stride, uintptr_t out, int64_t out_stride,
+                   int64_t tokens, int64_t columns, int64_t rank, int64_t threshold, uint64_t seed, uint32_t stream,
+                   int threads) {
+  check_lora(tokens, columns, rank, threads);
+  const lk::LoraReduce job{pointer<const float>(t), t_stride, pointer<const void>(z), BFLOAT16, z_stride, pointer<float>(out),
+                           out_stride, tokens, columns, rank, make_dropout(threshold, seed, stream)};
+  py::gil_scoped_release release;
+  lk::lora_tsreduce(job, threads);
+}
+
+template <bool BFLOAT16>
+void lora_expand(uintptr_t t, int64_t t_stride, uintptr_t b, int64_t b_stride, uintptr_t y, int64_t y_stride,
+                 int64_t tokens, int64_t columns, int64_t rank, bool accumulate, uintptr_t bias, int64_t threshold,
+                 uint64_t seed, uint32_t stream, int threads) {
+  check_lora(tokens, columns, rank, threads);
+  check(!(accumulate && bias), "a bias cannot be given where y accumulates");
+  const lk::LoraExpand job{pointer<const float>(t), t_stride, pointer<const float>(b), b_stride, pointer<void>(y),
+                           BFLOAT16, y_stride, tokens, columns, rank, accumulate, pointer<const float>(bias),
+                           make_dropout(threshold, seed, stream)};
+  py::gil_scoped_release release;
+  lk::lora_expand(job, threads);
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef _OPENMP
@@ -72,5 +117,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("pack_rows", &pack_rows);
   m.def("random_matrix", &random_matrix);
+  m.def("lora_shrink", &lora_shrink<false>);
+  m.def("lora_shrink_bfloat16", &lora_shrink<true>);
+  m.def("lora_tsreduce", &lora_tsreduce<false>);
+  m.def("lora_tsreduce_bfloat16", &lora_tsreduce<true>);
+  m.def("lora_expand", &lora_expand<false>);
+  m.def("lora_expand_bfloat16", &lora_expand<true>);
   bind_linalg(m);
 }

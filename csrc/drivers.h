@@ -34,4 +34,56 @@ struct RandomMatrix {
 };
 void random_matrix(const RandomMatrix& job, int threads);
 
+// The three skinny products of a LoRA layer, with dropout applied on the way (lora.cpp). The big operand is float32 or
+// bfloat16, all else is float32; leading dimensions are in elements. Element (row, column) is dropped where its 16 random bits are below `threshold`: Philox with 7
+// rounds, counter (column / 8, row, stream, 0), word (column % 8) / 2, low half first. Kept ones are multiplied by
+// 65536 / (65536 - threshold); threshold 0 is no dropout.
+struct Dropout {
+  int threshold;  // 0 .. 65535
+  uint64_t seed;
+  uint32_t stream;
+};
+// t = scale * drop(x) a^T
+struct LoraShrink {
+  const void* x;  // (tokens, columns)
+  bool bfloat16;  // x
+  int64_t x_stride;
+  const float* a;  // (rank, columns)
+  int64_t a_stride;
+  float* t;  // (tokens, rank)
+  int64_t t_stride;
+  int64_t tokens, columns, rank;
+  float scale;
+  Dropout dropout;
+};
+void lora_shrink(const LoraShrink& job, int threads);
+// out = t^T drop(z)
+struct LoraReduce {
+  const float* t;  // (tokens, rank)
+  int64_t t_stride;
+  const void* z;  // (tokens, columns)
+  bool bfloat16;  // z
+  int64_t z_stride;
+  float* out;  // (rank, columns)
+  int64_t out_stride;
+  int64_t tokens, columns, rank;
+  Dropout dropout;
+};
+void lora_tsreduce(const LoraReduce& job, int threads);
+// y = base + mask(t b), where base is y, or the bias, or zero
+struct LoraExpand {
+  const float* t;  // (tokens, rank)
+  int64_t t_stride;
+  const float* b;  // (rank, columns)
+  int64_t b_stride;
+  void* y;  // (tokens, columns)
+  bool bfloat16;  // y
+  int64_t y_stride;
+  int64_t tokens, columns, rank;
+  bool accumulate;
+  const float* bias;  // (columns,), or null
+  Dropout dropout;
+};
+void lora_expand(const LoraExpand& job, int threads);
+
 }  // namespace lora_kernels

@@ -167,6 +167,16 @@ void group_128(const Job& job, int64_t first, int count, void* scratch) {
 
 inline int lane_count() { return lane_bytes() / int(sizeof(double)); }
 
+// One group, compiled for vectors of that many bytes.
+template <class Job>
+void run_group(const Job& job, int64_t first, int count, void* scratch, int bytes) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (bytes == 64) return group_512(job, first, count, scratch);
+  if (bytes == 32) return group_256(job, first, count, scratch);
+#endif
+  group_128(job, first, count, scratch);
+}
+
 // Runs a job over `items` in groups of `step`; `vectors` is how many vectors of scratch memory a group needs.
 template <class Job>
 void run_groups(const Job& job, int64_t items, int step, int64_t vectors, int threads) {
@@ -184,12 +194,7 @@ void run_groups(const Job& job, int64_t items, int step, int64_t vectors, int th
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * step;
-      const int count = int(items - first < step ? items - first : step);
-#if defined(__x86_64__) && defined(__GNUC__)
-      if (bytes == 64) group_512(job, first, count, scratch);
-      if (bytes == 32) group_256(job, first, count, scratch);
-#endif
-      if (bytes == 16) group_128(job, first, count, scratch);
+      run_group(job, first, int(items - first < step ? items - first : step), scratch, bytes);
     }
   }
 }

@@ -1,0 +1,384 @@
+// The three skinny products of a LoRA layer on the CPU: what torch's matrix product does, with dropout applied while the
+// big operand passes through the caches. It is read once, and no mask or masked copy of it is ever written.
+//
+// A result's sums run in an order that depends on the shape alone: not on threads, blocks or the rows around it.
+#include "lora_lanes.h"
+
+#include <algorithm>
+
+#include "drivers.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// `size` columns in as few tiles of at most `most` as possible, all but equal.
+struct Tiles {
+  int64_t size, count;
+  Tiles(int64_t size, int64_t most) : size(size), count(ceil_div(size, most)) {}
+  int64_t first(int64_t tile) const { return tile * size / count; }
+};
+
+template <class Job>
+struct Preparation {
+  const Job& job;
+  template <class L>
+  LK_HD void group(int64_t item, int, void*) const {
+    job.template prepare<WideOf<L>>(item);
+  }
+};
+template <class Job>
+struct Work {
+  const Job& job;
+  template <class L>
+  LK_HD void group(int64_t item, int, void* scratch) const {
+    job.template work<WideOf<L>>(item, static_cast<float*>(scratch));
+  }
+};
+
+// All preparations, then all work, with `scratch` floats for each thread.
+template <class Job>
+void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, int64_t products, int threads) {
+  const int bytes = lane_bytes();
+  // Waking a thread takes longer than a few thousand products.
+  threads = int(std::max<int64_t>(1, std::min<int64_t>({threads, items, products >> 16})));
+  const Arena arena(size_t(scratch) * sizeof(float), threads);  // here, because nothing may be thrown inside
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+    void* const part = arena.part(omp_get_thread_num());
+#else
+    void* const part = arena.part(0);
+#endif
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < preparations; ++item) run_group(Preparation<Job>{job}, item, 1, part, bytes);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; ++item) run_group(Work<Job>{job}, item, 1, part, bytes);
+  }
+}
+
+// A row, masked or not, and zeros behind it.
+template <class W, bool MASKED, class X>
+LK_HD void copy_masked(const X* from, int64_t used, const uint16_t* random, int threshold, float* to,
+                       int64_t width) {
+  const int64_t whole = used / W::lanes * W::lanes;
+  for (int64_t c = 0; c < whole; c += W::lanes) {
+    const auto x = load_float<W>(from + c);
+    store(to + c, MASKED ? keep<W>(x, random + c, threshold) : x);
+  }
+  for (int64_t c = whole; c < used; ++c) to[c] = !MASKED || random[c] >= threshold ? widen(from[c]) : 0.0f;
+  for (int64_t c = used; c < width; ++c) to[c] = 0.0f;
+}
+
+// Lanes run along the columns that are summed over: no lane is idle, whatever the rank. A few rows at a time, a panel
+// of columns at a time: drop(x) is written to the first-level cache, where tiles of rows x columns of a^T find it.
+template <class X>
+struct ShrinkJob : LoraShrink {
+  static constexpr int64_t kPanel = 512, kRows = 6;
+  MaskSource mask;
+  float* packed;  // a by panels, tiles, vectors
+  void* table;
+
+  static int64_t padded(int64_t columns) { return round_up(columns, 16); }
+  int64_t panels() const { return ceil_div(columns, kPanel); }
+  int64_t blocks() const { return ceil_div(tokens, kRows); }
+  int64_t scratch() const { return kRows * kPanel + kPanel / 2 + round_up(kRows * rank, 16) * 17; }
+  int64_t width(int64_t first) const { return std::min(kPanel, padded(columns) - first); }
+
+  template <class W>
+  LK_HD void prepare(int64_t panel) const {
+    const int64_t first = panel * kPanel, vectors = width(first) / W::lanes;
+    const Tiles tiles(rank, W::kTile);
+    float* out = packed + first * rank;
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int64_t begin = tiles.first(tile), end = tiles.first(tile + 1);
+      for (int64_t k = 0; k < vectors; ++k)
+        for (int64_t j = begin; j < end; ++j, out += W::lanes) {
+          const int64_t column = first + k * W::lanes;
+          const float* const from = a + j * a_stride + column;
+          if (column + W::lanes <= columns)
+            store(out, load<typename W::F>(from));
+          else
+            for (int l = 0; l < W::lanes; ++l) out[l] = column + l < columns ? from[l] : 0.0f;
+        }
+    }
+    if (table) mask.fill_table<W>(table, first, std::min(first + kPanel, columns));
+  }
+
+  template <class W>
+  LK_HD void copy_row(int64_t row, int64_t first, float* to, uint16_t* random) const {
+    const X* const from = static_cast<const X*>(x) + row * x_stride + first;
+    const int64_t used = std::min(kPanel, columns - first);
+    if (table) {
+      mask.draw<W>(table, row, first, first + used, random);
+      copy_masked<W, true>(from, used, random, mask.threshold, to, width(first));
+    } else {
+      copy_masked<W, false>(from, used, random, mask.threshold, to, width(first));
+    }
+  }
+
+  template <class W>
+  LK_HD void work(int64_t block, float* scratch) const {
+    const int64_t begin = block * kRows, rows = std::min(kRows, tokens - begin);
+    float* const copy = scratch;
+    uint16_t* const random = reinterpret_cast<uint16_t*>(copy + kRows * kPanel);
+    float* const sums = copy + kRows * kPanel + kPanel / 2;
+    float* const totals = sums + round_up(kRows * rank, 16) * 16;
+    const Tiles tiles(rank, W::kTile);
+    for (int64_t first = 0; first < columns; first += kPanel) {
+      for (int64_t i = 0; i < rows; ++i) copy_row<W>(begin + i, first, copy + i * kPanel, random);
+      const int64_t vectors = width(first) / W::lanes;
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t j = tiles.first(tile), count = tiles.first(tile + 1) - j;
+        const float* const factor = packed + first * rank + j * vectors * W::lanes;
+        with_constant<W::kTile>(int(count), [&](auto tile_columns) __attribute__((always_inline)) {
+          for (int64_t i = 0; i < rows; i += 3) {
+            float* const sum = sums + (i * rank + j) * W::lanes;
+            with_constant<3>(int(std::min<int64_t>(3, rows - i)), [&](auto tile_rows) __attribute__((always_inline)) {
+              inner_tile<W, decltype(tile_rows)::value, decltype(tile_columns)::value>(
+                  copy + i * kPanel, kPanel, factor, vectors, sum, rank * W::lanes, first == 0);
+            });
+          }
+        });
+      }
+    }
+    const float final_scale = scale * mask.factor;
+    for (int64_t s = 0; s < rows * rank; s += W::lanes)
+      store(totals + s, lane_sums<W>(sums + s * W::lanes) * final_scale);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < rank; ++j) t[(begin + i) * t_stride + j] = totals[i * rank + j];
+  }
+};
+
+// Columns in strips as wide as a tile. Strips of all vector widths fill a chunk, and its random bits fill vectors.
+constexpr int64_t kChunk = 192;
+
+// Each task owns columns of the result. Sums of few rows stay in registers, and are added up in memory.
+template <class X>
+struct ReduceJob : LoraReduce {
+  static constexpr int64_t kRows = 16;
+  MaskSource mask;
+  void* table;
+  int64_t panel;  // columns per task, a multiple of MaskSource::kColumns
+
+  int64_t blocks() const { return ceil_div(columns, panel); }
+  int64_t scratch() const { return rank * round_up(panel, 16) + kRows * kChunk / 2 + kRows * 48; }
+
+  template <class W>
+  LK_HD void prepare(int64_t block) const {
+    if (table) mask.fill_table<W>(table, block * panel, std::min(columns, (block + 1) * panel));
+  }
+
+  template <class W, bool MASKED>
+  LK_HD void add_rows(int64_t row, int64_t begin, int64_t end, float* sums, int64_t sum_stride, uint16_t* random,
+                      float* copy) const {
+    constexpr int64_t strip = W::kVectors * W::lanes;
+    const int64_t rows = std::min(kRows, tokens - row);
+    const Tiles tiles(rank, W::kTile);
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int64_t last = std::min(end, chunk + kChunk);
+      if (MASKED)
+        for (int64_t i = 0; i < rows; ++i) mask.draw<W>(table, row + i, chunk, last, random + i * kChunk);
+      for (int64_t c = chunk; c < last; c += strip) {
+        const int64_t used = std::min(strip, last - c), vectors = ceil_div(used, W::lanes);
+        const X* const from = static_cast<const X*>(z) + row * z_stride + c;
+        // Several tiles read a float copy. So does a tile whose vectors reach past the last column.
+        const bool copied = used % W::lanes || ((MASKED || sizeof(X) < sizeof(float)) && tiles.count > 1);
+        if (copied)
+          for (int64_t i = 0; i < rows; ++i)
+            copy_masked<W, MASKED>(from + i * z_stride, used, random + i * kChunk + (c - chunk), mask.threshold,
+                                   copy + i * strip, vectors * W::lanes);
+        with_constant<W::kVectors>(int(vectors), [&](auto tile_vectors) __attribute__((always_inline)) {
+          for (int64_t tile = 0; tile < tiles.count; ++tile) {
+            const int64_t j = tiles.first(tile), count = tiles.first(tile + 1) - j;
+            with_constant<W::kTile>(int(count), [&](auto tile_rows) __attribute__((always_inline)) {
+              constexpr int M = decltype(tile_rows)::value, V = decltype(tile_vectors)::value;
+              typename W::F sum[M][V];
+              const float* const factor = t + row * t_stride + j;
+              if (copied)
+                outer_tile<W, M, V, false>(factor, t_stride, copy, strip, rows, nullptr, 0, 0, sum);
+              else
+                outer_tile<W, M, V, MASKED>(factor, t_stride, from, z_stride, rows, random + (c - chunk), kChunk,
+                                            mask.threshold, sum);
+              for (int m = 0; m < M; ++m)
+                for (int v = 0; v < V; ++v) {
+                  float* const to = sums + (j + m) * sum_stride + (c - begin) + v * W::lanes;
+                  store(to, load<typename W::F>(to) + sum[m][v]);
+                }
+            });
+          }
+        });
+      }
+    }
+  }
+
+  template <class W>
+  LK_HD void work(int64_t block, float* sums) const {
+    const int64_t begin = block * panel, end = std::min(columns, begin + panel), stride = round_up(end - begin, 16);
+    uint16_t* const random = reinterpret_cast<uint16_t*>(sums + rank * round_up(panel, 16));
+    float* const copy = sums + rank * round_up(panel, 16) + kRows * kChunk / 2;
+    for (int64_t s = 0; s < rank * stride; ++s) sums[s] = 0.0f;
+    for (int64_t row = 0; row < tokens; row += kRows) {
+      if (table)
+        add_rows<W, true>(row, begin, end, sums, stride, random, copy);
+      else
+        add_rows<W, false>(row, begin, end, sums, stride, random, copy);
+    }
+    for (int64_t j = 0; j < rank; ++j)
+      for (int64_t c = 0; c < end - begin; ++c) out[j * out_stride + begin + c] = mask.factor * sums[j * stride + c];
+  }
+};
+
+// A task is a block of rows and a panel of columns whose part of b fits the second-level cache.
+template <class X>
+struct ExpandJob : LoraExpand {
+  static constexpr int64_t kRows = 32;
+  MaskSource mask;
+  float* packed;  // b by strips, rows
+  float* base;    // the bias, or zeros
+  void* table;
+  int64_t panel;  // columns per task, a multiple of kChunk
+
+  int64_t chunks() const { return ceil_div(columns, kChunk); }
+  int64_t panels() const { return ceil_div(columns, panel); }
+  int64_t blocks() const { return panels() * ceil_div(tokens, kRows); }
+  int64_t scratch() const { return round_up(rank * 8, 16) + 8 * kChunk / 2 + 8 * 48; }
+
+  template <class W>
+  LK_HD void prepare(int64_t chunk) const {
+    constexpr int64_t strip = W::kVectors * W::lanes;
+    const int64_t first = chunk * kChunk, last = std::min(columns, first + kChunk);
+    for (int64_t c = first; c < last; c += strip) {
+      const int64_t used = std::min(strip, last - c);
+      for (int64_t j = 0; j < rank; ++j) {
+        float* const to = packed + c * rank + j * strip;
+        const float* const from = b + j * b_stride + c;
+        if (used == strip)
+          for (int64_t l = 0; l < strip; l += W::lanes) store(to + l, load<typename W::F>(from + l));
+        else
+          for (int64_t l = 0; l < strip; ++l) to[l] = l < used ? from[l] : 0.0f;
+      }
+    }
+    for (int64_t c = first; c < first + kChunk; ++c) base[c] = bias && c < columns ? bias[c] : 0.0f;
+    if (table) mask.fill_table<W>(table, first, last);
+  }
+
+  template <class W, int M, bool MASKED>
+  LK_HD void tile_rows(int64_t row, int64_t begin, int64_t end, float* scratch) const {
+    using F = typename W::F;
+    constexpr int V = W::kVectors;
+    constexpr int64_t strip = V * W::lanes;
+    float* const columns_of_t = scratch;
+    uint16_t* const random = reinterpret_cast<uint16_t*>(scratch + round_up(rank * 8, 16));
+    X* const ragged = reinterpret_cast<X*>(scratch + round_up(rank * 8, 16) + 8 * kChunk / 2);
+    for (int64_t j = 0; j < rank; ++j)
+      for (int m = 0; m < M; ++m) columns_of_t[j * M + m] = t[(row + m) * t_stride + j];
+    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+      const int64_t last = std::min(end, chunk + kChunk);
+      if (MASKED)
+        for (int m = 0; m < M; ++m) mask.draw<W>(table, row + m, chunk, last, random + m * kChunk);
+      for (int64_t c = chunk; c < last; c += strip) {
+        F sum[M][V];
+        outer_tile<W, M, V, false>(columns_of_t, M, packed + c * rank, strip, rank, nullptr, 0, 0, sum);
+        const int64_t used = std::min(strip, last - c);
+        X* const whole = static_cast<X*>(y) + row * y_stride + c;
+        X* const to = used < strip ? ragged : whole;
+        const int64_t to_stride = used < strip ? strip : y_stride;
+        if (used < strip && accumulate)
+          for (int m = 0; m < M; ++m)
+            for (int64_t l = 0; l < strip; ++l) ragged[m * strip + l] = l < used ? whole[m * y_stride + l] : X{};
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) {
+            F value = sum[m][v];
+            if (MASKED)
+              value = keep<W>(value * mask.factor, random + m * kChunk + (c - chunk) + v * W::lanes, mask.threshold);
+            X* const here = to + m * to_stride + v * W::lanes;
+            store_float<W>(here, value + (accumulate ? load_float<W>(here) : load<F>(base + c + v * W::lanes)));
+          }
+        if (used < strip)
+          for (int m = 0; m < M; ++m)
+            for (int64_t l = 0; l < used; ++l) whole[m * y_stride + l] = ragged[m * strip + l];
+      }
+    }
+  }
+
+  template <class W>
+  LK_HD void work(int64_t item, float* scratch) const {
+    const int64_t begin = item % panels() * panel, end = std::min(columns, begin + panel);
+    const int64_t first = item / panels() * kRows, last = std::min(tokens, first + kRows);
+    for (int64_t row = first; row < last; row += W::kTile)
+      with_constant<W::kTile>(int(std::min<int64_t>(W::kTile, last - row)), [&](auto rows) __attribute__((always_inline)) {
+        constexpr int M = decltype(rows)::value;
+        if (table)
+          tile_rows<W, M, true>(row, begin, end, scratch);
+        else
+          tile_rows<W, M, false>(row, begin, end, scratch);
+      });
+  }
+};
+
+size_t table_bytes(const Dropout& dropout, int64_t columns) {
+  return dropout.threshold > 0 ? MaskSource::table_bytes(columns) : 0;
+}
+
+template <class X>
+void shrink(const LoraShrink& job, int threads) {
+  using Job = ShrinkJob<X>;
+  const Arena packed(size_t(job.rank * Job::padded(job.columns)) * sizeof(float), 1);
+  const Arena table(table_bytes(job.dropout, job.columns), 1);
+  const Job all{job, MaskSource(job.dropout), static_cast<float*>(packed.part(0)),
+                job.dropout.threshold > 0 ? table.part(0) : nullptr};
+  run(all, all.panels(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
+}
+
+template <class X>
+void tsreduce(const LoraReduce& job, int threads) {
+  const Arena table(table_bytes(job.dropout, job.columns), 1);
+  ReduceJob<X> all{job, MaskSource(job.dropout), job.dropout.threshold > 0 ? table.part(0) : nullptr, 0};
+  // Equal shares, but sums that fit half of a second-level cache.
+  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (job.rank * MaskSource::kColumns)) * MaskSource::kColumns;
+  const int64_t shares = round_up(ceil_div(job.columns, fits), threads);
+  all.panel = round_up(ceil_div(job.columns, shares), MaskSource::kColumns);
+  run(all, all.blocks(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
+}
+
+template <class X>
+void expand(const LoraExpand& job, int threads) {
+  const int64_t padded = round_up(job.columns, kChunk), rank = std::max<int64_t>(job.rank, 1);
+  const Arena packed(size_t(job.rank * padded) * sizeof(float), 1), base(size_t(padded) * sizeof(float), 1);
+  const Arena table(table_bytes(job.dropout, job.columns), 1);
+  ExpandJob<X> all{job,
+                   MaskSource(job.dropout),
+                   static_cast<float*>(packed.part(0)),
+                   static_cast<float*>(base.part(0)),
+                   job.dropout.threshold > 0 ? table.part(0) : nullptr,
+                   0};
+  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (rank * kChunk)) * kChunk;
+  all.panel = round_up(ceil_div(job.columns, ceil_div(job.columns, fits)), kChunk);
+  run(all, all.chunks(), all.blocks(), all.scratch(), job.tokens * job.columns * rank, threads);
+}
+
+}  // namespace
+
+void lora_shrink(const LoraShrink& job, int threads) {
+  if (job.columns == 0)
+    for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
+  if (job.tokens == 0 || job.columns == 0 || job.rank == 0) return;
+  job.bfloat16 ? shrink<BFloat16>(job, threads) : shrink<float>(job, threads);
+}
+
+void lora_tsreduce(const LoraReduce& job, int threads) {
+  if (job.columns == 0 || job.rank == 0) return;
+  job.bfloat16 ? tsreduce<BFloat16>(job, threads) : tsreduce<float>(job, threads);
+}
+
+void lora_expand(const LoraExpand& job, int threads) {
+  if (job.tokens == 0 || job.columns == 0) return;
+  job.bfloat16 ? expand<BFloat16>(job, threads) : expand<float>(job, threads);
+}
+
+}  // namespace lora_kernels
