@@ -7,16 +7,18 @@
 Importing touches no GPU and needs no compiler.
 """
 
-from lora_kernels import init, linalg, ops, statistics
+from lora_kernels import init, linalg, ops, statistics, training
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
+from lora_kernels.training import AccelerateReport, accelerate, reference_mode, restore, verify
 
 __all__ = [
     "EVA",
+    "AccelerateReport",
     "CollectOptions",
     "CorDA",
     "InitReport",
@@ -29,6 +31,7 @@ __all__ = [
     "Statistics",
     "TaskDirections",
     "__version__",
+    "accelerate",
     "collect",
     "export",
     "init",
@@ -37,5 +40,9 @@ __all__ = [
     "load",
     "ops",
     "plan",
+    "reference_mode",
+    "restore",
     "statistics",
+    "training",
+    "verify",
 ]

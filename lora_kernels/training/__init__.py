@@ -1,0 +1,15 @@
+"""Floor 4: training. The fused forward of PEFT's LoRA layers."""
+
+from lora_kernels.training.accelerate import AccelerateReport, LayerPath, accelerate, reference_mode, restore
+from lora_kernels.training.verify import LayerErrors, VerifyReport, verify
+
+__all__ = [
+    "AccelerateReport",
+    "LayerErrors",
+    "LayerPath",
+    "VerifyReport",
+    "accelerate",
+    "reference_mode",
+    "restore",
+    "verify",
+]

@@ -1,0 +1,180 @@
+"""`accelerate` and `restore`: every LoRA layer of a model on the fused path, or a reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.training.guard import Guard
+from lora_kernels.training.lora_layer import FusedForward, base_is_fused, class_of, eager_reason, supported
+
+PATHS = ("fused", "delta", "eager")
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """How one LoRA layer runs.
+
+    Attributes:
+        name: the layer's name in the model.
+        kind: its class in PEFT.
+        path: `fused` (base product and adapter in one op), `delta` (the base layer computes its own product, the
+            adapter is fused), or `eager` (PEFT's own forward).
+        reason: why it is not `fused`.
+    """
+
+    name: str
+    kind: str
+    path: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What `accelerate` did.
+
+    Attributes:
+        layers: one entry per LoRA layer, in the model's order.
+    """
+
+    layers: tuple[LayerPath, ...]
+
+    def __iter__(self) -> Iterator[LayerPath]:
+        """The layers."""
+        return iter(self.layers)
+
+    def summary(self) -> str:
+        """One line: how many layers run on which path, and why not fused."""
+        counts = Counter(each.path for each in self.layers)
+        paths = ", ".join(f"{counts[path]} {path}" for path in PATHS if counts[path])
+        reasons = Counter(each.reason for each in self.layers if each.path == "eager")
+        why = "".join(f"; eager: {reason} ({count})" for reason, count in reasons.items())
+        return f"{len(self.layers)} LoRA layers: {paths}{why}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table of the layers and the summary.
+
+        Yields:
+            What rich prints.
+        """
+        table = Table("layer", "kind", "path", "reason", title="accelerated LoRA layers")
+        for each in self.layers:
+            table.add_row(each.name, each.kind, each.path, each.reason)
+        yield table
+        yield Text(self.summary())
+
+    def __str__(self) -> str:
+        """The same as plain text."""
+        console = Console(width=140, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of every LoRA layer of a model, in its order."""
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]
+
+
+def _path(name: str, layer: Any) -> LayerPath:
+    kind = type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
+    if kind not in supported():
+        return LayerPath(name, kind.__name__, "eager", f"no fused form of {kind.__name__}")
+    reason = eager_reason(layer)
+    if reason is not None:
+        return LayerPath(name, kind.__name__, "eager", reason)
+    if base_is_fused(layer):
+        return LayerPath(name, kind.__name__, "fused")
+    base = type(layer.base_layer).__name__
+    return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
+
+
+def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
+    """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
+
+    The class of each layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
+    layer (several adapters, merging, disabling, mixed batches, variants) stay as they are. Call it before or after
+    wrapping in DDP or FSDP2 and before `torch.compile`. In mixed precision the products are taken in the dtype of the
+    activations with float32 sums, where PEFT casts them up to that of the adapter.
+
+    Args:
+        model: with PEFT's LoRA layers.
+        strict: raise where a layer would run PEFT's own forward, before anything is changed; and where the first
+            backward pass gives an adapter nothing to learn from.
+        guard: look at the first backward pass: an adapter whose factors both get gradients that are zero, missing or
+            not finite is reported (`RuntimeWarning`, or with `strict` an error).
+
+    Returns:
+        The path of every layer, and why.
+
+    Raises:
+        ValueError: if the model has no LoRA layer, or with `strict`, naming the layers.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
+    report = AccelerateReport(tuple(_path(name, layer) for name, layer in layers))
+    eager = [each for each in report if each.path == "eager"]
+    if strict and eager:
+        raise ValueError(f"{len(eager)} layers would not be accelerated (first: {eager[0].name}: {eager[0].reason})")
+    if eager:
+        warnings.warn(report.summary(), RuntimeWarning, stacklevel=2)
+    kinds = supported()
+    for _, layer in layers:
+        if type(layer) in kinds:  # also those that are eager now: a variant may be deactivated
+            layer.__class__ = class_of(type(layer))
+    if guard:
+        Guard.watch(unwrap(model), layers, strict=strict)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo `accelerate`.
+
+    Args:
+        model: the model.
+
+    Returns:
+        How many layers went back to PEFT's own class.
+    """
+    Guard.stop(unwrap(model))
+    count = 0
+    for _, layer in lora_layers(model):
+        if isinstance(layer, FusedForward):
+            layer.__dict__.pop("fused", None)
+            layer.__class__ = type(layer).__mro__[2]
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def reference_mode(model: nn.Module) -> Iterator[None]:
+    """Run PEFT's own forward for a while, for double backward, say, which the fused op does not have.
+
+    Args:
+        model: an accelerated model; layers that are not are left alone.
+
+    Yields:
+        Nothing.
+    """
+    layers = [layer for _, layer in lora_layers(model) if isinstance(layer, FusedForward)]
+    before = [layer.fused for layer in layers]
+    try:
+        for layer in layers:
+            layer.fused = False
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.fused = flag

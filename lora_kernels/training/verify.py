@@ -1,0 +1,246 @@
+"""`verify`: the fused layers against PEFT's own and against float64, on the user's batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.statistics.feed import call_model, model_device, to_device
+from lora_kernels.statistics.loss import model_loss
+from lora_kernels.training.accelerate import lora_layers, reference_mode
+from lora_kernels.training.lora_layer import FusedForward, active, base_is_fused, eager_reason
+
+PARTS = ("y", "dx", "dA", "dB")
+# An error this much larger than PEFT's is a failure.
+LIMIT = 2.0
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Relative errors (Frobenius, against float64) of one layer.
+
+    Attributes:
+        name: the layer.
+        fused: by part (`y`, `dx`, `dA`, `dB`), of the fused layer.
+        stock: of PEFT's.
+    """
+
+    name: str
+    fused: Mapping[str, float]
+    stock: Mapping[str, float]
+
+    def ratio(self, floor: float) -> float:
+        """The largest error of the fused layer over PEFT's; errors below `floor` count as it."""
+        return max(max(self.fused[part], floor) / max(self.stock[part], floor) for part in self.fused)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        layers: by layer, in the model's order.
+        skipped: layers that run PEFT's own forward, and why.
+        loss: the model's loss, fused and stock, or NaN.
+        floor: rounding of the arithmetic's dtype: errors below it are alike.
+    """
+
+    layers: tuple[LayerErrors, ...]
+    skipped: Mapping[str, str]
+    loss: tuple[float, float]
+    floor: float
+
+    def __iter__(self) -> Iterator[LayerErrors]:
+        """The layers."""
+        return iter(self.layers)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no error is more than `LIMIT` times PEFT's."""
+        return all(each.ratio(self.floor) <= LIMIT for each in self.layers)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table and the verdict.
+
+        Yields:
+            What rich prints.
+        """
+        table = Table("layer", *(f"{part}: fused / stock" for part in PARTS), "ratio", title="errors against float64")
+        for each in self.layers:
+            cells = [f"{each.fused[part]:.1e} / {each.stock[part]:.1e}" if part in each.fused else "" for part in PARTS]
+            table.add_row(each.name, *cells, f"{each.ratio(self.floor):.2f}")
+        for name, why in self.skipped.items():
+            table.add_row(name, *[""] * len(PARTS), f"eager: {why}")
+        yield table
+        worst = max((each.ratio(self.floor) for each in self.layers), default=0.0)
+        verdict = "as accurate as PEFT" if self.ok else f"LESS ACCURATE than {LIMIT:g} times PEFT's error"
+        yield Text(
+            f"{len(self.layers)} layers, worst ratio {worst:.2f}: {verdict}; "
+            f"loss {self.loss[0]:.6g} fused, {self.loss[1]:.6g} stock"
+        )
+
+    def __str__(self) -> str:
+        """The same as plain text."""
+        console = Console(width=160, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def verify(
+    model: nn.Module,
+    batch: Any,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+) -> VerifyReport:
+    """Compare every accelerated layer with PEFT's own on the inputs and output gradients that a batch gives it.
+
+    The batch runs forward and backward through PEFT's layers; each layer is then run by itself, fused, by PEFT, and in
+    float64. In evaluation mode, since two dropout masks cannot be compared. Where the base layer computes its own
+    product (quantized bases), that product is taken as it is on all three sides. The model is left as it was.
+
+    Args:
+        model: accelerated (`lora_kernels.accelerate`).
+        batch: with labels, or whatever `loss` needs; inputs and output gradients of all layers are held at once.
+        forward: calls the model; by default a mapping is given as keywords.
+        loss: from outputs and batch; by default the model's own.
+
+    Returns:
+        The errors by layer.
+
+    Raises:
+        ValueError: if no layer is accelerated, or the loss reaches none.
+    """
+    model = unwrap(model)
+    every = lora_layers(model)
+    skipped = {name: why for name, layer in every if (why := _skipped(layer)) is not None}
+    layers = {name: layer for name, layer in every if name not in skipped}
+    if not layers:
+        raise ValueError("no layer of the model is accelerated: call lora_kernels.accelerate(model) first")
+    batch = to_device(batch, model_device(model))
+    training = {module: module.training for module in model.modules()}
+    grads = [(each, each.grad) for each in model.parameters()]
+    try:
+        model.eval()
+        seen, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
+        fused_loss = _loss_alone(model, batch, forward or call_model, loss or model_loss)
+        found = tuple(_errors(name, layers[name], *pair) for name, pair in seen.items() if pair[1] is not None)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, grad in grads:
+            parameter.grad = grad
+    if not found:
+        raise ValueError("the loss reaches no accelerated layer")
+    dtype = max((pair[0].dtype for pair in seen.values()), key=lambda each: torch.finfo(each).eps)
+    return VerifyReport(found, skipped, (fused_loss, stock_loss), torch.finfo(dtype).eps / 2)
+
+
+def _skipped(layer: Any) -> str | None:
+    if not isinstance(layer, FusedForward):
+        return "not accelerated"
+    stock: Any = layer
+    if stock.disable_adapters or stock.merged:
+        return "adapters are merged or disabled"
+    return eager_reason(layer)
+
+
+def _observe(
+    model: nn.Module, layers: Mapping[str, Any], batch: Any, forward: Callable[..., Any], loss: Callable[..., Any]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor | None]], float]:
+    """Input and output gradient of every layer (of its last call), from a pass through PEFT's own forward."""
+    inputs: dict[str, torch.Tensor] = {}
+    outgoing: dict[str, torch.Tensor] = {}
+
+    def tap(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            inputs[name] = args[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda g: outgoing.__setitem__(name, g.detach()))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = [layer.register_forward_hook(tap(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad(), reference_mode(model):
+            value = loss(forward(model, batch), batch)
+            value.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (x, outgoing.get(name)) for name, x in inputs.items()}, float(value.detach())
+
+
+def _loss_alone(model: nn.Module, batch: Any, forward: Callable[..., Any], loss: Callable[..., Any]) -> float:
+    with torch.no_grad():
+        return float(loss(forward(model, batch), batch))
+
+
+def _errors(name: str, layer: Any, x: torch.Tensor, g: torch.Tensor | None) -> LayerErrors:
+    assert g is not None  # the caller leaves the others out
+    truth = _truth(layer, x, g)
+    layer.fused = True
+    fused = _run(layer, x, g)
+    layer.fused = False
+    try:
+        stock = _run(layer, x, g)
+    finally:
+        del layer.fused
+    errors = ({part: _relative(found[part], truth[part]) for part in truth} for found in (fused, stock))
+    return LayerErrors(name, *errors)
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    size = float(torch.linalg.vector_norm(truth))
+    error = float(torch.linalg.vector_norm(found.to(torch.float64) - truth))
+    return error / size if size > 0 else (0.0 if error == 0 else math.inf)
+
+
+def _factors(layer: Any) -> list[torch.Tensor]:
+    first = active(layer)[0]
+    return [first.a, first.b]
+
+
+def _run(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_(True)
+    wanted = [x, *(each for each in _factors(layer) if each.requires_grad)]
+    with torch.enable_grad():
+        y = layer(x)
+        grads = torch.autograd.grad(y, wanted, g.to(y.dtype))
+    return dict(zip(PARTS, (y.detach(), *grads), strict=False))
+
+
+def _truth(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same in float64; of a base that computes its own product, that product."""
+    rows = x.to(torch.float64).requires_grad_(True)
+    adapters = active(layer)
+    leaves = [each.to(torch.float64).detach().requires_grad_(True) for each in (adapters[0].a, adapters[0].b)]
+    base = layer.base_layer
+    with torch.enable_grad():
+        if base_is_fused(layer):
+            bias = None if base.bias is None else base.bias.to(torch.float64)
+            y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
+            shift = torch.zeros((), dtype=torch.float64, device=x.device)
+        else:
+            own = x.clone().requires_grad_(True)
+            product = base(own)
+            (shift,) = torch.autograd.grad(product, own, g.to(product.dtype))
+            y, shift = product.detach().to(torch.float64), shift.to(torch.float64)
+        for index, each in enumerate(adapters):
+            a, b = leaves if index == 0 else (each.a.to(torch.float64), each.b.to(torch.float64))
+            y = y + each.scaling * (rows @ a.mT @ b.mT)
+            if each.bias is not None:
+                y = y + each.scaling * each.bias.to(torch.float64)
+        wanted = [rows, *(leaf for leaf, own in zip(leaves, _factors(layer), strict=True) if own.requires_grad)]
+        dx, *rest = torch.autograd.grad(y, wanted, g.to(torch.float64))
+    return dict(zip(PARTS, (y.detach(), dx + shift, *rest), strict=False))
