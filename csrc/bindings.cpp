@@ -60,8 +60,9 @@ void lora_shrink(uintptr_t x, int64_t x_stride, uintptr_t a, int64_t a_stride, u
                  int64_t tokens, int64_t columns, int64_t rank, float scale, int64_t threshold, uint64_t seed,
                  uint32_t stream, int threads) {
   check_lora(tokens, columns, rank, threads);
-  const lk::LoraShrink job{pointer<const void>(x), BFLOAT16, x_stride, pointer<const float>(a), a_stride, pointer<float>(t),
-                           t_stride, tokens, columns, rank, scale, make_dropout(threshold, seed, stream)};
+  const lk::LoraShrink job{pointer<const void>(x), BFLOAT16, x_stride, pointer<const float>(a), a_stride,
+                           pointer<float>(t), t_stride, tokens, columns, rank, scale,
+                           make_dropout(threshold, seed, stream)};
   py::gil_scoped_release release;
   lk::lora_shrink(job, threads);
 }
@@ -71,8 +72,9 @@ void lora_tsreduce(uintptr_t t, int64_t t_stride, uintptr_t z, int64_t z_stride,
                    int64_t tokens, int64_t columns, int64_t rank, int64_t threshold, uint64_t seed, uint32_t stream,
                    int threads) {
   check_lora(tokens, columns, rank, threads);
-  const lk::LoraReduce job{pointer<const float>(t), t_stride, pointer<const void>(z), BFLOAT16, z_stride, pointer<float>(out),
-                           out_stride, tokens, columns, rank, make_dropout(threshold, seed, stream)};
+  const lk::LoraReduce job{pointer<const float>(t), t_stride, pointer<const void>(z), BFLOAT16, z_stride,
+                           pointer<float>(out), out_stride, tokens, columns, rank,
+                           make_dropout(threshold, seed, stream)};
   py::gil_scoped_release release;
   lk::lora_tsreduce(job, threads);
 }

@@ -35,9 +35,9 @@ struct RandomMatrix {
 void random_matrix(const RandomMatrix& job, int threads);
 
 // The three skinny products of a LoRA layer, with dropout applied on the way (lora.cpp). The big operand is float32 or
-// bfloat16, all else is float32; leading dimensions are in elements. Element (row, column) is dropped where its 16 random bits are below `threshold`: Philox with 7
-// rounds, counter (column / 8, row, stream, 0), word (column % 8) / 2, low half first. Kept ones are multiplied by
-// 65536 / (65536 - threshold); threshold 0 is no dropout.
+// bfloat16, all else is float32; leading dimensions are in elements. Element (row, column) is dropped where its 16
+// random bits are below `threshold`: Philox with 7 rounds, counter (column / 8, row, stream, 0), word (column % 8) / 2,
+// low half first. Kept ones are multiplied by 65536 / (65536 - threshold); threshold 0 is no dropout.
 struct Dropout {
   int threshold;  // 0 .. 65535
   uint64_t seed;

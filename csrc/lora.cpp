@@ -1,5 +1,5 @@
-// The three skinny products of a LoRA layer on the CPU: what torch's matrix product does, with dropout applied while the
-// big operand passes through the caches. It is read once, and no mask or masked copy of it is ever written.
+// The three skinny products of a LoRA layer on the CPU: what torch's matrix product does, with dropout applied while
+// the big operand passes through the caches. It is read once, and no mask or masked copy of it goes to memory.
 //
 // A result's sums run in an order that depends on the shape alone: not on threads, blocks or the rows around it.
 #include "lora_lanes.h"
@@ -311,7 +311,8 @@ struct ExpandJob : LoraExpand {
     const int64_t begin = item % panels() * panel, end = std::min(columns, begin + panel);
     const int64_t first = item / panels() * kRows, last = std::min(tokens, first + kRows);
     for (int64_t row = first; row < last; row += W::kTile)
-      with_constant<W::kTile>(int(std::min<int64_t>(W::kTile, last - row)), [&](auto rows) __attribute__((always_inline)) {
+      with_constant<W::kTile>(int(std::min<int64_t>(W::kTile, last - row)), [&](auto rows)
+                                                                               __attribute__((always_inline)) {
         constexpr int M = decltype(rows)::value;
         if (table)
           tile_rows<W, M, true>(row, begin, end, scratch);
