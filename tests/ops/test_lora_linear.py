@@ -116,7 +116,7 @@ def test_the_frozen_pair_takes_off_what_the_adapter_starts_from():
 def test_no_bias_and_a_nearly_certain_dropout():
     x, weight, _, a, b = make((30,), 20, 10, 2)
     for p in (0.0, 1e-6, 0.9999999):
-        y = lora_linear(x, weight, None, a, b, scaling=0.5, dropout=Dropout(p, 3))
+        y = lora_linear(x, weight, None, a, b, scaling=0.5, dropout=Dropout(p, 3)).detach()
         truth = reference.lora_linear(
             x.double(), weight.double(), None, a.double(), b.double(), scaling=0.5, dropout=Dropout(p, 3)
         )
@@ -165,12 +165,11 @@ def test_delta(dropout, extra, backend):
     pair = make_extra(30, 20, -0.7) if extra else None
     before, grad = y.detach().clone(), torch.randn(4, 5, 20)
     run = lambda y, x, a, b: lora_delta(y, x, a, b, scaling=0.7, dropout=dropout, extra=pair, backend=backend)  # noqa: E731
-    plain = lambda y, x, a, b: (
-        y
-        + reference.lora_linear(  # noqa: E731
-            x, None, None, a, b, scaling=0.7, dropout=dropout, extra=widened(pair, x.dtype)
-        )
-    )
+
+    def plain(y, x, a, b):
+        more = widened(pair, x.dtype)
+        return y + reference.lora_linear(x, None, None, a, b, scaling=0.7, dropout=dropout, extra=more)
+
     found = differentiate(run, (y, x, a, b), grad)
     truth = differentiate(plain, (y, x, a, b), grad, torch.float64)
     for one, exact in zip(found, truth, strict=True):

@@ -92,7 +92,8 @@ def test_compiles_for_any_number_of_tokens(p):
     for tokens in (5, 8, 17):
         x = torch.randn(2, tokens, 12)
         assert_same(step(compiled, layer, x), step(layer, layer, x), 1e-6)
-    assert len(graphs) == 1, "compiled again for another number of tokens"
+        first = len(graphs) if tokens == 5 else first  # torch may start over while it compiles
+    assert len(graphs) == first, "compiled again for another number of tokens"
     with torch.no_grad():
         assert compiled(torch.randn(2, 5, 12)).shape == (2, 5, 9)
 
