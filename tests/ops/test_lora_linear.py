@@ -85,7 +85,7 @@ def test_matches_float64(leading, features, outputs, rank, dropout, ratio, backe
 @pytest.mark.parametrize("adapters", [None, torch.float32], ids=["same", "float32 adapters"])
 def test_narrow_dtypes(dtype, adapters, dropout, extra):
     tensors = make((40,), 48, 30, 8, dtype, adapters)
-    check_all(tensors, dropout, make_extra(48, 30, -0.7, dtype=dtype) if extra else None, "torch")
+    check_all(tensors, dropout, make_extra(48, 30, -0.7, dtype=dtype) if extra else None, "auto")
 
 
 def test_masters_get_gradients_of_float32_sums():

@@ -4,9 +4,11 @@ import torch
 from lora_kernels.ops import Dropout, _ext, expand, shrink, tsreduce
 from lora_kernels.ops.skinny import op as skinny_op
 from lora_kernels.ops.skinny import reference
+from lora_kernels.ops.skinny._launch import CPP_NAMES
 from tests.conftest import relative_error
 
-HAS_CPP = hasattr(_ext.load()[0], "lora_shrink")
+BUILT = [name for name in CPP_NAMES.values() if hasattr(_ext.load()[0], f"lora_shrink{name}")]
+HAS_CPP = bool(BUILT)
 BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="kernels not built"))]
 SHAPES = [(0, 17, 4), (1, 33, 1), (5, 1, 24), (37, 50, 5), (100, 129, 20), (65, 200, 64), (2049, 17, 7), (9, 40, 130)]
 DROPOUTS = [None, Dropout(0.3, 2**64 - 12345, 7), Dropout(0.999, 3)]
@@ -31,8 +33,8 @@ def draw(*shape, dtype=torch.float32):
 
 def check(found, compute, operands, dtype, backend):
     """At most twice torch's own error in the same arithmetic, and a half-scaled result fails."""
-    if backend == "cpp" and dtype != torch.float32:
-        pytest.skip("float32 only")
+    if backend == "cpp" and CPP_NAMES.get(dtype) not in BUILT:
+        pytest.skip("no such kernel")
     found = found()
     truth = compute(*(each.double() for each in operands))
     assert found.shape == truth.shape
@@ -217,7 +219,8 @@ def test_backend_choice(monkeypatch):
     choose = skinny_op.shrink_dispatcher.choose
     assert choose("auto", device, torch.float32, False) == "torch"
     assert choose("auto", device, torch.float32, True) == ("cpp" if HAS_CPP else "torch")
-    assert choose("auto", device, torch.bfloat16, True) == "torch"
+    assert choose("auto", device, torch.bfloat16, True) == ("cpp" if "_bfloat16" in BUILT else "torch")
+    assert choose("auto", device, torch.float16, True) == "torch"
     monkeypatch.setattr(skinny_op, "_not_built", lambda name: f"not built: {name}")
     with pytest.raises(RuntimeError, match="cpp: not built: lora_shrink"):
         choose("cpp", device, torch.float32, True)

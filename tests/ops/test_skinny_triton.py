@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
 TINY = config.SkinnyConfig(16, 16, 4, 2)
 PARTS = 16  # several parts even where the sum is short
-SHAPES = [(1, 17, 1), (5, 33, 5), (37, 48, 8), (65, 70, 20), (100, 129, 16), (20, 40, 70)]
+SHAPES = [(1, 17, 1), (37, 48, 8), (65, 70, 20), (20, 40, 70)]
 DROPOUTS = [None, Dropout(0.3, 2**63 + 5, 2**32 - 2)]
 PRECISIONS = [(torch.float32, 1e-6), (torch.float16, 5e-4)]
 

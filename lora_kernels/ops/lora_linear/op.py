@@ -278,7 +278,7 @@ def lora_linear(
             seeds come from.
         extra: a frozen pair `(A0, B0, e)`, `(q, n)` and `(m, q)`: `+ e x A0^T B0^T`, not dropped and without gradients
             of its own. With `e = -s` it takes off what an adapter started from, and the base weight stays as it was.
-        backend: of the skinny products: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`. The product with W is
+        backend: of the skinny products: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`. The product with W is
             the library's.
 
     Returns:
@@ -328,7 +328,7 @@ def lora_delta(
         scaling: s.
         dropout: of the adapter's input; see `lora_linear`.
         extra: a frozen pair; see `lora_linear`.
-        backend: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`.
+        backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
         `(..., m)` in x's dtype, or autocast's.
