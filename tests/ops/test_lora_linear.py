@@ -79,6 +79,32 @@ def test_matches_float64(leading, features, outputs, rank, dropout, ratio, backe
     check_all(make(leading, features, outputs, rank), dropout, extra, backend)
 
 
+@pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+def test_triton_in_the_interpreter(dropout, ratio):
+    pytest.importorskip("triton")
+    extra = None if ratio is None else make_extra(24, 18, 0.7 * ratio)
+    check_all(make((3, 5), 24, 18, 8), dropout, extra, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+def test_gpu_like_cpu(dropout, dtype):
+    """The same mask on both, and float64's answer; the seed may lie on either."""
+    tensors = [each.detach().cuda().requires_grad_() for each in make((300,), 256, 192, 16, dtype)]
+    run = lambda drop: lora_linear(*tensors, scaling=0.5, dropout=drop)  # noqa: E731
+    y = run(dropout)
+    truth = reference.lora_linear(*(each.detach().cpu().double() for each in tensors), scaling=0.5, dropout=dropout)
+    assert relative_error(y.detach().cpu(), truth) < {torch.float32: 2e-3, torch.float16: 2e-3}.get(dtype, 1e-2)
+    if dropout is not None:
+        seed = torch.tensor([dropout.seed - 2**64])
+        assert torch.equal(run(Dropout(dropout.p, seed, dropout.stream)), y)
+        assert torch.equal(run(Dropout(dropout.p, seed.cuda(), dropout.stream)), y)
+    y.sum().backward()
+    assert all(bool(each.grad.isfinite().all()) for each in tensors)
+
+
 @pytest.mark.parametrize("extra", [False, True], ids=["no extra", "extra"])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -232,6 +232,14 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
     return factor.contiguous(), False
 
 
+def _tall(tokens: int, config: SkinnyConfig) -> int:
+    # Tiles of tokens: the second axis of a grid, which hardware bounds.
+    tiles = -(-tokens // config.tokens)
+    if tiles > 65535:
+        raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")
+    return tiles
+
+
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
     # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
     if mask is None:
@@ -270,7 +278,7 @@ def shrink(
     a, transposed = _oriented(a, mask)
     seed, factor, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
-    tall = -(-tokens // config.tokens)
+    tall = _tall(tokens, config)
     splits, chunk = parts_for(blocks * tall, size, config.columns, x.device, least)
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
     shrink_kernel[(blocks, tall, splits)](
@@ -347,7 +355,7 @@ def expand(
     b, transposed = _oriented(b, mask)
     seed, factor, threshold, stream = _drop(mask, out)
     source = out if base is None else base
-    expand_kernel[(-(-size // config.columns), -(-tokens // config.tokens))](
+    expand_kernel[(-(-size // config.columns), _tall(tokens, config))](
         out, source, out if bias is None else bias, t, b, seed,
         size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, RANK=rank_for(rank)[0], TRANSPOSED=transposed,
