@@ -124,3 +124,22 @@ def test_bfloat16_within_its_precision():
 def test_ranks_are_tiled():
     assert config.rank_for(1) == (16, 1) and config.rank_for(16) == (16, 1) and config.rank_for(17) == (32, 1)
     assert config.rank_for(64) == (64, 1) and config.rank_for(65) == (64, 2)
+
+
+def test_too_many_tokens_for_a_grid():
+    assert config.tall_for(65535 * 16, TINY) == 65535
+    with pytest.raises(ValueError, match="are too many for one launch"):
+        config.tall_for(65535 * 16 + 1, TINY)
+
+
+def test_sums_are_cut_into_whole_steps():
+    device = torch.device("cpu")
+    for length in (1, 5, 16, 100, 1000):
+        splits, chunk = config.parts_for(1, length, 16, device, 32)
+        assert chunk % 16 == 0 and (splits - 1) * chunk < length <= splits * chunk
+
+
+def test_alignment():
+    wide = torch.zeros(4, 64)
+    assert config.is_aligned(8, 8, wide) and not config.is_aligned(5, 8, wide) and not config.is_aligned(8, 12, wide)
+    assert not config.is_aligned(8, 8, wide[:, :40]) and not config.is_aligned(8, 8, wide[:, 1:17])

@@ -105,3 +105,22 @@ def parts_for(tiles: int, length: int, step: int, device: torch.device, least: i
     chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
     chunk = -(-chunk // step) * step
     return -(-length // chunk), chunk
+
+
+def tall_for(tokens: int, config: SkinnyConfig) -> int:
+    """How many tiles of tokens there are.
+
+    Args:
+        tokens: rows of the matrix.
+        config: tile sizes.
+
+    Returns:
+        Their number, the second axis of a grid.
+
+    Raises:
+        ValueError: if that is more than the hardware takes.
+    """
+    tiles = -(-tokens // config.tokens)
+    if tiles > 65535:
+        raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")
+    return tiles

@@ -25,7 +25,7 @@ from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision
 from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
@@ -232,14 +232,6 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
     return factor.contiguous(), False
 
 
-def _tall(tokens: int, config: SkinnyConfig) -> int:
-    # Tiles of tokens: the second axis of a grid, which hardware bounds.
-    tiles = -(-tokens // config.tokens)
-    if tiles > 65535:
-        raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")
-    return tiles
-
-
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
     # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
     if mask is None:
@@ -278,7 +270,7 @@ def shrink(
     a, transposed = _oriented(a, mask)
     seed, factor, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
-    tall = _tall(tokens, config)
+    tall = tall_for(tokens, config)
     splits, chunk = parts_for(blocks * tall, size, config.columns, x.device, least)
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
     shrink_kernel[(blocks, tall, splits)](
@@ -355,7 +347,7 @@ def expand(
     b, transposed = _oriented(b, mask)
     seed, factor, threshold, stream = _drop(mask, out)
     source = out if base is None else base
-    expand_kernel[(-(-size // config.columns), _tall(tokens, config))](
+    expand_kernel[(-(-size // config.columns), tall_for(tokens, config))](
         out, source, out if bias is None else bias, t, b, seed,
         size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, RANK=rank_for(rank)[0], TRANSPOSED=transposed,
@@ -363,9 +355,6 @@ def expand(
         PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-
-
-_RANKS = (16, 32, 64)
 
 
 def _aot_case(
@@ -396,7 +385,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where = {"platform": platform, "aligned": aligned}
-        for rank, drop in itertools.product(_RANKS, flags):
+        for rank, drop in itertools.product((16, 32, 64), flags):
             yield _aot_case(reduce_kernel, rank, drop, dtype, "fp32", "", {}, **where)
             for transposed in (False,) if drop else flags:
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
