@@ -128,9 +128,22 @@ def test_compiles_under_autocast():
 
 @pytest.mark.slow
 def test_inductor():
-    layer = Layer(12, 9, 3, 0.0)
-    x = torch.randn(6, 12)
+    """It draws seeds of its own unless told otherwise; the same for a checkpoint as without one."""
+    layer, x = Layer(12, 9, 3, 0.0), torch.randn(6, 12)
     assert_same(step(torch.compile(layer, fullgraph=True), layer, x), step(layer, layer, x), 1e-5)
+    layer.p = 0.4
+    plain = step(torch.compile(layer, fullgraph=True), layer, x)
+    recomputed = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True)
+    assert_same(step(recomputed, layer, x), plain, 1e-5)
+
+
+def test_exported_and_on_meta():
+    layer, tokens = Layer(12, 9, 3, 0.0), torch.export.Dim("tokens", min=2, max=100)
+    exported = torch.export.export(layer, (torch.randn(6, 12),), dynamic_shapes={"x": {0: tokens}}).module()
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(exported(x), layer(x))
+    meta = [torch.empty(size, device="meta") for size in ((4, 3, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    assert lora_linear(*meta, scaling=1.0).shape == (4, 3, 6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

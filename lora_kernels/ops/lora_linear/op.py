@@ -241,7 +241,7 @@ def _check_factors(
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

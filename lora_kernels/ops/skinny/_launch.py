@@ -26,7 +26,7 @@ def device_of(tensor: torch.Tensor) -> Iterator[None]:
     kind = tensor.device.type
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(tensor.device) if kind == "cuda" else contextlib.nullcontext():
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 yield
         else:
