@@ -124,6 +124,7 @@ def test_bfloat16_within_its_precision():
 def test_ranks_are_tiled():
     assert config.rank_for(1) == (16, 1) and config.rank_for(16) == (16, 1) and config.rank_for(17) == (32, 1)
     assert config.rank_for(64) == (64, 1) and config.rank_for(65) == (64, 2)
+    assert config.step_for(40, torch.float32) == 16 and config.step_for(40, torch.float16) == 64
 
 
 def test_too_many_tokens_for_a_grid():

@@ -35,7 +35,7 @@ _CONFIGS = {
     ("shrink", False, "hip"): SkinnyConfig(64, 64, 4, 2),
     ("shrink", True, "hip"): SkinnyConfig(64, 32, 8, 2),
     ("reduce", False, "cuda"): SkinnyConfig(64, 128, 4, 4),
-    ("reduce", True, "cuda"): SkinnyConfig(32, 128, 8, 3),
+    ("reduce", True, "cuda"): SkinnyConfig(32, 64, 8, 3),
     ("reduce", False, "hip"): SkinnyConfig(64, 64, 4, 2),
     ("reduce", True, "hip"): SkinnyConfig(32, 64, 4, 2),
     ("expand", False, "cuda"): SkinnyConfig(64, 128, 4, 2),
@@ -45,9 +45,12 @@ _CONFIGS = {
 }
 # Not aligned: every element's address takes registers.
 _RAGGED = {
-    "shrink": SkinnyConfig(64, 32, 8, 2),
-    "reduce": SkinnyConfig(32, 64, 8, 2),
-    "expand": SkinnyConfig(64, 32, 8, 2),
+    ("shrink", False): SkinnyConfig(64, 32, 8, 2),
+    ("shrink", True): SkinnyConfig(64, 16, 8, 2),
+    ("reduce", False): SkinnyConfig(32, 64, 8, 2),
+    ("reduce", True): SkinnyConfig(32, 64, 8, 2),
+    ("expand", False): SkinnyConfig(64, 32, 8, 2),
+    ("expand", True): SkinnyConfig(64, 32, 8, 2),
 }
 
 
@@ -63,15 +66,19 @@ def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform:
     Returns:
         The configuration.
     """
-    if not aligned:
-        return _RAGGED[product]
-    return _CONFIGS[product, dtype == torch.float32, platform or build_platform()]
+    single = dtype == torch.float32
+    return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
 
 
 def rank_for(rank: int) -> tuple[int, int]:
     """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
     width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
     return width, -(-rank // width)
+
+
+def step_for(rank: int, dtype: torch.dtype) -> int:
+    """The ranks that `expand_kernel` takes per step: float32's are split in three, so many would spill registers."""
+    return LEAST_RANK if dtype == torch.float32 else rank_for(rank)[0]
 
 
 def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:

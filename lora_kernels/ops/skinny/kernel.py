@@ -25,7 +25,7 @@ from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision
 from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, tall_for
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
@@ -240,8 +240,7 @@ def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tupl
 
 
 def _sum_parts(out: torch.Tensor, partial: torch.Tensor) -> None:
-    size = out.numel()
-    sum_parts_kernel[(-(-size // _PART),)](out, partial, size, partial.shape[0], PART=_PART)
+    sum_parts_kernel[(-(-out.numel() // _PART),)](out, partial, out.numel(), partial.shape[0], PART=_PART)
 
 
 def shrink(
@@ -350,7 +349,7 @@ def expand(
     expand_kernel[(-(-size // config.columns), tall_for(tokens, config))](
         out, source, out if bias is None else bias, t, b, seed,
         size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), factor, threshold, stream,
-        TOKENS=config.tokens, COLUMNS=config.columns, RANK=rank_for(rank)[0], TRANSPOSED=transposed,
+        TOKENS=config.tokens, COLUMNS=config.columns, RANK=step_for(rank, out.dtype), TRANSPOSED=transposed,
         ADD=base is not None, HAS_BIAS=bias is not None, ALIGNED=aligned, HAS_DROPOUT=mask is not None,
         PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
@@ -392,7 +391,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 for out in dict.fromkeys((x, "fp32")):
                     form = label + " split" * (out != x)
                     yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, **where)
-                for add, bias in ((False, False), (False, True), (True, False)):
+                forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
+                for add, bias in forms:
                     form = label + " add" * add + " bias" * bias
                     both = {**given, "ADD": add, "HAS_BIAS": bias}
                     yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, **where)
