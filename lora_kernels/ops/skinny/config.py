@@ -46,7 +46,7 @@ _CONFIGS = {
 # Not aligned: every element's address takes registers.
 _RAGGED = {
     ("shrink", False): SkinnyConfig(64, 32, 8, 2),
-    ("shrink", True): SkinnyConfig(64, 16, 4, 2),
+    ("shrink", True): SkinnyConfig(64, 16, 4, 3),
     ("reduce", False): SkinnyConfig(32, 64, 8, 2),
     ("reduce", True): SkinnyConfig(32, 64, 8, 2),
     ("expand", False): SkinnyConfig(64, 32, 8, 2),
