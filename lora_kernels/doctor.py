@@ -16,6 +16,7 @@ from rich.table import Table
 from lora_kernels._version import __version__
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import cpp_refuses, triton_refuses
+from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance import covariance_
 from lora_kernels.ops.covariance import op as covariance_op
 from lora_kernels.ops.covariance import reference as covariance_reference
@@ -23,6 +24,9 @@ from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statist
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
 from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
+from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import op as lora_linear_op
+from lora_kernels.ops.lora_linear import reference as lora_linear_reference
 from lora_kernels.ops.orthonormalize import op as orthonormalize_op
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.sketch import op as sketch_op
@@ -164,6 +168,19 @@ def _factor_spectrum_error(device: torch.device, backend: str) -> float:
     return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
 
 
+def _lora_linear_error(device: torch.device, backend: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((97, 70), (33, 70), (33,), (8, 70), (33, 8))
+    leaves = [torch.randn(*size, generator=generator).to(device).requires_grad_() for size in sizes]
+    exact = [each.detach().double().requires_grad_() for each in leaves]
+    settings: dict[str, Any] = {"scaling": 0.5, "dropout": Dropout(0.1, 1)}
+    y, truth = lora_linear(*leaves, **settings, backend=backend), lora_linear_reference.lora_linear(*exact, **settings)
+    found = (y, *torch.autograd.grad(y.sum(), leaves))
+    truths = (truth, *torch.autograd.grad(truth.sum(), exact))
+    pairs = zip(found, truths, strict=True)
+    return max(float(torch.linalg.norm(one.double() - two) / torch.linalg.norm(two)) for one, two in pairs)
+
+
 def self_tests() -> list[SelfTest]:
     """Run every op on every backend of every device at hand.
 
@@ -234,6 +251,12 @@ def self_tests() -> list[SelfTest]:
             _factor_spectrum_error,
             lambda device: spectrum_op.dispatcher.explain(*_solve_problem(device)[::-2]),
             1e-12,
+        ),
+        (
+            "lora_linear",
+            _lora_linear_error,
+            lambda device: lora_linear_op.linear_dispatcher.explain(device, torch.float32, True),
+            1e-5,
         ),
     ]
     outcomes = []

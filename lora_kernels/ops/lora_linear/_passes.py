@@ -52,13 +52,13 @@ def _stacked(
     first: torch.Tensor, second: torch.Tensor, factors: Factors, dtype: torch.dtype, dim: int
 ) -> tuple[torch.Tensor, float]:
     """Two factors along the rank, and the scale that their product then takes."""
-    scale = factors.scaling
+    scale, ratio = factors.scaling, factors.extra_scaling
     if scale == 0:  # no ratio: both scales go into the factors
-        first, second, scale = first.float() * 0, second.float() * factors.extra_scaling, 1.0
-    elif factors.extra_scaling == -scale:
-        second = -second
-    elif factors.extra_scaling != scale:
-        second = second.to(torch.promote_types(second.dtype, torch.float32)) * (factors.extra_scaling / scale)
+        first, scale = torch.zeros_like(first), 1.0
+    else:
+        ratio /= scale
+    if ratio != 1:
+        second = second.to(torch.promote_types(second.dtype, torch.float32)) * ratio
     return torch.cat((first.to(dtype), second.to(dtype)), dim), scale
 
 

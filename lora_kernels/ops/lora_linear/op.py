@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def _(
     stream: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.shape[:-1].numel(), a.shape[0])
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(math.prod(x.shape[:-1]), a.shape[0])
 
 
 # What `_linear` takes, and which gradients there are, by position.
@@ -240,7 +241,7 @@ def _check_factors(
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -277,7 +278,7 @@ def lora_linear(
             seeds come from.
         extra: a frozen pair `(A0, B0, e)`, `(q, n)` and `(m, q)`: `+ e x A0^T B0^T`, not dropped and without gradients
             of its own. With `e = -s` it takes off what an adapter started from, and the base weight stays as it was.
-        backend: of the skinny products: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`. The product with W is
+        backend: of the skinny products: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`. The product with W is
             the library's.
 
     Returns:
@@ -327,7 +328,7 @@ def lora_delta(
         scaling: s.
         dropout: of the adapter's input; see `lora_linear`.
         extra: a frozen pair; see `lora_linear`.
-        backend: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`.
+        backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
         `(..., m)` in x's dtype, or autocast's.

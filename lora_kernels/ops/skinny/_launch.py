@@ -16,6 +16,8 @@ from lora_kernels.ops._dropout import Mask
 
 # Elements per chunk where a mask, or a wider copy, is made on the way: a chunk of float32 fits a CPU's cache.
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
+# What the names of the C++ functions end in, by dtype of the wide operand; the others are float32.
+CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def device_of(tensor: torch.Tensor) -> Iterator[None]:
     kind = tensor.device.type
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device(tensor.device) if kind == "cuda" else contextlib.nullcontext():
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 yield
         else:
@@ -107,8 +109,44 @@ def _cpp_mask(mask: Mask | None) -> tuple[int, int, int, int]:
     return mask.threshold, mask.key(), mask.stream, torch.get_num_threads()
 
 
-def _rows(matrix: torch.Tensor) -> torch.Tensor:
+def _single(matrix: torch.Tensor) -> torch.Tensor:
+    matrix = matrix.to(torch.float32)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _shrink_cpp(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
+    a, t = _single(a), out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+    getattr(_ext.extension(), f"lora_shrink{CPP_NAMES[x.dtype]}")(
+        x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), t.data_ptr(), t.stride(0),
+        *x.shape, a.shape[0], scale, *_cpp_mask(mask),
+    )  # fmt: skip
+    if t is not out:
+        out.copy_(t)
+
+
+def _tsreduce_cpp(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: Mask | None) -> None:
+    t = _single(t)
+    getattr(_ext.extension(), f"lora_tsreduce{CPP_NAMES[z.dtype]}")(
+        t.data_ptr(), t.stride(0), z.data_ptr(), z.stride(0), out.data_ptr(), out.stride(0),
+        *z.shape, t.shape[1], *_cpp_mask(mask),
+    )  # fmt: skip
+
+
+def _expand_cpp(
+    out: torch.Tensor,
+    t: torch.Tensor,
+    b: torch.Tensor,
+    base: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: Mask | None,
+) -> None:
+    t, b, bias = _single(t), _single(b), None if bias is None else bias.to(torch.float32)
+    if base is not None and base is not out:
+        out.copy_(base)
+    getattr(_ext.extension(), f"lora_expand{CPP_NAMES[out.dtype]}")(
+        t.data_ptr(), t.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
+        *out.shape, t.shape[1], base is not None, 0 if bias is None else bias.data_ptr(), *_cpp_mask(mask),
+    )  # fmt: skip
 
 
 def shrink(
@@ -133,11 +171,7 @@ def shrink(
         if backend == "torch":
             _shrink_torch(out, x, a, scale, mask)
         elif backend == "cpp":
-            a = _rows(a)
-            _ext.extension().lora_shrink(
-                x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), out.data_ptr(), out.stride(0),
-                *x.shape, a.shape[0], scale, *_cpp_mask(mask),
-            )  # fmt: skip
+            _shrink_cpp(out, x, a, scale, mask)
         else:
             # Imported here: without Triton the other backends still work.
             from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
@@ -165,10 +199,7 @@ def tsreduce(t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str) 
         if backend == "torch":
             _tsreduce_torch(out, t, z, mask)
         elif backend == "cpp":
-            _ext.extension().lora_tsreduce(
-                t.data_ptr(), t.stride(0), z.data_ptr(), z.stride(0), out.data_ptr(), out.stride(0),
-                *z.shape, t.shape[1], *_cpp_mask(mask),
-            )  # fmt: skip
+            _tsreduce_cpp(out, t, z, mask)
         else:
             from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
 
@@ -209,13 +240,7 @@ def expand(
         if backend == "torch":
             _expand_torch(out, t, b, base, bias, mask)
         elif backend == "cpp":
-            b = _rows(b)
-            if base is not None and base is not out:
-                out.copy_(base)
-            _ext.extension().lora_expand(
-                t.data_ptr(), t.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
-                *out.shape, t.shape[1], base is not None, 0 if bias is None else bias.data_ptr(), *_cpp_mask(mask),
-            )  # fmt: skip
+            _expand_cpp(out, t, b, base, bias, mask)
         else:
             from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
 

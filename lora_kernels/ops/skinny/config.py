@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops._tiles import build_platform
+from lora_kernels.ops._tiles import build_platform, processors, token_splits
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ _CONFIGS = {
     ("shrink", False, "hip"): SkinnyConfig(64, 64, 4, 2),
     ("shrink", True, "hip"): SkinnyConfig(64, 32, 8, 2),
     ("reduce", False, "cuda"): SkinnyConfig(64, 128, 4, 4),
-    ("reduce", True, "cuda"): SkinnyConfig(32, 128, 8, 3),
+    ("reduce", True, "cuda"): SkinnyConfig(32, 64, 8, 3),
     ("reduce", False, "hip"): SkinnyConfig(64, 64, 4, 2),
     ("reduce", True, "hip"): SkinnyConfig(32, 64, 4, 2),
     ("expand", False, "cuda"): SkinnyConfig(64, 128, 4, 2),
@@ -43,23 +43,91 @@ _CONFIGS = {
     ("expand", False, "hip"): SkinnyConfig(64, 64, 4, 2),
     ("expand", True, "hip"): SkinnyConfig(64, 64, 8, 2),
 }
+# Not aligned: every element's address takes registers.
+_RAGGED = {
+    ("shrink", False): SkinnyConfig(64, 32, 8, 2),
+    ("shrink", True): SkinnyConfig(64, 16, 4, 3),
+    ("reduce", False): SkinnyConfig(32, 64, 8, 2),
+    ("reduce", True): SkinnyConfig(32, 64, 8, 2),
+    ("expand", False): SkinnyConfig(64, 32, 8, 2),
+    ("expand", True): SkinnyConfig(64, 32, 8, 2),
+}
 
 
-def config_for(product: str, dtype: torch.dtype, platform: str | None = None) -> SkinnyConfig:
+def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform: str | None = None) -> SkinnyConfig:
     """The configuration of a product.
 
     Args:
         product: `shrink`, `reduce` or `expand`.
         dtype: of the operands.
+        aligned: whether loads can be vectorised.
         platform: `cuda` or `hip`; by default what this torch was built for.
 
     Returns:
         The configuration.
     """
-    return _CONFIGS[product, dtype == torch.float32, platform or build_platform()]
+    single = dtype == torch.float32
+    return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
 
 
 def rank_for(rank: int) -> tuple[int, int]:
     """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
     width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
     return width, -(-rank // width)
+
+
+def step_for(rank: int, dtype: torch.dtype) -> int:
+    """The ranks that `expand_kernel` takes per step: float32's are split in three, so many would spill registers."""
+    return LEAST_RANK if dtype == torch.float32 else rank_for(rank)[0]
+
+
+def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:
+    """Whether loads can be vectorised.
+
+    Args:
+        rank: r, a multiple of 8 if they can.
+        t_stride: row stride of the `(tokens, r)` matrix, likewise.
+        wide: matrices whose width, row stride and address are multiples of 16 if they can.
+
+    Returns:
+        True if all are.
+    """
+    numbers = (number for each in wide for number in (each.shape[1], each.stride(0), each.data_ptr()))
+    return rank % 8 == 0 and t_stride % 8 == 0 and all(number % 16 == 0 for number in numbers)
+
+
+def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
+    """How a sum is cut.
+
+    Args:
+        tiles: programs per part.
+        length: of the sum, at least 1.
+        step: of the loop over it.
+        device: whose processors are to be filled.
+        least: length that a part has at least, about.
+
+    Returns:
+        The number of parts and the length of each, a multiple of the step; the last may have less.
+    """
+    chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
+    chunk = -(-chunk // step) * step
+    return -(-length // chunk), chunk
+
+
+def tall_for(tokens: int, config: SkinnyConfig) -> int:
+    """How many tiles of tokens there are.
+
+    Args:
+        tokens: rows of the matrix.
+        config: tile sizes.
+
+    Returns:
+        Their number, the second axis of a grid.
+
+    Raises:
+        ValueError: if that is more than the hardware takes.
+    """
+    tiles = -(-tokens // config.tokens)
+    if tiles > 65535:
+        raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")
+    return tiles

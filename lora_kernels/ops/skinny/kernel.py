@@ -19,27 +19,32 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision, processors
+from lora_kernels.ops._tiles import build_platform, precision
 from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, rank_for
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
 
 @triton.jit
-def skinny_offsets(ranks, columns, stride, TRANSPOSED: tl.constexpr):
-    """Where the elements of a factor `(r, d)` are: row-major, or the transposed view of a row-major `(d, r)`."""
+def factor_offsets(ranks, columns, rank, size, TRANSPOSED: tl.constexpr):
+    """Where the elements of a factor are: row-major `(rank, size)`, or the transposed view of such a `(size, rank)`."""
     if TRANSPOSED:
-        return ranks.to(tl.int64) + columns.to(tl.int64) * stride
-    return ranks.to(tl.int64) * stride + columns
+        return ranks.to(tl.int64) + columns.to(tl.int64) * rank
+    return ranks.to(tl.int64) * size + columns
 
 
-@triton.jit(do_not_specialize=["n_tokens", "steps", "threshold", "stream"])
+@triton.jit
+def known(number, ALIGNED: tl.constexpr):
+    """A number of which the compiler shall know that it is a multiple of 8: Triton itself only looks for 16."""
+    return number // 8 * 8 if ALIGNED else number
+
+
+@triton.jit(do_not_specialize=["n_tokens", "rank", "steps", "threshold", "stream"])
 def shrink_kernel(
     out_ptr,  # (splits, n_tokens, rank)
     x_ptr,  # (n_tokens, size)
@@ -50,7 +55,6 @@ def shrink_kernel(
     rank,
     steps,
     x_stride,
-    factor_stride,
     factor,
     threshold,
     stream,
@@ -58,11 +62,13 @@ def shrink_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A tile of `factor * drop(x) a^T` over one part of the columns. Programs that share rows of x are neighbours."""
+    rank = known(rank, ALIGNED)
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = token.to(tl.int64) * x_stride
@@ -83,7 +89,7 @@ def shrink_kernel(
             group = start // 8 + tl.arange(0, COLUMNS // 8)
             keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
             x = tl.where(keep, x, tl.zeros_like(x))
-        place = skinny_offsets(lane[None, :], column[:, None], factor_stride, TRANSPOSED)
+        place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
         a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
         acc = dot(x, a, acc, PRECISION, UPCAST)
     at = (tl.program_id(2).to(tl.int64) * n_tokens + token)[:, None] * rank + lane[None, :]
@@ -91,29 +97,31 @@ def shrink_kernel(
     tl.store(out_ptr + at, (acc * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "chunk", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "chunk", "threshold", "stream"])
 def reduce_kernel(
     out_ptr,  # (splits, rank, size) float32
     x_ptr,  # z: (n_tokens, size)
-    factor_ptr,  # t: (n_tokens, rank)
+    t_ptr,  # (n_tokens, rank)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
     size,
     n_tokens,
     rank,
     chunk,
     x_stride,
-    factor_stride,
+    t_stride,
     factor,
     threshold,
     stream,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A tile of `factor * t^T drop(z)` over one part of the tokens. Programs that share columns are neighbours."""
+    rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2) * chunk
@@ -125,7 +133,7 @@ def reduce_kernel(
         token = start + tl.arange(0, TOKENS)
         wide = token.to(tl.int64)
         t = tl.load(
-            factor_ptr + wide[None, :] * factor_stride + lane[:, None],
+            t_ptr + wide[None, :] * t_stride + lane[:, None],
             mask=(token[None, :] < last) & (lane[:, None] < rank),
             other=0.0,
         )
@@ -143,7 +151,7 @@ def reduce_kernel(
     tl.store(out_ptr + at, acc * factor, mask=(lane[:, None] < rank) & (column[None, :] < size))
 
 
-@triton.jit(do_not_specialize=["n_tokens", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "threshold", "stream"])
 def expand_kernel(
     out_ptr,  # (n_tokens, size)
     x_ptr,  # base: (n_tokens, size), if ADD; it may be out
@@ -157,7 +165,6 @@ def expand_kernel(
     out_stride,
     x_stride,
     t_stride,
-    factor_stride,
     factor,
     threshold,
     stream,
@@ -165,6 +172,7 @@ def expand_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ADD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -172,6 +180,7 @@ def expand_kernel(
     UPCAST: tl.constexpr,
 ):
     """A tile of `base + factor * mask * (t b)`, rounded once."""
+    rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     wide = token.to(tl.int64)[:, None]
@@ -183,7 +192,7 @@ def expand_kernel(
             mask=(token[:, None] < n_tokens) & (lane[None, :] < rank),
             other=0.0,
         )
-        place = skinny_offsets(lane[:, None], column[None, :], factor_stride, TRANSPOSED)
+        place = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
         b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
         acc = dot(t, b, acc, PRECISION, UPCAST)
     mask = (token[:, None] < n_tokens) & (column[None, :] < size)
@@ -215,14 +224,12 @@ def sum_parts_kernel(
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=place < size)
 
 
-def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, int, bool]:
-    # The factor, its stride, and whether it is the transposed view of a row-major matrix. There is no kernel for such
-    # a view and a mask: a layer has them never together.
-    if factor.stride(1) == 1:
-        return factor, factor.stride(0), False
-    if factor.stride(0) == 1 and mask is None:
-        return factor, factor.stride(1), True
-    return factor.contiguous(), factor.shape[1], False
+def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bool]:
+    # A dense factor, and whether it is the transposed view of a row-major matrix. There is no kernel for such a view
+    # and a mask: a layer has them never together.
+    if mask is None and not factor.is_contiguous() and factor.mT.is_contiguous():
+        return factor, True
+    return factor.contiguous(), False
 
 
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
@@ -232,17 +239,8 @@ def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tupl
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
 
 
-def _parts(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
-    # Into how many parts a sum is cut, and the length of each: whole steps.
-    splits = _tiles.token_splits(tiles, length, processors(device), least=least)
-    chunk = -(-length // splits)
-    chunk = -(-chunk // step) * step
-    return -(-length // chunk), chunk
-
-
 def _sum_parts(out: torch.Tensor, partial: torch.Tensor) -> None:
-    size = out.numel()
-    sum_parts_kernel[(-(-size // _PART),)](out, partial, size, partial.shape[0], PART=_PART)
+    sum_parts_kernel[(-(-out.numel() // _PART),)](out, partial, out.numel(), partial.shape[0], PART=_PART)
 
 
 def shrink(
@@ -266,17 +264,19 @@ def shrink(
         least: columns that a part has at least.
     """
     (tokens, size), rank = x.shape, a.shape[0]
-    config = config or config_for("shrink", x.dtype)
-    a, stride, transposed = _oriented(a, mask)
+    aligned = is_aligned(rank, rank, x)
+    config = config or config_for("shrink", x.dtype, aligned)
+    a, transposed = _oriented(a, mask)
     seed, factor, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
-    tall = -(-tokens // config.tokens)
-    splits, chunk = _parts(blocks * tall, size, config.columns, x.device, least)
+    tall = tall_for(tokens, config)
+    splits, chunk = parts_for(blocks * tall, size, config.columns, x.device, least)
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
     shrink_kernel[(blocks, tall, splits)](
-        target, x, a, seed, size, tokens, rank, chunk // config.columns, x.stride(0), stride, factor, threshold, stream,
+        target, x, a, seed, size, tokens, rank, chunk // config.columns, x.stride(0), factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, TRANSPOSED=transposed,
-        HAS_DROPOUT=mask is not None, PRECISION=precision(x.dtype, build_platform()), UPCAST=interpreting(),
+        ALIGNED=aligned, HAS_DROPOUT=mask is not None, PRECISION=precision(x.dtype, build_platform()),
+        UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
@@ -302,16 +302,18 @@ def tsreduce(
         least: tokens that a part has at least.
     """
     (tokens, size), rank = z.shape, t.shape[1]
-    config = config or config_for("reduce", z.dtype)
+    aligned = is_aligned(rank, t.stride(0), z)
+    config = config or config_for("reduce", z.dtype, aligned)
     seed, factor, threshold, stream = _drop(mask, z)
     width, blocks = rank_for(rank)
     wide = -(-size // config.columns)
-    splits, chunk = _parts(blocks * wide, tokens, config.tokens, z.device, least)
+    splits, chunk = parts_for(blocks * wide, tokens, config.tokens, z.device, least)
     target = out if splits == 1 else torch.empty(splits, rank, size, dtype=torch.float32, device=z.device)
     reduce_kernel[(blocks, wide, splits)](
         target, z, t, seed, size, tokens, rank, chunk, z.stride(0), t.stride(0), factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, RANK=width,
-        HAS_DROPOUT=mask is not None, PRECISION=precision(z.dtype, build_platform()), UPCAST=interpreting(),
+        ALIGNED=aligned, HAS_DROPOUT=mask is not None, PRECISION=precision(z.dtype, build_platform()),
+        UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
@@ -339,31 +341,30 @@ def expand(
         config: tile sizes; `config_for` by default.
     """
     (tokens, size), rank = out.shape, t.shape[1]
-    config = config or config_for("expand", out.dtype)
-    b, stride, transposed = _oriented(b, mask)
+    aligned = is_aligned(rank, t.stride(0), out, *(() if base is None else (base,)))
+    config = config or config_for("expand", out.dtype, aligned)
+    b, transposed = _oriented(b, mask)
     seed, factor, threshold, stream = _drop(mask, out)
     source = out if base is None else base
-    expand_kernel[(-(-size // config.columns), -(-tokens // config.tokens))](
+    expand_kernel[(-(-size // config.columns), tall_for(tokens, config))](
         out, source, out if bias is None else bias, t, b, seed,
-        size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), stride, factor, threshold, stream,
-        TOKENS=config.tokens, COLUMNS=config.columns, RANK=rank_for(rank)[0], TRANSPOSED=transposed,
-        ADD=base is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=mask is not None,
+        size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), factor, threshold, stream,
+        TOKENS=config.tokens, COLUMNS=config.columns, RANK=step_for(rank, out.dtype), TRANSPOSED=transposed,
+        ADD=base is not None, HAS_BIAS=bias is not None, ALIGNED=aligned, HAS_DROPOUT=mask is not None,
         PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-
-
-_RANKS = (16, 32, 64)
 
 
 def _aot_case(
     kernel: Any, rank: int, drop: bool, dtype: torch.dtype, out: str, label: str, flags: dict[str, bool], **where: Any
 ) -> dict[str, Any]:
     platform, x = where["platform"], f"*{AOT_DTYPES[dtype]}"
-    config = config_for(kernel.__name__.removesuffix("_kernel"), dtype, platform)
+    config = config_for(kernel.__name__.removesuffix("_kernel"), dtype, where["aligned"], platform)
     fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "HAS_DROPOUT": drop}
+    fixed |= {"ALIGNED": where["aligned"]}
     fixed |= {"PRECISION": precision(dtype, platform), "UPCAST": False}
-    types = dict.fromkeys(("rank", "steps", "factor_stride", "t_stride", "threshold", "stream"), "i32")
+    types = dict.fromkeys(("rank", "steps", "t_stride", "threshold", "stream"), "i32")
     types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr", "bias_ptr"), x)
     types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}"}
     # All are bound by memory. Where a mask meets the left operand in registers, the compiler may serialise products
@@ -377,23 +378,21 @@ def _aot_case(
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Every combination that the functions here launch, for the ahead-of-time compile check.
 
-    One configuration serves aligned and other operands alike, so that mixtures (a rank of 8 beside a width of 4096) lie
-    between two that are checked.
-
     Yields:
         Descriptions as in `ops/_reduce.py`.
     """
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where = {"platform": platform, "aligned": aligned}
-        for rank, drop in itertools.product(_RANKS, flags):
+        for rank, drop in itertools.product((16, 32, 64), flags):
             yield _aot_case(reduce_kernel, rank, drop, dtype, "fp32", "", {}, **where)
             for transposed in (False,) if drop else flags:
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
                 for out in dict.fromkeys((x, "fp32")):
                     form = label + " split" * (out != x)
                     yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, **where)
-                for add, bias in ((False, False), (False, True), (True, False)):
+                forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
+                for add, bias in forms:
                     form = label + " add" * add + " bias" * bias
                     both = {**given, "ADD": add, "HAS_BIAS": bias}
                     yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, **where)

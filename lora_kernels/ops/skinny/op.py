@@ -24,8 +24,11 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype, _drops: bool) -> s
 
 
 def _cpp_refuses(device: torch.device, dtype: torch.dtype, _drops: bool) -> str | None:
-    missing: str | None = cpp_refuses(device) or _not_built("lora_shrink")
-    return missing or (None if dtype == torch.float32 else f"takes float32, not {dtype}")
+    name = _launch.CPP_NAMES.get(dtype)
+    missing: str | None = cpp_refuses(device) or (
+        f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}")
+    )
+    return missing
 
 
 def _on_cpu(device: torch.device, _dtype: torch.dtype, _drops: bool) -> bool:
@@ -178,7 +181,7 @@ def shrink(
         a: `(r, n)` of x's dtype, any strides.
         scale: a factor.
         dropout: what is dropped of x, or `None`. The mask is made inside the product and never stored.
-        backend: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`.
+        backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
         `(tokens, r)` in x's dtype.
@@ -205,7 +208,7 @@ def tsreduce(
         t: `(tokens, r)` float16, bfloat16 or float32; float64 on the torch backend.
         z: `(tokens, d)` of the same dtype.
         dropout: what is dropped of z, or `None`.
-        backend: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`.
+        backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
         `(r, d)` float32; float64 for float64.
@@ -239,7 +242,7 @@ def expand(
         out: `(tokens, d)` of the same dtype with contiguous rows, added to in place; it must need no gradient.
         bias: `(d,)` of the same dtype.
         dropout: what is dropped of the product, or `None`.
-        backend: `auto`, `triton`, `cpp` (float32 on the CPU) or `torch`.
+        backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
         `(tokens, d)`: `out` if it was given.

@@ -1,0 +1,146 @@
+"""The Triton kernels in the interpreter (CPU), or for real where there is a GPU."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lora_kernels.ops import Dropout
+from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._philox import keep_mask, keep_threshold
+from lora_kernels.ops.skinny import config, kernel, reference
+from tests.conftest import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Small tiles keep the interpreter quick; the shipped sizes run once each below.
+TINY = config.SkinnyConfig(16, 16, 4, 2)
+PARTS = 16  # several parts even where the sum is short
+SHAPES = [(1, 17, 1), (37, 48, 8), (65, 70, 20), (20, 40, 70)]
+DROPOUTS = [None, Dropout(0.3, 2**63 + 5, 2**32 - 2)]
+PRECISIONS = [(torch.float32, 1e-6), (torch.float16, 5e-4)]
+
+
+def mask_of(dropout):
+    if dropout is None:
+        return None
+    seed = torch.tensor([dropout.seed - 2**64 if dropout.seed >= 2**63 else dropout.seed])
+    return Mask(keep_threshold(dropout.p), seed.to(DEVICE), dropout.stream)
+
+
+def check(out, truth, bound):
+    assert relative_error(out.cpu(), truth.cpu()) <= bound
+    assert relative_error(0.5 * out.cpu(), truth.cpu()) > bound
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("dtype, bound", PRECISIONS, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_shrink(tokens, width, rank, dtype, bound, dropout, poisoned_memory):
+    x = draw(tokens, 2 * width, dtype=dtype)[:, width // 2 : width // 2 + width]
+    for a in (draw(rank, width, dtype=dtype), draw(width, rank, dtype=dtype).mT):
+        truth = reference.shrink(x.double(), a.double(), 0.7, dropout)
+        for least in (10**6, PARTS):
+            out = torch.empty(tokens, rank, dtype=dtype, device=DEVICE)
+            kernel.shrink(out, x, a, 0.7, mask_of(dropout), TINY, least)
+            check(out, truth, bound)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-6)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_tsreduce(tokens, width, rank, dtype, bound, dropout, poisoned_memory):
+    t, z = draw(tokens, rank + 3, dtype=dtype)[:, :rank], draw(tokens, width + 8, dtype=dtype)[:, 5 : 5 + width]
+    truth = reference.tsreduce(t.double(), z.double(), dropout)
+    for least in (10**6, PARTS):
+        out = torch.empty(rank, width, device=DEVICE)
+        kernel.tsreduce(out, t, z, mask_of(dropout), TINY, least)
+        check(out, truth, bound)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("dtype, bound", PRECISIONS, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_expand(tokens, width, rank, dtype, bound, dropout, poisoned_memory):
+    t, bias, base = (
+        draw(tokens, rank, dtype=dtype),
+        draw(width, dtype=dtype),
+        draw(tokens, width + 3, dtype=dtype)[:, 2:-1],
+    )
+    for b in (draw(rank, width, dtype=dtype), draw(width, rank, dtype=dtype).mT):
+        for start in (None, bias, base):
+            truth = reference.expand(t.double(), b.double(), None if start is None else start.double(), dropout)
+            out = torch.empty(tokens, width + 5, dtype=dtype, device=DEVICE)[:, 1 : 1 + width]
+            row, matrix = (start, None) if start is bias else (None, start)
+            kernel.expand(out, t, b, matrix, row, mask_of(dropout), TINY)
+            check(out, truth, bound)
+    mine = base.clone()
+    kernel.expand(mine, t, b, mine, None, mask_of(dropout), TINY)
+    check(mine, reference.expand(t.double(), b.double(), base.double(), dropout), bound)
+
+
+def test_the_mask_does_not_depend_on_tiles():
+    """Products with ones and unit vectors show the mask itself."""
+    dropout = Dropout(0.4, 123456789012345, 3)
+    mask = mask_of(dropout)
+    expected = keep_mask(40, 50, p=0.4, seed=dropout.seed, stream=3)
+    ones = torch.ones(40, 1, device=DEVICE)
+    for each in (TINY, config.SkinnyConfig(32, 64, 4, 2), config.SkinnyConfig(16, 8 * 4, 4, 2)):
+        out = torch.empty(40, 50, device=DEVICE)
+        kernel.expand(out, ones, torch.ones(1, 50, device=DEVICE), None, None, mask, each)
+        assert torch.equal((out != 0).cpu(), expected)
+        kernel.shrink(out, torch.ones(40, 50, device=DEVICE), torch.eye(50, device=DEVICE), 1.0, mask, each)
+        assert torch.equal((out != 0).cpu(), expected)
+        turned = torch.empty(40, 50, device=DEVICE)
+        kernel.tsreduce(turned, torch.eye(40, device=DEVICE), torch.ones(40, 50, device=DEVICE), mask, each)
+        assert torch.equal((turned != 0).cpu(), expected)
+
+
+@pytest.mark.parametrize("platform, aligned", [("cuda", True), ("hip", True), ("cuda", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_shipped_configurations(dtype, aligned, platform):
+    x, a, dropout = draw(70, 150, dtype=dtype), draw(20, 150, dtype=dtype), DROPOUTS[1]
+    t, y, mask = draw(70, 20, dtype=dtype), torch.empty_like(x), mask_of(dropout)
+    chosen = {name: config.config_for(name, dtype, aligned, platform) for name in ("shrink", "reduce", "expand")}
+    out, total = torch.empty_like(t), torch.empty(20, 150, device=DEVICE)
+    kernel.shrink(out, x, a, 1.0, mask, chosen["shrink"])
+    check(out, reference.shrink(x.double(), a.double(), 1.0, dropout), 5e-4)
+    kernel.tsreduce(total, t, x, mask, chosen["reduce"])
+    check(total, reference.tsreduce(t.double(), x.double(), dropout), 5e-7)
+    kernel.expand(y, t, a, None, None, mask, chosen["expand"])
+    check(y, reference.expand(t.double(), a.double(), dropout=dropout), 5e-4)
+
+
+def test_bfloat16_within_its_precision():
+    x, a = draw(30, 40, dtype=torch.bfloat16), draw(5, 40, dtype=torch.bfloat16)
+    out = torch.empty(30, 5, dtype=torch.bfloat16, device=DEVICE)
+    kernel.shrink(out, x, a, 1.0, None, TINY)
+    assert relative_error(out.cpu(), reference.shrink(x.double(), a.double()).cpu()) < 8e-3
+
+
+def test_ranks_are_tiled():
+    assert config.rank_for(1) == (16, 1) and config.rank_for(16) == (16, 1) and config.rank_for(17) == (32, 1)
+    assert config.rank_for(64) == (64, 1) and config.rank_for(65) == (64, 2)
+    assert config.step_for(40, torch.float32) == 16 and config.step_for(40, torch.float16) == 64
+
+
+def test_too_many_tokens_for_a_grid():
+    assert config.tall_for(65535 * 16, TINY) == 65535
+    with pytest.raises(ValueError, match="are too many for one launch"):
+        config.tall_for(65535 * 16 + 1, TINY)
+
+
+def test_sums_are_cut_into_whole_steps():
+    device = torch.device("cpu")
+    for length in (1, 5, 16, 100, 1000):
+        splits, chunk = config.parts_for(1, length, 16, device, 32)
+        assert chunk % 16 == 0 and (splits - 1) * chunk < length <= splits * chunk
+
+
+def test_alignment():
+    wide = torch.zeros(4, 64)
+    assert config.is_aligned(8, 8, wide) and not config.is_aligned(5, 8, wide) and not config.is_aligned(8, 12, wide)
+    assert not config.is_aligned(8, 8, wide[:, :40]) and not config.is_aligned(8, 8, wide[:, 1:17])
