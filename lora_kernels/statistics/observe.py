@@ -31,6 +31,32 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
+def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Evaluation mode for a while; every module's flag is restored at the end.
+
+    Args:
+        model: the model.
+        gradients: whether a backward pass will run.
+
+    Yields:
+        Nothing.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for module in training:
+            if hasattr(module, _PACKS):
+                # In evaluation mode, bitsandbytes packs 4-bit weights for CPUs into a format for good through which
+                # no gradient flows, neither now nor in training. The flag has no other meaning there.
+                module.training = True
+                _check_unpacked(module, gradients)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
 def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
 
@@ -44,7 +70,6 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    training = {module: module.training for module in model.modules()}
     # FSDP2 reads the flags of its shards when it first gathers them: they stay as they are. (No weight gradient is
     # computed there either: the backward pass asks for the gradient of the anchor alone.)
     flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
@@ -58,14 +83,8 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             torch.inference_mode(False),
             torch.random.fork_rng(devices=devices),
             torch.set_grad_enabled(gradients),
+            evaluation_mode(model, gradients=gradients),
         ):
-            model.eval()
-            for module in training:
-                if hasattr(module, _PACKS):
-                    # In evaluation mode, bitsandbytes packs 4-bit weights for CPUs into a format for good through which
-                    # no gradient flows, neither now nor in training. The flag has no other meaning there.
-                    module.training = True
-                    _check_unpacked(module, gradients)
             if caches:
                 config.use_cache = False  # type: ignore[union-attr]
             for parameter, _ in flags:
@@ -74,8 +93,6 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     finally:
         if caches:
             config.use_cache = caches  # type: ignore[union-attr]
-        for module, flag in training.items():
-            module.training = flag
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,31 +13,34 @@ from torch import nn
 from lora_kernels.statistics.observe import is_sharded
 
 
-def _problem(gradients: Sequence[torch.Tensor | None]) -> str | None:
-    """What is wrong with the gradients of A and B, if neither is of use."""
-    found = [each for each in gradients if each is not None]
-    if not found:
+def _problem(sizes: Sequence[float]) -> str | None:
+    """What is wrong with the gradients of A and B, given their largest magnitudes, if neither is of use."""
+    if not sizes:
         return "no gradient reached it"
-    sizes = [float(each.detach().abs().max()) if each.numel() else 0.0 for each in found]
-    if not any(size == size and size != float("inf") for size in sizes):
+    if not any(math.isfinite(size) for size in sizes):
         return "its gradients are not finite"
     return "its gradients are zero" if all(size == 0.0 for size in sizes) else None
 
 
 class Guard:
-    """Watches one backward pass and goes away."""
+    """Watches one backward pass and goes away.
+
+    It judges when the last of the watched factors has its gradient. Where some never get one, nothing says when a
+    backward pass is over (reentrant checkpoints run several inside of one): it then judges when the model is next
+    called.
+    """
 
     _ATTRIBUTE = "_lora_kernels_guard"
 
-    def __init__(self, pairs: dict[str, tuple[nn.Parameter, nn.Parameter]], *, strict: bool) -> None:
-        """Set hooks on the factors of each adapter."""
+    def __init__(self, model: nn.Module, pairs: dict[str, tuple[nn.Parameter, nn.Parameter]], *, strict: bool) -> None:
+        """Set hooks on the model and on the factors of each adapter."""
         self.pairs, self.strict = pairs, strict
-        self._queued = False
+        self.seen: dict[int, torch.Tensor] = {}
+        factors = [factor for pair in pairs.values() for factor in pair]
+        self.expected = len({id(factor) for factor in factors})
         self._handles = [
-            factor.register_post_accumulate_grad_hook(self._seen)  # type: ignore[no-untyped-call]
-            for pair in pairs.values()
-            for factor in pair
-            if factor.requires_grad
+            *(each.register_post_accumulate_grad_hook(self._receive) for each in factors),  # type: ignore[no-untyped-call]
+            model.register_forward_pre_hook(self._called),
         ]
 
     @classmethod
@@ -59,7 +63,7 @@ class Guard:
                 if len(trained) == 2 and not any(is_sharded(each) for each in trained):
                     pairs[f"{name}, adapter {adapter!r}"] = (trained[0], trained[1])
         if pairs:
-            model.__dict__[cls._ATTRIBUTE] = cls(pairs, strict=strict)
+            model.__dict__[cls._ATTRIBUTE] = cls(model, pairs, strict=strict)
 
     @classmethod
     def stop(cls, model: nn.Module) -> None:
@@ -73,25 +77,31 @@ class Guard:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.pairs, self.seen = {}, {}
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
-        """A copy of the model is not watched: the hooks are on the original's parameters."""
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """A copy watches nothing: the factors it knows are those of the original."""
+        return object.__new__, (type(self),), {"pairs": {}, "seen": {}, "_handles": [], "expected": 0, "strict": False}
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Nor is a pickled one."""
-        return type(None), ()
+    def _receive(self, factor: torch.Tensor) -> None:
+        if factor.grad is None or not self.pairs:
+            return
+        # Taken now: the optimizer may clear it before anyone looks.
+        self.seen[id(factor)] = factor.grad.detach().abs().max()
+        if len(self.seen) == self.expected:
+            self._judge()
 
-    def _seen(self, _parameter: torch.Tensor) -> None:
-        if not self._queued:
-            self._queued = True
-            # At the end of this backward pass, when every gradient is there.
-            torch.autograd.Variable._execution_engine.queue_callback(self._judge)  # type: ignore[attr-defined]
+    def _called(self, _model: nn.Module, _args: Any) -> None:
+        if self.seen:
+            self._judge()
 
     def _judge(self) -> None:
+        found = {
+            name: _problem([float(self.seen[id(each)]) for each in pair if id(each) in self.seen])
+            for name, pair in self.pairs.items()
+        }
         self.close()
-        found = {name: _problem([each.grad for each in pair]) for name, pair in self.pairs.items()}
         bad = {name: problem for name, problem in found.items() if problem is not None}
-        self.pairs = {}
         if not bad:
             return
         name, problem = next(iter(bad.items()))

@@ -16,6 +16,7 @@ from torch import nn
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
+from lora_kernels.statistics.observe import evaluation_mode
 from lora_kernels.training.accelerate import lora_layers, reference_mode
 from lora_kernels.training.lora_layer import FusedForward, active, base_is_fused, eager_reason
 
@@ -128,16 +129,15 @@ def verify(
     if not layers:
         raise ValueError("no layer of the model is accelerated: call lora_kernels.accelerate(model) first")
     batch = to_device(batch, model_device(model))
-    training = {module: module.training for module in model.modules()}
     grads = [(each, each.grad) for each in model.parameters()]
     try:
-        model.eval()
-        seen, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
-        fused_loss = _loss_alone(model, batch, forward or call_model, loss or model_loss)
-        found = tuple(_errors(name, layers[name], *pair) for name, pair in seen.items() if pair[1] is not None)
+        with evaluation_mode(model, gradients=True):
+            for each, _ in grads:
+                each.grad = None
+            seen, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
+            fused_loss = _loss_alone(model, batch, forward or call_model, loss or model_loss)
+            found = tuple(_errors(name, layers[name], *pair) for name, pair in seen.items() if pair[1] is not None)
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for parameter, grad in grads:
             parameter.grad = grad
     if not found:

@@ -35,8 +35,10 @@ def _on_cpu(device: torch.device, _dtype: torch.dtype, _drops: bool) -> bool:
     return device.type == "cpu"
 
 
-def _library_wins(_device: torch.device, _dtype: torch.dtype, drops: bool) -> bool:
-    return not drops  # without a mask the three are plain matrix products
+def _library_wins(_device: torch.device, dtype: torch.dtype, drops: bool) -> bool:
+    # Without a mask the three are plain matrix products: in float32 ours are up to twice as fast as the library's at
+    # small ranks and never slower by more than a tenth; in bfloat16 the library has instructions for them.
+    return not drops and dtype != torch.float32
 
 
 def product_dispatcher(name: str) -> Dispatcher:

@@ -1,0 +1,383 @@
+"""Accelerated layers against PEFT's own: the same numbers, the same files, the same habits."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.training.lora_layer import FusedForward
+from tests.conftest import relative_error
+from tests.statistics.models import padded, samples, tiny_llama
+from tests.statistics.test_models import quantized
+
+BATCH = padded(samples(), 4)[0]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def wrapped(base=None, **changes):
+    torch.manual_seed(3)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **changes}
+    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(0, 0.1)
+    return model
+
+
+def step(model, batch=BATCH, seed=None):
+    """Loss and gradients of one step."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    found = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return loss.detach(), found
+
+
+def assert_same(one, other, tolerance=1e-5):
+    assert relative_error(one[0], other[0]) < tolerance
+    assert one[1].keys() == other[1].keys() and one[1]
+    for name, value in one[1].items():
+        assert relative_error(value, other[1][name]) < 20 * tolerance, name
+
+
+def paths(report):
+    return {each.path for each in report}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "r": 8},
+        {"lora_bias": True},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 1, "down_proj": 5}, "alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+def test_same_loss_and_gradients_as_peft(settings):
+    stock, fused = wrapped(**settings), wrapped(**settings)
+    report = lk.accelerate(fused, strict=True)
+    assert paths(report) == {"fused"} and all(isinstance(fused.get_submodule(each.name), Linear) for each in report)
+    assert_same(step(fused), step(stock))
+    assert fused.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8_bnb", "int8"])
+def test_quantized_bases_keep_their_own_product(kind):
+    torch.manual_seed(5)
+    stock, fused = wrapped(quantized(kind)), wrapped(quantized(kind))
+    assert paths(lk.accelerate(fused, strict=True)) == {"delta"}
+    assert_same(step(fused), step(stock), tolerance=1e-4)
+
+
+def test_conv1d():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def made():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 61}
+        config = GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        return wrapped(GPT2LMHeadModel(config), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+
+    stock, fused = made(), made()
+    assert paths(lk.accelerate(fused)) == {"delta"}
+    assert_same(step(fused), step(stock))
+
+
+def test_biases_and_any_leading_sizes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(7, 9), nn.Linear(9, 5)
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)))
+
+    torch.manual_seed(0)
+    base = Net()
+    stock = wrapped(copy.deepcopy(base), target_modules=["one", "two"])
+    fused = wrapped(copy.deepcopy(base), target_modules=["one", "two"])
+    for each in (stock, fused):
+        each.base_model.model.two.base_layer.bias.requires_grad_(True)
+        each.base_model.model.two.base_layer.weight.requires_grad_(True)
+    lk.accelerate(fused, strict=True)
+    for shape in ((7,), (0, 7), (3, 7), (2, 3, 4, 7)):
+        x = torch.randn(shape)
+        results = []
+        for model in (stock, fused):
+            model.zero_grad()
+            inputs = x.clone().requires_grad_(True)
+            y = model(inputs)
+            y.square().sum().backward()
+            grads = [each.grad for each in model.parameters() if each.grad is not None]
+            results.append([y.detach(), inputs.grad, *grads])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_and_the_frozen_counterpart():
+    def made():
+        model = wrapped(lora_dropout=0.0)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+        return model
+
+    torch.manual_seed(1)
+    stock = made()
+    torch.manual_seed(1)
+    fused = made()
+    fused.load_state_dict(stock.state_dict())
+    lk.accelerate(fused)
+    assert_same(step(fused), step(stock))
+
+    stock = wrapped(tiny_llama(hidden_size=48, intermediate_size=80))
+    lk.initialize(stock, method="pissa", force=True)
+    fused = copy.deepcopy(stock)
+    assert paths(lk.accelerate(fused, strict=True)) == {"fused"}
+    assert_same(step(fused), step(stock), tolerance=1e-4)
+
+
+def test_habits_of_peft_stay(tmp_path):
+    stock, fused = wrapped(), wrapped()
+    for model in (stock, fused):
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    fused.load_state_dict(stock.state_dict())
+    lk.accelerate(fused)
+    stock.eval(), fused.eval()
+    inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
+
+    def same(**more):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fused(**inputs, **more).logits, stock(**inputs, **more).logits, rtol=1e-4, atol=1e-5
+            )
+
+    same()
+    same(adapter_names=["default", "second", "__base__", "default"])
+    with stock.disable_adapter(), fused.disable_adapter():
+        same()
+    for model in (stock, fused):
+        model.merge_adapter()
+    same()
+    for model in (stock, fused):
+        model.unmerge_adapter()
+    same()
+    for model in (stock, fused):
+        model.set_adapter("second")
+    same()
+    for model in (stock, fused):
+        model.set_adapter("default")
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.set_scale("default", 0.3)
+    same()
+    fused.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert not any(isinstance(each, FusedForward) for each in loaded.modules())
+    assert lk.restore(fused) == 6 and lk.restore(fused) == 0
+    assert {type(each) for each in fused.modules() if hasattr(each, "lora_A")} == {Linear}
+    same()
+
+
+def test_dora_runs_peft_and_says_so():
+    stock, fused = wrapped(use_dora=True), wrapped(use_dora=True)
+    with pytest.raises(
+        ValueError, match=r"6 layers would not be accelerated .first: .*q_proj: adapter 'default' is a va"
+    ):
+        lk.accelerate(fused, strict=True)
+    assert not any(isinstance(each, FusedForward) for each in fused.modules())
+    with pytest.warns(RuntimeWarning, match="6 eager"):
+        report = lk.accelerate(fused)
+    assert paths(report) == {"eager"} and "variant" in str(report)
+    assert_same(step(fused), step(stock))
+
+
+def test_embeddings_are_reported():
+    with pytest.warns(RuntimeWarning, match="no fused form of Embedding"):
+        report = lk.accelerate(wrapped(target_modules=["q_proj", "embed_tokens"]))
+    assert sorted({(each.kind, each.path) for each in report}) == [("Embedding", "eager"), ("Linear", "fused")]
+
+
+def test_hooks_on_the_base_layer_are_called():
+    model, seen = wrapped(), []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    report = lk.accelerate(model)
+    assert report.layers[0].path == "delta"
+    assert_same(step(model), step(wrapped()))
+    assert len(seen) == 1
+
+
+def test_dropout_follows_torchs_generator_and_keeps_the_mean():
+    model = wrapped(lora_dropout=0.3).train()
+    lk.accelerate(model, strict=True)
+    first, again, other = step(model, seed=1), step(model, seed=1), step(model, seed=2)
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    for name, value in first[1].items():
+        assert torch.equal(value, again[1][name])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        mean = torch.stack([layer(x) for _ in range(3000)]).mean(0)
+        model.eval()
+        assert relative_error(mean - layer.base_layer(x), layer(x) - layer.base_layer(x)) < 0.06
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_drops_the_same_elements_again(reentrant):
+    plain, checkpointed = wrapped(lora_dropout=0.3).train(), wrapped(lora_dropout=0.3).train()
+    for each in (plain, checkpointed):
+        lk.accelerate(each, strict=True)
+        each.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(step(checkpointed, seed=4), step(plain, seed=4))
+
+
+def test_bytes_saved_for_the_backward_pass():
+    def saved(model):
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**BATCH).loss
+        known = {each.untyped_storage()._cdata for each in model.parameters()}
+        del loss
+        return sum(size for storage, size in kept.items() if storage not in known)
+
+    base, stock, fused = tiny_llama().train(), wrapped(lora_dropout=0.05), wrapped(lora_dropout=0.05)
+    base.requires_grad_(False)
+    base.enable_input_require_grads()
+    for each in (stock, fused):
+        each.enable_input_require_grads()
+        each.train()
+    lk.accelerate(fused, strict=True)
+    own, peft, ours = saved(base), saved(stock), saved(fused)
+    assert ours - own < 0.6 * (peft - own)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiles_as_one_graph_for_any_number_of_tokens(dropout):
+    model = wrapped(lora_dropout=dropout).train()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    lk.accelerate(model, strict=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (6, 17, 33):
+        results = []
+        for run in (layer, compiled):
+            torch.manual_seed(2)
+            x = torch.randn(tokens, 40, requires_grad=True)
+            torch.manual_seed(9)
+            y = run(x)
+            y.sin().sum().backward()
+            results.append((y.detach(), x.grad, layer.lora_A["default"].weight.grad.clone()))
+            layer.zero_grad()
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_double_backward_in_reference_mode():
+    model = wrapped(target_modules=["down_proj"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    lk.accelerate(model)
+    x = torch.randn(3, 40, requires_grad=True)
+    with lk.reference_mode(model):
+        (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+    assert x.grad.abs().max() > 0 and layer.fused
+    with pytest.raises(RuntimeError):
+        (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+
+
+def test_autocast_and_half_precision_are_as_accurate_as_peft():
+    truth = step(wrapped(tiny_llama(torch.float64)))
+    errors = []
+    for accelerated in (False, True):
+        model = wrapped()
+        if accelerated:
+            lk.accelerate(model, strict=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(model)
+        errors.append([float(relative_error(found[1][name].double(), value)) for name, value in truth[1].items()])
+    for stock, fused in zip(*errors, strict=True):
+        assert fused < 2 * stock
+
+
+def test_copies_and_pickles():
+    model = wrapped()
+    lk.accelerate(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert sum(isinstance(each, FusedForward) for each in other.modules()) == 6
+        assert_same(step(other), step(wrapped()))
+        assert lk.restore(other) == 6
+
+
+def test_the_first_backward_pass_is_watched():
+    def dead():
+        model = wrapped()
+        with torch.no_grad():
+            for name in ("lora_A", "lora_B"):
+                getattr(model.base_model.model.model.layers[1].mlp.down_proj, name)["default"].weight.zero_()
+        return model
+
+    model = dead()
+    lk.accelerate(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"1 of 6 adapters learn nothing .*layers.1.mlp.down_proj.*gradients are zero"
+    ):
+        step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        step(model)  # it looks once
+        fresh = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=TARGETS))  # B = 0 is no fault
+        lk.accelerate(fresh)
+        step(fresh)
+        model = dead()
+        lk.accelerate(model, guard=False)
+        step(model)
+    model = dead()
+    lk.accelerate(model, strict=True)
+    with pytest.raises(RuntimeError, match="learn nothing"):
+        step(model)
+    model = wrapped()
+    lk.accelerate(model)
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="gradients are not finite"):
+        step(model)
+
+
+def test_training_gives_the_same_loss_curve():
+    curves = []
+    for accelerated in (False, True):
+        model = wrapped().train()
+        if accelerated:
+            lk.accelerate(model, strict=True)
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=3e-3)
+        losses = []
+        for number in range(24):
+            optimizer.zero_grad()
+            loss = model(**padded(samples(), 4)[number % 2]).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0] - 0.02
+    assert max(abs(one - other) for one, other in zip(*curves, strict=True)) < 1e-4
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no LoRA layer"):
+        lk.accelerate(tiny_llama())

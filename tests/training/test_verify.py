@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.training import lora_layer
+from tests.statistics.test_models import quantized
+from tests.training.test_accelerate import BATCH, wrapped
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_fused_layers_are_as_accurate_as_pefts(kind):
+    model = wrapped(quantized(kind) if kind else None, lora_dropout=0.2).train()
+    lk.accelerate(model)
+    state = {name: value.clone() for name, value in model.state_dict().items() if "lora" in name}
+    report = lk.verify(model, BATCH)
+    assert report.ok and not report.skipped and len(report.layers) == 6
+    assert "as accurate as PEFT" in str(report)
+    for each in report:
+        assert set(each.fused) == {"y", "dx", "dA", "dB"}
+        assert all(0 < value < 1e-4 for value in each.stock.values())
+    assert abs(report.loss[0] - report.loss[1]) < 1e-4 * report.loss[1]
+    assert model.training and all(each.grad is None for each in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert all(each.fused for each in model.modules() if isinstance(each, lora_layer.FusedForward))
+
+
+def test_half_precision():
+    model = wrapped().to(torch.bfloat16)
+    lk.accelerate(model)
+    assert lk.verify(model, BATCH).ok
+
+
+@pytest.mark.parametrize("part", ["y", "dB"])
+def test_a_wrong_layer_is_found(part, monkeypatch):
+    real = lora_layer.lora_linear
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g / 2
+
+    def wrong(x, weight, bias, a, b, *, scaling, **more):
+        if part == "y":
+            return real(x, weight, bias, a, b, scaling=scaling * 1.001, **more)
+        return real(x, weight, bias, a, Halved.apply(b), scaling=scaling, **more)
+
+    monkeypatch.setattr(lora_layer, "lora_linear", wrong)
+    model = wrapped()
+    lk.accelerate(model)
+    report = lk.verify(model, BATCH)
+    assert not report.ok and "LESS ACCURATE" in str(report)
+    worst = report.layers[0]
+    assert worst.fused[part] > 100 * worst.stock[part]
+
+
+def test_what_is_not_accelerated_is_said():
+    model = wrapped()
+    with pytest.raises(ValueError, match="no layer of the model is accelerated"):
+        lk.verify(model, BATCH)
+    mixed = wrapped(use_dora=False)
+    lk.accelerate(mixed)
+    mixed.base_model.model.model.layers[0].self_attn.q_proj.merge()
+    report = lk.verify(mixed, BATCH)
+    assert list(report.skipped.values()) == ["adapters are merged or disabled"] and len(report.layers) == 5
