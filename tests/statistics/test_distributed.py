@@ -1,9 +1,3 @@
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,28 +6,13 @@ from lora_kernels.statistics import STATISTICS, Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import samples, tiny_llama
 from tests.statistics.ranks import peft_model, shares
-
-ROOT = Path(__file__).parents[2]
+from tests.torchrun import two_processes
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    done = subprocess.run(
-        [*command, "-m", "tests.statistics.ranks", str(out)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    two_processes("tests.statistics.ranks", out)
     return out
 
 
