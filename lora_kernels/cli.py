@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | plan | doctor`."""
+"""The command line: `lora-kernels demo | init | plan | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -181,6 +181,39 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
+    parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (default: a random one of --rank)")
+    parser.add_argument(
+        "--data", type=Path, required=True, help=".csv or .jsonl file with text: the first batch is run"
+    )
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=128)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+
+    import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
+
+    texts = text_files.read_texts(options.data, options.text_column)[: options.batch_size]
+    base, tokenizer = transformers.load(options.model, "causal-lm")
+    if options.adapter is not None:
+        model = lk.load(base, options.adapter)
+    else:
+        config = LoraConfig(r=options.rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+    (batch,) = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length, causal=True)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(lk.accelerate(model, guard=False).summary())
+    report = lk.verify(model, batch)
+    console.print(report)
+    return 0 if report.ok else 1
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from lora_kernels.doctor import run  # noqa: PLC0415
 
@@ -200,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
             _init,
         ),
         ("plan", "what a collection would keep and cost, from a config alone", _plan_arguments, _plan),
+        (
+            "verify",
+            "compare the fused LoRA layers with PEFT's and with float64 on your model and text",
+            _verify_arguments,
+            _verify,
+        ),
         ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
     )
     for name, text, arguments, call in described:

@@ -137,6 +137,19 @@ def test_bad_input_is_one_clear_line(change, message, folder, text, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_verify(folder, text, tmp_path, capsys, monkeypatch):
+    command = ["verify", "--model", str(folder), "--data", str(text), "--rank", "4"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "7 LoRA layers: 7 fused" in printed and "as accurate as PEFT" in printed
+    out = tmp_path / "adapter"
+    assert cli.main(["init", "--model", str(folder), "--data", str(text), "--out", str(out), "--method", "pissa"]) == 0
+    assert cli.main([*command, "--adapter", str(out)]) == 0
+    monkeypatch.setattr("lora_kernels.training.verification.LIMIT", 0.0)
+    assert cli.main(command) == 1
+    assert "LESS ACCURATE" in capsys.readouterr().out
+
+
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Floor 4: training. The fused forward of PEFT's LoRA layers."""
 
-from lora_kernels.training.accelerate import AccelerateReport, LayerPath, accelerate, reference_mode, restore
-from lora_kernels.training.verify import LayerErrors, VerifyReport, verify
+from lora_kernels.training.acceleration import AccelerateReport, LayerPath, accelerate, reference_mode, restore
+from lora_kernels.training.verification import LayerErrors, VerifyReport, verify
 
 __all__ = [
     "AccelerateReport",

@@ -90,10 +90,11 @@ def class_of(kind: type) -> type:
 
 def __getattr__(name: str) -> Any:
     # A pickled layer names its class, which this process may not have made yet.
-    for kind in supported():
-        if name == f"Fused{kind.__name__}":
-            return class_of(kind)
-    raise AttributeError(name)
+    if name.startswith("Fused"):
+        for kind in supported():
+            if name == f"Fused{kind.__name__}":
+                return class_of(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def supported() -> tuple[type, ...]:
