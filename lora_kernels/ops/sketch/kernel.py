@@ -135,7 +135,7 @@ def sign_tile(feature, block, stream, key0, key1, FEATURES: tl.constexpr, RANK: 
     return tl.where(minus != 0, -1.0, 1.0).to(TYPE)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "chunk", "seed_low", "seed_high", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "steps", "seed_low", "seed_high", "stream"])
 def shrink_kernel(
     out_ptr,  # (splits, n_tokens, out_stride) float32
     x_ptr,  # (rows of x, size)
@@ -144,7 +144,7 @@ def shrink_kernel(
     size,
     n_tokens,
     columns,
-    chunk,
+    steps,
     x_stride,
     out_stride,
     seed_low,
@@ -165,15 +165,16 @@ def shrink_kernel(
     lane = block * RANK + tl.arange(0, RANK)
     width = tl.num_programs(0) * RANK
     row = token_rows(index_ptr, token, n_tokens, HAS_INDEX) * x_stride
-    first = tl.program_id(2) * chunk
-    last = tl.minimum(first + chunk, size)
+    # Whole steps, so that the compiler knows what every address is a multiple of: else no load is vectorised.
+    first = tl.program_id(2) * (steps * FEATURES)
+    last = tl.minimum(first + steps * FEATURES, size)
     acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     rest = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for start in range(first, last, FEATURES):
         feature = start + tl.arange(0, FEATURES)
         x = tl.load(
             x_ptr + row[:, None] + feature[None, :],
-            mask=(token[:, None] < n_tokens) & (feature[None, :] < last),
+            mask=(token[:, None] < n_tokens) & (feature[None, :] < size),
             other=0.0,
         )
         if SIGNS:
@@ -182,10 +183,10 @@ def shrink_kernel(
             acc = dot(x, omega, acc, PRECISION, UPCAST)
         else:
             at = omega_ptr + feature[:, None].to(tl.int64) * width + lane[None, :]
-            acc = dot(x, tl.load(at, mask=feature[:, None] < last, other=0.0), acc, PRECISION, UPCAST)
+            acc = dot(x, tl.load(at, mask=feature[:, None] < size, other=0.0), acc, PRECISION, UPCAST)
             if PAIR:  # an accumulator of its own: two dots on one are miscompiled on Blackwell
                 at += tl.cast(size, tl.int64) * width
-                rest = dot(x, tl.load(at, mask=feature[:, None] < last, other=0.0), rest, PRECISION, UPCAST)
+                rest = dot(x, tl.load(at, mask=feature[:, None] < size, other=0.0), rest, PRECISION, UPCAST)
     if PAIR:
         acc += rest
     place = (tl.program_id(2).to(tl.int64) * n_tokens + token)[:, None] * out_stride + lane[None, :]
@@ -355,10 +356,8 @@ def _shrink(
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
     splits = _tiles.token_splits(blocks * tall, features, processors(x.device), least=least_features)
-    chunk = -(-features // splits)
-    if splits > 1:  # whole steps: no part but the last has a ragged end
-        chunk = -(-chunk // config.features) * config.features
-    splits = -(-features // chunk)
+    steps = -(-features // (splits * config.features))  # no part but the last has a ragged end
+    splits = -(-features // (steps * config.features))
     direct = splits == 1 and weight is None and not pair
     target = out
     if not direct:
@@ -372,7 +371,7 @@ def _shrink(
         features,
         tokens,
         target.shape[-1],
-        chunk,
+        steps,
         x.stride(0),
         target.stride(-2),
         random_kernel.signed32(omega.seed),
