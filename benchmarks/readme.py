@@ -94,7 +94,7 @@ def _methods() -> list[str]:
     return [
         *lines,
         "",
-        "LoRA-GA's time is that of one forward and backward pass on either side; sketches save the products of the weight "
+        "LoRA-GA's time is that of one forward and backward pass on either side; sketches save the products for weight "
         f"gradients. PEFT's PiSSA catches {pissa['energy_ratio']:.1%} of the energy that ours does. Record: "
         "`benchmarks/results/init_llama.json`.",
     ]
