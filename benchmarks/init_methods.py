@@ -26,7 +26,9 @@ from benchmarks import records
 from benchmarks.compare import CONSOLE, case
 
 RANK, NITER = 16, 16
-METHODS = ("eva", "lora_ga", "corda", "pissa", "lora_da")
+METHODS = ("eva", "lora_ga", "lora_ga_sketch", "corda", "pissa", "lora_da")
+# Rows that are a method with other options.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"lora_ga_sketch": ("lora_ga", {"form": "sketch"})}
 DAMPING, VARIANCE_WEIGHT, LAYERS_PER_PASS, LOBPCG_STEPS = 1e-6, 0.03, 8, 20
 
 
@@ -56,9 +58,10 @@ def ours(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
     """
     from peft import get_peft_model
 
-    config = lk.init.METHODS[method]()
+    name, options = VARIANTS.get(method, (method, {}))
+    config = lk.init.METHODS[name]()
     adapter = get_peft_model(model, _config(model))  # type: ignore[arg-type]
-    lk.initialize(adapter, batches if config.wants else None, config, progress=False)
+    lk.initialize(adapter, batches if config.wants else None, config, progress=False, **options)
 
 
 def _train_step(model: nn.Module, batches: Sequence[Any]) -> Callable[[], None]:
@@ -83,6 +86,7 @@ def peft(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
     from peft.tuners.lora.loraga import preprocess_loraga
 
     base: Any = model
+    method = VARIANTS.get(method, (method, {}))[0]
     if method == "eva":
         config = _config(model, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
         adapter = get_peft_model(base, config, low_cpu_mem_usage=True)
@@ -184,6 +188,16 @@ def _first_use_of_peft() -> None:
     get_peft_model(tiny, LoraConfig(r=1, target_modules=["0"]))
 
 
+def _energy(model: nn.Module) -> float:
+    """Squared norm of the adapter, over all layers: of PiSSA, what it caught of the base weights."""
+    total = 0.0
+    for module in model.modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            a, b = (getattr(module, key)["default"].weight.detach().double() for key in ("lora_A", "lora_B"))
+            total += module.scaling["default"] ** 2 * float(((b.mT @ b) * (a @ a.mT)).sum())
+    return total
+
+
 def worker(name: str, method: str, side: str) -> dict[str, float]:
     """One run in this process.
 
@@ -204,7 +218,9 @@ def worker(name: str, method: str, side: str) -> dict[str, float]:
     before = _status("VmRSS")
     started = time.perf_counter()
     (ours if side == "ours" else peft)(method, model, batches)
-    return {"seconds": time.perf_counter() - started, "bytes": float(_status("VmHWM") - before)}
+    taken = {"seconds": time.perf_counter() - started, "bytes": float(_status("VmHWM") - before)}
+    # Both sides have put their layers into this very model.
+    return {**taken, "energy": _energy(model)} if method == "pissa" else taken
 
 
 def _spawn(name: str, method: str, side: str) -> dict[str, float]:
@@ -240,6 +256,8 @@ def run(name: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
             }
             for side, found in runs.items()
         }
+        if method == "pissa":
+            entry["energy_ratio"] = runs["peer"][0]["energy"] / runs["ours"][0]["energy"]
         for key in ("seconds", "bytes"):
             entry[f"{key}_ratio"] = entry["peer"][key]["p50"] / entry["ours"][key]["p50"]
         results[method] = entry

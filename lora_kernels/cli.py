@@ -22,7 +22,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--rank", type=int, help="LoRA rank per layer, before redistribution")
-    parser.add_argument("--method", help="initialisation to compare with random LoRA")
+    parser.add_argument("--method", help="initialisation to compare with random LoRA: eva, lora_da, pissa, ...")
     parser.add_argument("--steps", type=int, help="optimizer steps per run")
     parser.add_argument("--seeds", type=int, help="number of seeds")
     parser.add_argument("--batch-size", type=int)
