@@ -29,6 +29,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, help="of both arms (default: each arm's own, from the study)")
     parser.add_argument("--max-tokens", type=int, help="texts are cut to this many tokens")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--accelerate", action="store_true", default=None, help="run the LoRA layers fused")
     parser.add_argument("--out", type=Path, help="output folder")
     parser.add_argument("--no-plots", dest="plots", action="store_false", default=None)
 

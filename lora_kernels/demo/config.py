@@ -34,6 +34,7 @@ class DemoConfig:
         out: Output folder, made where it is missing.
         plots: Whether to draw the two PNG files.
         threads: CPU threads for torch; torch's own choice where None.
+        accelerate: Whether the LoRA layers run through `lora_kernels.accelerate`.
     """
 
     model: Path | None = None
@@ -50,6 +51,7 @@ class DemoConfig:
     out: Path = Path("demo-out")
     plots: bool = True
     threads: int | None = None
+    accelerate: bool = False
 
     def __post_init__(self) -> None:
         """Checks every value that can be checked without opening a file.

@@ -330,6 +330,8 @@ def train_run(
     method = arm if method is None else method
     loader = batches.shuffled(task.train, config.batch_size, seed)
     report = None if method == "random" else _initialize(model, loader, method)
+    if config.accelerate:
+        _accelerate(model)
     groups = parameter_groups(model, learning_rate, learning_rate if head_rate is None else head_rate)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -402,6 +404,12 @@ def _initialize(model: Any, loader: DataLoader[Example], method: str | InitMetho
     import lora_kernels
 
     return lora_kernels.initialize(model, loader, method=method, max_batches=MAX_BATCHES, progress=False).to_dict()
+
+
+def _accelerate(model: Any) -> None:
+    import lora_kernels
+
+    lora_kernels.accelerate(model, strict=True)
 
 
 def _repeat(loader: DataLoader[Example]) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from lora_kernels.demo import run as orchestration
-from lora_kernels.demo.config import DEFAULT_RATES, DEFAULT_STEPS, DemoConfig
+from lora_kernels.demo.config import DEFAULT_RATES, DEFAULT_STEPS, OTHER_RATES, DemoConfig
 from lora_kernels.demo.roundtrip import RoundTrip
 from lora_kernels.demo.run import run
 
@@ -103,3 +103,24 @@ def test_the_default_rates_are_those_of_the_study():
         }
         assert entry["rate"] == min(means, key=means.get)
         assert entry["losses"][f"{entry['rate']:g}"] == pytest.approx(min(means.values()))
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_da"])
+def test_any_method_accelerated(config, method):
+    import dataclasses
+
+    config = dataclasses.replace(config, method=method, accelerate=True, seeds=1, plots=False)
+    output = io.StringIO()
+    assert run(config, Console(file=output, width=140)) == 0, output.getvalue()
+    record = json.loads((config.out / "demo.json").read_text())
+    assert [each["arm"] for each in record["runs"]] == ["random", method] and record["round_trip"]["ok"]
+    assert record["learning_rates"][method]["from"] == "from the study on another task"
+
+
+def test_the_other_rates_are_those_of_the_study_on_another_task():
+    from pathlib import Path
+
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "quality_banking77.json"
+    chosen = json.loads(path.read_text())["choice"]["rates"]
+    assert OTHER_RATES == {arm: chosen[arm]["rate"] for arm in OTHER_RATES}
+    assert set(chosen) == set(DEFAULT_RATES) | set(OTHER_RATES)

@@ -200,3 +200,14 @@ def test_evaluation_where_asked_and_a_method_under_another_name(parts, config, m
     monkeypatch.setattr(training, "evaluate", lambda model, batches, step: training.Evaluation(step, math.nan, 0.0))
     with pytest.raises(training.DivergedError, match="the held-out loss was nan at step 1"):
         train_run(*parts, config, "random", 0, 1e-2, evaluate_at=(1,), held_out=held_out)
+
+
+@pytest.mark.parametrize("arm", ["random", "eva", "pissa"])
+def test_accelerated_training_has_the_same_loss_curve(parts, config, arm):
+    plain, fused = (
+        train_run(*parts, dataclasses.replace(config, accelerate=flag), arm, 0, 1e-2)[1] for flag in (False, True)
+    )
+    assert plain.train_loss[-1] < plain.train_loss[0]
+    assert max(abs(one - two) for one, two in zip(plain.train_loss, fused.train_loss, strict=True)) < 1e-4
+    for one, two in zip(plain.evaluations, fused.evaluations, strict=True):
+        assert one.step == two.step and abs(one.loss - two.loss) < 1e-4
