@@ -121,6 +121,6 @@ def test_the_other_rates_are_those_of_the_study_on_another_task():
     from pathlib import Path
 
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "quality_banking77.json"
-    chosen = json.loads(path.read_text())["choice"]["rates"]
+    chosen = json.loads(path.read_text())["tuning"]
     assert {arm: chosen[arm]["rate"] for arm in OTHER_RATES} == OTHER_RATES
     assert set(chosen) == set(DEFAULT_RATES) | set(OTHER_RATES)

@@ -116,7 +116,6 @@ def test_advice():
     assert advice("m", [1.0, 1.2], starts_away=True, full_rate=False, learning_rate=1e-3) == ()
     (slower,) = advice("m", [5.0], starts_away=False, full_rate=False, learning_rate=1e-3)
     assert "5.0 times smaller" in slower and not is_warning(slower)
-    (faster,) = advice("m", [0.1], starts_away=True, full_rate=False, learning_rate=1e-3)
-    assert "10 times larger" in faster
+    assert advice("m", [0.1], starts_away=True, full_rate=False, learning_rate=1e-3) == ()
     assert is_warning(advice("m", [5.0], starts_away=True, full_rate=False, learning_rate=1e-3)[-1])
     assert not any(map(is_warning, advice("m", [5.0], starts_away=True, full_rate=False, learning_rate=5e-5)))
