@@ -1,7 +1,10 @@
 """Every initialisation against its peer: `python -m benchmarks.init_methods [--case small|llama]`.
 
 Seconds and peak memory, from the base model to the finished adapter, on the same batches. Each run is a process of its
-own, so that the high-water mark of memory is its own too; the two sides run in turn. Peers: PEFT's EVA, LoRA-GA, CorDA
+own, so that the high-water mark of memory is its own too; the two sides run in turn. Memory is taken in processes apart
+from those that are timed: there the C library's allocator gives freed blocks back at once (it otherwise keeps some of
+them, 50 MB more or less from run to run), so that the mark is that of live tensors. `--what memory` takes it anew and
+keeps the times of the record. Peers: PEFT's EVA, LoRA-GA, CorDA
 and PiSSA; for LoRA-DA a transcription of the authors' procedure (one pass for gradients, one more pass for every eight
 layers for Fisher and second moments, LOBPCG), since no package has it.
 """
@@ -10,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,43 +227,52 @@ def worker(name: str, method: str, side: str) -> dict[str, float]:
     return {**taken, "energy": _energy(model)} if method == "pissa" else taken
 
 
-def _spawn(name: str, method: str, side: str) -> dict[str, float]:
+# Blocks from this size on are mapped one by one and unmapped when they are freed.
+_EAGER = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _spawn(name: str, method: str, side: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.init_methods", "--case", name, "--worker", method, side]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    settings = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     if done.returncode != 0:
         raise SystemExit(f"{method}, {side}: {done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def run(name: str, methods: Sequence[str], rounds: int) -> dict[str, Any]:
+def _timed(name: str, method: str, rounds: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(rounds):
+        for side in runs:
+            runs[side].append(_spawn(name, method, side))
+    entry: dict[str, Any] = {
+        side: {"seconds": records.quantiles([each["seconds"] for each in found])} for side, found in runs.items()
+    }
+    if method == "pissa":
+        entry["energy_ratio"] = runs["peer"][0]["energy"] / runs["ours"][0]["energy"]
+    entry["seconds_ratio"] = entry["peer"]["seconds"]["p50"] / entry["ours"]["seconds"]["p50"]
+    return entry
+
+
+def run(name: str, methods: Sequence[str], rounds: int, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Compare methods with their peers.
 
     Args:
         name: the case.
         methods: which.
-        rounds: processes per side.
+        rounds: timed processes per side.
+        known: times by method, from a record, or `None` to take them.
 
     Returns:
         The record.
     """
     results = {}
     for method in methods:
-        runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-        for _ in range(rounds):
-            for side in runs:
-                runs[side].append(_spawn(name, method, side))
-        entry: dict[str, Any] = {
-            side: {
-                "seconds": records.quantiles([each["seconds"] for each in found]),
-                "bytes": records.quantiles([each["bytes"] for each in found]),
-            }
-            for side, found in runs.items()
-        }
-        if method == "pissa":
-            entry["energy_ratio"] = runs["peer"][0]["energy"] / runs["ours"][0]["energy"]
-        for key in ("seconds", "bytes"):
-            entry[f"{key}_ratio"] = entry["peer"][key]["p50"] / entry["ours"][key]["p50"]
+        entry = _timed(name, method, rounds) if known is None else dict(known[method])
+        for side in ("ours", "peer"):
+            entry[side] = {**entry[side], "bytes": _spawn(name, method, side, _EAGER)["bytes"]}
+        entry["bytes_ratio"] = entry["peer"]["bytes"] / entry["ours"]["bytes"]
         results[method] = entry
     return {"case": name, "rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
 
@@ -269,7 +282,7 @@ def show(record: dict[str, Any]) -> None:
     table = Table("method", "ours", "peer", "peer / ours", "memory ours", "memory peer", "peer / ours")
     for method, each in record["methods"].items():
         seconds = [f"{each[side]['seconds']['p50']:.2f} s" for side in ("ours", "peer")]
-        memory = [f"{each[side]['bytes']['p50'] / 1e6:.0f} MB" for side in ("ours", "peer")]
+        memory = [f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
         table.add_row(method, *seconds, f"{each['seconds_ratio']:.2f}", *memory, f"{each['bytes_ratio']:.2f}")
     CONSOLE.print(table)
 
@@ -289,11 +302,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("METHOD", "SIDE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record")
+    parser.add_argument("--what", choices=["both", "memory"], default="both")
     options = parser.parse_args(arguments)
     if options.worker:
         print(json.dumps(worker(options.case, *options.worker)))
         return 0
-    record = run(options.case, options.methods, options.rounds)
+    known, environment = None, {}
+    if options.what == "memory":
+        old = json.loads((options.out / f"init_{options.case}.json").read_text())
+        known, environment = old["methods"], {"times_from": old["environment"]}
+        options.methods, options.rounds = list(known), old["rounds"]
+    record = {**run(options.case, options.methods, options.rounds, known), **environment}
     show(record)
     CONSOLE.print(f"record: {records.save(f'init_{options.case}', record, options.out)}")
     return 0

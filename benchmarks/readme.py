@@ -82,14 +82,14 @@ def _methods() -> list[str]:
         "Initialisations from the base model to the finished adapter, each run a process of its own "
         f"({_CASES['llama']}; peers: PEFT {record['environment']['versions']['peft']}, "
         f"with {record['pissa_niter']} iterations for PiSSA; for LoRA-DA the authors' multi-pass procedure). PEFT's "
-        "CorDA takes one sample at a time. Memory: the most above the loaded model.",
+        "CorDA takes one sample at a time. Memory: the most above the loaded model, of live tensors.",
         "",
         "| method | ours | peer | peer / ours | memory, ours | memory, peer |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, each in record["methods"].items():
         seconds = [f"{each[side]['seconds']['p50']:.1f} s" for side in ("ours", "peer")]
-        memory = [f"{each[side]['bytes']['p50'] / 1e6:.0f} MB" for side in ("ours", "peer")]
+        memory = [f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
         lines.append(f"| {method} | {seconds[0]} | {seconds[1]} | {each['seconds_ratio']:.1f} | {' | '.join(memory)} |")
     return [
         *lines,

@@ -558,7 +558,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     Yields:
         Descriptions as in `ops/_reduce.py`.
     """
-    integers = dict.fromkeys(("columns", "seed_low", "seed_high", "stream"), "i32")
+    integers = dict.fromkeys(("columns", "steps", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for dtype, x in AOT_DTYPES.items():
