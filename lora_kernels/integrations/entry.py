@@ -23,7 +23,7 @@ from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics import CollectOptions, Plan, Statistics, Target, distributed, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.statistics.observe import observation_mode
+from lora_kernels.statistics.modes import observation_mode
 from lora_kernels.statistics.options import Forward
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.store import LayerStatistics

@@ -24,7 +24,7 @@ from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import linear_features
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._checks import check_range
-from lora_kernels.statistics.observe import is_sharded
+from lora_kernels.statistics.modes import is_sharded
 
 
 def offset_name(adapter: str) -> str:

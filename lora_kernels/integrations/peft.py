@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_kernels.init.factors import LoraFactors
-from lora_kernels.statistics.observe import is_sharded
+from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import Target
 
 _PREFIX = "base_model.model."

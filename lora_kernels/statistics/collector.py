@@ -18,7 +18,8 @@ from lora_kernels.statistics.feed import Feed, call_model, model_device, to_devi
 from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
 from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
 from lora_kernels.statistics.masks import BatchWeights
-from lora_kernels.statistics.observe import Observer, is_encoder_decoder, is_sharded, observation_mode
+from lora_kernels.statistics.modes import is_sharded, observation_mode
+from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan, parse_budget

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_kernels.ops import Dropout, lora_delta, lora_linear
-from lora_kernels.statistics.observe import is_sharded
+from lora_kernels.statistics.modes import is_sharded
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")

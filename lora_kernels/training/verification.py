@@ -16,7 +16,7 @@ from torch import nn
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
-from lora_kernels.statistics.observe import evaluation_mode
+from lora_kernels.statistics.modes import evaluation_mode
 from lora_kernels.training.acceleration import lora_layers, reference_mode
 from lora_kernels.training.lora_layer import FusedForward, active, base_is_fused, eager_reason
 

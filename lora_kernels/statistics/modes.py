@@ -1,0 +1,94 @@
+"""How a model stands while it is observed: modes and flags that are put back, whatever happens; what is sharded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# An attribute of bitsandbytes' 4-bit layers.
+_PACKS = "support_avx512bf16_for_cpu"
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a shard of FSDP2 (a DTensor)."""
+    return hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Evaluation mode for a while; every module's flag is restored at the end.
+
+    Args:
+        model: the model.
+        gradients: whether a backward pass will run.
+
+    Yields:
+        Nothing.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for module in training:
+            if hasattr(module, _PACKS):
+                # In evaluation mode, bitsandbytes packs 4-bit weights for CPUs into a format for good through which
+                # no gradient flows, neither now nor in training. The flag has no other meaning there.
+                module.training = True
+                _check_unpacked(module, gradients)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
+    """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
+
+    Nor is a key-value cache kept, which transformers models make by default outside of training. Gradients flow
+    through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
+
+    Args:
+        model: the model to observe.
+        gradients: whether a backward pass will run.
+
+    Yields:
+        Nothing.
+    """
+    # FSDP2 reads the flags of its shards when it first gathers them: they stay as they are. (No weight gradient is
+    # computed there either: the backward pass asks for the gradient of the anchor alone.)
+    flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    config = getattr(model, "config", None)
+    # (Without a cache, transformers looks at positions, which have no values on the meta device.)
+    caches = getattr(config, "use_cache", None) and not any(each.is_meta for each in model.parameters())
+    devices = list(range(torch.cuda.device_count())) if started else []
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=devices),
+            torch.set_grad_enabled(gradients),
+            evaluation_mode(model, gradients=gradients),
+        ):
+            if caches:
+                config.use_cache = False  # type: ignore[union-attr]
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        if caches:
+            config.use_cache = caches  # type: ignore[union-attr]
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _check_unpacked(module: Any, gradients: bool) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if gradients and getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has packed a 4-bit weight for inference (the model ran in evaluation mode on this CPU): no "
+            "gradient flows through it any more; load the model anew and collect before evaluating it"
+        )
