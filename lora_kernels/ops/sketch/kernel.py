@@ -51,9 +51,9 @@ class SketchConfig:
 
 
 SHRINK = SketchConfig(64, 64, 4, 4)
-SHRINK_SINGLE = SketchConfig(64, 16, 8, 3)  # float32: longer steps, or fewer warps, spill registers
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
 SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
-SHRINK_AMD = SketchConfig(64, 32, 4, 2)
+SHRINK_AMD = SketchConfig(64, 32, 8, 2)
 SHRINK_AMD_SINGLE = SketchConfig(64, 32, 8, 2)
 TALL = SketchConfig(64, 128, 8, 4)
 TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
