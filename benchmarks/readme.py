@@ -76,27 +76,30 @@ def _statistics() -> list[str]:
 
 
 def _methods() -> list[str]:
-    record = _record("init_llama")
+    record, small = _record("init_llama"), _record("init_small")["methods"]
     pissa = record["methods"]["pissa"]
     lines = [
         "Initialisations from the base model to the finished adapter, each run a process of its own "
         f"({_CASES['llama']}; peers: PEFT {record['environment']['versions']['peft']}, "
         f"with {record['pissa_niter']} iterations for PiSSA; for LoRA-DA the authors' multi-pass procedure). PEFT's "
-        "CorDA takes one sample at a time. Memory: the most above the loaded model, of live tensors.",
+        "CorDA takes one sample at a time. Memory: the most above the loaded model, of live tensors, on its first two "
+        "layers alone.",
         "",
         "| method | ours | peer | peer / ours | memory, ours | memory, peer |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, each in record["methods"].items():
         seconds = [f"{each[side]['seconds']['p50']:.1f} s" for side in ("ours", "peer")]
-        memory = [f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
+        memory = [
+            f"{small[method][side]['bytes'] / 1e6:.0f} MB" if method in small else "" for side in ("ours", "peer")
+        ]
         lines.append(f"| {method} | {seconds[0]} | {seconds[1]} | {each['seconds_ratio']:.1f} | {' | '.join(memory)} |")
     return [
         *lines,
         "",
         "LoRA-GA's time is that of one forward and backward pass on either side; sketches save the products for weight "
-        f"gradients. PEFT's PiSSA catches {pissa['energy_ratio']:.1%} of the energy that ours does. Record: "
-        "`benchmarks/results/init_llama.json`.",
+        f"gradients. PEFT's PiSSA catches {pissa['energy_ratio']:.1%} of the energy that ours does. Records: "
+        "`benchmarks/results/{init_llama,init_small}.json`.",
     ]
 
 

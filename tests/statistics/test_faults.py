@@ -78,6 +78,8 @@ def test_an_exception_of_the_loader_and_of_the_loss():
 
 def test_ctrl_c():
     batches = padded(samples(4), 2)
+    # A process that a shell starts in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     class Interrupting(list):
         def __iter__(self):
@@ -86,7 +88,10 @@ def test_ctrl_c():
             signal.pause()
             yield batches[1]
 
-    fail(KeyboardInterrupt, None, Interrupting())
+    try:
+        fail(KeyboardInterrupt, None, Interrupting())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nan_in_one_layers_weights_names_the_first_layer_that_reads_it():
