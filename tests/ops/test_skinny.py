@@ -217,7 +217,8 @@ def test_errors_name_the_argument():
 def test_backend_choice(monkeypatch):
     device = torch.device("cpu")
     choose = skinny_op.shrink_dispatcher.choose
-    assert choose("auto", device, torch.float32, False) == "torch"
+    assert choose("auto", device, torch.bfloat16, False) == "torch"
+    assert choose("auto", device, torch.float32, False) == ("cpp" if HAS_CPP else "torch")
     assert choose("auto", device, torch.float32, True) == ("cpp" if HAS_CPP else "torch")
     assert choose("auto", device, torch.bfloat16, True) == ("cpp" if "_bfloat16" in BUILT else "torch")
     assert choose("auto", device, torch.float16, True) == "torch"
