@@ -272,6 +272,8 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(dropout):
     model = wrapped(lora_dropout=dropout).train()
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     lk.accelerate(model, strict=True)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (6, 17, 33):
         results = []
@@ -285,7 +287,7 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(dropout):
             layer.zero_grad()
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
 
 
 def test_double_backward_in_reference_mode():
