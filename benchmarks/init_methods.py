@@ -2,8 +2,8 @@
 
 Seconds and peak memory, from the base model to the finished adapter, on the same batches. Each run is a process of its
 own, so that the high-water mark of memory is its own too; the two sides run in turn. Memory is taken in processes apart
-from those that are timed: there the C library's allocator gives freed blocks back at once (it otherwise keeps some of
-them, 50 MB more or less from run to run), so that the mark is that of live tensors. `--what memory` takes it anew and
+from those that are timed: there the C library's allocator gives freed blocks back at once (it otherwise keeps more or
+less of them from run to run), so that the mark is that of live tensors. `--what memory` takes it anew and
 keeps the times of the record. Peers: PEFT's EVA, LoRA-GA, CorDA
 and PiSSA; for LoRA-DA a transcription of the authors' procedure (one pass for gradients, one more pass for every eight
 layers for Fisher and second moments, LOBPCG), since no package has it.

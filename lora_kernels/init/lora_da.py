@@ -232,7 +232,7 @@ def _gram(step: torch.Tensor) -> LinearOperator:
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
     if min(step.shape) <= DIRECT_ORDER:
         thin = step if step.shape[0] <= step.shape[1] else step.mT
-        largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # a tenth of the time of a full SVD
+        largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # far cheaper than all singular values
         return largest.sqrt()
     return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
 

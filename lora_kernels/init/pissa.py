@@ -28,7 +28,7 @@ class PiSSA:
 
     Args:
         n_iter: rounds of the randomized (block Krylov) decomposition; `None` for the full one. Eight leave no more than
-            about 1e-3 of the components' energy even where the singular values hardly decay.
+            about 2e-3 of the components' energy even where the singular values hardly decay.
         seed: of its random start.
 
     Raises:

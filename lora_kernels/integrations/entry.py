@@ -212,11 +212,18 @@ def initialize(
     progress = bool(options.get("progress", True))
     given = _ranks(layers, statistics, wants, unreached)
     assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
-    under = {each.target.name: _under(each, adapter_name) for each in layers.supported}
+    adjust = (resolved if ranks is None else ranks).adjust_scaling_factors
     kept = {name: rank for name, rank in assigned.items() if rank > 0}
+    by_name = {each.target.name: each for each in layers.supported}
+    # The scaling that a layer will have is what its factors are made for.
+    under = {
+        name: _under(peft_layers.with_rank(by_name[name], rank, adjust=adjust), adapter_name)
+        for name, rank in kept.items()
+    }
     found = resolved.factors(statistics, kept, base=under, progress=progress)
-    targets = {each.target.name: each.target for each in layers.supported}
-    found |= {name: _no_adapter(targets[name]) for name in assigned if name not in kept}
+    found |= {name: _no_adapter(by_name[name].target) for name in assigned if name not in kept}
+    # Before the base weights may change: the report compares the start with what they were.
+    reports = _layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
     before = _factor_sizes(layers, {})
     offset.remove(model, adapter_name)
@@ -225,13 +232,12 @@ def initialize(
         layers,
         {name: each.factors for name, each in found.items()},
         adapter_name,
-        adjust_scaling_factors=(resolved if ranks is None else ranks).adjust_scaling_factors,
+        adjust_scaling_factors=adjust,
     )
     if resolved.offsets_base:
         take_off = offset.attach if base == "intact" else offset.subtract
         take_off(model, adapter_name, [name for name, each in found.items() if each.factors.rank])
     written = time.perf_counter()
-    reports = _layer_reports(layers, statistics, found, offset_base=resolved.offsets_base)
     advice = guidance.advice(
         resolved.name,
         [each.step_ratio for each in reports if each.step_ratio is not None],
@@ -332,7 +338,12 @@ def _factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
 
 
 def _layer_reports(
-    layers: peft_layers.LoraLayers, statistics: Statistics, found: dict[str, LayerFactors], *, offset_base: bool
+    layers: peft_layers.LoraLayers,
+    statistics: Statistics,
+    found: dict[str, LayerFactors],
+    *,
+    offset_base: bool,
+    adjust: bool,
 ) -> tuple[LayerReport, ...]:
     reports = []
     for each in layers.supported:
@@ -343,10 +354,11 @@ def _layer_reports(
             reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=notes))
             continue
         answer = found[name]
-        view = None
+        view, start = None, 0.0
         if answer.factors.rank:
-            view = guidance.outlook(answer.factors, each.scaling, statistics, name, offset=offset_base)
-        start = offset.product_norm(answer.factors, each.scaling)
+            scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
+            view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
+            start = offset.product_norm(answer.factors, scaling)
         share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
         skipped = statistics.skipped_rows.get(name, 0)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -173,6 +173,11 @@ def new_alpha(layer: LoraTarget, rank: int, *, adjust: bool) -> float:
         return layer.alpha
     ratio = rank / layer.rank
     return layer.alpha * (math.sqrt(ratio) if layer.rslora else ratio)
+
+
+def with_rank(layer: LoraTarget, rank: int, *, adjust: bool) -> LoraTarget:
+    """A layer as it will be after a change of rank; see `new_alpha`."""
+    return replace(layer, rank=rank, alpha=new_alpha(layer, rank, adjust=adjust))
 
 
 def check_no_optimizer(parameters: Sequence[nn.Parameter], why: str) -> None:

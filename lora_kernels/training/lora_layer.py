@@ -136,7 +136,8 @@ def eager_reason(layer: Any) -> str | None:
         return "no active adapter"
     for name in names:
         if name in layer.lora_variant:
-            return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__ or 'of LoRA'})"
+            variant = layer.lora_variant[name]
+            return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
         if not _plain_linear(layer.lora_A[name]) or not _plain_linear(layer.lora_B[name]):
             return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
         if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):

@@ -189,13 +189,9 @@ def _loss_alone(model: nn.Module, batch: Any, forward: Callable[..., Any], loss:
 def _errors(name: str, layer: Any, x: torch.Tensor, g: torch.Tensor | None) -> LayerErrors:
     assert g is not None  # the caller leaves the others out
     truth = _truth(layer, x, g)
-    layer.fused = True
     fused = _run(layer, x, g)
-    layer.fused = False
-    try:
+    with reference_mode(layer):
         stock = _run(layer, x, g)
-    finally:
-        del layer.fused
     errors = ({part: _relative(found[part], truth[part]) for part in truth} for found in (fused, stock))
     return LayerErrors(name, *errors)
 

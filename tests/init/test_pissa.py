@@ -86,3 +86,12 @@ def test_errors():
     with pytest.raises(ValueError, match="n_iter is -1"):
         PiSSA(n_iter=-1)
     assert resolve_method("pissa") == PiSSA() and PiSSA.offsets_base
+
+
+def test_the_default_rounds_catch_all_but_little_where_singular_values_hardly_decay():
+    torch.manual_seed(0)
+    weight = torch.randn(700, 640)
+    found = PiSSA().factors({}, {"l": 16}, base=bases({"l": weight}, 1.0))["l"]
+    caught = float((found.factors.B @ found.factors.A).square().sum())
+    best = float(torch.linalg.svdvals(weight)[:16].square().sum())
+    assert found.solver == "krylov" and 0 <= 1 - caught / best < 2e-3

@@ -141,3 +141,29 @@ def test_errors(stats):
         )
     with pytest.raises(ValueError, match="exactly one of loader and statistics"):
         lk.initialize(wrapped(), method="pissa", ranks=lk.Redistribution("gradient_energy"))
+
+
+def test_factors_are_made_for_the_scaling_that_a_new_rank_gives():
+    model = wrapped()
+    weights = {name: module.get_base_layer().weight.detach().clone() for name, module in lora(model)}
+    ranks = lk.Redistribution("gradient_energy", adjust_scaling_factors=False, min_rank=1)
+    report = lk.initialize(model, padded(samples(), 4), lk.PiSSA(n_iter=None), ranks=ranks, progress=False)
+    assert len({each.rank for each in report}) > 1
+    for each in report:
+        module = dict(lora(model))[each.name]
+        best = torch.linalg.svd(weights[each.name])
+        principal = (best.U[:, : each.rank] * best.S[: each.rank]) @ best.Vh[: each.rank]
+        assert module.scaling["default"] == pytest.approx(8 / each.rank)
+        assert relative_error(module.get_delta_weight("default").detach(), principal) < 1e-4
+        assert each.start_share == pytest.approx(float(principal.norm() / weights[each.name].norm()), rel=1e-4)
+
+
+def lora(model):
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def test_the_start_is_compared_with_the_weight_as_it_was():
+    shares = []
+    for base in ("intact", "mutate"):
+        shares.append([each.start_share for each in lk.initialize(wrapped(), method="pissa", base=base)])
+    assert shares[0] == pytest.approx(shares[1], rel=1e-6)

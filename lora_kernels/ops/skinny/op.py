@@ -36,8 +36,8 @@ def _on_cpu(device: torch.device, _dtype: torch.dtype, _drops: bool) -> bool:
 
 
 def _library_wins(_device: torch.device, dtype: torch.dtype, drops: bool) -> bool:
-    # Without a mask the three are plain matrix products: in float32 ours are up to twice as fast as the library's at
-    # small ranks and never slower by more than a tenth; in bfloat16 the library has instructions for them.
+    # Without a mask the three are plain matrix products: in float32 ours are made for few columns, in bfloat16 the
+    # library may have instructions of the processor that ours do not use.
     return not drops and dtype != torch.float32
 
 
