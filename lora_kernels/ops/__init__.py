@@ -4,7 +4,7 @@ from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
-from lora_kernels.ops.lora_linear import lora_delta, lora_linear
+from lora_kernels.ops.lora_linear import LoraMember, lora_delta, lora_linear, lora_linear_group
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.sketch import project, sketch_
@@ -14,6 +14,7 @@ from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, eigh, factor
 __all__ = [
     "BACKENDS",
     "Dropout",
+    "LoraMember",
     "cholesky",
     "cholesky_solve",
     "covariance_",
@@ -24,6 +25,7 @@ __all__ = [
     "gradient_statistics_",
     "lora_delta",
     "lora_linear",
+    "lora_linear_group",
     "orthonormalize",
     "project",
     "random_matrix",

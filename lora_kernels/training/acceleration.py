@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.training import grouping
 from lora_kernels.training.guard import Guard
 from lora_kernels.training.lora_layer import FusedForward, base_is_fused, class_of, eager_reason, supported
 
@@ -101,7 +102,7 @@ def _path(name: str, layer: Any) -> LayerPath:
     return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
 
 
-def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
+def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, group: bool = True) -> AccelerateReport:
     """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
 
     The class of each layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
@@ -115,6 +116,10 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
             backward pass gives an adapter nothing to learn from.
         guard: look at the first backward pass: an adapter whose factors both get gradients that are zero, missing or
             not finite is reported (`RuntimeWarning`, or with `strict` an error).
+        group: in eager training, compute layers that are called one after the other with the same tensor (query, key
+            and value; gate and up) together. They are found while they run; what is found takes effect after the first
+            step of the optimizer that changes the adapter in place, so that checkpointed passes recompute what they
+            recorded. See `groups`.
 
     Returns:
         The path of every layer, and why.
@@ -135,6 +140,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
     for _, layer in layers:
         if type(layer) in kinds:  # also those that are eager now: a variant may be deactivated
             layer.__class__ = class_of(type(layer))
+        if isinstance(layer, FusedForward):
+            layer.grouped = group
     if guard:
         Guard.watch(unwrap(model), layers, strict=strict)
     return report
@@ -154,22 +161,36 @@ def restore(model: nn.Module) -> int:
     for _, layer in lora_layers(model):
         if isinstance(layer, FusedForward):
             layer.__dict__.pop("fused", None)
+            layer.__dict__.pop("grouped", None)
             layer.__class__ = type(layer).__mro__[2]
             count += 1
+    grouping.forget([layer for _, layer in lora_layers(model)])
     return count
 
 
+def groups(model: nn.Module) -> list[tuple[str, ...]]:
+    """Which LoRA layers of an accelerated model were found to read the same tensor.
+
+    Args:
+        model: after its first training step.
+
+    Returns:
+        The names of the layers of every group, in the order of their calls.
+    """
+    return grouping.groups(lora_layers(model))
+
+
 @contextlib.contextmanager
-def reference_mode(model: nn.Module) -> Iterator[None]:
+def reference_mode(*models: nn.Module) -> Iterator[None]:
     """Run PEFT's own forward for a while, for double backward, say, which the fused op does not have.
 
     Args:
-        model: an accelerated model; layers that are not are left alone.
+        models: accelerated models, or parts of them; layers that are not are left alone.
 
     Yields:
         Nothing.
     """
-    layers = [layer for _, layer in lora_layers(model) if isinstance(layer, FusedForward)]
+    layers = [layer for each in models for _, layer in lora_layers(each) if isinstance(layer, FusedForward)]
     before = [layer.fused for layer in layers]
     try:
         for layer in layers:

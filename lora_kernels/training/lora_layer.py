@@ -6,14 +6,16 @@ stay what they were. Wherever PEFT does more than `base(x) + s B A drop(x)`, its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_kernels.ops import Dropout, lora_delta, lora_linear
+from lora_kernels.ops import Dropout, LoraMember, lora_delta, lora_linear_group
 from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.training import grouping
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
@@ -45,6 +47,7 @@ class FusedForward:
     """The forward of an accelerated layer; mixed into a subclass of the layer's own class."""
 
     fused = True  # reference_mode sets it to False on a layer
+    grouped = True  # whether it may be computed along with layers that read the same tensor
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As PEFT's, fused where possible.
@@ -58,17 +61,10 @@ class FusedForward:
             `(..., m)`.
         """
         layer: Any = self
-        if (
-            args
-            or kwargs
-            or not self.fused
-            or layer.disable_adapters
-            or layer.merged
-            or eager_reason(layer) is not None
-        ):
+        if args or kwargs or not runs_fused(layer):
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
-        return _forward(layer, x, active(layer))
+        return _forward(layer, x)
 
 
 def class_of(kind: type) -> type:
@@ -167,27 +163,85 @@ def active(layer: Any) -> list[Adapter]:
     return sorted(found, key=lambda each: each.frozen)
 
 
-def _forward(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> torch.Tensor:
-    first, rest = adapters[0], adapters[1:]
-    # A frozen adapter without dropout (the counterpart of a start away from zero) is more rank of the same products.
-    extra = next((each for each in rest if each.frozen and each.p == 0), None)
-    frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
-    base = layer.base_layer
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if base_is_fused(layer) and (x.dtype == base.weight.dtype or autocast):
-        bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
-        y = lora_linear(
-            x, base.weight, bias, first.a, first.b, scaling=first.scaling, dropout=_draw(first, x), extra=frozen
-        )
-    else:
-        y = base(x)
-        y = _added(y, x, first, frozen)
-    for each in rest:
+def runs_fused(layer: Any) -> bool:
+    """Whether a layer, as it is now, runs the fused op.
+
+    Args:
+        layer: a LoRA layer.
+
+    Returns:
+        False if PEFT's own forward is to run.
+    """
+    accelerated = isinstance(layer, FusedForward) and layer.fused
+    plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
+    return plain and eager_reason(layer) is None
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    adapters = active(layer)
+    extra = _counterpart(adapters)
+    y = None
+    if layer.grouped and grouping.applies(x):
+        key = _key(layer, x, adapters)
+        y = grouping.taken(layer, x, key)
+        if y is None:
+            others = grouping.followers(layer)
+            if others and all(runs_fused(each) and each.grouped for each in others):
+                y = _as_one(x, (layer, *others))
+            else:
+                grouping.learn(layer, x)
+    if y is None:
+        (y,) = _computed(x, (_member(layer, x, adapters),))
+    for each in adapters[1:]:
         if each is not extra:
-            y = _added(y, x, each, None)
-        elif each.bias is not None:
-            y = y + each.scaling * each.bias.to(y.dtype)
+            delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
+            y = _biased(delta, each).to(y.dtype)
+        else:
+            y = _biased(y, each)
     return y
+
+
+def _as_one(x: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
+    """The first layer's output; those of the others are put down for them."""
+    found = [active(each) for each in layers]
+    keys = [_key(each, x, adapters) for each, adapters in zip(layers, found, strict=True)]
+    outputs = _computed(x, [_member(each, x, adapters) for each, adapters in zip(layers, found, strict=True)])
+    for layer, key, y in zip(layers[1:], keys[1:], outputs[1:], strict=True):
+        grouping.put_down(layer, x, key, y)
+    return outputs[0]
+
+
+def _computed(x: torch.Tensor, members: Sequence[LoraMember]) -> list[torch.Tensor]:
+    outputs = lora_linear_group(x, members)
+    # Where a base layer makes its own product, its dtype is the layer's.
+    return [
+        y if each.weight is not None or each.start is None else y.to(each.start.dtype)
+        for y, each in zip(outputs, members, strict=True)
+    ]
+
+
+def _counterpart(adapters: list[Adapter]) -> Adapter | None:
+    """A frozen adapter without dropout (of a start away from zero): more rank of the same products."""
+    return next((each for each in adapters[1:] if each.frozen and each.p == 0), None)
+
+
+def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...]:
+    """All that a layer's output depends on besides x and the values of its tensors."""
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    numbers = (value for each in adapters for value in (each.a, each.b, each.bias, each.scaling, each.p, each.frozen))
+    return cast, layer.base_layer, *numbers
+
+
+def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
+    """What the fused op is to compute for a layer: its first adapter, and what is frozen beside it."""
+    first, extra, base = adapters[0], _counterpart(adapters), layer.base_layer
+    frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
+    if base_is_fused(layer) and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+        bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
+        return LoraMember(base.weight, bias, first.a, first.b, first.scaling, _draw(first, x), frozen)
+    start = _biased(base(x), first)
+    return LoraMember(None, start, first.a, first.b, first.scaling, _draw(first, x), frozen)
 
 
 def _sum(bias: torch.Tensor | None, more: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -199,11 +253,5 @@ def _draw(adapter: Adapter, x: torch.Tensor) -> Dropout | None:
     return None if adapter.p == 0 else Dropout.draw(adapter.p, device=x.device)
 
 
-def _added(
-    y: torch.Tensor, x: torch.Tensor, adapter: Adapter, extra: tuple[torch.Tensor, torch.Tensor, float] | None
-) -> torch.Tensor:
-    dtype = y.dtype
-    y = lora_delta(y, x, adapter.a, adapter.b, scaling=adapter.scaling, dropout=_draw(adapter, x), extra=extra)
-    if adapter.bias is not None:
-        y = y + adapter.scaling * adapter.bias.to(y.dtype)
-    return y.to(dtype)
+def _biased(y: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    return y if adapter.bias is None else y + adapter.scaling * adapter.bias.to(y.dtype)

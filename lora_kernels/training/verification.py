@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
 from lora_kernels.statistics.modes import evaluation_mode
+from lora_kernels.training import grouping
 from lora_kernels.training.acceleration import lora_layers, reference_mode
 from lora_kernels.training.lora_layer import FusedForward, active, base_is_fused, eager_reason
 
@@ -106,9 +107,10 @@ def verify(
 ) -> VerifyReport:
     """Compare every accelerated layer with PEFT's own on the inputs and output gradients that a batch gives it.
 
-    The batch runs forward and backward through PEFT's layers; each layer is then run by itself, fused, by PEFT, and in
-    float64. In evaluation mode, since two dropout masks cannot be compared. Where the base layer computes its own
-    product (quantized bases), that product is taken as it is on all three sides. The model is left as it was.
+    The batch runs forward and backward through PEFT's layers; each layer, together with those that read the same
+    tensor, is then run by itself, fused, by PEFT, and in float64. In evaluation mode, since two dropout masks cannot be
+    compared. Where the base layer computes its own product (quantized bases), that product is taken as it is on all
+    three sides. The model is left as it was.
 
     Args:
         model: accelerated (`lora_kernels.accelerate`).
@@ -136,7 +138,7 @@ def verify(
                 each.grad = None
             seen, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
             fused_loss = _loss_alone(model, batch, forward or call_model, loss or model_loss)
-            found = tuple(_errors(name, layers[name], *pair) for name, pair in seen.items() if pair[1] is not None)
+            found = tuple(each for unit in _units(seen, layers) for each in _errors(unit))
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
@@ -164,7 +166,7 @@ def _observe(
 
     def tap(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            inputs[name] = args[0].detach()
+            inputs[name] = args[0]
             if output.requires_grad:
                 output.register_hook(lambda g: outgoing.__setitem__(name, g.detach()))  # type: ignore[no-untyped-call]
 
@@ -186,14 +188,40 @@ def _loss_alone(model: nn.Module, batch: Any, forward: Callable[..., Any], loss:
         return float(loss(forward(model, batch), batch))
 
 
-def _errors(name: str, layer: Any, x: torch.Tensor, g: torch.Tensor | None) -> LayerErrors:
-    assert g is not None  # the caller leaves the others out
-    truth = _truth(layer, x, g)
-    fused = _run(layer, x, g)
-    with reference_mode(layer):
-        stock = _run(layer, x, g)
-    errors = ({part: _relative(found[part], truth[part]) for part in truth} for found in (fused, stock))
-    return LayerErrors(name, *errors)
+def _units(
+    seen: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], layers: Mapping[str, Any]
+) -> list[list[tuple[str, Any, torch.Tensor, torch.Tensor]]]:
+    """Layers that the loss reaches, those together that were given the same tensor one after the other."""
+    units: list[list[tuple[str, Any, torch.Tensor, torch.Tensor]]] = []
+    for name, (x, g) in seen.items():
+        if g is None:
+            continue
+        if not units or units[-1][0][2] is not x:
+            units.append([])
+        units[-1].append((name, layers[name], x, g))
+    return units
+
+
+def _errors(unit: Sequence[tuple[str, Any, torch.Tensor, torch.Tensor]]) -> list[LayerErrors]:
+    layers, x, gs = [each[1] for each in unit], unit[0][2].detach(), [each[3] for each in unit]
+    truth = [_truth(layer, x, g) for layer, g in zip(layers, gs, strict=True)]
+    for each in truth[1:]:
+        truth[0]["dx"] += each["dx"]
+    for each in truth[1:]:
+        each["dx"] = truth[0]["dx"]
+    with grouping.afresh(layers):
+        fused = _run(layers, x, gs)
+        if len(layers) > 1:  # once more, now that it is known that they read the same tensor
+            grouping.settle(layers)
+            fused = _run(layers, x, gs)
+    with reference_mode(*layers):
+        stock = _run(layers, x, gs)
+    return [
+        LayerErrors(
+            name, *({part: _relative(made[i][part], truth[i][part]) for part in truth[i]} for made in (fused, stock))
+        )
+        for i, (name, *_) in enumerate(unit)
+    ]
 
 
 def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -202,18 +230,24 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return error / size if size > 0 else (0.0 if error == 0 else math.inf)
 
 
-def _factors(layer: Any) -> list[torch.Tensor]:
+def _trained(layer: Any) -> dict[str, torch.Tensor]:
+    """The factors that get gradients, by the gradients' names."""
     first = active(layer)[0]
-    return [first.a, first.b]
+    return {part: each for part, each in zip(PARTS[2:], (first.a, first.b), strict=True) if each.requires_grad}
 
 
-def _run(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+def _run(layers: Sequence[Any], x: torch.Tensor, gs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     x = x.clone().requires_grad_(True)
-    wanted = [x, *(each for each in _factors(layer) if each.requires_grad)]
+    trained = [_trained(layer) for layer in layers]
+    wanted = [x, *(each for own in trained for each in own.values())]
     with torch.enable_grad():
-        y = layer(x)
-        grads = torch.autograd.grad(y, wanted, g.to(y.dtype))
-    return dict(zip(PARTS, (y.detach(), *grads), strict=False))
+        outputs = [layer(x) for layer in layers]
+        found = torch.autograd.grad(outputs, wanted, [g.to(y.dtype) for y, g in zip(outputs, gs, strict=True)])
+    grads, dx = iter(found[1:]), found[0]
+    return [
+        {"y": y.detach(), "dx": dx, **{part: next(grads) for part in own}}
+        for y, own in zip(outputs, trained, strict=True)
+    ]
 
 
 def _truth(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -237,6 +271,6 @@ def _truth(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tens
             y = y + each.scaling * (rows @ a.mT @ b.mT)
             if each.bias is not None:
                 y = y + each.scaling * each.bias.to(torch.float64)
-        wanted = [rows, *(leaf for leaf, own in zip(leaves, _factors(layer), strict=True) if own.requires_grad)]
-        dx, *rest = torch.autograd.grad(y, wanted, g.to(torch.float64))
-    return dict(zip(PARTS, (y.detach(), dx + shift, *rest), strict=False))
+        wanted = {part: leaf for part, leaf in zip(PARTS[2:], leaves, strict=True) if part in _trained(layer)}
+        dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g.to(torch.float64))
+    return {"y": y.detach(), "dx": dx + shift, **dict(zip(wanted, rest, strict=True))}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_half_precision():
 
 @pytest.mark.parametrize("part", ["y", "dB"])
 def test_a_wrong_layer_is_found(part, monkeypatch):
-    real = lora_layer.lora_linear
+    real = lora_layer.lora_linear_group
 
     class Halved(torch.autograd.Function):
         @staticmethod
@@ -43,12 +45,12 @@ def test_a_wrong_layer_is_found(part, monkeypatch):
         def backward(ctx, g):
             return g / 2
 
-    def wrong(x, weight, bias, a, b, *, scaling, **more):
+    def wrong(x, members):
         if part == "y":
-            return real(x, weight, bias, a, b, scaling=scaling * 1.001, **more)
-        return real(x, weight, bias, a, Halved.apply(b), scaling=scaling, **more)
+            return real(x, [replace(each, scaling=each.scaling * 1.001) for each in members])
+        return real(x, [replace(each, b=Halved.apply(each.b)) for each in members])
 
-    monkeypatch.setattr(lora_layer, "lora_linear", wrong)
+    monkeypatch.setattr(lora_layer, "lora_linear_group", wrong)
     model = wrapped()
     lk.accelerate(model)
     report = lk.verify(model, BATCH)

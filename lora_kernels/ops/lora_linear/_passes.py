@@ -1,4 +1,6 @@
-"""Forward and backward of the LoRA layer, made of skinny products and the library's matrix product.
+"""Forward and backward of LoRA layers that read the same input, made of skinny products and the library's products.
+
+For one layer:
 
     t  = s drop(x) A^T                       u  = s g B
     y  = bias + t B^T, then += x W^T         dx = mask * (u A), then += g W
@@ -7,13 +9,16 @@
 The skinny part is written first and the library accumulates onto it: y is rounded once and no second matrix of its size
 exists. Every sum is float32 and rounded once, to the dtype of what it is a gradient of.
 
-A frozen pair `e (x A0^T) B0^T` is more rank: without dropout it lies beside A and B in the same two products, else only
-where no mask is made (`u` and `y`). Its scale goes into A0 (forward) or B0 (backward) as `e / s`, exactly 1 or -1 where
-it takes off what the adapter starts from.
+A frozen pair `e (x A0^T) B0^T` is more rank, without a mask.
+
+Several layers that read the same x lie side by side along the rank, wherever no mask stands between them: x is read
+once for all t, once for all dA, and dx is written once and accumulated in place instead of being made by every layer
+and added up. A mask is a layer's own, so what it touches is the layer's own, too; dx is still accumulated in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,131 +47,260 @@ class Factors:
     b0: torch.Tensor | None = None
     extra_scaling: float = 0.0
 
+    def tail(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The frozen pair, if there is one."""
+        return None if self.a0 is None or self.b0 is None else (self.a0, self.b0)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the layers.
+
+    Attributes:
+        factors: of any dtype.
+        weight: `(m, n)` of any dtype, or `None` if the base product is made elsewhere.
+        start: what is added: the bias `(m,)`, or, without a weight, a base result `(..., m)`; or `None`.
+        mask: dropout of the adapter's input.
+    """
+
+    factors: Factors
+    weight: torch.Tensor | None
+    start: torch.Tensor | None = None
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients of a layer are needed.
+
+    Attributes:
+        weight: dW.
+        bias: db.
+        a: dA.
+        b: dB.
+    """
+
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of a layer's own tensors, those that are needed.
+
+    Attributes:
+        weight: dW `(m, n)` in the dtype of g.
+        bias: db `(m,)` likewise.
+        a: dA `(r, n)` in the dtype of A.
+        b: dB `(m, r)` in the dtype of B.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _stacked(
-    first: torch.Tensor, second: torch.Tensor, factors: Factors, dtype: torch.dtype, dim: int
+def _side_by_side(
+    parts: Sequence[tuple[torch.Tensor, float]], dtype: torch.dtype, dim: int
 ) -> tuple[torch.Tensor, float]:
-    """Two factors along the rank, and the scale that their product then takes."""
-    scale, ratio = factors.scaling, factors.extra_scaling
-    if scale == 0:  # no ratio: both scales go into the factors
-        first, scale = torch.zeros_like(first), 1.0
-    else:
-        ratio /= scale
-    if ratio != 1:
-        second = second.to(torch.promote_types(second.dtype, torch.float32)) * ratio
-    return torch.cat((first.to(dtype), second.to(dtype)), dim), scale
+    """Factors with their scales along the rank, and the scale that their product then takes.
+
+    Scales that differ go into the factors, as a ratio: exactly 1 or -1 where a frozen pair takes off what its adapter
+    starts from.
+    """
+    scale = next((each for _, each in parts if each != 0), 1.0)
+    scaled = [
+        factor.to(dtype)
+        if each == scale
+        else (factor.to(torch.promote_types(factor.dtype, torch.float32)) * (each / scale)).to(dtype)
+        for factor, each in parts
+    ]
+    return _joined(scaled, dim), scale
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:
     return _launch.shrink(rows.new_empty(rows.shape[0], a.shape[0]), rows, a, scale, mask, backend)
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    start: torch.Tensor | None,
-    factors: Factors,
-    mask: Mask | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's output.
+def _low_rank(rows: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The `s drop(x) A^T` of all layers, side by side, and that of each with the frozen part's columns after it."""
+    parts = []
+    for member in members:
+        tail = member.factors.tail()
+        if member.mask is None:
+            parts.append((member.factors.a, member.factors.scaling))
+        if tail is not None:
+            parts.append((tail[0], member.factors.extra_scaling))
+    if parts:
+        stacked, scale = _side_by_side(parts, rows.dtype, 0)
+        columns = _project(rows, stacked, scale, None, backend)
+    own, every, low = [], [], 0
+    for member in members:
+        factors, tail = member.factors, member.factors.tail()
+        frozen = 0 if tail is None else tail[0].shape[0]
+        if member.mask is None:
+            rank = factors.a.shape[0]
+            own.append(columns[:, low : low + rank])
+            every.append(columns[:, low : low + rank + frozen])
+            low += rank + frozen
+        else:
+            own.append(_project(rows, factors.a.to(rows.dtype), factors.scaling, member.mask, backend))
+            every.append(own[-1] if tail is None else torch.cat((own[-1], columns[:, low : low + frozen]), 1))
+            low += frozen
+    plain = all(member.mask is None and member.factors.tail() is None for member in members)
+    return columns if plain else own[0].contiguous() if len(own) == 1 else torch.cat(own, 1), every
+
+
+def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The layers' outputs.
 
     Args:
         x: `(..., n)`, in the dtype of the arithmetic.
-        weight: `(m, n)` of any dtype, or `None`.
-        start: what is added: the bias `(m,)`, or, without a weight, a base result `(..., m)`; or `None`.
-        factors: of any dtype.
-        mask: dropout of the adapter's input.
+        members: at least one layer.
         backend: `triton`, `cpp` or `torch`.
 
     Returns:
-        `(..., m)`, and t `(tokens, r)`, both of x's dtype.
+        `(..., m)` per layer, and the t of all `(tokens, sum of r)`, all of x's dtype and memory of their own.
     """
     with _launch.device_of(x):
-        rows, dtype, rank = _rows(x), x.dtype, factors.a.shape[0]
-        b = factors.b.to(dtype)
-        if factors.a0 is None or factors.b0 is None:
-            every = t = _project(rows, factors.a.to(dtype), factors.scaling, mask, backend)
-        else:
-            if mask is None:
-                a, scale = _stacked(factors.a, factors.a0, factors, dtype, 0)
-                every = _project(rows, a, scale, None, backend)
-                t = every[:, :rank].contiguous()
-            else:
-                t = _project(rows, factors.a.to(dtype), factors.scaling, mask, backend)
-                frozen = _project(rows, factors.a0.to(dtype), factors.extra_scaling, None, backend)
-                every = torch.cat((t, frozen), 1)
-            b = torch.cat((b, factors.b0.to(dtype)), 1)
-        y = x.new_empty(*x.shape[:-1], b.shape[0])
-        out = y.view(rows.shape[0], b.shape[0])
-        row = start.to(dtype).contiguous() if start is not None and start.dim() == 1 else None
-        base = _rows(start) if start is not None and row is None else None
-        _launch.expand(out, every, b.mT, base=base, bias=row, backend=backend)
-        if weight is not None:
-            out.addmm_(rows, weight.to(dtype).mT)
-    return y, t
+        rows, dtype = _rows(x), x.dtype
+        t, every = _low_rank(rows, members, backend)
+        outputs = []
+        for member, low_rank in zip(members, every, strict=True):
+            factors, start, tail = member.factors, member.start, member.factors.tail()
+            b = factors.b.to(dtype) if tail is None else torch.cat((factors.b.to(dtype), tail[1].to(dtype)), 1)
+            y = x.new_empty(*x.shape[:-1], b.shape[0])
+            out = y.view(rows.shape[0], b.shape[0])
+            row = start.to(dtype).contiguous() if start is not None and start.dim() == 1 else None
+            base = _rows(start) if start is not None and row is None else None
+            _launch.expand(out, low_rank, b.mT, base=base, bias=row, backend=backend)
+            if member.weight is not None:
+                out.addmm_(rows, member.weight.to(dtype).mT)
+            outputs.append(y)
+        return outputs, t
 
 
 def backward(
-    g: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     x: torch.Tensor | None,
-    weight: torch.Tensor | None,
     t: torch.Tensor | None,
-    factors: Factors,
-    mask: Mask | None,
-    needs: tuple[bool, bool, bool, bool, bool],
+    members: Sequence[Member],
+    need_x: bool,
+    needs: Sequence[Needs],
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients that are needed; the others are empty.
+) -> tuple[torch.Tensor | None, list[Gradients]]:
+    """The gradients that are needed.
 
     Args:
-        g: `(..., m)`, of y.
+        grads: of each layer's y, `(..., m)`.
         x: `(..., n)`; needed for dW and dA.
-        weight: `(m, n)`, or `None` if dx has no such part.
-        t: `(tokens, r)`; needed for dB.
-        factors: as in the forward.
-        mask: as in the forward.
-        needs: whether dx, dW, db, dA, dB are.
+        t: `(tokens, sum of r)`, as `forward` returned it; needed for dB.
+        members: the layers, as in the forward; without a weight dx has no such part. Their `start` is not looked at.
+        need_x: whether dx is.
+        needs: which others are, per layer.
         backend: `triton`, `cpp` or `torch`.
 
     Returns:
-        dx `(..., n)`, dW and db in g's dtype, dA `(r, n)` and dB `(m, r)` in the dtypes of A and B.
+        dx `(..., n)` in the dtype of the gradients, or `None`, and the layers' own.
     """
-    need_x, need_weight, need_bias, need_a, need_b = needs
-    dx = dw = dbias = da = db = g.new_empty(0)
-    with _launch.device_of(g):
-        rows, dtype, rank = _rows(g), g.dtype, factors.a.shape[0]
+    first = grads[0]
+    with _launch.device_of(first):
+        rows = [_rows(each) for each in grads]
         sources = None if x is None else _rows(x)
-        if need_x or need_a:
-            b, scale = factors.b.to(dtype), factors.scaling
-            extra = need_x and factors.a0 is not None and factors.b0 is not None
-            if extra and factors.b0 is not None:
-                b, scale = _stacked(factors.b, factors.b0, factors, dtype, 1)
-            every = _project(rows, b.mT, scale, None, backend)
-            u = every[:, :rank] if extra else every
-        if need_x:
-            dx = g.new_empty(*g.shape[:-1], factors.a.shape[1])
-            out = dx.view(rows.shape[0], factors.a.shape[1])
-            a = factors.a.to(dtype)
-            if extra and factors.a0 is not None and mask is None:
-                _launch.expand(out, every, torch.cat((a, factors.a0.to(dtype))), backend=backend)
-            else:
-                _launch.expand(out, u, a, mask=mask, backend=backend)
-                if extra and factors.a0 is not None:
-                    _launch.expand(out, every[:, rank:], factors.a0.to(dtype), base=out, backend=backend)
-            if weight is not None:
-                out.addmm_(rows, weight.to(dtype))
-        if need_a and sources is not None:
-            da = _launch.tsreduce(u, sources, mask, backend).to(factors.a.dtype)
-        if need_b and t is not None:
-            db = _launch.tsreduce(t, rows, None, backend).mT.to(factors.b.dtype).contiguous()
-        if need_weight and sources is not None:
-            dw = torch.mm(rows.mT, sources)
-        if need_bias:
-            dbias = rows.sum(0)
-    return dx, dw, dbias, da, db
+        ranks = [
+            _back(g, member, need_x, need.a, backend) for g, member, need in zip(rows, members, needs, strict=True)
+        ]
+        own, tails = [u for u, _ in ranks], [tail for _, tail in ranks]
+        dx = _input_gradient(first, rows, own, tails, members, backend) if need_x else None
+        das = _a_gradients(sources, own, members, needs, backend)
+        found, low = [], 0
+        for g, member, need, da in zip(rows, members, needs, das, strict=True):
+            rank, db = member.factors.b.shape[1], None
+            if need.b and t is not None:
+                db = _launch.tsreduce(t[:, low : low + rank], g, None, backend)
+                db = db.mT.to(member.factors.b.dtype).contiguous()
+            low += rank
+            dw = torch.mm(g.mT, sources) if need.weight and sources is not None else None
+            found.append(Gradients(dw, g.sum(0) if need.bias else None, da, db))
+    return dx, found
+
+
+def _back(
+    g: torch.Tensor, member: Member, need_x: bool, need_a: bool, backend: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`s g B`, and the same of the frozen part if dx needs it."""
+    if not (need_x or need_a):
+        return None, None
+    factors, tail = member.factors, member.factors.tail() if need_x else None
+    if tail is None:
+        return _project(g, factors.b.to(g.dtype).mT, factors.scaling, None, backend), None
+    b, scale = _side_by_side([(factors.b, factors.scaling), (tail[1], factors.extra_scaling)], g.dtype, 1)
+    every, rank = _project(g, b.mT, scale, None, backend), factors.b.shape[1]
+    return every[:, :rank], every[:, rank:]
+
+
+def _input_gradient(
+    like: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor | None],
+    tails: Sequence[torch.Tensor | None],
+    members: Sequence[Member],
+    backend: str,
+) -> torch.Tensor:
+    features, dtype = members[0].factors.a.shape[1], like.dtype
+    dx = like.new_empty(*like.shape[:-1], features)
+    out = dx.view(rows[0].shape[0], features)
+    left, right, masked = [], [], []
+    for u, tail, member in zip(own, tails, members, strict=True):
+        if u is not None and member.mask is None:
+            left.append(u)
+            right.append(member.factors.a.to(dtype))
+        elif u is not None:
+            masked.append((u, member.factors.a.to(dtype), member.mask))
+        if tail is not None and member.factors.a0 is not None:
+            left.append(tail)
+            right.append(member.factors.a0.to(dtype))
+    base = None
+    if left:
+        base = _launch.expand(out, _joined(left, 1), _joined(right, 0), backend=backend)
+    for u, a, mask in masked:
+        base = _launch.expand(out, u, a, base=base, mask=mask, backend=backend)
+    for g, member in zip(rows, members, strict=True):
+        if member.weight is not None:
+            out.addmm_(g, member.weight.to(dtype))
+    return dx
+
+
+def _a_gradients(
+    sources: torch.Tensor | None,
+    own: Sequence[torch.Tensor | None],
+    members: Sequence[Member],
+    needs: Sequence[Needs],
+    backend: str,
+) -> list[torch.Tensor | None]:
+    found: list[torch.Tensor | None] = [None] * len(members)
+    if sources is None:
+        return found
+    wanted = [(i, u) for i, (u, need) in enumerate(zip(own, needs, strict=True)) if need.a and u is not None]
+    together = [(i, u) for i, u in wanted if members[i].mask is None]
+    if together:
+        whole, low = _launch.tsreduce(_joined([u for _, u in together], 1), sources, None, backend), 0
+        for i, u in together:
+            found[i] = whole[low : low + u.shape[1]]
+            low += u.shape[1]
+    for i, u in wanted:
+        if members[i].mask is not None:
+            found[i] = _launch.tsreduce(u, sources, members[i].mask, backend)
+    return [each if each is None else each.to(members[i].factors.a.dtype) for i, each in enumerate(found)]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.ops._checks import check_number, check_tensor
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops.lora_linear import _passes
-from lora_kernels.ops.lora_linear._passes import Factors
+from lora_kernels.ops.lora_linear._passes import Factors, Member, Needs
 from lora_kernels.ops.skinny.op import product_dispatcher
 
 linear_dispatcher, delta_dispatcher = product_dispatcher("lora_linear"), product_dispatcher("lora_delta")
@@ -35,7 +35,8 @@ def _linear(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     factors, mask = Factors(a, b, scaling, a0, b0, extra_scaling), mask_of(threshold, seed, stream)
-    return _passes.forward(x, weight, start, factors, mask, backend)
+    outputs, t = _passes.forward(x, (Member(factors, weight, start, mask),), backend)
+    return outputs[0], t
 
 
 @_linear.register_fake
@@ -84,10 +85,11 @@ def _linear_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     factors, mask = Factors(a, b, scaling, a0, b0, extra_scaling), mask_of(threshold, seed, stream)
-    needs = (need_x, need_weight, need_bias, need_a, need_b)
-    made = _passes.backward(g, x, weight, t, factors, mask, needs, backend)
+    member, needs = Member(factors, weight, None, mask), Needs(need_weight, need_bias, need_a, need_b)
+    dx, (own,) = _passes.backward((g,), x, t, (member,), need_x, (needs,), backend)
     # What an op returns must be memory of its own, the empty ones too.
-    return tuple(each if need else g.new_empty(0) for each, need in zip(made, needs, strict=True))  # type: ignore[return-value]
+    made = (dx, own.weight, own.bias, own.a, own.b)
+    return tuple(g.new_empty(0) if each is None else each for each in made)  # type: ignore[return-value]
 
 
 @_linear_backward.register_fake
@@ -210,16 +212,37 @@ class _Transformed(torch.autograd.Function):
         return found
 
 
+def in_transform() -> bool:
+    """Whether a `torch.func` transform is active."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _run(*args: Any) -> torch.Tensor:
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    run: Callable[..., Any] = _Transformed.apply if transformed else _linear
+    run: Callable[..., Any] = _Transformed.apply if in_transform() else _linear
     y: torch.Tensor = run(*args)[0]
     return y
 
 
-def _check_factors(
+def check_factors(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, extra: object, outputs: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """Check a layer's input and factors.
+
+    Args:
+        x: `(..., n)`.
+        a: `(r, n)`.
+        b: `(outputs, r)`.
+        scaling: s.
+        extra: `None` or `(a0, b0, e)`.
+        outputs: m, or `None` if b tells.
+
+    Returns:
+        The frozen pair, detached, and its scaling.
+
+    Raises:
+        TypeError: on a wrong type.
+        ValueError: on a wrong shape or device.
+    """
     check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError("x has shape (), but must be (..., n)")
@@ -238,7 +261,7 @@ def _check_factors(
     return a0.detach(), b0.detach(), float(extra_scaling)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -290,8 +313,8 @@ def lora_linear(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     check_tensor("weight", weight, shape=(None, None))
-    tail = _check_factors(x, a, b, scaling, extra, weight.shape[0])
-    cast = _autocast_dtype(x)
+    tail = check_factors(x, a, b, scaling, extra, weight.shape[0])
+    cast = autocast_dtype(x)
     allowed = {} if cast is not None else {"dtypes": (x.dtype,)}
     check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, **allowed)
     if bias is not None:
@@ -338,9 +361,9 @@ def lora_delta(
         ValueError: on a wrong shape, device or number.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    tail = _check_factors(x, a, b, scaling, extra, None)
+    tail = check_factors(x, a, b, scaling, extra, None)
     check_tensor("y", y, shape=(*x.shape[:-1], b.shape[0]), device=x.device)
-    cast = _autocast_dtype(x)
+    cast = autocast_dtype(x)
     x = x if cast is None else x.to(cast)
     drop = lowered(dropout, x.device)
     chosen = delta_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
