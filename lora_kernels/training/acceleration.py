@@ -119,7 +119,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
         group: in eager training, compute layers that are called one after the other with the same tensor (query, key
             and value; gate and up) together. They are found while they run; what is found takes effect after the first
             step of the optimizer that changes the adapter in place, so that checkpointed passes recompute what they
-            recorded. See `groups`.
+            recorded. The outputs of a group are one node of autograd's graph. See `lora_kernels.training.groups`.
 
     Returns:
         The path of every layer, and why.

@@ -47,12 +47,14 @@ class Ready:
         version: of x, when it was made.
         key: what the layer was like.
         y: the output.
+        group: the group it was made in.
     """
 
     x: torch.Tensor
     version: int
     key: tuple[Any, ...]
     y: torch.Tensor
+    group: Group
 
 
 _groups: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
@@ -104,7 +106,7 @@ def taken(layer: nn.Module, x: torch.Tensor, key: tuple[Any, ...]) -> torch.Tens
         return None
     if ready.x is x and ready.version == x._version and _equal(ready.key, key):
         return ready.y
-    _stray(_groups.get(layer))
+    _stray(ready.group)
     return None
 
 
@@ -115,8 +117,8 @@ def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
     )
 
 
-def _stray(group: Group | None) -> None:
-    if group is not None and group.strayed is None and group.layers:
+def _stray(group: Group) -> None:
+    if group.strayed is None:
         leader: Any = group.layers[0]()
         group.strayed = -1 if leader is None else _version(leader)
 
@@ -143,7 +145,7 @@ def followers(layer: nn.Module) -> list[nn.Module]:
     members = [each() for each in group.layers[1:]]
     found = [each for each in members if each is not None]
     for each in found:
-        if _ready.pop(each, None) is not None:
+        if _ready.pop(each, None) is not None:  # nobody came for the last one
             _stray(group)
     if len(found) < len(members) or (group.strayed is not None and group.strayed != version):
         _alone.add(layer)
@@ -159,16 +161,17 @@ def followers(layer: nn.Module) -> list[nn.Module]:
     return found
 
 
-def put_down(layer: nn.Module, x: torch.Tensor, key: tuple[Any, ...], y: torch.Tensor) -> None:
+def put_down(leader: nn.Module, layer: nn.Module, x: torch.Tensor, key: tuple[Any, ...], y: torch.Tensor) -> None:
     """Keep the output that the leader has made for a layer until that is called.
 
     Args:
-        layer: the layer.
+        leader: of a group in effect.
+        layer: another of the group.
         x: what the output was made from.
         key: see `taken`.
         y: the output.
     """
-    _ready[layer] = Ready(x, x._version, key, y)
+    _ready[layer] = Ready(x, x._version, key, y, _groups[leader])
 
 
 def learn(layer: nn.Module, x: torch.Tensor) -> None:

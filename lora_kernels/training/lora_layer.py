@@ -207,7 +207,7 @@ def _as_one(x: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
     keys = [_key(each, x, adapters) for each, adapters in zip(layers, found, strict=True)]
     outputs = _computed(x, [_member(each, x, adapters) for each, adapters in zip(layers, found, strict=True)])
     for layer, key, y in zip(layers[1:], keys[1:], outputs[1:], strict=True):
-        grouping.put_down(layer, x, key, y)
+        grouping.put_down(layers[0], layer, x, key, y)
     return outputs[0]
 
 

@@ -348,3 +348,15 @@ def test_a_checkpoint_inside_keeps_its_mode_until_the_next_step(calls):
     inner_calls = len(calls.sizes)
     y.sum().backward()
     assert calls.sizes[inner_calls - 1 :] == [2, 2]
+
+
+def test_a_follower_that_is_called_by_itself_and_a_group_that_strays(calls):
+    model, x = net()
+    inner = model.base_model.model
+    inner.two(torch.randn(3, 6))  # by itself
+    model(x)
+    assert calls.sizes[-1] == 2
+    inner.between = torch.clone
+    model(x)
+    with pytest.warns(RuntimeWarning, match="no longer do"):
+        moved(model)(x)
