@@ -4,8 +4,10 @@ Layers: forward and backward (the gradients of x, A and B), interleaved with PEF
 (forward and the gradient of x), after both have given the same numbers. The floor of the fused layer is its FLOPs over
 those of the base layer: no implementation that computes the products can be closer to the base than that.
 
-Training step: forward, backward and AdamW of all LoRA layers of a Llama, and the bytes that autograd keeps for the
-adapters (beyond what the frozen model keeps).
+Groups: layers that read the same input, together and one by one.
+
+Training step: forward, backward and AdamW of all LoRA layers of a Llama, with groups and without, and the bytes that
+autograd keeps for the adapters (beyond what the frozen model keeps).
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ SHAPES = ((512, 512), (1024, 1024), (2048, 2048), (2048, 512), (512, 4096))
 RANKS = (8, 16, 64)
 DROPOUTS = (0.0, 0.05)
 TRAIN_RANK, TRAIN_DROPOUT = 16, 0.05
+# Tokens, n, and m of each layer of a group: query, key and value; gate and up; all of small models.
+GROUPS = (
+    (2048, 1024, (1024, 256, 256)),
+    (2048, 1024, (2752, 2752)),
+    (2048, 2048, (2048, 512, 512)),
+    (256, 384, (384, 384, 384)),
+    (16, 384, (384, 384, 384)),
+)
 
 
 class _One(nn.Module):
@@ -127,6 +137,65 @@ def layers(tokens: int, shapes: Sequence[tuple[int, int]], ranks: Sequence[int],
     return found
 
 
+def groups(cases: Sequence[tuple[int, int, Sequence[int]]], rank: int, rounds: int) -> list[dict[str, Any]]:
+    """Time layers that read the same input, together and one by one.
+
+    Args:
+        cases: tokens, n and the m of each layer.
+        rank: r of each.
+        rounds: timed calls of each.
+
+    Returns:
+        An entry per case and dropout.
+    """
+    found = []
+    for tokens, n, outputs in cases:
+        x = torch.randn(tokens, n, requires_grad=True)
+        gs = [torch.randn(tokens, m) for m in outputs]
+        for dropout in DROPOUTS:
+            members = [
+                lk.ops.LoraMember(
+                    torch.randn(m, n) / n**0.5,
+                    None,
+                    torch.randn(rank, n, requires_grad=True),
+                    torch.randn(m, rank, requires_grad=True),
+                    1.0,
+                    lk.ops.Dropout(dropout, index) if dropout else None,
+                )
+                for index, m in enumerate(outputs)
+            ]
+            leaves = [x, *(factor for each in members for factor in (each.a, each.b))]
+
+            def run(together: bool, members: Any = members, leaves: Any = leaves, x: Any = x, gs: Any = gs) -> Any:
+                parts = [members] if together else [[each] for each in members]
+                ys = [y for part in parts for y in lk.ops.lora_linear_group(x, part)]
+                return torch.autograd.grad(ys, leaves, gs)
+
+            pairs = zip(run(True), run(False), strict=True)
+            difference = max(float((one - two).norm() / two.norm()) for one, two in pairs)
+            if difference > 1e-5:
+                raise SystemExit(f"{n} -> {outputs}: layers together and alone differ by {difference:.1e}")
+            calls = {"together": lambda run=run: run(True), "alone": lambda run=run: run(False)}
+            times = records.interleaved(calls, rounds)
+            found.append(
+                {
+                    "tokens": tokens,
+                    "n": n,
+                    "m": list(outputs),
+                    "rank": rank,
+                    "dropout": dropout,
+                    "difference": difference,
+                    "seconds": times,
+                    "alone_over_together": times["alone"]["p50"] / times["together"]["p50"],
+                }
+            )
+            CONSOLE.print(
+                f"{tokens:5d} x {n:5d} -> {', '.join(str(m) for m in outputs):16s} dropout {dropout:<4}  "
+                f"alone / together {found[-1]['alone_over_together']:.2f}"
+            )
+    return found
+
+
 def _saved(model: nn.Module, batch: Any) -> int:
     """Bytes that autograd keeps from a forward pass, beyond parameters."""
     kept: dict[int, int] = {}
@@ -142,6 +211,17 @@ def _saved(model: nn.Module, batch: Any) -> int:
     total = sum(size for storage, size in kept.items() if storage not in known)
     del loss
     return total
+
+
+def _step(model: Any, batch: Any) -> Any:
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return run
 
 
 def train(name: str, rounds: int) -> dict[str, Any]:
@@ -160,27 +240,23 @@ def train(name: str, rounds: int) -> dict[str, Any]:
     batch: Any = {**batches[0], "labels": batches[0]["input_ids"]}
     config = LoraConfig(r=TRAIN_RANK, lora_alpha=TRAIN_RANK, lora_dropout=TRAIN_DROPOUT, target_modules="all-linear")
     models: dict[str, Any] = {"peft": get_peft_model(copy.deepcopy(base), config).train()}  # type: ignore[arg-type]
-    models["ours"] = copy.deepcopy(models["peft"])
+    models["ours"], models["ungrouped"] = copy.deepcopy(models["peft"]), copy.deepcopy(models["peft"])
     report = lk.accelerate(models["ours"], strict=True, guard=False)
+    lk.accelerate(models["ungrouped"], strict=True, guard=False, group=False)
     losses = {side: float(model.eval()(**batch).loss.detach()) for side, model in models.items()}
     for model in models.values():
         model.enable_input_require_grads()
         model.train()
     frozen: Any = base.train().requires_grad_(False)
     frozen.enable_input_require_grads()
+    steps = {side: _step(model, batch) for side, model in models.items()}
+    for run in steps.values():
+        run()  # groups take effect after the first step
+    if not lk.training.groups(models["ours"]):
+        raise SystemExit("no layers were found to read the same tensor")
     saved = {side: _saved(model, batch) for side, model in {**models, "base": frozen}.items()}
 
-    def step(model: Any) -> Any:
-        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
-
-        def run() -> None:
-            optimizer.zero_grad()
-            model(**batch).loss.backward()
-            optimizer.step()
-
-        return run
-
-    times = records.interleaved({side: step(model) for side, model in models.items()}, rounds)
+    times = records.interleaved(steps, rounds)
     adapters = {side: saved[side] - saved["base"] for side in models}
     return {
         "case": name,
@@ -190,6 +266,7 @@ def train(name: str, rounds: int) -> dict[str, Any]:
         "loss": losses,
         "seconds": times,
         "peft_over_ours": times["peft"]["p50"] / times["ours"]["p50"],
+        "ungrouped_over_ours": times["ungrouped"]["p50"] / times["ours"]["p50"],
         "bytes_saved_for_adapters": adapters,
         "bytes_ratio": adapters["ours"] / adapters["peft"],
     }
@@ -209,7 +286,8 @@ def show(record: dict[str, Any]) -> None:
     step = record["step"]
     CONSOLE.print(
         f"training step ({step['case']}): PEFT {step['seconds']['peft']['p50']:.2f} s, ours "
-        f"{step['seconds']['ours']['p50']:.2f} s, ratio {step['peft_over_ours']:.2f}; bytes saved for the adapters: "
+        f"{step['seconds']['ours']['p50']:.2f} s, ratio {step['peft_over_ours']:.2f} (groups: "
+        f"{step['ungrouped_over_ours']:.2f}); bytes saved for the adapters: "
         f"{step['bytes_ratio']:.2f} of PEFT's"
     )
 
@@ -227,11 +305,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", choices=["small", "llama"], default="small", help="model of the training step")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--step-rounds", type=int, default=5, help="timed training steps of each side")
     parser.add_argument("--quick", action="store_true", help="one shape, one rank")
     parser.add_argument("--out", type=type(records.RESULTS), default=records.RESULTS, help="folder for the record")
     options = parser.parse_args(arguments)
     shapes, ranks = (SHAPES[:1], RANKS[1:2]) if options.quick else (SHAPES, RANKS)
-    record = {"layers": layers(options.tokens, shapes, ranks, options.rounds), "step": train(options.case, 3)}
+    cases = GROUPS[-1:] if options.quick else GROUPS
+    record = {
+        "layers": layers(options.tokens, shapes, ranks, options.rounds),
+        "groups": groups(cases, TRAIN_RANK, options.rounds),
+        "step": train(options.case, options.step_rounds),
+    }
     show(record)
     CONSOLE.print(f"record: {records.save('lora_linear', record, options.out)}")
     return 0
