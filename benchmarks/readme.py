@@ -121,19 +121,23 @@ def _training() -> list[str]:
             f"{bound:.2f} | {each['ours_over_base']:.2f} | {each['floor_over_base']:.2f} |"
         )
     times = {side: f"{value['p50']:.2f} s" for side, value in step["seconds"].items()}
-    gains = ", ".join(
-        f"{each['alone_over_together']:.2f} ({each['tokens']} x {each['n']} -> {'/'.join(map(str, each['m']))}, dropout "
-        f"{each['dropout']:g})"
-        for each in record["groups"]
-    )
-    lines += ["", f"Layers on one input, rank {record['groups'][0]['rank']}, time one by one over together: {gains}."]
+    gains = []
+    for each in record["groups"]:
+        outputs = "/".join(str(size) for size in each["m"])
+        shape = f"{each['tokens']} x {each['n']} -> {outputs}, dropout {each['dropout']:g}"
+        gains.append(f"{each['alone_over_together']:.2f} ({shape})")
+    lines += [
+        "",
+        f"Layers on one input, rank {record['groups'][0]['rank']}, time one by one over together: {', '.join(gains)}.",
+    ]
     return [
         *lines,
         "",
         f"A whole training step (the 8-layer Llama, 8 x 256 tokens, LoRA on all {step['layers']} linear layers, rank "
         f"{step['rank']}, dropout {step['dropout']:g}): PEFT {times['peft']}, accelerated {times['ours']}, "
-        f"{step['peft_over_ours']:.2f} times as fast ({step['ungrouped_over_ours']:.2f} of it from groups); the adapters keep {step['bytes_ratio']:.2f} of the bytes for the "
-        "backward pass. Record: `benchmarks/results/lora_linear.json`.",
+        f"{step['peft_over_ours']:.2f} times as fast ({step['ungrouped_over_ours']:.2f} of it from groups); "
+        f"the adapters keep {step['bytes_ratio']:.2f} of the bytes for the backward pass. "
+        "Record: `benchmarks/results/lora_linear.json`.",
     ]
 
 

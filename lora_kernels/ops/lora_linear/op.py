@@ -1,248 +1,48 @@
-"""The LoRA layer: checks, registration with autograd, and the choice of backend."""
+"""The LoRA layer: checks and the choice of backend."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from lora_kernels.ops._backend import Dispatcher
 from lora_kernels.ops._checks import check_number, check_tensor
-from lora_kernels.ops._dropout import Dropout, lowered, mask_of
-from lora_kernels.ops.lora_linear import _passes
-from lora_kernels.ops.lora_linear._passes import Factors, Member, Needs
+from lora_kernels.ops._dropout import Dropout, lowered
+from lora_kernels.ops.lora_linear import _function
+from lora_kernels.ops.lora_linear._function import Numbers
 from lora_kernels.ops.skinny.op import product_dispatcher
 
 linear_dispatcher, delta_dispatcher = product_dispatcher("lora_linear"), product_dispatcher("lora_delta")
 
 
-@torch.library.custom_op("lora_kernels::lora_linear", mutates_args=())
-def _linear(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    start: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    scaling: float,
-    extra_scaling: float,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    factors, mask = Factors(a, b, scaling, a0, b0, extra_scaling), mask_of(threshold, seed, stream)
-    outputs, t = _passes.forward(x, (Member(factors, weight, start, mask),), backend)
-    return outputs[0], t
+@dataclass(frozen=True)
+class LoraMember:
+    """One of the layers that read the same input; see `lora_linear` on each.
+
+    Attributes:
+        weight: W `(m, n)`, or `None` where the base layer works out its own product.
+        start: what is added: the bias `(m,)`, or, without a weight, the base layer's result `(..., m)`; or `None`.
+        a: A `(r, n)`.
+        b: B `(m, r)`.
+        scaling: s.
+        dropout: of the adapter's input, each layer's own.
+        extra: a frozen pair `(A0, B0, e)`.
+    """
+
+    weight: torch.Tensor | None
+    start: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: Dropout | None = None
+    extra: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
 
-@_linear.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    start: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    scaling: float,
-    extra_scaling: float,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(math.prod(x.shape[:-1]), a.shape[0])
-
-
-# What `_linear` takes, and which gradients there are, by position.
-_X, _WEIGHT, _START, _A, _B = range(5)
-
-
-@torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
-def _linear_backward(
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    t: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    scaling: float,
-    extra_scaling: float,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_a: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    factors, mask = Factors(a, b, scaling, a0, b0, extra_scaling), mask_of(threshold, seed, stream)
-    member, needs = Member(factors, weight, None, mask), Needs(need_weight, need_bias, need_a, need_b)
-    dx, (own,) = _passes.backward((g,), x, t, (member,), need_x, (needs,), backend)
-    # What an op returns must be memory of its own, the empty ones too.
-    made = (dx, own.weight, own.bias, own.a, own.b)
-    return tuple(g.new_empty(0) if each is None else each for each in made)  # type: ignore[return-value]
-
-
-@_linear_backward.register_fake
-def _(
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    t: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    scaling: float,
-    extra_scaling: float,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_a: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs, features = b.shape[0], a.shape[1]
-    return (
-        g.new_empty(*g.shape[:-1], features) if need_x else g.new_empty(0),
-        g.new_empty(outputs, features) if need_weight else g.new_empty(0),
-        g.new_empty(outputs) if need_bias else g.new_empty(0),
-        torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else g.new_empty(0),
-        torch.empty_like(b, memory_format=torch.contiguous_format) if need_b else g.new_empty(0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, start, a, b, a0, b0, *numbers = inputs
-    scaling, extra_scaling, threshold, seed, stream, backend = numbers
-    needs = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)  # nobody differentiates t
-    ctx.save_for_backward(
-        x if needs[_A] or needs[_WEIGHT] else None,
-        weight if needs[_X] else None,
-        output[1] if needs[_B] else None,
-        a,
-        b,
-        a0,
-        b0,
-        seed,
-    )
-    ctx.numbers = scaling, extra_scaling, threshold, stream, backend
-    ctx.row_start = start is not None and start.dim() == 1
-    ctx.dtypes = weight if weight is None else weight.dtype, start if start is None else start.dtype
-
-
-def _backward(ctx: Any, g: torch.Tensor | None, _t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    nothing: list[torch.Tensor | None] = [None] * 13
-    if g is None:
-        return tuple(nothing)
-    x, weight, t, a, b, a0, b0, seed = ctx.saved_tensors
-    scaling, extra_scaling, threshold, stream, backend = ctx.numbers
-    needs = list(ctx.needs_input_grad[:5])
-    base = needs[_START] and not ctx.row_start
-    flags = [needs[_X], needs[_WEIGHT], needs[_START] and ctx.row_start, needs[_A], needs[_B]]
-    grads: list[torch.Tensor | None] = [None] * 5
-    if any(flags):
-        found = _linear_backward(
-            g, x, weight, t, a, b, a0, b0, scaling, extra_scaling, threshold, seed, stream, *flags, backend
-        )
-        grads = [each if flag else None for each, flag in zip(found, flags, strict=True)]
-    if base:
-        grads[_START] = g
-    for place, dtype in ((_WEIGHT, ctx.dtypes[0]), (_START, ctx.dtypes[1])):
-        grad = grads[place]
-        grads[place] = grad if grad is None else grad.to(dtype)
-    return (*grads, *nothing[5:])
-
-
-_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
-    """A vmap rule: one call per element of the batch. Elements share a mask unless their seeds are a batch, too."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        outputs = [
-            op(*(each if dim is None else each.select(dim, i) for each, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(each) for each in zip(*outputs, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return rule
-
-
-_linear.register_vmap(_one_by_one(_linear))
-_linear_backward.register_vmap(_one_by_one(_linear_backward))
-
-
-class _Transformed(torch.autograd.Function):
-    """The same op inside `torch.func.grad` and the like, which registered ops cannot be differentiated by."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found: tuple[torch.Tensor, torch.Tensor] = _linear(*args)
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _backward(ctx, *grads)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        found: tuple[Any, Any] = _one_by_one(_Transformed.apply)(info, in_dims, *args)
-        return found
-
-
-def in_transform() -> bool:
-    """Whether a `torch.func` transform is active."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _run(*args: Any) -> torch.Tensor:
-    run: Callable[..., Any] = _Transformed.apply if in_transform() else _linear
-    y: torch.Tensor = run(*args)[0]
-    return y
-
-
-def check_factors(
+def _check_factors(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, extra: object, outputs: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    """Check a layer's input and factors.
-
-    Args:
-        x: `(..., n)`.
-        a: `(r, n)`.
-        b: `(outputs, r)`.
-        scaling: s.
-        extra: `None` or `(a0, b0, e)`.
-        outputs: m, or `None` if b tells.
-
-    Returns:
-        The frozen pair, detached, and its scaling.
-
-    Raises:
-        TypeError: on a wrong type.
-        ValueError: on a wrong shape or device.
-    """
     check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError("x has shape (), but must be (..., n)")
@@ -261,12 +61,46 @@ def check_factors(
     return a0.detach(), b0.detach(), float(extra_scaling)
 
 
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def _lowered(
+    x: torch.Tensor, member: LoraMember, cast: torch.dtype | None, start: str
+) -> tuple[tuple[torch.Tensor | None, ...], Numbers]:
+    """A layer as autograd's function takes it, checked; `start` is what the caller calls that argument."""
+    weight, first = member.weight, member.start
+    if weight is not None:
+        check_tensor("weight", weight, shape=(None, None))
+    outputs = None if weight is None else weight.shape[0]
+    a0, b0, extra_scaling = _check_factors(x, member.a, member.b, member.scaling, member.extra, outputs)
+    if weight is not None:
+        allowed = {} if cast is not None else {"dtypes": (x.dtype,)}
+        check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, **allowed)
+        if first is not None:
+            check_tensor(start, first, shape=(outputs,), device=x.device, **allowed)
+    else:
+        if first is None:
+            raise ValueError(f"{start} must be the base layer's result (..., m) where weight is None")
+        check_tensor(start, first, shape=(*x.shape[:-1], member.b.shape[0]), device=x.device)
+        first = first.to(x.dtype if cast is None else cast)
+    threshold, seed, stream = lowered(member.dropout, x.device)
+    numbers = Numbers(float(member.scaling), extra_scaling, threshold, stream)
+    return (weight, first, member.a, member.b, a0, b0, seed), numbers
+
+
+def _run(
+    x: torch.Tensor, members: Sequence[LoraMember], backend: str, dispatcher: Dispatcher, start: str
+) -> tuple[torch.Tensor, ...]:
+    cast = _autocast_dtype(x)
+    tensors, numbers = zip(*(_lowered(x, each, cast, start) for each in members), strict=True)
+    x = x if cast is None else x.to(cast)
+    drops = any(each.threshold > 0 for each in numbers)
+    return _function.run(x, tensors, numbers, dispatcher.choose(backend, x.device, x.dtype, drops))
 
 
 def lora_linear(
@@ -312,17 +146,9 @@ def lora_linear(
         ValueError: on a wrong shape, device or number.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    check_tensor("weight", weight, shape=(None, None))
-    tail = check_factors(x, a, b, scaling, extra, weight.shape[0])
-    cast = autocast_dtype(x)
-    allowed = {} if cast is not None else {"dtypes": (x.dtype,)}
-    check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, **allowed)
-    if bias is not None:
-        check_tensor("bias", bias, shape=(weight.shape[0],), device=x.device, **allowed)
-    x = x if cast is None else x.to(cast)
-    drop = lowered(dropout, x.device)
-    chosen = linear_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
-    return _run(x, weight, bias, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)
+    check_tensor("weight", weight)
+    member = LoraMember(weight, bias, a, b, scaling, dropout, extra)
+    return _run(x, (member,), backend, linear_dispatcher, "bias")[0]
 
 
 def lora_delta(
@@ -361,11 +187,35 @@ def lora_delta(
         ValueError: on a wrong shape, device or number.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    tail = check_factors(x, a, b, scaling, extra, None)
-    check_tensor("y", y, shape=(*x.shape[:-1], b.shape[0]), device=x.device)
-    cast = autocast_dtype(x)
-    x = x if cast is None else x.to(cast)
-    drop = lowered(dropout, x.device)
-    chosen = delta_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
-    start = y.to(x.dtype)
-    return _run(x, None, start, a, b, *tail[:2], float(scaling), tail[2], *drop, chosen)
+    check_tensor("y", y)
+    member = LoraMember(None, y, a, b, scaling, dropout, extra)
+    return _run(x, (member,), backend, delta_dispatcher, "y")[0]
+
+
+def lora_linear_group(
+    x: torch.Tensor, members: Sequence[LoraMember], *, backend: str = "auto"
+) -> tuple[torch.Tensor, ...]:
+    """LoRA layers that read the same x (query, key and value; gate and up), their products side by side.
+
+    The same numbers as `lora_linear` or `lora_delta` of each, up to rounding. x is read once for the `(tokens, r)`
+    matrices of all layers and once for all gradients of A, and the gradient of x is accumulated in place instead of
+    being made by every layer and added up. Where a layer has dropout its mask is its own, so the products that see the
+    mask are taken layer by layer; x's gradient is accumulated in place all the same. Inside `torch.compile` and
+    `torch.func` transforms the layers are taken one by one.
+
+    Args:
+        x: `(..., n)`, see `lora_linear`.
+        members: at least one layer.
+        backend: of the skinny products: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
+
+    Returns:
+        `(..., m)` of each layer.
+
+    Raises:
+        TypeError: on a wrong type or dtype.
+        ValueError: on a wrong shape, device or number, or if there is no layer.
+        RuntimeError: if the backend asked for cannot take the call; the message says why.
+    """
+    if not members:
+        raise ValueError("members must hold at least one layer")
+    return _run(x, members, backend, linear_dispatcher, "start")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,17 +21,29 @@ _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
-@contextlib.contextmanager
-def device_of(tensor: torch.Tensor) -> Iterator[None]:
-    """Launch on the device of a tensor, with autocast off: inside an op it would cast operands a second time."""
-    kind = tensor.device.type
-    # Triton launches on the current device, which need not be the tensor's.
-    with torch.cuda.device(tensor.device) if kind == "cuda" else contextlib.nullcontext():
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                yield
-        else:
-            yield
+_NOTHING = contextlib.nullcontext()
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of a tensor, with autocast off: inside an op it would cast operands a second time.
+
+    Args:
+        tensor: any of the operands.
+
+    Returns:
+        A context; one that does nothing where nothing is to be done, since it is asked for at every call.
+    """
+    device = tensor.device
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if device.type != "cuda" and not casts:
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    if device.type == "cuda":
+        # Triton launches on the current device, which need not be the tensor's.
+        stack.enter_context(torch.cuda.device(device))
+    if casts:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    return stack
 
 
 def _chunks(wide: torch.Tensor) -> Iterator[slice]:
