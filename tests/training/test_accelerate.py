@@ -383,3 +383,83 @@ def test_training_gives_the_same_loss_curve():
 def test_errors():
     with pytest.raises(ValueError, match="no LoRA layer"):
         lk.accelerate(tiny_llama())
+
+
+def two_adapters(change):
+    """PEFT's model and ours with two active adapters; `change` is made to a layer's modules."""
+    models = []
+    for _ in range(2):
+        model = wrapped(lora_dropout=0.5)
+        model.add_adapter("second", LoraConfig(r=3, lora_alpha=9, target_modules=TARGETS, lora_dropout=0.5))
+        model.base_model.set_adapter(["default", "second"])
+        torch.manual_seed(11)
+        for name, value in model.named_parameters():
+            if ".second." in name:
+                nn.init.normal_(value.detach(), std=0.1)
+        for module in model.modules():
+            if "second" in getattr(module, "lora_A", {}):
+                change(module)
+        models.append(model)
+    lk.accelerate(models[1], guard=False)
+    return models
+
+
+def only_b(module):
+    module.lora_A["second"].weight.requires_grad_(False)
+
+
+def test_an_adapter_of_which_one_factor_is_trained_is_no_frozen_one():
+    stock, fused = two_adapters(only_b)
+    stock.eval(), fused.eval()
+    mine, yours = step(fused), step(stock)
+    assert any("lora_B.second" in name for name in mine[1])
+    assert_same(mine, yours)
+
+
+def test_a_frozen_adapter_keeps_its_dropout():
+    def freeze(module):
+        module.lora_A["second"].requires_grad_(False)
+        module.lora_B["second"].requires_grad_(False)
+
+    _, fused = two_adapters(freeze)
+    fused.train()
+    torch.manual_seed(0)
+    losses = {float(fused(**BATCH).loss) for _ in range(3)}
+    for module in fused.modules():
+        if "second" in getattr(module, "lora_A", {}):
+            module.lora_dropout["default"] = nn.Identity()
+    losses_of_second_alone = {float(fused(**BATCH).loss) for _ in range(3)}
+    assert len(losses) == 3 and len(losses_of_second_alone) == 3
+
+
+def test_a_dropout_of_another_kind_runs_peft():
+    model = wrapped()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.AlphaDropout(0.2)
+    with pytest.warns(RuntimeWarning, match="AlphaDropout"):
+        assert paths(lk.accelerate(model)) == {"eager"}
+
+
+def test_bias_and_dtype_where_the_base_makes_its_own_product():
+    def cast(_module, _args, output):
+        return output.double()
+
+    models = []
+    for _ in range(2):
+        model = wrapped(lora_bias=True)
+        model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS, lora_bias=True))
+        model.base_model.set_adapter(["default", "second"])
+        torch.manual_seed(11)
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(value.detach(), std=0.1)
+        models.append(model.base_model.model.model.layers[0].self_attn.q_proj)
+    stock, fused = models
+    lk.accelerate(fused, guard=False)
+    x = torch.randn(5, stock.in_features)
+    assert torch.allclose(fused(x), stock(x), atol=1e-5)
+    for layer in models:
+        layer.base_layer.register_forward_hook(cast)
+    assert fused(x).dtype == stock(x).dtype == torch.float64
+    assert torch.allclose(fused(x), stock(x), atol=1e-5)

@@ -360,3 +360,13 @@ def test_a_follower_that_is_called_by_itself_and_a_group_that_strays(calls):
     model(x)
     with pytest.warns(RuntimeWarning, match="no longer do"):
         moved(model)(x)
+
+
+def test_a_tensor_that_is_changed_in_between_is_another_one(calls):
+    model = wrapped(Net(), target_modules=["one", "two"])
+    lk.accelerate(model)
+    model.base_model.model.between = lambda x: x.add_(1)
+    for _ in range(3):
+        model(torch.randn(4, 6))
+        moved(model)
+    assert groups(model) == [] and set(calls.sizes) == {1}

@@ -43,9 +43,6 @@ class LoraMember:
 def _check_factors(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, extra: object, outputs: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError("x has shape (), but must be (..., n)")
     check_tensor("a", a, shape=(None, x.shape[-1]), device=x.device)
     check_tensor("b", b, shape=(outputs, a.shape[0]), device=x.device)
     check_number("scaling", scaling)
@@ -96,6 +93,9 @@ def _lowered(
 def _run(
     x: torch.Tensor, members: Sequence[LoraMember], backend: str, dispatcher: Dispatcher, start: str
 ) -> tuple[torch.Tensor, ...]:
+    check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError("x has shape (), but must be (..., n)")
     cast = _autocast_dtype(x)
     tensors, numbers = zip(*(_lowered(x, each, cast, start) for each in members), strict=True)
     x = x if cast is None else x.to(cast)
