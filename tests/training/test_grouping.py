@@ -218,6 +218,11 @@ def test_an_output_that_nobody_takes(calls):
     with pytest.warns(RuntimeWarning, match="no longer do"):
         model(x)
     assert calls.sizes[-1] == 1
+    model.base_model.model.skip_two = False
+    calls.sizes.clear()
+    for _ in range(3):
+        moved(model)(x)
+    assert set(calls.sizes) == {1}  # a leader whose group did not hold leads no other
 
 
 def change_scaling(layer):
