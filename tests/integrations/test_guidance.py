@@ -119,3 +119,28 @@ def test_advice():
     assert advice("m", [0.1], starts_away=True, full_rate=False, learning_rate=1e-3) == ()
     assert is_warning(advice("m", [5.0], starts_away=True, full_rate=False, learning_rate=1e-3)[-1])
     assert not any(map(is_warning, advice("m", [5.0], starts_away=True, full_rate=False, learning_rate=5e-5)))
+
+
+def test_step_ratio_is_measured_by_steps_of_random_sign():
+    torch.manual_seed(0)
+    m, n, rank = 40, 400, 6
+    stock = LoraFactors((torch.rand(rank, n) * 2 - 1) / n**0.5, torch.zeros(m, rank))
+    start = LoraFactors(torch.randn(rank, n) / 5, torch.randn(m, rank))
+
+    def moved(factors):
+        def sign(like):
+            return torch.randint(0, 2, like.shape) * 2.0 - 1.0
+
+        steps = [sign(factors.B) @ factors.A + factors.B @ sign(factors.A) for _ in range(50)]
+        return sum(float(each.square().sum()) for each in steps) ** 0.5
+
+    ratio = outlook(start, 1.0, EMPTY, "layer", offset=True).step_ratio
+    assert abs(ratio / (moved(start) / moved(stock)) - 1) < 0.05
+
+
+@pytest.mark.parametrize("alpha", [8, -8])
+def test_a_first_step_goes_down_whatever_the_sign_of_the_scaling(alpha):
+    model, batches = wrapped(lora_alpha=alpha), padded(samples(), 4)
+    stats = lk.collect(model, batches, ("input_second", "gradient"), progress=False)
+    found = lk.initialize(model, statistics=stats, method="eva", progress=False)
+    assert all(each.first_step < 0 for each in found if each.rank)

@@ -68,3 +68,8 @@ def test_what_is_not_accelerated_is_said():
     mixed.base_model.model.model.layers[0].self_attn.q_proj.merge()
     report = lk.verify(mixed, BATCH)
     assert list(report.skipped.values()) == ["adapters are merged or disabled"] and len(report.layers) == 5
+
+
+def test_errors_below_rounding_are_alike():
+    errors = lk.training.LayerErrors("layer", {"y": 1e-9, "dA": 3e-6}, {"y": 1e-12, "dA": 1e-6})
+    assert errors.ratio(1e-7) == pytest.approx(3.0) and errors.ratio(1e-5) == 1.0
