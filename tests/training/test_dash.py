@@ -68,7 +68,7 @@ def test_the_papers_own_code(index, dtype, accelerated):
     for place, (left, right) in enumerate(zip(truth["u"].mT, truth["vt"], strict=True)):
         ours = torch.outer(dash.left[:, place], dash.right[place])
         assert float((ours.double() - torch.outer(left, right).double()).norm()) < tolerance
-    # The order of the coordinates is that of the rates, and a sign turns both vectors: the given values fit as they are.
+    # Coordinates are ordered by rate, and a sign turns both vectors: the given values fit as they are.
     with torch.no_grad():
         dash.coordinates.copy_(given["lora_index"])
     y = model(x)

@@ -95,25 +95,30 @@ class DashVariant:
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """The weight with the adapter, a new tensor."""
-        delta: torch.Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight + delta.to(orig_weight.dtype)
+        return orig_weight + _delta_like(orig_weight, module, active_adapter)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
         """The same in place."""
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data += _delta_like(orig_weight, module, active_adapter)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """The weight without the adapter."""
-        delta: torch.Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight.data - delta.to(orig_weight.dtype)
+        return orig_weight.data - _delta_like(orig_weight, module, active_adapter)
 
     @staticmethod
     def fused(module: Any, adapter: str) -> Extension:
         """What the fused forward adds (see `training.extension`)."""
         found: Extension = module.lora_dash[adapter].extension()
         return found
+
+
+def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
+    if not weight.is_floating_point():  # casting the sum to it would leave nothing of the adapter
+        raise ValueError(f"a base weight of {weight.dtype} cannot take an adapter up: merge on an unquantized base")
+    delta: torch.Tensor = layer.get_delta_weight(adapter)
+    return delta.to(weight.dtype)
 
 
 def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
