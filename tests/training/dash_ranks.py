@@ -83,7 +83,9 @@ def main():
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+    solved.clear()
     train(model, run, ids)
+    assert len(solved) == 3
     kept["fsdp"] = adapter(model)
     assert_alike(kept["fsdp"])
     late = wrapped()

@@ -253,6 +253,16 @@ def test_coordinates_see_the_undropped_input(accelerated):
     assert relative_error(model(x), x @ effective(layer).mT) < 1e-13
 
 
+def test_the_switch_sets_out_from_zero():
+    model = wrapped()
+    run = lk.LoRADash(k=3).attach(model)
+    with torch.no_grad():
+        run.coordinates()[0].fill_(0.3)  # by noise on all parameters, say
+        before = model(**BATCHES[0]).logits
+        run.launch(adam(model), progress=False)
+        assert torch.equal(model(**BATCHES[0]).logits, before)
+
+
 def test_bad_factors_at_the_switch_name_the_layer():
     model = wrapped()
     run = lk.LoRADash(k=3, pre_launch=1).attach(model)

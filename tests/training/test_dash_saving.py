@@ -113,6 +113,7 @@ def test_exported_as_a_stock_adapter(tmp_path, settings):
         warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert not any("dash" in name for name in loaded.state_dict())
+    assert not any("dash" in name for name in load_file(str(tmp_path / "adapter_model.safetensors")))
     assert "lora_dash" not in json.loads((tmp_path / "adapter_config.json").read_text())
     for name, module in loaded.named_modules():
         if isinstance(module, LoraLayer):
