@@ -62,9 +62,11 @@ class Adapter:
 
     def more(self) -> list[Adapter]:
         """What `product` has left out: an extension that must be by itself, if any."""
-        if self.extension is None or self._stacks or self.extension.left is None or self.extension.right is None:
+        if self.extension is None or self._stacks:
             return []
         coordinates, left, right = self.extension
+        if left is None or right is None:
+            return []
         return [Adapter(right, left.to(coordinates.dtype) * coordinates, None, 1.0, 0.0, self.frozen)]
 
     @property
