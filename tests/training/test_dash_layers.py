@@ -296,6 +296,20 @@ def test_several_adapters():
     torch.testing.assert_close(model(**inputs).logits, first, rtol=1e-4, atol=1e-5)
 
 
+def test_coordinates_of_a_second_adapter_that_is_not_scaled():
+    model, _run = dashed()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    dashed(model, adapter_name="second", k=2)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.scaling["second"] = 0.0
+    x = torch.randn(3, 24)
+    expected = layer(x)
+    lk.accelerate(model, strict=True)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert relative_error(x @ effective(layer, "default").float().mT, expected) > 1e-2
+
+
 def test_conversion_sees_the_coordinates():
     model, layer = linear()
     dashed(model, k=4)
