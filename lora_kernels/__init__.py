@@ -7,14 +7,20 @@
 Importing touches no GPU and needs no compiler.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lora_kernels import init, linalg, ops, statistics, training
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
+from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
-from lora_kernels.training import AccelerateReport, accelerate, reference_mode, restore, verify
+from lora_kernels.training import AccelerateReport, LoRADash, accelerate, reference_mode, restore, verify
+
+if TYPE_CHECKING:
+    from lora_kernels.integrations.dash_callback import LoRADashCallback
 
 __all__ = [
     "EVA",
@@ -23,6 +29,9 @@ __all__ = [
     "CorDA",
     "InitReport",
     "LayerReport",
+    "LoRADash",
+    "LoRADashCallback",
+    "LoRATSD",
     "LoraDA",
     "LoraGA",
     "PiSSA",
@@ -46,3 +55,12 @@ __all__ = [
     "training",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is an optional dependency, and slow to import.
+    if name == "LoRADashCallback":
+        from lora_kernels.integrations.dash_callback import LoRADashCallback
+
+        return LoRADashCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lora_kernels.init.curvature import descent_step
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
+from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics.distributed import share_out
@@ -147,39 +142,3 @@ class TaskDirections:
         caught = float(along[chosen].square().sum() / along.square().sum().clamp_min(torch.finfo(along.dtype).tiny))
         notes = (f"{shown}; {100 * caught:.0f} % of the update along core directions",)
         return LayerFactors(factors, math.nan, 0.0, "svd", notes)
-
-
-def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The full singular value decomposition of a base weight.
-
-    Args:
-        weight: `(m, n)`.
-        cache: folder where it is kept, under a digest of the weight's values; a file that cannot be read is made anew.
-
-    Returns:
-        U `(m, k)`, sigma `(k,)` and V^T `(k, n)`, k = min(m, n), float32.
-    """
-    file = None
-    if cache is not None:
-        plain = weight.detach().cpu().contiguous()
-        digest = hashlib.blake2b(repr((tuple(plain.shape), plain.dtype)).encode(), digest_size=16)
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-        file = Path(cache) / f"{digest.hexdigest()}.safetensors"
-        if file.exists():
-            try:
-                found = load_file(str(file), device=str(weight.device))
-                return found["u"], found["s"], found["vh"]
-            except (SafetensorError, KeyError):
-                pass  # cut off while it was written by something else than this function, which renames
-    u, s, vh = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file({"u": u.cpu().contiguous(), "s": s.cpu(), "vh": vh.cpu().contiguous()}, temporary)
-            os.replace(temporary, file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    return u, s, vh

@@ -28,6 +28,7 @@ from lora_kernels.statistics.options import Forward
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import OF_GRADIENTS, Wants, resolve_wants
+from lora_kernels.training.dash.module import directions as dash_directions
 
 
 def _options(options: Mapping[str, Any]) -> CollectOptions:
@@ -177,7 +178,8 @@ def initialize(
         What was done, layer by layer.
 
     Raises:
-        ValueError: on bad arguments or data, a trained adapter, or an optimizer that holds parameters to be replaced.
+        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, or an optimizer that
+            holds parameters to be replaced.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
@@ -193,6 +195,8 @@ def initialize(
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
     layers = peft_layers.find_lora_layers(model, adapter_name)
+    if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
+        raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
     if resolved.offsets_base:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,11 @@ from torch import nn
 
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.plain import linear_features
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._checks import check_range
-from lora_kernels.statistics.modes import is_sharded
-
-
-def offset_name(adapter: str) -> str:
-    """The name of the frozen adapter that goes with an adapter."""
-    return f"{adapter}_offset"
+from lora_kernels.training.base_weight import dense_weight, offset_name
+from lora_kernels.training.dash import LoRADash
+from lora_kernels.training.dash import module as dash_module
 
 
 def has_offset(model: nn.Module, adapter: str) -> bool:
@@ -46,17 +44,7 @@ def base_weight(module: Any) -> torch.Tensor:
     Returns:
         W, `(m, n)` float32, a copy where the base is quantized, sharded or of another dtype.
     """
-    from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415  (peft is an optional dependency)
-
-    layer = module.get_base_layer()
-    weight: Any = dequantize_module_weight(layer).detach()
-    if is_sharded(weight):
-        weight = weight.full_tensor()
-    transposed = linear_features(layer) == weight.shape and weight.shape != (module.out_features, module.in_features)
-    if type(layer).__name__ == "Conv1D" or transposed:
-        weight = weight.mT
-    wide: torch.Tensor = weight.to(torch.float32)
-    return wide
+    return dense_weight(module).to(torch.float32)
 
 
 def is_quantized(module: Any) -> bool:
@@ -161,9 +149,11 @@ def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
 def load(
     base: nn.Module, path: str | Path, *, adapter_name: str = "default", is_trainable: bool = True, **settings: Any
 ) -> nn.Module:
-    """Load an adapter that `save_pretrained` wrote, together with its frozen counterpart if there is one.
+    """Load an adapter that `save_pretrained` wrote, with its frozen counterpart and LoRA-Dash's coordinates if any.
 
-    (Stock `PeftModel.from_pretrained` loads the adapter alone, which is then away from zero on an untouched base.)
+    (Stock `PeftModel.from_pretrained` loads the adapter alone, which is then away from zero on an untouched base, and
+    without its coordinates, of which it warns as an unexpected `lora_dash`.) A run of LoRA-Dash goes on by
+    `LoRADash(...).attach(model)`.
 
     Args:
         base: the unmodified base model.
@@ -182,9 +172,16 @@ def load(
         set_peft_model_state_dict,
     )
 
-    model: Any = PeftModel.from_pretrained(
-        base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **settings
-    )
+    dash = _dash_settings(Path(path))
+    with warnings.catch_warnings():
+        if dash is not None:
+            warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['lora_dash'\]")
+        model: Any = PeftModel.from_pretrained(
+            base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **settings
+        )
+    if dash is not None:
+        LoRADash(**dash, adapter_name=adapter_name).attach(model)
+        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
     frozen = offset_name(adapter_name)
     # PEFT writes every adapter but "default" into a folder of its own name.
     folder = (Path(path) if adapter_name == "default" else Path(path).parent) / frozen
@@ -197,6 +194,13 @@ def load(
             for part in (module.lora_A[frozen], module.lora_B[frozen]):
                 _freeze(part, part.weight.detach())
     return model  # type: ignore[no-any-return]
+
+
+def _dash_settings(folder: Path) -> dict[str, Any] | None:
+    """What a saved config says of LoRA-Dash."""
+    file = folder / "adapter_config.json"
+    found: dict[str, Any] | None = json.loads(file.read_text()).get("lora_dash") if file.is_file() else None
+    return found
 
 
 def subtract(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
@@ -252,23 +256,28 @@ def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 def export(
     model: nn.Module, path: str | Path, *, rank: str | int = "exact", adapter_name: str = "default"
 ) -> dict[str, ExportedLayer]:
-    """Write an adapter, together with its frozen counterpart, as one stock PEFT adapter for the unmodified base.
+    """Write an adapter as one stock PEFT adapter for the unmodified base.
+
+    With it go its frozen counterpart (r more rank) and LoRA-Dash's coordinates (k more, with B columns `c_i u_i / s`).
 
     Args:
         model: the PEFT model.
         path: a folder.
-        rank: `"exact"` (twice the rank where there is a counterpart), or the rank to cut every layer to.
+        rank: `"exact"`, or the rank to cut every layer to.
         adapter_name: the adapter.
 
     Returns:
         By layer, the rank written and the error of cutting.
 
     Raises:
-        ValueError: if `rank` is neither `"exact"` nor a positive number, or the adapter is missing.
+        ValueError: if `rank` is neither `"exact"` nor a positive number, the adapter is missing, or its coordinates
+            cannot be expressed because s is 0.
         TypeError: if the model is no PEFT model.
     """
     from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
     from safetensors.torch import save_file  # noqa: PLC0415
+
+    from lora_kernels.training.dash import peft_config  # noqa: PLC0415  (imports peft)
 
     if isinstance(rank, str):
         if rank != "exact":
@@ -278,7 +287,9 @@ def export(
     layers = peft_layers.find_lora_layers(model, adapter_name)
     frozen = offset_name(adapter_name) if has_offset(model, adapter_name) else None
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = {key: value for key, value in state.items() if f".{dash_module.ATTRIBUTE}." not in key}
     config: Any = copy.deepcopy(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
+    peft_config.reduce(config)
     found: dict[str, ExportedLayer] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for each in layers.supported:
@@ -315,6 +326,13 @@ def _product(
     if frozen is not None and frozen in module.lora_A and bool(module.lora_B[frozen].weight.any()):
         a = torch.cat((a, module.lora_A[frozen].weight.detach().to(a)))
         b = torch.cat((b, module.lora_B[frozen].weight.detach().to(b)), dim=1)
+    dash = dash_module.directions(module, adapter)
+    if dash is not None and dash.launched:
+        coordinates, left, right = dash.coordinates.detach(), dash.left, dash.right
+        scaling = module.scaling[adapter]
+        if scaling == 0:
+            raise ValueError("an adapter of scaling 0 cannot express its coordinates, which are not scaled")
+        a, b = torch.cat((a, right.to(a))), torch.cat((b, (left * (coordinates / scaling)).to(b)), dim=1)
     if isinstance(rank, str) or a.shape[0] <= rank:
         return a, b, 0.0
     return compress(a, b, rank)

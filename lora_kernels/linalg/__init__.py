@@ -1,5 +1,6 @@
 """Floor 2: matrix algorithms made of ops."""
 
+from lora_kernels.linalg.basis import core_basis
 from lora_kernels.linalg.eigen import TopEigenpairs, eigh_topk
 from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
 from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
@@ -9,6 +10,7 @@ __all__ = [
     "Nystrom",
     "RandomizedSVD",
     "TopEigenpairs",
+    "core_basis",
     "eigh_topk",
     "nystrom",
     "randomized_svd",

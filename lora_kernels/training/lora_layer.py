@@ -7,7 +7,7 @@ stay what they were. Wherever PEFT does more than `base(x) + s B A drop(x)`, its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from lora_kernels.ops import Dropout, LoraMember, lora_delta, lora_linear_group
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training import grouping
+from lora_kernels.training.extension import Extension, tied
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
@@ -32,7 +33,8 @@ class Adapter:
         bias: that of B `(m,)`, or `None`.
         scaling: s.
         p: dropout of its input.
-        frozen: whether neither factor is trained.
+        frozen: whether nothing of it is trained.
+        extension: what its variant adds, or `None`.
     """
 
     a: torch.Tensor
@@ -41,6 +43,35 @@ class Adapter:
     scaling: float
     p: float
     frozen: bool
+    extension: Extension | None = None
+
+    def product(self) -> Adapter:
+        """The same without an extension, as far as it fits into one product.
+
+        Undropped, an extension is more rank: `[A; V^T]` and `[B, U diag(c) / s]`.
+        """
+        if self.extension is None:
+            return self
+        coordinates, left, right = self.extension
+        if left is None or right is None:
+            return replace(self, b=tied(self.b, coordinates), extension=None)
+        if not self._stacks:
+            return replace(self, extension=None)
+        columns = left.to(coordinates.dtype) * (coordinates / self.scaling)
+        return replace(self, a=torch.cat((self.a, right)), b=torch.cat((self.b, columns), 1), extension=None)
+
+    def more(self) -> list[Adapter]:
+        """What `product` has left out: an extension that must be by itself, if any."""
+        if self.extension is None or self._stacks:
+            return []
+        coordinates, left, right = self.extension
+        if left is None or right is None:
+            return []
+        return [Adapter(right, left.to(coordinates.dtype) * coordinates, None, 1.0, 0.0, self.frozen)]
+
+    @property
+    def _stacks(self) -> bool:
+        return self.p == 0 and self.scaling != 0
 
 
 class FusedForward:
@@ -131,8 +162,8 @@ def eager_reason(layer: Any) -> str | None:
     if not names:
         return "no active adapter"
     for name in names:
-        if name in layer.lora_variant:
-            variant = layer.lora_variant[name]
+        variant = layer.lora_variant.get(name)
+        if variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
         if not _plain_linear(layer.lora_A[name]) or not _plain_linear(layer.lora_B[name]):
             return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
@@ -158,8 +189,11 @@ def active(layer: Any) -> list[Adapter]:
             continue
         a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.lora_dropout[name]
         p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        frozen = not (a.requires_grad or b.weight.requires_grad)
-        found.append(Adapter(a, b.weight, b.bias, layer.scaling[name], p, frozen))
+        variant = layer.lora_variant.get(name)
+        extension = None if variant is None else variant.fused(layer, name)
+        trained = a.requires_grad or b.weight.requires_grad
+        trained = trained or (extension is not None and extension.coordinates.requires_grad)
+        found.append(Adapter(a, b.weight, b.bias, layer.scaling[name], p, not trained, extension))
     return sorted(found, key=lambda each: each.frozen)
 
 
@@ -179,7 +213,8 @@ def runs_fused(layer: Any) -> bool:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     adapters = active(layer)
-    extra = _counterpart(adapters)
+    rest = _rest(adapters)
+    extra = _counterpart(rest)
     y = None
     if layer.grouped and grouping.applies(x):
         key = _key(layer, x, adapters)
@@ -192,7 +227,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
                 grouping.learn(layer, x)
     if y is None:
         (y,) = _computed(x, (_member(layer, x, adapters),))
-    for each in adapters[1:]:
+    for each in rest:
         if each is not extra:
             delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
             y = _biased(delta, each).to(y.dtype)
@@ -220,9 +255,17 @@ def _computed(x: torch.Tensor, members: Sequence[LoraMember]) -> list[torch.Tens
     ]
 
 
-def _counterpart(adapters: list[Adapter]) -> Adapter | None:
+def _rest(adapters: list[Adapter]) -> list[Adapter]:
+    """All that the first product of a layer leaves out."""
+    more = adapters[0].more()
+    for each in adapters[1:]:
+        more += (each.product(), *each.more())
+    return more
+
+
+def _counterpart(rest: list[Adapter]) -> Adapter | None:
     """A frozen adapter without dropout (of a start away from zero): more rank of the same products."""
-    return next((each for each in adapters[1:] if each.frozen and each.p == 0), None)
+    return next((each for each in rest if each.frozen and each.p == 0), None)
 
 
 def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...]:
@@ -230,12 +273,13 @@ def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     numbers = (value for each in adapters for value in (each.a, each.b, each.bias, each.scaling, each.p, each.frozen))
-    return cast, layer.base_layer, *numbers
+    extensions = (value for each in adapters if each.extension is not None for value in each.extension)
+    return cast, layer.base_layer, *numbers, *extensions
 
 
 def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
     """What the fused op is to compute for a layer: its first adapter, and what is frozen beside it."""
-    first, extra, base = adapters[0], _counterpart(adapters), layer.base_layer
+    first, extra, base = adapters[0].product(), _counterpart(_rest(adapters)), layer.base_layer
     frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
     if base_is_fused(layer) and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
         bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)

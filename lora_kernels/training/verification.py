@@ -19,9 +19,9 @@ from lora_kernels.statistics.loss import model_loss
 from lora_kernels.statistics.modes import evaluation_mode
 from lora_kernels.training import grouping
 from lora_kernels.training.acceleration import lora_layers, reference_mode
-from lora_kernels.training.lora_layer import FusedForward, active, base_is_fused, eager_reason
+from lora_kernels.training.lora_layer import Adapter, FusedForward, active, base_is_fused, eager_reason
 
-PARTS = ("y", "dx", "dA", "dB")
+PARTS = ("y", "dx", "dA", "dB", "dc")
 # An error this much larger than PEFT's is a failure.
 LIMIT = 2.0
 
@@ -32,7 +32,7 @@ class LayerErrors:
 
     Attributes:
         name: the layer.
-        fused: by part (`y`, `dx`, `dA`, `dB`), of the fused layer.
+        fused: by part (`y`, `dx`, `dA`, `dB`, and `dc` of coordinates such as LoRA-Dash's), of the fused layer.
         stock: of PEFT's.
     """
 
@@ -230,10 +230,17 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return error / size if size > 0 else (0.0 if error == 0 else math.inf)
 
 
+def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """What an adapter is made of, by the gradients' names."""
+    found = {"dA": adapter.a, "dB": adapter.b}
+    if adapter.extension is not None and adapter.extension.left is not None:
+        found["dc"] = adapter.extension.coordinates
+    return found
+
+
 def _trained(layer: Any) -> dict[str, torch.Tensor]:
-    """The factors that get gradients, by the gradients' names."""
-    first = active(layer)[0]
-    return {part: each for part, each in zip(PARTS[2:], (first.a, first.b), strict=True) if each.requires_grad}
+    """What gets gradients of a layer's first adapter, by the gradients' names."""
+    return {part: each for part, each in _leaves(active(layer)[0]).items() if each.requires_grad}
 
 
 def _run(layers: Sequence[Any], x: torch.Tensor, gs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -254,23 +261,26 @@ def _truth(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tens
     """The same in float64; of a base that computes its own product, that product."""
     rows = x.to(torch.float64).requires_grad_(True)
     adapters = active(layer)
-    leaves = [each.to(torch.float64).detach().requires_grad_(True) for each in (adapters[0].a, adapters[0].b)]
-    base = layer.base_layer
+    base, wanted = layer.base_layer, {}
     with torch.enable_grad():
         if base_is_fused(layer):
             bias = None if base.bias is None else base.bias.to(torch.float64)
             y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
             shift = torch.zeros((), dtype=torch.float64, device=x.device)
         else:
-            own = x.clone().requires_grad_(True)
-            product = base(own)
-            (shift,) = torch.autograd.grad(product, own, g.to(product.dtype))
+            start = x.clone().requires_grad_(True)
+            product = base(start)
+            (shift,) = torch.autograd.grad(product, start, g.to(product.dtype))
             y, shift = product.detach().to(torch.float64), shift.to(torch.float64)
         for index, each in enumerate(adapters):
-            a, b = leaves if index == 0 else (each.a.to(torch.float64), each.b.to(torch.float64))
-            y = y + each.scaling * (rows @ a.mT @ b.mT)
+            own = {part: value.detach().to(torch.float64) for part, value in _leaves(each).items()}
+            if index == 0:
+                wanted = {part: own[part].requires_grad_(True) for part in _trained(layer)}
+            y = y + each.scaling * (rows @ own["dA"].mT @ own["dB"].mT)
             if each.bias is not None:
                 y = y + each.scaling * each.bias.to(torch.float64)
-        wanted = {part: leaf for part, leaf in zip(PARTS[2:], leaves, strict=True) if part in _trained(layer)}
+            if each.extension is not None and each.extension.left is not None and each.extension.right is not None:
+                left, right = each.extension.left.to(torch.float64), each.extension.right.to(torch.float64)
+                y = y + (rows @ right.mT * own["dc"]) @ left.mT
         dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g.to(torch.float64))
     return {"y": y.detach(), "dx": dx + shift, **dict(zip(wanted, rest, strict=True))}

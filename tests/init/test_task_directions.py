@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
 from lora_kernels.init.factors import BaseLayer, LoraFactors
-from lora_kernels.init.task_directions import core_basis
 from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
@@ -80,22 +79,6 @@ def test_a_short_run_of_training_can_be_the_update():
     report = lk.initialize(model, method=lk.TaskDirections(update="adapter"), force=True, progress=False)
     assert all(layer.status == "initialised" for layer in report.layers)
     assert relative_error(model(**batch).logits, before) < 1e-5  # the run's own change is gone
-
-
-def test_decompositions_are_cached_by_the_values_of_the_weight(tmp_path, monkeypatch):
-    weight = torch.randn(9, 5)
-    first = core_basis(weight, str(tmp_path))
-    calls = []
-    real = torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    again = core_basis(weight.clone(), str(tmp_path))
-    assert not calls and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    core_basis(weight + 1, str(tmp_path))
-    assert len(calls) == 1 and len(list(tmp_path.glob("*.safetensors"))) == 2
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:50])
-    damaged = core_basis(weight, str(tmp_path))
-    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(first, damaged, strict=True))
 
 
 def test_errors():
