@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_kernels.ops import Dropout, LoraMember, lora_delta, lora_linear_group
 from lora_kernels.statistics.modes import is_sharded
-from lora_kernels.training import grouping
+from lora_kernels.training import dora, grouping
 from lora_kernels.training.extension import Extension, tied
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
@@ -35,6 +35,7 @@ class Adapter:
         p: dropout of its input.
         frozen: whether nothing of it is trained.
         extension: what its variant adds, or `None`.
+        magnitude: DoRA's `(m,)`, or `None`.
     """
 
     a: torch.Tensor
@@ -44,6 +45,7 @@ class Adapter:
     p: float
     frozen: bool
     extension: Extension | None = None
+    magnitude: torch.Tensor | None = None
 
     def product(self) -> Adapter:
         """The same without an extension, as far as it fits into one product.
@@ -163,7 +165,11 @@ def eager_reason(layer: Any) -> str | None:
         return "no active adapter"
     for name in names:
         variant = layer.lora_variant.get(name)
-        if variant is not None and not hasattr(variant, "fused"):
+        if dora.magnitude(layer, name) is not None:
+            reason = dora.refusal(layer, name, names, base_is_fused(layer))
+            if reason is not None:
+                return f"adapter {name!r} is {reason}"
+        elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
         if not _plain_linear(layer.lora_A[name]) or not _plain_linear(layer.lora_B[name]):
             return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
@@ -190,10 +196,11 @@ def active(layer: Any) -> list[Adapter]:
         a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.lora_dropout[name]
         p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
         variant = layer.lora_variant.get(name)
-        extension = None if variant is None else variant.fused(layer, name)
+        magnitude = dora.magnitude(layer, name)
+        extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
         trained = a.requires_grad or b.weight.requires_grad
         trained = trained or (extension is not None and extension.coordinates.requires_grad)
-        found.append(Adapter(a, b.weight, b.bias, layer.scaling[name], p, not trained, extension))
+        found.append(Adapter(a, b.weight, b.bias, layer.scaling[name], p, not trained, extension, magnitude))
     return sorted(found, key=lambda each: each.frozen)
 
 
@@ -227,6 +234,8 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
                 grouping.learn(layer, x)
     if y is None:
         (y,) = _computed(x, (_member(layer, x, adapters),))
+    if adapters[0].magnitude is not None:  # of a layer with no other adapter
+        return dora.scaled(y, layer, adapters[0])
     for each in rest:
         if each is not extra:
             delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
@@ -272,7 +281,11 @@ def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...
     """All that a layer's output depends on besides x and the values of its tensors."""
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    numbers = (value for each in adapters for value in (each.a, each.b, each.bias, each.scaling, each.p, each.frozen))
+    numbers = (
+        value
+        for each in adapters
+        for value in (each.a, each.b, each.bias, each.scaling, each.p, each.frozen, each.magnitude)
+    )
     extensions = (value for each in adapters if each.extension is not None for value in each.extension)
     return cast, layer.base_layer, *numbers, *extensions
 
@@ -283,6 +296,7 @@ def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
     frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
     if base_is_fused(layer) and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
         bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
+        bias = None if first.magnitude is not None else bias
         return LoraMember(base.weight, bias, first.a, first.b, first.scaling, _draw(first, x), frozen)
     start = _biased(base(x), first)
     return LoraMember(None, start, first.a, first.b, first.scaling, _draw(first, x), frozen)

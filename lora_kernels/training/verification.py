@@ -21,7 +21,7 @@ from lora_kernels.training import grouping
 from lora_kernels.training.acceleration import lora_layers, reference_mode
 from lora_kernels.training.lora_layer import Adapter, FusedForward, active, base_is_fused, eager_reason
 
-PARTS = ("y", "dx", "dA", "dB", "dc")
+PARTS = ("y", "dx", "dA", "dB", "dc", "dm")
 # An error this much larger than PEFT's is a failure.
 LIMIT = 2.0
 
@@ -235,6 +235,8 @@ def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
     found = {"dA": adapter.a, "dB": adapter.b}
     if adapter.extension is not None and adapter.extension.left is not None:
         found["dc"] = adapter.extension.coordinates
+    if adapter.magnitude is not None:
+        found["dm"] = adapter.magnitude
     return found
 
 
@@ -282,5 +284,9 @@ def _truth(layer: Any, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tens
             if each.extension is not None and each.extension.left is not None and each.extension.right is not None:
                 left, right = each.extension.left.to(torch.float64), each.extension.right.to(torch.float64)
                 y = y + (rows @ right.mT * own["dc"]) @ left.mT
+            if each.magnitude is not None:
+                whole = base.weight.detach().to(torch.float64) + each.scaling * own["dB"].detach() @ own["dA"].detach()
+                bias = torch.zeros(()) if base.bias is None else base.bias.to(torch.float64)
+                y = (y - bias) * (own["dm"] / torch.linalg.vector_norm(whole, dim=1)) + bias
         dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g.to(torch.float64))
     return {"y": y.detach(), "dx": dx + shift, **dict(zip(wanted, rest, strict=True))}

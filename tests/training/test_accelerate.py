@@ -188,17 +188,71 @@ def test_habits_of_peft_stay(tmp_path):
     same()
 
 
-def test_dora_runs_peft_and_says_so():
-    stock, fused = wrapped(use_dora=True), wrapped(use_dora=True)
-    with pytest.raises(
-        ValueError, match=r"6 layers would not be accelerated .first: .*q_proj: adapter 'default' is a va"
-    ):
+def dora(**changes):
+    """DoRA with magnitudes that are not those of the start."""
+    model = wrapped(use_dora=True, **changes)
+    torch.manual_seed(7)
+    for name, value in model.named_parameters():
+        if "magnitude" in name:
+            value.data *= 1 + 0.3 * torch.rand_like(value)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "r": 8}, {"target_modules": "all-linear"}])
+def test_dora(settings):
+    stock, fused = dora(**settings), dora(**settings)
+    assert paths(lk.accelerate(fused, strict=True)) == {"fused"}
+    for _ in range(2):
+        mine, yours = step(fused), step(stock)
+        assert sum("magnitude" in name for name in mine[1]) >= 6
+        assert_same(mine, yours)
+        for model in (stock, fused):
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    if "lora_" in name:
+                        value.mul_(1.01)
+    report = lk.verify(fused, BATCH)
+    assert report.ok and all("dm" in each.fused for each in report)
+
+
+def test_dora_with_bias_and_in_half_precision():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(7, 9))
+    stock, fused = (wrapped(copy.deepcopy(base), target_modules=["0"], use_dora=True) for _ in range(2))
+    lk.accelerate(fused, strict=True)
+    x = torch.randn(5, 7)
+    assert torch.allclose(fused(x), stock(x), atol=1e-6)
+    stock.to(torch.bfloat16), fused.to(torch.bfloat16)
+    assert relative_error(fused(x.bfloat16()), stock(x.bfloat16())) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"lora_dropout": 0.1}, "DoRA with dropout"), ({"quantize": "nf4"}, "DoRA on a base that computes its own")],
+)
+def test_dora_runs_peft_where_it_must_and_says_so(settings, reason):
+    def made():
+        torch.manual_seed(5)
+        kind = settings.get("quantize")
+        return wrapped(quantized(kind) if kind else None, use_dora=True, lora_dropout=settings.get("lora_dropout", 0.0))
+
+    stock, fused = made(), made()
+    with pytest.raises(ValueError, match=rf"6 layers would not be accelerated .first: .*q_proj: .*{reason}"):
         lk.accelerate(fused, strict=True)
     assert not any(isinstance(each, FusedForward) for each in fused.modules())
     with pytest.warns(RuntimeWarning, match="6 eager"):
         report = lk.accelerate(fused)
-    assert paths(report) == {"eager"} and "variant" in str(report)
-    assert_same(step(fused), step(stock))
+    assert paths(report) == {"eager"} and "DoRA" in str(report)
+    assert_same(step(fused.eval()), step(stock.eval()))
+    assert_same(step(fused.train(), seed=1), step(stock.train(), seed=1))
+
+
+def test_another_variant_beside_dora_runs_peft():
+    model = dora()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.warns(RuntimeWarning, match="beside other adapters"):
+        assert paths(lk.accelerate(model)) == {"eager"}
 
 
 def test_embeddings_are_reported():
