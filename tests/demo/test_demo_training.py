@@ -6,6 +6,7 @@ import torch
 
 from lora_kernels.demo import task as training
 from lora_kernels.demo.config import DemoConfig
+from lora_kernels.demo.recipe import parameter_groups
 from lora_kernels.demo.task import Batches, adapter_ranks, build_model, evaluate, evaluation_steps, train_run
 from lora_kernels.demo.user_data import read_task
 
@@ -180,7 +181,7 @@ def test_rates():
 def test_the_head_has_a_rate_of_its_own(parts, config):
     config = dataclasses.replace(config, steps=4)
     model = build_model(parts[0], 3, 4, 0, 0)
-    factors, head = training.parameter_groups(model, 1e-3, 1e-2)
+    factors, head = parameter_groups(model, 1e-3, 1e-2)
     assert (factors["lr"], head["lr"]) == (1e-3, 1e-2)
     assert sorted(tuple(each.shape) for each in head["params"]) == [(3,), (3, 16)]
     trained = [each for each in model.parameters() if each.requires_grad]

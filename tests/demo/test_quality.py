@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("peft")
 from benchmarks import quality, quality_report, readme
-from benchmarks.quality import QUICK, Crew, Job, Partial, Protocol, Setup, Worker, main, neighbour, read, tune
+from benchmarks.quality import QUICK, Arm, Crew, Job, Partial, Protocol, Setup, Worker, main, neighbour, read, tune
 from lora_kernels.init import EVA
 
 
@@ -28,19 +28,25 @@ def command(folder, model):
     return ["--data", data, *options]
 
 
+def grid(arm):
+    return quality.ARMS[arm].rates or QUICK.rates
+
+
 def test_the_study_from_end_to_end(finished):
     record = json.loads((finished / "quality_colours_quick.json").read_text())
     assert set(record["summary"]) == set(quality.ARMS) and len(record["verdict"]) == len(quality.ARMS) - 1
-    assert all(choice["at_edge"] and set(choice["losses"]) == {"0.001", "0.01"} for choice in record["tuning"].values())
+    for arm, choice in record["tuning"].items():
+        assert set(choice["losses"]) == {f"{rate:g}" for rate in grid(arm)}
     runs = quality_report.final_runs(record)
     for arm, (run,) in runs.items():
         assert [point["step"] for point in run["evaluations"]] == [2, 4, 8]
         assert run["learning_rate"] == record["tuning"][arm]["rate"] and run["head_rate"] == 0.003
-        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (arm != "random")
+        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (quality.ARMS[arm].method is not None)
     # Every arm is another one.
     assert len({run["final_loss"] for (run,) in runs.values()}) == len(quality.ARMS)
     assert (finished / "quality_colours_quick.png").stat().st_size > 20_000
-    assert len(record["runs"]) == 3 * len(quality.ARMS)  # the run that tried the head is one of random LoRA's two
+    # The run that tried the head is one of random LoRA's.
+    assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in quality.ARMS)
     text = "\n".join(readme.quality(record, "quality_colours"))
     assert text.count("\n| ") == len(quality.ARMS) + 2 and "one seed: no verdict" in text
 
@@ -76,7 +82,7 @@ def test_the_figure_is_drawn_from_the_record_alone(finished):
 
 
 def test_other_processes_give_the_same_bits(finished, tiny_model):
-    setup = Setup(finished / "colours.csv", model=tiny_model, protocol=QUICK, arms={"random": None, "eva": EVA()})
+    setup = Setup(finished / "colours.csv", model=tiny_model, protocol=QUICK, arms={"random": Arm(), "eva": Arm(EVA())})
     job = Job("tune", "eva", 100, 1e-3, 3e-3)
     with Crew(setup, 2, Partial(None, {})) as crew:
         (there,) = crew.do([job])
@@ -115,7 +121,7 @@ def test_a_grid_grows_where_the_best_is_at_its_edge():
         asked.append(wanted)
         return {(name, rate): abs(rate / best[name] - 1) + (rate < best[name]) for name, rate in wanted}
 
-    choice = tune(list(best), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2, losses_of)
+    choice = tune(dict.fromkeys(best, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)), 2, losses_of)
     assert {name: (each["rate"], each["at_edge"]) for name, each in choice.items()} == {
         "inside": (1e-3, False),
         "once": (1e-5, True),
@@ -129,7 +135,7 @@ def test_a_grid_grows_where_the_best_is_at_its_edge():
 
 
 def test_a_rate_that_diverges_bounds_the_grid():
-    choice = tune(["x"], (1e-3, 1e-2), 2, lambda wanted: {k: None if k[1] > 1e-2 else 1 - k[1] for k in wanted})
+    choice = tune({"x": (1e-3, 1e-2)}, 2, lambda wanted: {k: None if k[1] > 1e-2 else 1 - k[1] for k in wanted})
     assert choice["x"] == {"rate": 1e-2, "at_edge": False, "losses": {"0.001": 0.999, "0.01": 0.99, "0.03": None}}
 
 
@@ -185,7 +191,7 @@ def test_what_is_said_where_nothing_can_be_told_apart_or_a_seed_diverged():
 
 def test_arms_need_something_to_be_compared_with(tmp_path):
     with pytest.raises(ValueError, match="must include 'random'"):
-        quality.study(Setup(tmp_path, arms={"eva": EVA()}))
+        quality.study(Setup(tmp_path, arms={"eva": Arm(EVA())}))
     with pytest.raises(SystemExit):
         main([])
 
