@@ -100,12 +100,29 @@ struct ProJob : LoraProAdam {
     }
   }
 
+  // The numbers of a step, one per lane: read anew after every store if they stayed where they are.
+  template <class W>
+  struct Numbers {
+    typename W::F beta1, rest1, beta2, rest2, avg, root, eps;
+    explicit LK_HD Numbers(const ProJob& job) {
+      const typename W::F zero = {};
+      beta1 = zero + T(job.beta1);
+      rest1 = zero + T(1 - job.beta1);
+      beta2 = zero + T(job.beta2);
+      rest2 = zero + T(1 - job.beta2);
+      avg = zero + T(job.avg_factor);
+      root = zero + T(job.root_factor);
+      eps = zero + T(job.eps);
+    }
+  };
+
   // Updates both moments of one vector from its gradient; the direction.
   template <class W>
-  LK_HD typename W::F update(X* avg, X* square, const typename W::F& e, const uint16_t* bits) const {
+  static LK_HD typename W::F update(X* avg, X* square, const typename W::F& e, const uint16_t* bits,
+                                    const Numbers<W>& by) {
     using F = typename W::F;
-    const F m = load_float<W>(avg) * T(beta1) + e * T(1 - beta1);
-    const F v = load_float<W>(square) * T(beta2) + e * e * T(1 - beta2);
+    const F m = load_float<W>(avg) * by.beta1 + e * by.rest1;
+    const F v = load_float<W>(square) * by.beta2 + e * e * by.rest2;
     if constexpr (kStochastic) {
       store_stochastic<W>(avg, m, bits);
       store_stochastic<W>(square, v, bits + 8 * kChunk);
@@ -113,7 +130,7 @@ struct ProJob : LoraProAdam {
       store(avg, m);
       store(square, v);
     }
-    return m * T(avg_factor) / (square_root<W>(v) * T(root_factor) + T(eps));
+    return m * by.avg / (square_root<W>(v) * by.root + by.eps);
   }
 
   // M rows, columns first .. last - 1: to `h`, whose rows are `panel` long.
@@ -124,6 +141,7 @@ struct ProJob : LoraProAdam {
     constexpr int64_t strip = V * W::lanes;
     uint16_t* const bits = reinterpret_cast<uint16_t*>(scratch + random());
     X* const spare = reinterpret_cast<X*>(scratch + ragged());
+    const Numbers<W> numbers(*this);
     for (int64_t chunk = first; chunk < last; chunk += kChunk) {
       const int64_t end = std::min(last, chunk + kChunk);
       if constexpr (kStochastic)
@@ -132,13 +150,19 @@ struct ProJob : LoraProAdam {
             source[moment].draw<Wide<W::bytes>>(table[moment], row_offset + row + m, chunk, end,
                                                 bits + (moment * 8 + m) * kChunk);
       for (int64_t c = chunk; c < end; c += strip) {
-        F e[M][V];
-        outer_tile<W, M, V, false>(left, M, scratch + right() + (c - first) * 2 * rank, strip, 2 * rank, nullptr, 0, 0,
-                                   e);
         const int64_t used = std::min(strip, end - c);
         X* const whole[2] = {static_cast<X*>(exp_avg) + row * avg_stride + c,
                              static_cast<X*>(exp_avg_sq) + row * square_stride + c};
         const int64_t stride[2] = {avg_stride, square_stride};
+        // The moments arrive while the gradient is made.
+        for (int moment = 0; moment < 2; ++moment)
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m)
+            for (int64_t l = 0; l < used; l += 64 / int64_t(sizeof(X)))
+              __builtin_prefetch(whole[moment] + m * stride[moment] + l, 1);
+        F e[M][V];
+        outer_tile<W, M, V, false>(left, M, scratch + right() + (c - first) * 2 * rank, strip, 2 * rank, nullptr, 0, 0,
+                                   e);
         if (used < strip)
           for (int moment = 0; moment < 2; ++moment)
             for (int m = 0; m < M; ++m)
@@ -153,7 +177,7 @@ struct ProJob : LoraProAdam {
           for (int v = 0; v < V; ++v) {
             const int64_t l = v * W::lanes;
             store(h + m * panel + (c - first) + l, update<W>(avg + m * avg_step + l, square + m * square_step + l,
-                                                             e[m][v], bits + m * kChunk + (c - chunk) + l));
+                                                             e[m][v], bits + m * kChunk + (c - chunk) + l, numbers));
           }
         if (used < strip)
           for (int moment = 0; moment < 2; ++moment)
