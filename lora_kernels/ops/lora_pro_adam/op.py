@@ -12,6 +12,7 @@ from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import FLOATS, check_number, check_range, check_tensor
 from lora_kernels.ops._philox import seed_tensor
+from lora_kernels.ops.lora_pro_adam.config import RANKS
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, stochastic_round
 
 STATES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # dtypes of the moments, and their codes in csrc
@@ -78,10 +79,12 @@ def _check(
     check_tensor("grad_b", grad_b, shape=(rows, rank), device=where)
 
 
-def _triton_refuses(exp_avg: torch.Tensor, _rank: int) -> str | None:
+def _triton_refuses(exp_avg: torch.Tensor, rank: int) -> str | None:
     refused = triton_refuses(exp_avg.device)
     if refused is None and exp_avg.dtype == torch.float64:
         return "takes no float64"
+    if refused is None and rank > RANKS[-1]:
+        return f"takes ranks up to {RANKS[-1]}, not {rank}"
     return refused
 
 
