@@ -14,7 +14,7 @@ class ProConfig:
     """Tile sizes and launch shape.
 
     Attributes:
-        rows: rows of a tile; 16 per warp, or warps would repeat each other's work.
+        rows: rows of a tile; at best 16 per warp, or warps repeat each other's work.
         columns: columns of a tile, a multiple of 16.
         warps: warps per program.
         stages: depth of the load pipeline.
@@ -29,9 +29,9 @@ class ProConfig:
 
 
 RANKS = (16, 32, 64, 128)  # to which ranks are padded
-# Rows and columns that a program takes where there is work enough for all: what it adds to the memory traffic is
-# 4 R (1 / rows + 1 / columns) bytes per parameter, of 16.
-_ROWS, _COLUMNS = 512, 512
+# Blocks of rows and steps of columns that a program takes where there is work enough for all. With 512 rows and columns
+# slabs add 4 R (1 / 512 + 1 / 512) bytes per parameter to the memory traffic, which is 16 without them.
+_MOST_BLOCKS, _MOST_STEPS, _LEAST_STEPS = 8, 32, 4
 
 
 def rank_for(rank: int) -> int:
@@ -52,7 +52,11 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
         The configuration.
     """
     platform = platform or build_platform()
-    return ProConfig(64, 16, 4, 2)
+    if not aligned and platform == "cuda":  # every element's address takes registers
+        return ProConfig(32, 16, 4, 2)
+    warps = 8 if rank > 64 else 4
+    # On AMD a second stage takes more scalar registers than there are.
+    return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
 
 
 def is_aligned(*moments: torch.Tensor) -> bool:
@@ -70,11 +74,11 @@ def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
         processors: multiprocessors of the chip, each of which shall have two programs.
 
     Returns:
-        The blocks and the steps of a program, at most as many as fill `_ROWS` and `_COLUMNS`.
+        The blocks and the steps of a program.
     """
-    blocks, steps = min(tall, 8), min(wide, 32)
-    while -(-tall // blocks) * -(-wide // steps) < 2 * processors and (blocks > 1 or steps > 4):
-        if blocks > 1 and blocks * 4 >= steps:
+    blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
+    while -(-tall // blocks) * -(-wide // steps) < 2 * processors and (blocks > 1 or steps > _LEAST_STEPS):
+        if blocks > 1 and blocks * _LEAST_STEPS >= steps:
             blocks = -(-blocks // 2)
         else:
             steps = -(-steps // 2)

@@ -281,7 +281,11 @@ def lora_pro_adam_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(exp_avg, exp_avg_sq, a, b, grad_a, grad_b)
+    if exp_avg is exp_avg_sq:
+        raise ValueError("exp_avg and exp_avg_sq are the same tensor, but must be two")
     check_number("scaling", scaling)
+    if len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, but must be two numbers")
     for index, beta in enumerate(betas):
         check_range(f"betas[{index}]", beta, low=0)
         if beta >= 1:
