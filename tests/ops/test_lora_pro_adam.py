@@ -184,26 +184,31 @@ def test_parts_of_a_large_matrix():
         assert max(errors((*moments, *results), truth)) < 1e-6
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured on Linux only")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_of_the_size_of_the_matrix_is_made(backend):
     code = f"""
-import resource
+from pathlib import Path
 import torch
 from lora_kernels.ops import lora_pro_adam_
 torch.set_num_threads(1)
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 def run(rows, columns, rank=8):
     m, v = torch.zeros(rows, columns), torch.zeros(rows, columns)
     factors = [torch.ones(shape) for shape in ((rank, columns), (rows, rank), (rank, columns), (rows, rank))]
     m.add_(1), v.add_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     lora_pro_adam_(m, v, *factors, scaling=1.0, step=1, backend="{backend}")
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (2 * m.nbytes)
+    return 1024 * (resident("VmHWM:") - before) / (2 * m.nbytes)
 run(64, 64)
 print(run(3000, 3000))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 0 <= float(done.stdout) < 0.05
+    assert float(done.stdout) < 0.05
 
 
 def test_registration_is_sound():

@@ -53,7 +53,7 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
     """
     platform = platform or build_platform()
     if not aligned and platform == "cuda":  # every element's address takes registers
-        return ProConfig(32, 16, 4, 2)
+        return ProConfig(32, 16, 4, 1 if stochastic else 2)
     warps = 8 if rank > 64 else 4
     # On AMD a second stage takes more scalar registers than there are.
     return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
@@ -71,13 +71,13 @@ def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
     Args:
         tall: blocks of rows of the matrix.
         wide: steps of columns.
-        processors: multiprocessors of the chip, each of which shall have two programs.
+        processors: multiprocessors of the chip, each of which shall have at least one program and a half.
 
     Returns:
         The blocks and the steps of a program.
     """
     blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
-    while -(-tall // blocks) * -(-wide // steps) < 2 * processors and (blocks > 1 or steps > _LEAST_STEPS):
+    while -(-tall // blocks) * -(-wide // steps) * 2 < 3 * processors and (blocks > 1 or steps > _LEAST_STEPS):
         if blocks > 1 and blocks * _LEAST_STEPS >= steps:
             blocks = -(-blocks // 2)
         else:

@@ -5,9 +5,10 @@
     H = avg_factor M / (root_factor sqrt(V) + eps)
     s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
 
-A program walks over a block of rows, tile by tile, and over the next one. A tile of E is made, the moments are updated,
-and the tile of H is contracted at once: into H A^T in registers, and into the program's own slab of B^T H, which stays in
-the second-level cache. Slabs are added in fixed order: same input, same bits. Ranks are padded with zeros.
+A program walks over a block of rows, tile by tile, and over the next one. A tile of E is made, the moments are
+updated, and the tile of H is contracted at once: into H A^T in registers, and into the program's own slab of B^T H,
+which stays in the second-level cache. Slabs are added in fixed order: same input, same bits. Ranks are padded with
+zeros.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_number, check_range, check_tensor
+from lora_kernels.ops._checks import check_number, check_range, check_tensor
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, stochastic_round

@@ -26,9 +26,7 @@ def stochastic_round(
     Returns:
         `(rows, columns)` bfloat16.
     """
-    random = _philox.halves(
-        *x.shape, seed=seed, stream=stream, step=step, first_row=first_row, device=x.device
-    )
+    random = _philox.halves(*x.shape, seed=seed, stream=stream, step=step, first_row=first_row, device=x.device)
     # Sign and magnitude: what is added to the bits adds to the magnitude.
     bits = (x.contiguous().view(torch.int32) + random.to(torch.int32)) & -0x10000
     return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
