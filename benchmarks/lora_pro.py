@@ -9,8 +9,8 @@ Adam on the full gradient of each layer, and the adjustment of the factors' grad
     op          `lora_pro_adam_` alone, the part that is bound by memory and products
 
 All are checked against each other first and timed in turn. Printed beside: the bytes of the moments and the FLOPs of
-their pass over what this machine copies and multiplies per second. The `efficient` step, whose state has the size of the
-factors, is timed against `torch.optim.AdamW(foreach=True)` on the same factors.
+their pass over what this machine copies and multiplies per second. The `efficient` step, whose state has the size of
+the factors, is timed against `torch.optim.AdamW(foreach=True)` on the same factors.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
         The configuration.
     """
     platform = platform or build_platform()
-    if not aligned and platform == "cuda":  # every element's address takes registers
+    if not aligned and platform == "cuda" and not (stochastic and rank == 32):
+        # Every element's address takes registers. Only the exception spills with the smaller tile, not the larger one.
         return ProConfig(32, 16, 4, 1 if stochastic else 2)
     warps = 8 if rank > 64 else 4
     # On AMD a second stage takes more scalar registers than there are.
