@@ -42,12 +42,14 @@ KERNEL_MODULES = (
     "lora_kernels.ops._reduce",
     "lora_kernels.ops.covariance.kernel",
     "lora_kernels.ops.gradient_statistics.kernel",
+    "lora_kernels.ops.lora_pro_adam.kernel",
     "lora_kernels.ops.random_matrix.kernel",
     "lora_kernels.ops.sketch.kernel",
     "lora_kernels.ops.skinny.kernel",
 )
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")
+_VIEWS = ("x_ptr", "g_ptr", "avg_ptr", "square_ptr")
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def _source(case: dict[str, Any], variant: str) -> ASTSource:
             continue
         known = []
         if signature[name].startswith("*"):
-            # Fresh tensors are always aligned; x and g may be views that start anywhere.
-            known += [["tt.divisibility", 16]] if case["aligned"] or name not in ("x_ptr", "g_ptr") else []
+            # Fresh tensors are always aligned; others may be views that start anywhere.
+            known += [["tt.divisibility", 16]] if case["aligned"] or name not in _VIEWS else []
             known += [["tt.pointer_range", 32]] if case["platform"] == "hip" and variant != "huge" else []
         elif variant == "ones":
             signature[name], constexprs[name] = "constexpr", 1

@@ -92,6 +92,24 @@ void lora_expand(uintptr_t t, int64_t t_stride, uintptr_t b, int64_t b_stride, u
   lk::lora_expand(job, threads);
 }
 
+void lora_pro_adam(uintptr_t exp_avg, int64_t avg_stride, uintptr_t exp_avg_sq, int64_t square_stride, int dtype,
+                   uintptr_t a, int64_t a_stride, uintptr_t grad_a, int64_t grad_a_stride, uintptr_t b,
+                   int64_t b_stride, uintptr_t grad_b, int64_t grad_b_stride, uintptr_t bt_h, uintptr_t h_at,
+                   int64_t rows, int64_t columns, int64_t rank, double scale, double beta1, double beta2, double eps,
+                   double avg_factor, double root_factor, uint64_t seed, uint32_t step, int64_t row_offset,
+                   int threads) {
+  check(dtype >= 0 && dtype <= 2, "dtype must be 0 (float32), 1 (float64) or 2 (bfloat16)");
+  check_lora(rows + row_offset, columns, rank, threads);
+  check(rows >= 0 && row_offset >= 0, "rows and row_offset must not be negative");
+  const lk::LoraProAdam job{pointer<void>(exp_avg), pointer<void>(exp_avg_sq), dtype, avg_stride, square_stride,
+                            pointer<const void>(a), pointer<const void>(grad_a), pointer<const void>(b),
+                            pointer<const void>(grad_b), a_stride, grad_a_stride, b_stride, grad_b_stride,
+                            pointer<void>(bt_h), pointer<void>(h_at), rows, columns, rank, scale, beta1, beta2, eps,
+                            avg_factor, root_factor, seed, step, row_offset};
+  py::gil_scoped_release release;
+  lk::lora_pro_adam(job, threads);
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef _OPENMP
@@ -125,5 +143,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_tsreduce_bfloat16", &lora_tsreduce<true>);
   m.def("lora_expand", &lora_expand<false>);
   m.def("lora_expand_bfloat16", &lora_expand<true>);
+  m.def("lora_pro_adam", &lora_pro_adam);
   bind_linalg(m);
 }

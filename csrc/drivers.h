@@ -86,4 +86,28 @@ struct LoraExpand {
 };
 void lora_expand(const LoraExpand& job, int threads);
 
+// One step of Adam on e = scale * (b grad_a + grad_b a), which is never stored, and the products of its direction
+// h = avg_factor * m / (root_factor * sqrt(v) + eps) with both factors (lora_pro.cpp). Where the moments are bfloat16
+// they are rounded by random bits as of Dropout, stream 0 for the first moment and 1 for the second, but with the
+// counter (column / 8, row_offset + row, stream, step). All but the moments is float32, or float64 if they are.
+struct LoraProAdam {
+  void* exp_avg;     // m: (rows, columns)
+  void* exp_avg_sq;  // v: (rows, columns)
+  int dtype;         // 0 float32, 1 float64, 2 bfloat16
+  int64_t avg_stride, square_stride;
+  const void* a;       // (rank, columns)
+  const void* grad_a;  // (rank, columns)
+  const void* b;       // (rows, rank)
+  const void* grad_b;  // (rows, rank)
+  int64_t a_stride, grad_a_stride, b_stride, grad_b_stride;
+  void* bt_h;  // scale * b^T h: (rank, columns), dense
+  void* h_at;  // scale * h a^T: (rows, rank), dense
+  int64_t rows, columns, rank;
+  double scale, beta1, beta2, eps, avg_factor, root_factor;
+  uint64_t seed;
+  uint32_t step;
+  int64_t row_offset;
+};
+void lora_pro_adam(const LoraProAdam& job, int threads);
+
 }  // namespace lora_kernels

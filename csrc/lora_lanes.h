@@ -1,7 +1,8 @@
-// What the skinny products of lora.cpp are made of: vectors of float, dropout masks, register tiles.
+// What the skinny products of lora.cpp and lora_pro.cpp are made of: vectors, random bits, register tiles.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "drivers.h"
 #include "lanes.h"
@@ -16,16 +17,18 @@
 
 namespace lora_kernels {
 
-template <int BYTES>
+template <int BYTES, class SCALAR = float>
 struct Wide {
+  typedef SCALAR S;
   static constexpr int bytes = BYTES;
-  static constexpr int lanes = BYTES / 4;   // of float
+  static constexpr int lanes = BYTES / int(sizeof(S));
   static constexpr int groups = BYTES / 8;  // of 64 bits: one Philox counter each, in whose low half words are computed
   // Accumulators of a tile are kVectors * kTile registers of 16 (SSE, AVX2) or 32 (AVX-512).
   static constexpr int kVectors = 3;
   static constexpr int kTile = BYTES == 64 ? 8 : 4;
-  typedef float F __attribute__((vector_size(BYTES)));
-  typedef int32_t I __attribute__((vector_size(BYTES)));
+  typedef S F __attribute__((vector_size(BYTES)));
+  typedef std::conditional_t<sizeof(S) == 8, int64_t, int32_t> Lane;
+  typedef Lane I __attribute__((vector_size(BYTES)));
   typedef uint64_t U __attribute__((vector_size(BYTES)));
   typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
 };
@@ -64,6 +67,10 @@ LK_HD typename W::F load_float(const float* address) {
   return load<typename W::F>(address);
 }
 template <class W>
+LK_HD typename W::F load_float(const double* address) {
+  return load<typename W::F>(address);
+}
+template <class W>
 LK_HD typename W::F load_float(const BFloat16* address) {
   const typename W::I word = widen_words<W>(address) << 16;
   return load<typename W::F>(&word);
@@ -72,13 +79,9 @@ template <class W>
 LK_HD void store_float(float* address, const typename W::F& x) {
   store(address, x);
 }
-// Rounds to nearest, ties to even; a NaN stays one.
+// The low halves of 32-bit lanes.
 template <class W>
-LK_HD void store_float(BFloat16* address, const typename W::F& x) {
-  using I = typename W::I;
-  const auto bits = load<I>(&x);
-  const I rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-  const I word = x == x ? rounded : I{} + 0x7fc0;
+LK_HD void store_words(BFloat16* address, const typename W::I& word) {
 #if LK_X86_ASM
   if constexpr (W::bytes == 64) {
     typename W::H narrow;
@@ -87,6 +90,21 @@ LK_HD void store_float(BFloat16* address, const typename W::F& x) {
   }
 #endif
   store(address, __builtin_convertvector(word, typename W::H));
+}
+// Rounds to nearest, ties to even; a NaN stays one.
+template <class W>
+LK_HD void store_float(BFloat16* address, const typename W::F& x) {
+  using I = typename W::I;
+  const auto bits = load<I>(&x);
+  const I rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  store_words<W>(address, x == x ? rounded : I{} + 0x7fc0);
+}
+// Rounds up with the probability of what is cut off, by 16 random bits per lane; a NaN stays one.
+template <class W>
+LK_HD void store_stochastic(BFloat16* address, const typename W::F& x, const uint16_t* random) {
+  using I = typename W::I;
+  const I rounded = ((load<I>(&x) + widen_words<W>(random)) >> 16) & 0xffff;
+  store_words<W>(address, x == x ? rounded : I{} + 0x7fc0);
 }
 LK_HD float widen(float x) { return x; }
 LK_HD float widen(BFloat16 x) {
@@ -125,7 +143,7 @@ LK_HD typename W::F keep(const typename W::F& x, const uint16_t* random, int thr
   return widen_words<W>(random) >= threshold ? x : typename W::F{};
 }
 
-// Random bits of a matrix, 16 per element, row after row. Counters of a row differ in one word, the column; what the
+// Random bits of a matrix, 16 per element, row after row, addressed as in Dropout of drivers.h. Counters of a row differ in one word, the column; what the
 // first three of the seven rounds make of it alone is the same in every row, and is kept in a table.
 struct MaskSource {
   static constexpr int kRounds = 7;
@@ -135,11 +153,13 @@ struct MaskSource {
   int threshold;
   float factor;
 
-  explicit MaskSource(const Dropout& dropout) : stream(dropout.stream), threshold(dropout.threshold) {
+  explicit MaskSource(const Dropout& dropout, uint32_t step = 0)
+      : stream(dropout.stream), threshold(dropout.threshold) {
     for (int round = 0; round < kRounds; ++round) {
       key0[round] = uint32_t(dropout.seed) + 0x9E3779B9u * uint32_t(round);
       key1[round] = uint32_t(dropout.seed >> 32) + 0xBB67AE85u * uint32_t(round);
     }
+    key1[0] ^= step;  // the counter's fourth word meets this key alone
     factor = 65536.0f / float(65536 - threshold);
   }
   static size_t table_bytes(int64_t columns) { return size_t((columns + kColumns - 1) / kColumns * kColumns) * 4; }
@@ -220,7 +240,7 @@ struct MaskSource {
 
 // sum[m][v] = sum over s of p[s * p_stride + m] * q[s * q_stride + v], q's vectors masked by `random` or not.
 template <class W, int M, int V, bool MASKED, class Q>
-LK_HD void outer_tile(const float* p, int64_t p_stride, const Q* q, int64_t q_stride, int64_t steps,
+LK_HD void outer_tile(const typename W::S* p, int64_t p_stride, const Q* q, int64_t q_stride, int64_t steps,
                       const uint16_t* random, int64_t random_stride, int threshold, typename W::F (&sum)[M][V]) {
   using F = typename W::F;
 #pragma GCC unroll 8
@@ -232,7 +252,7 @@ LK_HD void outer_tile(const float* p, int64_t p_stride, const Q* q, int64_t q_st
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       x[v] = load_float<W>(q + v * W::lanes);
-      if (MASKED) x[v] = keep<W>(x[v], random + v * W::lanes, threshold);
+      if constexpr (MASKED) x[v] = keep<W>(x[v], random + v * W::lanes, threshold);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -248,8 +268,8 @@ LK_HD void outer_tile(const float* p, int64_t p_stride, const Q* q, int64_t q_st
 
 // sum[i][j] += lane-wise products of row i of x and of column j of a, whose vectors lie beside each other.
 template <class W, int ROWS, int COLUMNS>
-LK_HD void inner_tile(const float* x, int64_t x_stride, const float* a, int64_t vectors, float* sums, int64_t stride,
-                      bool fresh) {
+LK_HD void inner_tile(const typename W::S* x, int64_t x_stride, const typename W::S* a, int64_t vectors,
+                      typename W::S* sums, int64_t stride, bool fresh) {
   using F = typename W::F;
   F sum[ROWS][COLUMNS];
 #pragma GCC unroll 4
@@ -276,7 +296,7 @@ LK_HD void inner_tile(const float* x, int64_t x_stride, const float* a, int64_t 
 
 // Lane l of the result is the sum of the lanes of vector l.
 template <class W>
-LK_HD typename W::F lane_sums(const float* vectors) {
+LK_HD typename W::F lane_sums(const typename W::S* vectors) {
   using F = typename W::F;
   F part[W::lanes];
   for (int l = 0; l < W::lanes; ++l) part[l] = load<F>(vectors + l * W::lanes);
@@ -297,7 +317,7 @@ LK_HD typename W::F lane_sums(const float* vectors) {
 #else
   F sum;
   for (int l = 0; l < W::lanes; ++l) {
-    float total[W::lanes];
+    typename W::S total[W::lanes];
     store(total, part[l]);
     for (int half = W::lanes / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) total[i] += total[i + half];

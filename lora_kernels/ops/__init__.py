@@ -5,6 +5,7 @@ from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
 from lora_kernels.ops.lora_linear import LoraMember, lora_delta, lora_linear, lora_linear_group
+from lora_kernels.ops.lora_pro_adam import lora_pro_adam_
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.sketch import project, sketch_
@@ -26,6 +27,7 @@ __all__ = [
     "lora_delta",
     "lora_linear",
     "lora_linear_group",
+    "lora_pro_adam_",
     "orthonormalize",
     "project",
     "random_matrix",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops._checks import check_number
-from lora_kernels.ops._philox import keep_factor, keep_threshold
+from lora_kernels.ops._philox import keep_factor, keep_threshold, seed_tensor
 
 
 @dataclass(frozen=True)
@@ -103,22 +103,7 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
         raise TypeError(f"dropout.stream must be an int, got {type(dropout.stream).__name__} {dropout.stream!r}")
     if not 0 <= dropout.stream < 2**32:
         raise ValueError(f"dropout.stream is {dropout.stream}, but must lie in [0, 2^32)")
-    seed = dropout.seed
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"dropout.seed has dtype {seed.dtype}, but must be int64")
-        if seed.numel() != 1:
-            raise ValueError(f"dropout.seed has {seed.numel()} elements, but must have one")
-        if seed.device != device and seed.device.type != "cpu":
-            raise ValueError(f"dropout.seed is on {seed.device}, but must be on {device} or on the CPU")
-        seed = seed.reshape(1)
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout.seed must be an int or a tensor, got {type(seed).__name__} {seed!r}")
-    elif not -(2**63) <= seed < 2**64:
-        raise ValueError(f"dropout.seed is {seed}, but must be a 64-bit integer")
-    else:
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        seed = torch.full((1,), signed, dtype=torch.int64, device=device)
+    seed = seed_tensor("dropout.seed", dropout.seed, device)
     threshold = keep_threshold(dropout.p)
     return (threshold, seed, dropout.stream) if threshold else (0, None, 0)
 

@@ -8,6 +8,8 @@ four 32-bit counter words give four 32-bit words. The convention for matrices of
     dropout         counter = (column // 8, row, stream, 0)          word (column % 8) // 2, its low 16 bits if the
                     column is even, the high ones if it is odd; 7 rounds (Crush-resistant with a margin of one; ten
                     cost a memory-bound kernel 20 to 30 %)
+    rounding        as dropout, but the last word of the counter is the step: 16 bits that decide where bfloat16 is
+                    rounded stochastically
 
 so an element depends on its position alone: not on tile shapes, devices or the order of evaluation.
 """
@@ -128,6 +130,40 @@ def keep_factor(threshold: int) -> float:
     return 65536 / (65536 - threshold)
 
 
+def halves(
+    rows: int,
+    columns: int,
+    *,
+    seed: int | torch.Tensor,
+    stream: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """A matrix of random 16-bit numbers, by 7 rounds: what dropout and stochastic rounding take.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        seed: 64-bit key; a tensor of one element must be on `device`.
+        stream: which matrix of that key, 32 bits.
+        step: which draw of that matrix, 32 bits.
+        first_row: the number of the first row, for a matrix that is made in parts.
+        device: where it is made; by default on the CPU.
+
+    Returns:
+        `(rows, columns)` int64 in [0, 2^16), the same on every machine.
+    """
+    groups = -(-columns // 8)
+    column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
+    constant = torch.zeros_like(column)
+    counter = (column, row & _MASK, constant + (stream & _MASK), constant + (step & _MASK))
+    words = torch.stack(philox4x32(seed, counter, 7), dim=-1)
+    both = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, groups, 4, 2)
+    return both.flatten(1)[:, :columns]
+
+
 def keep_mask(
     rows: int,
     columns: int,
@@ -152,10 +188,34 @@ def keep_mask(
     Returns:
         `(rows, columns)` bool, the same on every machine.
     """
-    groups = -(-columns // 8)
-    column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
-    constant = torch.zeros_like(column)
-    words = torch.stack(philox4x32(seed, (column, row & _MASK, constant + (stream & _MASK), constant), 7), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, groups, 4, 2)
-    return halves.flatten(1)[:, :columns] >= keep_threshold(p)
+    return halves(rows, columns, seed=seed, stream=stream, first_row=first_row, device=device) >= keep_threshold(p)
+
+
+def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
+    """A seed as the argument of a registered op, where kernels read it.
+
+    Args:
+        name: the argument's name, for messages.
+        seed: a 64-bit integer, or an int64 tensor of one element on the CPU or on `device`.
+        device: of the matrix that it is for.
+
+    Returns:
+        `(1,)` int64; a number is put on `device`, a tensor stays where it is.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if it is out of range, has several elements or is on another device.
+    """
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {str(seed.dtype).removeprefix('torch.')}, but must be int64")
+        if seed.numel() != 1:
+            raise ValueError(f"{name} has {seed.numel()} elements, but must have one")
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"{name} is on {seed.device}, but must be on {device} or on the CPU")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__} {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} is {seed}, but must be a 64-bit integer")
+    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -51,25 +51,30 @@ def load_key(seed_ptr):
 
 
 @triton.jit
-def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`, column group g holds columns 8 g to 8 g + 7.
+def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """A tile of 16-bit numbers: `(ROWS, 8 * GROUPS)` uint32, column group g holds columns 8 g to 8 g + 7.
 
-    The definition is `_philox.keep_mask`.
+    The definition is `_philox.halves`.
     """
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     w0, w1, w2, w3 = philox(
         zero + groups[None, :].to(tl.uint32),
         zero + rows[:, None].to(tl.uint32),
         zero + tl.cast(stream, tl.uint32),
-        zero,
+        zero + tl.cast(step, tl.uint32),
         key0,
         key1,
         7,
     )
     # The last index of a join is its second operand's: words in order, each with its low half first.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
-    return bits >= tl.cast(threshold, tl.uint32)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
+
+
+@triton.jit
+def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`. The definition is `_philox.keep_mask`."""
+    return half_tile(rows, groups, key0, key1, stream, 0, ROWS, GROUPS) >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit

@@ -1,0 +1,320 @@
+"""A full LoRA-Pro step against torch: `python -m benchmarks.lora_pro [--quick]`.
+
+Adam on the full gradient of each layer, and the adjustment of the factors' gradients, for the layers of a small Llama:
+
+    faithful    what the authors do, in torch: pseudo-inverses, a Sylvester equation by the general (complex)
+                eigendecomposition, an m x m projector, a pass over memory for each operation on the moments
+    careful     the same numbers by symmetric eigendecompositions, without the projector, operations in place
+    ours        `lk.LoRAPro`
+    op          `lora_pro_adam_` alone, the part that is bound by memory and products
+
+All are checked against each other first and timed in turn. Printed beside: the bytes of the moments and the FLOPs of
+their pass over what this machine copies and multiplies per second. The `efficient` step, whose state has the size of
+the factors, is timed against `torch.optim.AdamW(foreach=True)` on the same factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import lora_kernels as lk
+from benchmarks import records
+from benchmarks.compare import CONSOLE
+from lora_kernels.ops import lora_pro_adam_
+
+LAYERS = ((1024, 1024),) * 14 + ((1024, 2752),) * 4
+RANK, SCALING, RATE, BETAS, EPS, DAMPING = 16, 2.0, 1e-4, (0.9, 0.999), 1e-8, 1e-8
+PEAK_SIDES = ("faithful", "careful", "ours")
+
+
+@dataclass
+class Layer:
+    """One pair of factors, the gradients of the loss, and the state of the torch versions."""
+
+    a: torch.Tensor  # (r, n)
+    b: torch.Tensor  # (m, r)
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+    moments: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Moments of zero."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        self.moments = torch.zeros(shape), torch.zeros(shape)
+
+    def copy(self) -> Layer:
+        """The same numbers in other memory, moments of zero."""
+        return Layer(self.a.clone(), self.b.clone(), self.grad_a.clone(), self.grad_b.clone())
+
+
+def make(shapes: tuple[tuple[int, int], ...], rank: int) -> list[Layer]:
+    """Layers in the middle of training: B is no longer zero."""
+    torch.manual_seed(0)
+    layers = []
+    for m, n in shapes:
+        factors = torch.randn(rank, n) / n**0.5, 0.1 * torch.randn(m, rank)
+        layers.append(Layer(*factors, torch.randn(rank, n), torch.randn(m, rank)))
+    return layers
+
+
+def _adam(layer: Layer, e: torch.Tensor, step: int) -> torch.Tensor:
+    avg, square = layer.moments
+    avg.mul_(BETAS[0]).add_(e, alpha=1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(e, e, value=1 - BETAS[1])
+    return (avg / (1 - BETAS[0] ** step)) / ((square / (1 - BETAS[1] ** step)).sqrt() + EPS)
+
+
+def faithful(layer: Layer, step: int) -> None:
+    """One layer as the authors' procedure goes, operation by operation."""
+    a, b, s = layer.a, layer.b, SCALING
+    damping = DAMPING * torch.eye(a.shape[0])
+    a_inverse = torch.linalg.pinv(a @ a.T + damping)
+    b_inverse = torch.linalg.pinv(b.T @ b + damping)
+    projector = torch.eye(b.shape[0]) - b @ b_inverse @ b.T  # (m, m)
+    grad_a = b_inverse @ layer.grad_a / s**2
+    grad_b = projector @ layer.grad_b @ a_inverse / s**2
+    h = _adam(layer, s * (b @ grad_a) + s * (grad_b @ a), step)
+    grad_a, grad_b = s * b.T @ h, s * h @ a.T
+    # The Sylvester equation of the adjustment, by general eigendecompositions of both its matrices.
+    right = -(b_inverse @ grad_a @ a.T) / s**2
+    p, left_vectors = torch.linalg.eig(b.T @ b)
+    q, right_vectors = torch.linalg.eig(a @ a.T)
+    inner = torch.linalg.inv(left_vectors) @ right.to(p.dtype) @ right_vectors
+    x = (left_vectors @ (inner / (p[:, None] + q[None, :])) @ torch.linalg.inv(right_vectors)).real
+    layer.a -= RATE * (b_inverse @ grad_a / s**2 + x @ a)
+    layer.b -= RATE * (projector @ grad_b @ a_inverse / s**2 - b @ x)
+
+
+def _projected(b: torch.Tensor, b_inverse: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x - b @ (b_inverse @ (b.T @ x))
+
+
+def careful(layer: Layer, step: int) -> None:
+    """One layer in torch as one would write it for speed; E and H are stored."""
+    a, b, s = layer.a, layer.b, SCALING
+    (p, left_vectors), (q, right_vectors) = torch.linalg.eigh(b.T @ b), torch.linalg.eigh(a @ a.T)
+    b_inverse = left_vectors @ (left_vectors / (p + DAMPING)).T
+    a_inverse = right_vectors @ (right_vectors / (q + DAMPING)).T
+    grad_a = b_inverse @ layer.grad_a / s**2
+    grad_b = _projected(b, b_inverse, layer.grad_b) @ a_inverse / s**2
+    avg, square = layer.moments
+    e = torch.mm(torch.cat((s * b, s * grad_b), 1), torch.cat((grad_a, a)))
+    avg.mul_(BETAS[0]).add_(e, alpha=1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(e, e, value=1 - BETAS[1])
+    root = torch.sqrt(square, out=e).mul_((1 - BETAS[1] ** step) ** -0.5).add_(EPS)
+    h = torch.div(avg, root, out=root)
+    factor = s / (1 - BETAS[0] ** step)
+    grad_a, grad_b = factor * (b.T @ h), factor * (h @ a.T)
+    inner = left_vectors.T @ (-(b_inverse @ grad_a @ a.T) / s**2) @ right_vectors
+    x = left_vectors @ (inner / (p[:, None] + q[None, :])) @ right_vectors.T
+    layer.a -= RATE * (b_inverse @ grad_a / s**2 + x @ a)
+    layer.b -= RATE * (_projected(b, b_inverse, grad_b) @ a_inverse / s**2 - b @ x)
+
+
+def stepper(side: str, layers: list[Layer]) -> Callable[[], None]:
+    """A call that makes one step of all layers."""
+    if side in ("faithful", "careful"):
+        update, count = {"faithful": faithful, "careful": careful}[side], 0
+
+        def run() -> None:
+            nonlocal count
+            count += 1
+            for layer in layers:
+                update(layer, count)
+
+        return run
+    if side == "op":
+        number = 0
+
+        def run_op() -> None:
+            nonlocal number
+            number += 1
+            for each in layers:
+                lora_pro_adam_(
+                    *each.moments, each.a, each.b, each.grad_a, each.grad_b,
+                    scaling=SCALING, betas=BETAS, eps=EPS, step=number,
+                )  # fmt: skip
+
+        return run_op
+    return optimizer(layers, "full")
+
+
+# The one place where the optimizer comes in.
+def optimizer(layers: list[Layer], mode: str) -> Callable[[], None]:
+    """The step of `lk.LoRAPro`, whose parameters share the layers' memory."""
+    pairs = [(torch.nn.Parameter(each.a), torch.nn.Parameter(each.b)) for each in layers]
+    for (a, b), each in zip(pairs, layers, strict=True):
+        a.grad, b.grad = each.grad_a, each.grad_b
+    group = {"pairs": pairs, "scaling": SCALING}
+    made: Any = lk.LoRAPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
+    return made.step
+
+
+def adamw(layers: list[Layer]) -> Callable[[], Any]:
+    """Torch's AdamW on the same factors."""
+    parameters = [torch.nn.Parameter(each) for layer in layers for each in (layer.a, layer.b)]
+    grads = [each for layer in layers for each in (layer.grad_a, layer.grad_b)]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    return torch.optim.AdamW(parameters, lr=RATE, foreach=True).step
+
+
+def check(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]) -> dict[str, float]:
+    """Three steps of each side on the first and last layer, relative to the first side's change of the factors."""
+    start = make((shapes[0], shapes[-1]), rank)
+    ends = {}
+    for side in sides:
+        layers = [each.copy() for each in start]
+        step = stepper(side, layers)
+        for _ in range(3):
+            step()
+        ends[side] = [each - before for layer, first in zip(layers, start, strict=True)
+                      for each, before in ((layer.a, first.a), (layer.b, first.b))]  # fmt: skip
+    first = ends[sides[0]]
+    return {
+        side: max(float((one - other).norm() / other.norm()) for one, other in zip(ends[side], first, strict=True))
+        for side in sides[1:]
+    }
+
+
+def _resident(most: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since `_forget_peak`."""
+    name = "VmHWM:" if most else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(side: str, shapes: tuple[tuple[int, int], ...], rank: int) -> int:
+    """Bytes that a side's second step takes beyond what is there before it, in this process."""
+    step = stepper(side, make(shapes, rank))
+    step()
+    before = _resident()
+    _forget_peak()
+    step()
+    return max(_resident(most=True) - before, 0)
+
+
+def peaks(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]) -> dict[str, int]:
+    """The same of each side, in a process of its own; nothing where there is no Linux."""
+    found: dict[str, int] = {}
+    if not Path("/proc/self/clear_refs").exists():
+        return found
+    for side in sides:
+        code = f"from benchmarks.lora_pro import peak; print(peak({side!r}, {shapes!r}, {rank}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found[side] = int(done.stdout.split()[-1])
+    return found
+
+
+def floors(shapes: tuple[tuple[int, int], ...], rank: int) -> dict[str, float]:
+    """Seconds that the moments' bytes and the products' FLOPs take at this machine's rates."""
+    parameters = sum(m * n for m, n in shapes)
+    x, y = torch.randn(2048, 2048), torch.empty(64 * 2**20)
+    source = torch.randn_like(y)
+    copied = records.interleaved({"copy": lambda: y.copy_(source), "product": lambda: x @ x}, 5)
+    bytes_rate = 2 * y.nbytes / copied["copy"]["p50"]
+    flop_rate = 2 * 2048**3 / copied["product"]["p50"]
+    return {
+        "parameters": parameters,
+        "bytes": 16 * parameters,
+        "flop": 8 * rank * parameters,
+        "bytes_per_second": bytes_rate,
+        "flop_per_second": flop_rate,
+        "bytes_seconds": 16 * parameters / bytes_rate,
+        "flop_seconds": 8 * rank * parameters / flop_rate,
+    }
+
+
+def full(shapes: tuple[tuple[int, int], ...], rank: int, rounds: int) -> dict[str, Any]:
+    """Compare, time and measure the full step."""
+    sides = ("faithful", "careful", "ours")
+    differences = check(shapes, rank, sides)
+    if max(differences.values()) > 1e-2:
+        raise SystemExit(f"the steps differ: {differences}")
+    calls = {side: stepper(side, make(shapes, rank)) for side in (*sides, "op")}
+    times = records.interleaved(calls, rounds)
+    del calls
+    return {
+        "layers": [list(shape) for shape in shapes],
+        "rank": rank,
+        "differences": differences,
+        "seconds": times,
+        "faithful_over_ours": times["faithful"]["p50"] / times["ours"]["p50"],
+        "careful_over_ours": times["careful"]["p50"] / times["ours"]["p50"],
+        "floors": floors(shapes, rank),
+        "peak_extra_bytes": peaks(shapes, rank, PEAK_SIDES),
+        "moment_bytes": 8 * sum(m * n for m, n in shapes),
+    }
+
+
+def efficient(shapes: tuple[tuple[int, int], ...], rank: int, rounds: int) -> dict[str, Any]:
+    """Time the efficient step against AdamW on the same factors."""
+    calls = {"adamw": adamw(make(shapes, rank)), "ours": optimizer(make(shapes, rank), "efficient")}
+    times = records.interleaved(calls, rounds)
+    return {"seconds": times, "ours_over_adamw": times["ours"]["p50"] / times["adamw"]["p50"]}
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print a record."""
+    found = record["full"]
+    table = Table("full step", "p50", "against ours", "peak extra memory")
+    for side, seconds in found["seconds"].items():
+        extra = found["peak_extra_bytes"].get(side)
+        ratio = seconds["p50"] / found["seconds"]["ours"]["p50"]
+        memory = "" if extra is None else f"{extra / 1e6:.0f} MB"
+        table.add_row(side, f"{1e3 * seconds['p50']:.1f} ms", f"{ratio:.2f}", memory)
+    CONSOLE.print(table)
+    floor = found["floors"]
+    CONSOLE.print(
+        f"{len(found['layers'])} layers, r = {found['rank']}, {floor['parameters'] / 1e6:.1f} M parameters: "
+        f"{floor['bytes'] / 1e6:.0f} MB of moments take {1e3 * floor['bytes_seconds']:.1f} ms, "
+        f"{floor['flop'] / 1e9:.1f} GFLOP {1e3 * floor['flop_seconds']:.1f} ms; "
+        f"largest difference {max(found['differences'].values()):.1e}"
+    )
+    step = record["efficient"]
+    CONSOLE.print(
+        f"efficient step: AdamW {1e3 * step['seconds']['adamw']['p50']:.2f} ms, ours "
+        f"{1e3 * step['seconds']['ours']['p50']:.2f} ms, ratio {step['ours_over_adamw']:.2f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison and write its record.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        0.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="two layers, two rounds")
+    parser.add_argument("--out", type=type(records.RESULTS), default=records.RESULTS, help="folder for the record")
+    options = parser.parse_args(arguments)
+    shapes, rounds = (LAYERS[-5:-3], 2) if options.quick else (LAYERS, options.rounds)
+    record = {
+        "full": full(shapes, options.rank, rounds),
+        "efficient": efficient(shapes, options.rank, rounds),
+    }
+    show(record)
+    CONSOLE.print(f"record: {records.save('lora_pro', record, options.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Tile sizes, launch shape and precision of the LoRA-Pro Adam kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops._tiles import build_platform, precision
+
+
+@dataclass(frozen=True)
+class ProConfig:
+    """Tile sizes and launch shape.
+
+    Attributes:
+        rows: rows of a tile; at best 16 per warp, or warps repeat each other's work.
+        columns: columns of a tile, a multiple of 16.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+        step: ranks per product: more would take more registers than there are.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    step: int = 16
+
+
+RANKS = (16, 32, 64, 128)  # to which ranks are padded
+# Blocks of rows and steps of columns that a program takes where there is work enough for all. With 512 rows and columns
+# slabs add 4 R (1 / 512 + 1 / 512) bytes per parameter to the memory traffic, which is 16 without them.
+_MOST_BLOCKS, _MOST_STEPS, _LEAST_STEPS = 8, 32, 4
+
+
+def rank_for(rank: int) -> int:
+    """The width that a rank is padded to: a power of two from 16 to 128."""
+    return max(RANKS[0], 1 << (rank - 1).bit_length())
+
+
+def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str | None = None) -> ProConfig:
+    """The configuration of a call.
+
+    Args:
+        rank: one of `RANKS`.
+        stochastic: whether the moments are bfloat16.
+        aligned: whether loads of the moments can be vectorised.
+        platform: `cuda` or `hip`; by default what this torch was built for.
+
+    Returns:
+        The configuration.
+    """
+    platform = platform or build_platform()
+    if not aligned and platform == "cuda" and not (stochastic and rank == 32):
+        # Every element's address takes registers. Only the exception spills with the smaller tile, not the larger one.
+        return ProConfig(32, 16, 4, 1 if stochastic else 2)
+    warps = 8 if rank > 64 else 4
+    # On AMD a second stage takes more scalar registers than there are.
+    return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
+
+
+def is_aligned(*moments: torch.Tensor) -> bool:
+    """Whether Triton will find every size, stride and address of the moments to be a multiple of 16."""
+    numbers = (number for each in moments for number in (each.shape[1], each.stride(0), each.data_ptr()))
+    return all(number % 16 == 0 for number in numbers)
+
+
+def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
+    """How many tiles a program takes.
+
+    Args:
+        tall: blocks of rows of the matrix.
+        wide: steps of columns.
+        processors: multiprocessors of the chip, each of which shall have at least one program and a half.
+
+    Returns:
+        The blocks and the steps of a program.
+    """
+    blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
+    while -(-tall // blocks) * -(-wide // steps) * 2 < 3 * processors and (blocks > 1 or steps > _LEAST_STEPS):
+        if blocks > 1 and blocks * _LEAST_STEPS >= steps:
+            blocks = -(-blocks // 2)
+        else:
+            steps = -(-steps // 2)
+    return blocks, steps
+
+
+def precisions(platform: str) -> tuple[str, ...]:
+    """What `tl.dot` may be told: float32's accuracy, and where there is such a thing a faster product."""
+    return (precision(torch.float32, platform), *(("tf32",) if platform == "cuda" else ()))
+
+
+def precision_for(platform: str) -> str:
+    """What `tl.dot` is told: tf32 only where the user allows it."""
+    matmul = torch.backends.cuda.matmul
+    # The older name raises where the newer one (torch 2.9) was set.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return precisions(platform)[-1 if allowed else 0]

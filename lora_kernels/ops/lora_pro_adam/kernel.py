@@ -1,0 +1,282 @@
+"""Triton kernels of the LoRA-Pro Adam op.
+
+    E = s (B dA + dB A) = [s B | s dB] [dA ; A]          one product: left (m, 2 R), right (2 R, n)
+    M <- beta1 M + (1 - beta1) E                         V <- beta2 V + (1 - beta2) E^2
+    H = avg_factor M / (root_factor sqrt(V) + eps)
+    s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
+
+A program walks over a block of rows, tile by tile, and over the next one. A tile of E is made, the moments are
+updated, and the tile of H is contracted at once: into H A^T in registers, and into the program's own slab of B^T H,
+which stays in the second-level cache. Slabs are added in fixed order: same input, same bits. Ranks are padded with
+zeros.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._tiles import build_platform, processors
+from lora_kernels.ops._tl import dot, half_tile, load_key
+from lora_kernels.ops.lora_pro_adam.config import (
+    RANKS,
+    ProConfig,
+    config_for,
+    is_aligned,
+    parts_for,
+    precision_for,
+    precisions,
+    rank_for,
+)
+from lora_kernels.ops.random_matrix.kernel import signed32
+
+if TYPE_CHECKING:
+    from lora_kernels.ops.lora_pro_adam.op import Adam
+
+_PART = 1024  # elements per program of `sum_slabs_kernel`
+
+
+@triton.jit
+def load_moment(pointers, mask, STOCHASTIC: tl.constexpr):
+    """A tile of a moment in float32; bfloat16 comes as its bits."""
+    values = tl.load(pointers, mask=mask, other=0)
+    if STOCHASTIC:
+        values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def round_moment(values, random):
+    """The bits of bfloat16, rounded up with the probability of what is cut off; a NaN stays one."""
+    bits = values.to(tl.uint32, bitcast=True) + random
+    bits = tl.where(values == values, bits >> 16, 0x7FC0)
+    return bits.to(tl.int16)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "steps", "step", "row_offset"])
+def adam_kernel(
+    avg_ptr,  # (rows, columns) float32, or int16: the bits of bfloat16
+    square_ptr,  # (rows, columns), likewise
+    left_ptr,  # (height, 2 * RANK) float32; the height is that of whole blocks, the width that of whole steps
+    right_ptr,  # (2 * RANK, width) float32
+    bt_ptr,  # (row parts, RANK, width) float32
+    ha_ptr,  # (column parts, height, RANK) float32
+    seed_ptr,  # (1,) int64, if STOCHASTIC
+    rows,
+    columns,
+    blocks,
+    steps,
+    avg_stride,
+    square_stride,
+    scaling,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    avg_factor,
+    root_factor,
+    eps,
+    step,
+    row_offset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    STEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The tiles of `blocks` blocks of rows and `steps` steps of columns."""
+    lane = tl.arange(0, RANK)
+    height, width = tl.cdiv(rows, ROWS) * ROWS, tl.cdiv(columns, COLUMNS) * COLUMNS
+    first = tl.program_id(0) * (steps * COLUMNS)
+    last = tl.minimum(first + steps * COLUMNS, columns)
+    top = tl.program_id(1) * blocks
+    bottom = tl.minimum(top + blocks, tl.cdiv(rows, ROWS))
+    ha_slab = ha_ptr + tl.program_id(0).to(tl.int64) * height * RANK
+    bt_slab = bt_ptr + tl.program_id(1).to(tl.int64) * (RANK * width)
+    if STOCHASTIC:
+        key0, key1 = load_key(seed_ptr)
+    for block in range(top, bottom):
+        row = block * ROWS + tl.arange(0, ROWS)
+        wide = row.to(tl.int64)
+        ha = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        for start in range(first, last, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            e = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for rank in range(0, 2 * RANK, 2 * STEP):
+                inner = rank + tl.arange(0, 2 * STEP)
+                left = tl.load(left_ptr + wide[:, None] * (2 * RANK) + inner[None, :])
+                right = tl.load(right_ptr + inner[:, None] * width + column[None, :])
+                e = dot(left, right, e, PRECISION, UPCAST)
+            mask = (row[:, None] < rows) & (column[None, :] < columns)
+            avg_at = avg_ptr + wide[:, None] * avg_stride + column[None, :]
+            square_at = square_ptr + wide[:, None] * square_stride + column[None, :]
+            m = load_moment(avg_at, mask, STOCHASTIC) * beta1 + e * rest1
+            v = load_moment(square_at, mask, STOCHASTIC) * beta2 + e * e * rest2
+            if STOCHASTIC:
+                group = start // 8 + tl.arange(0, COLUMNS // 8)
+                number = row + row_offset
+                random = half_tile(number, group, key0, key1, 0, step, ROWS, COLUMNS // 8)
+                tl.store(avg_at, round_moment(m, random), mask=mask)
+                random = half_tile(number, group, key0, key1, 1, step, ROWS, COLUMNS // 8)
+                tl.store(square_at, round_moment(v, random), mask=mask)
+            else:
+                tl.store(avg_at, m, mask=mask)
+                tl.store(square_at, v, mask=mask)
+            h = m * avg_factor / (tl.sqrt(v) * root_factor + eps)
+            a_t = tl.load(right_ptr + (RANK + lane)[None, :] * width + column[:, None])
+            ha = dot(h, a_t, ha, PRECISION, UPCAST)
+            for rank in range(0, RANK, STEP):
+                inner = rank + tl.arange(0, STEP)
+                b_t = tl.load(left_ptr + wide[None, :] * (2 * RANK) + inner[:, None])
+                bt = dot(b_t, h, tl.zeros((STEP, COLUMNS), dtype=tl.float32), PRECISION, UPCAST)
+                bt_at = bt_slab + inner[:, None] * width + column[None, :]
+                bt += tl.load(bt_at, mask=(inner[:, None] >= 0) & (block > top), other=0.0)
+                tl.store(bt_at, bt)
+        tl.store(ha_slab + wide[:, None] * RANK + lane[None, :], ha * scaling)
+        # What one thread has added to the slab another may read in the next round.
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["width", "slabs"])
+def sum_slabs_kernel(
+    out_ptr,  # (size / width, width) float32
+    slab_ptr,  # (slabs, slab_size): rows of slab_stride
+    size,
+    width,
+    slabs,
+    slab_stride,
+    slab_size,
+    PART: tl.constexpr,
+):
+    """Add the slabs, in order, without what pads them."""
+    place = tl.program_id(0) * PART + tl.arange(0, PART)
+    at = slab_ptr + (place // width).to(tl.int64) * slab_stride + place % width
+    acc = tl.zeros((PART,), dtype=tl.float32)
+    for slab in range(0, slabs):
+        acc += tl.load(at + tl.cast(slab, tl.int64) * slab_size, mask=place < size, other=0.0)
+    tl.store(out_ptr + place, acc, mask=place < size)
+
+
+def _sum_slabs(out: torch.Tensor, slabs: torch.Tensor) -> None:
+    sum_slabs_kernel[(-(-out.numel() // _PART),)](
+        out, slabs, out.numel(), out.shape[1], slabs.shape[0], slabs.shape[2], slabs[0].numel(), PART=_PART
+    )
+
+
+def _joined(left: tuple[torch.Tensor, ...], height: int, right: tuple[torch.Tensor, ...], width: int, rank: int) -> Any:
+    # [sB | s dB] and [dA ; A], padded with zeros: no load of them needs a mask.
+    rows, columns, actual = left[0].shape[0], right[0].shape[1], right[0].shape[0]
+    tall = left[0].new_zeros(height, 2, rank, dtype=torch.float32)
+    wide = right[0].new_zeros(2, rank, width, dtype=torch.float32)
+    for side in range(2):
+        tall[:rows, side, :actual] = left[side]
+        wide[side, :actual, :columns] = right[side]
+    return tall, wide
+
+
+def lora_pro_adam(
+    moments: tuple[torch.Tensor, torch.Tensor],
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    numbers: Adam,
+    seed: torch.Tensor | None,
+    bt_h: torch.Tensor,
+    h_at: torch.Tensor,
+    config: ProConfig | None = None,
+    parts: tuple[int, int] | None = None,
+) -> None:
+    """Launch the kernels. No size may be zero.
+
+    Args:
+        moments: `(m, n)` float32 or bfloat16 with unit column stride, changed in place.
+        factors: a `(r, n)`, b `(m, r)`, grad_a `(r, n)` and grad_b `(m, r)`.
+        numbers: of the step.
+        seed: `(1,)` int64, for bfloat16 moments.
+        bt_h: `(r, n)` float32 contiguous, filled.
+        h_at: `(m, r)` float32 contiguous, filled.
+        config: tile sizes; `config_for` by default.
+        parts: blocks of rows and steps of columns of a program; `parts_for` by default.
+    """
+    (rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
+    rank, stochastic = rank_for(a.shape[0]), moments[0].dtype == torch.bfloat16
+    config = config or config_for(rank, stochastic, is_aligned(*moments))
+    tall, wide = -(-rows // config.rows), -(-columns // config.columns)
+    blocks, steps = parts or parts_for(tall, wide, processors(bt_h.device))
+    grid = (-(-wide // steps), -(-tall // blocks))
+    left, right = _joined(
+        (b * numbers.scaling, grad_b * numbers.scaling), tall * config.rows,
+        (grad_a, a), wide * config.columns, rank,
+    )  # fmt: skip
+    bt_slabs = bt_h.new_empty(grid[1], rank, wide * config.columns)
+    ha_slabs = bt_h.new_empty(grid[0], tall * config.rows, rank)
+    # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
+    states = [each.view(torch.int16) if stochastic else each for each in moments]
+    adam_kernel[grid](
+        *states, left, right, bt_slabs, ha_slabs,
+        # A pointer that a flag switches off must still be one.
+        left if seed is None else seed.to(left.device),
+        rows, columns, blocks, steps, moments[0].stride(0), moments[1].stride(0),
+        numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
+        numbers.avg_factor, numbers.root_factor, numbers.eps, signed32(numbers.step), signed32(numbers.row_offset),
+        ROWS=config.rows, COLUMNS=config.columns, RANK=rank, STEP=min(rank, config.step), STOCHASTIC=stochastic,
+        PRECISION=precision_for(build_platform()), UPCAST=interpreting(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    _sum_slabs(bt_h, bt_slabs)
+    _sum_slabs(h_at, ha_slabs)
+
+
+_NUMBERS = ("scaling", "beta1", "rest1", "beta2", "rest2", "avg_factor", "root_factor", "eps")
+
+
+def _signature(kernel: Any, stochastic: bool) -> dict[str, str]:
+    state = "*i16" if stochastic else "*fp32"
+    kinds = {"avg_ptr": state, "square_ptr": state, "seed_ptr": "*i64", **dict.fromkeys(_NUMBERS, "fp32")}
+    return {
+        name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if not name.isupper()
+    }
+
+
+def aot_cases() -> Iterator[dict[str, Any]]:
+    """Every combination that `lora_pro_adam` launches, for the ahead-of-time compile check.
+
+    Yields:
+        Descriptions as in `ops/_reduce.py`.
+    """
+    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        for rank, stochastic, precision in itertools.product(RANKS, (False, True), precisions(platform)):
+            config = config_for(rank, stochastic, aligned, platform)
+            fixed: dict[str, Any] = {"ROWS": config.rows, "COLUMNS": config.columns, "RANK": rank}
+            fixed |= {"STEP": min(rank, config.step), "STOCHASTIC": stochastic}
+            fixed |= {"PRECISION": precision, "UPCAST": False}
+            kind = "bf16" if stochastic else "fp32"
+            yield {
+                "name": f"adam {kind} {config.rows}x{config.columns}x{rank} {precision}",
+                "kernel": adam_kernel,
+                "signature": _signature(adam_kernel, stochastic),
+                "constexprs": fixed,
+                "warps": config.warps,
+                "stages": config.stages,
+                "matrix": platform == "hip",
+                **where,
+            }
+        yield {
+            "name": "sum_slabs",
+            "kernel": sum_slabs_kernel,
+            "signature": _signature(sum_slabs_kernel, False),
+            "constexprs": {"PART": _PART},
+            "warps": 4,
+            "stages": 3,
+            "matrix": False,
+            **where,
+        }

@@ -1,0 +1,308 @@
+"""The LoRA-Pro Adam op: checks, registration and the choice of backend."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops import _ext
+from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._checks import check_number, check_range, check_tensor
+from lora_kernels.ops._philox import seed_tensor
+from lora_kernels.ops.lora_pro_adam.config import RANKS
+from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, stochastic_round
+
+STATES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # dtypes of the moments, and their codes in csrc
+# Elements that the torch backend handles at a time: a share of the matrix, so that temporaries are small beside it.
+_SHARE, _LEAST, _CPU_MOST, _GPU_MOST = 64, 2**14, 2**18, 2**24
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The numbers of a step.
+
+    Attributes:
+        scaling: s.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        step: counted from 1.
+        row_offset: the number of the first row, for the random bits.
+    """
+
+    scaling: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    row_offset: int
+
+    @property
+    def avg_factor(self) -> float:
+        """One over the bias of the first moment."""
+        return 1 / (1 - self.beta1**self.step)
+
+    @property
+    def root_factor(self) -> float:
+        """One over the bias of the root of the second moment."""
+        return 1 / math.sqrt(1 - self.beta2**self.step)
+
+
+def result_dtype(state: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the results: float32, or float64 for float64 moments."""
+    return torch.promote_types(state, torch.float32)
+
+
+def _check(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_a: torch.Tensor,
+    grad_b: torch.Tensor,
+) -> None:
+    check_tensor("exp_avg", exp_avg, shape=(None, None), dtypes=tuple(STATES))
+    where, (rows, columns) = exp_avg.device, exp_avg.shape
+    check_tensor("exp_avg_sq", exp_avg_sq, shape=(rows, columns), dtypes=(exp_avg.dtype,), device=where)
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if moment.numel() > 1 and (moment.stride(1) != 1 or (rows > 1 and moment.stride(0) < columns)):
+            raise ValueError(f"{name} has strides {moment.stride()}, but its rows must be contiguous and apart")
+    check_tensor("a", a, shape=(None, columns), device=where)
+    rank = a.shape[0]
+    if rank == 0:
+        raise ValueError(f"a has shape {tuple(a.shape)}, but must have at least one row")
+    check_tensor("b", b, shape=(rows, rank), device=where)
+    check_tensor("grad_a", grad_a, shape=(rank, columns), device=where)
+    check_tensor("grad_b", grad_b, shape=(rows, rank), device=where)
+
+
+def _triton_refuses(exp_avg: torch.Tensor, rank: int) -> str | None:
+    refused = triton_refuses(exp_avg.device)
+    if refused is None and exp_avg.dtype == torch.float64:
+        return "takes no float64"
+    if refused is None and rank > RANKS[-1]:
+        return f"takes ranks up to {RANKS[-1]}, not {rank}"
+    return refused
+
+
+def _on_cpu(exp_avg: torch.Tensor, _rank: int) -> bool:
+    return exp_avg.device.type == "cpu"
+
+
+dispatcher = Dispatcher(
+    "lora_pro_adam_",
+    (
+        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
+        Implementation("cpp", lambda exp_avg, _rank: cpp_refuses(exp_avg.device)),
+        Implementation("torch", lambda *_: None),
+    ),
+)
+
+
+def _run_torch(
+    moments: tuple[torch.Tensor, torch.Tensor],
+    factors: tuple[torch.Tensor, ...],
+    numbers: Adam,
+    seed: torch.Tensor | None,
+    bt_h: torch.Tensor,
+    h_at: torch.Tensor,
+) -> None:
+    """By blocks of rows, whose gradient and direction are all that is ever stored."""
+    wide, device, (rows, columns) = bt_h.dtype, bt_h.device, moments[0].shape
+    a, b, grad_a, grad_b = (each.to(wide) for each in factors)
+    most = _CPU_MOST if device.type == "cpu" else _GPU_MOST
+    block = max(1, min(max(rows * columns // _SHARE, _LEAST), most) // columns)
+    seed = None if seed is None else seed.to(device)
+    bt_h.zero_()
+    for low in range(0, rows, block):
+        part = slice(low, min(low + block, rows))
+        e = torch.mm(b[part], grad_a).addmm_(grad_b[part], a).mul_(numbers.scaling)
+        # A view where the moments are of the dtype of the arithmetic: then they are updated in place.
+        avg, square = (each[part].to(wide) for each in moments)
+        avg.mul_(numbers.beta1).add_(e, alpha=1 - numbers.beta1)
+        square.mul_(numbers.beta2).addcmul_(e, e, value=1 - numbers.beta2)
+        if seed is not None:
+            for state, value, stream in zip(moments, (avg, square), (FIRST_MOMENT, SECOND_MOMENT), strict=True):
+                first = numbers.row_offset + low
+                state[part] = stochastic_round(value, seed=seed, stream=stream, step=numbers.step, first_row=first)
+        root = torch.sqrt(square, out=e).mul_(numbers.root_factor).add_(numbers.eps)
+        h = torch.mul(avg, numbers.avg_factor).div_(root)
+        bt_h.addmm_(b[part].mT, h, alpha=numbers.scaling)
+        h_at[part].addmm_(h, a.mT, beta=0, alpha=numbers.scaling)
+
+
+def _run_cpp(
+    moments: tuple[torch.Tensor, torch.Tensor],
+    factors: tuple[torch.Tensor, ...],
+    numbers: Adam,
+    seed: torch.Tensor | None,
+    bt_h: torch.Tensor,
+    h_at: torch.Tensor,
+) -> None:
+    wide = [each.to(bt_h.dtype) for each in factors]
+    a, b, grad_a, grad_b = (each if each.stride(1) == 1 else each.contiguous() for each in wide)
+    operands = (*moments, a, grad_a, b, grad_b)
+    places = [(each.data_ptr(), each.stride(0)) for each in operands]
+    _ext.extension().lora_pro_adam(
+        *places[0], *places[1], STATES[moments[0].dtype], *places[2], *places[3], *places[4], *places[5],
+        bt_h.data_ptr(), h_at.data_ptr(), *moments[0].shape, a.shape[0],
+        numbers.scaling, numbers.beta1, numbers.beta2, numbers.eps, numbers.avg_factor, numbers.root_factor,
+        0 if seed is None else int(seed) & (2**64 - 1), numbers.step, numbers.row_offset, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lora_kernels::lora_pro_adam_", mutates_args=("exp_avg", "exp_avg_sq"))
+def _lora_pro_adam(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_a: torch.Tensor,
+    grad_b: torch.Tensor,
+    scaling: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    seed: torch.Tensor | None,
+    row_offset: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = result_dtype(exp_avg.dtype)
+    bt_h, h_at = a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
+    if exp_avg.numel() == 0:
+        return bt_h.zero_(), h_at.zero_()
+    numbers = Adam(scaling, beta1, beta2, eps, step, row_offset)
+    arguments = ((exp_avg, exp_avg_sq), (a, b, grad_a, grad_b), numbers, seed, bt_h, h_at)
+    if backend == "torch":
+        _run_torch(*arguments)
+    elif backend == "cpp":
+        _run_cpp(*arguments)
+    else:
+        # Imported here: without Triton the other backends still work.
+        from lora_kernels.ops.lora_pro_adam import kernel  # noqa: PLC0415
+
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(exp_avg.device) if exp_avg.is_cuda else contextlib.nullcontext():
+            kernel.lora_pro_adam(*arguments)
+    return bt_h, h_at
+
+
+@_lora_pro_adam.register_fake
+def _(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_a: torch.Tensor,
+    grad_b: torch.Tensor,
+    scaling: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    seed: torch.Tensor | None,
+    row_offset: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(exp_avg, exp_avg_sq, a, b, grad_a, grad_b)
+    wide = result_dtype(exp_avg.dtype)
+    return a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
+
+
+def lora_pro_adam_(
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_a: torch.Tensor,
+    grad_b: torch.Tensor,
+    *,
+    scaling: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    step: int,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of Adam on the full gradient that the factors' gradients stand for (LoRA-Pro, arXiv 2407.18242).
+
+        E = s (B dA + dB A)
+        M <- beta1 M + (1 - beta1) E,   V <- beta2 V + (1 - beta2) E^2          in place
+        H = (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps)
+
+    One pass over the moments: neither E nor H is ever stored, only what both factors make of H is returned. (The
+    `torch` backend stores them for a block of rows at a time.) Same input, same backend: same bits, on the CPU whatever
+    the number of threads.
+
+    dA and dB are LoRA-Pro's adjusted gradients without the terms in X: `dA = (B^T B)^{-1} gA / s^2` and
+    `dB = (I - B (B^T B)^{-1} B^T) gB (A A^T)^{-1} / s^2`, where gA and gB are the gradients of the loss. X would change
+    nothing here: `B (X A) - (B X) A` is zero. What is returned takes the place of gA and gB when the step itself is
+    adjusted, and there X counts.
+
+    Rows of the moments may be shared out: with a part of the rows of the moments, b and grad_b, the first result is the
+    part's share of the sum over all rows, the second one its rows.
+
+    Moments in bfloat16 are rounded stochastically after every step (to the nearest, the second one would stop to decay:
+    with beta2 = 0.999 a step changes it by less than half its last digit). Their random bits depend only on the seed,
+    the step, which moment it is, the row and the column, and are the same on every backend: `_philox.halves`. Layers
+    must take different seeds. H is made from the moments before they are rounded.
+
+    The products are made in float32. On a CUDA device they take three tf32 products, which have float32's accuracy, or
+    a single one where the user allows it (`torch.backends.cuda.matmul.allow_tf32`).
+
+    Args:
+        exp_avg: `(m, n)` first moment M, changed in place; float32, float64 (torch and cpp backends) or bfloat16. Rows
+            are contiguous.
+        exp_avg_sq: `(m, n)` second moment V, likewise.
+        a: `(r, n)` A, of any float dtype, as all factors.
+        b: `(m, r)` B.
+        grad_a: `(r, n)` dA.
+        grad_b: `(m, r)` dB.
+        scaling: s.
+        betas: decay of both moments, in [0, 1).
+        eps: added to the root of the second moment; above 0.
+        step: t, counted from 1, below 2^32.
+        seed: 64-bit key for bfloat16 moments, which need it: an integer, or an int64 tensor of one element on the CPU
+            or the moments' device. Ignored for others.
+        row_offset: the number of the first row among those of the whole layer, for the random bits.
+        backend: `auto`, `triton`, `cpp` or `torch`.
+
+    Returns:
+        `s B^T H` `(r, n)` and `s H A^T` `(m, r)`, both float32, or float64 for float64 moments.
+
+    Raises:
+        TypeError: on a wrong dtype or type.
+        ValueError: on a wrong shape, device, stride or number, or bfloat16 moments without a seed.
+        RuntimeError: if the backend asked for cannot take the call; the message says why.
+    """
+    _check(exp_avg, exp_avg_sq, a, b, grad_a, grad_b)
+    if exp_avg is exp_avg_sq:
+        raise ValueError("exp_avg and exp_avg_sq are the same tensor, but must be two")
+    check_number("scaling", scaling)
+    if len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, but must be two numbers")
+    for index, beta in enumerate(betas):
+        check_range(f"betas[{index}]", beta, low=0)
+        if beta >= 1:
+            raise ValueError(f"betas[{index}] is {beta!r}, but must be below 1")
+    check_range("eps", eps, low=0)
+    if eps == 0:  # H would be 0 / 0 where no gradient has come yet
+        raise ValueError(f"eps is {eps!r}, but must be above 0")
+    check_range("step", step, low=1, high=2**32 - 1, integer=True)
+    check_range("row_offset", row_offset, low=0, high=2**32 - exp_avg.shape[0], integer=True)
+    key = None
+    if exp_avg.dtype == torch.bfloat16:
+        if seed is None:
+            raise ValueError("seed is None, but must be given for bfloat16 moments, which are rounded stochastically")
+        key = seed_tensor("seed", seed, exp_avg.device)
+    made: tuple[torch.Tensor, torch.Tensor] = _lora_pro_adam(
+        exp_avg, exp_avg_sq, a.detach(), b.detach(), grad_a.detach(), grad_b.detach(),
+        float(scaling), float(betas[0]), float(betas[1]), float(eps), step, key, row_offset,
+        dispatcher.choose(backend, exp_avg, a.shape[0]),
+    )  # fmt: skip
+    return made

@@ -1,0 +1,50 @@
+"""What the tests of the LoRA-Pro Adam op share."""
+
+import torch
+
+from lora_kernels.ops.lora_pro_adam import reference
+from tests.conftest import relative_error
+
+SCALING, BETAS, EPS = 0.5, (0.8, 0.95), 1e-8
+
+
+def make(rows, columns, rank, dtype=torch.float32, state=None):
+    """Moments as after some steps, and factors: `(exp_avg, exp_avg_sq), (a, b, grad_a, grad_b)`."""
+    state = state or dtype
+    moments = torch.randn(rows, columns).to(state), torch.rand(rows, columns).to(state)
+    shapes = ((rank, columns), (rows, rank), (rank, columns), (rows, rank))
+    return moments, tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+def whole_numbers(rows, columns, rank, state=torch.bfloat16):
+    """The same, but so that float32 holds every number of a few steps with `EXACT` exactly, in any order of sums."""
+    moments = torch.zeros(rows, columns, dtype=state), torch.zeros(rows, columns, dtype=state)
+    shapes = ((rank, columns), (rows, rank), (rank, columns), (rows, rank))
+    return moments, tuple(torch.randint(-3, 4, shape).float() for shape in shapes)
+
+
+EXACT = {"scaling": 0.5, "betas": (0.5, 0.75)}
+
+
+def errors(found, truth):
+    return [relative_error(one, other) for one, other in zip(found, truth, strict=True)]
+
+
+def trajectory(moments, factors, steps, run):
+    """Ten steps whose gradients change: the last results of `run(moments, factors, step)`, and the moments."""
+    generator = torch.Generator().manual_seed(5)
+    for step in range(1, steps + 1):
+        noise = [torch.randn(each.shape, generator=generator).to(each.dtype) for each in factors[2:]]
+        results = run(moments, (*factors[:2], *noise), step)
+        if len(results) == 4:  # the reference gives new moments
+            moments, results = results[:2], results[2:]
+    return (*moments, *results)
+
+
+def by_definition(dtype):
+    def run(moments, factors, step):
+        return reference.lora_pro_adam(
+            *moments, *factors, scaling=SCALING, betas=BETAS, eps=EPS, step=step, dtype=dtype
+        )
+
+    return run

@@ -1,0 +1,218 @@
+"""The Triton kernels of the LoRA-Pro Adam op in the interpreter (CPU), or for real where there is a GPU."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
+from tests.conftest import relative_error
+from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, errors, make, whole_numbers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUMBERS = op.Adam(SCALING, *BETAS, EPS, 3, 0)
+TINY = config.ProConfig(16, 16, 1, 1)
+
+
+def to_device(*groups):
+    return tuple(tuple(each.to(DEVICE) for each in group) for group in groups)
+
+
+def run(moments, factors, tiles=TINY, parts=None, numbers=NUMBERS, seed=None):
+    a, b = factors[:2]
+    bt_h, h_at = torch.empty(a.shape, device=DEVICE), torch.empty(b.shape, device=DEVICE)
+    kernel.lora_pro_adam(moments, factors, numbers, seed, bt_h, h_at, tiles, parts)
+    return bt_h, h_at
+
+
+@pytest.mark.parametrize("parts", [None, (1, 1), (2, 3), (99, 99)], ids=str)
+@pytest.mark.parametrize("rows, columns, rank", [(1, 1, 1), (7, 5, 2), (17, 70, 5), (50, 33, 24), (64, 48, 16)])
+def test_matches_float64(rows, columns, rank, parts, poisoned_memory):
+    moments, factors = to_device(*make(rows, columns, rank))
+    truth = reference.lora_pro_adam(*moments, *factors, scaling=SCALING, betas=BETAS, eps=EPS, step=3)
+    found = (*moments, *run(moments, factors, TINY, parts))
+    assert max(errors(found, truth)) < 6e-7
+    for one, other in zip(found, truth, strict=True):
+        assert relative_error(0.5 * one, other) > 6e-7
+
+
+@pytest.mark.parametrize("rank", [3, 20, 50, 100])
+def test_shipped_configurations(rank):
+    for stochastic in (False, True):
+        moments, factors = to_device(*make(70, 37, rank, state=torch.bfloat16 if stochastic else torch.float32))
+        truth = reference.lora_pro_adam(*moments, *factors, scaling=SCALING, betas=BETAS, eps=EPS, step=3)
+        width = config.rank_for(rank)
+        assert width >= rank and width in config.RANKS
+        seed = torch.tensor([1]) if stochastic else None
+        results = run(moments, factors, config.config_for(width, stochastic), seed=seed)
+        assert max(errors(results, truth[2:])) < 1e-6
+        assert max(errors(moments, truth[:2])) < (1e-2 if stochastic else 1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 + 12345])
+def test_same_bits_as_the_other_backends(seed):
+    """All numbers but the random ones are exact: what differs is a wrong bit."""
+    moments, factors = whole_numbers(37, 50, 4)
+    mine = to_device(moments)[0] if DEVICE == "cuda" else [each.clone() for each in moments]
+    theirs = {"torch": [each.clone() for each in moments]}
+    for step in (1, 2, 2**32 - 1):
+        call = {**EXACT, "step": step, "seed": seed, "row_offset": 2**32 - 50}
+        lora_pro_adam_(*mine, *(each.to(DEVICE) for each in factors), **call, backend="triton")
+        for name, states in theirs.items():
+            lora_pro_adam_(*states, *factors, **call, backend=name)
+            assert torch.equal(states[0], mine[0].cpu()) and torch.equal(states[1], mine[1].cpu())
+    assert float(mine[0].float().abs().max()) > 0
+
+
+def test_repeats_bit_for_bit_and_rows_may_be_shared_out():
+    moments, factors = to_device(*make(60, 70, 5))
+    found = []
+    for _ in range(2):
+        mine = [each.clone() for each in moments]
+        found.append((*mine, *run(mine, factors, parts=(2, 2))))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    a, b, grad_a, grad_b = factors
+    total = torch.zeros_like(found[0][2])
+    for part in (slice(0, 20), slice(20, 60)):
+        rows = [each[part] for each in moments]
+        bt_h, h_at = run(rows, (a, b[part], grad_a, grad_b[part]))
+        total += bt_h
+        assert relative_error(h_at, found[0][3][part]) < 1e-6
+    assert relative_error(total, found[0][2]) < 1e-6
+    assert max(errors(moments, found[0][:2])) < 1e-7
+
+
+def test_memory_beyond_the_matrix_is_left_alone():
+    wide = [torch.full((33, 60), -7.0, device=DEVICE) for _ in range(2)]
+    moments, factors = to_device(*make(30, 45, 5))
+    views = [each[:30, 3:48].copy_(moment) for each, moment in zip(wide, moments, strict=True)]
+    run(views, factors)
+    outside = torch.ones(33, 60, dtype=torch.bool, device=DEVICE)
+    outside[:30, 3:48] = False
+    for each, view, moment in zip(wide, views, moments, strict=True):
+        assert bool((each[outside] == -7).all())
+        assert float((view - moment).abs().max()) > 0.1
+
+
+def test_a_nan_goes_where_it_must_and_nowhere_else():
+    moments, (a, b, grad_a, grad_b) = to_device(*make(37, 50, 4))
+    row = grad_b.clone()
+    row[5, 1] = torch.nan
+    found = [each.clone() for each in moments]
+    bt_h, h_at = run(found, (a, b, grad_a, row))
+    expected = torch.zeros(37, dtype=torch.bool, device=DEVICE)
+    expected[5] = True
+    for each in (*found, h_at):
+        assert torch.equal(each.isnan().all(1), expected) and torch.equal(each.isnan().any(1), expected)
+    assert bool(bt_h.isnan().all())
+    states = [each.bfloat16() for each in moments]
+    run(states, (a, b, grad_a, row), seed=torch.tensor([3]))
+    for each in states:
+        assert torch.equal(each.isnan().all(1), expected) and torch.equal(each.isnan().any(1), expected)
+
+
+class NoLaunch:
+    def __getitem__(self, _grid):
+        return lambda *_args, **_kwargs: None
+
+
+def test_nothing_of_the_size_of_the_matrix_is_made(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Total(TorchDispatchMode):
+        made = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.made[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+            return out
+
+    for name in ("adam_kernel", "sum_slabs_kernel"):
+        monkeypatch.setattr(kernel, name, NoLaunch())
+    monkeypatch.setattr(kernel, "processors", lambda _device: 132)
+    moments = torch.empty(8192, 8192), torch.empty(8192, 8192)  # never touched
+    factors = [torch.empty(shape) for shape in ((16, 8192), (8192, 16), (16, 8192), (8192, 16))]
+    with Total() as total:
+        run(moments, factors, None)
+    known = {each.untyped_storage().data_ptr() for each in (*moments, *factors)}
+    made = sum(size for place, size in total.made.items() if place not in known)
+    assert 0 < made < 0.05 * sum(each.nbytes for each in moments)
+
+
+def test_parts_fill_the_chip_and_cover_the_matrix():
+    for tall, wide in ((1, 1), (16, 64), (64, 256), (3, 200), (200, 3), (1000, 1000)):
+        for processors in (4, 132):
+            blocks, steps = config.parts_for(tall, wide, processors)
+            assert 1 <= blocks <= min(tall, 8) and 1 <= steps <= min(wide, 32)
+            programs = -(-tall // blocks) * -(-wide // steps)
+            assert 2 * programs >= min(3 * processors, 2 * tall * -(-wide // 4))
+    assert config.parts_for(1000, 1000, 132) == (8, 32)  # large: whole slabs
+
+
+def test_precision_is_that_of_float32_unless_the_user_allows_less(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        assert config.precision_for("cuda") == "tf32x3" and config.precision_for("hip") == "ieee"
+        matmul.allow_tf32 = True
+        assert config.precision_for("cuda") == "tf32" and config.precision_for("hip") == "ieee"
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_ahead_of_time_cases_cover_every_launch():
+    known = {
+        (case["platform"], case["aligned"], case["signature"]["avg_ptr"], case["constexprs"]["PRECISION"],
+         *(case["constexprs"][name] for name in ("ROWS", "COLUMNS", "RANK", "STEP")), case["warps"], case["stages"])
+        for case in kernel.aot_cases() if "avg_ptr" in case["signature"]
+    }  # fmt: skip
+    for platform in ("cuda", "hip"):
+        for aligned in (True, False):
+            for rank in (1, 16, 17, 33, 128):
+                for stochastic in (False, True):
+                    width = config.rank_for(rank)
+                    each = config.config_for(width, stochastic, aligned, platform)
+                    for precision in config.precisions(platform):
+                        launch = (each.rows, each.columns, width, min(width, each.step), each.warps, each.stages)
+                        state = "*i16" if stochastic else "*fp32"
+                        assert (platform, aligned, state, precision, *launch) in known
+
+
+def test_alignment_and_refusals():
+    wide = torch.zeros(40, 64)
+    assert config.is_aligned(wide, wide[:, :32]) and not config.is_aligned(wide, wide[:, :31])
+    assert not config.is_aligned(wide[:, 1:33]) and not config.is_aligned(torch.zeros(4, 33)[:, :32])
+    if DEVICE == "cpu":
+        assert op.dispatcher.choose("auto", wide, 4) != "triton"
+    with pytest.raises(RuntimeError, match="triton: takes no float64"):
+        op.dispatcher.choose("triton", wide.double().to(DEVICE), 4)
+    with pytest.raises(RuntimeError, match="triton: takes ranks up to 128, not 129"):
+        op.dispatcher.choose("triton", wide.to(DEVICE), 129)
+
+
+def test_registration_is_sound():
+    moments, factors = to_device(*make(20, 18, 3))
+    torch.library.opcheck(
+        torch.ops.lora_kernels.lora_pro_adam_.default,
+        (*moments, *factors, 0.5, 0.9, 0.999, 1e-8, 3, None, 0, "triton"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, columns, rank", [(1024, 2752, 16), (513, 777, 5), (4096, 4096, 64), (1024, 1024, 128)])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_on_gpu_error_is_within_twice_that_of_torch(rows, columns, rank, state):
+    moments, factors = to_device(*make(rows, columns, rank, state=state))
+    call = {"scaling": SCALING, "betas": BETAS, "eps": EPS, "step": 3}
+    truth = reference.lora_pro_adam(*moments, *factors, **call)
+    plain = reference.lora_pro_adam(*moments, *factors, **call, dtype=torch.float32)
+    other = [each.clone() for each in moments]
+    results = lora_pro_adam_(*moments, *factors, **call, seed=1, backend="triton")
+    for one, two, exact in zip(results, plain[2:], truth[2:], strict=True):
+        assert relative_error(one, exact) <= 2 * relative_error(two, exact) + 1e-6
+    again = lora_pro_adam_(*other, *factors, **call, seed=1, backend="triton")
+    assert all(torch.equal(*pair) for pair in zip((*moments, *results), (*other, *again), strict=True))
