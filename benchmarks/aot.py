@@ -42,6 +42,7 @@ KERNEL_MODULES = (
     "lora_kernels.ops._reduce",
     "lora_kernels.ops.covariance.kernel",
     "lora_kernels.ops.gradient_statistics.kernel",
+    "lora_kernels.ops.lora_linear.kernel",
     "lora_kernels.ops.random_matrix.kernel",
     "lora_kernels.ops.sketch.kernel",
     "lora_kernels.ops.skinny.kernel",
@@ -129,8 +130,9 @@ def _source(case: dict[str, Any], variant: str) -> ASTSource:
             continue
         known = []
         if signature[name].startswith("*"):
-            # Fresh tensors are always aligned; x and g may be views that start anywhere.
-            known += [["tt.divisibility", 16]] if case["aligned"] or name not in ("x_ptr", "g_ptr") else []
+            # Fresh tensors are always aligned; x, g and weights may be views that start anywhere.
+            views = ("x_ptr", "g_ptr", "right_ptr")
+            known += [["tt.divisibility", 16]] if case["aligned"] or name not in views else []
             known += [["tt.pointer_range", 32]] if case["platform"] == "hip" and variant != "huge" else []
         elif variant == "ones":
             signature[name], constexprs[name] = "constexpr", 1
@@ -304,6 +306,8 @@ def _jobs(quick: bool) -> Iterator[tuple[int, int, str]]:
     for number, case in enumerate(cases()):
         for place, chip in enumerate(CHIPS):
             key = (chip.name, case["kernel"].__name__, case["aligned"])
+            if chip.name not in case.get("chips", (chip.name,)):
+                continue
             if chip.target.backend != case["platform"] or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
                 continue
             seen.add(key)
