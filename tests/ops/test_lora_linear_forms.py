@@ -118,13 +118,12 @@ def test_every_form_on_a_gpu(sizes, dropout, dtype, form):
 @pytest.mark.parametrize("name", config.CONFIGS)
 def test_shipped_configurations_on_a_gpu(name):
     """All that are meant for this chip, at a size that fills their tiles."""
-    from lora_kernels.ops.lora_linear import kernel
     from lora_kernels.ops.lora_linear.measure import measure
 
     device, each = torch.device("cuda"), config.CONFIGS[name]
     ran = 0
     for dtype in (torch.bfloat16, torch.float32):
-        if each in config.candidates(dtype, capability=kernel.capability_of(device)):
+        if each in config.candidates(dtype, capability=config.capability_of(device)):
             for product in table.PRODUCTS:
                 numbers = (2048, 768, 1024, 16, product == "backward", product)
                 own = Key(forms.chip_name(device), str(dtype).removeprefix("torch."), *numbers)
@@ -198,6 +197,10 @@ def test_a_forced_form_says_why_it_cannot_run(monkeypatch):
             lora_linear(*layer(), scaling=1.0, backend="torch")
         with pytest.raises(RuntimeError, match="takes no float64"):
             lora_linear(*make((7,), 12, 9, 3, torch.float64), scaling=1.0)
+        with monkeypatch.context() as old:
+            old.setattr(forms, "capability_of", lambda device: (7, 5))
+            with pytest.raises(RuntimeError, match=r"capability 8.0, this one has 7.5|triton cannot be imported"):
+                lora_linear(*layer(), scaling=1.0, backend="triton")
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(RuntimeError, match="only under TRITON_INTERPRET=1|triton cannot be imported"):
             lora_linear(*layer(), scaling=1.0)

@@ -11,7 +11,6 @@ dropout mask of `_philox.keep_mask`, made from positions.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +24,7 @@ from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision
 from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
-from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
+from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, capability_of, config_for, is_aligned
 from lora_kernels.ops.random_matrix.kernel import signed32
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
@@ -167,14 +166,6 @@ def linear_kernel(
             size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
             TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """What `config_for` asks for: the capability of an NVIDIA chip, `None` on AMD; in the interpreter any serves."""
-    if build_platform() == "hip":
-        return None
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:

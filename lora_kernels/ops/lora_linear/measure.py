@@ -17,7 +17,7 @@ import torch
 from lora_kernels.ops import _philox
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops.lora_linear import forms, table
-from lora_kernels.ops.lora_linear.config import candidates, is_aligned
+from lora_kernels.ops.lora_linear.config import candidates, capability_of, is_aligned
 from lora_kernels.ops.lora_linear.forms import DEFAULT, Choice, Term
 from lora_kernels.ops.lora_linear.op import linear_dispatcher
 from lora_kernels.ops.lora_linear.table import Key, Record
@@ -176,10 +176,8 @@ def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
     reason = forms.gemm_refuses(device, dtype, problem.backend)
     if reason is not None:
         return choices, {"gemm": reason}
-    from lora_kernels.ops.lora_linear import kernel  # noqa: PLC0415  (without Triton the rest works)
-
     aligned = is_aligned((problem.out, problem.left, problem.right))
-    found = candidates(dtype, aligned=aligned, capability=kernel.capability_of(device))
+    found = candidates(dtype, aligned=aligned, capability=capability_of(device))
     return [*choices, *(Choice("gemm", each) for each in found)], {}
 
 
