@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.ops import Dropout, lora_delta, lora_linear, use_form
+from lora_kernels.ops import Dropout, LoraMember, lora_delta, lora_linear, lora_linear_group, use_form
 from lora_kernels.ops.lora_linear import config, forms, reference, table
 from lora_kernels.ops.lora_linear.forms import Choice
 from lora_kernels.ops.lora_linear.table import Key, Record
 from tests.conftest import relative_error
-from tests.ops.test_lora_linear import DROPOUTS, check_all, differentiate, make, make_extra
+from tests.ops.test_lora_linear import DROPOUTS, check_all, differentiate, make, make_extra, widened
 
 CPU = torch.device("cpu")
+_BOTH = [("forward", False), ("backward", False), ("backward", True)]
 
 
 @pytest.fixture
@@ -60,7 +61,9 @@ def layer():
 @pytest.mark.parametrize("ratio", [None, -1.0, 0.4], ids=["no extra", "taken off", "extra"])
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
 @pytest.mark.parametrize("leading, features, outputs, rank", [((0,), 8, 5, 2), ((5, 7), 50, 33, 5), ((), 16, 9, 3)])
-@pytest.mark.parametrize("form, backend", [("expand_add", "torch"), ("expand_add", "auto"), ("gemm", "triton")])
+@pytest.mark.parametrize(
+    "form, backend", [("expand_first", "auto"), ("expand_add", "torch"), ("expand_add", "auto"), ("gemm", "triton")]
+)
 def test_every_form_matches_float64(form, backend, leading, features, outputs, rank, dropout, ratio, poisoned_memory):
     if form == "gemm":
         pytest.importorskip("triton")
@@ -189,6 +192,55 @@ def test_a_measured_kernel_runs_where_it_can(cache, ran):
     results = [lora_linear(x, weight, bias, a, b, scaling=1.0, backend=name) for name in ("triton", "torch")]
     assert ran == [Choice("gemm", config.SINGLE, "tuned"), Choice("expand_first")]
     torch.testing.assert_close(*results)
+
+
+def test_a_measured_configuration_reaches_the_kernel(cache, monkeypatch):
+    pytest.importorskip("triton")
+    from lora_kernels.ops.lora_linear import kernel
+
+    found, launch = [], kernel.linear
+    monkeypatch.setattr(kernel, "linear", lambda *args: (found.append(args[-1]), launch(*args)))
+    table.write(cache, [record("gemm", chosen=config.SQUARE.name, dtype="float16", tokens=16, n=32, m=16)], "")
+    forms.forget()
+    tensors = [each.detach() for each in make((16,), 32, 16, 8, torch.float16)]
+    lora_linear(*tensors, scaling=1.0, backend="triton")
+    with use_form("gemm"):
+        lora_linear(*tensors, scaling=1.0, backend="triton")
+    assert found == [config.SQUARE, config.SMALL]
+
+
+@pytest.mark.parametrize("form, backend", [("auto", "auto"), ("expand_add", "auto"), ("gemm", "triton")])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+def test_groups(dropout, form, backend, cache, ran):
+    """dx of a group has several products, which nobody measured: the default, unless forced."""
+    if form == "gemm":
+        pytest.importorskip("triton")
+    table.write(cache, [record("expand_add", product=each, dropout=drop) for each, drop in _BOTH], "")
+    forms.forget()
+    x, *first = make((7,), 12, 9, 3)
+    second = make((7,), 12, 9, 3)[1:]
+    extra = make_extra(12, 9, 0.5)
+
+    def run(x, *rest):
+        layers = [(*rest[:4], extra), (*rest[4:], None)]
+        members = [LoraMember(*each[:4], 0.7, dropout, each[4]) for each in layers]
+        return sum(y * (i + 1) for i, y in enumerate(lora_linear_group(x, members, backend=backend)))
+
+    def plain(x, *rest):
+        ys = [
+            reference.lora_linear(x, *each, scaling=0.7, dropout=dropout, extra=more)
+            for each, more in ((rest[:4], widened(extra, torch.float64)), (rest[4:], None))
+        ]
+        return ys[0] + 2 * ys[1]
+
+    grad = torch.randn(7, 9)
+    with use_form(form):
+        found = differentiate(run, (x, *first, *second), grad)
+    truth = differentiate(plain, (x, *first, *second), grad, torch.float64)
+    assert all(relative_error(one, exact) < 1e-6 for one, exact in zip(found, truth, strict=True))
+    forward = "expand_add" if form == "auto" else form
+    backward = "expand_first" if form == "auto" else form
+    assert [each.form for each in ran] == [forward, forward, backward]
 
 
 def test_a_forced_form_says_why_it_cannot_run(monkeypatch):

@@ -154,6 +154,7 @@ def test_configurations_by_chip():
             for aligned in (True, False):
                 found = config.candidates(dtype, aligned=aligned, capability=capability)
                 assert set(found) <= set(config.CONFIGS.values())
+    assert config.WIDE.quarters(True) and not config.WIDE.quarters(False) and not config.SQUARE.quarters(True)
     # Shared memory of the pipeline: 99 KB on consumer chips, 163 KB on 8.0, 227 KB on 9.0 and 10.0, 64 KB on AMD.
     limits = {(8, 9): 101376, (8, 0): 166912, (9, 0): 232448, (10, 0): 232448, None: 65536}
     for capability, limit in limits.items():

@@ -177,12 +177,14 @@ def _assemble(
     base: torch.Tensor | None = None,
 ) -> None:
     """`out = (base or bias) + the large products + the terms`, in the form that is chosen for it."""
-    choice, (left, right), *rest = forms.Choice(forms.DEFAULT), *(large or [(out, None)])
-    if right is not None:
-        n, m = right.shape if product == "forward" else reversed(right.shape)
-        rank, masked = sum(each.t.shape[1] for each in terms), any(each.mask is not None for each in terms)
-        sizes = (left.shape[0], n, m)
-        choice = forms.choose(product, out.device, out.dtype, sizes, rank, masked, backend, alone=not rest)
+    if not large:
+        forms.combine(out, out, None, terms, bias=bias, base=base, backend=backend, choice=forms.Choice(forms.DEFAULT))
+        return
+    (left, right), *rest = large
+    n, m = right.shape if product == "forward" else reversed(right.shape)
+    rank, masked = sum(each.t.shape[1] for each in terms), any(each.mask is not None for each in terms)
+    sizes = (left.shape[0], n, m)
+    choice = forms.choose(product, out.device, out.dtype, sizes, rank, masked, backend, alone=not rest)
     forms.combine(out, left, right, terms, bias=bias, base=base, backend=backend, choice=choice)
     for left, right in rest:
         out.addmm_(left, right)

@@ -36,6 +36,10 @@ class GemmConfig:
         """How tuned tables call it."""
         return f"{self.tokens}x{self.columns}x{self.step}-r{self.rank}-w{self.warps}-s{self.stages}"
 
+    def quarters(self, masked: bool) -> bool:
+        """Whether the low-rank term comes by quarters of a tile: masked, a whole one would spill registers."""
+        return masked and self.columns > 128
+
 
 # A step of the rank is padded: 32 costs a tile 16 / inner more than the 16 of most adapters, and serves all of them.
 WIDE = GemmConfig(128, 256, 64, 32, 8, 3)

@@ -243,7 +243,7 @@ def linear(
         factor, threshold, stream,
         TOKENS=config.tokens, COLUMNS=config.columns, STEP=config.step, RANK=config.rank, GROUP=_GROUP,
         RIGHT_TRANSPOSED=right_transposed, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
-        HAS_DROPOUT=mask is not None, QUARTERS=mask is not None and config.columns > 128,
+        HAS_DROPOUT=mask is not None, QUARTERS=config.quarters(mask is not None),
         PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -253,7 +253,7 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
     x = f"*{AOT_DTYPES[dtype]}"
     fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "STEP": config.step}
     fixed |= {"RANK": config.rank, "GROUP": _GROUP, "UPCAST": False}
-    fixed |= {"QUARTERS": flags["HAS_DROPOUT"] and config.columns > 128}
+    fixed |= {"QUARTERS": config.quarters(flags["HAS_DROPOUT"])}
     fixed |= {"PRECISION": precision(dtype, where["platform"]), **flags}
     types = dict.fromkeys(("inner", "rank", "right_stride", "t_stride", "threshold", "stream"), "i32")
     types |= dict.fromkeys(("out_ptr", "x_ptr", "right_ptr", "bias_ptr", "t_ptr", "factor_ptr"), x)
