@@ -2,7 +2,7 @@
 
     expand_first    write bias + t B^T, then let the library's product accumulate onto it; rounds once
     expand_add      the library's product, then add t B^T in place; rounds twice
-    gemm            one Triton kernel for both; rounds once
+    gemm            one Triton kernel for both; rounds once (a frozen pair beside a masked term is added in place)
 
 Which is fastest depends on chip and shape, so the choice is what was measured: the user's table (`lora-kernels tune`),
 else the one that ships, else `expand_first`. It is made inside the op, where sizes are known, from nothing that differs
