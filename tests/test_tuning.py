@@ -102,7 +102,7 @@ def test_wrong_numbers_are_never_chosen(product, dropout, monkeypatch):
 
     ways = [
         lambda out, left, right, terms: out.copy_(left @ right),
-        lambda out, left, right, terms: out.copy_(left @ right + 1.001 * terms[0].t @ terms[0].b),
+        lambda out, left, right, terms: out.copy_(left @ right + 1.00001 * terms[0].t @ terms[0].b),
         lambda *_: None,
         lambda out, *rest: (whole(out, *rest), out[-1:].zero_()),
         lambda out, *rest: (whole(out, *rest), out[:, -1].zero_()),
