@@ -42,6 +42,7 @@ KERNEL_MODULES = (
     "lora_kernels.ops._reduce",
     "lora_kernels.ops.covariance.kernel",
     "lora_kernels.ops.gradient_statistics.kernel",
+    "lora_kernels.ops.lora_linear.kernel",
     "lora_kernels.ops.lora_pro_adam.kernel",
     "lora_kernels.ops.random_matrix.kernel",
     "lora_kernels.ops.sketch.kernel",
@@ -49,7 +50,7 @@ KERNEL_MODULES = (
 )
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")
-_VIEWS = ("x_ptr", "g_ptr", "avg_ptr", "square_ptr")
+_VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,8 @@ def _jobs(quick: bool) -> Iterator[tuple[int, int, str]]:
     for number, case in enumerate(cases()):
         for place, chip in enumerate(CHIPS):
             key = (chip.name, case["kernel"].__name__, case["aligned"])
+            if chip.name not in case.get("chips", (chip.name,)):
+                continue
             if chip.target.backend != case["platform"] or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
                 continue
             seen.add(key)

@@ -1,7 +1,8 @@
 """The fused LoRA layer against PEFT's, and a whole training step: `python -m benchmarks.lora_linear [--case llama]`.
 
 Layers: forward and backward (the gradients of x, A and B), interleaved with PEFT's layer and with the base layer alone
-(forward and the gradient of x), after both have given the same numbers. The floor of the fused layer is its FLOPs over
+(forward and the gradient of x), after both have given the same numbers; with the form that the large products ran in
+(`lora-kernels tune` chooses; `--form` forces one). The floor of the fused layer is its FLOPs over
 those of the base layer: no implementation that computes the products can be closer to the base than that.
 
 Groups: layers that read the same input, together and one by one.
@@ -25,6 +26,8 @@ from torch import nn
 import lora_kernels as lk
 from benchmarks import records
 from benchmarks.compare import CONSOLE, case
+from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.ops.lora_linear.op import linear_dispatcher
 
 SHAPES = ((512, 512), (1024, 1024), (2048, 2048), (2048, 512), (512, 4096))
 RANKS = (8, 16, 64)
@@ -91,6 +94,18 @@ def _check(stock: Any, fused: Any, x: torch.Tensor, g: torch.Tensor) -> float:
     return max(differences)
 
 
+def _forms(x: torch.Tensor, m: int, rank: int, dropout: float) -> dict[str, str]:
+    """In which form a layer's products run."""
+    backend = linear_dispatcher.choose("auto", x.device, x.dtype, dropout > 0)
+    sizes = (x.shape[0], x.shape[1], m)
+    return {
+        product: forms.choose(
+            product, x.device, x.dtype, sizes, rank, dropout > 0 and product == "backward", backend
+        ).name
+        for product in table.PRODUCTS
+    }
+
+
 def layers(tokens: int, shapes: Sequence[tuple[int, int]], ranks: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Time single layers.
 
@@ -121,6 +136,7 @@ def layers(tokens: int, shapes: Sequence[tuple[int, int]], ranks: Sequence[int],
                         "m": m,
                         "rank": rank,
                         "dropout": dropout,
+                        "forms": _forms(x, m, rank, dropout),
                         "difference": difference,
                         "seconds": times,
                         "peft_over_ours": times["peft"]["p50"] / times["ours"]["p50"],
@@ -132,7 +148,7 @@ def layers(tokens: int, shapes: Sequence[tuple[int, int]], ranks: Sequence[int],
                 CONSOLE.print(
                     f"{n:5d} -> {m:5d}  r {rank:3d}  dropout {dropout:<4}  PEFT / ours "
                     f"{found[-1]['peft_over_ours']:.2f}  ours / base {found[-1]['ours_over_base']:.2f} "
-                    f"(FLOPs {found[-1]['floor_over_base']:.2f})"
+                    f"(FLOPs {found[-1]['floor_over_base']:.2f})  {' / '.join(found[-1]['forms'].values())}"
                 )
     return found
 
@@ -306,16 +322,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--step-rounds", type=int, default=5, help="timed training steps of each side")
+    parser.add_argument("--form", default="auto", help=f"of the large products: auto, {', '.join(table.FORMS)}")
     parser.add_argument("--quick", action="store_true", help="one shape, one rank")
     parser.add_argument("--out", type=type(records.RESULTS), default=records.RESULTS, help="folder for the record")
     options = parser.parse_args(arguments)
     shapes, ranks = (SHAPES[:1], RANKS[1:2]) if options.quick else (SHAPES, RANKS)
     cases = GROUPS[-1:] if options.quick else GROUPS
-    record = {
-        "layers": layers(options.tokens, shapes, ranks, options.rounds),
-        "groups": groups(cases, TRAIN_RANK, options.rounds),
-        "step": train(options.case, options.step_rounds),
-    }
+    with lk.ops.use_form(options.form):
+        record = {
+            "layers": layers(options.tokens, shapes, ranks, options.rounds),
+            "groups": groups(cases, TRAIN_RANK, options.rounds),
+            "step": train(options.case, options.step_rounds),
+        }
     show(record)
     CONSOLE.print(f"record: {records.save('lora_linear', record, options.out)}")
     return 0

@@ -18,6 +18,7 @@ from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 from lora_kernels.training import AccelerateReport, LoRADash, accelerate, reference_mode, restore, verify
+from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
     from lora_kernels.integrations.dash_callback import LoRADashCallback
@@ -39,6 +40,7 @@ __all__ = [
     "Redistribution",
     "Statistics",
     "TaskDirections",
+    "TuneReport",
     "__version__",
     "accelerate",
     "collect",
@@ -53,6 +55,7 @@ __all__ = [
     "restore",
     "statistics",
     "training",
+    "tune",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | plan | verify | doctor`."""
+"""The command line: `lora-kernels demo | init | plan | verify | tune | doctor`."""
 
 from __future__ import annotations
 
@@ -215,6 +215,55 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    layers = parser.add_mutually_exclusive_group(required=True)
+    layers.add_argument("--model-config", type=Path, help="config.json of a transformers model; no weights")
+    layers.add_argument("--shapes", help="inputs x outputs of layers, such as 4096x4096,4096x14336")
+    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    parser.add_argument("--tokens", type=int, nargs="+", help="batch size times length (default: 8192; 1024 on a CPU)")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16])
+    parser.add_argument("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
+    parser.add_argument("--dropout", action="store_true", help="the adapter's input is dropped")
+    parser.add_argument("--device", help="such as cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each form")
+    parser.add_argument("--out", type=Path, help="the table (default: the one that LoRA layers read)")
+
+
+def _pair(text: str) -> tuple[int, int]:
+    inputs, separator, outputs = text.strip().partition("x")
+    if not (separator and inputs.isdecimal() and outputs.isdecimal()):
+        raise ValueError(f"shapes holds {text!r}, but must hold inputs x outputs, such as 4096x14336")
+    return int(inputs), int(outputs)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch  # noqa: PLC0415
+
+    import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
+
+    if options.shapes is not None:
+        layers: Any = [_pair(each) for each in options.shapes.split(",")]
+    else:
+        from lora_kernels.integrations import transformers  # noqa: PLC0415
+
+        layers = transformers.empty_model(options.model_config, options.task)
+    dtype = None
+    if options.dtype is not None:
+        check_choice("dtype", options.dtype, ("float16", "bfloat16", "float32"))
+        dtype = getattr(torch, options.dtype)
+    try:
+        device = None if options.device is None else torch.device(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {options.device!r}: {error}") from error
+    names = ("tokens", "rank", "dropout", "rounds", "out")
+    chosen = {name: getattr(options, name) for name in names}
+    progress = Console(stderr=True).print
+    report = lk.tune(layers, dtype=dtype, device=device, progress=progress, **chosen)
+    Console(width=None if sys.stdout.isatty() else 160).print(report)
+    return 0 if report.ok else 1
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from lora_kernels.doctor import run  # noqa: PLC0415
 
@@ -239,6 +288,12 @@ def _parser() -> argparse.ArgumentParser:
             "compare the fused LoRA layers with PEFT's and with float64 on your model and text",
             _verify_arguments,
             _verify,
+        ),
+        (
+            "tune",
+            "measure the forms of the LoRA layers' products on this device, for later runs to use the fastest",
+            _tune_arguments,
+            _tune,
         ),
         ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +25,7 @@ from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statist
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
 from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import forms, lora_linear, table, use_form
 from lora_kernels.ops.lora_linear import op as lora_linear_op
 from lora_kernels.ops.lora_linear import reference as lora_linear_reference
 from lora_kernels.ops.orthonormalize import op as orthonormalize_op
@@ -168,6 +169,11 @@ def _factor_spectrum_error(device: torch.device, backend: str) -> float:
     return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
 
 
+def _gemm_error(device: torch.device, backend: str) -> float:
+    with use_form("gemm"):
+        return _lora_linear_error(device, backend)
+
+
 def _lora_linear_error(device: torch.device, backend: str) -> float:
     generator = torch.Generator().manual_seed(0)
     sizes = ((97, 70), (33, 70), (33,), (8, 70), (33, 8))
@@ -258,6 +264,12 @@ def self_tests() -> list[SelfTest]:
             lambda device: lora_linear_op.linear_dispatcher.explain(device, torch.float32, True),
             1e-5,
         ),
+        (
+            "lora_linear gemm",
+            _gemm_error,
+            lambda device: {"triton": forms.gemm_refuses(device, torch.float32)},
+            1e-5,
+        ),
     ]
     outcomes = []
     for name, run, explain, bound in runs:
@@ -271,6 +283,22 @@ def self_tests() -> list[SelfTest]:
                 except Exception as error:
                     outcomes.append(SelfTest(name, backend, device.type, None, bound, f"failed: {error!r}"))
     return outcomes
+
+
+def _measured_forms() -> Table:
+    """What `lora-kernels tune` has written, and the table that ships: how much of it counts here."""
+    shown = Table("table", "used", "other versions", "other chips", "problem", title="measured forms of LoRA layers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the problem is shown
+        found = forms.tables()
+    for path, counts in found.found.items():
+        shown.add_row(str(path), *map(str, counts), "")
+    for path, problem in found.problems.items():
+        shown.add_row(str(path), "0", "", "", problem)
+    mine = table.cache_file()
+    if mine not in found.found and mine not in found.problems:
+        shown.add_row(str(mine), "0", "", "", "not there: `lora-kernels tune` writes it")
+    return shown
 
 
 def run() -> int:
@@ -290,6 +318,7 @@ def run() -> int:
     backends.add_row("cpp", *(cpp_refuses(device) or "usable" for device in devices))
     backends.add_row("torch", *("usable" for _ in devices))
     console.print(backends)
+    console.print(_measured_forms())
     outcomes = self_tests()
     tests = Table("op", "backend", "device", "error", "verdict", title="self-test against float64")
     for each in outcomes:

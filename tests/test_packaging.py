@@ -22,6 +22,8 @@ from lora_kernels.ops import _ext
 out = torch.zeros(4, 4)
 lk.ops.covariance_(out, torch.eye(4))
 assert torch.equal(out, torch.eye(4))
+from lora_kernels.ops.lora_linear import table
+table.read(table.PACKAGED)
 print(lk.__file__, lk.__version__, _ext.load()[0] is not None)
 """
 

@@ -201,7 +201,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     Yields:
         Keyword descriptions: `name`, `kernel`, `signature` (argument types), `constexprs`, `warps`, `stages`,
         `matrix` (whether the chip's own tensor-core instruction must be there), `platform` (`cuda` or `hip`),
-        `aligned` (whether sizes, strides and addresses are multiples of 16; if not, they may also be 1).
+        `aligned` (whether sizes, strides and addresses are multiples of 16; if not, they may also be 1), and `chips`
+        where not all of the platform's run it.
     """
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}

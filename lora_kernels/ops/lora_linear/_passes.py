@@ -6,8 +6,9 @@ For one layer:
     y  = bias + t B^T, then += x W^T         dx = mask * (u A), then += g W
                                              dA = u^T drop(x),  dB = g^T t,  dW = g^T x,  db = sum g
 
-The skinny part is written first and the library accumulates onto it: y is rounded once and no second matrix of its size
-exists. Every sum is float32 and rounded once, to the dtype of what it is a gradient of.
+How a large product and the low-rank part come together is chosen in `forms`. By default the low-rank part is written
+first and the library accumulates onto it: y is rounded once and no second matrix of its size exists. Every sum is
+float32, and rounded once, to the dtype of what it is a gradient of.
 
 A frozen pair `e (x A0^T) B0^T` is more rank, without a mask.
 
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops.lora_linear import forms
+from lora_kernels.ops.lora_linear.forms import Term
 from lora_kernels.ops.skinny import _launch
 
 
@@ -163,6 +166,30 @@ def _low_rank(rows: torch.Tensor, members: Sequence[Member], backend: str) -> tu
     return columns if plain else own[0].contiguous() if len(own) == 1 else torch.cat(own, 1), every
 
 
+def _assemble(
+    product: str,
+    out: torch.Tensor,
+    large: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    terms: Sequence[Term],
+    backend: str,
+    *,
+    bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+) -> None:
+    """`out = (base or bias) + the large products + the terms`, in the form that is chosen for it."""
+    if not large:
+        forms.combine(out, out, None, terms, bias=bias, base=base, backend=backend, choice=forms.Choice(forms.DEFAULT))
+        return
+    (left, right), *rest = large
+    n, m = right.shape if product == "forward" else reversed(right.shape)
+    rank, masked = sum(each.t.shape[1] for each in terms), any(each.mask is not None for each in terms)
+    sizes = (left.shape[0], n, m)
+    choice = forms.choose(product, out.device, out.dtype, sizes, rank, masked, backend, alone=not rest)
+    forms.combine(out, left, right, terms, bias=bias, base=base, backend=backend, choice=choice)
+    for left, right in rest:
+        out.addmm_(left, right)
+
+
 def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The layers' outputs.
 
@@ -185,9 +212,8 @@ def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[l
             out = y.view(rows.shape[0], b.shape[0])
             row = start.to(dtype).contiguous() if start is not None and start.dim() == 1 else None
             base = _rows(start) if start is not None and row is None else None
-            _launch.expand(out, low_rank, b.mT, base=base, bias=row, backend=backend)
-            if member.weight is not None:
-                out.addmm_(rows, member.weight.to(dtype).mT)
+            large = [] if member.weight is None else [(rows, member.weight.to(dtype).mT)]
+            _assemble("forward", out, large, [Term(low_rank, b.mT)], backend, bias=row, base=base)
             outputs.append(y)
         return outputs, t
 
@@ -268,18 +294,13 @@ def _input_gradient(
             left.append(u)
             right.append(member.factors.a.to(dtype))
         elif u is not None:
-            masked.append((u, member.factors.a.to(dtype), member.mask))
+            masked.append(Term(u, member.factors.a.to(dtype), member.mask))
         if tail is not None and member.factors.a0 is not None:
             left.append(tail)
             right.append(member.factors.a0.to(dtype))
-    base = None
-    if left:
-        base = _launch.expand(out, _joined(left, 1), _joined(right, 0), backend=backend)
-    for u, a, mask in masked:
-        base = _launch.expand(out, u, a, base=base, mask=mask, backend=backend)
-    for g, member in zip(rows, members, strict=True):
-        if member.weight is not None:
-            out.addmm_(g, member.weight.to(dtype))
+    terms = [Term(_joined(left, 1), _joined(right, 0))] if left else []
+    large = [(g, each.weight.to(dtype)) for g, each in zip(rows, members, strict=True) if each.weight is not None]
+    _assemble("backward", out, large, [*terms, *masked], backend)
     return dx
 
 

@@ -136,7 +136,8 @@ def lora_linear(
         extra: a frozen pair `(A0, B0, e)`, `(q, n)` and `(m, q)`: `+ e x A0^T B0^T`, not dropped and without gradients
             of its own. With `e = -s` it takes off what an adapter started from, and the base weight stays as it was.
         backend: of the skinny products: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`. The product with W is
-            the library's.
+            the library's, unless `lora_kernels.tune` found the Triton kernel for both faster, and the backend is
+            `triton`; see `use_form`.
 
     Returns:
         `(..., m)`.

@@ -1,0 +1,138 @@
+"""Tile sizes and launch shapes of the fused product; importable without Triton, since tuned tables name them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops._tiles import build_platform
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes and launch shape.
+
+    Attributes:
+        tokens: rows of a tile of the result.
+        columns: its columns; a multiple of 8.
+        step: how much of the inner size a step of the loop takes.
+        rank: how much of the rank a step takes.
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    tokens: int
+    columns: int
+    step: int
+    rank: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """How tuned tables call it."""
+        return f"{self.tokens}x{self.columns}x{self.step}-r{self.rank}-w{self.warps}-s{self.stages}"
+
+    def quarters(self, masked: bool) -> bool:
+        """Whether the low-rank term comes by quarters of a tile: masked, a whole one would spill registers."""
+        return masked and self.columns > 128
+
+
+# A step of the rank is padded: 32 costs a tile 16 / inner more than the 16 of most adapters, and serves all of them.
+WIDE = GemmConfig(128, 256, 64, 32, 8, 3)
+SQUARE = GemmConfig(128, 128, 64, 32, 8, 4)
+# 99 KB of shared memory per program (8.6, 8.9, 12.0) hold three stages of it.
+SQUARE_SHALLOW = GemmConfig(128, 128, 64, 32, 8, 3)
+SMALL = GemmConfig(64, 64, 64, 32, 4, 4)
+SINGLE = GemmConfig(64, 64, 32, 16, 4, 3)  # float32
+RAGGED = GemmConfig(64, 64, 32, 16, 8, 3)  # not aligned: every element's address takes registers
+AMD_SQUARE = GemmConfig(128, 128, 64, 32, 8, 2)  # 64 KB of local memory hold two stages
+AMD_SMALL = GemmConfig(64, 64, 32, 16, 4, 2)
+CONFIGS = {each.name: each for each in (WIDE, SQUARE, SQUARE_SHALLOW, SMALL, SINGLE, RAGGED, AMD_SQUARE, AMD_SMALL)}
+
+# Fewer tiles than a large chip has multiprocessors (an H100's 132) leave it idle.
+_PROCESSORS = 132
+
+
+@functools.lru_cache(maxsize=64)
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """What `candidates` asks for: the capability of an NVIDIA chip, `None` on AMD; in the interpreter any serves."""
+    if build_platform() == "hip":
+        return None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def candidates(
+    dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
+) -> tuple[GemmConfig, ...]:
+    """The configurations that are worth a measurement, largest tiles first.
+
+    Args:
+        dtype: of the operands.
+        aligned: whether loads of the wide operands can be vectorised.
+        capability: of an NVIDIA chip; `None` on AMD.
+
+    Returns:
+        At least one.
+    """
+    if capability is None:
+        return (AMD_SQUARE, AMD_SMALL) if aligned and dtype != torch.float32 else (AMD_SMALL,)
+    if not aligned:
+        return (RAGGED,)
+    if dtype == torch.float32:
+        return (SINGLE,)
+    if capability in ((9, 0), (10, 0), (10, 3)):
+        return (WIDE, SQUARE, SMALL)
+    if capability == (8, 0):  # the wide tile spills registers
+        return (SQUARE, SMALL)
+    return (SQUARE_SHALLOW, SMALL)
+
+
+def config_for(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+    capability: tuple[int, int] | None = (8, 0),
+) -> GemmConfig:
+    """The configuration for a shape where nothing was measured: the largest tile that gives every processor one.
+
+    Args:
+        shape: tokens, inner size and columns.
+        dtype: of the operands.
+        aligned: whether loads of the wide operands can be vectorised.
+        capability: of an NVIDIA chip; `None` on AMD.
+
+    Returns:
+        The configuration.
+    """
+    tokens, _, columns = shape
+    found = candidates(dtype, aligned=aligned, capability=capability)
+    for each in found:
+        if -(-tokens // each.tokens) * -(-columns // each.columns) >= _PROCESSORS:
+            return each
+    return found[-1]
+
+
+def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
+    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
+
+    Args:
+        matrices: the wide ones, with a unit stride each.
+
+    Returns:
+        True if all are.
+    """
+    numbers = (
+        number
+        for each in matrices
+        for number in (
+            each.data_ptr(),
+            *(size for size, stride in zip(each.shape, each.stride(), strict=True) if stride == 1),
+            *(stride for stride in each.stride() if stride != 1),
+        )
+    )
+    return all(number % 16 == 0 for number in numbers)

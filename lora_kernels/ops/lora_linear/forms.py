@@ -1,0 +1,282 @@
+"""How the layer's large product and its low-rank term are put together, and which way is chosen.
+
+    expand_first    write bias + t B^T, then let the library's product accumulate onto it; rounds once
+    expand_add      the library's product, then add t B^T in place; rounds twice
+    gemm            one Triton kernel for both; rounds once (a frozen pair beside a masked term is added in place)
+
+Which is fastest depends on chip and shape, so the choice is what was measured: the user's table (`lora-kernels tune`),
+else the one that ships, else `expand_first`. It is made inside the op, where sizes are known, from nothing that differs
+between a forward pass and its recomputation; tables are read once, at first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels.ops._backend import triton_refuses
+from lora_kernels.ops._checks import check_choice
+from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops.lora_linear import table
+from lora_kernels.ops.lora_linear.config import CONFIGS, GemmConfig, capability_of
+from lora_kernels.ops.lora_linear.table import FORMS, Key, Record
+from lora_kernels.ops.skinny import _launch
+
+DEFAULT = "expand_first"
+
+_override: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form.
+
+    Attributes:
+        form: one of `FORMS`.
+        config: of the Triton kernel; `None` for its default.
+        origin: `default`, `forced`, or the table it is from.
+    """
+
+    form: str
+    config: GemmConfig | None = None
+    origin: str = "default"
+
+    @property
+    def name(self) -> str:
+        """As in tables of times."""
+        return self.form if self.config is None else f"{self.form} {self.config.name}"
+
+
+class Term(NamedTuple):
+    """A low-rank matrix: `drop(t b)`.
+
+    Attributes:
+        t: `(tokens, r)`.
+        b: `(r, d)`.
+        mask: of the product, or `None`.
+    """
+
+    t: torch.Tensor
+    b: torch.Tensor
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was found in the tables.
+
+    Attributes:
+        entries: by key, with the table's name.
+        found: per table file, the numbers of records that are used, of other versions, and of other chips.
+        problems: per table file that cannot be read, why.
+    """
+
+    entries: dict[Key, tuple[Record, str]]
+    found: dict[Path, tuple[int, int, int]]
+    problems: dict[Path, str]
+
+
+@contextlib.contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Run every LoRA layer inside the block in one form, in all threads; for tests and measurements.
+
+    The form is looked up whenever a product runs: a backward pass, or a recomputation, takes the form of the block it
+    runs in, so a block should hold all of a training step.
+
+    Args:
+        name: `expand_first`, `expand_add`, `gemm`, or `auto` for what was measured. Where a form cannot run, the layer
+            raises `RuntimeError` with the reason. A layer without a weight of its own (`lora_delta`) has but one form.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: on another name.
+    """
+    global _override
+    check_choice("form", name, ("auto", *FORMS))
+    before, _override = _override, None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@functools.lru_cache(maxsize=64)
+def chip_name(device: torch.device) -> str:
+    """What the tables call a device: a GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
+    """Why the Triton kernel cannot take a product, or `None` if it can.
+
+    Args:
+        device: of the operands.
+        dtype: of the operands.
+        backend: of the call's skinny products; the kernel stays away from calls that another backend was chosen for.
+
+    Returns:
+        The reason.
+    """
+    missing = triton_refuses(device)
+    if missing is not None:
+        return missing
+    if dtype == torch.float64:
+        return "takes no float64"
+    capability = capability_of(device)
+    if capability is not None and capability < (8, 0):
+        return f"needs an NVIDIA chip of capability 8.0, this one has {capability[0]}.{capability[1]}"
+    return None if backend == "triton" else f"a Triton kernel, but the call runs on backend {backend!r}"
+
+
+def _here() -> set[str]:
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return {chip_name(each) for each in devices}
+
+
+@functools.cache
+def tables() -> Tables:
+    """The tables, read at first use. `forget` makes the next use read them again.
+
+    A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
+
+    Returns:
+        What was found; where both tables know a key, the user's counts.
+    """
+    entries: dict[Key, tuple[Record, str]] = {}
+    found, problems, chips = {}, {}, _here()
+    for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
+        if name == "tuned" and not path.exists():
+            continue
+        try:
+            records = table.read(path)
+        except ValueError as error:
+            problems[path] = str(error)
+            warnings.warn(f"{error}; LoRA layers run in their default form", RuntimeWarning, stacklevel=2)
+            continue
+        current = [each for each in records if table.is_current(each)]
+        usable = [each for each in current if each.key.chip in chips]
+        found[path] = len(usable), len(records) - len(current), len(current) - len(usable)
+        entries |= {each.key: (each, name) for each in usable}
+    return Tables(entries, found, problems)
+
+
+_chosen: dict[tuple[object, ...], Choice] = {}
+
+
+def forget() -> None:
+    """Read the tables again at the next use."""
+    _chosen.clear()
+    tables.cache_clear()
+
+
+def choose(
+    product: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    rank: int,
+    dropout: bool,
+    backend: str,
+    alone: bool = True,
+) -> Choice:
+    """The form of a product.
+
+    Args:
+        product: `forward` or `backward`.
+        device: of the operands.
+        dtype: of the operands.
+        sizes: tokens, n and m of the layer.
+        rank: of the low-rank term.
+        dropout: whether that is masked.
+        backend: of the skinny products.
+        alone: whether it is the only product of the sum. dx of a group of layers has several, which nobody measured.
+
+    Returns:
+        What was forced, or measured, or the default. A measured form that cannot run on this backend is the default.
+
+    Raises:
+        RuntimeError: if a form was forced that cannot run; the message says why.
+    """
+    if _override is not None:
+        reason = gemm_refuses(device, dtype, backend) if _override == "gemm" else None
+        if reason is not None:
+            raise RuntimeError(f"the form {_override!r} cannot run: {reason}")
+        return Choice(_override, origin="forced")
+    if not alone:
+        return Choice(DEFAULT)
+    tokens, n, m = sizes
+    small = (product, device, dtype, table.bucket(tokens), n, m, table.pad_rank(rank), dropout, backend)
+    choice = _chosen.get(small)
+    if choice is None:
+        numbers = (table.bucket(tokens), n, m, table.pad_rank(rank), dropout)
+        known = tables().entries.get(Key(chip_name(device), str(dtype).removeprefix("torch."), *numbers, product))
+        choice = Choice(DEFAULT)
+        if known is not None and (known[0].form != "gemm" or gemm_refuses(device, dtype, backend) is None):
+            record, origin = known
+            choice = Choice(record.form, None if record.config is None else CONFIGS[record.config], origin)
+        _chosen[small] = choice
+    return choice
+
+
+def combine(
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+    terms: Sequence[Term],
+    *,
+    bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    backend: str,
+    choice: Choice,
+) -> None:
+    """`out = (base or bias) + left right + the terms`.
+
+    Args:
+        out: `(tokens, d)` with unit column stride, filled.
+        left: `(tokens, k)` of the same dtype, with unit column stride.
+        right: `(k, d)` likewise, any strides; or `None` for the terms alone, which have but one form.
+        terms: at least one.
+        bias: `(d,)` likewise, contiguous, or `None`.
+        base: `(tokens, d)` with unit column stride where `right` is `None`, or `None`; not both.
+        backend: of the skinny products.
+        choice: of `choose`.
+    """
+    if right is None or choice.form == "expand_first":
+        for number, (t, b, mask) in enumerate(terms):
+            start, row = (out, None) if number else (base, bias)
+            _launch.expand(out, t, b, base=start, bias=row, mask=mask, backend=backend)
+        if right is not None:
+            out.addmm_(left, right)
+        return
+    if choice.form == "expand_add":
+        if bias is None:
+            torch.mm(left, right, out=out)
+        else:
+            torch.addmm(bias, left, right, out=out)
+    else:
+        # Imported here: without Triton the other forms still work.
+        from lora_kernels.ops.lora_linear import kernel  # noqa: PLC0415
+
+        (t, b, mask), *terms = terms
+        kernel.linear(out, left, right, t, b, bias, mask, kernel.fitting(choice.config, out, left, right))
+    for t, b, mask in terms:
+        _launch.expand(out, t, b, base=out, mask=mask, backend=backend)

@@ -1,0 +1,290 @@
+"""The layer's large product and its low-rank term in one Triton kernel.
+
+    y[k, j]  = bias[j] + sum_i x[k, i] W[j, i] + sum_c t[k, c] B[j, c]              forward
+    dx[k, j] = sum_i g[k, i] W[i, j] + factor * m[k, j] sum_c u[k, c] A[c, j]       backward
+
+The low-rank term comes after the loop over the inner size: one product per step of each loop (two into one accumulator
+are miscompiled on Blackwell, triton #10821), and what it needs of registers the loop does not. Under a mask it has an
+accumulator of its own, which a wide tile has room for in quarters only. All sums are float32 and rounded once. m is the
+dropout mask of `_philox.keep_mask`, made from positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
+from lora_kernels.ops._tiles import build_platform, precision
+from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
+from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, capability_of, config_for, is_aligned
+from lora_kernels.ops.random_matrix.kernel import signed32
+
+_GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
+
+
+@triton.jit
+def finish(
+    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the low-rank term and the bias to a tile whose columns start at `first`, and store it."""
+    column = first + tl.arange(0, COLUMNS)
+    row = token.to(tl.int64)
+    # A mask is not for what came before it: then the term has an accumulator of its own.
+    low = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32) if HAS_DROPOUT else acc
+    for start in tl.range(0, rank, RANK, num_stages=1):
+        lane = start + tl.arange(0, RANK)
+        t = tl.load(
+            t_ptr + row[:, None] * t_stride + lane[None, :],
+            mask=(token[:, None] < n_tokens) & (lane[None, :] < rank),
+            other=0.0,
+        )
+        if TRANSPOSED:
+            place = lane[:, None] + column.to(tl.int64)[None, :] * rank
+        else:
+            place = lane.to(tl.int64)[:, None] * size + column[None, :]
+        b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
+        low = dot(t, b, low, PRECISION, UPCAST)
+    if HAS_DROPOUT:
+        octet = first // 8 + tl.arange(0, COLUMNS // 8)
+        key0, key1 = load_key(seed_ptr)
+        keep = keep_tile(token, octet, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
+        low = acc + tl.where(keep, low * factor, 0.0)
+    if HAS_BIAS:
+        low += tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    mask = (token[:, None] < n_tokens) & (column[None, :] < size)
+    tl.store(out_ptr + row[:, None] * out_stride + column[None, :], low.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_halves(
+    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`finish`, half by half."""
+    low, high = halves(acc, TOKENS, COLUMNS)
+    finish(
+        low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+    )  # fmt: skip
+    finish(
+        high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "threshold", "stream"])
+def linear_kernel(
+    out_ptr,  # (n_tokens, size)
+    x_ptr,  # (n_tokens, inner)
+    right_ptr,  # (inner, size); if RIGHT_TRANSPOSED the transposed view of a row-major (size, inner)
+    bias_ptr,  # (size,), if HAS_BIAS
+    t_ptr,  # (n_tokens, rank)
+    factor_ptr,  # (rank, size); if TRANSPOSED the transposed view of a row-major (size, rank)
+    seed_ptr,  # (1,) int64, if HAS_DROPOUT
+    size,
+    inner,
+    n_tokens,
+    rank,
+    out_stride,
+    x_stride,
+    right_stride,
+    t_stride,
+    factor,
+    threshold,
+    stream,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUP: tl.constexpr,
+    RIGHT_TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of `bias + factor * mask * (t b) + x right`, rounded once."""
+    # The launcher pads: both are multiples of 8, which Triton itself does not look for.
+    rank, t_stride = rank // 8 * 8, t_stride // 8 * 8
+    wide = tl.cdiv(size, COLUMNS)
+    group = tl.program_id(0) // (GROUP * wide)
+    inside = tl.program_id(0) % (GROUP * wide)
+    height = tl.minimum(tl.cdiv(n_tokens, TOKENS) - group * GROUP, GROUP)
+    first = inside // height * COLUMNS
+    token = (group * GROUP + inside % height) * TOKENS + tl.arange(0, TOKENS)
+    column = first + tl.arange(0, COLUMNS)
+    row = token.to(tl.int64)
+
+    acc = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for start in range(0, inner, STEP):
+        place = start + tl.arange(0, STEP)
+        x = tl.load(
+            x_ptr + row[:, None] * x_stride + place[None, :],
+            mask=(token[:, None] < n_tokens) & (place[None, :] < inner),
+            other=0.0,
+        )
+        # The axis that is contiguous in memory is loaded as such: no tile is transposed.
+        if RIGHT_TRANSPOSED:
+            at = place[:, None] + column.to(tl.int64)[None, :] * right_stride
+        else:
+            at = place.to(tl.int64)[:, None] * right_stride + column[None, :]
+        right = tl.load(right_ptr + at, mask=(place[:, None] < inner) & (column[None, :] < size), other=0.0)
+        acc = dot(x, right, acc, PRECISION, UPCAST)
+
+    if QUARTERS:
+        low, high = halves(acc, TOKENS, COLUMNS)
+        finish_halves(
+            low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+        )  # fmt: skip
+        finish_halves(
+            high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        finish(
+            acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
+            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+            TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:
+    """A configuration for these very tensors: the one that was measured, unless it was for others.
+
+    Args:
+        wanted: of a table, or `None`.
+        out: `(tokens, d)`.
+        x: `(tokens, k)`.
+        right: `(k, d)`.
+
+    Returns:
+        `wanted` if it is meant for such a chip, dtype and alignment, else that of `config_for`.
+    """
+    kind: dict[str, Any] = {"aligned": is_aligned((out, x, right)), "capability": capability_of(out.device)}
+    if wanted is not None and wanted in candidates(out.dtype, **kind):
+        return wanted
+    return config_for((out.shape[0], x.shape[1], out.shape[1]), out.dtype, **kind)
+
+
+def unit_strided(matrix: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A matrix with a unit stride (itself, or a copy), and whether that is the stride of its rows."""
+    if matrix.stride(1) == 1:
+        return matrix, False
+    return (matrix, True) if matrix.stride(0) == 1 else (matrix.contiguous(), False)
+
+
+def _padded(t: torch.Tensor, b: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    # Ranks come in eights; there is no kernel for a transposed factor and a mask, which a layer never has together.
+    short = -t.shape[1] % 8
+    if short:
+        t, b = torch.nn.functional.pad(t, (0, short)), torch.nn.functional.pad(b, (0, 0, 0, short))
+    if t.stride(1) != 1 or t.stride(0) % 8:
+        t = t.contiguous()
+    transposed = mask is None and not b.is_contiguous() and b.mT.is_contiguous()
+    return t, b if transposed else b.contiguous(), transposed
+
+
+def linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    right: torch.Tensor,
+    t: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    mask: Mask | None = None,
+    config: GemmConfig | None = None,
+) -> None:
+    """`out = bias + x right + drop(t b)`.
+
+    Args:
+        out: `(tokens, d)` with unit column stride, filled.
+        x: `(tokens, k)` of the same dtype, with unit column stride.
+        right: `(k, d)` likewise; copied if neither stride is 1.
+        t: `(tokens, r)` likewise, any strides.
+        b: `(r, d)` likewise, any strides.
+        bias: `(d,)` likewise, contiguous, or `None`.
+        mask: of `t b`, or `None`.
+        config: tile sizes; those of `fitting` by default.
+    """
+    (tokens, size), inner = out.shape, x.shape[1]
+    if out.numel() == 0:
+        return
+    right, right_transposed = unit_strided(right)
+    t, b, transposed = _padded(t, b, mask)
+    config = config or fitting(None, out, x, right)
+    seed, factor, threshold, stream = out, 1.0, 0, 0  # a pointer that a flag switches off must still be one
+    if mask is not None:
+        seed, factor = mask.on(out.device).seed, mask.factor
+        threshold, stream = mask.threshold, signed32(mask.stream)
+    linear_kernel[(-(-tokens // config.tokens) * -(-size // config.columns),)](
+        out, x, right, out if bias is None else bias, t, b, seed,
+        size, inner, tokens, t.shape[1],
+        out.stride(0), x.stride(0), right.stride(1 if right_transposed else 0), t.stride(0),
+        factor, threshold, stream,
+        TOKENS=config.tokens, COLUMNS=config.columns, STEP=config.step, RANK=config.rank, GROUP=_GROUP,
+        RIGHT_TRANSPOSED=right_transposed, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
+        HAS_DROPOUT=mask is not None, QUARTERS=config.quarters(mask is not None),
+        PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **where: Any) -> dict[str, Any]:
+    x = f"*{AOT_DTYPES[dtype]}"
+    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "STEP": config.step}
+    fixed |= {"RANK": config.rank, "GROUP": _GROUP, "UPCAST": False}
+    fixed |= {"QUARTERS": config.quarters(flags["HAS_DROPOUT"])}
+    fixed |= {"PRECISION": precision(dtype, where["platform"]), **flags}
+    types = dict.fromkeys(("inner", "rank", "right_stride", "t_stride", "threshold", "stream"), "i32")
+    types |= dict.fromkeys(("out_ptr", "x_ptr", "right_ptr", "bias_ptr", "t_ptr", "factor_ptr"), x)
+    types |= {"seed_ptr": "*i64", "factor": "fp32"}
+    names = ("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT")
+    label = " ".join(name.removeprefix("HAS_").lower() for name in names if flags[name])
+    launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
+    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, **where, **launch)
+
+
+# Which capability stands for which chip of the ahead-of-time check.
+_AOT_CHIPS = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": None}
+_AOT_FLAGS = tuple(
+    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), each, strict=True))
+    for each in itertools.product((False, True), repeat=4)
+    # A bias goes with a forward, a mask with a backward.
+    if not (each[3] and (each[1] or each[2]))
+)
+
+
+def aot_cases() -> Iterator[dict[str, Any]]:
+    """Every combination that `linear` launches, for the ahead-of-time compile check.
+
+    Yields:
+        Descriptions as in `ops/_reduce.py`.
+    """
+    for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
+        by_config: dict[GemmConfig, list[str]] = {}
+        for chip, capability in _AOT_CHIPS.items():
+            for config in candidates(dtype, aligned=aligned, capability=capability):
+                by_config.setdefault(config, []).append(chip)
+        for (config, chips), flags in itertools.product(by_config.items(), _AOT_FLAGS):
+            where = {"aligned": aligned, "chips": tuple(chips)}
+            yield _aot_case(config, dtype, flags, platform="hip" if "gfx942" in chips else "cuda", **where)

@@ -1,0 +1,249 @@
+"""Checking and timing the forms of one product.
+
+Every form gives the same numbers up to rounding, which is checked first, against float64 and beside plain torch. Then
+all are timed in turn, so that drift of the machine meets all alike, on inputs that the caches have forgotten (GPU).
+The floor is the library's product alone: nothing that computes it can be faster than a better product.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops import _philox
+from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.ops.lora_linear.config import candidates, capability_of, is_aligned
+from lora_kernels.ops.lora_linear.forms import DEFAULT, Choice, Term
+from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from lora_kernels.ops.lora_linear.table import Key, Record
+from lora_kernels.ops.skinny import _launch
+
+FLOOR = "mm"  # the library's product alone
+# The default stays unless another form is this much faster: less than that is noise.
+MARGIN = 0.98
+# Error against float64, over that of plain torch; and what float32 sums in another order may differ by.
+LIMIT, ROUNDING = 2.0, 5e-7
+# Rows that are checked: blocks all over the matrix.
+_BLOCKS, _BLOCK = 8, 32
+_FLUSHED = 2**28  # bytes: more than any second-level cache
+_THRESHOLD = round(0.1 * 65536)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One product of one shape.
+
+    Attributes:
+        key: what it holds for.
+        tokens: rows that were measured.
+        rank: of the low-rank term.
+        seconds: medians by candidate, and of the product alone (`mm`).
+        errors: relative errors against float64 by candidate, and of plain torch (`torch`).
+        refused: candidates that cannot run, or gave wrong numbers, and why.
+        choice: what is written down.
+    """
+
+    key: Key
+    tokens: int
+    rank: int
+    seconds: Mapping[str, float]
+    errors: Mapping[str, float]
+    refused: Mapping[str, str]
+    choice: Choice
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Candidates whose numbers are wrong."""
+        return tuple(name for name in self.refused if name in self.errors)
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the product and the low-rank term."""
+        return 2.0 * self.tokens * (self.key.n * self.key.m + self.rank * self._columns)
+
+    @property
+    def bytes(self) -> float:
+        """What has to be read and written at least."""
+        n, m, tokens = self.key.n, self.key.m, self.tokens
+        numbers = tokens * (n + m) + n * m + self.rank * (tokens + self._columns)
+        return float(numbers * getattr(torch, self.key.dtype).itemsize)
+
+    @property
+    def _columns(self) -> int:
+        return self.key.m if self.key.product == "forward" else self.key.n
+
+    def record(self) -> Record:
+        """As it is written down."""
+        config = self.choice.config
+        name = None if config is None else config.name
+        return Record(self.key, self.choice.form, name, dict(self.seconds), table.versions())
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A product with its operands."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    term: Term
+    out: torch.Tensor
+    backend: str
+
+    @staticmethod
+    def draw(key: Key, tokens: int, rank: int, device: torch.device, dtype: torch.dtype) -> _Problem:
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+        generator = torch.Generator(device).manual_seed(0)
+        weight, mask = normal(key.m, key.n).mul_(key.n**-0.5), None
+        backend = linear_dispatcher.choose("auto", device, dtype, key.dropout)
+        if key.product == "forward":
+            left, right, b = normal(tokens, key.n), weight.mT, normal(key.m, rank).mT
+        else:
+            left, right, b = normal(tokens, key.m), weight, normal(rank, key.n)
+        if key.dropout:
+            mask = Mask(_THRESHOLD, torch.full((1,), 1234, dtype=torch.int64, device=device), 5)
+        term = Term(normal(tokens, rank).mul_(rank**-0.5), b, mask)
+        return _Problem(left, right, term, left.new_empty(tokens, right.shape[1]), backend)
+
+    def run(self, choice: Choice) -> None:
+        forms.combine(self.out, self.left, self.right, (self.term,), backend=self.backend, choice=choice)
+
+    def multiply(self) -> None:
+        torch.mm(self.left, self.right, out=self.out)
+
+    def parts(self) -> list[slice]:
+        """Blocks of rows that are checked, the first and the last among them."""
+        tokens = self.left.shape[0]
+        last = max(tokens - _BLOCK, 0)
+        starts = sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
+        return [slice(start, min(start + _BLOCK, tokens)) for start in starts]
+
+    def reference(self, parts: Sequence[slice], dtype: torch.dtype) -> torch.Tensor:
+        """Those rows by plain torch, in a dtype."""
+        right, factor = self.right.to(dtype), self.term.b.to(dtype)
+        return torch.cat([self._rows(part, right, factor) for part in parts])
+
+    def _rows(self, part: slice, right: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        t, mask = self.term.t[part].to(right.dtype), self.term.mask
+        delta = t @ factor
+        if mask is not None:
+            count = {"p": mask.threshold / 65536, "first_row": part.start, "device": t.device}
+            keep = _philox.keep_mask(*delta.shape, seed=mask.seed, stream=mask.stream, **count)
+            delta = torch.where(keep, delta, 0) * mask.factor
+        return self.left[part].to(right.dtype) @ right + delta
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
+
+
+def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
+    if flushed is None:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    flushed.zero_()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
+
+
+def _interleaved(calls: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds by name; the order turns, and one round before is not counted."""
+    flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            elapsed = _seconds(calls[name], flushed)
+            if number:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
+    device, dtype = problem.out.device, problem.out.dtype
+    choices = [Choice("expand_first"), Choice("expand_add")]
+    reason = forms.gemm_refuses(device, dtype, problem.backend)
+    if reason is not None:
+        return choices, {"gemm": reason}
+    aligned = is_aligned((problem.out, problem.left, problem.right))
+    found = candidates(dtype, aligned=aligned, capability=capability_of(device))
+    return [*choices, *(Choice("gemm", each) for each in found)], {}
+
+
+def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
+    """The choice with the least time; the default unless it is beaten by more than noise.
+
+    Args:
+        seconds: by `Choice.name`.
+        choices: those that gave right numbers, the default among them.
+
+    Returns:
+        One of them.
+    """
+    best = min(choices, key=lambda each: seconds[each.name])
+    default = next(each for each in choices if each.form == DEFAULT)
+    return best if seconds[best.name] < MARGIN * seconds[default.name] else default
+
+
+def measure(
+    key: Key, *, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, rounds: int = 20
+) -> Measurement:
+    """Check and time all forms of one product.
+
+    Args:
+        key: what is measured.
+        tokens: rows.
+        rank: of the low-rank term.
+        device: where.
+        dtype: of the arithmetic.
+        rounds: timed calls of each form.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        RuntimeError: if the default form gives wrong numbers or fails: nothing can be chosen then.
+    """
+    problem = _Problem.draw(key, tokens, rank, device, dtype)
+    with _launch.device_of(problem.out):
+        return _measured(key, rank, problem, rounds)
+
+
+def _measured(key: Key, rank: int, problem: _Problem, rounds: int) -> Measurement:
+    choices, refused = _candidates(problem)
+    parts = problem.parts()
+    truth = problem.reference(parts, torch.float64)
+    errors = {"torch": _relative(problem.reference(parts, problem.out.dtype), truth)}
+    bound = LIMIT * errors["torch"] + ROUNDING
+    right = []
+    for choice in choices:
+        try:
+            problem.out.fill_(float("nan"))
+            problem.run(choice)
+            error = _relative(torch.cat([problem.out[part] for part in parts]), truth)
+        except Exception as failure:  # a compiler raises anything; whatever it is, this form does not run here
+            if choice.form == DEFAULT:
+                raise
+            refused[choice.name] = " ".join(f"failed: {type(failure).__name__}: {failure}".split())[:200]
+            continue
+        errors[choice.name] = error
+        if error <= bound:
+            right.append(choice)
+        else:
+            refused[choice.name] = f"WRONG on {key.chip}: error {error:.1e} against float64, allowed {bound:.1e}"
+    if all(choice.form != DEFAULT for choice in right):
+        raise RuntimeError(f"the form {DEFAULT!r}: {refused[DEFAULT]}")
+    calls: dict[str, Callable[[], None]] = {choice.name: (lambda c=choice: problem.run(c)) for choice in right}  # type: ignore[misc]
+    seconds = _interleaved({**calls, FLOOR: problem.multiply}, rounds, problem.out.device)
+    return Measurement(key, problem.out.shape[0], rank, seconds, errors, refused, fastest(seconds, right))

@@ -1,0 +1,204 @@
+"""The file of measured forms: what `lora-kernels tune` writes, what ships with the package, and how both are read.
+
+JSON, `{"format": 1, "note": ..., "records": [...]}`. A record is a `Key`, the form that won (with the configuration, if
+it has any), the median seconds of every candidate, and the versions it was measured with. A measurement stands for one
+chip and one minor version of torch and Triton (the library's products and the compiler change between them); other
+records are left alone, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lora_kernels._version import __version__
+from lora_kernels.ops.lora_linear.config import CONFIGS
+
+FORMAT = 1
+FORMS = ("expand_first", "expand_add", "gemm")
+PRODUCTS = ("forward", "backward")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PACKAGED = Path(__file__).with_name("tuned.json")
+MOST_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a measurement holds for.
+
+    Attributes:
+        chip: as `forms.chip_name` gives it.
+        dtype: of the arithmetic.
+        tokens: the next power of two, at most `MOST_TOKENS`.
+        n: the layer's inputs.
+        m: its outputs.
+        rank: r, and that of a frozen pair, padded as `pad_rank` does.
+        dropout: whether the low-rank term is masked (in the backward pass; the forward one masks before).
+        product: `forward` (y) or `backward` (dx).
+    """
+
+    chip: str
+    dtype: str
+    tokens: int
+    n: int
+    m: int
+    rank: int
+    dropout: bool
+    product: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement.
+
+    Attributes:
+        key: what it holds for.
+        form: one of `FORMS`.
+        config: the name of a configuration, for `gemm`.
+        seconds: medians by candidate.
+        versions: of lora_kernels, torch and triton.
+    """
+
+    key: Key
+    form: str
+    config: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def pad_rank(rank: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 16
+
+
+def bucket(tokens: int) -> int:
+    """The next power of two, at most `MOST_TOKENS`: a table has no entry per batch."""
+    return min(1 << (tokens - 1).bit_length(), MOST_TOKENS) if tokens else 1
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a measurement depends on, as installed."""
+    found: dict[str, str | None] = {"lora_kernels": __version__}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _minor(version: str | None) -> str | None:
+    return None if version is None else ".".join(version.split("+")[0].split(".")[:2])
+
+
+def is_current(record: Record) -> bool:
+    """Whether a record was measured with this minor version of torch and Triton, and its configuration still ships."""
+    mine = versions()
+    same = all(_minor(record.versions.get(name)) == _minor(mine[name]) for name in ("torch", "triton"))
+    return same and (record.config is None or record.config in CONFIGS)
+
+
+def cache_file() -> Path:
+    """Where the user's table is: `$LORA_KERNELS_CACHE`, else `lora_kernels/tuned.json` in the user's cache folder."""
+    given = os.environ.get("LORA_KERNELS_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tuned.json"
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "chip": (str,), "dtype": (str,), "tokens": (int,), "n": (int,), "m": (int,), "rank": (int,), "dropout": (bool,),
+    "product": (str,), "form": (str,), "config": (str, type(None)), "seconds": (dict,), "versions": (dict,),
+}  # fmt: skip
+_KEY_NAMES = tuple(each.name for each in fields(Key))
+
+
+def _record(number: int, entry: Any) -> Record:
+    if not isinstance(entry, dict):
+        raise ValueError(f"record {number} is no object")
+    for name, kinds in _KINDS.items():
+        value = entry.get(name)
+        if name not in entry or not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"record {number}: {name} is {value!r}, but must be {kinds[0].__name__}")
+    unknown = set(entry) - set(_KINDS)
+    if unknown:
+        raise ValueError(f"record {number} has unknown fields: {', '.join(sorted(unknown))}")
+    for name, choices in (("form", FORMS), ("product", PRODUCTS), ("dtype", DTYPES)):
+        if entry[name] not in choices:
+            raise ValueError(f"record {number}: {name} is {entry[name]!r}, but must be one of {', '.join(choices)}")
+    if (entry["config"] is None) != (entry["form"] != "gemm"):
+        raise ValueError(f"record {number}: a gemm has a config, and nothing else has one")
+    if entry["tokens"] != bucket(entry["tokens"]) or entry["rank"] != pad_rank(entry["rank"]):
+        raise ValueError(
+            f"record {number}: tokens {entry['tokens']} and rank {entry['rank']} must be powers of two, "
+            f"at most {MOST_TOKENS} and at least 16"
+        )
+    for name, value in entry["seconds"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ValueError(f"record {number}: seconds of {name} are {value!r}, but must be a number from 0 on")
+    if not all(isinstance(value, (str, type(None))) for value in entry["versions"].values()):
+        raise ValueError(f"record {number}: versions must be texts")
+    rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
+    return Record(Key(**{name: entry[name] for name in _KEY_NAMES}), **rest)
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a file, current or not.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The records, in their order.
+
+    Raises:
+        ValueError: if it cannot be read or is malformed; the message names the file and the reason.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+            raise ValueError('no {"format": ..., "records": [...]}')
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format is {content.get('format')!r}, but this version reads {FORMAT}")
+        return [_record(number, entry) for number, entry in enumerate(content["records"])]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the table of measured forms {str(path)!r} cannot be read: {error}") from error
+
+
+def write(path: Path, records: Iterable[Record], note: str) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        records: one per line.
+        note: for people who read it.
+    """
+    rows = [
+        json.dumps({**asdict(each.key), **{k: v for k, v in asdict(each).items() if k != "key"}}) for each in records
+    ]
+    body = "".join(f"\n  {row}{',' * (number + 1 < len(rows))}" for number, row in enumerate(rows))
+    text = f'{{\n "format": {FORMAT},\n "note": {json.dumps(note)},\n "records": [{body}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
+    """Both lists; a new record takes the place of one of the same key and minor versions."""
+
+    def identity(record: Record) -> tuple[Any, ...]:
+        return record.key, *(_minor(record.versions.get(name)) for name in ("torch", "triton"))
+
+    return list({identity(each): each for each in (*old, *new)}.values())

@@ -1,0 +1,202 @@
+"""`tune`: which form of the LoRA layers' large products is fastest on this device, measured and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import nn
+
+from lora_kernels.integrations.plain import linear_features
+from lora_kernels.integrations.transformers import linear_targets
+from lora_kernels.ops._checks import FLOATS, check_range
+from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
+from lora_kernels.ops.lora_linear.table import FORMS, Key
+
+_NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA layer's large product, and the fastest."
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What `tune` found.
+
+    Attributes:
+        measurements: by shape, tokens, rank and product.
+        path: the file they are in.
+    """
+
+    measurements: tuple[Measurement, ...]
+    path: Path
+
+    def __iter__(self) -> Iterator[Measurement]:
+        """The measurements."""
+        return iter(self.measurements)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every form that ran gave right numbers."""
+        return not any(each.wrong for each in self.measurements)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table, what could not run, and the file.
+
+        Yields:
+            What rich prints.
+        """
+        heads = ("tokens, n -> m", "r", "product", *FORMS, "product alone", "chosen", "over alone", "GFLOP", "MB")
+        shown = Table(*heads, title="ms, medians; the floor is the library's product alone")
+        reasons: dict[str, None] = {}
+        for each in self.measurements:
+            best = {form: self._best(each, form) for form in FORMS}
+            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best.values(), each.seconds[FLOOR])]
+            shown.add_row(
+                f"{each.tokens}, {each.key.n} -> {each.key.m}",
+                str(each.rank),
+                each.key.product + " dropout" * each.key.dropout,
+                *times,
+                each.choice.name,
+                f"{each.seconds[each.choice.name] / each.seconds[FLOOR]:.2f}",
+                f"{each.flops / 1e9:.1f}",
+                f"{each.bytes / 1e6:.1f}",
+            )
+            reasons |= dict.fromkeys(f"{name}: {reason}" for name, reason in each.refused.items())
+        yield shown
+        yield from reasons
+        yield f"written to {self.path}"
+
+    @staticmethod
+    def _best(measurement: Measurement, form: str) -> float | None:
+        times = [value for name, value in measurement.seconds.items() if name.split(" ", 1)[0] == form]
+        return min(times, default=None)
+
+
+def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
+    """The shapes of the layers that an adapter goes to.
+
+    Args:
+        model: with LoRA layers: theirs; without: those of all linear layers but the output layer. On any device, `meta`
+            included.
+
+    Returns:
+        `(inputs, outputs)`, each once.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = [name for name in linear_targets(model) if not any(part.startswith("lora_") for part in name.split("."))]
+    names = [name for name in names if name.endswith(".base_layer")] or names
+    found = {linear_features(model.get_submodule(name)) for name in names}
+    shapes = sorted(each for each in found if each is not None)
+    if not shapes:
+        raise ValueError(f"model ({type(model).__name__}) has no linear layer")
+    return shapes
+
+
+def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
+    values = list(given) if isinstance(given, Sequence) else [given]
+    if not values:
+        raise ValueError(f"{name} is empty, but must hold at least one number")
+    for value in values:
+        check_range(name, value, low=1, integer=True)
+    return values
+
+
+def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    if isinstance(model_or_shapes, nn.Module):
+        return shapes_of(model_or_shapes)
+    shapes = [tuple(each) for each in model_or_shapes]
+    if not shapes:
+        raise ValueError("shapes is empty, but must hold at least one pair of inputs and outputs")
+    for each in shapes:
+        if len(each) != 2:
+            raise ValueError(f"shapes holds {each!r}, but must hold pairs of inputs and outputs")
+        for value in each:
+            check_range("shapes", value, low=1, integer=True)
+    return [(each[0], each[1]) for each in dict.fromkeys(shapes)]
+
+
+def _device(given: torch.device | str | None) -> torch.device:
+    found = torch.device(given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(found)!r}, but must be a CPU or a CUDA (or ROCm) device")
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if found.index is None and count else found.index or 0
+        if index >= count:
+            raise ValueError(f"device is {str(found)!r}, but this machine has {count} such devices")
+        return torch.device("cuda", index)
+    return found
+
+
+def tune(
+    model_or_shapes: nn.Module | Iterable[tuple[int, int]],
+    *,
+    tokens: int | Sequence[int] | None = None,
+    rank: int | Sequence[int] = 16,
+    dtype: torch.dtype | None = None,
+    dropout: bool = False,
+    device: torch.device | str | None = None,
+    rounds: int = 20,
+    out: Path | str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> TuneReport:
+    """Measure the forms of the LoRA layer's products on a device, and write the fastest into a table.
+
+    LoRA layers read the user's table at first use, and again after this. An entry holds for its chip, dtype and shape,
+    for token counts and ranks up to the same power of two, with or without dropout, and for a minor version of torch
+    and Triton. (On a CPU it was measured with some number of threads, too.) The file is written after every product.
+
+    Args:
+        model_or_shapes: a model (see `shapes_of`; its weights are not used), or pairs of inputs and outputs.
+        tokens: rows of x, batch size times length: one number, or several; by default 8192 on a GPU, else 1024.
+        rank: r, and that of a frozen pair added; likewise.
+        dtype: of the arithmetic; by default bfloat16 on a GPU, else float32.
+        dropout: whether the adapter's input is dropped (which the backward pass masks again).
+        device: by default the GPU if there is one.
+        rounds: timed calls of each form.
+        out: the table's file, which keeps its other records; by default the one that LoRA layers read,
+            `$LORA_KERNELS_CACHE` or `lora_kernels/tuned.json` in the user's cache folder.
+        progress: called with a line per product, before it is measured.
+
+    Returns:
+        What was measured, for `rich` to print. Forms that gave wrong numbers are never chosen; `ok` is false then.
+
+    Raises:
+        TypeError: on a wrong type or dtype.
+        ValueError: on a wrong number, or a file that is there and is no such table.
+        RuntimeError: if the default form fails, or gives wrong numbers.
+    """
+    path = table.cache_file() if out is None else Path(out)
+    known = table.read(path) if path.exists() else []
+    where = _device(device)
+    kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    if kind not in FLOATS:
+        raise TypeError(f"dtype is {kind}, but must be one of {', '.join(map(str, FLOATS))}")
+    check_range("rounds", rounds, low=1, integer=True)
+    every = [
+        (shape, count, width)
+        for shape in _shapes(model_or_shapes)
+        for count in _numbers("tokens", (8192 if where.type == "cuda" else 1024) if tokens is None else tokens)
+        for width in _numbers("rank", rank)
+    ]
+    measurements = []
+    for (n, m), count, width in every:
+        for product in table.PRODUCTS:
+            numbers = (table.bucket(count), n, m, table.pad_rank(width), dropout and product == "backward")
+            key = Key(forms.chip_name(where), str(kind).removeprefix("torch."), *numbers, product)
+            if progress is not None:
+                progress(f"{product}: {count} tokens, {n} -> {m}, rank {width}")
+            found = measure(key, tokens=count, rank=width, device=where, dtype=kind, rounds=rounds)
+            measurements.append(found)
+            known = table.merged(known, [found.record()])
+            try:
+                table.write(path, known, _NOTE)
+            except OSError as error:
+                raise ValueError(f"out was {str(path)!r}, which cannot be written: {error}") from error
+            forms.forget()
+    return TuneReport(tuple(measurements), path)
