@@ -61,7 +61,7 @@ class Recipe:
         from lora_kernels import create_lorapro_optimizer
 
         mode = "full" if self.optimizer == "lora_pro" else "efficient"
-        optimizer = create_lorapro_optimizer(model, lr=adapter_rate, mode=mode)
+        optimizer: torch.optim.Optimizer = create_lorapro_optimizer(model, lr=adapter_rate, mode=mode)
         head = {id(parameter) for parameter in parameter_groups(model, adapter_rate, head_rate)[1]["params"]}
         for group in optimizer.param_groups:
             if all(id(parameter) in head for parameter in group["params"]):
