@@ -1,4 +1,4 @@
-"""The rows of the weight under a LoRA layer, in float32 and a few at a time: a quantized one is never whole in memory."""
+"""The rows of the weight under a LoRA layer, in float32, a few at a time: a quantized one is never whole in memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _rows_4bit(weight: Any, m: int, n: int) -> Iterator[torch.Tensor]:
     step = max(1, _CHUNK // max(1, n * unit)) * unit
     for low in range(0, m, step):
         high = min(m, low + step)
-        part = functional.QuantState(
+        part = functional.QuantState(  # type: ignore[no-untyped-call]
             absmax=absmax[low * n // state.blocksize : -(-high * n // state.blocksize)],
             shape=torch.Size((high - low, n)),
             code=state.code,

@@ -37,7 +37,7 @@ class LandscapeCallback:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LandscapeCallback:
         """Make an instance that is also a `transformers.TrainerCallback`."""
-        made: LandscapeCallback = object.__new__(_with_base(cls))
+        made: LandscapeCallback = object.__new__(_with_base(cls))  # type: ignore[arg-type]
         return made
 
     def __init__(self, every: int = 50, path: str | Path | None = None, **settings: Any) -> None:

@@ -141,7 +141,7 @@ def diagnose(
     thresholds: Thresholds | None = None,
     **options: Any,
 ) -> Diagnosis:
-    """Tell how training ended: spectra and balance of every layer, and with data an optimality certificate and a verdict.
+    """Tell how training ended: spectra and balance of every layer, and with data a certificate and a verdict.
 
     Under weight decay a second-order stationary point is either of low rank and small, and then a minimum, or of high
     rank and large (arXiv 2502.09376). The model is run in evaluation mode with its adapters on; nothing is changed.
@@ -219,7 +219,7 @@ def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
         module: Any = each.target.module
         if module.disable_adapters or adapter not in module.active_adapters:
             raise ValueError(
-                f"adapter {adapter!r} is not active in layer {each.target.name}: its gradient would be taken at another "
+                f"adapter {adapter!r} is not active in layer {each.target.name}: its gradient would be that of another "
                 "point; call model.set_adapter, or enable the adapters"
             )
 

@@ -20,7 +20,16 @@ from lora_kernels.ops._checks import check_range
 from lora_kernels.statistics.distributed import unwrap
 
 # What a line of the file has of each layer.
-LAYER_FIELDS = ("spectral", "nuclear", "frobenius", "numerical_rank", "entropy_rank", "balance", "spectral_share", "drift")
+LAYER_FIELDS = (
+    "spectral",
+    "nuclear",
+    "frobenius",
+    "numerical_rank",
+    "entropy_rank",
+    "balance",
+    "spectral_share",
+    "drift",
+)
 
 
 def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:

@@ -87,8 +87,8 @@ class InitReport:
 
     def to_dict(self) -> dict[str, object]:
         """Plain Python values; NaN becomes `None`."""
-        plain: dict[str, object] = plain(asdict(self))  # type: ignore[assignment]
-        return plain
+        made: dict[str, object] = plain(asdict(self))  # type: ignore[assignment]
+        return made
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as strict JSON.

@@ -1,9 +1,9 @@
 """Is an adapter a minimum? The optimality conditions of the nuclear-norm problem, checked with the loss gradient.
 
-With `F(A, B) = loss(W + s B A) + (lambda / 2)(|A|_F^2 + |B|_F^2)`, the decay is `(lambda / s) |s B A|_*` on the update at
-every balanced point, and an update D minimises `loss + (lambda / s) |D|_*` in the region where the loss is convex if and
-only if `|G|_2 <= lambda / s` with `U^T G V = -(lambda / s) I` on D's singular directions (arXiv 2502.09376; G is the
-gradient of the loss with respect to the whole weight, at the adapted point).
+With `F(A, B) = loss(W + s B A) + (lambda / 2)(|A|_F^2 + |B|_F^2)`, the decay is `(lambda / s) |s B A|_*` on the update
+at every balanced point, and an update D minimises `loss + (lambda / s) |D|_*` in the region where the loss is convex if
+and only if `|G|_2 <= lambda / s` with `U^T G V = -(lambda / s) I` on D's singular directions (arXiv 2502.09376; G is
+the gradient of the loss with respect to the whole weight, at the adapted point).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_kernels.ops._checks import check_range
 from lora_kernels.statistics.store import Statistics
 
 OBJECTIVE = (
-    "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam with "
-    "weight_decay; AdamW's decoupled decay minimises no such sum and only resembles it"
+    "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "
+    "with weight_decay; AdamW's decoupled decay minimises no such sum and only resembles it"
 )
 
 
@@ -39,10 +39,10 @@ class Certificate:
         directions: singular directions of the update that were looked at, its numerical rank.
         alignment: `|U^T G V + (lambda / s) I|_2 s / lambda` on them, `None` where the update is zero.
         alignment_error: what the sketch may add to it, relative in the same way; 0 where G is exact.
-        stationarity: length of F's gradient with respect to both factors over `lambda (|A|_F^2 + |B|_F^2)^(1/2)`: 0 at
-            a stationary point, about 1 or more where loss and decay do not balance. 0 where both factors are zero.
-        implied_weight_decay: the lambda for which the factors come closest to stationary; beside the one given, it tells
-            whether this is the objective that was trained. Negative while they still grow.
+        stationarity: length of F's gradient with respect to both factors over `lambda (|A|_F^2 + |B|_F^2)^(1/2)`: 0
+            at a stationary point, about 1 or more where loss and decay do not balance. 0 where both factors are zero.
+        implied_weight_decay: the lambda for which the factors come closest to stationary; beside the one given, it
+            tells whether this is the objective that was trained. Negative while they still grow.
     """
 
     objective: str
@@ -190,7 +190,8 @@ def _stationarity(adapter: Adapter, gradient: Gradient, weight_decay: float) -> 
     of_b = adapter.scaling * gradient.times(a.mT).to(b)
     size = math.hypot(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
     length = math.hypot(
-        float(torch.linalg.vector_norm(of_a + weight_decay * a)), float(torch.linalg.vector_norm(of_b + weight_decay * b))
+        float(torch.linalg.vector_norm(of_a + weight_decay * a)),
+        float(torch.linalg.vector_norm(of_b + weight_decay * b)),
     )
     if size == 0.0:
         return 0.0, None

@@ -165,15 +165,13 @@ def _buckets(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Pairs of one shape, dtype and device, stacked."""
-    found: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    found: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, (a, b) in enumerate(factors):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         found[a.shape, b.shape, a.device, dtype].append(index)
     stacked = []
     for key, indices in found.items():
-        dtype = key[3]
-        assert isinstance(dtype, torch.dtype)
-        a, b = (torch.stack([factors[index][side].detach().to(dtype) for index in indices]) for side in (0, 1))
+        a, b = (torch.stack([factors[index][side].detach().to(key[3]) for index in indices]) for side in (0, 1))
         stacked.append((indices, a, b.to(a.device)))
     return stacked
 

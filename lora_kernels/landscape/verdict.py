@@ -105,9 +105,7 @@ def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _by_certificate(
-    certificate: Certificate, limits: Thresholds, full: bool, seen: tuple[str, ...]
-) -> Verdict | None:
+def _by_certificate(certificate: Certificate, limits: Thresholds, full: bool, seen: tuple[str, ...]) -> Verdict | None:
     """A minimum, or a stationary point of full rank that is none."""
     facts = _facts(certificate, limits)
     if not certificate.stationarity <= limits.stationarity:

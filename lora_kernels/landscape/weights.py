@@ -63,9 +63,7 @@ def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device
     Returns:
         The norms; NaN where the weight holds NaN or infinite entries.
     """
-    frobenius = math.sqrt(
-        sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks())
-    )
+    frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
     if frobenius == 0.0 or not math.isfinite(frobenius):
         return WeightNorms(0.0, 0.0) if frobenius == 0.0 else WeightNorms(math.nan, math.nan)
     found = randomized_svd(as_operator(blocks, shape, device), 1, n_iter=3, probes=0)

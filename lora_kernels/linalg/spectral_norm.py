@@ -58,7 +58,8 @@ def _rest(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int
         # By a power of two, which rounds nothing; after every product, so that none overflows or vanishes.
         exponent = math.frexp(largest)[1]
         block, logarithm = torch.ldexp(block, torch.tensor(-exponent, device=block.device)), logarithm + exponent
-    return 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
+    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
+    return bound
 
 
 def spectral_norm(
