@@ -44,7 +44,10 @@ def plot_spectra(diagnosis: Diagnosis, path: Path) -> None:
     figure = _figure(10, min(40.0, max(3.0, 0.16 * len(rows) + 1.5)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     left.set_facecolor("0.85")  # where a layer has no value: a smaller rank, a zero update, or NaN
-    image = left.imshow(rows, aspect="auto", interpolation="nearest", vmin=-_DECADES, vmax=0, cmap="viridis")
+    extent = (0.5, columns + 0.5, len(rows) - 0.5, -0.5)
+    image = left.imshow(
+        rows, aspect="auto", interpolation="nearest", vmin=-_DECADES, vmax=0, cmap="viridis", extent=extent
+    )
     figure.colorbar(image, ax=left, label="log10 of the share of the largest", location="left", shrink=0.6)
     step = -(-len(rows) // _NAMED)
     left.set_yticks(range(0, len(rows), step), [short(each.name) for each in diagnosis][::step], fontsize=6)
@@ -88,14 +91,16 @@ def plot_ranks(diagnosis: Diagnosis, path: Path) -> None:
         row, column = kinds.index(kind), blocks.index(block)
         usable = min(each.spectrum.rank, *each.spectrum.shape)
         grid[row][column] = each.spectrum.numerical_rank / usable if usable else math.nan
-        axes.text(column, row, str(each.spectrum.numerical_rank), ha="center", va="center", fontsize=6)
+        colour = "white" if grid[row][column] > 0.6 else "black"
+        rank = str(each.spectrum.numerical_rank)
+        axes.text(column, row, rank, ha="center", va="center", fontsize=6, color=colour)
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="YlOrRd")
     figure.colorbar(image, ax=axes, label="share of the adapter's rank")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
     axes.set_xticks(range(len(blocks)), [str(each) for each in blocks], fontsize=6)
     axes.set_xlabel("block")
     tolerance = diagnosis.thresholds.rank_tolerance
-    axes.set_title(f"numerical rank (singular values above {tolerance:g} of the largest)")
+    axes.set_title(f"numerical rank (singular values above {tolerance:g} of the largest)", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
 
 
