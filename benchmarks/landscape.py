@@ -3,10 +3,11 @@
 sensing: matrix sensing with a planted update of low rank, measured through a sine, so that the loss is almost convex
 near zero and full of traps far away, as arXiv 2502.09376 supposes of fine-tuning. A proximal gradient method, which
 knows nothing of factors, gives the nuclear-norm solution. LoRA with weight decay is trained from the usual start, from
-large random factors, and for too few steps; the truth about each run comes from that solution's objective and rank and
-from training on, never from the numbers that the verdict reads. demo: a sane run of the demo's model and one at 100
-times its learning rate. monitor: what the monitor costs of a training step. spectrum: the spectra of a whole model's
-adapters against singular values of the products.
+large random factors, for too few steps, and with too small a rank; the truth about each run comes from that solution's
+objective and rank and from training on, never from the numbers that the verdict reads.
+demo: a sane run of the demo's model and one at 100 times its learning rate.
+monitor: what the monitor costs of a training step.
+spectrum: the spectra of a whole model's adapters against singular values of the products.
 
 Each part replaces its own entry of benchmarks/results/landscape.json.
 """
@@ -30,20 +31,20 @@ from rich.table import Table
 from benchmarks import records
 from lora_kernels.landscape import Adapter, Gradient, Spectrum, Thresholds, certify, factor_spectra, judge, measure
 from lora_kernels.landscape.certificate import Certificate
-from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, STILL_TRAINING
+from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, RANK_LIMITED, STILL_TRAINING
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
-KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, LOUD_FAILURE)
+KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE)
 PARTS = ("sensing", "demo", "monitor", "spectrum")
-COLOURS = {LOW_RANK_MINIMUM: "#009E73", STILL_TRAINING: "#E69F00", LOUD_FAILURE: "#D55E00"}
+COLOURS = {LOW_RANK_MINIMUM: "#009E73", STILL_TRAINING: "#E69F00", RANK_LIMITED: "#0072B2", LOUD_FAILURE: "#D55E00"}
 
 # Sensing: a 24 x 20 update of rank 2 from 400 measurements `sin(w <M, X>) / w`, LoRA of rank 6 with s = 2.
 M, N, PLANTED, MEASUREMENTS, FREQUENCY = 24, 20, 2, 400, 0.8
-RANK, SCALING, NUCLEAR = 6, 2.0, 0.03
-# Frobenius norm of the update at a hostile start, where the planted one has 1.
-HOSTILE = 1.5
-PROBLEMS, ITERATIONS = 10, 1500
-STOPPED = {"zero": (3, 20), "large": (3, 20)}  # iterations of the runs that are stopped early
+RANK, SCALING, NUCLEAR = 6, 2.0, 0.01
+# Frobenius norms of the planted update and of that at a hostile start, where the sine bends.
+SIZE, HOSTILE = 0.25, 1.5
+PROBLEMS, ITERATIONS = 8, 1000
+STOPPED = {"zero": (3, 30), "large": (3, 30)}  # iterations of the runs that are stopped early
 # The truth: objective within this share of the solution's, and rank at this tolerance of a dense decomposition.
 CLOSE, DENSE_TOLERANCE = 1e-3, 1e-3
 
@@ -62,13 +63,13 @@ class Sensing:
 
     @staticmethod
     def make(seed: int) -> Sensing:
-        """Draw a problem whose planted update has Frobenius norm 1."""
+        """Draw a problem."""
         generator = torch.Generator().manual_seed(seed)
         matrices = torch.randn(MEASUREMENTS, M * N, generator=generator, dtype=torch.float64)
         left, right = (
             torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((M, PLANTED), (PLANTED, N))
         )
-        planted = left @ right / torch.linalg.matrix_norm(left @ right)
+        planted = SIZE * (left @ right) / torch.linalg.matrix_norm(left @ right)
         return Sensing(matrices, torch.sin(FREQUENCY * (matrices @ planted.reshape(-1))) / FREQUENCY)
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,11 +107,11 @@ class Sensing:
 class Run:
     """LoRA on a problem, by L-BFGS on loss and weight decay."""
 
-    def __init__(self, problem: Sensing, start: str, seed: int) -> None:
+    def __init__(self, problem: Sensing, start: str, seed: int, rank: int = RANK) -> None:
         """Draw the factors: `zero` (B = 0, as usual) or `large`."""
         generator = torch.Generator().manual_seed(1000 + seed)
-        a = torch.randn(RANK, N, generator=generator, dtype=torch.float64) / math.sqrt(N)
-        b = torch.randn(M, RANK, generator=generator, dtype=torch.float64) / math.sqrt(M)
+        a = torch.randn(rank, N, generator=generator, dtype=torch.float64) / math.sqrt(N)
+        b = torch.randn(M, rank, generator=generator, dtype=torch.float64) / math.sqrt(M)
         grow = math.sqrt(HOSTILE / float(torch.linalg.matrix_norm(SCALING * b @ a)))
         a, b = (a, 0 * b) if start == "zero" else (a * grow, b * grow)
         self.problem, self.decay = problem, NUCLEAR * SCALING
@@ -151,7 +152,8 @@ class Run:
         adapter = Adapter("update", self.a.detach(), self.b.detach(), SCALING)
         spectrum = measure([adapter])["update"]
         gradient = Gradient(self.problem.gradient((SCALING * self.b @ self.a).detach()))
-        return spectrum, certify(adapter, spectrum, gradient, self.decay)
+        losses = [float(self.problem.loss(x * SCALING * (self.b @ self.a).detach())) for x in (0.0, 1.0)]
+        return spectrum, certify(adapter, spectrum, gradient, self.decay, losses[0] - losses[1])
 
 
 def truth(here: tuple[float, int], end: tuple[float, int], solution: tuple[float, int]) -> str:
@@ -160,11 +162,11 @@ def truth(here: tuple[float, int], end: tuple[float, int], solution: tuple[float
         return STILL_TRAINING
     if here[0] <= (1 + CLOSE) * solution[0] and here[1] == solution[1]:
         return LOW_RANK_MINIMUM
-    return LOUD_FAILURE if here[1] > solution[1] else "another"
+    return LOUD_FAILURE if here[1] > solution[1] else RANK_LIMITED
 
 
 def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
-    """Four runs per problem: from zero, twice from large factors, and one stopped early.
+    """Five runs per problem: from zero, twice from large factors, one stopped early, one of rank one.
 
     Args:
         problems: how many.
@@ -177,10 +179,10 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
         problem = Sensing.make(seed)
         solution = problem.solve()
         early = "zero" if seed % 2 == 0 else "large"
-        plan = [("zero", ITERATIONS), ("large", ITERATIONS), ("large", ITERATIONS)]
-        plan.append((early, STOPPED[early][seed // 2 % 2]))
-        for number, (start, iterations) in enumerate(plan):
-            run = Run(problem, start, 10 * seed + number)
+        plan = [("zero", ITERATIONS, RANK), *[("large", ITERATIONS, RANK)] * 2]
+        plan += [(early, STOPPED[early][seed // 2 % 2], RANK), ("zero", ITERATIONS, 1)]
+        for number, (start, iterations, adapter_rank) in enumerate(plan):
+            run = Run(problem, start, 10 * seed + number, adapter_rank)
             run.train(iterations)
             here = run.state()
             spectrum, certificate = run.diagnose()
@@ -192,6 +194,7 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
                     "problem": seed,
                     "start": start,
                     "iterations": iterations,
+                    "adapter_rank": adapter_rank,
                     "truth": truth(here, end, solution),
                     "verdict": judge(spectrum, certificate).kind,
                     "objective_over_solution": here[0] / solution[0],
@@ -205,6 +208,8 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
                     "ratio": certificate.ratio,
                     "alignment": certificate.alignment,
                     "stationarity": certificate.stationarity,
+                    "cost": certificate.cost,
+                    "gain": certificate.gain,
                     "_": (spectrum, certificate),
                 }
             )
@@ -276,6 +281,7 @@ def sensing(folder: Path, problems: int = PROBLEMS) -> dict[str, Any]:
         "scaling": SCALING,
         "nuclear": NUCLEAR,
         "weight_decay": NUCLEAR * SCALING,
+        "planted_norm": SIZE,
         "hostile_norm": HOSTILE,
         "iterations": ITERATIONS,
     }
@@ -390,7 +396,9 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
             f"rate {rate:g}: last loss {loss:.3g}, {found.verdict.kind}, {row['loud_layers']} of {row['layers']} "
             f"layers loud, |sBA|/|W| from {shares[0]:.3g} to {shares[-1]:.3g}, {full} layers of full rank"
         )
-    return {"steps": steps, "loud_share": Thresholds().loud_share, "runs": rows}
+    between = [rows[0]["share"]["largest"], rows[-1]["share"]["smallest"]]
+    CONSOLE.print(f"loud_share {Thresholds().loud_share:g}; the runs leave {between[0]:.3g} to {between[1]:.3g}")
+    return {"steps": steps, "loud_share": Thresholds().loud_share, "the_runs_leave": between, "runs": rows}
 
 
 def monitor(rounds: int = 21, every: int = 50) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +33,12 @@ from lora_kernels.landscape import (
     weight_norms,
 )
 from lora_kernels.ops._checks import check_range
-from lora_kernels.statistics import Statistics
+from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.statistics.distributed import unwrap, world_size
+from lora_kernels.statistics.feed import call_model, model_device, to_device
+from lora_kernels.statistics.loss import loss_items, model_loss
+from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.wants import GRADIENT
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -181,14 +185,16 @@ def diagnose(
     layers = peft_layers.find_lora_layers(model, adapter_name, allow_merged=True)
     adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
+    gain: float | None = None
     broken = any(each.status == "not_finite" for each in spectra.values())
     if loader is not None:
         _check_active(layers, adapter_name)
     if loader is not None and not broken:
         targets = [each.target for each in layers.supported]
         statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
+        gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
     found = [
-        _layer(each.target.module, adapter, spectra[adapter.name], statistics, weight_decay, limits, intruders)
+        _layer(each.target.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for each, adapter in zip(layers.supported, adapters, strict=True)
     ]
     return Diagnosis(
@@ -224,12 +230,64 @@ def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
             )
 
 
+def _gain(
+    model: nn.Module,
+    layers: peft_layers.LoraLayers,
+    adapter: str,
+    loader: Iterable[Any],
+    options: CollectOptions,
+    statistics: Statistics,
+) -> float | None:
+    """Mean loss without the adapter's linear updates less that with them, over the batches of the statistics.
+
+    `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
+    a mean over samples is not that over batches.
+    """
+    modules: list[Any] = [each.target.module for each in layers.supported]
+    if (
+        isinstance(loader, Iterator)
+        or world_size() > 1
+        or options.weighting != "token"
+        or any(module.merged for module in modules)
+    ):
+        return None
+    device = model_device(model)
+    totals, items = [0.0, 0.0], 0.0
+    with observation_mode(model, gradients=False):
+        for batch in itertools.islice(loader, statistics.batches):
+            batch = to_device(batch, device)
+            count = float(loss_items(model, batch, options.reduction).sum())
+            if count <= 0:
+                continue
+            items += count
+            for place in (0, 1):
+                with _scaled(modules, adapter, 0.0) if place == 0 else contextlib.nullcontext():
+                    outputs = (options.forward or call_model)(model, batch)
+                loss = float((options.loss or model_loss)(outputs, batch))
+                totals[place] += loss if options.reduction == "sum" else loss * count
+    return (totals[0] - totals[1]) / items if items > 0 else None
+
+
+@contextlib.contextmanager
+def _scaled(modules: Sequence[Any], adapter: str, scaling: float) -> Iterator[None]:
+    """Run layers with another scaling of an adapter for a while."""
+    before = [module.scaling[adapter] for module in modules]
+    try:
+        for module in modules:
+            module.scaling[adapter] = scaling
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.scaling[adapter] = value
+
+
 def _layer(
     module: Any,
     adapter: Adapter,
     spectrum: Spectrum,
     statistics: Statistics | None,
     weight_decay: float | None,
+    gain: float | None,
     limits: Thresholds,
     intruders: bool,
 ) -> LayerDiagnosis:
@@ -249,7 +307,7 @@ def _layer(
         elif adapter.scaling == 0:
             notes.append("no certificate: the scaling is zero")
         else:
-            certificate = certify(adapter, spectrum, gradient, weight_decay)
+            certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and not merged:
         compared = _overlap(module, adapter, spectrum)

@@ -43,6 +43,9 @@ class Certificate:
             at a stationary point, about 1 or more where loss and decay do not balance. 0 where both factors are zero.
         implied_weight_decay: the lambda for which the factors come closest to stationary; beside the one given, it
             tells whether this is the objective that was trained. Negative while they still grow.
+        cost: `(lambda / s) |s B A|_*`, what the decay charges for this update where the factors are balanced.
+        gain: mean loss without the adapter's update (of all layers) less that with it, if it was measured. A minimum
+            never costs more than it gains, since then zero would be lower.
     """
 
     objective: str
@@ -57,6 +60,8 @@ class Certificate:
     alignment_error: float
     stationarity: float
     implied_weight_decay: float | None
+    cost: float
+    gain: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -131,7 +136,9 @@ def gradient_of(statistics: Statistics, name: str) -> Gradient | None:
     return Gradient(found.U * found.S, found.Vh, float(found.error))
 
 
-def certify(adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_decay: float) -> Certificate:
+def certify(
+    adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_decay: float, gain: float | None = None
+) -> Certificate:
     """Check the optimality conditions of one layer.
 
     Args:
@@ -139,6 +146,7 @@ def certify(adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_dec
         spectrum: their measurement.
         gradient: of the mean loss at `W + s B A`.
         weight_decay: lambda, above zero.
+        gain: see `Certificate`.
 
     Returns:
         The numbers.
@@ -180,6 +188,8 @@ def certify(adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_dec
         alignment_error=gradient.error / threshold,
         stationarity=stationarity,
         implied_weight_decay=implied,
+        cost=threshold * spectrum.nuclear,
+        gain=gain,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -12,9 +11,10 @@ from lora_kernels.ops._checks import check_range
 
 LOW_RANK_MINIMUM = "low_rank_minimum"
 STILL_TRAINING = "still_training"
+RANK_LIMITED = "rank_limited"
 LOUD_FAILURE = "loud_failure"
 NOT_JUDGED = "not_judged"
-KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, LOUD_FAILURE, NOT_JUDGED)
+KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE, NOT_JUDGED)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Thresholds:
         ratio: how far `s |G|_2 / lambda` may exceed 1 at a minimum.
         alignment: largest `Certificate.alignment` at a minimum.
         full_rank: share of the adapter's rank from which on the numerical rank counts as full.
-        loud_share: `|s B A|_2 / |W|_2` from which on an update is large whatever the gradient says.
+        loud_share: `|s B A|_2 / |W|_2` from which on an update is large whatever the gradient says: the geometric mean
+            of the largest share in a sane run of the demo and the smallest at 100 times its learning rate.
 
     Raises:
         ValueError: if one is out of range.
@@ -38,7 +39,7 @@ class Thresholds:
     ratio: float = 0.05
     alignment: float = 0.05
     full_rank: float = 1.0
-    loud_share: float = 1.0
+    loud_share: float = 30.0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -52,9 +53,11 @@ class Verdict:
     """A verdict.
 
     Attributes:
-        kind: one of `KINDS`. `low_rank_minimum`: the certificate closes. `loud_failure`: a large update that uses the
-            adapter's whole rank, at a stationary point that is no minimum or beyond the size of the weight; or factors
-            that are not finite. `still_training`: neither. `not_judged`: no gradient was given, and nothing is loud.
+        kind: one of `KINDS`. `low_rank_minimum`: the certificate closes. `loud_failure`: an update that uses the
+            adapter's whole rank and is large, at a stationary point that is no minimum, or large beyond measure at any
+            point; or factors that are not finite. `rank_limited`: such a stationary point, but not large: with this
+            decay a larger rank would go lower. `still_training`: not stationary, or at a saddle. `not_judged`: the
+            numbers that would decide were not given.
         reasons: the numbers and thresholds that decided, in words.
     """
 
@@ -83,7 +86,7 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
     share = spectrum.spectral_share
     sizes = "" if share is None else f"|s B A|_2 is {share:.3g} of |W|_2"
     if certificate is not None:
-        found = _by_certificate(certificate, limits, full, (ranks, *((sizes,) if sizes else ())))
+        found = _by_certificate(certificate, limits, full, share, (ranks, *((sizes,) if sizes else ())))
         if found is not None:
             return found
     if full and share is not None and not share < limits.loud_share:
@@ -105,7 +108,9 @@ def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _by_certificate(certificate: Certificate, limits: Thresholds, full: bool, seen: tuple[str, ...]) -> Verdict | None:
+def _by_certificate(
+    certificate: Certificate, limits: Thresholds, full: bool, share: float | None, seen: tuple[str, ...]
+) -> Verdict | None:
     """A minimum, or a stationary point of full rank that is none."""
     facts = _facts(certificate, limits)
     if not certificate.stationarity <= limits.stationarity:
@@ -115,12 +120,30 @@ def _by_certificate(certificate: Certificate, limits: Thresholds, full: bool, se
         note = ("the whole rank is in use: a larger r may go lower",) if full else ()
         return Verdict(LOW_RANK_MINIMUM, (*facts, *seen, *note))
     if full and certificate.ratio_low > 1 + limits.ratio:
-        return Verdict(LOUD_FAILURE, (*facts, *seen, "stationary at full rank, and no minimum"))
+        return _stuck(certificate, limits, share, (*facts, *seen))
     return None
+
+
+def _stuck(certificate: Certificate, limits: Thresholds, share: float | None, facts: tuple[str, ...]) -> Verdict:
+    """At a stationary point of full rank that is no minimum: the rank is too small, or the update too large."""
+    facts = (*facts, "stationary at full rank, and no minimum")
+    cost, gain = certificate.cost, certificate.gain
+    if gain is not None:
+        facts = (*facts, f"its decay costs {cost:.3g}, and all updates together gain {gain:.3g} in loss")
+        if cost > gain:
+            return Verdict(LOUD_FAILURE, (*facts, "large: zero would be lower"))
+    if share is not None and not share < limits.loud_share:
+        return Verdict(LOUD_FAILURE, (*facts, f"large: at least {limits.loud_share:g} of the weight"))
+    if gain is None:
+        told = "whether the rank is too small or the update too large takes the losses with and without it"
+        return Verdict(NOT_JUDGED, (*facts, told))
+    return Verdict(RANK_LIMITED, (*facts, "a larger rank would go lower with this decay"))
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """The verdict on a model: loud where one layer is, a minimum where all layers are.
+
+    Between them, the first of `still_training`, `not_judged` and `rank_limited` that a layer has.
 
     Args:
         verdicts: of its layers.
@@ -131,15 +154,5 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     kinds = [each.kind for each in verdicts]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
     reasons = (f"{len(kinds)} layers: {counts}",) if kinds else ("no layer",)
-    if LOUD_FAILURE in kinds:
-        return Verdict(LOUD_FAILURE, reasons)
-    if STILL_TRAINING in kinds:
-        return Verdict(STILL_TRAINING, reasons)
-    if NOT_JUDGED in kinds or not kinds:
-        return Verdict(NOT_JUDGED, reasons)
-    return Verdict(LOW_RANK_MINIMUM, reasons)
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """The number, or `None` where JSON has no word for it."""
-    return None if value is None or not math.isfinite(value) else value
+    order = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)
+    return Verdict(next((kind for kind in order if kind in kinds), NOT_JUDGED), reasons)
