@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,9 +60,13 @@ def _cut(x: torch.Tensor, columns: int) -> Iterator[torch.Tensor]:
 
 
 def _sliceable(weight: Any, m: int, n: int) -> bool:
-    """Whether a 4-bit weight is packed in its own order, two entries to a byte."""
+    """Whether a 4-bit weight is packed in its own order, two entries to a byte, with every row in blocks of its own.
+
+    (Where a block runs over two rows, bitsandbytes' own kernels for CPUs give other numbers for a part of the rows than
+    for all; the weight of the model is what they make of all.)
+    """
     state = getattr(weight, "quant_state", None)
-    if state is None or getattr(state, "packing_format_for_cpu", False):
+    if state is None or getattr(state, "packing_format_for_cpu", False) or n % state.blocksize:
         return False
     return tuple(state.shape) == (m, n) and weight.data.numel() * weight.data.element_size() * 2 == m * n
 
@@ -77,13 +80,12 @@ def _rows_4bit(weight: Any, m: int, n: int) -> Iterator[torch.Tensor]:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     absmax = absmax.to(torch.float32)
     packed = weight.data.reshape(-1).view(torch.uint8)
-    # A block of rows must end where a block of the quantization does.
-    unit = state.blocksize // math.gcd(n, state.blocksize)
-    step = max(1, _CHUNK // max(1, n * unit)) * unit
+    blocks = n // state.blocksize
+    step = max(1, _CHUNK // n)
     for low in range(0, m, step):
         high = min(m, low + step)
         part = functional.QuantState(  # type: ignore[no-untyped-call]
-            absmax=absmax[low * n // state.blocksize : -(-high * n // state.blocksize)],
+            absmax=absmax[low * blocks : high * blocks],
             shape=torch.Size((high - low, n)),
             code=state.code,
             blocksize=state.blocksize,

@@ -111,9 +111,7 @@ def test_every_verdict():
 
 def test_batches_of_other_sizes_give_the_same_and_iterators_no_gain():
     model, x, y = regression(start=0.7)
-    whole, parts = (
-        lk.diagnose(model, batches_of(x, y, size), weight_decay=DECAY, progress=False) for size in (7, 2)
-    )
+    whole, parts = (lk.diagnose(model, batches_of(x, y, size), weight_decay=DECAY, progress=False) for size in (7, 2))
     one, two = whole.layers[0].certificate, parts.layers[0].certificate
     for name in ("ratio", "alignment", "stationarity", "gain", "implied_weight_decay"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-4)
