@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels.integrations import offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.base_rows import row_blocks
-from lora_kernels.integrations.entry import _options
+from lora_kernels.integrations.entry import read_options
 from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
@@ -112,7 +112,7 @@ def find_adapters(
 
 
 def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
-    """Norms of the weights under an adapter; `None` where they are merged, so that W is not at hand.
+    """Norms of the weights under an adapter; `None` where W is not at hand: merged, on the meta device, or packed.
 
     Args:
         layers: from `find_lora_layers`.
@@ -123,9 +123,18 @@ def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
     found: dict[str, WeightNorms | None] = {}
     for each in layers.supported:
         name, module = each.target.name, each.target.module
-        merged = bool(getattr(module, "merged", False)) or module.get_base_layer().weight.is_meta  # type: ignore[operator, union-attr]
-        found[name] = None if merged else weight_norms(*_rows(module))
+        found[name] = None if _why_no_weight(module) else weight_norms(*_rows(module))
     return found
+
+
+def _why_no_weight(module: Any) -> str | None:
+    """Why the weight under a LoRA layer cannot be read, if so."""
+    if module.merged:
+        return "merged: the base weight holds the update"
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"{type(module.get_base_layer()).__name__} keeps no weight that can be read"
+    return "the base weight is on the meta device" if weight.is_meta else None
 
 
 def _rows(module: Any) -> tuple[Any, tuple[int, int], torch.device]:
@@ -180,7 +189,7 @@ def diagnose(
         raise ValueError("at most one of loader and statistics can be given")
     if options and loader is None:
         raise TypeError(f"{', '.join(sorted(options))}: options of a pass over data, but no loader is given")
-    chosen = _options({"budget": "auto", **options})
+    chosen = read_options({"budget": "auto", **options})
     model = unwrap(model)
     layers = peft_layers.find_lora_layers(model, adapter_name, allow_merged=True)
     adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
@@ -293,9 +302,9 @@ def _layer(
 ) -> LayerDiagnosis:
     notes: list[str] = []
     certificate = None
-    merged = bool(module.merged)
-    if merged:
-        notes.append("merged: the base weight holds the update and is not compared with it")
+    unreadable = _why_no_weight(module)
+    if unreadable is not None:
+        notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
@@ -309,7 +318,7 @@ def _layer(
         else:
             certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
     compared = None
-    if intruders and spectrum.status == "ok" and not merged:
+    if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)
     verdict = judge(spectrum, certificate, limits)
     return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes))

@@ -201,12 +201,16 @@ def test_broken_merged_and_variant_adapters_get_answers():
     model.merge_adapter()
     merged = lk.diagnose(model)
     assert all("merged" in each.notes[0] and each.spectrum.spectral_share is None for each in merged)
+    packed = model.get_submodule(merged.layers[0].name).get_base_layer()
     with_data = lk.diagnose(model, batches, weight_decay=1e-2, progress=False)
     model.unmerge_adapter()
     plain = lk.diagnose(model, batches, weight_decay=1e-2, progress=False)
     for one, two in zip(with_data, plain, strict=True):
         assert one.certificate.ratio == pytest.approx(two.certificate.ratio, rel=1e-3)
         assert one.certificate.gain is None and two.certificate.gain is not None
+    packed.packed, packed._parameters["weight"] = packed._parameters["weight"], None
+    assert "keeps no weight" in lk.diagnose(model, intruders=True).layers[0].notes[0]
+    packed._parameters["weight"] = packed.packed
     name = plain.layers[0].name
     model.get_submodule(name).lora_A["default"].weight.data[0, 0] = math.nan
     broken = lk.diagnose(model, batches, weight_decay=1e-2, progress=False)

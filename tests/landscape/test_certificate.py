@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from lora_kernels.landscape import Adapter, Gradient, Thresholds, certify, judge, measure, overall
-from lora_kernels.landscape.verdict import KINDS, LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, STILL_TRAINING, Verdict
+from lora_kernels.landscape.verdict import (
+    KINDS,
+    LOUD_FAILURE,
+    LOW_RANK_MINIMUM,
+    NOT_JUDGED,
+    RANK_LIMITED,
+    STILL_TRAINING,
+    Verdict,
+)
 from lora_kernels.landscape.weights import WeightNorms
 
 DECAY = 0.3
@@ -26,10 +34,10 @@ def minimum(scaling, rank=4, decay=DECAY, seed=0):
     return t, a, b
 
 
-def certificate_at(t, a, b, scaling, decay=DECAY, weight=None):
+def certificate_at(t, a, b, scaling, decay=DECAY, weight=None, gain=None):
     adapter = Adapter("l", a, b, scaling, weight)
     spectrum = measure([adapter])["l"]
-    return spectrum, certify(adapter, spectrum, Gradient(scaling * b @ a - t), decay)
+    return spectrum, certify(adapter, spectrum, Gradient(scaling * b @ a - t), decay, gain)
 
 
 @pytest.mark.parametrize("scaling", [2.0, 0.5, -2.0])
@@ -81,20 +89,27 @@ def test_a_saddle_is_still_training_and_zero_can_be_the_minimum():
     assert spectrum.status == "zero" and judge(spectrum, found).kind == STILL_TRAINING
 
 
-def test_stationary_at_full_rank_and_no_minimum_is_loud():
+def test_stationary_at_full_rank_and_no_minimum():
     # Rank one at the second singular value of T: no other rank-one factors nearby are better to first order.
     t, a, b = minimum(2.0)
-    spectrum, found = certificate_at(t, a[1:2], b[:, 1:2], 2.0)
+    a, b = a[1:2], b[:, 1:2]
+    spectrum, found = certificate_at(t, a, b, 2.0)
     assert found.stationarity < 1e-10 and found.ratio > 2
+    assert found.cost == pytest.approx(DECAY / 2 * float(torch.linalg.matrix_norm(2 * b @ a)))
+    # Without the losses it cannot be told whether the rank is too small or the update too large.
     verdict = judge(spectrum, found)
-    assert verdict.kind == LOUD_FAILURE and "full rank" in verdict.reasons[-1]
-    # At the first one the certificate closes as far as one direction can: the second is what a larger rank would take.
-    spectrum, found = certificate_at(t, a[:1], b[:, :1], 2.0)
-    assert judge(spectrum, found).kind == LOUD_FAILURE
-    # With decay above the second value rank one is enough.
+    assert verdict.kind == NOT_JUDGED and "full rank" in " ".join(verdict.reasons)
+    for share, kind in ((1.0, RANK_LIMITED), (0.01, LOUD_FAILURE)):
+        weight = WeightNorms(share * spectrum.spectral, 1.0)
+        gain = 1.01 * found.cost
+        verdict = judge(*certificate_at(t, a, b, 2.0, weight=weight, gain=gain))
+        assert verdict.kind == kind, verdict
+    verdict = judge(*certificate_at(t, a, b, 2.0, gain=0.99 * found.cost))
+    assert verdict.kind == LOUD_FAILURE and "zero would be lower" in verdict.reasons[-1]
+    # At the first one too, until the decay is above the second value and rank one is enough.
+    assert judge(*certificate_at(t, a, b, 2.0, gain=4.0)).kind == RANK_LIMITED
     t, a, b = minimum(2.0, rank=1, decay=4.2)
-    spectrum, found = certificate_at(t, a, b, 2.0, 4.2)
-    verdict = judge(spectrum, found)
+    verdict = judge(*certificate_at(t, a, b, 2.0, 4.2))
     assert verdict.kind == LOW_RANK_MINIMUM and "whole rank" in verdict.reasons[-1]
 
 
@@ -139,7 +154,6 @@ def test_without_a_certificate_only_what_is_loud_is_told():
     for share, kind in ((29.0, NOT_JUDGED), (31.0, LOUD_FAILURE)):
         seen = measure([Adapter("l", a, b, 1.0, WeightNorms(norm / share, 1.0))])["l"]
         assert judge(seen).kind == kind and f"{share:.3g} of |W|_2" in " ".join(judge(seen).reasons)
-        b[:, 0] *= 1  # (the same factors)
     flat = b.clone()
     flat[:, 1:] = 0
     seen = measure([Adapter("l", a, flat, 1.0, WeightNorms(1e-3, 1.0))])["l"]
@@ -154,7 +168,8 @@ def test_overall():
 
     assert of(LOW_RANK_MINIMUM, LOW_RANK_MINIMUM) == LOW_RANK_MINIMUM
     assert of(LOW_RANK_MINIMUM, STILL_TRAINING) == STILL_TRAINING
-    assert of(LOW_RANK_MINIMUM, NOT_JUDGED) == NOT_JUDGED
+    assert of(LOW_RANK_MINIMUM, NOT_JUDGED, RANK_LIMITED) == NOT_JUDGED
+    assert of(LOW_RANK_MINIMUM, RANK_LIMITED) == RANK_LIMITED
     assert of(*KINDS) == LOUD_FAILURE and of() == NOT_JUDGED
     assert overall([Verdict(LOUD_FAILURE, ())] * 2).reasons == ("2 layers: 2 loud_failure",)
 
