@@ -164,6 +164,8 @@ def test_sketches_bracket_the_exact_norm():
     for one, two in zip(exact, sketched, strict=True):
         assert (one.certificate.source, two.certificate.source) == ("exact", "sketch")
         assert two.certificate.ratio_low <= one.certificate.ratio <= two.certificate.ratio_high
+        assert two.certificate.ratio == pytest.approx(one.certificate.ratio, rel=0.1)
+        assert two.certificate.alignment == pytest.approx(one.certificate.alignment, rel=0.1)
         assert two.certificate.alignment_error > 0
 
 
