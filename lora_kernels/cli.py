@@ -340,7 +340,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
         (
             "inspect",
-            "spectra, balance and verdict of a trained adapter, from its folder alone or with its base and data",
+            "spectra, balance and verdict of a trained adapter, from its folder alone or with its base and data; "
+            "the exit status is 1 on a loud failure",
             _inspect_arguments,
             _inspect,
         ),

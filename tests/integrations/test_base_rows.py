@@ -79,6 +79,9 @@ def test_blocks_of_the_quantization_that_run_over_rows_are_not_cut(monkeypatch):
     module = wrapped(quantized("nf4", width=96))
     blocks = list(base_rows.row_blocks(module)())
     assert torch.equal(torch.cat(blocks), base_weight(module))
+    for width in (96, 128):
+        weight = wrapped(quantized("nf4", width=width)).get_base_layer().weight
+        assert base_rows._sliceable(weight, 40, width) == (width == 128)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
