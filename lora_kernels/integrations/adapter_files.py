@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_kernels.integrations.offset import offset_name
 from lora_kernels.landscape import Adapter
+from lora_kernels.training.base_weight import offset_name
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.integrations import offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.base_rows import row_blocks
 from lora_kernels.integrations.entry import read_options
@@ -40,6 +39,7 @@ from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import loss_items, model_loss
 from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.wants import GRADIENT
+from lora_kernels.training.base_weight import offset_name
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.
@@ -91,7 +91,7 @@ def find_adapters(
         ValueError: if a factor is on the meta device, or a start has another shape.
     """
     found = []
-    frozen = offset.offset_name(adapter_name)
+    frozen = offset_name(adapter_name)
     for each in layers.supported:
         name, module = each.target.name, each.target.module
         a, b = _factors(module, adapter_name)
