@@ -9,13 +9,17 @@ Importing touches no GPU and needs no compiler.
 
 from typing import TYPE_CHECKING, Any
 
-from lora_kernels import init, linalg, ops, statistics, training
+from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
+from lora_kernels.integrations.callback import LandscapeCallback
+from lora_kernels.integrations.diagnosis import diagnose, snapshot
 from lora_kernels.integrations.entry import collect, initialize, plan
+from lora_kernels.integrations.monitor import LandscapeMonitor
 from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.integrations.tsd import LoRATSD
+from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 from lora_kernels.training import AccelerateReport, LoRADash, accelerate, reference_mode, restore, verify
 from lora_kernels.tuning import TuneReport, tune
@@ -28,7 +32,11 @@ __all__ = [
     "AccelerateReport",
     "CollectOptions",
     "CorDA",
+    "Diagnosis",
     "InitReport",
+    "LandscapeCallback",
+    "LandscapeMonitor",
+    "LayerDiagnosis",
     "LayerReport",
     "LoRADash",
     "LoRADashCallback",
@@ -40,19 +48,23 @@ __all__ = [
     "Redistribution",
     "Statistics",
     "TaskDirections",
+    "Thresholds",
     "TuneReport",
     "__version__",
     "accelerate",
     "collect",
+    "diagnose",
     "export",
     "init",
     "initialize",
+    "landscape",
     "linalg",
     "load",
     "ops",
     "plan",
     "reference_mode",
     "restore",
+    "snapshot",
     "statistics",
     "training",
     "tune",

@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | plan | verify | tune | doctor`."""
+"""The command line: `lora-kernels demo | init | plan | verify | tune | inspect | doctor`."""
 
 from __future__ import annotations
 
@@ -264,6 +264,49 @@ def _tune(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder of a PEFT adapter")
+    parser.add_argument("--base", type=Path, help="folder of its base model, to compare with the weights")
+    parser.add_argument("--data", type=Path, help=".csv or .jsonl file with training text, for the certificate")
+    parser.add_argument("--weight-decay", type=float, help="lambda of training, for the certificate")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", help="for sequence-classification")
+    parser.add_argument("--task", help="causal-lm, sequence-classification or base (default: as the adapter says)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--max-batches", type=int)
+    parser.add_argument("--intruders", action="store_true", help="compare directions with those of the base weights")
+    parser.add_argument("--monitor", type=Path, help=".jsonl file of a LandscapeMonitor")
+    parser.add_argument("--out", type=Path, help="folder for inspect.html, pictures and diagnosis.json")
+    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lora_kernels.integrations import inspection, text_files  # noqa: PLC0415
+    from lora_kernels.integrations.monitor import read_log  # noqa: PLC0415
+
+    texts = labels = None
+    if options.data is not None and options.label_column is not None:
+        texts, labels = text_files.read_labelled(options.data, options.text_column, options.label_column)
+    elif options.data is not None:
+        texts = text_files.read_texts(options.data, options.text_column)
+    log = None if options.monitor is None else read_log(options.monitor)
+    names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
+    chosen = {name: getattr(options, name) for name in names}
+    diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
+    written = [] if options.out is None else inspection.write(diagnosis, options.out, options.monitor)
+    if options.json:
+        print(diagnosis.to_json())
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(diagnosis)
+        if log is not None:
+            console.print(inspection.log_summary(log), highlight=False, markup=False)
+        for path in written:
+            console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+    return 1 if diagnosis.verdict.kind == "loud_failure" else 0
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from lora_kernels.doctor import run  # noqa: PLC0415
 
@@ -294,6 +337,13 @@ def _parser() -> argparse.ArgumentParser:
             "measure the forms of the LoRA layers' products on this device, for later runs to use the fastest",
             _tune_arguments,
             _tune,
+        ),
+        (
+            "inspect",
+            "spectra, balance and verdict of a trained adapter, from its folder alone or with its base and data; "
+            "the exit status is 1 on a loud failure",
+            _inspect_arguments,
+            _inspect,
         ),
         ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
     )

@@ -31,7 +31,18 @@ from lora_kernels.statistics.wants import OF_GRADIENTS, Wants, resolve_wants
 from lora_kernels.training.dash.module import directions as dash_directions
 
 
-def _options(options: Mapping[str, Any]) -> CollectOptions:
+def read_options(options: Mapping[str, Any]) -> CollectOptions:
+    """The options of a collection, given as keywords.
+
+    Args:
+        options: by name.
+
+    Returns:
+        The options.
+
+    Raises:
+        TypeError: if a name is unknown.
+    """
     unknown = sorted(set(options) - {each.name for each in fields(CollectOptions)})
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; see statistics.CollectOptions for those there are")
@@ -72,7 +83,7 @@ def collect(
     Returns:
         The statistics by layer name, added up over all processes.
     """
-    chosen = _options(options)
+    chosen = read_options(options)
     model = unwrap(model)
     found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
@@ -114,7 +125,7 @@ def plan(
     unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
     if unknown:
         raise TypeError(f"plan has no option {', '.join(unknown)}")
-    chosen = _options(options)
+    chosen = read_options(options)
     model = unwrap(model)
     found, _ = _targets(model, targets, adapter_name)
     groups = None

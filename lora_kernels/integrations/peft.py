@@ -68,12 +68,13 @@ def _reason_unsupported(module: Any, adapter: str) -> str | None:
     return None
 
 
-def find_lora_layers(model: nn.Module, adapter: str = "default") -> LoraLayers:
+def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged: bool = False) -> LoraLayers:
     """The LoRA layers of an adapter.
 
     Args:
         model: a PEFT model.
         adapter: the adapter's name.
+        allow_merged: take layers whose base weight holds their adapters, too.
 
     Returns:
         The layers, in the model's order.
@@ -99,7 +100,7 @@ def find_lora_layers(model: nn.Module, adapter: str = "default") -> LoraLayers:
         if reason is not None:
             unsupported.append((name, module.r[adapter], reason))
             continue
-        if module.merged:
+        if module.merged and not allow_merged:
             raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
         rank, shape = module.r[adapter], tuple(module.lora_A[adapter].weight.shape)
         if shape != (rank, module.in_features):

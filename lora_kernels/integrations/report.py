@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from lora_kernels.landscape.report import plain
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class InitReport:
 
     def to_dict(self) -> dict[str, object]:
         """Plain Python values; NaN becomes `None`."""
-        plain: dict[str, object] = _plain(asdict(self))  # type: ignore[assignment]
-        return plain
+        made: dict[str, object] = plain(asdict(self))  # type: ignore[assignment]
+        return made
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as strict JSON.
@@ -155,13 +156,3 @@ class InitReport:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,0 +1,173 @@
+"""Stock PEFT adapter folders, read without their base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.landscape import Adapter
+from lora_kernels.training.base_weight import offset_name
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+# Parts of an adapter that are no factors of a linear layer, and what is said of them.
+_OTHERS = {
+    ".lora_embedding_A": "an embedding: its input are indices",
+    ".lora_magnitude_vector": "",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What a folder holds.
+
+    Attributes:
+        path: the folder.
+        config: its adapter_config.json.
+        adapters: the linear layers; the drift is measured from the frozen counterpart, where there is one.
+        unsupported: other LoRA layers, and why.
+        notes: facts about the whole.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    adapters: tuple[Adapter, ...]
+    unsupported: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(
+            f"adapter was {str(folder)!r}, must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ValueError(f"{file} is of peft_type {kind!r}, but must be 'LORA'")
+    for name, least in (("r", 1), ("lora_alpha", 0)):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+            raise ValueError(f"{file} has {name} {value!r}, but must be a number of at least {least}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{file} has {name} {config[name]!r}, but must be a mapping")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    file = folder / WEIGHTS
+    if not file.is_file():
+        other = folder / "adapter_model.bin"
+        why = (
+            f"; {other.name} is a pickle, which is not read: save the adapter as safetensors" if other.exists() else ""
+        )
+        raise ValueError(f"adapter was {str(folder)!r}, must be a folder with {WEIGHTS}{why}")
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the end of the name at a dot."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> float:
+    short = name.removeprefix("base_model.model.")
+    try:
+        expected = _of_pattern(config.get("rank_pattern") or {}, short, config["r"])
+        alpha = _of_pattern(config.get("alpha_pattern") or {}, short, config["lora_alpha"])
+    except re.error as error:
+        raise ValueError(f"{file / CONFIG} has a pattern that is no regular expression: {error}") from error
+    if expected != rank:
+        raise ValueError(f"layer {name} of {file / WEIGHTS} has rank {rank}, but {CONFIG} says {expected}")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+
+
+def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B by layer name, in the order of the file."""
+    found = {}
+    for key, a in tensors.items():
+        if not key.endswith(_A):
+            if key.endswith(_B) and key.removesuffix(_B) + _A not in tensors:
+                raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_A beside it")
+            continue
+        name = key.removesuffix(_A)
+        b = tensors.get(name + _B)
+        if b is None:
+            raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_B beside it")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise ValueError(f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, must be floats")
+        if a.dim() == 2 and (b.dim() != 2 or a.shape[0] != b.shape[1]):
+            raise ValueError(
+                f"layer {name} of {folder / WEIGHTS} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                "but must have A (r, n) and B (m, r)"
+            )
+        found[name] = (a, b)
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
+
+    Args:
+        path: a folder with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        Its layers.
+
+    Raises:
+        ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"adapter was {str(folder)!r}, must be a folder")
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    factors = _factors(folder, tensors)
+    wrapped = {str(each).rpartition(".")[0] for each in config.get("target_parameters") or ()}
+    counterpart = folder / offset_name("default")
+    start = _factors(counterpart, _read_tensors(counterpart)) if counterpart.is_dir() else {}
+    adapters, unsupported = [], []
+    for name in sorted(factors, key=_natural):
+        a, b = factors[name]
+        if a.dim() != 2:
+            unsupported.append((name, f"factors of {a.dim()} dimensions (a convolution): not a linear layer"))
+        elif any(name.removesuffix(".base_layer").endswith(each) for each in wrapped if each):
+            unsupported.append((name, "target_parameters: factors of several matrices in one"))
+        else:
+            before = start.get(name)
+            origin = None if before is None else (before[0], -before[1])
+            adapters.append(Adapter(name, a, b, _scaling(config, name, a.shape[0], folder), None, origin))
+    for key in tensors:
+        for part, why in _OTHERS.items():
+            if part in key and why:
+                unsupported.append((key.partition(part)[0], why))
+    if not adapters:
+        raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B})")
+    notes = ["the base model was not read: nothing is compared with its weights"]
+    if config.get("use_dora"):
+        notes.append("DoRA: the update is more than s B A, whose spectrum is shown")
+    return AdapterFolder(folder, config, tuple(adapters), tuple(unsupported), tuple(notes))

@@ -1,0 +1,330 @@
+"""`lk.diagnose`: what the adapters of a PEFT model say about the landscape they ended in."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.integrations.base_rows import row_blocks
+from lora_kernels.integrations.entry import read_options
+from lora_kernels.landscape import (
+    Adapter,
+    Diagnosis,
+    LayerDiagnosis,
+    Overlap,
+    Spectrum,
+    Thresholds,
+    WeightNorms,
+    certify,
+    directions,
+    gradient_of,
+    judge,
+    leading_directions,
+    measure,
+    overall,
+    overlap,
+    weight_norms,
+)
+from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics import CollectOptions, Statistics
+from lora_kernels.statistics import collect as collect_targets
+from lora_kernels.statistics.distributed import unwrap, world_size
+from lora_kernels.statistics.feed import call_model, model_device, to_device
+from lora_kernels.statistics.loss import loss_items, model_loss
+from lora_kernels.statistics.modes import is_sharded, observation_mode
+from lora_kernels.statistics.wants import GRADIENT
+from lora_kernels.training.base_weight import offset_name
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+# Leading directions of a weight that count as its own, and of an update that are compared with them.
+_OF_WEIGHT, _OF_UPDATE = 64, 8
+
+
+def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Factors]:
+    """Copies of an adapter's factors, to measure from later (`diagnose(..., start=)`).
+
+    Args:
+        model: a PEFT model.
+        adapter_name: the adapter.
+
+    Returns:
+        By layer name A `(r, n)` and B `(m, r)`.
+    """
+    layers = peft_layers.find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
+    found = {each.target.name: _factors(each.target.module, adapter_name) for each in layers.supported}
+    return {name: (a.clone(), b.clone()) for name, (a, b) in found.items()}
+
+
+def _factors(module: Any, adapter: str) -> Factors:
+    """The factors of a layer, whole where they are sharded, in their own dtype."""
+    parts = [getattr(module, name)[adapter].weight.detach() for name in ("lora_A", "lora_B")]
+    a, b = (each.full_tensor() if is_sharded(each) else each for each in parts)
+    return a, b
+
+
+def find_adapters(
+    layers: peft_layers.LoraLayers,
+    adapter_name: str,
+    *,
+    weights: Mapping[str, WeightNorms | None] | None = None,
+    start: Mapping[str, Factors] | None = None,
+) -> list[Adapter]:
+    """The factors of an adapter's layers.
+
+    Args:
+        layers: from `find_lora_layers`.
+        adapter_name: the adapter.
+        weights: norms of the base weights by layer name.
+        start: factors to measure the drift from. Without them, an adapter that has a frozen counterpart is measured
+            from that, which is where it started.
+
+    Returns:
+        One entry per linear layer, in the model's order.
+
+    Raises:
+        ValueError: if a factor is on the meta device, or a start has another shape.
+    """
+    found = []
+    frozen = offset_name(adapter_name)
+    for each in layers.supported:
+        name, module = each.target.name, each.target.module
+        a, b = _factors(module, adapter_name)
+        if a.is_meta or b.is_meta:
+            raise ValueError(f"layer {name} has factors on the meta device: load their values first")
+        origin = None if start is None else start.get(name)
+        if start is None and frozen in getattr(module, "lora_A", {}):
+            a0, b0 = _factors(module, frozen)
+            origin = (a0, -b0)
+        if origin is not None and (origin[0].shape[1:] != a.shape[1:] or origin[1].shape[:1] != b.shape[:1]):
+            raise ValueError(
+                f"start has factors of shapes {tuple(origin[0].shape)} and {tuple(origin[1].shape)} for layer {name}, "
+                f"but must fit {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        scaling = float(module.scaling[adapter_name])  # type: ignore[index, operator]
+        found.append(Adapter(name, a, b, scaling, (weights or {}).get(name), origin))
+    return found
+
+
+def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
+    """Norms of the weights under an adapter; `None` where W is not at hand: merged, on the meta device, or packed.
+
+    Args:
+        layers: from `find_lora_layers`.
+
+    Returns:
+        By layer name.
+    """
+    found: dict[str, WeightNorms | None] = {}
+    for each in layers.supported:
+        name, module = each.target.name, each.target.module
+        found[name] = None if _why_no_weight(module) else weight_norms(*_rows(module))
+    return found
+
+
+def _why_no_weight(module: Any) -> str | None:
+    """Why the weight under a LoRA layer cannot be read, if so."""
+    if module.merged:
+        return "merged: the base weight holds the update"
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"{type(module.get_base_layer()).__name__} keeps no weight that can be read"
+    return "the base weight is on the meta device" if weight.is_meta else None
+
+
+def _rows(module: Any) -> tuple[Any, tuple[int, int], torch.device]:
+    return row_blocks(module), (module.out_features, module.in_features), module.get_base_layer().weight.device
+
+
+def diagnose(
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    *,
+    weight_decay: float | None = None,
+    statistics: Statistics | None = None,
+    adapter_name: str = "default",
+    start: Mapping[str, Factors] | None = None,
+    weights: bool = True,
+    intruders: bool = False,
+    thresholds: Thresholds | None = None,
+    **options: Any,
+) -> Diagnosis:
+    """Tell how training ended: spectra and balance of every layer, and with data a certificate and a verdict.
+
+    Under weight decay a second-order stationary point is either of low rank and small, and then a minimum, or of high
+    rank and large (arXiv 2502.09376). The model is run in evaluation mode with its adapters on; nothing is changed.
+
+    Args:
+        model: a PEFT model; quantized, DistributedDataParallel and FSDP2 models too.
+        loader: yields batches with labels, the more of the training set the better: the gradient of the mean loss over
+            them is what is certified. Without it there are no certificates.
+        weight_decay: lambda of training, as given to the optimizer. The certificate is for decay in the loss, see
+            `landscape.certificate.OBJECTIVE`. Without it, or with 0, there are no certificates.
+        statistics: from `collect(...)` with the adapters on, instead of a pass over the loader.
+        adapter_name: the adapter.
+        start: from `snapshot`, to measure the drift from.
+        weights: compare with the norms of the base weights, which takes some products with each.
+        intruders: compare the directions of the update with the leading ones of the base weight.
+        thresholds: of the verdict.
+        options: fields of `statistics.CollectOptions` for the pass over the data; by default `budget="auto"`, so that
+            gradients which do not fit into half of the free memory are sketched.
+
+    Returns:
+        The diagnosis; it prints as a table, and `to_json` has everything.
+
+    Raises:
+        TypeError: if the model is no PEFT model, or an option is unknown.
+        ValueError: on bad arguments or data, an adapter that is not active where data is given, or factors on the meta
+            device.
+    """
+    limits = thresholds or Thresholds()
+    if weight_decay is not None:
+        check_range("weight_decay", weight_decay, low=0.0)
+    if loader is not None and statistics is not None:
+        raise ValueError("at most one of loader and statistics can be given")
+    if options and loader is None:
+        raise TypeError(f"{', '.join(sorted(options))}: options of a pass over data, but no loader is given")
+    chosen = read_options({"budget": "auto", **options})
+    model = unwrap(model)
+    layers = peft_layers.find_lora_layers(model, adapter_name, allow_merged=True)
+    adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
+    spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
+    gain: float | None = None
+    broken = any(each.status == "not_finite" for each in spectra.values())
+    if loader is not None:
+        _check_active(layers, adapter_name)
+    if loader is not None and not broken:
+        targets = [each.target for each in layers.supported]
+        statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
+        gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
+    found = [
+        _layer(each.target.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
+        for each, adapter in zip(layers.supported, adapters, strict=True)
+    ]
+    return Diagnosis(
+        adapter=adapter_name,
+        layers=tuple(found),
+        verdict=overall(each.verdict for each in found),
+        thresholds=limits,
+        weight_decay=weight_decay,
+        batches=0 if statistics is None else statistics.batches,
+        tokens=0.0 if statistics is None else statistics.tokens,
+        unsupported=tuple((name, why) for name, _, why in layers.unsupported),
+        notes=_notes(statistics, weight_decay, left_out=broken and loader is not None),
+    )
+
+
+def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_out: bool) -> tuple[str, ...]:
+    if left_out:
+        return ("the data was not read: with factors that are not finite the loss is none either",)
+    if statistics is None:
+        return ("no data was given: no certificates",)
+    if not weight_decay:
+        return ("no weight decay was given: no certificates, since every low loss is then as good as another",)
+    return ()
+
+
+def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
+    for each in layers.supported:
+        module: Any = each.target.module
+        if module.disable_adapters or adapter not in module.active_adapters:
+            raise ValueError(
+                f"adapter {adapter!r} is not active in layer {each.target.name}: its gradient would be that of another "
+                "point; call model.set_adapter, or enable the adapters"
+            )
+
+
+def _gain(
+    model: nn.Module,
+    layers: peft_layers.LoraLayers,
+    adapter: str,
+    loader: Iterable[Any],
+    options: CollectOptions,
+    statistics: Statistics,
+) -> float | None:
+    """Mean loss without the adapter's linear updates less that with them, over the batches of the statistics.
+
+    `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
+    a mean over samples is not that over batches.
+    """
+    modules: list[Any] = [each.target.module for each in layers.supported]
+    if (
+        isinstance(loader, Iterator)
+        or world_size() > 1
+        or options.weighting != "token"
+        or any(module.merged for module in modules)
+    ):
+        return None
+    device = model_device(model)
+    totals, items = [0.0, 0.0], 0.0
+    with observation_mode(model, gradients=False):
+        for batch in itertools.islice(loader, statistics.batches):
+            batch = to_device(batch, device)
+            count = float(loss_items(model, batch, options.reduction).sum())
+            if count <= 0:
+                continue
+            items += count
+            for place in (0, 1):
+                with _scaled(modules, adapter, 0.0) if place == 0 else contextlib.nullcontext():
+                    outputs = (options.forward or call_model)(model, batch)
+                loss = float((options.loss or model_loss)(outputs, batch))
+                totals[place] += loss if options.reduction == "sum" else loss * count
+    return (totals[0] - totals[1]) / items if items > 0 else None
+
+
+@contextlib.contextmanager
+def _scaled(modules: Sequence[Any], adapter: str, scaling: float) -> Iterator[None]:
+    """Run layers with another scaling of an adapter for a while."""
+    before = [module.scaling[adapter] for module in modules]
+    try:
+        for module in modules:
+            module.scaling[adapter] = scaling
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.scaling[adapter] = value
+
+
+def _layer(
+    module: Any,
+    adapter: Adapter,
+    spectrum: Spectrum,
+    statistics: Statistics | None,
+    weight_decay: float | None,
+    gain: float | None,
+    limits: Thresholds,
+    intruders: bool,
+) -> LayerDiagnosis:
+    notes: list[str] = []
+    certificate = None
+    unreadable = _why_no_weight(module)
+    if unreadable is not None:
+        notes.append(f"not compared with the weight: {unreadable}")
+    if spectrum.status == "not_finite":
+        notes.append("the factors hold NaN or infinite entries")
+    elif statistics is not None and weight_decay:
+        gradient = gradient_of(statistics, adapter.name)
+        if any(name in getattr(module, "lora_variant", {}) for name in module.active_adapters):
+            notes.append("no certificate: with DoRA or another variant the update is more than s B A")
+        elif gradient is None:
+            notes.append("no certificate: the data, or its loss, never reached this layer")
+        elif adapter.scaling == 0:
+            notes.append("no certificate: the scaling is zero")
+        else:
+            certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
+    compared = None
+    if intruders and spectrum.status == "ok" and unreadable is None:
+        compared = _overlap(module, adapter, spectrum)
+    verdict = judge(spectrum, certificate, limits)
+    return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes))
+
+
+def _overlap(module: Any, adapter: Adapter, spectrum: Spectrum) -> Overlap:
+    blocks, shape, device = _rows(module)
+    weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
+    return overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)

@@ -1,0 +1,134 @@
+"""What `lora-kernels inspect` does: a folder in, a diagnosis, pictures and a page out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.integrations.adapter_files import AdapterFolder, read_adapter
+from lora_kernels.integrations.monitor import read_log
+from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+
+_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+
+
+def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
+    """Diagnose an adapter from its files alone.
+
+    Args:
+        folder: from `read_adapter`.
+        thresholds: of the verdict.
+
+    Returns:
+        Spectra and balance; no layer is compared with its weight.
+    """
+    limits = thresholds or Thresholds()
+    spectra = measure(folder.adapters, rank_tolerance=limits.rank_tolerance)
+    layers = tuple(LayerDiagnosis(name, each, judge(each, None, limits)) for name, each in spectra.items())
+    verdict = overall(each.verdict for each in layers)
+    return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=folder.notes)
+
+
+def inspect(
+    adapter: Path,
+    *,
+    base: Path | None = None,
+    task: str | None = None,
+    texts: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    weight_decay: float | None = None,
+    intruders: bool = False,
+    batch_size: int = 8,
+    max_length: int = 256,
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Diagnose an adapter folder, with its base model and data if they are given.
+
+    Args:
+        adapter: a stock PEFT folder.
+        base: folder of the base model.
+        task: which head; by default what the adapter's config says.
+        texts: data for the certificate; needs the base.
+        labels: of the texts, for a classifier.
+        weight_decay: lambda of training.
+        intruders: compare directions with those of the base weights.
+        batch_size: texts per batch.
+        max_length: tokens at which a text is cut.
+        max_batches: read at most so many.
+        progress: show a bar.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        ValueError: if the folder is malformed, or data, intruders or a weight decay are given without what they need.
+    """
+    folder = read_adapter(adapter)
+    if base is None:
+        if texts is not None or intruders:
+            raise ValueError(f"{'data' if texts is not None else 'intruders'} was given, but needs base")
+        return inspect_folder(folder)
+    if (texts is None) != (weight_decay is None):
+        raise ValueError("data and weight_decay must be given together: the certificate needs both")
+    from lora_kernels.integrations import transformers  # noqa: PLC0415  (an optional dependency)
+    from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
+    from lora_kernels.integrations.offset import load  # noqa: PLC0415
+
+    task = task or _TASKS.get(str(folder.config.get("task_type")), "base" if texts is None else "causal-lm")
+    bare, tokenizer = transformers.load(base, task)
+    try:
+        model = load(bare, adapter, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"adapter {str(adapter)!r} does not fit base {str(base)!r} ({task}): {error}") from error
+    settings: dict[str, Any] = {"intruders": intruders}
+    if texts is not None:
+        ids = None if labels is None else transformers.label_ids(bare, labels)
+        batches = transformers.text_batches(tokenizer, texts, batch_size, max_length, causal=labels is None, labels=ids)
+        settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
+    return replace(diagnose(model, **settings), adapter=str(adapter))
+
+
+def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[Path]:
+    """Write diagnosis.json, the pictures and inspect.html.
+
+    Args:
+        diagnosis: what to show.
+        out: the folder; it is made.
+        monitor: a monitor's file, for the picture over training.
+
+    Returns:
+        The files.
+    """
+    from lora_kernels.landscape import page, plots  # noqa: PLC0415
+
+    log = None if monitor is None else read_log(monitor)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {"spectra": out / "spectra.png", "ranks": out / "ranks.png"}
+    plots.plot_spectra(diagnosis, pictures["spectra"])
+    plots.plot_ranks(diagnosis, pictures["ranks"])
+    if log is not None:
+        pictures["training"] = out / "training.png"
+        plots.plot_training(log, pictures["training"])
+    data, page_file = out / "diagnosis.json", out / "inspect.html"
+    for file, text in ((data, diagnosis.to_json() + "\n"), (page_file, page.render(diagnosis, pictures))):
+        temporary = file.with_name(f"{file.name}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    return [data, *pictures.values(), page_file]
+
+
+def log_summary(log: Sequence[dict[str, Any]]) -> str:
+    """One line on how the numbers moved between the first and the last measurement."""
+    first, last = log[0], log[-1]
+    parts = []
+    for key in ("nuclear", "share", "rank", "balance"):
+        if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float)):
+            parts.append(f"{key} {first[key]:.3g} -> {last[key]:.3g}")
+    broken = last.get("not_finite") or 0
+    if isinstance(broken, (int, float)) and not math.isnan(broken) and broken > 0:
+        parts.append(f"{int(broken)} layers not finite")
+    return f"{len(log)} measurements, steps {first['step']} to {last['step']}: {', '.join(parts)}"

@@ -1,0 +1,200 @@
+"""Watching the landscape while a model trains: a few numbers every so many steps, into a file and back to the loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapters, snapshot
+from lora_kernels.landscape import Spectrum, WeightNorms, measure
+from lora_kernels.landscape.report import plain
+from lora_kernels.landscape.spectra import RANK_TOLERANCE
+from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics.distributed import unwrap
+
+# What a line of the file has of each layer.
+LAYER_FIELDS = (
+    "spectral",
+    "nuclear",
+    "frobenius",
+    "numerical_rank",
+    "entropy_rank",
+    "balance",
+    "spectral_share",
+    "drift",
+)
+
+
+def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+    """A few numbers for all layers.
+
+    Args:
+        spectra: by layer name.
+
+    Returns:
+        `rank`: mean numerical rank. `entropy_rank`: mean. `nuclear`: sum of the nuclear norms, what weight decay
+        charges. `share`: largest `|s B A|_2 / |W|_2` (only with the weights). `balance`: largest. `drift`: root of
+        the sum of squares (only with the start). `not_finite`: layers whose factors are not finite; they are left out
+        of the others, which are NaN where no layer is left.
+    """
+    good = [each for each in spectra.values() if each.status != "not_finite"]
+    count = len(good) or math.nan
+    found = {
+        "rank": sum(each.numerical_rank for each in good) / count,
+        "entropy_rank": sum(each.entropy_rank for each in good) / count,
+        "nuclear": math.fsum(each.nuclear for each in good) if good else math.nan,
+        "balance": max((each.balance for each in good), default=math.nan),
+    }
+    shares = [each.spectral_share for each in good if each.spectral_share is not None]
+    if shares:
+        found["share"] = max(shares)
+    drifts = [each.drift for each in good if each.drift is not None]
+    if drifts:
+        found["drift"] = math.hypot(*drifts)
+    return {**found, "not_finite": float(len(spectra) - len(good))}
+
+
+class LandscapeMonitor:
+    """Measures the adapters of a model every so many steps; for plain loops and for Lightning.
+
+        monitor = lk.LandscapeMonitor(every=50, path="landscape.jsonl")
+        for batch in loader:
+            ...
+            optimizer.step()
+            numbers = monitor.step(model)  # a dict every 50th time, otherwise None
+
+    In Lightning call it from `on_train_batch_end` and hand the numbers to `self.log_dict`. With sharded adapters (FSDP)
+    every process must call it; give the path to one of them.
+
+    Attributes:
+        every: steps between two measurements.
+        path: the file, one JSON object per line; appended to.
+        adapter_name: the adapter.
+        count: steps so far.
+        latest: the last spectra, by layer name.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        path: str | Path | None = None,
+        *,
+        adapter_name: str = "default",
+        weights: bool = True,
+        drift: bool = False,
+        rank_tolerance: float = RANK_TOLERANCE,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            every: steps between two measurements.
+            path: file to append to, if any; its folder is made.
+            adapter_name: the adapter.
+            weights: compare with the norms of the base weights, which are taken once, at the first step.
+            drift: keep the factors of the first step and measure the distance from them.
+            rank_tolerance: see `landscape.Spectrum`.
+        """
+        check_range("every", every, low=1, integer=True)
+        check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
+        self.every, self.adapter_name = every, adapter_name
+        self.path = None if path is None else Path(path)
+        self.count = 0
+        self.latest: dict[str, Spectrum] = {}
+        self._weights, self._drift, self._rank_tolerance = weights, drift, rank_tolerance
+        self._norms: dict[str, WeightNorms | None] | None = None
+        self._start: dict[str, Factors] | None = None
+        self._started = time.perf_counter()
+
+    def begin(self, model: nn.Module) -> None:
+        """Take what stays: norms of the base weights, and the start. The first `step` or `measure` does it otherwise.
+
+        Args:
+            model: the PEFT model.
+        """
+        model = unwrap(model)
+        layers = peft_layers.find_lora_layers(model, self.adapter_name, allow_merged=True)
+        self._norms = base_norms(layers) if self._weights else {}
+        self._start = snapshot(model, self.adapter_name) if self._drift else None
+        self._started = time.perf_counter()
+
+    def step(self, model: nn.Module, step: int | None = None) -> dict[str, float] | None:
+        """Count a step, and measure where it is time to.
+
+        Args:
+            model: the PEFT model.
+            step: the step's number, counted from 1; one more than at the last call by default.
+
+        Returns:
+            The numbers of `summarize`, or `None` between two measurements.
+        """
+        if self._norms is None:
+            self.begin(model)
+        self.count = self.count + 1 if step is None else step
+        return self.measure(model) if self.count % self.every == 0 else None
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Measure now, and write a line.
+
+        Args:
+            model: the PEFT model.
+
+        Returns:
+            The numbers of `summarize`.
+        """
+        if self._norms is None:
+            self.begin(model)
+        layers = peft_layers.find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
+        adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
+        self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
+        numbers = summarize(self.latest)
+        if self.path is not None:
+            self._write(numbers)
+        return numbers
+
+    def _write(self, numbers: dict[str, float]) -> None:
+        assert self.path is not None  # checked by the caller
+        layers = {name: {key: getattr(each, key) for key in LAYER_FIELDS} for name, each in self.latest.items()}
+        line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": layers}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines that a monitor wrote.
+
+    Args:
+        path: its file.
+
+    Returns:
+        One dictionary per measurement; a last line that was cut off (a killed run) is left out.
+
+    Raises:
+        ValueError: if the file is missing, or a line is none of a monitor.
+    """
+    if not path.is_file():
+        raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
+    found = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("layers"), dict) or "step" not in entry:
+            raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
+        found.append(entry)
+    if not found:
+        raise ValueError(f"{path} holds no measurement")
+    return found

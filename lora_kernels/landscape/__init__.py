@@ -1,0 +1,33 @@
+"""Floor 4: what a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
+
+Pure functions of factors, weights and statistics: spectra, balance, optimality certificate, verdict.
+"""
+
+from lora_kernels.landscape.certificate import Certificate, Gradient, certify, gradient_of
+from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis
+from lora_kernels.landscape.spectra import Adapter, Spectrum, directions, factor_spectra, measure
+from lora_kernels.landscape.verdict import Thresholds, Verdict, judge, overall
+from lora_kernels.landscape.weights import Overlap, WeightNorms, leading_directions, overlap, weight_norms
+
+__all__ = [
+    "Adapter",
+    "Certificate",
+    "Diagnosis",
+    "Gradient",
+    "LayerDiagnosis",
+    "Overlap",
+    "Spectrum",
+    "Thresholds",
+    "Verdict",
+    "WeightNorms",
+    "certify",
+    "directions",
+    "factor_spectra",
+    "gradient_of",
+    "judge",
+    "leading_directions",
+    "measure",
+    "overall",
+    "overlap",
+    "weight_norms",
+]

@@ -1,0 +1,209 @@
+"""Is an adapter a minimum? The optimality conditions of the nuclear-norm problem, checked with the loss gradient.
+
+With `F(A, B) = loss(W + s B A) + (lambda / 2)(|A|_F^2 + |B|_F^2)`, the decay is `(lambda / s) |s B A|_*` on the update
+at every balanced point, and an update D minimises `loss + (lambda / s) |D|_*` in the region where the loss is convex if
+and only if `|G|_2 <= lambda / s` with `U^T G V = -(lambda / s) I` on D's singular directions (arXiv 2502.09376; G is
+the gradient of the loss with respect to the whole weight, at the adapted point).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
+from lora_kernels.linalg.spectral_norm import spectral_norm
+from lora_kernels.ops._checks import check_range
+from lora_kernels.statistics.store import Statistics
+
+OBJECTIVE = (
+    "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "
+    "with weight_decay; AdamW's decoupled decay minimises no such sum and only resembles it"
+)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The optimality conditions of one layer, the others held fixed.
+
+    Attributes:
+        objective: what is certified, in words.
+        weight_decay: lambda.
+        threshold: `lambda / |s|`, what `|G|_2` may be at a minimum.
+        gradient_norm: `|G|_2`, the best estimate.
+        gradient_norm_low: a lower bound on it (but for rounding).
+        gradient_norm_high: an upper bound, with probability `linalg.randomized_svd.CONFIDENCE` where it is not exact.
+        source: `exact`, or `sketch` where G was reconstructed from random sketches.
+        directions: singular directions of the update that were looked at, its numerical rank.
+        alignment: `|U^T G V + (lambda / s) I|_2 s / lambda` on them, `None` where the update is zero.
+        alignment_error: what the sketch may add to it, relative in the same way; 0 where G is exact.
+        stationarity: length of F's gradient with respect to both factors over `lambda (|A|_F^2 + |B|_F^2)^(1/2)`: 0
+            at a stationary point, about 1 or more where loss and decay do not balance. 0 where both factors are zero.
+        implied_weight_decay: the lambda for which the factors come closest to stationary; beside the one given, it
+            tells whether this is the objective that was trained. Negative while they still grow.
+        cost: `(lambda / s) |s B A|_*`, what the decay charges for this update where the factors are balanced.
+        gain: mean loss without the adapter's update (of all layers) less that with it, if it was measured. A minimum
+            never costs more than it gains, since then zero would be lower.
+    """
+
+    objective: str
+    weight_decay: float
+    threshold: float
+    gradient_norm: float
+    gradient_norm_low: float
+    gradient_norm_high: float
+    source: str
+    directions: int
+    alignment: float | None
+    alignment_error: float
+    stationarity: float
+    implied_weight_decay: float | None
+    cost: float
+    gain: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """`s |G|_2 / lambda`: 1 at a minimum that is not zero, below 1 where zero is the minimum, above 1 at none."""
+        return self.gradient_norm / self.threshold
+
+    @property
+    def ratio_low(self) -> float:
+        """The same with the lower bound."""
+        return self.gradient_norm_low / self.threshold
+
+    @property
+    def ratio_high(self) -> float:
+        """The same with the upper bound."""
+        return self.gradient_norm_high / self.threshold
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The loss gradient of one layer, `(m, n)`, as `left right` where it is known by a sketch.
+
+    Attributes:
+        left: `(m, n)`, or `(m, k)`.
+        right: `(k, n)`, or `None`.
+        error: a bound on the spectral norm of what the sketch leaves out, with probability `CONFIDENCE`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+    error: float = 0.0
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """G x."""
+        x = x.to(self.left)
+        return self.left @ x if self.right is None else self.left @ (self.right @ x)
+
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        """G^T y."""
+        product = self.left.mT @ y.to(self.left)
+        return product if self.right is None else self.right.mT @ product
+
+    def norm(self) -> tuple[float, float, float]:
+        """The spectral norm, and bounds from below and above."""
+        if self.right is None:
+            found = spectral_norm(self.left)
+            return found.value, found.value, found.upper
+        value = float(torch.linalg.vector_norm(self.left, dim=0).max()) if self.left.numel() else 0.0
+        return value, max(0.0, value - self.error), value + self.error
+
+
+def gradient_of(statistics: Statistics, name: str) -> Gradient | None:
+    """The mean loss gradient of a layer, if it was collected.
+
+    Args:
+        statistics: with the weight gradient, exact or sketched.
+        name: the layer.
+
+    Returns:
+        The gradient; `None` where the data or its loss never reached the layer.
+    """
+    layer = statistics.get(name)
+    if layer is None or layer.output is None or statistics.loss_items <= 0 or float(layer.output.calls) == 0:
+        return None
+    if layer.output.gradient is not None:
+        return Gradient(statistics.mean_gradient(name))
+    sketch = layer.output.sketch
+    if sketch is None:
+        return None
+    size = min(sketch.size, sketch.out_features, sketch.in_features)
+    found = sketch.svd(size, scale=1.0 / statistics.loss_items)
+    assert found.error is not None  # sketches carry probes
+    return Gradient(found.U * found.S, found.Vh, float(found.error))
+
+
+def certify(
+    adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_decay: float, gain: float | None = None
+) -> Certificate:
+    """Check the optimality conditions of one layer.
+
+    Args:
+        adapter: the factors, with finite entries.
+        spectrum: their measurement.
+        gradient: of the mean loss at `W + s B A`.
+        weight_decay: lambda, above zero.
+        gain: see `Certificate`.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: if lambda is not positive, the scaling is zero, or shapes do not match.
+    """
+    check_range("weight_decay", weight_decay, low=0.0)
+    if weight_decay == 0 or adapter.scaling == 0 or not math.isfinite(weight_decay):
+        raise ValueError(
+            f"layer {adapter.name} has weight_decay {weight_decay!r} and scaling {adapter.scaling!r}, "
+            "but a certificate needs both finite and not zero"
+        )
+    n = gradient.left.shape[1] if gradient.right is None else gradient.right.shape[1]
+    if (gradient.left.shape[0], n) != spectrum.shape:
+        raise ValueError(
+            f"the gradient of layer {adapter.name} has shape {(gradient.left.shape[0], n)}, "
+            f"but must have shape {spectrum.shape}"
+        )
+    threshold = weight_decay / abs(adapter.scaling)
+    value, low, high = gradient.norm()
+    alignment = None
+    if spectrum.numerical_rank:
+        u, _, v = directions(adapter, spectrum.numerical_rank)
+        core = u.mT @ gradient.times(v).to(u)
+        eye = torch.eye(spectrum.numerical_rank, dtype=u.dtype, device=u.device)
+        alignment = float(torch.linalg.matrix_norm(core / threshold + eye, 2))
+    stationarity, implied = _stationarity(adapter, gradient, weight_decay)
+    return Certificate(
+        objective=OBJECTIVE,
+        weight_decay=weight_decay,
+        threshold=threshold,
+        gradient_norm=value,
+        gradient_norm_low=low,
+        gradient_norm_high=high,
+        source="exact" if gradient.right is None else "sketch",
+        directions=spectrum.numerical_rank,
+        alignment=alignment,
+        alignment_error=gradient.error / threshold,
+        stationarity=stationarity,
+        implied_weight_decay=implied,
+        cost=threshold * spectrum.nuclear,
+        gain=gain,
+    )
+
+
+def _stationarity(adapter: Adapter, gradient: Gradient, weight_decay: float) -> tuple[float, float | None]:
+    """Relative length of F's gradient by the factors, and the decay that would make it shortest."""
+    a, b = adapter.a.detach().to(torch.float64), adapter.b.detach().to(torch.float64)
+    of_a = adapter.scaling * gradient.transposed_times(b).to(a).mT
+    of_b = adapter.scaling * gradient.times(a.mT).to(b)
+    size = math.hypot(float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b)))
+    length = math.hypot(
+        float(torch.linalg.vector_norm(of_a + weight_decay * a)),
+        float(torch.linalg.vector_norm(of_b + weight_decay * b)),
+    )
+    if size == 0.0:
+        return 0.0, None
+    implied = -(float((of_a * a).sum()) + float((of_b * b).sum())) / size**2
+    return length / (weight_decay * size), implied

@@ -1,0 +1,315 @@
+"""What the factors of an adapter say by themselves: the spectrum of `s B A`, its norms and ranks, and the balance.
+
+Nothing of the size of a weight is ever formed: every number comes from r x r matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.landscape.weights import WeightNorms
+from lora_kernels.ops.small_linalg import factor_spectrum
+
+# Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes the
+# directions that the loss does not hold to zero exponentially; those that it holds stay well above.
+RANK_TOLERANCE = 1e-2
+# Entries of factors that are in float64 at a time (64 MB).
+_CHUNK = 2**23
+
+STATUSES = ("ok", "zero", "not_finite")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factors of one layer, `W + s B A`.
+
+    Attributes:
+        name: the layer.
+        a: `(r, n)`, any float dtype.
+        b: `(m, r)`, likewise.
+        scaling: s.
+        weight: norms of W, if they are known.
+        start: the factors A and B at the start of training, if they are known (same scaling).
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    weight: WeightNorms | None = None
+    start: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes.
+
+        Raises:
+            ValueError: if the factors do not fit together.
+        """
+        for a, b in ((self.a, self.b), *((self.start,) if self.start else ())):
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"layer {self.name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                    "but must have A (r, n) and B (m, r)"
+                )
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"layer {self.name} has scaling {self.scaling!r}, but must be finite")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One layer's update `s B A`, measured.
+
+    Attributes:
+        name: the layer.
+        shape: (m, n).
+        rank: r, rows of A.
+        scaling: s.
+        status: `ok`, `zero` (the update is zero: B or A is), or `not_finite` (NaN or infinite factors; all numbers
+            are then NaN, all ranks 0).
+        values: the r singular values of `s B A`, descending.
+        nuclear: their sum.
+        frobenius: the root of the sum of their squares.
+        numerical_rank: how many exceed `rank_tolerance` times the largest.
+        rank_tolerance: see there.
+        stable_rank: `|.|_F^2 / |.|_2^2`, between 1 and the rank; 0 for a zero update.
+        entropy_rank: exponential of the entropy of the values divided by their sum (Roy and Vetterli 2007), likewise.
+        norm_a: `|A|_F`.
+        norm_b: `|B|_F`.
+        balance: `|A A^T - B^T B|_F / (|A|_F^2 + |B|_F^2)`, between 0 and 1; zero at every stationary point under weight
+            decay, and 1 while B is zero and A has rank one.
+        weight: norms of the base weight, if they were given.
+        drift: `|s B A - s B0 A0|_F` from the start, if that was given.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    status: str
+    values: tuple[float, ...]
+    nuclear: float
+    frobenius: float
+    numerical_rank: int
+    rank_tolerance: float
+    stable_rank: float
+    entropy_rank: float
+    norm_a: float
+    norm_b: float
+    balance: float
+    weight: WeightNorms | None = None
+    drift: float | None = None
+
+    @property
+    def spectral(self) -> float:
+        """The largest singular value; NaN where the factors are not finite, 0 without rank."""
+        return self.values[0] if self.values else math.nan if self.status == "not_finite" else 0.0
+
+    @property
+    def spectral_share(self) -> float | None:
+        """`|s B A|_2 / |W|_2`; `None` without the weight."""
+        return None if self.weight is None else _share(self.spectral, self.weight.spectral)
+
+    @property
+    def frobenius_share(self) -> float | None:
+        """`|s B A|_F / |W|_F`; `None` without the weight."""
+        return None if self.weight is None else _share(self.frobenius, self.weight.frobenius)
+
+
+def _share(part: float, whole: float) -> float:
+    if math.isnan(part) or math.isnan(whole):
+        return math.nan
+    return part / whole if whole > 0 else 0.0 if part == 0 else math.inf
+
+
+def _working(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def factor_spectra(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    scalings: Sequence[float] | float = 1.0,
+    *,
+    backend: str = "auto",
+) -> list[torch.Tensor]:
+    """Singular values of `s B A` for pairs of any shapes, one batched call per shape.
+
+    Args:
+        factors: pairs of A `(r, n)` and B `(m, r)`; 16-bit factors are widened to float32.
+        scalings: s of each pair, or of all.
+        backend: of `ops.factor_spectrum`.
+
+    Returns:
+        Per pair `(r,)` float64 on its device, descending; NaN throughout where a factor holds NaN or infinite
+        entries.
+
+    Raises:
+        ValueError: if the scalings are not as many as the pairs.
+    """
+    each_scaling = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
+    if len(each_scaling) != len(factors):
+        raise ValueError(f"scalings has {len(each_scaling)} entries, but must have {len(factors)}, one per pair")
+    answers: list[torch.Tensor | None] = [None] * len(factors)
+    for indices, a, b in _buckets(factors):
+        values, _, _, _ = _measured(a, b, backend)
+        for index, row in zip(indices, values, strict=True):
+            answers[index] = row * abs(each_scaling[index])
+    return [each for each in answers if each is not None]
+
+
+def _buckets(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Pairs of one shape, dtype and device, stacked."""
+    found: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, (a, b) in enumerate(factors):
+        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        found[a.shape, b.shape, a.device, dtype].append(index)
+    stacked = []
+    for key, indices in found.items():
+        a, b = (torch.stack([factors[index][side].detach().to(key[3]) for index in indices]) for side in (0, 1))
+        stacked.append((indices, a, b.to(a.device)))
+    return stacked
+
+
+def _measured(
+    a: torch.Tensor, b: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a batch of pairs: singular values of `B A`, `|A|_F`, `|B|_F`, and the balance; float64, NaN if not finite."""
+    count, rank = a.shape[:2]
+    norms = [torch.linalg.vector_norm(each, dim=(-2, -1), dtype=torch.float64) for each in (a, b)]
+    finite = torch.isfinite(norms[0]) & torch.isfinite(norms[1])
+    if not bool(finite.all()):
+        nan = torch.full((count,), math.nan, dtype=torch.float64, device=a.device)
+        values, balance = nan.unsqueeze(-1).repeat(1, rank), nan.clone()
+        if bool(finite.any()):
+            values[finite], _, _, balance[finite] = _measured(a[finite], b[finite], backend)
+        return values, torch.where(finite, norms[0], nan), torch.where(finite, norms[1], nan), balance
+    values = factor_spectrum(a, b, backend=backend).to(torch.float64)
+    if rank:
+        # Products that float32 cannot hold are taken in float64.
+        lost = ~torch.isfinite(values[:, 0]) | ((values[:, 0] == 0) & (norms[0] > 0) & (norms[1] > 0))
+        if a.dtype == torch.float32 and bool(lost.any()):
+            values[lost] = factor_spectrum(a[lost].double(), b[lost].double(), backend=backend)
+    return values, norms[0], norms[1], _balance(a, b, norms[0], norms[1])
+
+
+def _balance(a: torch.Tensor, b: torch.Tensor, norm_a: torch.Tensor, norm_b: torch.Tensor) -> torch.Tensor:
+    """`|A A^T - B^T B|_F / (|A|_F^2 + |B|_F^2)`, `(batch,)`; 0 where both factors are zero."""
+    # Divided by the larger norm first, so that no square overflows or vanishes.
+    scale = torch.maximum(norm_a, norm_b)
+    scale = torch.where(scale > 0, scale, 1.0)
+    step = max(1, _CHUNK // max(1, a.shape[1] * max(a.shape[2], b.shape[1])))
+    parts = []
+    for low in range(0, a.shape[0], step):
+        divisor = scale[low : low + step, None, None]
+        wide_a, wide_b = a[low : low + step].double() / divisor, b[low : low + step].double() / divisor
+        parts.append(torch.linalg.matrix_norm(wide_a @ wide_a.mT - wide_b.mT @ wide_b))
+    total = (norm_a / scale).square() + (norm_b / scale).square()
+    difference = torch.cat(parts) if parts else total
+    return torch.where(total > 0, difference / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def measure(
+    adapters: Sequence[Adapter], *, rank_tolerance: float = RANK_TOLERANCE, backend: str = "auto"
+) -> dict[str, Spectrum]:
+    """Measure adapters, all of one shape in one batch. Adapters that are zero or not finite get answers, not errors.
+
+    Args:
+        adapters: the layers.
+        rank_tolerance: share of the largest singular value below which one does not count.
+        backend: of `ops.factor_spectrum`.
+
+    Returns:
+        By layer name, in the given order.
+    """
+    numbers: dict[int, tuple[list[float], float, float, float]] = {}
+    for indices, a, b in _buckets([(each.a, each.b) for each in adapters]):
+        found = [each.tolist() for each in _measured(a, b, backend)]  # one transfer each
+        numbers |= {index: tuple(each[row] for each in found) for row, index in enumerate(indices)}  # type: ignore[misc]
+    drifts = _drifts(adapters, backend)
+    return {
+        each.name: _spectrum(each, *numbers[index], rank_tolerance, drifts.get(index))
+        for index, each in enumerate(adapters)
+    }
+
+
+def _drifts(adapters: Sequence[Adapter], backend: str) -> dict[int, float]:
+    """`|s B A - s B0 A0|_F` where the start is known: the product of `[B, -B0]` and `[A; A0]`."""
+    with_start = [(index, each) for index, each in enumerate(adapters) if each.start is not None]
+    pairs = []
+    for _, each in with_start:
+        assert each.start is not None  # selected
+        a0, b0 = (part.to(each.a.device) for part in each.start)
+        pairs.append(
+            (torch.cat((_working(each.a), _working(a0))), torch.cat((_working(each.b), -_working(b0)), dim=-1))
+        )
+    spectra = factor_spectra(pairs, [each.scaling for _, each in with_start], backend=backend)
+    return {
+        index: float(torch.linalg.vector_norm(values)) for (index, _), values in zip(with_start, spectra, strict=True)
+    }
+
+
+def _spectrum(
+    adapter: Adapter,
+    values: list[float],
+    norm_a: float,
+    norm_b: float,
+    balance: float,
+    rank_tolerance: float,
+    drift: float | None,
+) -> Spectrum:
+    shape, rank = (adapter.b.shape[0], adapter.a.shape[1]), adapter.a.shape[0]
+    scaled = tuple(abs(adapter.scaling) * each for each in values)
+    finite = not any(math.isnan(each) for each in (*scaled, norm_a, norm_b))
+    largest = scaled[0] if scaled else 0.0
+    nuclear = frobenius = stable = entropy = 0.0
+    if not finite:
+        nuclear = frobenius = stable = entropy = math.nan
+    elif largest > 0:
+        relative = [each / largest for each in scaled]
+        energy, total = math.fsum(each * each for each in relative), math.fsum(relative)
+        nuclear, frobenius, stable = total * largest, math.sqrt(energy) * largest, energy
+        shares = [each / total for each in relative]
+        entropy = math.exp(-math.fsum(each * math.log(each) for each in shares if each > 0))
+    return Spectrum(
+        name=adapter.name,
+        shape=shape,
+        rank=rank,
+        scaling=adapter.scaling,
+        status="not_finite" if not finite else "ok" if largest > 0 else "zero",
+        values=scaled,
+        nuclear=nuclear,
+        frobenius=frobenius,
+        numerical_rank=sum(each > rank_tolerance * largest for each in scaled) if finite else 0,
+        rank_tolerance=rank_tolerance,
+        stable_rank=stable,
+        entropy_rank=entropy,
+        norm_a=norm_a,
+        norm_b=norm_b,
+        balance=balance,
+        weight=adapter.weight,
+        drift=drift,
+    )
+
+
+def directions(adapter: Adapter, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triplets of `s B A`, without forming it.
+
+    Args:
+        adapter: factors of finite entries.
+        count: how many, at most min(r, m, n).
+
+    Returns:
+        U `(m, count)`, S `(count,)` and V `(n, count)`, float64, on the factors' device.
+    """
+    left, core_b = torch.linalg.qr(adapter.b.detach().to(torch.float64))
+    right, core_a = torch.linalg.qr(adapter.a.detach().to(torch.float64).mT)
+    u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
+    # A negative scaling turns the directions of one side.
+    turned = left @ u[:, :count] * (1.0 if adapter.scaling >= 0 else -1.0)
+    return turned, s[:count] * abs(adapter.scaling), right @ vh.mT[:, :count]

@@ -1,0 +1,134 @@
+"""Norms and leading directions of base weights, which are read in blocks of rows (a quantized one is never whole)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
+
+# Called anew for every product with the weight: its rows, in order, in blocks of any height.
+RowBlocks = Callable[[], Iterable[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class WeightNorms:
+    """Norms of a base weight.
+
+    Attributes:
+        spectral: the largest singular value, from below, by a Krylov method (to about 1e-4).
+        frobenius: the root of the sum of squares.
+    """
+
+    spectral: float
+    frobenius: float
+
+
+def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> LinearOperator:
+    """A weight known by its rows, as products.
+
+    Args:
+        blocks: its rows.
+        shape: (m, n).
+        device: of the blocks.
+
+    Returns:
+        The operator, in float32.
+    """
+
+    def matmul(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([block.to(torch.float32) @ x for block in blocks()], dim=-2)
+
+    def rmatmul(y: torch.Tensor) -> torch.Tensor:
+        total, low = y.new_zeros(shape[1], y.shape[-1]), 0
+        for block in blocks():
+            total += block.to(torch.float32).mT @ y[low : low + block.shape[0]]
+            low += block.shape[0]
+        return total
+
+    return LinearOperator(shape, matmul, rmatmul, torch.float32, device)
+
+
+def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> WeightNorms:
+    """Spectral and Frobenius norm of a weight.
+
+    Args:
+        blocks: its rows.
+        shape: (m, n).
+        device: of the blocks.
+
+    Returns:
+        The norms; NaN where the weight holds NaN or infinite entries.
+    """
+    frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
+    if frobenius == 0.0 or not math.isfinite(frobenius):
+        return WeightNorms(0.0, 0.0) if frobenius == 0.0 else WeightNorms(math.nan, math.nan)
+    found = randomized_svd(as_operator(blocks, shape, device), 1, n_iter=3, probes=0)
+    return WeightNorms(float(found.S[0]), frobenius)
+
+
+def leading_directions(
+    blocks: RowBlocks, shape: tuple[int, int], count: int, device: torch.device | str = "cpu"
+) -> RandomizedSVD:
+    """The leading singular triplets of a weight.
+
+    Args:
+        blocks: its rows.
+        shape: (m, n).
+        count: how many; no more than min(m, n) are given.
+        device: of the blocks.
+
+    Returns:
+        The triplets, float32.
+    """
+    return randomized_svd(as_operator(blocks, shape, device), min(count, *shape), probes=0)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of an update's leading singular directions lies in the leading directions of the weight.
+
+    An update whose direction has hardly a part in them brings a new large singular direction into the model, an
+    intruder dimension (arXiv 2410.21228), once it is as large as the weight's own.
+
+    Attributes:
+        left: per direction, `|P u|` with P the projection onto the weight's leading left directions, in [0, 1].
+        right: likewise for the right ones.
+        chance: what a random direction would have on the left, `sqrt(count / m)`.
+        intruders: how many directions have a singular value above the smallest of those leading ones of the weight and
+            less than `INTRUDER` on both sides.
+    """
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    chance: float
+    intruders: int
+
+
+# Cosine below which a direction is none of the weight's (the middle of the range that arXiv 2410.21228 looks at).
+INTRUDER = 0.5
+
+
+def overlap(
+    update: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    weight: RandomizedSVD,
+) -> Overlap:
+    """Compare the directions of an update with those of its weight.
+
+    Args:
+        update: U `(m, k)`, S `(k,)` and V `(n, k)` of the update.
+        weight: leading triplets of the weight.
+
+    Returns:
+        The comparison.
+    """
+    u, s, v = update
+    left = torch.linalg.vector_norm(weight.U.mT.to(u) @ u, dim=0).clamp_max(1.0)
+    right = torch.linalg.vector_norm(weight.Vh.to(v) @ v, dim=0).clamp_max(1.0)
+    smallest = weight.S[-1].to(s)
+    intruders = int(((s > smallest) & (left < INTRUDER) & (right < INTRUDER)).sum())
+    chance = math.sqrt(weight.S.shape[-1] / u.shape[0])
+    return Overlap(tuple(left.tolist()), tuple(right.tolist()), chance, intruders)

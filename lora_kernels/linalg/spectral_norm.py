@@ -1,0 +1,138 @@
+"""The largest singular value of one matrix, from below by a Krylov method and from above by random probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.linalg.randomized_svd import LinearOperator, probe_bound, randomized_svd
+from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops.random_matrix import random_matrix
+
+# Triplets that are taken off before the rest is probed.
+_TRIPLETS = 8
+# Up to this smaller size all singular values of a matrix that is at hand are taken (half a second on one core).
+_COMPLETE = 512
+# Of the generator: apart from the blocks that `randomized_svd` draws, from which its probes must be independent.
+_STEP = 2
+
+
+@dataclass(frozen=True)
+class SpectralNorm:
+    """A bracket of a spectral norm.
+
+    Attributes:
+        value: `|A v|` for a unit vector v, the best estimate; never above the norm, rounding apart.
+        upper: never below the norm with probability `CONFIDENCE`, rounding apart; equal to `value` where the
+            decomposition was complete.
+    """
+
+    value: float
+    upper: float
+
+
+def _finite(a: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(a).all()):
+        raise ValueError("a holds NaN or infinite entries")
+    return a.detach()
+
+
+def _rest(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
+    """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`.
+
+    `|E|^(2 q + 1) = |(E E^T)^q E|`, and the bound of `probe_bound` is off by a factor that the root shrinks.
+    """
+    drawn = random_matrix(
+        a.shape[-1], probes, kind="gaussian", seed=seed, stream=stream, step=_STEP, device=torch.device(a.device)
+    )
+    block, logarithm = drawn.to(a.dtype), 0.0
+    for number in range(2 * power + 1):
+        block = a.rmatmul(block) if number % 2 else a.matmul(block)
+        if number % 2 == 0:
+            block = block - u @ (u.mT @ block)
+        largest = float(block.abs().max())
+        if largest == 0.0:
+            return 0.0
+        # By a power of two, which rounds nothing; after every product, so that none overflows or vanishes.
+        exponent = math.frexp(largest)[1]
+        block, logarithm = torch.ldexp(block, torch.tensor(-exponent, device=block.device)), logarithm + exponent
+    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
+    return bound
+
+
+def _upper(s: list[float], coupling: torch.Tensor, rest: float) -> float:
+    """The smallest bound on `[[S1, 0, 0], [0, S2, 0], [C1, C2, D]]` over all cuts of S, with `|[C2, D]| <= rest`.
+
+    The last triplets have seldom converged, and C2 is then no small perturbation; the first ones have.
+    """
+    best = math.inf
+    for cut in range(len(s) + 1):
+        first, second = (float(torch.linalg.matrix_norm(c, 2)) if c.shape[1] else 0.0 for c in _split(coupling, cut))
+        following = s[cut] if cut < len(s) else 0.0
+        lower = min(math.hypot(following, rest), max(following, rest) + second)
+        best = min(best, max(s[0], lower) + first)
+    return best
+
+
+def _split(x: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[:, :cut], x[:, cut:]
+
+
+def spectral_norm(
+    a: torch.Tensor | LinearOperator,
+    *,
+    rounds: int = 4,
+    power: int = 6,
+    probes: int = 8,
+    seed: int = 0,
+    stream: int = 0,
+) -> SpectralNorm:
+    """The spectral norm of a matrix, with a bound that its own products prove.
+
+    The leading triplets are Ritz triplets with `A^T U = V S`, so `A = U S V^T + E` with `E = (I - U U^T) A`, and in the
+    bases of V and U the norm is at most `max(S_1, |E|) + |A V - U S|`. The first term is bounded by powers of E on
+    gaussian probes (Halko, Martinsson and Tropp 2011, eq. 4.3), the second is known, and small where only those
+    triplets are split off that have converged.
+
+    Args:
+        a: `(m, n)` float tensor, or a `LinearOperator` of that shape.
+        rounds: of the Krylov method.
+        power: q, how many more pairs of products the probes are put through; 0 gives the plain bound.
+        probes: gaussian vectors.
+        seed: 64-bit key: the same seed gives the same bits.
+        stream: which matrix, in [0, 2^32).
+
+    Returns:
+        The bracket.
+
+    Raises:
+        TypeError: if `a` is neither a float tensor nor an operator.
+        ValueError: if it is no matrix, a number is out of range, or an entry is NaN or infinite.
+    """
+    check_range("power", power, low=0, integer=True)
+    check_range("probes", probes, low=1, integer=True)
+    if not isinstance(a, LinearOperator):
+        check_tensor("a", a)
+    if len(a.shape) != 2:
+        raise ValueError(f"a has shape {tuple(a.shape)}, but must be (m, n)")
+    if min(a.shape) == 0:
+        return SpectralNorm(0.0, 0.0)
+    if isinstance(a, LinearOperator):
+        operator = a
+    else:
+        if min(a.shape) <= _COMPLETE:
+            value = float(torch.linalg.matrix_norm(_finite(a).to(torch.float64), 2))
+            return SpectralNorm(value, value)
+        wide = a.detach().to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+        operator = LinearOperator(tuple(wide.shape), lambda x: wide @ x, lambda y: wide.mT @ y, wide.dtype, wide.device)
+    triplets = min(_TRIPLETS, *a.shape)
+    found = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
+    value = float(found.S[0])
+    if found.method == "direct" or value == 0.0:
+        return SpectralNorm(value, value)
+    u, s, v = found.U, found.S, found.Vh.mT
+    coupling = (operator.matmul(v.contiguous()) - u * s).to(torch.float64)
+    rest = _rest(operator, u, probes, power, seed, stream)
+    return SpectralNorm(value, _upper(s.tolist(), coupling, rest))
