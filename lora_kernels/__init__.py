@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
-from lora_kernels.integrations.callback import LandscapeCallback
 from lora_kernels.integrations.diagnosis import diagnose, snapshot
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.monitor import LandscapeMonitor
@@ -25,7 +24,7 @@ from lora_kernels.training import AccelerateReport, LoRADash, accelerate, refere
 from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
-    from lora_kernels.integrations.dash_callback import LoRADashCallback
+    from lora_kernels.integrations.callbacks import LandscapeCallback, LoRADashCallback
 
 __all__ = [
     "EVA",
@@ -74,8 +73,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers is an optional dependency, and slow to import.
-    if name == "LoRADashCallback":
-        from lora_kernels.integrations.dash_callback import LoRADashCallback
+    if name in ("LandscapeCallback", "LoRADashCallback"):
+        from lora_kernels.integrations import callbacks
 
-        return LoRADashCallback
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
