@@ -209,6 +209,6 @@ def test_outside_of_a_trainer_it_says_what_it_cannot_do():
 
 
 def test_importing_does_not_import_transformers():
-    code = "import sys, lora_kernels as lk; lk.LandscapeCallback; print('transformers' in sys.modules)"
+    code = "import sys, lora_kernels as lk; lk.LandscapeMonitor; print('transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
