@@ -17,7 +17,17 @@ from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
-from lora_kernels.training import AccelerateReport, LoRADash, accelerate, reference_mode, restore, verify
+from lora_kernels.training import (
+    AccelerateReport,
+    LoRADash,
+    LoRAPro,
+    accelerate,
+    create_lorapro_optimizer,
+    lorapro_cls_and_kwargs,
+    reference_mode,
+    restore,
+    verify,
+)
 from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
@@ -32,6 +42,7 @@ __all__ = [
     "LayerReport",
     "LoRADash",
     "LoRADashCallback",
+    "LoRAPro",
     "LoRATSD",
     "LoraDA",
     "LoraGA",
@@ -44,11 +55,13 @@ __all__ = [
     "__version__",
     "accelerate",
     "collect",
+    "create_lorapro_optimizer",
     "export",
     "init",
     "initialize",
     "linalg",
     "load",
+    "lorapro_cls_and_kwargs",
     "ops",
     "plan",
     "reference_mode",
