@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import lora_kernels as lk
 from tests.conftest import relative_error
 
-
 STEPS, LAYERS = 6, 3
 # The authors' code multiplies its damping into a float32 identity.
 DAMPING = float(np.float32(1e-8))

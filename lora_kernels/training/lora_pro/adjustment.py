@@ -11,122 +11,92 @@ where `S+ = P diag(1 / (p + damping)) P^T`, and T+ likewise. The damping is in t
 `p_i + q_j`. Only products with the r columns (rows) of the factors touch the long axes: no m x m projector is formed.
 
 Grams are taken in float64 and all r x r algebra is: `B^T B` is the square of a matrix that starts at zero, and products
-in float32 lose the small eigenvalues that its inverse lives on. Products with the long axes are in float32 (float64 for
-float64 parameters).
+in float32 lose the small eigenvalues that its inverse lives on. The other products with the long axes are in float32
+(float64 for float64 parameters).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from lora_kernels.ops import eigh
-from lora_kernels.training.lora_pro.shards import Layout
+from lora_kernels.training.lora_pro.buckets import Bucket
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The factors of L pairs of one shape.
-
-    Attributes:
-        a: `(L, r, n)`, whole.
-        b: `(L, m', r)`, the rows of this process.
-        scaling: `(L, 1, 1)` float64.
-        rows: layout of the rows of B.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: torch.Tensor
-    rows: Layout
-
-    def grams(self) -> torch.Tensor:
-        """`B^T B` and `A A^T`, `(2, L, r, r)` float64."""
-        a, b = self.a.to(torch.float64), self.b.to(torch.float64)
-        return torch.stack([self.rows.add_up(torch.bmm(b.mT, b)), torch.bmm(a, a.mT)])
+def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        values, vectors = eigh(grams)
+    except ValueError as error:
+        indices = [index for each in buckets for index in each.indices]
+        broken = [index for index, pair in zip(indices, grams.unbind(1), strict=True) if not pair.isfinite().all()]
+        if not broken:
+            raise
+        raise ValueError(
+            f"pair {broken[0]} has factors with NaN or infinite entries (from a gradient that was not finite in an "
+            "earlier step?)"
+        ) from error
+    return values.clamp_min(0.0), vectors
 
 
-@dataclass(frozen=True)
-class Spectra:
-    """Eigenpairs of the Grams of L pairs, `(2, L, r)` and `(2, L, r, r)`: of `B^T B` first, then of `A A^T`."""
-
-    values: torch.Tensor
-    vectors: torch.Tensor
-
-    def inverses(self, damping: float) -> torch.Tensor:
-        """Eigenvalues of the damped pseudo-inverses, `(2, L, r)`; zero where the damped eigenvalue counts as zero."""
-        damped = self.values + damping
-        noise = damped.shape[-1] * torch.finfo(damped.dtype).eps * damped.amax(-1, keepdim=True)
-        return torch.where(damped > noise, damped, torch.inf).reciprocal()
-
-
-def decompose(grams: Sequence[torch.Tensor]) -> list[Spectra]:
-    """One batched eigendecomposition for all Grams of one order on one device.
-
-    Args:
-        grams: each `(2, L, r, r)` float64.
-
-    Returns:
-        Spectra in the same order.
-    """
-    values, vectors = eigh(torch.cat(list(grams), 1))
-    values = values.clamp_min(0.0)
-    sizes = [each.shape[1] for each in grams]
-    return [Spectra(*both) for both in zip(values.split(sizes, 1), vectors.split(sizes, 1), strict=True)]
+def _reciprocal(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Inverses, zero where a value is within the rounding errors of the largest."""
+    return torch.where(values > noise, values, torch.inf).reciprocal()
 
 
 class Adjustment:
-    """Turns gradients of L pairs into adjusted ones, for factors that stay as they are."""
+    """Turns the gradients of pairs of one rank into adjusted ones, for factors that stay as they are."""
 
-    def __init__(self, factors: Factors, spectra: Spectra, damping: float) -> None:
-        """Prepare what does not depend on the gradients.
+    def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
+        """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
 
         Args:
-            factors: of the pairs.
-            spectra: of their Grams.
+            buckets: of pairs of one rank, on one device.
+            scaling: of all pairs, in their order, float64.
             damping: added to the eigenvalues of both Grams in the inverses.
+
+        Raises:
+            ValueError: if factors are not finite, naming the pair.
         """
-        self.factors = factors
-        (self._p, self._q), (self._left, self._right) = spectra.values.unsqueeze(-1), spectra.vectors
-        inverse_p, inverse_q = spectra.inverses(damping).unsqueeze(-1)
+        self.buckets, self._sizes = buckets, [len(each.indices) for each in buckets]
+        values, vectors = _eigenpairs(torch.cat([each.grams() for each in buckets], 1), buckets)
+        self._squared = scaling.square().view(-1, 1, 1)
+        epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
+        damped = (values + damping).unsqueeze(-1)  # (2, L, r, 1)
+        inverses = _reciprocal(damped, epsilon * damped.amax(-2, keepdim=True)) / self._squared
         # (1/s^2) S+ becomes the identity while B = 0: then gA is zero too, and 1/damping would blow up any noise in it.
         # Decided on the data, without the host ever reading it.
-        self._unborn = self._p.sum(-2, keepdim=True) == 0
-        self._inverse_p = torch.where(self._unborn, 1.0, inverse_p / factors.scaling.square())
-        self._inverse_q = inverse_q / factors.scaling.square()
-        self.left = self._left @ (self._inverse_p * self._left.mT)  # (1/s^2) S+, (L, r, r)
-        self.right = self._right @ (self._inverse_q * self._right.mT)  # (1/s^2) T+
+        unborn = values[0].sum(-1).eq(0.0).view(-1, 1, 1)
+        self._p_inverse = torch.where(unborn, 1.0, inverses[0])
+        self._p_vectors, self._q_vectors = vectors
+        self._s_inverse = self._p_vectors @ (self._p_inverse * self._p_vectors.mT)  # (1/s^2) S+, (L, r, r)
+        self._t_inverse = self._q_vectors @ (inverses[1] * self._q_vectors.mT)  # (1/s^2) T+
+        sums = values[0].unsqueeze(-1) + values[1].unsqueeze(-2)
+        # Coefficients that the equation leaves open are zero, and all of X while B = 0.
+        noise = torch.where(unborn, torch.inf, epsilon * sums.amax((-2, -1), keepdim=True))
+        self._over_sums = _reciprocal(sums, noise)
 
-    def _cross(self, grad_a: torch.Tensor) -> torch.Tensor:
-        """X, `(L, r, r)`; zero while B = 0, and in coefficients that the equation leaves open."""
-        inner = torch.bmm(grad_a, self.factors.a.mT).to(torch.float64)
-        rotated = self._inverse_p * (self._left.mT @ inner @ self._right)
-        sums = self._p + self._q.mT
-        noise = sums.shape[-1] * torch.finfo(sums.dtype).eps * sums.amax((-2, -1), keepdim=True)
-        sums = torch.where((sums > noise) & ~self._unborn, sums, -torch.inf)
-        return self._left @ (rotated / -sums) @ self._right.mT
-
-    def __call__(self, grad_a: torch.Tensor, grad_b: torch.Tensor, *, cross: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The adjusted gradients.
+    def __call__(self, *, cross: bool) -> None:
+        """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.
 
         Args:
-            grad_a: `(L, r, n)`, whole.
-            grad_b: `(L, m', r)`, the rows of this process.
             cross: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
                 divided between the factors.
-
-        Returns:
-            `dA (L, r, n)` and `dB (L, m', r)`.
         """
-        a, b, work = self.factors.a, self.factors.b, grad_a.dtype
-        overlap = self.factors.rows.add_up(torch.bmm(b.mT, grad_b)).to(torch.float64)
-        inside = self.left @ (overlap @ self.right) * self.factors.scaling.square()
-        d_a = torch.bmm(self.left.to(work), grad_a)
+        overlap = torch.cat([each.rows.add_up(torch.bmm(each.b.mT, each.grad_b)) for each in self.buckets])
+        inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared
         if cross:
-            x = self._cross(grad_a)
-            inside += x
-            d_a.baddbmm_(x.to(work), a)
-        d_b = torch.bmm(grad_b, self.right.to(work)).baddbmm_(b, inside.to(work), alpha=-1)
-        return d_a, d_b
+            inner = torch.cat([torch.bmm(each.grad_a, each.a.mT) for each in self.buckets]).to(torch.float64)
+            rotated = self._p_inverse * (self._p_vectors.mT @ inner @ self._q_vectors)
+            x = self._p_vectors @ (rotated * self._over_sums) @ self._q_vectors.mT  # -X
+            inside -= x
+        parts = [torch.split(each, self._sizes) for each in (self._s_inverse, self._t_inverse, inside)]
+        crosses = torch.split(x, self._sizes) if cross else [None] * len(self.buckets)
+        for each, left, right, middle, minus_x in zip(self.buckets, *parts, crosses, strict=True):
+            work = each.a.dtype
+            torch.bmm(left.to(work), each.grad_a, out=each.out_a)
+            if minus_x is not None:
+                each.out_a.baddbmm_(minus_x.to(work), each.a, alpha=-1)
+            torch.bmm(each.grad_b, right.to(work), out=each.out_b)
+            each.out_b.baddbmm_(each.b, middle.to(work), alpha=-1)

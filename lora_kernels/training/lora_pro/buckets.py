@@ -1,74 +1,122 @@
-"""Pairs of one shape, side by side, and the seeds of their moments."""
+"""Pairs of one shape side by side, the memory they stand in, and the seeds of their moments."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import distributed
 
 from lora_kernels.statistics.distributed import world_size
-from lora_kernels.training.lora_pro.adjustment import Factors, Spectra, decompose
+from lora_kernels.training.lora_pro.shards import Layout, local
+from lora_kernels.training.lora_pro.update import working_dtype
 
 _WORD = 2**64 - 1
 
 
-@dataclass(frozen=True)
+class Scratch:
+    """Memory for tensors that live within a step.
+
+    On the CPU it is kept from step to step: pages fresh from the system cost more than the arithmetic on them.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._kept: dict[Any, torch.Tensor] = {}
+
+    def take(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that holds anything, the same again for the same key.
+
+        Args:
+            key: what it is for.
+            shape: of the tensor.
+            dtype: of the tensor.
+            device: of the tensor.
+
+        Returns:
+            The tensor.
+        """
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size, key = math.prod(shape), (key, dtype)
+        if key not in self._kept or self._kept[key].numel() < size:
+            self._kept[key] = torch.empty(size, dtype=dtype)
+        return self._kept[key][:size].view(*shape)
+
+
+@dataclass
 class Bucket:
-    """L pairs of one shape, dtype, device and layout, with their gradients of this step.
+    """L pairs of one shape, dtype, device and layout, with their gradients.
 
     Attributes:
-        indices: of the pairs.
+        indices: numbers of the pairs.
         scaling: s of each.
-        a: the parameters A.
-        b: the parameters B.
-        factors: their values.
-        grad_a: `(L, r, n)`, whole.
-        grad_b: `(L, m', r)`, the rows of this process.
+        parameters: A and B of each.
+        rows: layout of both.
+        a: values of A, `(L, r, n)`, whole.
+        b: values of B, `(L, m', r)`, the rows of this process.
+        grad_a: gradients of A, `(L, r, n)`, whole.
+        grad_b: gradients of B, `(L, m', r)`.
+        out_a: for the adjusted gradients of A.
+        out_b: for the adjusted gradients of B.
+        wide: float64 memory for either factor.
     """
 
     indices: list[int]
     scaling: list[float]
-    a: list[torch.Tensor]
-    b: list[torch.Tensor]
-    factors: Factors
-    grad_a: torch.Tensor
-    grad_b: torch.Tensor
+    parameters: list[tuple[torch.Tensor, torch.Tensor]]
+    rows: Layout
+    a: torch.Tensor = field(init=False)
+    b: torch.Tensor = field(init=False)
+    grad_a: torch.Tensor = field(init=False)
+    grad_b: torch.Tensor = field(init=False)
+    out_a: torch.Tensor = field(init=False)
+    out_b: torch.Tensor = field(init=False)
+    wide: torch.Tensor = field(init=False)
 
+    def fill(self, scratch: Scratch, slot: int) -> Bucket:
+        """Copy the factors and their gradients side by side.
 
-def spectra(buckets: Sequence[Bucket]) -> list[Spectra]:
-    """Eigenpairs of all Grams: one call per order and device.
+        Args:
+            scratch: gives the memory.
+            slot: number of the bucket among those that live at once.
 
-    Args:
-        buckets: of this step.
+        Returns:
+            Itself.
+        """
+        count, first = len(self.indices), self.parameters[0][0]
+        dtype, device = working_dtype(first.dtype), first.device
+        stacks = []
+        for which in range(2):
+            factors = [pair[which] for pair in self.parameters]
+            tensors = [local(each) for each in (*factors, *(each.grad for each in factors))]  # type: ignore[arg-type]
+            stack = scratch.take((slot, "in", which), (2 * count, *tensors[0].shape), dtype, device)
+            if all(each.dtype == dtype for each in tensors):
+                torch.stack(tensors, out=stack)
+            else:
+                torch._foreach_copy_(list(stack.unbind(0)), tensors)
+            stacks.append(stack)
+        whole = self.rows.whole(stacks[0], first.shape[0])
+        (self.a, self.grad_a), (self.b, self.grad_b) = torch.split(whole, count), torch.split(stacks[1], count)
+        self.out_a = scratch.take((slot, "out", 0), self.a.shape, dtype, device)
+        self.out_b = scratch.take((slot, "out", 1), self.b.shape, dtype, device)
+        largest = max(self.a.numel(), self.b.numel())
+        self.wide = scratch.take("wide", (largest,), torch.float64, device)
+        return self
 
-    Returns:
-        Spectra in the same order.
-
-    Raises:
-        ValueError: if factors are not finite, naming the pair.
-    """
-    grams = [each.factors.grams() for each in buckets]
-    by_order: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
-    for number, each in enumerate(grams):
-        by_order[each.shape[-1], each.device].append(number)
-    found: dict[int, Spectra] = {}
-    for numbers in by_order.values():
-        try:
-            results = decompose([grams[number] for number in numbers])
-        except ValueError as error:
-            for number in numbers:
-                for index, pair in zip(buckets[number].indices, grams[number].unbind(1), strict=True):
-                    if not bool(pair.isfinite().all()):
-                        raise ValueError(
-                            f"pair {index} has factors with NaN or infinite entries (from a gradient that was not "
-                            "finite in an earlier step?)"
-                        ) from error
-            raise
-        found.update(zip(numbers, results, strict=True))
-    return [found[number] for number in range(len(buckets))]
+    def grams(self) -> torch.Tensor:
+        """`B^T B` and `A A^T`, `(2, L, r, r)` float64."""
+        found = []
+        for factor in (self.b, self.a):
+            wide = factor
+            if factor.dtype != torch.float64:
+                wide = self.wide[: factor.numel()].view(factor.shape).copy_(factor)
+            found.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
+        self.rows.add_up(found[0])
+        return torch.stack(found)
 
 
 def draw_seed() -> int:
@@ -80,7 +128,7 @@ def draw_seed() -> int:
 
 
 def mix(seed: int, pair: int, step: int) -> int:
-    """A seed of its own for every pair and step (the finaliser of SplitMix64)."""
+    """A seed of its own for every pair and step (the finaliser of SplitMix64), below 2^63."""
     word = (seed + 0x9E3779B97F4A7C15 * ((pair << 32) + step)) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD

@@ -36,7 +36,11 @@ class LayerScaling:
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Adapter, A and B, for every adapter of a layer."""
+    """The factors of every adapter of a layer.
+
+    Yields:
+        Adapter, A and B.
+    """
     for adapter in getattr(layer, "lora_A", {}):
         yield adapter, getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
     for adapter in getattr(layer, "lora_embedding_A", {}):
@@ -117,7 +121,7 @@ def create_lorapro_optimizer(
         eps: added to the root of the second moment.
         weight_decay: decoupled; of factors and other matrices, not of biases and norms (parameters with one axis).
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
-        state_dtype: of the moments in `full` mode: float32, or `torch.bfloat16` with stochastic rounding.
+        state_dtype: of the moments in `full` mode: `None`, float32; or `torch.bfloat16` with stochastic rounding.
 
     Returns:
         The optimizer.

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.training.lora_pro.adjustment import Adjustment, Factors
-from lora_kernels.training.lora_pro.buckets import Bucket, draw_seed, mix, spectra
+from lora_kernels.training.lora_pro.adjustment import Adjustment
+from lora_kernels.training.lora_pro.buckets import Bucket, Scratch, draw_seed, mix
 from lora_kernels.training.lora_pro.groups import (
     Pair,
     Scaling,
@@ -26,6 +26,7 @@ from lora_kernels.training.lora_pro.update import Entry, adamw_, descend_, worki
 
 MODES = ("efficient", "full")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
 
 
 class LoRAPro(Optimizer):
@@ -43,8 +44,8 @@ class LoRAPro(Optimizer):
 
     On several processes: under DDP all take equal steps. Under FSDP2 (`fully_shard`) factors are sharded by rows: the
     rows of A are gathered, those of B stay where they are, and so do the rows of the moments of the full weight. In
-    `full` mode with bfloat16 moments all processes must have the same seed: rank 0's is broadcast where the optimizer is
-    made after `init_process_group`.
+    `full` mode with bfloat16 moments all processes must have the same seed: rank 0's is broadcast where the optimizer
+    is made after `init_process_group`.
 
     Args:
         params: parameters, or groups. A group is `{"params": [...]}`, or `{"pairs": [(A, B), ...], "scaling": s}` with
@@ -58,8 +59,8 @@ class LoRAPro(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled, of A and B themselves.
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
-        state_dtype: of the moments in `full` mode: float32 (float64 for float64 parameters), or `torch.bfloat16`
-            with stochastic rounding, seeded from torch's default generator.
+        state_dtype: of the moments in `full` mode: `None`, float32 (float64 for float64 parameters); or
+            `torch.bfloat16` with stochastic rounding, seeded from torch's default generator.
 
     Raises:
         TypeError: on a wrong type or dtype.
@@ -80,13 +81,14 @@ class LoRAPro(Optimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         check_choice("mode", mode, MODES)
-        check_choice("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16))
+        check_choice("state_dtype", state_dtype, (None, torch.bfloat16))
         if state_dtype == torch.bfloat16 and mode != "full":
             raise ValueError('state_dtype is torch.bfloat16, which needs mode="full": efficient states are small')
         check_range("damping", damping, low=0.0, high=1e30)
         self.mode, self.damping, self.state_dtype = mode, damping, state_dtype
         self._pairs: list[Pair] = []
         self._scalings: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._scratch = Scratch()
         seed = draw_seed() if state_dtype == torch.bfloat16 else 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
@@ -101,6 +103,7 @@ class LoRAPro(Optimizer):
         """For copies and pickles, and of `load_state_dict`."""
         super().__setstate__(state)
         self.__dict__.setdefault("_scalings", {})
+        self.__dict__.setdefault("_scratch", Scratch())
 
     # -- groups and pairs ----------------------------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class LoRAPro(Optimizer):
         for index, pair in enumerate(pairs):
             if len(pair) != 2:
                 raise ValueError(f"pairs[{index}] has {len(pair)} entries, but must be (A, B)")
-            check_pair(f"pairs[{index}]", *pair)
+            self._check_pair(f"pairs[{index}]", *pair)
         group["params"] = [each for pair in pairs for each in pair]
         if len({id(each) for each in group["params"]}) != len(group["params"]):
             raise ValueError("pairs holds a parameter twice")
@@ -140,6 +143,11 @@ class LoRAPro(Optimizer):
         self._pairs += [
             Pair((number, 2 * index), (number, 2 * index + 1), scaling) for index, scaling in enumerate(scalings)
         ]
+
+    def _check_pair(self, name: str, a: Any, b: Any) -> None:
+        check_pair(name, a, b)
+        if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
+            raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
     def _find(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
         places = {
@@ -150,7 +158,7 @@ class LoRAPro(Optimizer):
         taken = {place for each in self._pairs for place in (each.a, each.b)}
         for index, (a, b, scaling) in enumerate(pairs):
             name = f"pairs[{index}]"
-            check_pair(name, a, b)
+            self._check_pair(name, a, b)
             found = []
             for each, factor in ((a, "A"), (b, "B")):
                 place = places.get(id(each))
@@ -270,18 +278,9 @@ class LoRAPro(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._buckets()
-        entries = self._plain_entries()
-        if buckets:
-            moved: list[Entry] = []
-            for bucket, found in zip(buckets, spectra(buckets), strict=True):
-                adjust = Adjustment(bucket.factors, found, self.damping)
-                if self.mode == "efficient":
-                    entries += self._entries(bucket, *adjust(bucket.grad_a, bucket.grad_b, cross=True))
-                else:
-                    moved += self._entries(bucket, *self._full(bucket, adjust))
-            descend_(moved, self.param_groups)
-        adamw_(entries, self.param_groups)
+        for wave in self._waves():
+            self._step_pairs(wave)
+        adamw_(self._plain_entries(), self.param_groups)
         return loss
 
     def _plain_entries(self) -> list[Entry]:
@@ -296,9 +295,9 @@ class LoRAPro(Optimizer):
                 entries.append(Entry(number, local(parameter), gradient, self._state_of(parameter)))
         return entries
 
-    def _buckets(self) -> list[Bucket]:
-        """Pairs with gradients, by shape, dtype, device and layout."""
-        by_kind: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    def _waves(self) -> list[list[Bucket]]:
+        """Pairs with gradients, by shape, dtype, device and layout; those of one rank that are adjusted together."""
+        kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(self._pairs):
             a, b = self._at(pair.a), self._at(pair.b)
             missing = [name for name, each in (("A", a), ("B", b)) if each.grad is None]
@@ -311,45 +310,63 @@ class LoRAPro(Optimizer):
                 )
             for name, each in (("A", a), ("B", b)):
                 check_gradient(f"{name} of pair {index}", each.grad)  # type: ignore[arg-type]
-            by_kind[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
-        return [self._bucket(kind, found) for kind, found in by_kind.items()]
+            kinds[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
+        waves: list[list[Bucket]] = []
+        room: dict[tuple[int, torch.device], int] = {}
+        for ((rank, n), (m, _), _, device, rows), indices in kinds.items():
+            # Several waves bound the memory that copies of the factors take.
+            limit = _WAVE["cpu" if device.type == "cpu" else "gpu"]
+            size = max(1, limit // (rank * (m + n)))
+            for low in range(0, len(indices), size):
+                part = indices[low : low + size]
+                scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in part]
+                parameters = [(self._at(self._pairs[each].a), self._at(self._pairs[each].b)) for each in part]
+                needed = len(part) * rank * (m + n)
+                last = next((wave for wave in reversed(waves) if _order(wave) == (rank, device)), None)
+                if last is None or room[rank, device] < needed:
+                    waves.append([])
+                    last, room[rank, device] = waves[-1], limit
+                last.append(Bucket(part, scaling, parameters, rows))
+                room[rank, device] -= needed
+        return waves
 
-    def _bucket(self, kind: tuple[Any, ...], indices: list[int]) -> Bucket:
-        shape_a, _, dtype, device, layout = kind
-        scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in indices]
-        known = (*scaling, device)
-        if known not in self._scalings:
-            self._scalings = {} if len(self._scalings) > 64 else self._scalings
-            self._scalings[known] = torch.tensor(scaling, dtype=torch.float64, device=device).view(-1, 1, 1)
-        a = [self._at(self._pairs[index].a) for index in indices]
-        b = [self._at(self._pairs[index].b) for index in indices]
+    def _step_pairs(self, wave: list[Bucket]) -> None:
+        scaling = tuple(value for each in wave for value in each.scaling)
+        device = wave[0].parameters[0][0].device
+        if (scaling, device) not in self._scalings:
+            if len(self._scalings) > 64:  # scalings that change at every step
+                self._scalings.clear()
+            self._scalings[scaling, device] = torch.tensor(scaling, dtype=torch.float64, device=device)
+        for slot, each in enumerate(wave):
+            each.fill(self._scratch, slot)
+        adjust = Adjustment(wave, self._scalings[scaling, device], self.damping)
+        if self.mode == "full":
+            adjust(cross=False)
+            for each in wave:
+                self._project(each)
+        adjust(cross=True)
+        entries = [entry for each in wave for entry in self._entries(each)]
+        (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups)
 
-        def stack(tensors: list[Any]) -> torch.Tensor:
-            return torch.stack([local(each) for each in tensors]).to(working_dtype(dtype))
-
-        whole = layout.whole(torch.cat([stack(a), stack([each.grad for each in a])]), shape_a[0])
-        factors = Factors(whole[: len(a)], stack(b), self._scalings[known], layout)
-        return Bucket(indices, scaling, a, b, factors, whole[len(a) :], stack([each.grad for each in b]))
-
-    def _full(self, bucket: Bucket, adjust: Adjustment) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adam's direction of the full weight, projected back onto the factors."""
-        factors, n = bucket.factors, bucket.factors.a.shape[2]
-        d_a, d_b = adjust(bucket.grad_a, bucket.grad_b, cross=False)
-        bt_h, h_at = torch.zeros_like(d_a), torch.empty_like(d_b)
-        offset = factors.rows.own(bucket.b[0].shape[0]).start
+    def _project(self, bucket: Bucket) -> None:
+        """Put the gradients of Adam's direction of the full weight in the place of the raw ones."""
+        n, first = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
+        offset = bucket.rows.own(first).start
         for row, index in enumerate(bucket.indices):
-            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(bucket.b[row], n)
+            b = bucket.parameters[row][1]
+            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
             state["step"] += 1
-            if not h_at[row].numel():
-                continue
             step = int(state["step"])
-            bt_h[row], h_at[row] = lora_pro_adam_(
+            if not bucket.b[row].numel():
+                bucket.grad_a[row].zero_()
+                continue
+            bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
                 local(state["exp_avg"]),
                 local(state["exp_avg_sq"]),
-                factors.a[row],
-                factors.b[row],
-                d_a[row],
-                d_b[row],
+                bucket.a[row],
+                bucket.b[row],
+                bucket.out_a[row],
+                bucket.out_b[row],
                 scaling=bucket.scaling[row],
                 betas=group["betas"],
                 eps=group["eps"],
@@ -357,17 +374,18 @@ class LoRAPro(Optimizer):
                 seed=mix(group["seed"], index, step) if self.state_dtype == torch.bfloat16 else None,
                 row_offset=offset,
             )
-        return adjust(factors.rows.add_up(bt_h), h_at, cross=True)
+        bucket.rows.add_up(bucket.grad_a)
 
-    def _entries(self, bucket: Bucket, d_a: torch.Tensor, d_b: torch.Tensor) -> list[Entry]:
-        efficient, own = self.mode == "efficient", bucket.factors.rows.own(d_a.shape[1])
-        entries = []
+    def _entries(self, bucket: Bucket) -> list[Entry]:
+        own, entries = bucket.rows.own(bucket.a.shape[1]), []
         for row, index in enumerate(bucket.indices):
-            pair = self._pairs[index]
-            for place, parameter, gradient in (
-                (pair.a, bucket.a[row], d_a[row, own]),
-                (pair.b, bucket.b[row], d_b[row]),
-            ):
-                state = self._state_of(parameter) if efficient else {}
+            pair, gradients = self._pairs[index], (bucket.out_a[row, own], bucket.out_b[row])
+            for place, parameter, gradient in zip((pair.a, pair.b), bucket.parameters[row], gradients, strict=True):
+                state = self._state_of(parameter) if self.mode == "efficient" else {}
                 entries.append(Entry(place[0], local(parameter), gradient, state))
         return entries
+
+
+def _order(wave: list[Bucket]) -> tuple[int, torch.device]:
+    first = wave[0].parameters[0][0]
+    return first.shape[0], first.device

@@ -13,7 +13,7 @@ from lora_kernels.statistics.modes import is_sharded
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds (for a plain tensor, itself); shares its memory."""
-    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 

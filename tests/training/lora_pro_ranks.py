@@ -1,0 +1,104 @@
+"""LoRA-Pro in two processes, under torchrun: `torchrun --nproc-per-node 2 -m tests.training.lora_pro_ranks OUT`."""
+
+import datetime
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lora_kernels as lk
+from tests.training.ranks import adapter, batch
+from tests.training.test_accelerate import wrapped
+
+MODES = {
+    "efficient": {},
+    "full": {"mode": "full"},
+    "full_bfloat16": {"mode": "full", "state_dtype": torch.bfloat16},
+}
+STEPS = 4
+
+
+def model_and_optimizer(wrap, options):
+    """Ranks of 1 and 3 leave a process without rows of A, or with fewer than the other."""
+    model = wrapped(rank_pattern={"q_proj": 1, "down_proj": 3}, modules_to_save=["lm_head"])
+    model = wrap(model)
+    return model, lk.create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, **options)
+
+
+def train(model, optimizer, ids, steps=STEPS):
+    """On the mean of squared logits: equal shares of a batch have the batch's mean gradient."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids).logits.square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def shard(model):
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def same_on_all(tensors):
+    """Whether all processes hold the same bits."""
+    flat = torch.cat([each.reshape(-1).float() for each in tensors])
+    others = [torch.empty_like(flat) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, flat)
+    return all(torch.equal(each, flat) for each in others)
+
+
+def resumed(options, ids):
+    """A run that is saved half-way by torch.distributed.checkpoint's functions, against one that is not."""
+    model, optimizer = model_and_optimizer(shard, options)
+    train(model, optimizer, ids, 2)
+    state = get_optimizer_state_dict(model, optimizer)
+    factors = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+    torch.manual_seed(5)
+    other, second = model_and_optimizer(shard, options)
+    with torch.no_grad():
+        for name, each in other.named_parameters():
+            if name in factors:
+                each.copy_(factors[name])
+    set_optimizer_state_dict(other, second, state)
+    for mine, its in ((model, optimizer), (other, second)):
+        train(mine, its, ids, 2)
+    pairs = zip(adapter(model).values(), adapter(other).values(), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
+def main():
+    out = Path(sys.argv[1])
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    rank = distributed.get_rank()
+    ids, kept = batch()[2 * rank : 2 * rank + 2], {}
+    for name, options in MODES.items():
+        torch.manual_seed(10 + rank)  # the processes need not have the same seed
+        model, optimizer = model_and_optimizer(DistributedDataParallel, options)
+        found = adapter(train(model, optimizer, ids))
+        states = [each["exp_avg"] for each in optimizer.state.values()]
+        kept[f"ddp_{name}"] = {"adapter": found, "same": same_on_all([*found.values(), *states])}
+
+        torch.manual_seed(10 + rank)
+        model, optimizer = model_and_optimizer(shard, options)
+        found = adapter(train(model, optimizer, ids))
+        rows = [each["exp_avg"].to_local().shape[0] for each in optimizer.state.values()]
+        whole = [each["exp_avg"].shape[0] for each in optimizer.state.values()]
+        kept[f"fsdp_{name}"] = {
+            "adapter": found,
+            "same": same_on_all(found.values()),
+            "rows": (sum(rows), sum(whole)),
+            "moments": [each["exp_avg"].full_tensor().float() for each in optimizer.state.values()],
+            "resumed": resumed(options, ids),
+        }
+    if rank == 0:
+        torch.save(kept, out / "lora_pro.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
