@@ -1,5 +1,6 @@
 """LoRA-Pro in two processes, under torchrun: `torchrun --nproc-per-node 2 -m tests.training.lora_pro_ranks OUT`."""
 
+import copy
 import datetime
 import sys
 from pathlib import Path
@@ -44,6 +45,10 @@ def shard(model):
     return fully_shard(model)
 
 
+def moments(optimizer):
+    return [each["exp_avg"] for each in optimizer.state.values() if "exp_avg" in each]
+
+
 def same_on_all(tensors):
     """Whether all processes hold the same bits."""
     flat = torch.cat([each.reshape(-1).float() for each in tensors])
@@ -56,7 +61,7 @@ def resumed(options, ids):
     """A run that is saved half-way by torch.distributed.checkpoint's functions, against one that is not."""
     model, optimizer = model_and_optimizer(shard, options)
     train(model, optimizer, ids, 2)
-    state = get_optimizer_state_dict(model, optimizer)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     factors = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
     torch.manual_seed(5)
     other, second = model_and_optimizer(shard, options)
@@ -80,19 +85,19 @@ def main():
         torch.manual_seed(10 + rank)  # the processes need not have the same seed
         model, optimizer = model_and_optimizer(DistributedDataParallel, options)
         found = adapter(train(model, optimizer, ids))
-        states = [each["exp_avg"] for each in optimizer.state.values()]
+        states = moments(optimizer)
         kept[f"ddp_{name}"] = {"adapter": found, "same": same_on_all([*found.values(), *states])}
 
         torch.manual_seed(10 + rank)
         model, optimizer = model_and_optimizer(shard, options)
         found = adapter(train(model, optimizer, ids))
-        rows = [each["exp_avg"].to_local().shape[0] for each in optimizer.state.values()]
-        whole = [each["exp_avg"].shape[0] for each in optimizer.state.values()]
+        rows = [each.to_local().shape[0] for each in moments(optimizer)]
+        whole = [each.shape[0] for each in moments(optimizer)]
         kept[f"fsdp_{name}"] = {
             "adapter": found,
             "same": same_on_all(found.values()),
             "rows": (sum(rows), sum(whole)),
-            "moments": [each["exp_avg"].full_tensor().float() for each in optimizer.state.values()],
+            "moments": [each.full_tensor().float() for each in moments(optimizer)],
             "resumed": resumed(options, ids),
         }
     if rank == 0:

@@ -28,8 +28,8 @@ What to know:
 - Everything r x r is done in float64 in batches over all pairs of one rank; nothing of size m x m or m x n is formed
   outside of the moments.
 - State is keyed by parameter, as torch's optimizers do: `step`, `exp_avg`, `exp_avg_sq`; in `full` mode those of B are
-  the moments of the full weight, `(m, n)`, and A has none. A run that is resumed from `state_dict` goes on to the same
-  bits. The scaling is no state: it comes from the layers or from the constructor.
+  the moments of the full weight, `(m, n)`, and A has `step` alone. A run that is resumed from `state_dict` goes on to
+  the same bits. The scaling is no state: it comes from the layers or from the constructor.
 - Processes: see `LoRAPro`. FSDP1 (flattened parameters) and DeepSpeed's own optimizers cannot hold pairs.
 """
 

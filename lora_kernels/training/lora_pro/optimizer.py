@@ -181,12 +181,20 @@ class LoRAPro(Optimizer):
         return torch.bfloat16 if bfloat16 else working_dtype(parameter.dtype)
 
     def _state_of(self, parameter: torch.Tensor, columns: int | None = None) -> dict[str, Any]:
-        """State of a parameter, made where it is missing; with `columns`, of B, the moments of the full weight."""
+        """State of a parameter, made where it is missing.
+
+        Args:
+            parameter: whose state.
+            columns: of moments for B in `full` mode, n; 0 for A, which has none.
+
+        Returns:
+            The state.
+        """
         state: dict[str, Any] = self.state[parameter]
         if not state:
             dtype = self._moment_dtype(parameter, full=columns is not None)
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for key in _MOMENTS:
+            for key in _MOMENTS if columns != 0 else ():
                 if columns is not None:
                     state[key] = like_rows(parameter, columns, dtype)
                     continue
@@ -353,9 +361,10 @@ class LoRAPro(Optimizer):
         n, first = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
         offset = bucket.rows.own(first).start
         for row, index in enumerate(bucket.indices):
-            b = bucket.parameters[row][1]
+            a, b = bucket.parameters[row]
             group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
-            state["step"] += 1
+            for each in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
+                each["step"] += 1
             step = int(state["step"])
             if not bucket.b[row].numel():
                 bucket.grad_a[row].zero_()

@@ -115,12 +115,13 @@ class Layout:
         count, _, share = self._share(rows)
         padded = stack.new_zeros(stack.shape[0], share, stack.shape[2])
         padded[:, : stack.shape[1]] = stack
-        found = padded.new_empty(count, *padded.shape)
+        found = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
         distributed.all_gather_into_tensor(found, padded, group=self.mesh.get_group(self._axis))
-        return found.transpose(0, 1).reshape(stack.shape[0], count * share, stack.shape[2])[:, :rows]
+        by_matrix = found.view(count, *padded.shape).transpose(0, 1)
+        return by_matrix.reshape(stack.shape[0], count * share, stack.shape[2])[:, :rows].contiguous()
 
     def add_up(self, partial: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes that share the rows, in place."""
+        """Sum over the processes that share the rows, in place; of a dense tensor."""
         if self.sharded:
             distributed.all_reduce(partial, group=self.mesh.get_group(self._axis))
         return partial
