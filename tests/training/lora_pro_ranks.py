@@ -3,11 +3,13 @@
 import copy
 import datetime
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +78,34 @@ def resumed(options, ids):
     return all(torch.equal(one, two) for one, two in pairs)
 
 
+class Few(nn.Module):
+    """Pairs with fewer rows than processes, and with a number of rows that processes cannot share evenly."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in (("a", (3, 7)), ("b", (1, 3)), ("c", (2, 7)), ("d", (5, 2))):
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+    def forward(self, x):
+        return x @ (2.0 * self.b @ self.a).T + x @ (2.0 * self.d @ self.c).T
+
+    def pairs(self):
+        return [(self.a, self.b), (self.c, self.d)]
+
+
+def few_rows(wrap, share, options):
+    """Trained factors of a wrapped `Few`, on this process's share of the rows of a batch."""
+    model = wrap(Few())
+    optimizer = lk.LoRAPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
+    x = torch.randn(8, 7, generator=torch.Generator().manual_seed(4))[share]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return adapter(model)
+
+
 def main():
     out = Path(sys.argv[1])
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -100,6 +130,11 @@ def main():
             "moments": [each.full_tensor().float() for each in moments(optimizer)],
             "resumed": resumed(options, ids),
         }
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    share = slice(4 * rank, 4 * rank + 4)
+    for name in ("efficient", "full"):
+        kept[f"few_{name}"] = few_rows(fully_shard, share, MODES[name])
+        kept[f"few_hybrid_{name}"] = few_rows(partial(fully_shard, mesh=mesh), share, MODES[name])
     if rank == 0:
         torch.save(kept, out / "lora_pro.pt")
     distributed.destroy_process_group()

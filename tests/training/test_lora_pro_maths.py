@@ -96,6 +96,30 @@ def test_factors_that_lost_their_rank_stay_finite(damping):
     assert max(float(d_a.abs().max()), float(d_b.abs().max())) < 1e3
 
 
+@pytest.mark.parametrize("which", ["few rows of B", "few columns of A", "equal rows of A", "product"])
+def test_rounding_errors_in_lost_directions_are_not_raised(which):
+    """Float32 gradients against the pseudo-inverse of the same factors in float64, with exact gradients."""
+    shape = {"few rows of B": (2, 17, 5), "few columns of A": (19, 3, 5)}.get(which, (19, 17, 5))
+    a, b = factors([shape], torch.float64, b_scale=1.0)[0]
+    with torch.no_grad():
+        if which == "equal rows of A":
+            a[3] = a[1]
+        if which == "product":
+            b.copy_(b[:, :2] @ torch.randn(2, 5, dtype=b.dtype))
+    a, b = (torch.nn.Parameter(each.detach().float()) for each in (a, b))
+    set_gradients([(a, b)], 2.0, 1, [shape])
+    found = adjust(a, b, 2.0, 1e-8)
+    a64, b64, (g,) = a.detach().double(), b.detach().double(), full_gradients(1, [shape])
+    if which == "product":  # of rank 2 before it was rounded
+        u, s, v = torch.linalg.svd(b64, full_matrices=False)
+        b64 = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    left, right = torch.linalg.pinv(b64.T @ b64, rtol=1e-10), torch.linalg.pinv(a64 @ a64.T, rtol=1e-10)
+    product = b64 @ left @ b64.T @ g + (torch.eye(len(b64)).double() - b64 @ left @ b64.T) @ g @ a64.T @ right @ a64
+    moved = 2.0 * (b64 @ found[0].double() + found[1].double() @ a64)
+    assert relative_error(moved, product) < 1e-4
+    assert max(float(each.abs().max()) for each in found) < 30.0
+
+
 def test_ill_conditioned_float32_factors_keep_their_small_directions():
     """Gram matrices in float32 would lose a direction whose singular value is 3e-4 of the largest."""
     a, b = factors([(200, 300, 8)], torch.float64)[0]

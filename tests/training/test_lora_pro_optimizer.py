@@ -529,6 +529,20 @@ def test_factors_that_are_not_finite_are_named():
         optimizer.step()
 
 
+def test_pairs_of_several_dtypes_in_one_optimizer():
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float64
+    pairs = [factors(SHAPES[:1], dtype)[0] for dtype in dtypes]
+    alone = [factors(SHAPES[:1], dtype)[0] for dtype in dtypes]
+    optimizers = [optimizer_for(pairs), *(optimizer_for([each]) for each in alone)]
+    for each in (*pairs, *alone):
+        set_gradients([each], 1.5, 0, SHAPES[:1])
+    for each in optimizers:
+        each.step()
+    for one, other in zip(flat(pairs), flat(alone), strict=True):
+        assert one.dtype == other.dtype and relative_error(one.detach(), other.detach()) < 1e-6
+    assert relative_error(pairs[1][0].detach(), alone[3][0].detach()) < 1e-14
+
+
 def test_learning_rate_tensors():
     one, other = factors(SHAPES[:1]), factors(SHAPES[:1])
     for pairs, lr in ((one, 0.02), (other, torch.tensor(0.02, dtype=torch.float64))):

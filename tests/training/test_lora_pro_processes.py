@@ -3,7 +3,7 @@ import torch
 
 from tests.conftest import relative_error
 from tests.torchrun import two_processes
-from tests.training.lora_pro_ranks import MODES, model_and_optimizer, moments, train
+from tests.training.lora_pro_ranks import MODES, few_rows, model_and_optimizer, moments, train
 from tests.training.ranks import adapter, batch
 
 
@@ -46,3 +46,11 @@ def test_moments_are_sharded_by_rows_and_are_those_of_one_process(found, name):
 @pytest.mark.parametrize("name", MODES)
 def test_sharded_runs_resume_to_the_same_bits(found, name):
     assert found[f"fsdp_{name}"]["resumed"]
+
+
+@pytest.mark.parametrize("mesh", ["", "hybrid_"])
+@pytest.mark.parametrize("name", ["efficient", "full"])
+def test_fewer_rows_than_processes_and_rows_that_do_not_divide(found, name, mesh):
+    expected = few_rows(lambda model: model, slice(None), MODES[name])
+    for key, value in expected.items():
+        assert relative_error(found[f"few_{mesh}{name}"][key], value) < 1e-4, key

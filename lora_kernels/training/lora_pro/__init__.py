@@ -24,7 +24,7 @@ What to know:
 - A pair whose factors both lack a gradient is skipped (an expert that saw no token); where only one of them has one,
   `step` raises. A factor whose partner is frozen is no pair: in PEFT models it gets AdamW.
 - The damping `1e-8` is added to the eigenvalues of `B^T B` and `A A^T`. Directions in which a factor has lost its rank
-  are amplified by up to `1 / damping`; noise in the gradients there goes along.
+  (B with fewer rows than the rank, say) get no update through its inverse: the gradients there are rounding errors.
 - Everything r x r is done in float64 in batches over all pairs of one rank; nothing of size m x m or m x n is formed
   outside of the moments.
 - State is keyed by parameter, as torch's optimizers do: `step`, `exp_avg`, `exp_avg_sq`; in `full` mode those of B are

@@ -7,8 +7,9 @@ eigendecomposition of S and one of T:
     dB = (1/s^2) (gB - B S+ B^T gB) T+ - B X
     X  = P [ (P^T R Q)_ij / (p_i + q_j) ] Q^T,      R = -(1/s^2) S+ gA A^T
 
-where `S+ = P diag(1 / (p + damping)) P^T`, and T+ likewise. The damping is in these two inverses alone, not in
-`p_i + q_j`. Only products with the r columns (rows) of the factors touch the long axes: no m x m projector is formed.
+where `S+ = P diag(1 / (p + damping)) P^T`, and T+ likewise; where p is zero, to rounding, its inverse is zero too. The
+damping is in these two inverses alone, not in `p_i + q_j`. Only products with the r columns (rows) of the factors touch
+the long axes: no m x m projector is formed.
 
 Grams are taken in float64 and all r x r algebra is: `B^T B` is the square of a matrix that starts at zero, and products
 in float32 lose the small eigenvalues that its inverse lives on. The other products with the long axes are in float32
@@ -40,11 +41,6 @@ def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.T
     return values.clamp_min(0.0), vectors
 
 
-def _reciprocal(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Inverses, zero where a value is within the rounding errors of the largest."""
-    return torch.where(values > noise, values, torch.inf).reciprocal()
-
-
 class Adjustment:
     """Turns the gradients of pairs of one rank into adjusted ones, for factors that stay as they are."""
 
@@ -52,7 +48,7 @@ class Adjustment:
         """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
 
         Args:
-            buckets: of pairs of one rank, on one device.
+            buckets: of pairs of one rank and working dtype, on one device.
             scaling: of all pairs, in their order, float64.
             damping: added to the eigenvalues of both Grams in the inverses.
 
@@ -63,8 +59,11 @@ class Adjustment:
         values, vectors = _eigenpairs(torch.cat([each.grams() for each in buckets], 1), buckets)
         self._squared = scaling.square().view(-1, 1, 1)
         epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
-        damped = (values + damping).unsqueeze(-1)  # (2, L, r, 1)
-        inverses = _reciprocal(damped, epsilon * damped.amax(-2, keepdim=True)) / self._squared
+        largest = values.amax(-1, keepdim=True)
+        # Where a factor has lost its rank, the gradient of the other is zero but for rounding errors, which 1/damping
+        # would raise to the size of the rest: such directions get nothing.
+        lost = max(epsilon, (values.shape[-1] * torch.finfo(buckets[0].a.dtype).eps) ** 2) * largest
+        inverses = torch.where(values > lost, 1.0 / (values + damping), 0.0).unsqueeze(-1) / self._squared
         # (1/s^2) S+ becomes the identity while B = 0: then gA is zero too, and 1/damping would blow up any noise in it.
         # Decided on the data, without the host ever reading it.
         unborn = values[0].sum(-1).eq(0.0).view(-1, 1, 1)
@@ -75,7 +74,7 @@ class Adjustment:
         sums = values[0].unsqueeze(-1) + values[1].unsqueeze(-2)
         # Coefficients that the equation leaves open are zero, and all of X while B = 0.
         noise = torch.where(unborn, torch.inf, epsilon * sums.amax((-2, -1), keepdim=True))
-        self._over_sums = _reciprocal(sums, noise)
+        self._over_sums = torch.where(sums > noise, 1.0 / sums, 0.0)
 
     def __call__(self, *, cross: bool) -> None:
         """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.

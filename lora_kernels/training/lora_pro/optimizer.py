@@ -304,7 +304,10 @@ class LoRAPro(Optimizer):
         return entries
 
     def _waves(self) -> list[list[Bucket]]:
-        """Pairs with gradients, by shape, dtype, device and layout; those of one rank that are adjusted together."""
+        """Pairs with gradients, by shape, dtype, device and layout; those of one rank are adjusted together.
+
+        In several waves, which bounds the memory that the copies side by side take.
+        """
         kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(self._pairs):
             a, b = self._at(pair.a), self._at(pair.b)
@@ -320,22 +323,21 @@ class LoRAPro(Optimizer):
                 check_gradient(f"{name} of pair {index}", each.grad)  # type: ignore[arg-type]
             kinds[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
         waves: list[list[Bucket]] = []
-        room: dict[tuple[int, torch.device], int] = {}
-        for ((rank, n), (m, _), _, device, rows), indices in kinds.items():
-            # Several waves bound the memory that copies of the factors take.
-            limit = _WAVE["cpu" if device.type == "cpu" else "gpu"]
+        open_waves: dict[tuple[Any, ...], tuple[list[Bucket], int]] = {}  # with the elements that are still free
+        for ((rank, n), (m, _), dtype, device, rows), indices in kinds.items():
+            key, limit = (rank, working_dtype(dtype), device), _WAVE["cpu" if device.type == "cpu" else "gpu"]
             size = max(1, limit // (rank * (m + n)))
             for low in range(0, len(indices), size):
                 part = indices[low : low + size]
                 scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in part]
                 parameters = [(self._at(self._pairs[each].a), self._at(self._pairs[each].b)) for each in part]
                 needed = len(part) * rank * (m + n)
-                last = next((wave for wave in reversed(waves) if _order(wave) == (rank, device)), None)
-                if last is None or room[rank, device] < needed:
-                    waves.append([])
-                    last, room[rank, device] = waves[-1], limit
-                last.append(Bucket(part, scaling, parameters, rows))
-                room[rank, device] -= needed
+                wave, room = open_waves.get(key, ([], 0))
+                if needed > room:
+                    wave, room = [], limit
+                    waves.append(wave)
+                wave.append(Bucket(part, scaling, parameters, rows))
+                open_waves[key] = wave, room - needed
         return waves
 
     def _step_pairs(self, wave: list[Bucket]) -> None:
@@ -393,8 +395,3 @@ class LoRAPro(Optimizer):
                 state = self._state_of(parameter) if self.mode == "efficient" else {}
                 entries.append(Entry(place[0], local(parameter), gradient, state))
         return entries
-
-
-def _order(wave: list[Bucket]) -> tuple[int, torch.device]:
-    first = wave[0].parameters[0][0]
-    return first.shape[0], first.device
