@@ -91,6 +91,21 @@ def test_adamw_looks_at_strides():
     assert relative_error(one.detach(), other.detach()) < 1e-6
 
 
+def test_moments_that_were_saved_in_another_order_of_memory():
+    one, other = Run(), Run()
+    for each in (one, other):
+        each.step(0)
+    saved = copy.deepcopy(one.optimizer.state_dict())
+    for each in saved["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if each[key].dim() == 2:
+                each[key] = each[key].T.contiguous().T
+    one.optimizer.load_state_dict(saved)
+    for each in (one, other):
+        each.step(1)
+    assert same(one.values(), other.values())
+
+
 def test_short_parameters_without_a_pair_keep_float32_moments():
     (one,) = extras(torch.bfloat16)[:1]
     wide = nn.Parameter(one.detach().float())

@@ -56,7 +56,7 @@ class Adjustment:
             ValueError: if factors are not finite, naming the pair.
         """
         self.buckets, self._sizes = buckets, [len(each.indices) for each in buckets]
-        values, vectors = _eigenpairs(torch.cat([each.grams() for each in buckets], 1), buckets)
+        values, vectors = _eigenpairs(torch.cat([each.grams for each in buckets], 1), buckets)
         self._squared = scaling.square().view(-1, 1, 1)
         epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
         largest = values.amax(-1, keepdim=True)
@@ -83,10 +83,10 @@ class Adjustment:
             cross: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
                 divided between the factors.
         """
-        overlap = torch.cat([each.rows.add_up(torch.bmm(each.b.mT, each.grad_b)) for each in self.buckets])
+        overlap = torch.cat([each.overlap for each in self.buckets])
         inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared
         if cross:
-            inner = torch.cat([torch.bmm(each.grad_a, each.a.mT) for each in self.buckets]).to(torch.float64)
+            inner = torch.cat([each.inner for each in self.buckets]).to(torch.float64)
             rotated = self._p_inverse * (self._p_vectors.mT @ inner @ self._q_vectors)
             x = self._p_vectors @ (rotated * self._over_sums) @ self._q_vectors.mT  # -X
             inside -= x

@@ -62,7 +62,9 @@ class Bucket:
         grad_b: gradients of B, `(L, m', r)`.
         out_a: for the adjusted gradients of A.
         out_b: for the adjusted gradients of B.
-        wide: float64 memory for either factor.
+        grams: `B^T B` and `A A^T`, `(2, L, r, r)` float64.
+        overlap: `B^T gB`, `(L, r, r)`.
+        inner: `gA A^T`, `(L, r, r)`.
     """
 
     indices: list[int]
@@ -75,10 +77,12 @@ class Bucket:
     grad_b: torch.Tensor = field(init=False)
     out_a: torch.Tensor = field(init=False)
     out_b: torch.Tensor = field(init=False)
-    wide: torch.Tensor = field(init=False)
+    grams: torch.Tensor = field(init=False)
+    overlap: torch.Tensor = field(init=False)
+    inner: torch.Tensor = field(init=False)
 
     def fill(self, scratch: Scratch, slot: int) -> Bucket:
-        """Copy the factors and their gradients side by side.
+        """Copy the factors and their gradients side by side, and contract their long axes.
 
         Args:
             scratch: gives the memory.
@@ -103,20 +107,25 @@ class Bucket:
         (self.a, self.grad_a), (self.b, self.grad_b) = torch.split(whole, count), torch.split(stacks[1], count)
         self.out_a = scratch.take((slot, "out", 0), self.a.shape, dtype, device)
         self.out_b = scratch.take((slot, "out", 1), self.b.shape, dtype, device)
-        largest = max(self.a.numel(), self.b.numel())
-        self.wide = scratch.take("wide", (largest,), torch.float64, device)
+        # Next to the copies, while they are in the processor's cache.
+        self.grams = self._grams(scratch)
+        self.contract()
         return self
 
-    def grams(self) -> torch.Tensor:
-        """`B^T B` and `A A^T`, `(2, L, r, r)` float64."""
+    def _grams(self, scratch: Scratch) -> torch.Tensor:
         found = []
         for factor in (self.b, self.a):
             wide = factor
             if factor.dtype != torch.float64:
-                wide = self.wide[: factor.numel()].view(factor.shape).copy_(factor)
+                wide = scratch.take("wide", factor.shape, torch.float64, factor.device).copy_(factor)
             found.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
         self.rows.add_up(found[0])
         return torch.stack(found)
+
+    def contract(self) -> None:
+        """Contract the long axes of the gradients with the factors: again, whenever the gradients are others."""
+        self.overlap = self.rows.add_up(torch.bmm(self.b.mT, self.grad_b))
+        self.inner = torch.bmm(self.grad_a, self.a.mT)
 
 
 def draw_seed() -> int:

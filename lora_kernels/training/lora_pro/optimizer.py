@@ -264,6 +264,8 @@ class LoRAPro(Optimizer):
                     value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
                 elif isinstance(value, torch.Tensor):
                     value = value.to(parameter.device, self._moment_dtype(parameter, full=place in full))
+                    if parameter.is_contiguous():  # the fused kernels for the CPU look at no strides
+                        value = value.contiguous()
                 self.state[parameter][name] = value
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -386,6 +388,7 @@ class LoRAPro(Optimizer):
                 row_offset=offset,
             )
         bucket.rows.add_up(bucket.grad_a)
+        bucket.contract()
 
     def _entries(self, bucket: Bucket) -> list[Entry]:
         own, entries = bucket.rows.own(bucket.a.shape[1]), []

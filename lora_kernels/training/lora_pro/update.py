@@ -39,12 +39,8 @@ def _by_group(entries: list[Entry]) -> dict[tuple[int, bool], list[Entry]]:
     found: dict[tuple[int, bool], list[Entry]] = defaultdict(list)
     for each in entries:
         if each.value.numel():
-            tensors = (
-                each.value,
-                each.gradient,
-                *(local(each.state[key]) for key in ("exp_avg",) if key in each.state),
-            )
-            dense = all(tensor.is_contiguous() for tensor in tensors)
+            # (Moments are made in the order of their parameter's memory.)
+            dense = each.value.is_contiguous() and each.gradient.is_contiguous()
             found[each.group, dense and each.value.device.type == "cpu"].append(each)
     return found
 
