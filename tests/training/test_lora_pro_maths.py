@@ -100,7 +100,7 @@ def test_factors_that_lost_their_rank_stay_finite(damping):
 def test_rounding_errors_in_lost_directions_are_not_raised(which):
     """Float32 gradients against the pseudo-inverse of the same factors in float64, with exact gradients."""
     shape = {"few rows of B": (2, 17, 5), "few columns of A": (19, 3, 5)}.get(which, (19, 17, 5))
-    a, b = factors([shape], torch.float64, b_scale=1.0)[0]
+    a, b = factors([shape], torch.float64, b_scale=5.0)[0]
     with torch.no_grad():
         if which == "equal rows of A":
             a[3] = a[1]
@@ -117,7 +117,7 @@ def test_rounding_errors_in_lost_directions_are_not_raised(which):
     product = b64 @ left @ b64.T @ g + (torch.eye(len(b64)).double() - b64 @ left @ b64.T) @ g @ a64.T @ right @ a64
     moved = 2.0 * (b64 @ found[0].double() + found[1].double() @ a64)
     assert relative_error(moved, product) < 1e-4
-    assert max(float(each.abs().max()) for each in found) < 30.0
+    assert max(float(each.abs().max()) for each in found) < 5.0
 
 
 def test_ill_conditioned_float32_factors_keep_their_small_directions():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.training.lora_pro.buckets import mix
 from tests.conftest import relative_error
 from tests.training.lora_pro_cases import SHAPES, factors, full_gradients, optimizer_for, set_gradients
 
@@ -184,6 +185,11 @@ def test_bfloat16_moments_are_rounded_with_a_seed_of_their_own_per_pair_and_run(
     first, again, other = moments(1), moments(1), moments(2)
     assert same(first, again) and not same(first, other)
     assert not torch.equal(first[0], first[1]) and relative_error(first[0], first[1]) < 0.02
+
+
+def test_every_pair_and_step_has_its_own_seed():
+    seeds = {mix(seed, pair, step) for seed in (0, 1, 2**62) for pair in range(20) for step in range(1, 50)}
+    assert len(seeds) == 3 * 20 * 49 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_float32_moments_draw_no_seed():
