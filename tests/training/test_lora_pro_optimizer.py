@@ -353,7 +353,9 @@ def test_each_group_has_its_own_numbers(mode):
 def test_groups_can_be_added_of_both_kinds():
     run, late, other = Run(), factors([(8, 6, 2)]), nn.Parameter(torch.ones(3))
     run.step(0)
-    run.optimizer.add_param_group({"pairs": late, "scaling": 3.0})
+    group = {"pairs": late, "scaling": 3.0}
+    run.optimizer.add_param_group(group)
+    assert group.keys() == {"pairs", "scaling"}  # the caller's own stays as it is
     run.optimizer.add_param_group({"params": [other]})
     before = values([*late[0], other])
     set_gradients(late, 3.0, 0, [(8, 6, 2)])
