@@ -136,9 +136,9 @@ def draw_seed() -> int:
     return seed[0]
 
 
-def mix(seed: int, pair: int, step: int) -> int:
-    """A seed of its own for every pair and step (the finaliser of SplitMix64), below 2^63."""
-    word = (seed + 0x9E3779B97F4A7C15 * ((pair << 32) + step)) & _WORD
+def mix(seed: int, pair: int) -> int:
+    """A seed of its own for every pair (the finaliser of SplitMix64), below 2^63; the op adds step, row and column."""
+    word = (seed + 0x9E3779B97F4A7C15 * (pair + 1)) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return (word ^ (word >> 31)) >> 1

@@ -118,7 +118,7 @@ def create_lorapro_optimizer(
         lr: learning rate.
         mode: `efficient` (state of LoRA's size) or `full` (the paper's: the moments of the full weight).
         betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; above 0 in `full` mode.
         weight_decay: decoupled; of factors and other matrices, not of biases and norms (parameters with one axis).
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
         state_dtype: of the moments in `full` mode: `None`, float32; or `torch.bfloat16` with stochastic rounding.

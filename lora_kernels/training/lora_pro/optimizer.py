@@ -56,7 +56,7 @@ class LoRAPro(Optimizer):
         pairs: `(A, B, scaling)` for parameters that are given in ordinary groups, wherever they are in these.
         mode: `efficient` or `full`.
         betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; above 0 in `full` mode.
         weight_decay: decoupled, of A and B themselves.
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
         state_dtype: of the moments in `full` mode: `None`, float32 (float64 for float64 parameters); or
@@ -121,6 +121,8 @@ class LoRAPro(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
         check_options({**self.defaults, **group})
+        if self.mode == "full" and {**self.defaults, **group}["eps"] == 0:  # 0 / 0 where no gradient has come yet
+            raise ValueError('eps is 0, but must be above 0 with mode="full"')
         if "pairs" not in group:
             if "scaling" in group:
                 raise ValueError("scaling belongs to a group with pairs, but this one has params")
@@ -369,10 +371,6 @@ class LoRAPro(Optimizer):
             group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
             for each in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
                 each["step"] += 1
-            step = int(state["step"])
-            if not bucket.b[row].numel():
-                bucket.grad_a[row].zero_()
-                continue
             bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
                 local(state["exp_avg"]),
                 local(state["exp_avg_sq"]),
@@ -383,8 +381,8 @@ class LoRAPro(Optimizer):
                 scaling=bucket.scaling[row],
                 betas=group["betas"],
                 eps=group["eps"],
-                step=step,
-                seed=mix(group["seed"], index, step) if self.state_dtype == torch.bfloat16 else None,
+                step=int(state["step"]),
+                seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
                 row_offset=offset,
             )
         bucket.rows.add_up(bucket.grad_a)
