@@ -25,10 +25,11 @@ MODES = {
 STEPS = 4
 
 
-def model_and_optimizer(wrap, options):
+def model_and_optimizer(wrap, options, seed=10):
     """Ranks of 1 and 3 leave a process without rows of A, or with fewer than the other."""
     model = wrapped(rank_pattern={"q_proj": 1, "down_proj": 3}, modules_to_save=["lm_head"])
     model = wrap(model)
+    torch.manual_seed(seed)
     return model, lk.create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, **options)
 
 
@@ -65,8 +66,7 @@ def resumed(options, ids):
     train(model, optimizer, ids, 2)
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     factors = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
-    torch.manual_seed(5)
-    other, second = model_and_optimizer(shard, options)
+    other, second = model_and_optimizer(shard, options, 5)
     with torch.no_grad():
         for name, each in other.named_parameters():
             if name in factors:
@@ -112,14 +112,13 @@ def main():
     rank = distributed.get_rank()
     ids, kept = batch()[2 * rank : 2 * rank + 2], {}
     for name, options in MODES.items():
-        torch.manual_seed(10 + rank)  # the processes need not have the same seed
-        model, optimizer = model_and_optimizer(DistributedDataParallel, options)
+        # The processes need not have the same seed.
+        model, optimizer = model_and_optimizer(DistributedDataParallel, options, 10 + rank)
         found = adapter(train(model, optimizer, ids))
         states = moments(optimizer)
         kept[f"ddp_{name}"] = {"adapter": found, "same": same_on_all([*found.values(), *states])}
 
-        torch.manual_seed(10 + rank)
-        model, optimizer = model_and_optimizer(shard, options)
+        model, optimizer = model_and_optimizer(shard, options, 10 + rank)
         found = adapter(train(model, optimizer, ids))
         rows = [each.to_local().shape[0] for each in moments(optimizer)]
         whole = [each.shape[0] for each in moments(optimizer)]

@@ -119,6 +119,35 @@ def test_factors_that_are_no_pair_get_adamw_and_a_warning():
     train(model, optimizer, 1)
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(3, 6, 5)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.linear(torch.einsum("eoi,bi->bo", self.weight, x))
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x)
+
+
+def test_factors_of_several_experts_in_one_matrix_are_no_pair():
+    config = LoraConfig(r=2, target_modules=["linear"], target_parameters=["experts.weight"])
+    model = get_peft_model(Mixture(), config)
+    with pytest.warns(RuntimeWarning, match=r"factors of all experts are in one matrix \(1\)"):
+        optimizer = lk.create_lorapro_optimizer(model, lr=1e-2)
+    assert [[tuple(each.shape) for each in group["params"]] for group in optimizer.param_groups] == [
+        [(2, 6), (4, 2)],
+        [(6, 5), (6, 6)],
+    ]
+
+
 def test_models_without_pairs_are_refused():
     for model in (tiny_llama(), wrapped()):
         model.requires_grad_(False)

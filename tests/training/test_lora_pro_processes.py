@@ -15,7 +15,6 @@ def found(tmp_path_factory):
 
 
 def alone(name):
-    torch.manual_seed(10)
     model, optimizer = model_and_optimizer(lambda model: model, MODES[name])
     start = adapter(model)
     train(model, optimizer, batch())
