@@ -103,6 +103,7 @@ def few_rows(wrap, share, options):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
+    assert {float(each["step"]) for each in optimizer.state.values()} == {STEPS}  # also where a process has no rows
     return adapter(model)
 
 
@@ -124,7 +125,7 @@ def main():
         whole = [each.shape[0] for each in moments(optimizer)]
         kept[f"fsdp_{name}"] = {
             "adapter": found,
-            "same": same_on_all(found.values()),
+            "same": same_on_all([*found.values(), *(each["step"] for each in optimizer.state.values())]),
             "rows": (sum(rows), sum(whole)),
             "moments": [each.full_tensor().float() for each in moments(optimizer)],
             "resumed": resumed(options, ids),
