@@ -20,7 +20,17 @@ from lora_kernels.integrations.report import InitReport, LayerReport
 from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
-from lora_kernels.training import AccelerateReport, LoRADash, accelerate, reference_mode, restore, verify
+from lora_kernels.training import (
+    AccelerateReport,
+    LoRADash,
+    LoRAPro,
+    accelerate,
+    create_lorapro_optimizer,
+    lorapro_cls_and_kwargs,
+    reference_mode,
+    restore,
+    verify,
+)
 from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
@@ -39,6 +49,7 @@ __all__ = [
     "LayerReport",
     "LoRADash",
     "LoRADashCallback",
+    "LoRAPro",
     "LoRATSD",
     "LoraDA",
     "LoraGA",
@@ -52,6 +63,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "collect",
+    "create_lorapro_optimizer",
     "diagnose",
     "export",
     "init",
@@ -59,6 +71,7 @@ __all__ = [
     "landscape",
     "linalg",
     "load",
+    "lorapro_cls_and_kwargs",
     "ops",
     "plan",
     "reference_mode",

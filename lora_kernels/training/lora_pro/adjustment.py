@@ -1,0 +1,101 @@
+"""The adjusted gradients of many pairs at once, in closed form (METHODS.md, LoRA-Pro).
+
+With `S = B^T B = P diag(p) P^T` and `T = A A^T = Q diag(q) Q^T`, every inverse and the Sylvester equation share one
+eigendecomposition of S and one of T:
+
+    dA = (1/s^2) S+ gA + X A
+    dB = (1/s^2) (gB - B S+ B^T gB) T+ - B X
+    X  = P [ (P^T R Q)_ij / (p_i + q_j) ] Q^T,      R = -(1/s^2) S+ gA A^T
+
+where `S+ = P diag(1 / (p + damping)) P^T`, and T+ likewise; where p is zero, to rounding, its inverse is zero too. The
+damping is in these two inverses alone, not in `p_i + q_j`. Only products with the r columns (rows) of the factors touch
+the long axes: no m x m projector is formed.
+
+Grams are taken in float64 and all r x r algebra is: `B^T B` is the square of a matrix that starts at zero, and products
+in float32 lose the small eigenvalues that its inverse lives on. The other products with the long axes are in float32
+(float64 for float64 parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels.ops import eigh
+from lora_kernels.training.lora_pro.buckets import Bucket
+
+
+def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        values, vectors = eigh(grams)
+    except ValueError as error:
+        indices = [index for each in buckets for index in each.indices]
+        broken = [index for index, pair in zip(indices, grams.unbind(1), strict=True) if not pair.isfinite().all()]
+        if not broken:
+            raise
+        raise ValueError(
+            f"pair {broken[0]} has factors with NaN or infinite entries (from a gradient that was not finite in an "
+            "earlier step?)"
+        ) from error
+    return values.clamp_min(0.0), vectors
+
+
+class Adjustment:
+    """Turns the gradients of pairs of one rank into adjusted ones, for factors that stay as they are."""
+
+    def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
+        """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
+
+        Args:
+            buckets: of pairs of one rank and working dtype, on one device.
+            scaling: of all pairs, in their order, float64.
+            damping: added to the eigenvalues of both Grams in the inverses.
+
+        Raises:
+            ValueError: if factors are not finite, naming the pair.
+        """
+        self.buckets, self._sizes = buckets, [len(each.indices) for each in buckets]
+        values, vectors = _eigenpairs(torch.cat([each.grams for each in buckets], 1), buckets)
+        self._squared = scaling.square().view(-1, 1, 1)
+        epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
+        largest = values.amax(-1, keepdim=True)
+        # Where a factor has lost its rank, the gradient of the other is zero but for rounding errors, which 1/damping
+        # would raise to the size of the rest: such directions get nothing.
+        lost = max(epsilon, (values.shape[-1] * torch.finfo(buckets[0].a.dtype).eps) ** 2) * largest
+        inverses = torch.where(values > lost, 1.0 / (values + damping), 0.0).unsqueeze(-1) / self._squared
+        # (1/s^2) S+ becomes the identity while B = 0: then gA is zero too, and 1/damping would blow up any noise in it.
+        # Decided on the data, without the host ever reading it.
+        unborn = values[0].sum(-1).eq(0.0).view(-1, 1, 1)
+        self._p_inverse = torch.where(unborn, 1.0, inverses[0])
+        self._p_vectors, self._q_vectors = vectors
+        self._s_inverse = self._p_vectors @ (self._p_inverse * self._p_vectors.mT)  # (1/s^2) S+, (L, r, r)
+        self._t_inverse = self._q_vectors @ (inverses[1] * self._q_vectors.mT)  # (1/s^2) T+
+        sums = values[0].unsqueeze(-1) + values[1].unsqueeze(-2)
+        # Coefficients that the equation leaves open are zero, and all of X while B = 0.
+        noise = torch.where(unborn, torch.inf, epsilon * sums.amax((-2, -1), keepdim=True))
+        self._over_sums = torch.where(sums > noise, 1.0 / sums, 0.0)
+
+    def __call__(self, *, cross: bool) -> None:
+        """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.
+
+        Args:
+            cross: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
+                divided between the factors.
+        """
+        overlap = torch.cat([each.overlap for each in self.buckets])
+        inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared
+        if cross:
+            inner = torch.cat([each.inner for each in self.buckets]).to(torch.float64)
+            rotated = self._p_inverse * (self._p_vectors.mT @ inner @ self._q_vectors)
+            x = self._p_vectors @ (rotated * self._over_sums) @ self._q_vectors.mT  # -X
+            inside -= x
+        parts = [torch.split(each, self._sizes) for each in (self._s_inverse, self._t_inverse, inside)]
+        crosses = torch.split(x, self._sizes) if cross else [None] * len(self.buckets)
+        for each, left, right, middle, minus_x in zip(self.buckets, *parts, crosses, strict=True):
+            work = each.a.dtype
+            torch.bmm(left.to(work), each.grad_a, out=each.out_a)
+            if minus_x is not None:
+                each.out_a.baddbmm_(minus_x.to(work), each.a, alpha=-1)
+            torch.bmm(each.grad_b, right.to(work), out=each.out_b)
+            each.out_b.baddbmm_(each.b, middle.to(work), alpha=-1)

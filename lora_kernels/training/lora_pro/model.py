@@ -1,0 +1,174 @@
+"""Pairs of a PEFT model, and the optimizer for all that it trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.training.lora_pro.groups import Scaling
+from lora_kernels.training.lora_pro.optimizer import LoRAPro
+
+_Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
+
+
+@dataclass(frozen=True)
+class LayerScaling:
+    """The scaling of an adapter on a layer, read whenever it is called.
+
+    Attributes:
+        layer: a LoRA layer.
+        adapter: the adapter's name.
+    """
+
+    layer: Any
+    adapter: str
+
+    def __call__(self) -> float:
+        """S as it is now."""
+        return float(self.layer.scaling[self.adapter])
+
+
+def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The factors of every adapter of a layer.
+
+    Yields:
+        Adapter, A and B.
+    """
+    for adapter in getattr(layer, "lora_A", {}):
+        yield adapter, getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
+    for adapter in getattr(layer, "lora_embedding_A", {}):
+        yield adapter, layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+
+
+def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
+    """Why trained factors are no pair whose product is added to one weight, if they are none."""
+    if not (a.requires_grad and b.requires_grad):
+        return "one factor is frozen"
+    if a.dim() != 2 or b.dim() != 2:
+        return f"factors of {type(layer).__name__} are no matrices (of a convolution, or flattened by FSDP1)"
+    if getattr(layer, "num_experts", 1) != 1:
+        return "factors of all experts are in one matrix"
+    return None
+
+
+def find_pairs(model: nn.Module) -> list[_Pair]:
+    """The LoRA pairs that a PEFT model trains.
+
+    Every adapter of every LoRA layer on a linear layer or an embedding, where A and B are trained; DoRA and the other
+    variants included, whose gradients of A and B come from one gradient of `W + s B A` too. Warns of trained factors
+    that are no pair; they get AdamW.
+
+    Args:
+        model: with PEFT's LoRA layers, bare or in DistributedDataParallel, or sharded by `fully_shard`.
+
+    Returns:
+        A, B and the scaling of each.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    pairs: list[_Pair] = []
+    without: Counter[str] = Counter()
+    for layer in unwrap(model).modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter, a, b in _factors(layer):
+            if not any(isinstance(each, torch.Tensor) and each.requires_grad for each in (a, b)):
+                continue
+            reason = _no_pair(layer, a, b)
+            if reason is None:
+                pairs.append((a, b, LayerScaling(layer, adapter)))
+            else:
+                without[reason] += 1
+    if without:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in without.items())
+        warnings.warn(f"{without.total()} LoRA layers get plain AdamW: {reasons}", RuntimeWarning, stacklevel=3)
+    if not pairs:
+        raise ValueError("model trains no LoRA pair: make it with peft.get_peft_model, with the adapter trainable")
+    return pairs
+
+
+def create_lorapro_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    mode: str = "efficient",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    damping: float = 1e-8,
+    state_dtype: torch.dtype | None = None,
+) -> LoRAPro:
+    """LoRA-Pro for all that a PEFT model trains: pairs by LoRA-Pro, the rest (heads, biases, ...) by AdamW.
+
+    Make it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of each
+    layer is read at every step. Embeddings are pairs as well: in `full` mode their moments have the size of the table.
+
+    Args:
+        model: with PEFT's LoRA layers.
+        lr: learning rate.
+        mode: `efficient` (state of LoRA's size) or `full` (the paper's: the moments of the full weight).
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment; above 0 in `full` mode.
+        weight_decay: decoupled; of factors and other matrices, not of biases and norms (parameters with one axis).
+        damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
+        state_dtype: of the moments in `full` mode: `None`, float32; or `torch.bfloat16` with stochastic rounding.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TypeError: on a wrong type.
+        ValueError: if the model trains no LoRA pair, or a number is out of range.
+    """
+    pairs = find_pairs(model)
+    paired = {id(each) for a, b, _ in pairs for each in (a, b)}
+    others = [each for each in model.parameters() if each.requires_grad and id(each) not in paired]
+    groups: list[dict[str, Any]] = [{"pairs": [(a, b) for a, b, _ in pairs], "scaling": [s for _, _, s in pairs]}]
+    matrices = [each for each in others if each.dim() > 1]
+    vectors = [each for each in others if each.dim() <= 1]
+    groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
+    return LoRAPro(
+        groups,
+        lr,
+        mode=mode,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        damping=damping,
+        state_dtype=state_dtype,
+    )
+
+
+def lorapro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tuple[type[LoRAPro], dict[str, Any]]:
+    """For `Trainer(optimizer_cls_and_kwargs=...)` of transformers, which makes the groups itself.
+
+    The pairs are found in the Trainer's groups by identity, whichever groups they are in. Weight decay is that of the
+    Trainer's arguments. The learning rate given here counts, not that of the arguments (of which the scheduler knows
+    nothing).
+
+    Args:
+        model: the PEFT model that the Trainer gets.
+        lr: learning rate.
+        options: mode, betas, eps, damping or state_dtype of `LoRAPro`.
+
+    Returns:
+        The class, and the arguments to make it with.
+
+    Raises:
+        TypeError: on another option.
+        ValueError: if the model trains no LoRA pair.
+    """
+    unknown = sorted(set(options) - {"mode", "betas", "eps", "damping", "state_dtype"})
+    if unknown:
+        raise TypeError(f"options must be of mode, betas, eps, damping and state_dtype, got {', '.join(unknown)}")
+    return LoRAPro, {"pairs": find_pairs(model), "lr": lr, **options}

@@ -1,0 +1,398 @@
+"""The optimizer: groups and state as torch's own optimizers have them, steps in batches of pairs of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.training.lora_pro.adjustment import Adjustment
+from lora_kernels.training.lora_pro.buckets import Bucket, Scratch, draw_seed, mix
+from lora_kernels.training.lora_pro.groups import (
+    Pair,
+    Scaling,
+    check_gradient,
+    check_options,
+    check_pair,
+    check_scalings,
+)
+from lora_kernels.training.lora_pro.shards import Layout, like_rows, local, wrap
+from lora_kernels.training.lora_pro.update import Entry, adamw_, descend_, working_dtype
+
+MODES = ("efficient", "full")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
+
+
+class LoRAPro(Optimizer):
+    """LoRA-Pro (arXiv 2407.18242): gradients of LoRA pairs adjusted to follow the gradient of the full weight.
+
+    The update that a step makes to the product `s B A` is, to first order, `E = s B dA + s dB A`. Of all `(dA, dB)` the
+    adjusted ones bring E closest to the gradient of the full weight, which they recover from the gradients of A and B
+    alone. `mode="efficient"` runs AdamW on `(dA, dB)`; its state is AdamW's. `mode="full"` is the paper's: Adam's
+    moments are those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
+
+    Parameters in no pair get AdamW. Arithmetic is in float32 (float64 for float64 parameters) whatever the parameters'
+    dtype, and results are rounded to it; states are float32 (float64). Weight decay is decoupled. Gradients are taken
+    as they are when `step` is called: clipping, unscaling and accumulation come before, and so act on the gradients of
+    A and B, not on the adjusted ones. A pair without gradients is skipped.
+
+    On several processes: under DDP all take equal steps. Under FSDP2 (`fully_shard`) factors are sharded by rows: the
+    rows of A are gathered, those of B stay where they are, and so do the rows of the moments of the full weight. In
+    `full` mode with bfloat16 moments all processes must have the same seed: rank 0's is broadcast where the optimizer
+    is made after `init_process_group`.
+
+    Args:
+        params: parameters, or groups. A group is `{"params": [...]}`, or `{"pairs": [(A, B), ...], "scaling": s}` with
+            A `(r, n)` and B `(m, r)` and the weight `W + s B A`; its scaling is a number, a function without arguments
+            that is asked at every step, or one of these per pair. Each group may have its own lr, betas, eps and
+            weight_decay (a pair takes betas and eps from B's group).
+        lr: learning rate.
+        pairs: `(A, B, scaling)` for parameters that are given in ordinary groups, wherever they are in these.
+        mode: `efficient` or `full`.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment; above 0 in `full` mode.
+        weight_decay: decoupled, of A and B themselves.
+        damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
+        state_dtype: of the moments in `full` mode: `None`, float32 (float64 for float64 parameters); or
+            `torch.bfloat16` with stochastic rounding, seeded from torch's default generator.
+
+    Raises:
+        TypeError: on a wrong type or dtype.
+        ValueError: on a number out of range, shapes or devices that do not match, or a parameter given twice.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor,
+        *,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]] = (),
+        mode: str = "efficient",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        damping: float = 1e-8,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_choice("mode", mode, MODES)
+        check_choice("state_dtype", state_dtype, (None, torch.bfloat16))
+        if state_dtype == torch.bfloat16 and mode != "full":
+            raise ValueError('state_dtype is torch.bfloat16, which needs mode="full": efficient states are small')
+        check_range("damping", damping, low=0.0, high=1e30)
+        self.mode, self.damping, self.state_dtype = mode, damping, state_dtype
+        self._pairs: list[Pair] = []
+        self._scalings: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._scratch = Scratch()
+        seed = draw_seed() if state_dtype == torch.bfloat16 else 0
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        super().__init__(params, defaults)
+        self._find(pairs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        own = ("mode", "damping", "state_dtype", "_pairs")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies and pickles, and of `load_state_dict`."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_scalings", {})
+        self.__dict__.setdefault("_scratch", Scratch())
+
+    # -- groups and pairs ----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters or of pairs.
+
+        Args:
+            param_group: as in the constructor.
+
+        Raises:
+            TypeError: on a wrong type or dtype.
+            ValueError: as the constructor.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = dict(param_group)
+        check_options({**self.defaults, **group})
+        if self.mode == "full" and {**self.defaults, **group}["eps"] == 0:  # 0 / 0 where no gradient has come yet
+            raise ValueError('eps is 0, but must be above 0 with mode="full"')
+        if "pairs" not in group:
+            if "scaling" in group:
+                raise ValueError("scaling belongs to a group with pairs, but this one has params")
+            super().add_param_group(group)
+            return
+        if "params" in group:
+            raise ValueError("a group has pairs or params, but this one has both")
+        if "scaling" not in group:
+            raise ValueError("a group with pairs needs its scaling")
+        pairs, number = [tuple(each) for each in group.pop("pairs")], len(self.param_groups)
+        scalings = check_scalings(group.pop("scaling"), len(pairs))
+        for index, pair in enumerate(pairs):
+            if len(pair) != 2:
+                raise ValueError(f"pairs[{index}] has {len(pair)} entries, but must be (A, B)")
+            self._check_pair(f"pairs[{index}]", *pair)
+        group["params"] = [each for pair in pairs for each in pair]
+        if len({id(each) for each in group["params"]}) != len(group["params"]):
+            raise ValueError("pairs holds a parameter twice")
+        super().add_param_group(group)
+        self._pairs += [
+            Pair((number, 2 * index), (number, 2 * index + 1), scaling) for index, scaling in enumerate(scalings)
+        ]
+
+    def _check_pair(self, name: str, a: Any, b: Any) -> None:
+        check_pair(name, a, b)
+        if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
+            raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
+
+    def _find(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
+        places = {
+            id(each): (number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, each in enumerate(group["params"])
+        }
+        taken = {place for each in self._pairs for place in (each.a, each.b)}
+        for index, (a, b, scaling) in enumerate(pairs):
+            name = f"pairs[{index}]"
+            self._check_pair(name, a, b)
+            found = []
+            for each, factor in ((a, "A"), (b, "B")):
+                place = places.get(id(each))
+                if place is None:
+                    raise ValueError(f"{factor} of {name} is in no parameter group")
+                if place in taken:
+                    raise ValueError(f"{factor} of {name} is in two pairs")
+                taken.add(place)
+                found.append(place)
+            self._pairs.append(Pair(found[0], found[1], check_scalings(scaling, 1)[0]))
+
+    def _at(self, place: tuple[int, int]) -> torch.Tensor:
+        parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
+        return parameter
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _moment_dtype(self, parameter: torch.Tensor, *, full: bool) -> torch.dtype:
+        bfloat16 = full and self.state_dtype == torch.bfloat16
+        return torch.bfloat16 if bfloat16 else working_dtype(parameter.dtype)
+
+    def _state_of(self, parameter: torch.Tensor, columns: int | None = None) -> dict[str, Any]:
+        """State of a parameter, made where it is missing.
+
+        Args:
+            parameter: whose state.
+            columns: of moments for B in `full` mode, n; 0 for A, which has none.
+
+        Returns:
+            The state.
+        """
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            dtype = self._moment_dtype(parameter, full=columns is not None)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for key in _MOMENTS if columns != 0 else ():
+                if columns is not None:
+                    state[key] = like_rows(parameter, columns, dtype)
+                    continue
+                state[key] = torch.zeros_like(local(parameter), dtype=dtype)
+                if local(parameter) is not parameter:
+                    state[key] = wrap(state[key], parameter)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; the moments keep their own dtype, and a run goes on to the same bits.
+
+        Args:
+            state_dict: of an optimizer of the same groups, pairs and mode.
+
+        Raises:
+            ValueError: if groups, their sizes, or the mode are others.
+        """
+        # torch casts every floating-point state to the parameter's dtype, which would round the moments of bfloat16
+        # parameters: they are put back as they were saved.
+        seen: dict[str, Any] = {}
+
+        def look(_: Optimizer, final: dict[str, Any]) -> None:
+            seen.update(final)
+            self._check_saved(final)
+
+        def put_back(_: Optimizer) -> None:
+            self._put_back(seen)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(look),  # type: ignore[arg-type]
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for each in handles:
+                each.remove()
+
+    def _matched(self, saved: dict[str, Any]) -> list[tuple[tuple[int, int], Any]]:
+        """Place and saved key of each parameter; of all groups that both have."""
+        return [
+            ((number, index), key)
+            for number, (group, mine) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False))
+            for index, (key, _) in enumerate(zip(group["params"], mine["params"], strict=False))
+        ]
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        full = {each.b: each for each in self._pairs} if self.mode == "full" else {}
+        for place, key in self._matched(saved):
+            found = saved["state"].get(key, {}).get("exp_avg")
+            parameter = self._at(place)
+            expected = tuple(parameter.shape)
+            if place in full:
+                expected = (parameter.shape[0], self._at(full[place].a).shape[1])
+            if isinstance(found, torch.Tensor) and tuple(found.shape) != expected:
+                raise ValueError(
+                    f"state_dict holds moments of shape {tuple(found.shape)} where mode={self.mode!r} has {expected}: "
+                    "it was saved in another mode, or for other parameters"
+                )
+
+    def _put_back(self, saved: dict[str, Any]) -> None:
+        full = {each.b for each in self._pairs} if self.mode == "full" else set()
+        for place, key in self._matched(saved):
+            parameter = self._at(place)
+            for name, value in saved["state"].get(key, {}).items():
+                if name == "step":
+                    value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+                elif isinstance(value, torch.Tensor):
+                    value = value.to(parameter.device, self._moment_dtype(parameter, full=place in full))
+                    if parameter.is_contiguous():  # the fused kernels for the CPU look at no strides
+                        value = value.contiguous()
+                self.state[parameter][name] = value
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take a step.
+
+        Args:
+            closure: computes the loss and the gradients anew.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: if one factor of a pair has a gradient and the other has none, a gradient is sparse, the
+                factors of a pair are not finite, or its scaling is zero or not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for wave in self._waves():
+            self._step_pairs(wave)
+        adamw_(self._plain_entries(), self.param_groups)
+        return loss
+
+    def _plain_entries(self) -> list[Entry]:
+        paired = {place for each in self._pairs for place in (each.a, each.b)}
+        entries = []
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if (number, index) in paired or parameter.grad is None:
+                    continue
+                check_gradient(f"parameter {index} of group {number}", parameter.grad)
+                gradient = local(parameter.grad).to(working_dtype(parameter.dtype))
+                entries.append(Entry(number, local(parameter), gradient, self._state_of(parameter)))
+        return entries
+
+    def _waves(self) -> list[list[Bucket]]:
+        """Pairs with gradients, by shape, dtype, device and layout; those of one rank are adjusted together.
+
+        In several waves, which bounds the memory that the copies side by side take.
+        """
+        kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, pair in enumerate(self._pairs):
+            a, b = self._at(pair.a), self._at(pair.b)
+            missing = [name for name, each in (("A", a), ("B", b)) if each.grad is None]
+            if len(missing) == 2:
+                continue
+            if missing:
+                raise ValueError(
+                    f"pair {index} has a gradient for one factor only ({missing[0]} has none): a pair is trained as "
+                    "one; give a factor whose partner is frozen to an ordinary group"
+                )
+            for name, each in (("A", a), ("B", b)):
+                check_gradient(f"{name} of pair {index}", each.grad)  # type: ignore[arg-type]
+            kinds[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
+        waves: list[list[Bucket]] = []
+        open_waves: dict[tuple[Any, ...], tuple[list[Bucket], int]] = {}  # with the elements that are still free
+        for ((rank, n), (m, _), dtype, device, rows), indices in kinds.items():
+            key, limit = (rank, working_dtype(dtype), device), _WAVE["cpu" if device.type == "cpu" else "gpu"]
+            size = max(1, limit // (rank * (m + n)))
+            for low in range(0, len(indices), size):
+                part = indices[low : low + size]
+                scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in part]
+                parameters = [(self._at(self._pairs[each].a), self._at(self._pairs[each].b)) for each in part]
+                needed = len(part) * rank * (m + n)
+                wave, room = open_waves.get(key, ([], 0))
+                if needed > room:
+                    wave, room = [], limit
+                    waves.append(wave)
+                wave.append(Bucket(part, scaling, parameters, rows))
+                open_waves[key] = wave, room - needed
+        return waves
+
+    def _step_pairs(self, wave: list[Bucket]) -> None:
+        scaling = tuple(value for each in wave for value in each.scaling)
+        device = wave[0].parameters[0][0].device
+        if (scaling, device) not in self._scalings:
+            if len(self._scalings) > 64:  # scalings that change at every step
+                self._scalings.clear()
+            self._scalings[scaling, device] = torch.tensor(scaling, dtype=torch.float64, device=device)
+        for slot, each in enumerate(wave):
+            each.fill(self._scratch, slot)
+        adjust = Adjustment(wave, self._scalings[scaling, device], self.damping)
+        if self.mode == "full":
+            adjust(cross=False)
+            for each in wave:
+                self._project(each)
+        adjust(cross=True)
+        entries = [entry for each in wave for entry in self._entries(each)]
+        (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups)
+
+    def _project(self, bucket: Bucket) -> None:
+        """Put the gradients of Adam's direction of the full weight in the place of the raw ones."""
+        n, first = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
+        offset = bucket.rows.own(first).start
+        for row, index in enumerate(bucket.indices):
+            a, b = bucket.parameters[row]
+            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
+            for each in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
+                each["step"] += 1
+            bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
+                local(state["exp_avg"]),
+                local(state["exp_avg_sq"]),
+                bucket.a[row],
+                bucket.b[row],
+                bucket.out_a[row],
+                bucket.out_b[row],
+                scaling=bucket.scaling[row],
+                betas=group["betas"],
+                eps=group["eps"],
+                step=int(state["step"]),
+                seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
+                row_offset=offset,
+            )
+        bucket.rows.add_up(bucket.grad_a)
+        bucket.contract()
+
+    def _entries(self, bucket: Bucket) -> list[Entry]:
+        own, entries = bucket.rows.own(bucket.a.shape[1]), []
+        for row, index in enumerate(bucket.indices):
+            pair, gradients = self._pairs[index], (bucket.out_a[row, own], bucket.out_b[row])
+            for place, parameter, gradient in zip((pair.a, pair.b), bucket.parameters[row], gradients, strict=True):
+                state = self._state_of(parameter) if self.mode == "efficient" else {}
+                entries.append(Entry(place[0], local(parameter), gradient, state))
+        return entries

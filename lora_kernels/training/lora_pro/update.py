@@ -1,0 +1,103 @@
+"""Parameter updates: AdamW for gradients that come as they are, and the step along an adjusted direction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from lora_kernels.training.lora_pro.shards import local
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter to be moved, on this process.
+
+    Attributes:
+        group: number of its parameter group.
+        value: its own rows; shares the parameter's memory.
+        gradient: for these rows, float32 (float64).
+        state: of the parameter, moments included where AdamW makes the step.
+    """
+
+    group: int
+    value: torch.Tensor
+    gradient: torch.Tensor
+    state: dict[str, Any]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the arithmetic is done for a parameter of a given dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _by_group(entries: list[Entry]) -> dict[tuple[int, bool], list[Entry]]:
+    """Entries by group, and by whether torch's fused kernel for the CPU can take them (it looks at no strides)."""
+    found: dict[tuple[int, bool], list[Entry]] = defaultdict(list)
+    for each in entries:
+        if each.value.numel():
+            # (Moments are made in the order of their parameter's memory.)
+            dense = each.value.is_contiguous() and each.gradient.is_contiguous()
+            found[each.group, dense and each.value.device.type == "cpu"].append(each)
+    return found
+
+
+def _wide(entries: list[Entry]) -> list[torch.Tensor]:
+    """Values in the working dtype: themselves, or copies."""
+    return [each.value.to(working_dtype(each.value.dtype)) for each in entries]
+
+
+def _round_back(entries: list[Entry], wide: list[torch.Tensor]) -> None:
+    narrow = [(each.value, value) for each, value in zip(entries, wide, strict=True) if value is not each.value]
+    if narrow:
+        torch._foreach_copy_([value for value, _ in narrow], [value for _, value in narrow])
+
+
+def adamw_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
+    """One AdamW step, in float32 (float64), the result rounded to the parameters' dtype.
+
+    Args:
+        entries: parameters whose state holds step, exp_avg and exp_avg_sq.
+        groups: the optimizer's parameter groups.
+    """
+    for each in entries:
+        if not each.value.numel():
+            each.state["step"] += 1  # this process holds no row of it
+    for (number, fused), found in _by_group(entries).items():
+        group, wide = groups[number], _wide(found)
+        adamw(
+            wide,
+            [each.gradient for each in found],
+            [local(each.state["exp_avg"]) for each in found],
+            [local(each.state["exp_avg_sq"]) for each in found],
+            [],
+            [each.state["step"] for each in found],
+            foreach=not fused,
+            fused=fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        _round_back(found, wide)
+
+
+def descend_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
+    """`p <- (1 - lr weight_decay) p - lr gradient`, in float32 (float64), rounded to the parameters' dtype.
+
+    Args:
+        entries: parameters with their directions.
+        groups: the optimizer's parameter groups.
+    """
+    for (number, _), found in _by_group(entries).items():
+        lr, decay, wide = float(groups[number]["lr"]), groups[number]["weight_decay"], _wide(found)
+        if decay:
+            torch._foreach_mul_(wide, 1.0 - lr * decay)
+        torch._foreach_add_(wide, [each.gradient for each in found], alpha=-lr)
+        _round_back(found, wide)
