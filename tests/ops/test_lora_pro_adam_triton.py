@@ -7,11 +7,12 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
+from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from tests.conftest import relative_error
 from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, errors, make, whole_numbers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = op.Adam(SCALING, *BETAS, EPS, 3, 0)
+NUMBERS = Adam(SCALING, *BETAS, EPS, 3, 0)
 TINY = config.ProConfig(16, 16, 1, 1)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -34,10 +34,8 @@ from lora_kernels.ops.lora_pro_adam.config import (
     precisions,
     rank_for,
 )
+from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from lora_kernels.ops.random_matrix.kernel import signed32
-
-if TYPE_CHECKING:
-    from lora_kernels.ops.lora_pro_adam.op import Adam
 
 _PART = 1024  # elements per program of `sum_slabs_kernel`
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from dataclasses import dataclass
 
 import torch
 
@@ -13,42 +11,12 @@ from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, t
 from lora_kernels.ops._checks import check_number, check_range, check_tensor
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
+from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, stochastic_round
 
 STATES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # dtypes of the moments, and their codes in csrc
 # Elements that the torch backend handles at a time: a share of the matrix, so that temporaries are small beside it.
 _SHARE, _LEAST, _CPU_MOST, _GPU_MOST = 64, 2**14, 2**18, 2**24
-
-
-@dataclass(frozen=True)
-class Adam:
-    """The numbers of a step.
-
-    Attributes:
-        scaling: s.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        step: counted from 1.
-        row_offset: the number of the first row, for the random bits.
-    """
-
-    scaling: float
-    beta1: float
-    beta2: float
-    eps: float
-    step: int
-    row_offset: int
-
-    @property
-    def avg_factor(self) -> float:
-        """One over the bias of the first moment."""
-        return 1 / (1 - self.beta1**self.step)
-
-    @property
-    def root_factor(self) -> float:
-        """One over the bias of the root of the second moment."""
-        return 1 / math.sqrt(1 - self.beta2**self.step)
 
 
 def result_dtype(state: torch.dtype) -> torch.dtype:

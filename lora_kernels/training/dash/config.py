@@ -1,18 +1,17 @@
-"""`LoRADash`: the settings, and where a run begins."""
+"""`LoRADash`: where a run begins."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora_kernels.ops._checks import check_range
 from lora_kernels.training.dash.run import DashRun, begin
+from lora_kernels.training.dash.settings import DashSettings
 
 
 @dataclass(frozen=True)
-class LoRADash:
+class LoRADash(DashSettings):
     """LoRA-Dash (arXiv 2409.01035): train LoRA, then also train one coordinate each along task-specific directions.
 
     After `pre_launch` optimizer steps, per layer with base weight `W = U diag(sigma) V^T` and adapter `s B A`, the k
@@ -41,20 +40,6 @@ class LoRADash:
         TypeError: if a value is of a wrong type.
         ValueError: if one is out of range.
     """
-
-    k: int = 8
-    pre_launch: int = 100
-    epsilon: float = 1e-6
-    adapter_name: str | None = None
-    cache_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
-        check_range("k", self.k, low=1, integer=True)
-        check_range("pre_launch", self.pre_launch, low=1, integer=True)
-        check_range("epsilon", self.epsilon, low=0.0)
-        if math.isinf(self.epsilon):
-            raise ValueError(f"epsilon is {self.epsilon!r}, but must be finite")
 
     def attach(self, model: nn.Module) -> DashRun:
         """Give the layers of an adapter their coordinates, zero and without directions yet.

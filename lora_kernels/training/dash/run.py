@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +19,8 @@ from lora_kernels.training.dash import optimizer as optimizers
 from lora_kernels.training.dash import selection
 from lora_kernels.training.dash.module import DashDirections
 from lora_kernels.training.dash.report import DashLayer, DashReport, launched
+from lora_kernels.training.dash.settings import DashSettings
 from lora_kernels.training.lora_layer import KINDS, FusedForward
-
-if TYPE_CHECKING:
-    from lora_kernels.training.dash.config import LoRADash
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it when it wraps a module
 
@@ -39,7 +37,7 @@ class DashRun:
         refused: by name, why others have none.
     """
 
-    config: LoRADash
+    config: DashSettings
     model: nn.Module
     adapter: str
     layers: dict[str, Any]
@@ -200,7 +198,7 @@ def _whole_any(parameter: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if is_sharded(value) else value).any()  # type: ignore[no-any-return]
 
 
-def begin(model: nn.Module, config: LoRADash) -> DashRun:
+def begin(model: nn.Module, config: DashSettings) -> DashRun:
     """See `LoRADash.attach`."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(

@@ -1,0 +1,37 @@
+"""The numbers of an Adam step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The numbers of a step.
+
+    Attributes:
+        scaling: s.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        step: counted from 1.
+        row_offset: the number of the first row, for the random bits.
+    """
+
+    scaling: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    row_offset: int
+
+    @property
+    def avg_factor(self) -> float:
+        """One over the bias of the first moment."""
+        return 1 / (1 - self.beta1**self.step)
+
+    @property
+    def root_factor(self) -> float:
+        """One over the bias of the root of the second moment."""
+        return 1 / math.sqrt(1 - self.beta2**self.step)
