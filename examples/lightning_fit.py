@@ -10,12 +10,6 @@ called before `fit`, which asks for the optimizer.
 import importlib.util
 import sys
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import lora_kernels as lk
-
 if importlib.util.find_spec("lightning") is not None:
     import lightning
 elif importlib.util.find_spec("pytorch_lightning") is not None:
@@ -23,6 +17,12 @@ elif importlib.util.find_spec("pytorch_lightning") is not None:
 else:
     print("this example needs Lightning: pip install lightning")
     sys.exit(0)
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_kernels as lk
 
 
 class FineTuning(lightning.LightningModule):

@@ -10,6 +10,11 @@ usually change the base weight, which a quantized one does not allow; here a fro
 import hashlib
 import importlib.util
 import sys
+
+if importlib.util.find_spec("bitsandbytes") is None:
+    print("this example needs bitsandbytes: pip install bitsandbytes")
+    sys.exit(0)
+
 import tempfile
 
 import torch
@@ -17,10 +22,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
-
-if importlib.util.find_spec("bitsandbytes") is None:
-    print("this example needs bitsandbytes: pip install bitsandbytes")
-    sys.exit(0)
 
 
 def digest(base):
@@ -69,7 +70,7 @@ with tempfile.TemporaryDirectory() as folder:
     fresh = LlamaForCausalLM.from_pretrained(scratch.name, quantization_config=four_bit)
     stock = PeftModel.from_pretrained(fresh, folder).train()
 with torch.no_grad():
-    ours, theirs = (each.eval()(**batches[0]).logits for each in (model, stock))
+    ours, theirs = (each(**batches[0]).logits for each in (model, stock))
 print(
     f"export of rank {max(each.rank for each in layers.values())}: logits differ by {(ours - theirs).abs().max():.1e}"
 )

@@ -9,23 +9,23 @@ the trainer reads: its own data loader, with the labels that it makes.
 
 import importlib.util
 import sys
-import tempfile
-
-import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import lora_kernels as lk
 
 if importlib.util.find_spec("trl") is None:
     print("this example needs TRL: pip install trl")
     sys.exit(0)
 
+import tempfile
+
+import torch
 from datasets import Dataset  # TRL brings it along
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-WORDS = "zero one two three four five six seven eight nine ten eleven".split()
+import lora_kernels as lk
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "after", "comes", *WORDS])}
 words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,17 +11,16 @@ For your own model: leave out the pretraining, use `ViTForImageClassification.fr
 import importlib.util
 import sys
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
-
-import lora_kernels as lk
-
 if importlib.util.find_spec("sklearn") is None:
     print("this example needs scikit-learn: pip install scikit-learn")
     sys.exit(0)
 
+import torch
+from peft import LoraConfig, get_peft_model
 from sklearn.datasets import load_digits
+from transformers import ViTConfig, ViTForImageClassification
+
+import lora_kernels as lk
 
 
 def make_batches(images, labels, size=64):
