@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset  # TRL brings it along
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 import lora_kernels as lk
@@ -38,7 +38,9 @@ data = Dataset.from_list(
 
 torch.manual_seed(0)
 size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-base = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), initializer_range=0.1, pad_token_id=0, **size))
+base = LlamaForCausalLM(
+    LlamaConfig(vocab_size=len(vocabulary), initializer_range=0.1, pad_token_id=0, eos_token_id=1, **size)
+)
 model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 with tempfile.TemporaryDirectory() as folder:
@@ -62,6 +64,7 @@ with tempfile.TemporaryDirectory() as folder:
     loader = trainer.get_train_dataloader()
     print(lk.initialize(model, loader, method="eva", mask="labels", max_batches=8, progress=False).summary())
     print(lk.accelerate(model).summary())
+    trainer.remove_callback(PrinterCallback)  # what matters is printed below
     trainer.train()
 
 losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]

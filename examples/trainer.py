@@ -84,4 +84,5 @@ print(
 model = get_peft_model(make_base(), config)
 dash = lk.LoRADashCallback(lk.LoRADash(k=4, pre_launch=10))
 train("LoRA-Dash", model, 1e-2, callbacks=[dash])
-print(f"LoRA-Dash: {len(dash.run.coordinates())} layers got {dash.config.k} coordinates each after 10 steps")
+moved = sum(bool(each.any()) for each in dash.run.coordinates())
+print(f"LoRA-Dash: {moved} layers have learned {dash.config.k} coordinates each, after {dash.run.steps} steps without")

@@ -56,7 +56,7 @@ order = torch.randperm(len(labels))
 images, labels = images[order], labels[order]
 size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **size))
-train(base, make_batches(images[:1400], labels[:1400]), epochs=12, rate=3e-3)
+train(base, make_batches(images[:1400], labels[:1400]), epochs=8, rate=3e-3)
 print(f"digits: accuracy {accuracy(base, make_batches(images[1400:], labels[1400:])):.2f}")
 
 task, held_out = make_batches(-images[:1400], labels[:1400]), make_batches(-images[1400:], labels[1400:])
@@ -70,5 +70,5 @@ for layer in sorted(report, key=lambda each: each.rank)[:: len(report.layers) - 
 print(lk.accelerate(model).summary())
 
 before = accuracy(model, held_out)
-train(model, task, epochs=6, rate=3e-3)
+train(model, task, epochs=4, rate=5e-3)
 print(f"negatives: accuracy {before:.2f} -> {accuracy(model, held_out):.2f}")

@@ -45,7 +45,7 @@ def trainer(text):
     (_, early), (_, late) = numbers(r"step \d+: rank #, \|s B A\| / \|W\| #", text)
     assert 0 < early < late
     below("export of rank 16: logits differ by #", 1e-4, text)
-    assert "14 layers got 4 coordinates" in text
+    assert "14 LoRA layers: 14 fused" in text and "14 layers have learned 4 coordinates each" in text
 
 
 def several_layers_fused(text):
