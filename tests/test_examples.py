@@ -54,6 +54,7 @@ def several_layers_fused(text):
 
 
 def fsdp2(text):
+    assert "2,048 tokens in 16 batches" in text  # of both processes
     falls(text, share=0.7)
     assert "start: same bits in 2 processes: True" in text and "end: same bits in 2 processes: True" in text
 
