@@ -2,7 +2,7 @@
 
     python examples/trainer.py
 
-For your own model: replace `make_model`, `Counting` by your dataset, and the learning rates: LoRA-Pro begins at about
+For your own model: replace `make_base`, `Counting` by your dataset, and the learning rates: LoRA-Pro begins at about
 that of full fine-tuning. Everything else is the Trainer as you know it: nothing of it is replaced.
 """
 
