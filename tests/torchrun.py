@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def two_processes(module, *arguments):
-    """`torchrun --nproc-per-node 2 -m MODULE ARGUMENTS`; raises with what it printed if it fails."""
+    """`torchrun --nproc-per-node 2 -m MODULE ARGUMENTS`; returns what it printed, or raises with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,3 +26,4 @@ def two_processes(module, *arguments):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
