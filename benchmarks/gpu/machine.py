@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,9 @@ def rates(run: Run) -> None:
     run.record["copy"] = {"bytes": 2 * size, "seconds": times["copy"]}
     run.record["copy_bytes_per_second"] = 2 * size / times["copy"]["p50"]
     del source, target, copied
-    order, products, seconds = run.pick(8192, 128), {}, {}
+    order = run.pick(8192, 128)
+    products: dict[str, float] = {}
+    seconds: dict[str, Any] = {}
     for name, dtype in _KINDS.items():
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         x, y = run.normal(order, order, dtype=dtype), run.normal(order, order, dtype=dtype)
@@ -104,15 +107,6 @@ def _into_itself(run: Run, tokens: int, n: int, m: int) -> dict[str, Any]:
     }
 
 
-_BUILD = """
-import runpy, sys
-import build_support
-build_support.CUDA_BINARIES = ({chip!r},)
-sys.argv = ["setup.py", "build_ext", "--inplace"]
-runpy.run_path("setup.py", run_name="__main__")
-"""
-
-
 def build(run: Run) -> None:
     """The extension in place, for this chip alone (a wheel has more), and what `doctor` says then."""
     started = time.monotonic()
@@ -123,7 +117,7 @@ def build(run: Run) -> None:
     if run.rehearsal:
         print("not built in a rehearsal")
     else:
-        subprocess.run([sys.executable, "-c", _BUILD.format(chip=chip)], cwd=ROOT, check=True)
+        build_extension(chip, ROOT / "build" / f"gpu-{chip}", ROOT / "lora_kernels")
     run.record |= {"chip": f"sm_{chip}", "build_seconds": round(time.monotonic() - started, 1)}
     code = "from lora_kernels.ops import _ext; print(*_ext.load())"
     loaded = _said(sys.executable, "-c", code)
@@ -133,12 +127,30 @@ def build(run: Run) -> None:
         return
     if not run.rehearsal:
         log = run.folder / "doctor.log"
-        code = _run([sys.executable, "-m", "lora_kernels.cli", "doctor"], run.left, log)
+        status = _run([sys.executable, "-m", "lora_kernels.cli", "doctor"], run.left, log)
         run.record["doctor"] = log.read_text(errors="replace")[-8000:]
         print(run.record["doctor"])
-        if code != 0:
-            run.failures.append(f"lora-kernels doctor: exit status {code}")
+        if status != 0:
+            run.failures.append(f"lora-kernels doctor: exit status {status}")
     run.record.setdefault("note", f"sm_{chip}, {run.record['build_seconds']:.0f} s")
+
+
+def build_extension(chip: str, work: Path, folder: Path) -> None:
+    """What `setup.py build_ext` does, for one chip.
+
+    Args:
+        chip: as in `sm_90a`.
+        work: for object files.
+        folder: for the extension.
+    """
+    import build_support
+
+    build_support.CUDA_BINARIES = (chip,)  # type: ignore[assignment]
+    plan = build_support.make_plan()
+    if plan is None or plan.nvcc is None:
+        raise RuntimeError(f"no compiler: {plan}")
+    output = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build_support.run_ninja(build_support.write_ninja(plan, work.resolve(), output.resolve()))
 
 
 def _run(command: Sequence[str], limit: float, log: Path) -> int | None:
@@ -216,7 +228,8 @@ def sanitizer(run: Run) -> None:
         print(run.record["note"])
         return
     command = [program, "--tool", run.name, "--error-exitcode", "77", sys.executable, "-m", "pytest", "-v", "-x"]
-    command += ["-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda and not torch", "tests/ops/test_small_linalg.py"]
+    command += ["-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda and not torch and (batches or strides)"]
+    command += [f"tests/ops/test_small_linalg{each}.py" for each in ("", "_solve", "_spectrum")]
     log = run.folder / f"{run.name}.log"
     code = _run(command, run.left, log)
     text = log.read_text(errors="replace")
@@ -228,6 +241,7 @@ def sanitizer(run: Run) -> None:
         run.record["note"] = "compute-sanitizer does not support this device"
         return
     state = "interrupted at its limit" if code is None else f"exit status {code}"
-    run.record["note"] = f"{sum(found)} errors in {passed} tests, {state}"
+    run.record["note"] = f"{sum(found)} errors in {passed} tests that passed, {state}"
+    # Not to have come to the end is said, but it is no failure: most of these tests take long under a checker.
     if sum(found) or code not in (0, None) or not passed:
         run.failures.append(run.record["note"])

@@ -109,6 +109,7 @@ class Run:
         rounds: int = 11,
         wall: bool = False,
         limit: float = LIMIT,
+        rounding: float = ROUNDING,
     ) -> dict[str, Any]:
         """Times of all sides, and their ratios if the numbers of ours are right.
 
@@ -121,11 +122,12 @@ class Run:
             rounds: timed calls of each side.
             wall: wall time of calls from an idle GPU to an idle GPU, instead of time on the GPU.
             limit: see `judge`.
+            rounding: allowed beside that.
 
         Returns:
             An entry of the record.
         """
-        bound = limit * errors[judge] + ROUNDING
+        bound = limit * errors[judge] + rounding
         wrong = {name: error for name, error in errors.items() if name.startswith(own) and not error <= bound}
         shown = {
             name: error if error == error and error != float("inf") else repr(error) for name, error in errors.items()
@@ -157,6 +159,16 @@ def _line(found: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "done"
 
 
+def _note(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The range of the ratios, by side."""
+    ratios: dict[str, list[float]] = {}
+    for each in entries:
+        for side, value in each.get("over_ours", {}).items():
+            ratios.setdefault(side, []).append(value)
+    shown = [f"{side} {min(values):.2f} to {max(values):.2f}" for side, values in ratios.items()]
+    return "over ours: " + ", ".join(shown) if shown else ""
+
+
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Frobenius error relative to the truth; NaN where a number is none."""
     truth = truth.to(torch.float64)
@@ -179,6 +191,7 @@ def main(arguments: list[str]) -> int:
         torch.backends.cuda.matmul.allow_tf32 = False  # torch's default, but an image may have another
     module, function = target.split(":")
     getattr(importlib.import_module(module), function)(run)
+    run.record.setdefault("note", _note(run.record.get("entries", ())))
     if run.failures:
         run.record["failures"] = run.failures
         run.record["note"] = f"{len(run.failures)} failed: {run.failures[0]}"[:300]

@@ -108,17 +108,20 @@ class Runner:
             log.write(f"== {part.name}\n")
             log.flush()
             begin = log.tell()
-            # A process group of its own, so that what it started ends with it.
+            # A process group of its own, so that what it started ends with it; not a session of its own, which would
+            # outlive a caller that ends this one.
             process = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment(), stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp,
             )  # fmt: skip
             code = None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(limit)
-            with contextlib.suppress(ProcessLookupError):  # also after a crash, which may leave children
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(limit)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # also after a crash, which may leave children
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             seconds = time.monotonic() - started
             log.seek(begin)
             output = log.read()

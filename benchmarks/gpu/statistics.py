@@ -28,7 +28,9 @@ def statistics(run: Run) -> None:
 
 
 def _statistic(run: Run, op: str, **sizes: int) -> dict[str, Any]:
-    return {"covariance_": _covariance, "gradient_statistics_": _gradient, "sketch_": _sketch}[op](run, **sizes)
+    sides: dict[str, Callable[..., dict[str, Any]]]
+    sides = {"covariance_": _covariance, "gradient_statistics_": _gradient, "sketch_": _sketch}
+    return sides[op](run, **sizes)
 
 
 def _after(call: Callable[[], Any], *results: torch.Tensor) -> list[torch.Tensor]:
@@ -142,7 +144,8 @@ def _skinny(run: Run, op: str, tokens: int, n: int, rank: int, dropout: float) -
         "ours": lambda: getattr(ops, op)(*operands, dropout=drop),
         "torch": lambda: by_torch(*operands),
     }
-    truth = getattr(reference, op)(*(each.double() for each in operands), dropout=drop)
+    exact: Callable[..., torch.Tensor] = getattr(reference, op)
+    truth = exact(*(each.double() for each in operands), dropout=drop)
     errors = {name: relative_error(call(), truth) for name, call in calls.items()}
     flops, moved = 2.0 * tokens * n * rank, 2.0 * (tokens * (n + rank) + rank * n)
     found = run.compare(calls, errors, floor=timing.Floor(flops, moved, run.rates))

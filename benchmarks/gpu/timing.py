@@ -33,9 +33,12 @@ class Rates:
 
     @staticmethod
     def read(folder: Path) -> Rates | None:
-        """Those that the part `rates` measured in this folder; `None` if it did not."""
+        """Those that the part `rates` measured in this folder on this device; `None` if it did not."""
         try:
             found = json.loads((folder / "gpu_rates.json").read_text())
+            here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            if found["environment"]["gpu"] != here:
+                return None
             return Rates(found["copy_bytes_per_second"], found["flop_per_second"])
         except (OSError, ValueError, KeyError):
             return None
@@ -70,7 +73,7 @@ class Floor:
 
 
 def _on_gpu(call: Callable[[], Any], ahead: torch.Tensor) -> tuple[float, float]:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     for _ in range(_AHEAD):
         ahead.zero_()
