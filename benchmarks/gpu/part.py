@@ -1,4 +1,6 @@
-"""One part in its process: `python -m benchmarks.gpu.part module:function NAME FOLDER SECONDS [--rehearsal]`.
+"""One part in its process: `python -m benchmarks.gpu.part module:function NAME FOLDER END [--rehearsal]`.
+
+END is a time of `time.monotonic`, so that imports count.
 
 The record is written after every case, so that what was measured stays when a part is stopped.
 """
@@ -184,8 +186,8 @@ def main(arguments: list[str]) -> int:
     Returns:
         0, or 1 if something in it failed.
     """
-    target, name, folder, seconds, *rest = arguments
-    run = Run(name, Path(folder), time.monotonic() + 0.95 * float(seconds) - GRACE, "--rehearsal" in rest)
+    target, name, folder, end, *rest = arguments
+    run = Run(name, Path(folder), float(end) - GRACE, "--rehearsal" in rest)
     torch.manual_seed(0)
     if run.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # torch's default, but an image may have another

@@ -22,7 +22,7 @@ from benchmarks import records
 ROOT = Path(__file__).parents[2]
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 # Kept back of the whole time for the summary, and of a part's for its last lines.
-RESERVE, GRACE = 4.0, 3.0
+RESERVE, GRACE = 4.0, 4.0
 _TAIL = 2000  # characters of a failed part's output that its record keeps
 
 
@@ -102,8 +102,8 @@ class Runner:
     def _run(self, part: Part, record: Path, limit: float) -> Outcome:
         print(f"== {part.name} (at most {limit:.0f} s)", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu.part", part.target, part.name, str(self.folder)]
-        command += [f"{limit:.1f}", *(["--rehearsal"] if self.rehearsal else [])]
         started = time.monotonic()
+        command += [f"{started + limit:.2f}", *(["--rehearsal"] if self.rehearsal else [])]
         with (self.folder / "log.txt").open("a+", encoding="utf-8", errors="replace") as log:
             log.write(f"== {part.name}\n")
             log.flush()
