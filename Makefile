@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint bench aot build clean
+.PHONY: help demo test test-quick test-gpu lint bench gpu aot build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ test-gpu: $(VENV)/.dev ## the tests that need a GPU
 
 bench: $(VENV)/.dev ## side-by-side comparison with the peers, small cases
 	@$(BIN)/python -m benchmarks.compare eva --case small
+
+gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes, into gpu-out/
+	@$(BIN)/python -m benchmarks.gpu --out gpu-out
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -26,13 +27,26 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _git(*arguments: str) -> str:
+    """What git says; nothing where there is no git, or no repository."""
+    root = Path(__file__).parents[1]
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    """The commit; of a copy without git what `LORA_KERNELS_COMMIT` says."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("LORA_KERNELS_COMMIT", "")
+    return commit + ("+changes" if _git("status", "--porcelain", "lora_kernels", "csrc") else "")
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions and commit of a record."""
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "lora_kernels", "csrc"], cwd=root, capture_output=True, text=True, check=False
-    )
     versions = {}
     for name in ("torch", "triton", "peft", "transformers", "lora_kernels"):
         try:
@@ -41,7 +55,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": _commit(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,0 +1,154 @@
+"""Sums over tokens (covariance, gradient, sketch), and the skinny products of LoRA, against torch and their floors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import timing
+from benchmarks.gpu.part import Run, relative_error
+from lora_kernels import ops
+from lora_kernels.ops.skinny import reference
+
+TOKENS = 8192
+
+
+def statistics(run: Run) -> None:
+    """`covariance_`, `gradient_statistics_` and `sketch_` in bfloat16."""
+    tokens = run.pick(TOKENS, 64)
+    wide = run.pick(((4096, 4096), (14336, 4096), (4096, 14336)), ((48, 32),))
+    cases = [{"op": "covariance_", "tokens": tokens, "n": n} for n in run.pick((4096, 11008, 14336), (48,))]
+    cases += [{"op": "gradient_statistics_", "tokens": tokens, "m": m, "n": n} for m, n in wide]
+    cases += [
+        {"op": "sketch_", "tokens": tokens, "n": n, "k": k} for n in run.pick((4096, 14336), (48,)) for k in (32, 64)
+    ]
+    run.each(cases, _statistic)
+
+
+def _statistic(run: Run, op: str, **sizes: int) -> dict[str, Any]:
+    sides: dict[str, Callable[..., dict[str, Any]]]
+    sides = {"covariance_": _covariance, "gradient_statistics_": _gradient, "sketch_": _sketch}
+    return sides[op](run, **sizes)
+
+
+def _after(call: Callable[[], Any], *results: torch.Tensor) -> list[torch.Tensor]:
+    """What a call adds to results of zero."""
+    for each in results:
+        each.zero_()
+    call()
+    return [each.clone() for each in results]
+
+
+def _covariance(run: Run, tokens: int, n: int) -> dict[str, Any]:
+    x = run.normal(tokens, n)
+    out = torch.zeros(n, n, device=run.device)
+
+    def torch_float32() -> None:
+        wide = x.float()
+        out.addmm_(wide.mT, wide)
+
+    calls = {
+        "ours": lambda: ops.covariance_(out, x),
+        "torch": lambda: out.add_(x.mT @ x),
+        "torch_float32": torch_float32,
+    }
+    truth = (x.double().mT @ x.double()).tril_()
+    errors = {name: relative_error(_after(call, out)[0].tril_(), truth) for name, call in calls.items()}
+    del truth
+    # Half of a symmetric product, and half of a float32 matrix read and written.
+    floor = timing.Floor(float(tokens) * n * (n + 1), 2.0 * tokens * n + 4.0 * n * (n + 1), run.rates)
+    return run.compare(calls, errors, floor=floor)
+
+
+def _gradient(run: Run, tokens: int, m: int, n: int) -> dict[str, Any]:
+    x, g = run.normal(tokens, n), run.normal(tokens, m)
+    gradient, fisher = torch.zeros(m, n, device=run.device), torch.zeros(m, device=run.device)
+
+    def narrow() -> None:
+        gradient.add_(g.mT @ x)
+        fisher.add_(g.float().square().sum(0))
+
+    def torch_float32() -> None:
+        wide = g.float()
+        gradient.addmm_(wide.mT, x.float())
+        fisher.add_(wide.square().sum(0))
+
+    calls = {
+        "ours": lambda: ops.gradient_statistics_(gradient, fisher, g, x),
+        "torch": narrow,
+        "torch_float32": torch_float32,
+    }
+    truth = g.double().mT @ x.double(), g.double().square().sum(0)
+    errors = {}
+    for name, call in calls.items():
+        found = _after(call, gradient, fisher)
+        errors[name] = relative_error(found[0], truth[0])
+        errors[f"{name} fisher"] = relative_error(found[1], truth[1])
+    del truth
+    floor = timing.Floor(2.0 * tokens * m * n, 2.0 * tokens * (m + n) + 8.0 * m * (n + 1), run.rates)
+    return run.compare(calls, errors, floor=floor)
+
+
+def _sketch(run: Run, tokens: int, n: int, k: int) -> dict[str, Any]:
+    x, out = run.normal(tokens, n), torch.zeros(n, k, device=run.device)
+    omega = ops.random_matrix(n, k, seed=9).to(run.device)
+    narrow = omega.to(x.dtype)
+
+    def torch_float32() -> None:
+        wide = x.float()
+        out.addmm_(wide.mT, wide @ omega)
+
+    calls = {
+        "ours": lambda: ops.sketch_(out, x, x, seed=9),
+        "torch": lambda: out.add_(x.mT @ (x @ narrow)),
+        "torch_float32": torch_float32,
+    }
+    truth = x.double().mT @ (x.double() @ omega.double())
+    errors = {name: relative_error(_after(call, out)[0], truth) for name, call in calls.items()}
+    # x once; the products are taken in tf32 or bfloat16, of which the faster is the floor.
+    floor = timing.Floor(4.0 * tokens * n * k, 2.0 * tokens * n + 8.0 * n * k, run.rates)
+    return run.compare(calls, errors, floor=floor)
+
+
+def skinny(run: Run) -> None:
+    """`shrink`, `tsreduce` and `expand`, which memory bounds: what share of the copy rate do they reach?"""
+    tokens = run.pick(TOKENS, 64)
+    run.each(
+        [
+            {"op": op, "tokens": tokens, "n": n, "rank": rank, "dropout": dropout}
+            for n in run.pick((4096, 14336), (48,))
+            for rank in run.pick((16, 64), (16,))
+            for op in ("shrink", "tsreduce", "expand")
+            for dropout in (0.0, 0.05)
+        ],
+        _skinny,
+    )
+
+
+def _skinny(run: Run, op: str, tokens: int, n: int, rank: int, dropout: float) -> dict[str, Any]:
+    drop = ops.Dropout(dropout, 11) if dropout else None
+    x, t, a = run.normal(tokens, n), run.normal(tokens, rank), run.normal(rank, n)
+    mask = None if drop is None else reference.dropped(torch.ones_like(x), drop)
+
+    def by_torch(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        if op == "expand":
+            return one @ two if mask is None else (one @ two) * mask
+        wide = x if mask is None else x * mask
+        return wide @ two.mT if op == "shrink" else one.mT @ wide
+
+    # The mask is given to torch: making one would cost it more.
+    operands = {"shrink": (x, a), "tsreduce": (t, x), "expand": (t, a)}[op]
+    calls = {
+        "ours": lambda: getattr(ops, op)(*operands, dropout=drop),
+        "torch": lambda: by_torch(*operands),
+    }
+    exact: Callable[..., torch.Tensor] = getattr(reference, op)
+    truth = exact(*(each.double() for each in operands), dropout=drop)
+    errors = {name: relative_error(call(), truth) for name, call in calls.items()}
+    flops, moved = 2.0 * tokens * n * rank, 2.0 * (tokens * (n + rank) + rank * n)
+    found = run.compare(calls, errors, floor=timing.Floor(flops, moved, run.rates))
+    if "error" not in found and run.rates is not None:
+        found["share_of_copy"] = moved / found["seconds"]["ours"]["p50"] / run.rates.copy
+    return found
