@@ -21,12 +21,15 @@ TITLES = {
     "corda": "CorDA",
     "pissa": "PiSSA",
     "task_directions": "task directions",
+    "lora_pro": "LoRA-Pro",
+    "lora_pro_efficient": "LoRA-Pro, efficient",
+    "lora_dash": "LoRA-Dash",
 }
 WORDS = {"ahead": "helps", "behind": "harms", "level": "not distinguishable"}
 MEASURES = {"loss": True, "accuracy": False}  # whether lower is better
 # Okabe and Ito's colours, which the colour-blind tell apart too, without their yellow; the shapes differ as well.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
-_MARKERS = "osD^vPX*"
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#882255", "#332288")
+_MARKERS = "osD^vPX*<h"
 
 
 def title(arm: str) -> str:
