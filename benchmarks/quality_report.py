@@ -27,8 +27,12 @@ TITLES = {
 }
 WORDS = {"ahead": "helps", "behind": "harms", "level": "not distinguishable"}
 MEASURES = {"loss": True, "accuracy": False}  # whether lower is better
-# Okabe and Ito's colours, which the colour-blind tell apart too, without their yellow; the shapes differ as well.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#882255", "#332288")
+# Okabe and Ito's colours, which the colour-blind tell apart too, without their yellow, and two
+# of Tol's; the shapes differ as well.
+_COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"),
+    *("#882255", "#332288"),
+)
 _MARKERS = "osD^vPX*<h"
 
 
