@@ -13,6 +13,7 @@ from lora_kernels.integrations.monitor import read_log
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 
 _TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+_PREFIX = "base_model.model."  # of PEFT's names
 
 
 def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
@@ -51,7 +52,7 @@ def inspect(
     Args:
         adapter: a stock PEFT folder.
         base: folder of the base model.
-        task: which head; by default what the adapter's config says.
+        task: which head; by default what the adapter's config says, or else the base model's.
         texts: data for the certificate; needs the base.
         labels: of the texts, for a classifier.
         weight_decay: lambda of training.
@@ -78,8 +79,16 @@ def inspect(
     from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
     from lora_kernels.integrations.offset import load  # noqa: PLC0415
 
-    task = task or _TASKS.get(str(folder.config.get("task_type")), "base" if texts is None else "causal-lm")
-    bare, tokenizer = transformers.load(base, task)
+    task = task or _TASKS.get(str(folder.config.get("task_type")), transformers.task_of(base))
+    bare, tokenizer = (transformers.load_model(base, task), None) if texts is None else transformers.load(base, task)
+    layers = dict(bare.named_modules())
+    names = (each.name.removeprefix(_PREFIX) for each in folder.adapters)
+    strangers = [name for name in names if name not in layers]
+    if strangers:
+        raise ValueError(
+            f"adapter {str(adapter)!r} does not fit base {str(base)!r} loaded as {task}: that has no layer "
+            f"{strangers[0]} ({len(strangers)} in all); --task names another head"
+        )
     try:
         model = load(bare, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:

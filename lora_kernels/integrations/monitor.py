@@ -174,7 +174,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         path: its file.
 
     Returns:
-        One dictionary per measurement; a last line that was cut off (a killed run) is left out.
+        One dictionary per measurement, by step; a last line that was cut off (a killed run) is left out, and so is what
+        a run that began anew, or was resumed at an earlier step, has measured again.
 
     Raises:
         ValueError: if the file is missing, or a line is none of a monitor.
@@ -194,6 +195,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("layers"), dict) or "step" not in entry:
             raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
+        while found and found[-1]["step"] >= entry["step"]:
+            found.pop()
         found.append(entry)
     if not found:
         raise ValueError(f"{path} holds no measurement")

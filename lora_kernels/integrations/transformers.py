@@ -40,19 +40,57 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
     Raises:
         ValueError: if the task is unknown, or transformers cannot load the folder.
     """
-    check_choice("task", task, TASKS)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
+    model = load_model(folder, task)
     import transformers  # noqa: PLC0415  (an optional dependency)
 
     try:
-        model = _model_class(task).from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error}") from error
+        raise ValueError(f"model {str(folder)!r} has no tokenizer that can be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def task_of(folder: Path) -> str:
+    """Which head the weights of a folder were saved with.
+
+    Args:
+        folder: with `config.json`.
+
+    Returns:
+        One of `TASKS`; `base` where the config does not say.
+    """
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    except (OSError, ValueError):
+        return "base"
+    heads = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm"}
+    heads["ForSequenceClassification"] = "sequence-classification"
+    return next((task for end, task in heads.items() if str(architectures[0]).endswith(end)), "base")
+
+
+def load_model(folder: Path, task: str) -> Any:
+    """Load a model from a folder, nothing from a hub.
+
+    Args:
+        folder: with `config.json` and weights.
+        task: which head, one of `TASKS`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: if the task is unknown, or transformers cannot load the folder.
+    """
+    check_choice("task", task, TASKS)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
+    try:
+        model = _model_class(task).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error}") from error
+    return model.eval()
 
 
 def empty_model(config_file: Path, task: str) -> Any:

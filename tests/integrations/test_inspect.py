@@ -235,3 +235,17 @@ def test_with_base_and_data(folder, base, tmp_path, capsys):
     )
     assert cli.main(command) == 2
     assert "does not fit base" in capsys.readouterr().err
+
+
+def test_a_base_without_a_tokenizer_and_with_another_head(folder, base, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*token*"))
+    assert not list(bare.glob("*token*"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
+    assert (
+        cli.main(["inspect", str(folder), "--base", str(bare), "--json"]) == 0
+    )  # the head is that of the base's config
+    assert json.loads(capsys.readouterr().out)["layers"]
+    assert cli.main(["inspect", str(folder), "--base", str(bare), "--task", "base"]) == 2
+    assert "--task names another head" in capsys.readouterr().err

@@ -212,3 +212,12 @@ def test_importing_does_not_import_transformers():
     code = "import sys, lora_kernels as lk; lk.LandscapeMonitor; print('transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_a_resumed_run_measures_again_what_came_after_its_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [(step, run) for run, steps in enumerate(((5, 10, 15), (10, 15, 20), (5,), (5, 10))) for step in steps]
+    path.write_text("".join(json.dumps({"step": step, "run": run, "layers": {}}) + "\n" for step, run in lines[:6]))
+    assert [(each["step"], each["run"]) for each in read_log(path)] == [(5, 0), (10, 1), (15, 1), (20, 1)]
+    path.write_text("".join(json.dumps({"step": step, "run": run, "layers": {}}) + "\n" for step, run in lines))
+    assert [(each["step"], each["run"]) for each in read_log(path)] == [(5, 3), (10, 3)]
