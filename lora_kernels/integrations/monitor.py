@@ -167,6 +167,10 @@ class LandscapeMonitor:
             file.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines that a monitor wrote.
 
@@ -182,7 +186,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
-    found = []
+    found: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -193,7 +197,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("layers"), dict) or "step" not in entry:
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("layers"), dict)
+            or not _is_number(entry.get("step"))
+        ):
             raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
         while found and found[-1]["step"] >= entry["step"]:
             found.pop()

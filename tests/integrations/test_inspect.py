@@ -243,9 +243,8 @@ def test_a_base_without_a_tokenizer_and_with_another_head(folder, base, tmp_path
     assert not list(bare.glob("*token*"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
-    assert (
-        cli.main(["inspect", str(folder), "--base", str(bare), "--json"]) == 0
-    )  # the head is that of the base's config
+    # The head is that of the base's own config.
+    assert cli.main(["inspect", str(folder), "--base", str(bare), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]
     assert cli.main(["inspect", str(folder), "--base", str(bare), "--task", "base"]) == 2
     assert "--task names another head" in capsys.readouterr().err

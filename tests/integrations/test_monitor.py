@@ -100,12 +100,13 @@ def test_bad_logs_and_arguments(tmp_path):
         read_log(tmp_path / "none.jsonl")
     path = tmp_path / "log.jsonl"
     good = json.dumps({"step": 1, "layers": {}})
-    path.write_text(f'{good}\n\n{good}\n{{"step": 2, "lay')
+    path.write_text(f'{good}\n\n{json.dumps({"step": 2, "layers": {}})}\n{{"step": 3, "lay')
     assert len(read_log(path)) == 2  # the last line was cut off
     for text, message in (
         ("", "no measurement"),
         (f"{{\n{good}", "line 1 of"),
         ('{"loss": 1}\n', "not written by"),
+        ('{"step": "one", "layers": {}}\n', "not written by"),
         (f"[1]\n{good}", "not written by"),
     ):
         path.write_text(text)
