@@ -209,7 +209,8 @@ print(run(3000, 3000))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 0.05
+    # The torch backend's temporaries are a 64th of the matrix each, and what the allocator keeps of them varies.
+    assert float(done.stdout) < {"cpp": 0.05, "torch": 0.15}[backend]
 
 
 def test_registration_is_sound():

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -299,11 +300,11 @@ def test_nothing_is_kept_alive():
     model = wrapped(target_modules=ALL)
     lk.accelerate(model)
     step(model), step(moved(model))
-    before = len(grouping._groups)
-    assert before >= 14 and len(grouping._ready) == 0
+    layers = [weakref.ref(each) for each in model.modules() if isinstance(each, lora_layer.FusedForward)]
+    assert len(layers) == 14 and all(each() in grouping._groups for each in layers) and len(grouping._ready) == 0
     del model
     gc.collect()
-    assert len(grouping._groups) == before - 14
+    assert not any(each() for each in layers)
 
 
 def test_a_shared_layer_and_layers_far_apart():

@@ -73,3 +73,5 @@ def test_what_is_not_accelerated_is_said():
 def test_errors_below_rounding_are_alike():
     errors = lk.training.LayerErrors("layer", {"y": 1e-9, "dA": 3e-6}, {"y": 1e-12, "dA": 1e-6})
     assert errors.ratio(1e-7) == pytest.approx(3.0) and errors.ratio(1e-5) == 1.0
+    few = lk.training.LayerErrors("layer", {"dc": 4e-7}, {"dc": 1e-7})
+    assert few.ratio(1e-7) == 1.0 and few.ratio(1e-8) == pytest.approx(4.0)
