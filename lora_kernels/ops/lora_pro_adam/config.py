@@ -32,6 +32,13 @@ RANKS = (16, 32, 64, 128)  # to which ranks are padded
 # Blocks of rows and steps of columns that a program takes where there is work enough for all. With 512 rows and columns
 # slabs add 4 R (1 / 512 + 1 / 512) bytes per parameter to the memory traffic, which is 16 without them.
 _MOST_BLOCKS, _MOST_STEPS, _LEAST_STEPS = 8, 32, 4
+# Where loads of bfloat16 moments cannot be vectorised: what spills on no NVIDIA chip (rounding takes registers, too).
+_RAGGED_BFLOAT16 = {
+    16: ProConfig(32, 16, 4, 1),
+    32: ProConfig(64, 16, 4, 1),
+    64: ProConfig(64, 16, 8, 2),
+    128: ProConfig(32, 16, 8, 1),
+}
 
 
 def rank_for(rank: int) -> int:
@@ -52,9 +59,9 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
         The configuration.
     """
     platform = platform or build_platform()
-    if not aligned and platform == "cuda" and not (stochastic and rank == 32):
-        # Every element's address takes registers. Only the exception spills with the smaller tile, not the larger one.
-        return ProConfig(32, 16, 4, 1 if stochastic else 2)
+    if not aligned and platform == "cuda":
+        # Every element's address takes registers.
+        return _RAGGED_BFLOAT16[rank] if stochastic else ProConfig(32, 16, 4, 2)
     warps = 8 if rank > 64 else 4
     # On AMD a second stage takes more scalar registers than there are.
     return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
