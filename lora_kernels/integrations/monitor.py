@@ -14,9 +14,9 @@ from torch import nn
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
-from lora_kernels.landscape.report import plain
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
 from lora_kernels.ops._checks import check_range
+from lora_kernels.reports import plain
 from lora_kernels.statistics.distributed import unwrap
 
 # What a line of the file has of each layer.

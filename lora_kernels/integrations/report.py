@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.landscape.report import plain
+from lora_kernels.reports import Report
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class InitReport:
+class InitReport(Report):
     """The result of `initialize`.
 
     Attributes:
@@ -70,6 +70,8 @@ class InitReport:
         advice: on learning rates.
     """
 
+    text_width: ClassVar[int] = 140
+
     method: str
     settings: dict[str, object]
     adapter: str
@@ -84,22 +86,6 @@ class InitReport:
     def __iter__(self) -> Iterator[LayerReport]:
         """The layers."""
         return iter(self.layers)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain Python values; NaN becomes `None`."""
-        made: dict[str, object] = plain(asdict(self))  # type: ignore[assignment]
-        return made
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The report as strict JSON.
-
-        Args:
-            indent: as in `json.dumps`.
-
-        Returns:
-            The text.
-        """
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def summary(self) -> str:
         """One line: what was done, on how much data, in what time."""
@@ -145,13 +131,6 @@ class InitReport:
         )
         yield table
         yield Text("\n".join((self.summary(), *self.advice)))
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(width=140, no_color=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
 
 def _percent(value: float | None) -> str:

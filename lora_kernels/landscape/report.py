@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -15,6 +13,7 @@ from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
+from lora_kernels.reports import Report, plain
 
 _STYLES = {LOUD_FAILURE: "bold red", LOW_RANK_MINIMUM: "green", NOT_JUDGED: "dim"}
 
@@ -41,7 +40,7 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Report):
     """The result of `diagnose`.
 
     Attributes:
@@ -81,17 +80,6 @@ class Diagnosis:
                     entry["certificate"][name] = getattr(layer.certificate, name)
         made: dict[str, object] = plain(found)  # type: ignore[assignment]
         return made
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """The diagnosis as strict JSON.
-
-        Args:
-            indent: as in `json.dumps`.
-
-        Returns:
-            The text.
-        """
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def summary(self) -> str:
         """One line: the verdict and its counts."""
@@ -138,13 +126,6 @@ class Diagnosis:
         if notes:
             yield Text("\n".join(notes), style="dim")
 
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(width=160, no_color=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
 
 def number(value: float | None) -> str:
     """A number in a table."""
@@ -154,14 +135,3 @@ def number(value: float | None) -> str:
 def _bracket(found: Certificate) -> str:
     high = f" <={found.ratio_high:.3g}" if found.ratio_high > 1.001 * found.ratio else ""
     return f"{found.ratio:.4g}{high}"
-
-
-def plain(value: object) -> object:
-    """Values that JSON can hold: tuples as lists, keys as text, what is not finite as `None`."""
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -7,13 +7,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.training import grouping
 from lora_kernels.training.guard import Guard
@@ -41,12 +42,14 @@ class LayerPath:
 
 
 @dataclass(frozen=True)
-class AccelerateReport:
+class AccelerateReport(Printed):
     """What `accelerate` did.
 
     Attributes:
         layers: one entry per LoRA layer, in the model's order.
     """
+
+    text_width: ClassVar[int] = 140
 
     layers: tuple[LayerPath, ...]
 
@@ -73,13 +76,6 @@ class AccelerateReport:
             table.add_row(each.name, each.kind, each.path, each.reason)
         yield table
         yield Text(self.summary())
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(width=140, no_color=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

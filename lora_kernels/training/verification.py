@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
@@ -51,7 +52,7 @@ class LayerErrors:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Printed):
     """What `verify` found.
 
     Attributes:
@@ -94,13 +95,6 @@ class VerifyReport:
             f"{len(self.layers)} layers, worst ratio {worst:.2f}: {verdict}; "
             f"loss {self.loss[0]:.6g} fused, {self.loss[1]:.6g} stock"
         )
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(width=160, no_color=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
 
 def verify(

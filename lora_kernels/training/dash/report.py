@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from lora_kernels.reports import Printed
 from lora_kernels.training.dash.selection import Selection
 
 
@@ -35,7 +36,7 @@ class DashLayer:
 
 
 @dataclass(frozen=True)
-class DashReport:
+class DashReport(Printed):
     """Where a run of LoRA-Dash stands.
 
     Attributes:
@@ -74,13 +75,6 @@ class DashReport:
             table.add_row(each.name, each.status, rates, sigma, share, each.reason)
         yield table
         yield Text(self.summary())
-
-    def __str__(self) -> str:
-        """The same as plain text."""
-        console = Console(width=160, no_color=True)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
 
 
 def launched(name: str, found: Selection) -> DashLayer:
