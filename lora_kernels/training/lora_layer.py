@@ -220,8 +220,6 @@ def runs_fused(layer: Any) -> bool:
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     adapters = active(layer)
-    rest = _rest(adapters)
-    extra = _counterpart(rest)
     y = None
     if layer.grouped and grouping.applies(x):
         key = _key(layer, x, adapters)
@@ -236,12 +234,12 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         (y,) = _computed(x, (_member(layer, x, adapters),))
     if adapters[0].magnitude is not None:  # of a layer with no other adapter
         return dora.scaled(y, layer, adapters[0])
-    for each in rest:
-        if each is not extra:
-            delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
-            y = _biased(delta, each).to(y.dtype)
-        else:
-            y = _biased(y, each)
+    extra = _counterpart(adapters)
+    if extra is not None:
+        y = _biased(y, extra)
+    for each in _rest(adapters):
+        delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
+        y = _biased(delta, each).to(y.dtype)
     return y
 
 
@@ -264,17 +262,17 @@ def _computed(x: torch.Tensor, members: Sequence[LoraMember]) -> list[torch.Tens
     ]
 
 
-def _rest(adapters: list[Adapter]) -> list[Adapter]:
-    """All that the first product of a layer leaves out."""
-    more = adapters[0].more()
-    for each in adapters[1:]:
-        more += (each.product(), *each.more())
-    return more
-
-
-def _counterpart(rest: list[Adapter]) -> Adapter | None:
+def _counterpart(adapters: list[Adapter]) -> Adapter | None:
     """A frozen adapter without dropout (of a start away from zero): more rank of the same products."""
-    return next((each for each in rest if each.frozen and each.p == 0), None)
+    return next((each for each in adapters[1:] if each.frozen and each.p == 0), None)
+
+
+def _rest(adapters: list[Adapter]) -> list[Adapter]:
+    """All that the first product of a layer leaves out, products only."""
+    extra, found = _counterpart(adapters), adapters[0].more()
+    for each in adapters[1:]:
+        found += each.more() if each is extra else [each.product(), *each.more()]
+    return found
 
 
 def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...]:
@@ -292,7 +290,8 @@ def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...
 
 def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
     """What the fused op is to compute for a layer: its first adapter, and what is frozen beside it."""
-    first, extra, base = adapters[0].product(), _counterpart(_rest(adapters)), layer.base_layer
+    first, extra, base = adapters[0].product(), _counterpart(adapters), layer.base_layer
+    extra = None if extra is None else extra.product()
     frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
     if base_is_fused(layer) and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
         bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)

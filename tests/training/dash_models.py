@@ -1,25 +1,13 @@
 """Models with LoRA-Dash for its tests, and an independent account of what it computes, in float64."""
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
-from tests.statistics.models import padded, samples, tiny_llama
+from tests.statistics.models import padded, samples
+from tests.training.test_accelerate import wrapped
 
 BATCHES = padded(samples(), 4)
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def wrapped(base=None, **changes):
-    torch.manual_seed(3)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **changes}
-    model = get_peft_model(tiny_llama() if base is None else base, LoraConfig(**settings))
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                value.normal_(0, 0.1)
-    return model
 
 
 def trained(model):
