@@ -17,12 +17,13 @@ from lora_kernels.ops._checks import FLOATS, check_range
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
 from lora_kernels.ops.lora_linear.table import FORMS, Key
+from lora_kernels.reports import Printed
 
 _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA layer's large product, and the fastest."
 
 
 @dataclass(frozen=True)
-class TuneReport:
+class TuneReport(Printed):
     """What `tune` found.
 
     Attributes:

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.reports import Printed
 from lora_kernels.statistics.sketches import PROBES
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
@@ -54,7 +55,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """The plan of a collection; prints as a table.
 
     Attributes:

@@ -33,6 +33,7 @@ def test_bytes_are_those_of_the_sums(form):
     scalars = 16 * len(stats)  # the counts of a layer's output sums
     assert abs(kept - plan.total_bytes) <= scalars
     assert plan.passes == 1 and plan.pass_bytes == (plan.total_bytes,)
+    assert "passes over the data: 1" in str(plan)  # print shows the table, not the fields
     assert {each.form for each in plan.entries} == ({"exact"} if form == "exact" else {"exact", "sketch"})
     groups = [each.layers for each in plan.entries if each.statistic == "input_second"]
     assert tuple(f"model.layers.0.self_attn.{which}_proj" for which in "qkv") in groups
