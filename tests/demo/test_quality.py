@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("peft")
 from benchmarks import quality, quality_report, readme
 from benchmarks.quality import QUICK, Arm, Crew, Job, Partial, Protocol, Setup, Worker, main, neighbour, read, tune
+from lora_kernels.demo.data import docstring_task
 from lora_kernels.init import EVA
 
 
@@ -88,6 +89,13 @@ def test_other_processes_give_the_same_bits(finished, tiny_model):
         (there,) = crew.do([job])
     (here,) = Crew(setup, 1, Partial(None, {})).do([job])
     assert there["train_loss"] == here["train_loss"] and there["final_loss"] == here["final_loss"]
+
+
+def test_without_data_the_task_is_the_demos():
+    tasks = read(Setup())
+    assert tasks["final"].fingerprint == docstring_task().fingerprint
+    texts = {example.text for example in tasks["final"].test}
+    assert not texts & {example.text for part in ("train", "test") for example in getattr(tasks["tune"], part)}
 
 
 def test_a_folder_keeps_its_split_and_no_test_text_is_trained_on(tmp_path):
