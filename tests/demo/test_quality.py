@@ -201,7 +201,7 @@ def test_arms_need_something_to_be_compared_with(tmp_path):
     with pytest.raises(ValueError, match="must include 'random'"):
         quality.study(Setup(tmp_path, arms={"eva": Arm(EVA())}))
     with pytest.raises(SystemExit):
-        main([])
+        main(["--workers", "0"])
 
 
 def test_the_readme_has_no_section_without_a_record(monkeypatch, tmp_path):
