@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint bench gpu aot build clean
+.PHONY: help demo test test-quick test-gpu lint bench gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot
+
+docs: $(VENV)/.dev ## the site, into build/site
+	@$(BIN)/python -m mkdocs build --strict
 
 build: $(VENV)/.dev ## sdist and wheel into dist/
 	@$(BIN)/python -m build
