@@ -90,7 +90,11 @@ def _gathered(model: nn.Module) -> set[str]:
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
 
     units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
-    return {name for name, _ in lora_layers(model) if any(unit in ("", name) or name.startswith(f"{unit}.") for unit in units)}
+    return {
+        name
+        for name, _ in lora_layers(model)
+        if any(unit in ("", name) or name.startswith(f"{unit}.") for unit in units)
+    }
 
 
 def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
