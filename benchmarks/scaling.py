@@ -201,6 +201,10 @@ def _says(rows: list[dict[str, Any]]) -> list[str]:
         "from 70B and larger models, not the devices. Sketches (EVA, LoRA-GA) fit, by this count, wherever the "
         "weights do."
     )
+    lines.append(
+        "- CorDA and task directions read the base weights and refuse sharded ones: where the tables say *sharded*, "
+        "collect on the sharded model and initialise, from these statistics, one that is not (on a host, say)."
+    )
     impossible = [each for each in rows if "refused" in each or each["layout"] == "none"]
     lines.append(f"- {len(impossible)} of the {len(rows)} cases cannot be run as they stand; the notes say why.")
     return lines

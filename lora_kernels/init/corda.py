@@ -53,6 +53,7 @@ class CorDA:
     name: ClassVar[str] = "corda"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["corda"]
     offsets_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
     collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

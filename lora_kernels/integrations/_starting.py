@@ -18,6 +18,8 @@ from lora_kernels.integrations import guidance, offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.report import LayerReport
 from lora_kernels.statistics import Statistics, Target
+from lora_kernels.statistics.distributed import world_size
+from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import OF_GRADIENTS
 from lora_kernels.training.dash.module import directions as dash_directions
@@ -39,7 +41,8 @@ def untrained_layers(
         The layers.
 
     Raises:
-        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset.
+        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset, or if the method reads
+            base weights that are sharded over processes.
     """
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
@@ -48,7 +51,20 @@ def untrained_layers(
         peft_layers.check_untrained(layers, adapter_name)
     if method.offsets_base:
         offset.check(model, layers, adapter_name, base)
+    if getattr(method, "reads_base", False) and world_size() > 1:
+        _refuse_sharded(layers, method.name)
     return layers
+
+
+def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:
+    """Layers are shared out over the processes, but a shard is only gathered by all of them together."""
+    for each in layers.supported:
+        weight = getattr(each.target.module, "base_layer", each.target.module).weight
+        if is_sharded(weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"the base weight of layer {each.target.name} is sharded (FSDP), and {method} reads it: initialise "
+                "before sharding, for instance from statistics that were collected on the sharded model"
+            )
 
 
 def defaults(method: InitMethod, ranks: Redistribution | None, layers: peft_layers.LoraLayers) -> dict[str, Any]:

@@ -218,8 +218,8 @@ def initialize(
         What was done, layer by layer.
 
     Raises:
-        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, or an optimizer that
-            holds parameters to be replaced.
+        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, an optimizer that
+            holds parameters to be replaced, or base weights that the method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
