@@ -63,6 +63,6 @@ def test_small_runs_hold_and_send_what_was_planned():
     for each in rows:
         assert each["found"] == each["planned"], each["case"]
     assert all(each["found"]["reductions"] > 0 for each in rows if each["world"] == 2)
-    assert {each["found"]["passes"] for each in rows} >= {1, 3}
+    assert len({each["found"]["passes"] for each in rows}) == 2  # one, and several
     # Half of it would show.
     assert all(each["found"]["bytes"] > 0 for each in rows)
