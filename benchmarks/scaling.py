@@ -308,7 +308,8 @@ def page(record: dict[str, Any]) -> str:
             "",
             "*Least* is the same formula at the rates of this CPU, measured just before by as many processes at "
             "once; a ratio of 1 cannot be beaten. The passes include what the bound leaves out: attention, norms, "
-            "logits and loss, and Python.",
+            "logits and loss, and Python. Bounds on decompositions are loose: of "
+            "iterations they count the rounds taken at least, of reconstructions from sketches one product.",
         ]
     else:
         lines.append("Not measured yet: `python -m benchmarks.scaling --measure`.")
