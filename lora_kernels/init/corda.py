@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lora_kernels.init._layers import balanced, base_layer, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors
+from lora_kernels.init.work import corda_work
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
 from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics.distributed import share_out
@@ -52,6 +53,7 @@ class CorDA:
     name: ClassVar[str] = "corda"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["corda"]
     offsets_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
     collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -123,8 +125,12 @@ class CorDA:
                     bar.update()
                 return found
 
+            def weigh(key: int) -> float:
+                outputs = [statistics[name].out_features for name in groups[key]]
+                return corda_work(statistics[groups[key][0]].in_features, outputs).double
+
             # The processes of a distributed run share the inputs out and exchange the factors.
-            parts = share_out(groups, solve, _moments(statistics[next(iter(ranks))]).second.device)
+            parts = share_out(groups, solve, _moments(statistics[next(iter(ranks))]).second.device, weigh)
         merged = {name: answer for part in parts.values() for name, answer in part.items()}
         return {name: merged[name] for name in ranks}
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lora_kernels.init.curvature import InputMetric, check_layer, factorize
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
+from lora_kernels.init.work import lora_da_work
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -147,10 +148,14 @@ class LoraDA:
                     bar.update()
                 return found
 
+            def weigh(number: int) -> float:
+                outputs = [statistics[name].out_features for name in members[number]]
+                return lora_da_work(statistics[members[number][0]].in_features, outputs).double
+
             # The processes of a distributed run share the inputs out and exchange the results.
             first = statistics[members[0][0]].input
             assert first is not None  # check_layer
-            solved = share_out(members, solve, first.total.device)
+            solved = share_out(members, solve, first.total.device, weigh)
         found = {name: answer for each in solved.values() for name, answer in each.items()}
         return {name: found[name] for name in ranks}
 

@@ -61,6 +61,11 @@ class LoraGA:
         if self.gamma == 0:
             raise ValueError("gamma is 0, but must be positive")
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether it reads the base weights: with the scale `weight_svd`."""
+        return self.scale == "weight_svd"
+
     def sketch_size(self, ranks: Sequence[int]) -> int:
         """Columns that a sketch should have: twice the 2r triplets of the widest layer."""
         return 4 * max(ranks, default=1)

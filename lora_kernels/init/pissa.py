@@ -38,6 +38,7 @@ class PiSSA:
     name: ClassVar[str] = "pissa"
     wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["pissa"]
     offsets_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = True
     adjust_scaling_factors: ClassVar[bool] = False
     collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

@@ -47,6 +47,7 @@ class TaskDirections:
 
     name: ClassVar[str] = "task_directions"
     offsets_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = False
     adjust_scaling_factors: ClassVar[bool] = False
 

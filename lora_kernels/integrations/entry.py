@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution, resolve_method
-from lora_kernels.init.factors import BaseLayer, LoraFactors
-from lora_kernels.integrations import guidance, offset
+from lora_kernels.init import EVA, InitMethod, Redistribution, resolve_method
+from lora_kernels.init.work import decompose_seconds
+from lora_kernels.integrations import _starting, guidance
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
-from lora_kernels.integrations.report import InitReport, LayerReport
+from lora_kernels.integrations.report import InitReport
 from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics import CollectOptions, Plan, Statistics, Target, distributed, make_plan, parse_budget
+from lora_kernels.statistics import (
+    CollectOptions,
+    Plan,
+    Rates,
+    Statistics,
+    Target,
+    distributed,
+    make_plan,
+    parse_budget,
+)
 from lora_kernels.statistics import collect as collect_targets
+from lora_kernels.statistics.cost import Footprint
 from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.statistics.estimate import estimate
 from lora_kernels.statistics.modes import observation_mode
 from lora_kernels.statistics.options import Forward
 from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.store import LayerStatistics
-from lora_kernels.statistics.wants import OF_GRADIENTS, Wants, resolve_wants
-from lora_kernels.training.dash.module import directions as dash_directions
+from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
 def read_options(options: Mapping[str, Any]) -> CollectOptions:
@@ -100,6 +107,10 @@ def plan(
     world_size: int | None = None,
     forward: Forward | None = None,
     share_inputs: bool = True,
+    rates: Rates | None = None,
+    tokens: int | None = None,
+    batch_tokens: int = 8192,
+    rank: int = 16,
     **options: Any,
 ) -> Plan:
     """What a collection would keep and cost, before any data is read; the model may be on the meta device.
@@ -114,6 +125,11 @@ def plan(
         world_size: number of processes; by default that of the process group.
         forward: as for `collect`.
         share_inputs: as for `collect`.
+        rates: of a device and its links, such as `statistics.H200`: the plan then says whether model and sums fit, and
+            how many seconds it takes at least, the method's decompositions included (see `statistics.Cost`).
+        tokens: with rates, how many all processes together read in each pass.
+        batch_tokens: with rates, how many each process reads per step.
+        rank: with rates, of the adapters.
         options: `budget`, `form`, `sketch_size`, `dtype` of `statistics.CollectOptions`.
 
     Returns:
@@ -121,10 +137,14 @@ def plan(
 
     Raises:
         TypeError: if an option is none of these.
+        ValueError: on a bad argument, or one of rates and tokens without the other.
     """
     unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
     if unknown:
         raise TypeError(f"plan has no option {', '.join(unknown)}")
+    if (rates is None) != (tokens is None):
+        raise ValueError("rates and tokens must be given together, or neither")
+    check_range("rank", rank, low=1, integer=True)
     chosen = read_options(options)
     model = unwrap(model)
     found, _ = _targets(model, targets, adapter_name)
@@ -133,7 +153,7 @@ def plan(
         with peft_layers.base_model_only(model), observation_mode(model, gradients=False):
             groups = find_groups(model, found, batch, forward)
     device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
-    return make_plan(
+    made = make_plan(
         found,
         resolve_wants(wants),
         groups=groups,
@@ -143,6 +163,15 @@ def plan(
         world_size=distributed.world_size() if world_size is None else world_size,
         dtype=chosen.dtype,
     )
+    if rates is None or tokens is None:
+        return made
+    method = wants if isinstance(wants, str) else getattr(wants, "name", "")
+    # Where passes follow, finished sums rest on the host, and are decomposed where they are.
+    last = decompose_seconds(method, made, found, rates, rank, on_host=made.passes > 1)
+    width = next((each.element_size() for each in model.parameters() if each.is_floating_point()), 4)
+    settings: dict[str, Any] = {"tokens": tokens, "batch_tokens": batch_tokens, "width": width, "dtype": chosen.dtype}
+    footprint = Footprint.of(model)
+    return replace(made, cost=estimate(made, found, footprint, rates, **settings, decompose_seconds=last))
 
 
 def initialize(
@@ -189,85 +218,48 @@ def initialize(
         What was done, layer by layer.
 
     Raises:
-        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, or an optimizer that
-            holds parameters to be replaced.
+        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, an optimizer that
+            holds parameters to be replaced, or base weights that the method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
-    resolved = _with_population(resolve_method(method), loader)
+    resolved = _starting.with_population(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
     if learning_rate is not None:
         check_range("learning_rate", learning_rate, low=0.0)
     if ranks is not None and isinstance(resolved, EVA):
         resolved = resolved.keeping_ranks()
-    wants = _with_wants(resolved.wants, ranks)
+    wants = _starting.with_wants(resolved.wants, ranks)
     if wants and (loader is None) == (statistics is None):
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
-    layers = peft_layers.find_lora_layers(model, adapter_name)
-    if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
-        raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
-    if not force:
-        peft_layers.check_untrained(layers, adapter_name)
-    if resolved.offsets_base:
-        offset.check(model, layers, adapter_name, base)
+    layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
     if not wants:
         statistics = statistics or Statistics({}, 0, 0.0, 0.0)
     elif statistics is None:
         assert loader is not None  # one of both was given
-        asked = [each.rank for each in layers.supported]
-        size = max(64, resolved.sketch_size(asked), 0 if ranks is None else ranks.sketch_size(asked))
-        defaults = {"sketch_size": size, **resolved.collect_options}
+        defaults = _starting.defaults(resolved, ranks, layers)
         statistics = collect(model, loader, wants, adapter_name=adapter_name, **{**defaults, **options})
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
+    given = _starting.reached_ranks(layers, statistics, wants, unreached)
     progress = bool(options.get("progress", True))
-    given = _ranks(layers, statistics, wants, unreached)
-    assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
-    adjust = (resolved if ranks is None else ranks).adjust_scaling_factors
-    kept = {name: rank for name, rank in assigned.items() if rank > 0}
-    by_name = {each.target.name: each for each in layers.supported}
-    # The scaling that a layer will have is what its factors are made for.
-    under = {
-        name: _under(peft_layers.with_rank(by_name[name], rank, adjust=adjust), adapter_name)
-        for name, rank in kept.items()
-    }
-    found = resolved.factors(statistics, kept, base=under, progress=progress)
-    found |= {name: _no_adapter(by_name[name].target) for name in assigned if name not in kept}
+    found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name, progress=progress)
     # Before the base weights may change: the report compares the start with what they were.
-    reports = _layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
+    reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
-    before = _factor_sizes(layers, {})
-    offset.remove(model, adapter_name)
-    peft_layers.write(
-        model,
-        layers,
-        {name: each.factors for name, each in found.items()},
-        adapter_name,
-        adjust_scaling_factors=adjust,
-    )
-    if resolved.offsets_base:
-        take_off = offset.attach if base == "intact" else offset.subtract
-        take_off(model, adapter_name, [name for name, each in found.items() if each.factors.rank])
+    before = _starting.factor_sizes(layers, {})
+    _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust)
     written = time.perf_counter()
-    advice = guidance.advice(
-        resolved.name,
-        [each.step_ratio for each in reports if each.step_ratio is not None],
-        starts_away=any(bool(each.factors.B.any()) for each in found.values()),
-        full_rate=resolved.full_rate,
-        learning_rate=learning_rate,
-    )
+    advice = _starting.advice(resolved, found, reports, learning_rate)
     for sentence in filter(guidance.is_warning, advice):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(
         method=resolved.name,
-        settings={
-            **(asdict(resolved) if is_dataclass(resolved) and not isinstance(resolved, type) else {}),
-            **({} if ranks is None else {"ranks": asdict(ranks)}),
-        },
+        settings=_starting.settings(resolved, ranks),
         adapter=adapter_name,
         layers=reports,
         seconds={
@@ -279,122 +271,6 @@ def initialize(
         batches=statistics.batches,
         tokens=statistics.tokens,
         trainable_before=before,
-        trainable=_factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
+        trainable=_starting.factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
         advice=advice,
     )
-
-
-def _with_wants(wants: Mapping[str, bool], ranks: Redistribution | None) -> dict[str, bool]:
-    """What a method and a redistribution read together; exact where one of them needs it so."""
-    more = {} if ranks is None else ranks.wants
-    return {name: bool(wants.get(name)) or bool(more.get(name)) for name in (*wants, *more)}
-
-
-def _no_adapter(target: Target) -> LayerFactors:
-    empty = LoraFactors(torch.zeros(0, target.in_features), torch.zeros(target.out_features, 0))
-    return LayerFactors(empty, math.nan, 0.0, "", ("no component won a rank",))
-
-
-def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
-    module = layer.target.module
-    return BaseLayer(
-        functools.partial(offset.base_weight, module),
-        layer.scaling,
-        functools.partial(peft_layers.read_factors, module, adapter),
-    )
-
-
-def _with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
-    """A method that weighs by the size of the training set, and was not told it, takes that of the loader's dataset."""
-    dataset = getattr(loader, "dataset", None)
-    if getattr(method, "population_size", 0) is None and isinstance(dataset, Sized) and len(dataset) > 0:
-        return replace(method, population_size=len(dataset))  # type: ignore[type-var]
-    return method
-
-
-def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
-    needs_gradients = any(name in OF_GRADIENTS for name in wants)
-    if layer.tokens <= 0 or not needs_gradients:
-        return layer.tokens > 0
-    return layer.output is not None and float(layer.output.calls) > 0 and not layer.output.is_zero
-
-
-def _ranks(
-    layers: peft_layers.LoraLayers, statistics: Statistics, wants: Mapping[str, bool], unreached: str
-) -> dict[str, int]:
-    """The layers that data reached, with their ranks; all of them for a method that reads no data."""
-    if not wants:
-        return {each.target.name: each.rank for each in layers.supported}
-    ranks, missed = {}, []
-    for each in layers.supported:
-        name = each.target.name
-        if name not in statistics:
-            raise ValueError(f"statistics have no entry for layer {name}: they come from another model or adapter")
-        seen = statistics[name]
-        if (seen.in_features, seen.out_features) != (each.target.in_features, each.target.out_features):
-            raise ValueError(f"statistics of layer {name} are of another shape: they come from another model")
-        if not _reached(seen, wants):
-            missed.append(name)
-        else:
-            ranks[name] = each.rank
-    if missed:
-        message = f"the data, or its loss, does not reach {len(missed)} LoRA layers (first: {missed[0]})"
-        if unreached == "raise":
-            raise ValueError(message)
-        warnings.warn(f"{message}; they keep their stock initialisation", RuntimeWarning, stacklevel=3)
-    return ranks
-
-
-def _factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
-    return sum(
-        ranks.get(each.target.name, each.rank) * (each.target.in_features + each.target.out_features)
-        for each in layers.supported
-    )
-
-
-def _layer_reports(
-    layers: peft_layers.LoraLayers,
-    statistics: Statistics,
-    found: dict[str, LayerFactors],
-    *,
-    offset_base: bool,
-    adjust: bool,
-) -> tuple[LayerReport, ...]:
-    reports = []
-    for each in layers.supported:
-        name = each.target.name
-        seen = statistics.get(name)
-        notes = () if seen is None else seen.notes
-        if name not in found:
-            reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=notes))
-            continue
-        answer = found[name]
-        view, start = None, 0.0
-        if answer.factors.rank:
-            scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
-            view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
-            start = offset.product_norm(answer.factors, scaling)
-        share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
-        explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
-        skipped = statistics.skipped_rows.get(name, 0)
-        reports.append(
-            LayerReport(
-                name,
-                "initialised" if answer.factors.rank else "removed",
-                each.rank,
-                answer.factors.rank,
-                explained,
-                None if explained is None else max(0.0, 1.0 - explained),
-                0.0 if seen is None else seen.tokens,
-                () if seen is None else seen.shared_with,
-                answer.residual,
-                answer.solver,
-                share,
-                None if view is None else view.start_change,
-                None if view is None else view.first_step,
-                None if view is None else view.step_ratio,
-                (*notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
-            )
-        )
-    reports += [LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in layers.unsupported]
-    return tuple(reports)

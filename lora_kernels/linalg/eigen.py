@@ -51,6 +51,23 @@ def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, produc
     return TopEigenpairs(values, vectors, _residuals(matrices @ vectors, values, vectors), method, products)
 
 
+def krylov_depth(n: int, k: int, oversample: int) -> int | None:
+    """How many blocks a round of `eigh_topk` adds to the first one.
+
+    Args:
+        n: order of the matrix.
+        k: number of pairs.
+        oversample: extra columns of the block.
+
+    Returns:
+        The number, or `None` where the full decomposition costs less than the iteration.
+    """
+    block = min(n, k + oversample)
+    if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
+        return None
+    return max(2, min(8, n // (_BASIS_SHARE * block) - 1))
+
+
 def _residuals(image: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     error = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2).amax(-1)
     scale = values.abs().amax(-1)
@@ -123,9 +140,8 @@ def eigh_topk(
             raise ValueError("matrices holds NaN or infinite entries")
         matrices = matrices.to(torch.float64)
         device, apply = matrices.device, matrices.__matmul__
-    block = min(n, k + oversample)
-    depth = max(2, min(8, n // (_BASIS_SHARE * block) - 1))
-    if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
+    block, depth = min(n, k + oversample), krylov_depth(n, k, oversample)
+    if depth is None:
         return _direct(matrices, k, "direct", 0)
 
     start = apply(_philox.normal(n, block, seed=seed).to(device))

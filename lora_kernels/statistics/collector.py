@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_kernels.statistics import distributed, storage
+from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device, trimmer
 from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
 from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
@@ -22,7 +23,7 @@ from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics
-from lora_kernels.statistics.plan import Plan, make_plan, parse_budget
+from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.storage import Held, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -128,8 +129,6 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
             offset += size
 
     def flush() -> None:
-        if not bucket:
-            return
         flat = torch.cat([pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket])
         flat = flat.to(device)
         in_flight.append((distributed.all_reduce(flat, async_op=True), flat, list(bucket)))
@@ -138,18 +137,33 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
             land()
 
     entries = [(value, name in each.sums.triangular) for each in held for name, value in each.sums.tensors().items()]
-    # Stable order: by dtype, then shape, so that equal shapes share a bucket.
-    entries.sort(key=lambda entry: (str(entry[0].dtype), tuple(entry[0].shape)))
-    used = 0
-    for value, triangular in entries:
-        if bucket and (bucket[-1][0].dtype != value.dtype or used > _BUCKET):
-            flush()
-            used = 0
-        bucket.append((value, triangular))
-        used += value.numel() * value.element_size()
-    flush()
+    for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
+        bucket += [entries[position] for position in positions]
+        flush()
     while in_flight:
         land()
+
+
+def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[int]]:
+    """Which sums travel in one message: those of one dtype, equal shapes together, until there are 64 MiB of them.
+
+    Args:
+        sums: dtype and shape of each.
+
+    Returns:
+        Positions in `sums`, one list per message.
+    """
+    order = sorted(range(len(sums)), key=lambda position: (str(sums[position][0]), sums[position][1]))
+    found: list[list[int]] = []
+    used = 0
+    for position in order:
+        dtype, shape = sums[position]
+        if not found or sums[found[-1][-1]][0] != dtype or used > _BUCKET:
+            found.append([])
+            used = 0
+        found[-1].append(position)
+        used += math.prod(shape) * dtype.itemsize
+    return found
 
 
 def reduce_progress(progress: Progress) -> Progress:
@@ -178,13 +192,37 @@ def reduce_progress(progress: Progress) -> Progress:
     return progress
 
 
-def share_out(keys: Iterable[Key], compute: Callable[[Key], Any], device: torch.device) -> dict[Key, Any]:
+def owners(weights: Sequence[float], processes: int) -> list[int]:
+    """Who computes what: the heaviest first, each to the process that has the least to do so far.
+
+    Args:
+        weights: of every piece of work.
+        processes: how many share it.
+
+    Returns:
+        The process of every piece.
+    """
+    loads = [0.0] * processes
+    found = [0] * len(weights)
+    for index in sorted(range(len(weights)), key=lambda index: -weights[index]):
+        found[index] = loads.index(min(loads))
+        loads[found[index]] += weights[index]
+    return found
+
+
+def share_out(
+    keys: Iterable[Key],
+    compute: Callable[[Key], Any],
+    device: torch.device,
+    weigh: Callable[[Key], float] | None = None,
+) -> dict[Key, Any]:
     """Compute a value per key, the keys shared out over the processes; every process gets all values, the same bits.
 
     Args:
         keys: the same on every process, in the same order.
         compute: called for this process's keys; returns anything that can be pickled.
         device: where the tensors of values that come from other processes are to live.
+        weigh: how long the value of a key takes, in any unit; all the same by default.
 
     Returns:
         The values by key.
@@ -195,7 +233,8 @@ def share_out(keys: Iterable[Key], compute: Callable[[Key], Any], device: torch.
     found: dict[Key, Any] = {}
     error: BaseException | None = None
     try:
-        mine = {key: compute(key) for index, key in enumerate(ordered) if index % world_size() == rank()}
+        who = owners([1.0 if weigh is None else weigh(key) for key in ordered], world_size())
+        mine = {key: compute(key) for key, owner in zip(ordered, who, strict=True) if owner == rank()}
     except Exception as caught:
         mine, error = {}, caught
     raise_together(error)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.statistics.budget import Budget
 from lora_kernels.statistics.loss import REDUCTIONS, Loss, Reduction
 from lora_kernels.statistics.masks import Mask, check_mask
-from lora_kernels.statistics.plan import FORMS, Budget
+from lora_kernels.statistics.plan import FORMS
 
 Forward = Callable[[nn.Module, Any], Any]
 WEIGHTINGS = ("token", "sample")

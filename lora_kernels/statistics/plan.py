@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -15,6 +15,10 @@ from rich.table import Table
 
 from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.reports import Printed
+from lora_kernels.statistics.budget import show_bytes
+from lora_kernels.statistics.cost import Cost
+from lora_kernels.statistics.distributed import buckets
+from lora_kernels.statistics.moments import packed_size
 from lora_kernels.statistics.sketches import PROBES
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
@@ -23,14 +27,8 @@ FORMS = ("auto", "exact", "sketch")
 # Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
 # section 4.5: the reconstruction needs l > k, and about 2 k is the best split of a given memory).
 _CO_SIZE = 2
-_AUTO_SHARE = 0.5
-_UNITS = {
-    "B": 1,
-    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
-    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
-}
-
-Budget = int | float | str | None
+# Bytes of the two counts that a layer has beside the sums of its output gradients.
+_COUNTS = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Entry:
         form: `exact` or `sketch`.
         layers: the layers it belongs to: several where they read the same tensor.
         bytes: memory of its sums on each process.
-        message: bytes that each process contributes to the reduction over processes (symmetric sums go packed).
+        message: bytes that each process contributes to the reduction over processes (of symmetric sums about half).
         number: the pass over the data that collects it, from 0.
     """
 
@@ -66,6 +64,8 @@ class Plan(Printed):
         sketch_size: columns of a sketch.
         shared: whether it is known which layers read the same tensor (otherwise each is counted by itself, which is an
             upper bound).
+        messages: all-reductions that add up the sums of all processes.
+        cost: memory and least seconds, where rates were given.
     """
 
     entries: tuple[Entry, ...]
@@ -74,6 +74,8 @@ class Plan(Printed):
     world_size: int
     sketch_size: int
     shared: bool
+    messages: int = 0
+    cost: Cost | None = None
 
     @property
     def pass_bytes(self) -> tuple[int, ...]:
@@ -81,18 +83,29 @@ class Plan(Printed):
         found = Counter({number: 0 for number in range(self.passes)})
         for entry in self.entries:
             found[entry.number] += entry.bytes
+        for _, number in self._outputs:
+            found[number] += _COUNTS
         return tuple(found[number] for number in range(self.passes))
 
     @property
     def total_bytes(self) -> int:
-        """Memory of all sums together (what is kept at the end, and the size of a stored file)."""
-        return sum(entry.bytes for entry in self.entries)
+        """Memory of all sums together (what is kept at the end, and about the size of a stored file)."""
+        return sum(entry.bytes for entry in self.entries) + _COUNTS * len({layer for layer, _ in self._outputs})
+
+    @property
+    def _outputs(self) -> set[tuple[str, int]]:
+        """Layers with sums of their output gradients, by pass: each has two counts beside them."""
+        return {(entry.layers[0], entry.number) for entry in self.entries if entry.statistic in OF_GRADIENTS}
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes that each process contributes to the reduction of all sums over processes."""
+        return sum(entry.message for entry in self.entries) + _COUNTS * len(self._outputs)
 
     @property
     def communication(self) -> int:
         """Bytes that each process sends in a ring all-reduce of all sums: `2 (W - 1) / W` times their size."""
-        size = sum(entry.message for entry in self.entries)
-        return 2 * (self.world_size - 1) * size // self.world_size
+        return 2 * (self.world_size - 1) * self.message_bytes // self.world_size
 
     @property
     def backward(self) -> int | None:
@@ -107,8 +120,8 @@ class Plan(Printed):
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        sums = {"pass_bytes": self.pass_bytes, "total_bytes": self.total_bytes, "communication": self.communication}
-        return json.dumps({**asdict(self), **sums}, indent=1)
+        names = ("pass_bytes", "total_bytes", "message_bytes", "communication")
+        return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table with one row per kind of layer, and the totals.
@@ -135,88 +148,63 @@ class Plan(Printed):
             f"all sums {show_bytes(self.total_bytes)}"
         )
         if self.world_size > 1:
-            yield f"{self.world_size} processes: each sends {show_bytes(self.communication)} to add up the sums"
+            sent = show_bytes(self.communication)
+            yield f"{self.world_size} processes: each sends {sent} in {self.messages} all-reductions to add up the sums"
         if not self.shared:
             yield "which layers read the same tensor is not known: each is counted by itself (an upper bound)"
+        if self.cost is not None:
+            yield from _cost_lines(self.cost)
 
 
-def show_bytes(size: float) -> str:
-    """A size in words."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
+def _cost_lines(cost: Cost) -> Iterator[str]:
+    lies = {"whole": "every process holds the model", "sharded": "the model is sharded over all processes"}
+    lies["none"] = f"it does not fit: {cost.why_not}"
+    yield (
+        f"on {cost.rates}: {lies[cost.layout]}; {show_bytes(cost.device_bytes)} per device for weights and sums, "
+        f"{show_bytes(cost.host_bytes)} per host"
+    )
+    parts = ("model", "statistics", "gather", "reduce", "host", "decompose")
+    named = ", ".join(f"{part} {getattr(cost, f'{part}_seconds'):.3g}" for part in parts)
+    yield f"at least {cost.seconds:.3g} s for {cost.tokens} tokens, {cost.batch_tokens} per process and step: {named}"
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device.
-
-    Args:
-        device: a CUDA device, or anything else for the host.
-
-    Returns:
-        The device's free memory, or what Linux calls available.
-
-    Raises:
-        ValueError: if the host does not tell.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        raise ValueError("the free memory of this system is not known: give the budget in bytes") from None
-
-
-def parse_budget(budget: Budget, device: torch.device | None = None) -> int | None:
-    """A memory budget in bytes.
+def sums_of(
+    statistic: str, form: str, target: Target, sketch_size: int, dtype: torch.dtype
+) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
+    """The tensors of one set of sums.
 
     Args:
-        budget: bytes (int), a share of the free memory in (0, 1) (float), text such as `"40GB"` or `"512MiB"`,
-            `"auto"` for half of the free memory, or `None` for no limit.
-        device: whose free memory is meant; the host's by default.
+        statistic: see `wants.STATISTICS`.
+        form: `exact` or `sketch`.
+        target: the layer.
+        sketch_size: columns of a sketch.
+        dtype: of the sums.
 
     Returns:
-        The bytes, or `None`.
-
-    Raises:
-        ValueError: if it is none of these.
-        TypeError: if it is of another type.
+        Dtype, shape, and whether the lower triangle stands for the tensor.
     """
-    if budget is None:
-        return None
-    where = device or torch.device("cpu")
-    if isinstance(budget, str):
-        if budget == "auto":
-            return int(_AUTO_SHARE * free_memory(where))
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)?\s*", budget, re.IGNORECASE)
-        if match is None:
-            raise ValueError(f'budget is {budget!r}, but must be bytes, a share, "auto" or a size such as "40GB"')
-        number, unit = match.groups()
-        return int(float(number) * _UNITS[(unit or "B").upper()])
-    if isinstance(budget, float):
-        if not 0 < budget < 1:
-            raise ValueError(f"budget is {budget!r}: a float is a share of the free memory, between 0 and 1")
-        return int(budget * free_memory(where))
-    check_range("budget", budget, low=1, integer=True)
-    return budget
-
-
-def _sizes(statistic: str, form: str, target: Target, sketch_size: int, width: int) -> tuple[int, int]:
-    """Bytes of the sums, and of what is reduced over processes."""
     m, n = target.out_features, target.in_features
+    count: tuple[torch.dtype, tuple[int, ...], bool] = (torch.float64, (), False)
     if statistic in (INPUT_SECOND, OUTPUT_SECOND):
         order = n if statistic == INPUT_SECOND else m
         if form == "sketch":
-            size = order * (sketch_size + PROBES + 2) * width + 8
-            return size, size
-        return (order * order + order) * width + 8, (order * (order + 1) // 2 + order) * width + 8
+            return [count, *[(dtype, (order,), False)] * 2, (dtype, (order, sketch_size + PROBES), False)]
+        return [count, (dtype, (order,), False), (dtype, (order, order), True)]
     if statistic == FISHER:
-        return m * width + 8, m * width + 8
-    size = m * n * width if form == "exact" else (m * (sketch_size + PROBES) + n * co_size(sketch_size)) * width
-    return size, size
+        return [(dtype, (m,), False)]
+    if form == "exact":
+        return [(dtype, (m, n), False)]
+    return [(dtype, (m, sketch_size + PROBES), False), (dtype, (n, co_size(sketch_size)), False)]
+
+
+def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the sums, and of what is reduced over processes."""
+    sums = sums_of(statistic, form, target, sketch_size, dtype)
+    sent = [packed_size(shape[0]) if triangular else math.prod(shape) for _, shape, triangular in sums]
+    return (
+        sum(math.prod(shape) * kind.itemsize for kind, shape, _ in sums),
+        sum(size * kind.itemsize for (kind, _, _), size in zip(sums, sent, strict=True)),
+    )
 
 
 def co_size(sketch_size: int) -> int:
@@ -228,13 +216,13 @@ def _can_sketch(statistic: str, target: Target, sketch_size: int) -> bool:
     """A sketch pays where it is smaller than half of the exact sums."""
     if statistic not in SKETCHABLE:
         return False
-    exact = _sizes(statistic, "exact", target, sketch_size, 4)[0]
-    return 2 * _sizes(statistic, "sketch", target, sketch_size, 4)[0] < exact
+    exact = _sizes(statistic, "exact", target, sketch_size, torch.float32)[0]
+    return 2 * _sizes(statistic, "sketch", target, sketch_size, torch.float32)[0] < exact
 
 
 def _check_budget(entries: Sequence[Entry], budget: int | None) -> None:
-    largest = max(entries, key=lambda entry: entry.bytes)
-    if budget is not None and largest.bytes > budget:
+    largest = max(entries, key=_held)
+    if budget is not None and _held(largest) > budget:
         raise ValueError(
             f"budget is {show_bytes(budget)}, but the {largest.form} {largest.statistic} of {largest.layers[0]} alone "
             f"takes {show_bytes(largest.bytes)}"
@@ -247,15 +235,30 @@ def _assign(groups: Sequence[Sequence[Entry]], budget: int | None) -> tuple[tupl
         return tuple(entry for group in groups for entry in group), 1
     placed, number, used = [], 0, 0
     for group in groups:
-        whole = sum(entry.bytes for entry in group)
+        whole = sum(map(_held, group))
         if used and used + whole > budget:
             number, used = number + 1, 0
         for entry in group:
-            if used + entry.bytes > budget:  # the group alone is larger than a pass: it is split
+            if used + _held(entry) > budget:  # the group alone is larger than a pass: it is split
                 number, used = number + 1, 0
             placed.append(replace(entry, number=number))
-            used += entry.bytes
+            used += _held(entry)
     return tuple(placed), number + 1
+
+
+def _held(entry: Entry) -> int:
+    """Bytes in a pass, with the counts of the layer (which it may have in common with other sums of its)."""
+    return entry.bytes + (_COUNTS if entry.statistic in OF_GRADIENTS else 0)
+
+
+def _messages(entries: Sequence[Entry], targets: Mapping[str, Target], sketch_size: int, dtype: torch.dtype) -> int:
+    sums = [
+        (kind, shape)
+        for entry in entries
+        for kind, shape, _ in sums_of(entry.statistic, entry.form, targets[entry.layers[0]], sketch_size, dtype)
+    ]
+    outputs = {(entry.layers[0], entry.number) for entry in entries if entry.statistic in OF_GRADIENTS}
+    return len(buckets(sums + [(torch.float64, ())] * (2 * len(outputs))))
 
 
 def make_plan(
@@ -296,7 +299,6 @@ def make_plan(
     check_range("world_size", world_size, low=1, integer=True)
     if not targets:
         raise ValueError("targets is empty: there is no layer to plan for")
-    width = torch.finfo(dtype).bits // 8
     by_name = {target.name: target for target in targets}
     partition = [list(group) for group in groups] if groups is not None else []
     known = {name for group in partition for name in group}
@@ -305,7 +307,7 @@ def make_plan(
     partition.sort(key=lambda group: order[group[0]])
 
     def entry(statistic: str, layers: Sequence[str], chosen: str) -> Entry:
-        size, message = _sizes(statistic, chosen, by_name[layers[0]], sketch_size, width)
+        size, message = _sizes(statistic, chosen, by_name[layers[0]], sketch_size, dtype)
         return Entry(statistic, chosen, tuple(layers), size, message)
 
     def sketched(exact: Entry) -> Entry | None:
@@ -324,11 +326,12 @@ def make_plan(
         _sketch_until_it_fits(planned, sketched, budget)
     _check_budget([each for group in planned for each in group], budget)
     entries, passes = _assign(planned, budget)
-    return Plan(entries, passes, budget, world_size, sketch_size, groups is not None)
+    messages = _messages(entries, by_name, sketch_size, dtype) if world_size > 1 else 0
+    return Plan(entries, passes, budget, world_size, sketch_size, groups is not None, messages)
 
 
 def _sketch_until_it_fits(planned: list[list[Entry]], sketched: Callable[[Entry], Entry | None], budget: int) -> None:
-    total = sum(each.bytes for group in planned for each in group)
+    total = sum(_held(each) for group in planned for each in group)
     places = [(group, index) for group in planned for index in range(len(group))]
     for group, index in sorted(places, key=lambda place: -place[0][place[1]].bytes):
         if total <= budget:

@@ -85,14 +85,26 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]
 
 
-def _path(name: str, layer: Any) -> LayerPath:
+def _gathered(model: nn.Module) -> set[str]:
+    """The LoRA layers that are inside of a unit of FSDP2: before they run, their weights are made whole."""
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
+
+    units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
+    return {
+        name
+        for name, _ in lora_layers(model)
+        if any(unit in ("", name) or name.startswith(f"{unit}.") for unit in units)
+    }
+
+
+def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
     kind = type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
     if kind not in supported():
         return LayerPath(name, kind.__name__, "eager", f"no fused form of {kind.__name__}")
-    reason = eager_reason(layer)
+    reason = eager_reason(layer, gathered=gathered)
     if reason is not None:
         return LayerPath(name, kind.__name__, "eager", reason)
-    if base_is_fused(layer):
+    if base_is_fused(layer, gathered=gathered):
         return LayerPath(name, kind.__name__, "fused")
     base = type(layer.base_layer).__name__
     return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
@@ -115,7 +127,9 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
         group: in eager training, compute layers that are called one after the other with the same tensor (query, key
             and value; gate and up) together. They are found while they run; what is found takes effect after the first
             step of the optimizer that changes the adapter in place, so that checkpointed passes recompute what they
-            recorded. The outputs of a group are one node of autograd's graph. See `lora_kernels.training.groups`.
+            recorded. The outputs of a group are one node of autograd's graph. Under FSDP2 the optimizer must be one of
+            `torch.optim.Optimizer`, and layers that `fully_shard` put into different units are computed by themselves.
+            See `lora_kernels.training.groups`.
 
     Returns:
         The path of every layer, and why.
@@ -126,7 +140,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
     layers = lora_layers(model)
     if not layers:
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
-    report = AccelerateReport(tuple(_path(name, layer) for name, layer in layers))
+    gathered = _gathered(model)
+    report = AccelerateReport(tuple(_path(name, layer, name in gathered) for name, layer in layers))
     eager = [each for each in report if each.path == "eager"]
     if strict and eager:
         raise ValueError(f"{len(eager)} layers would not be accelerated (first: {eager[0].name}: {eager[0].reason})")

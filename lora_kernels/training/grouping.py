@@ -7,11 +7,17 @@ nothing is assumed of its structure: where a layer is given something else it co
 A checkpointed function must do the same when it is computed again, also for a graph that was recorded long before. So
 what was learned takes effect when the leader's adapter has been changed in place, by an optimizer's step: no graph that
 was recorded before can be needed any more.
+
+Under FSDP2 a layer runs on gathered copies, whose versions FSDP2 keeps as they were; the optimizer changes the shards,
+which are not there while the layer runs. So there it is a step of an optimizer that holds the leader's shards that
+counts as a change. Layers that are shards of different units are computed by themselves: while the first of them runs,
+the weights of the others are not there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 import weakref
@@ -21,6 +27,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lora_kernels.statistics.modes import is_sharded
 
 
 @dataclass
@@ -31,11 +40,13 @@ class Group:
         layers: the members.
         version: of the leader's factors when the group was found; `None` if it is in effect.
         strayed: the version of the leader's factors when an output was not taken up; `None` while all were.
+        steps: how often an optimizer has changed the leader's factors where they are shards.
     """
 
     layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
     version: int | None = None
     strayed: int | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,11 +131,29 @@ def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
 def _stray(group: Group) -> None:
     if group.strayed is None:
         leader: Any = group.layers[0]()
-        group.strayed = -1 if leader is None else _version(leader)
+        group.strayed = -1 if leader is None else _version(leader, group)
 
 
-def _version(layer: Any) -> int:
-    return sum(each.weight._version for factors in (layer.lora_A, layer.lora_B) for each in factors.values())
+def _weights(layer: Any) -> list[torch.Tensor]:
+    return [each.weight for factors in (layer.lora_A, layer.lora_B) for each in factors.values()]
+
+
+def _version(layer: Any, group: Group | None = None) -> int:
+    return sum(each._version for each in _weights(layer)) + (0 if group is None else group.steps)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Count a step on shards: outside of its forward a layer has them in the place of its factors."""
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for group in {id(each): each for each in list(_groups.values())}.values():
+        leader = group.layers[0]()
+        if leader is not None and any(is_sharded(each) and id(each) in held for each in _weights(leader)):
+            group.steps += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_stepped)
 
 
 def followers(layer: nn.Module) -> list[nn.Module]:
@@ -139,7 +168,7 @@ def followers(layer: nn.Module) -> list[nn.Module]:
     group = _groups.get(layer)
     if group is None or len(group.layers) < 2 or group.layers[0]() is not layer:
         return []
-    version = _version(layer)
+    version = _version(layer, group)
     if group.version == version:
         return []
     members = [each() for each in group.layers[1:]]
@@ -184,6 +213,7 @@ def learn(layer: nn.Module, x: torch.Tensor) -> None:
     same = _last.x is not None and _last.x() is x and _last.version == x._version
     group = _last.group if same else None
     if group is None:
+        _watch_optimizers()
         group = Group(version=_version(layer))
         _last.x, _last.version, _last.group = weakref.ref(x), x._version, group
     if layer in _alone or any(each() is layer for each in group.layers):

@@ -139,23 +139,38 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _FORWARD_HOOKS)
 
 
-def _plain_linear(module: Any) -> bool:
-    return type(module) is nn.Linear and not _hooked(module) and not is_sharded(module.weight)
+def _whole(weight: Any, gathered: bool) -> bool:
+    # Of two meshes one may be that of tensor parallelism, whose shards stay shards.
+    return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
 
 
-def base_is_fused(layer: Any) -> bool:
-    """Whether the base product is part of the fused op: a plain linear layer that nobody hooks into."""
+def _plain_linear(module: Any, gathered: bool) -> bool:
+    return type(module) is nn.Linear and not _hooked(module) and _whole(module.weight, gathered)
+
+
+def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
+    """Whether the base product is part of the fused op: a plain linear layer that nobody hooks into.
+
+    Args:
+        layer: a LoRA layer.
+        gathered: see `eager_reason`.
+
+    Returns:
+        True if so.
+    """
     base = layer.base_layer
-    if not _plain_linear(base) or hasattr(base, "parametrizations"):
+    if not _plain_linear(base, gathered) or hasattr(base, "parametrizations"):
         return False
-    return type(base.weight) in (nn.Parameter, torch.Tensor) and base.weight.is_floating_point()
+    kinds = (nn.Parameter, torch.Tensor)
+    return (type(base.weight) in kinds or is_sharded(base.weight)) and base.weight.is_floating_point()
 
 
-def eager_reason(layer: Any) -> str | None:
+def eager_reason(layer: Any, *, gathered: bool = False) -> str | None:
     """Why a layer has to run PEFT's own forward as it is now, or `None`.
 
     Args:
         layer: a LoRA layer.
+        gathered: whether FSDP2 gathers the layer's shards before it runs.
 
     Returns:
         The reason, in words.
@@ -166,12 +181,12 @@ def eager_reason(layer: Any) -> str | None:
     for name in names:
         variant = layer.lora_variant.get(name)
         if dora.magnitude(layer, name) is not None:
-            reason = dora.refusal(layer, name, names, base_is_fused(layer))
+            reason = dora.refusal(layer, name, names, base_is_fused(layer, gathered=gathered))
             if reason is not None:
                 return f"adapter {name!r} is {reason}"
         elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
-        if not _plain_linear(layer.lora_A[name]) or not _plain_linear(layer.lora_B[name]):
+        if not _plain_linear(layer.lora_A[name], gathered) or not _plain_linear(layer.lora_B[name], gathered):
             return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
         if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
             return f"adapter {name!r} has a {type(layer.lora_dropout[name]).__name__}"

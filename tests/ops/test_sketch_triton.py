@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _philox, project, random_matrix, sketch_
 from lora_kernels.ops._rows import selection
-from lora_kernels.ops.sketch import kernel, reference
+from lora_kernels.ops.sketch import _launch, kernel, reference
 from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def run(left, right, k, weight, kind="rademacher", configs=(TINY, TINY), chunk=N
     out, total = torch.zeros(left.shape[1], k, device=DEVICE), torch.zeros(left.shape[1], device=DEVICE)
     index, factor = selection(weight)
     factor = None if factor is None else factor.float()
-    kernel.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
+    _launch.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
     return out, total
 
 
@@ -95,7 +95,7 @@ def test_projection_matches_float64(tokens, width, k, dtype, kind, poisoned_memo
     truth = reference.project(a, k, **KEY, kind=kind)
     for least in (1024, 16):
         out = torch.empty(tokens, k, device=DEVICE)
-        kernel.project(out, a, kind=kind, **KEY, config=TINY, least=least)
+        _launch.project(out, a, kind=kind, **KEY, config=TINY, least=least)
         check(out, truth, bound_for(out, a, kind))
 
 
@@ -181,7 +181,7 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit(kind):
     first, second = (run(left, right, 24, weight, kind, least=16) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     out, parts = first[0].clone(), torch.zeros_like(first[0])
-    kernel.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
+    _launch.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
     assert relative_error(out, 2 * first[0]) < 1e-6
     for part in (slice(0, 33), slice(33, 90)):
         sketch_(parts, left[part], right[part], weight[part], **KEY, kind=kind, backend="triton")
@@ -217,7 +217,7 @@ def test_memory_beyond_is_left_alone():
     left, right = torch.randn(40, 33, device=DEVICE), torch.randn(40, 30, device=DEVICE)
     for least, two in itertools.product((1024, 16), (left, right)):
         out = wide.clone()
-        kernel.sketch(
+        _launch.sketch(
             out[:33, 5:26], left, two, None, None, None, kind="rademacher", **KEY, configs=(TINY, TINY), least=least
         )
         assert relative_error(out[:33, 5:26] + 7.0, reference.sketch(left, two, 21, **KEY)[0]) < 3e-6
@@ -268,10 +268,10 @@ def test_alignment_is_that_of_width_stride_and_address():
 
 def test_chunks_of_tokens_fit_the_cache():
     for tokens, row_bytes, cache in ((1, 2, 2**25), (4096, 8192, 50 * 2**20), (2**20, 28672, 40 * 2**20)):
-        chunk = kernel.token_chunk(tokens, row_bytes, cache)
+        chunk = _launch.token_chunk(tokens, row_bytes, cache)
         assert chunk % 64 == 0 and chunk >= 64
         assert chunk * row_bytes <= max(cache // 2, 2**24) + 64 * row_bytes
-    assert kernel.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
+    assert _launch.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
 
 
 def test_ahead_of_time_cases_cover_every_launch():

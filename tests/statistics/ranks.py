@@ -140,6 +140,17 @@ def main():
     lk.initialize(ready, mine, lk.EVA(rho=1.0), progress=False)
     inside = {name: each.full_tensor() for name, each in ready.named_parameters() if "lora_A" in name}
     equal_everywhere(digest(inside.values()))
+
+    # Methods that read base weights refuse sharded ones; statistics of the sharded model serve one that is whole.
+    expect(ValueError, "sharded .* corda reads it", lambda: lk.initialize(ready, mine, "corda", progress=False))
+    found = []
+    for observed in (ready, peft_model()):
+        whole = peft_model()
+        lk.initialize(whole, None, "corda", statistics=lk.collect(observed, mine, "corda", progress=False))
+        found.append({name: each.detach() for name, each in whole.named_parameters() if "lora_" in name})
+    equal_everywhere(digest(found[0].values()))
+    for name, each in found[0].items():
+        torch.testing.assert_close(each, found[1][name], rtol=1e-3, atol=1e-5)
     if number == 0:
         torch.save({"factors": factors, "solved": solved, "inside": inside}, out / "factors.pt")
         assert Statistics.load(out / "ddp.safetensors").batches == 5

@@ -30,8 +30,7 @@ def test_bytes_are_those_of_the_sums(form):
     plan = lk.plan(model, wants, batch=batch, form=form, sketch_size=2)
     stats = lk.collect(model, [batch], wants, form=form, sketch_size=2, progress=False)
     kept = sum(each.numel() * each.element_size() for each in tensors_of(stats))
-    scalars = 16 * len(stats)  # the counts of a layer's output sums
-    assert abs(kept - plan.total_bytes) <= scalars
+    assert kept == plan.total_bytes
     assert plan.passes == 1 and plan.pass_bytes == (plan.total_bytes,)
     assert "passes over the data: 1" in str(plan)  # print shows the table, not the fields
     assert {each.form for each in plan.entries} == ({"exact"} if form == "exact" else {"exact", "sketch"})
@@ -56,9 +55,13 @@ def test_llama_7b_on_the_meta_device():
     expected = llama_7b_bytes()
     assert abs(plan.total_bytes - expected) < 1e-6 * expected
     assert plan.passes == 2 and max(plan.pass_bytes) <= 40e9 and sum(plan.pass_bytes) == plan.total_bytes
-    # Second moments travel as triangles.
+    # Of second moments the lower triangle travels, in panels of 512 rows.
     n, m = 4096, 11008
-    saved = 4 * 32 * (3 * n * (n - 1) // 2 + m * (m - 1) // 2)
+
+    def above(size):
+        return sum(min(512, size - low) * max(size - low - 512, 0) for low in range(0, size, 512))
+
+    saved = 4 * 32 * (3 * above(n) + above(m))
     assert abs(plan.communication - 2 * 7 / 8 * (expected - saved)) < 1e-6 * expected
     assert plan.backward == 0 and plan.shared
 

@@ -193,12 +193,12 @@ def _sketch(
             _run_cpp(out, one, two, index, weights, column_sum, omega)
     else:
         # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.sketch import kernel  # noqa: PLC0415
+        from lora_kernels.ops.sketch import _launch  # noqa: PLC0415
 
         weights = None if weights is None else weights.to(torch.float32)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(left.device) if left.is_cuda else contextlib.nullcontext():
-            kernel.sketch(out, one, two, index, weights, column_sum, kind=kind, seed=seed, stream=stream)
+            _launch.sketch(out, one, two, index, weights, column_sum, kind=kind, seed=seed, stream=stream)
 
 
 @_sketch.register_fake
@@ -273,11 +273,11 @@ def _project(a: torch.Tensor, k: int, kind: str, seed: int, stream: int, backend
     rows = _flat(a)
     if backend == "triton":
         # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.sketch import kernel  # noqa: PLC0415
+        from lora_kernels.ops.sketch import _launch  # noqa: PLC0415
 
         out = torch.empty(rows.shape[0], k, dtype=dtype, device=a.device)
         with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
-            kernel.project(out, rows, kind=kind, seed=seed, stream=stream)
+            _launch.project(out, rows, kind=kind, seed=seed, stream=stream)
         return out.reshape(shape)
     cpp = backend == "cpp"
     omega = draw_cpp(rows.shape[1], k, kind, seed, stream) if cpp else _draw(rows, k, dtype, kind, seed, stream)

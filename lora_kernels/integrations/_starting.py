@@ -1,0 +1,358 @@
+"""The steps of `initialize`: which layers, from what statistics, solved, written and reported."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.init import InitMethod, LayerFactors, Redistribution
+from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.integrations import guidance, offset
+from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.integrations.report import LayerReport
+from lora_kernels.statistics import Statistics, Target
+from lora_kernels.statistics.distributed import world_size
+from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.wants import OF_GRADIENTS
+from lora_kernels.training.dash.module import directions as dash_directions
+
+
+def untrained_layers(
+    model: nn.Module, method: InitMethod, adapter_name: str, base: str, *, force: bool
+) -> peft_layers.LoraLayers:
+    """The layers of an adapter that may be given a start.
+
+    Args:
+        model: a PEFT model.
+        method: the method.
+        adapter_name: the adapter.
+        base: as for `initialize`.
+        force: also where `lora_B` is not zero.
+
+    Returns:
+        The layers.
+
+    Raises:
+        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset, or if the method reads
+            base weights that are sharded over processes.
+    """
+    layers = peft_layers.find_lora_layers(model, adapter_name)
+    if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
+        raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
+    if not force:
+        peft_layers.check_untrained(layers, adapter_name)
+    if method.offsets_base:
+        offset.check(model, layers, adapter_name, base)
+    if getattr(method, "reads_base", False) and world_size() > 1:
+        _refuse_sharded(layers, method.name)
+    return layers
+
+
+def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:
+    """Layers are shared out over the processes, but a shard is only gathered by all of them together."""
+    for each in layers.supported:
+        weight = getattr(each.target.module, "base_layer", each.target.module).weight
+        if is_sharded(weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"the base weight of layer {each.target.name} is sharded (FSDP), and {method} reads it: initialise "
+                "before sharding, for instance from statistics that were collected on the sharded model"
+            )
+
+
+def defaults(method: InitMethod, ranks: Redistribution | None, layers: peft_layers.LoraLayers) -> dict[str, Any]:
+    """The options of a collection for a method, where the user leaves them open.
+
+    Args:
+        method: the method.
+        ranks: a redistribution.
+        layers: of the adapter.
+
+    Returns:
+        Options by name.
+    """
+    asked = [each.rank for each in layers.supported]
+    size = max(64, method.sketch_size(asked), 0 if ranks is None else ranks.sketch_size(asked))
+    return {"sketch_size": size, **method.collect_options}
+
+
+def solve(
+    layers: peft_layers.LoraLayers,
+    statistics: Statistics,
+    given: Mapping[str, int],
+    method: InitMethod,
+    ranks: Redistribution | None,
+    adapter_name: str,
+    *,
+    progress: bool,
+) -> tuple[dict[str, LayerFactors], bool]:
+    """The factors of all layers that data reached.
+
+    Args:
+        layers: of the adapter.
+        statistics: of these layers.
+        given: the ranks that they have.
+        method: the method.
+        ranks: a redistribution.
+        adapter_name: the adapter.
+        progress: show bars.
+
+    Returns:
+        The answers by name, empty factors where no component won a rank; and whether alpha follows the rank.
+    """
+    assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
+    adjust = (method if ranks is None else ranks).adjust_scaling_factors
+    kept = {name: rank for name, rank in assigned.items() if rank > 0}
+    by_name = {each.target.name: each for each in layers.supported}
+    # The scaling that a layer will have is what its factors are made for.
+    under = {
+        name: _under(peft_layers.with_rank(by_name[name], rank, adjust=adjust), adapter_name)
+        for name, rank in kept.items()
+    }
+    found = method.factors(statistics, kept, base=under, progress=progress)
+    found |= {name: _no_adapter(by_name[name].target) for name in assigned if name not in kept}
+    return found, adjust
+
+
+def write(
+    model: nn.Module,
+    layers: peft_layers.LoraLayers,
+    found: Mapping[str, LayerFactors],
+    method: InitMethod,
+    adapter_name: str,
+    base: str,
+    *,
+    adjust: bool,
+) -> None:
+    """Put factors into the adapter, and take off again what the start must not change.
+
+    Args:
+        model: a PEFT model.
+        layers: of the adapter.
+        found: the answers, by name.
+        method: the method.
+        adapter_name: the adapter.
+        base: as for `initialize`.
+        adjust: whether alpha follows the rank.
+    """
+    offset.remove(model, adapter_name)
+    factors = {name: each.factors for name, each in found.items()}
+    peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
+    if method.offsets_base:
+        take_off = offset.attach if base == "intact" else offset.subtract
+        take_off(model, adapter_name, [name for name, each in factors.items() if each.rank])
+
+
+def advice(
+    method: InitMethod,
+    found: Mapping[str, LayerFactors],
+    reports: Sequence[LayerReport],
+    learning_rate: float | None,
+) -> tuple[str, ...]:
+    """What is to be said about training from this start.
+
+    Args:
+        method: the method.
+        found: the answers, by name.
+        reports: of the layers.
+        learning_rate: that training will have.
+
+    Returns:
+        Sentences.
+    """
+    return guidance.advice(
+        method.name,
+        [each.step_ratio for each in reports if each.step_ratio is not None],
+        starts_away=any(bool(each.factors.B.any()) for each in found.values()),
+        full_rate=method.full_rate,
+        learning_rate=learning_rate,
+    )
+
+
+def settings(method: InitMethod, ranks: Redistribution | None) -> dict[str, Any]:
+    """What the report says of the settings.
+
+    Args:
+        method: the method.
+        ranks: a redistribution.
+
+    Returns:
+        Values by name.
+    """
+    return {
+        **(asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}),
+        **({} if ranks is None else {"ranks": asdict(ranks)}),
+    }
+
+
+def with_wants(wants: Mapping[str, bool], ranks: Redistribution | None) -> dict[str, bool]:
+    """What a method and a redistribution read together.
+
+    Args:
+        wants: of the method.
+        ranks: the redistribution.
+
+    Returns:
+        Statistic names; true where one of them needs the exact sums.
+    """
+    more = {} if ranks is None else ranks.wants
+    return {name: bool(wants.get(name)) or bool(more.get(name)) for name in (*wants, *more)}
+
+
+def _no_adapter(target: Target) -> LayerFactors:
+    empty = LoraFactors(torch.zeros(0, target.in_features), torch.zeros(target.out_features, 0))
+    return LayerFactors(empty, math.nan, 0.0, "", ("no component won a rank",))
+
+
+def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
+    module = layer.target.module
+    return BaseLayer(
+        functools.partial(offset.base_weight, module),
+        layer.scaling,
+        functools.partial(peft_layers.read_factors, module, adapter),
+    )
+
+
+def with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
+    """A method that weighs by the size of the training set, and was not told it, takes that of the loader's dataset.
+
+    Args:
+        method: the method.
+        loader: as for `initialize`.
+
+    Returns:
+        The method.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if getattr(method, "population_size", 0) is None and isinstance(dataset, Sized) and len(dataset) > 0:
+        return replace(method, population_size=len(dataset))  # type: ignore[type-var]
+    return method
+
+
+def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
+    needs_gradients = any(name in OF_GRADIENTS for name in wants)
+    if layer.tokens <= 0 or not needs_gradients:
+        return layer.tokens > 0
+    return layer.output is not None and float(layer.output.calls) > 0 and not layer.output.is_zero
+
+
+def reached_ranks(
+    layers: peft_layers.LoraLayers, statistics: Statistics, wants: Mapping[str, bool], unreached: str
+) -> dict[str, int]:
+    """The layers that data reached, with their ranks; all of them for a method that reads no data.
+
+    Args:
+        layers: of the adapter.
+        statistics: of these layers.
+        wants: what the method reads.
+        unreached: `warn` or `raise`.
+
+    Returns:
+        Ranks by name.
+
+    Raises:
+        ValueError: if the statistics are of another model, or a layer was not reached and `unreached` says so.
+    """
+    if not wants:
+        return {each.target.name: each.rank for each in layers.supported}
+    ranks, missed = {}, []
+    for each in layers.supported:
+        name = each.target.name
+        if name not in statistics:
+            raise ValueError(f"statistics have no entry for layer {name}: they come from another model or adapter")
+        seen = statistics[name]
+        if (seen.in_features, seen.out_features) != (each.target.in_features, each.target.out_features):
+            raise ValueError(f"statistics of layer {name} are of another shape: they come from another model")
+        if not _reached(seen, wants):
+            missed.append(name)
+        else:
+            ranks[name] = each.rank
+    if missed:
+        message = f"the data, or its loss, does not reach {len(missed)} LoRA layers (first: {missed[0]})"
+        if unreached == "raise":
+            raise ValueError(message)
+        warnings.warn(f"{message}; they keep their stock initialisation", RuntimeWarning, stacklevel=3)
+    return ranks
+
+
+def factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
+    """The number of entries of all factors.
+
+    Args:
+        layers: of the adapter.
+        ranks: by name, where they are not what the layer has.
+
+    Returns:
+        The number.
+    """
+    return sum(
+        ranks.get(each.target.name, each.rank) * (each.target.in_features + each.target.out_features)
+        for each in layers.supported
+    )
+
+
+def layer_reports(
+    layers: peft_layers.LoraLayers,
+    statistics: Statistics,
+    found: dict[str, LayerFactors],
+    *,
+    offset_base: bool,
+    adjust: bool,
+) -> tuple[LayerReport, ...]:
+    """What the report says of every layer.
+
+    Args:
+        layers: of the adapter.
+        statistics: of these layers.
+        found: the answers, by name.
+        offset_base: whether `s B A` of the start is taken off again.
+        adjust: whether alpha follows the rank.
+
+    Returns:
+        One report per layer, those that are not supported last.
+    """
+    reports = []
+    for each in layers.supported:
+        name = each.target.name
+        seen = statistics.get(name)
+        notes = () if seen is None else seen.notes
+        if name not in found:
+            reports.append(LayerReport(name, "not_reached", each.rank, each.rank, notes=notes))
+            continue
+        answer = found[name]
+        view, start = None, 0.0
+        if answer.factors.rank:
+            scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
+            view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
+            start = offset.product_norm(answer.factors, scaling)
+        share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
+        explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
+        skipped = statistics.skipped_rows.get(name, 0)
+        reports.append(
+            LayerReport(
+                name,
+                "initialised" if answer.factors.rank else "removed",
+                each.rank,
+                answer.factors.rank,
+                explained,
+                None if explained is None else max(0.0, 1.0 - explained),
+                0.0 if seen is None else seen.tokens,
+                () if seen is None else seen.shared_with,
+                answer.residual,
+                answer.solver,
+                share,
+                None if view is None else view.start_change,
+                None if view is None else view.first_step,
+                None if view is None else view.step_ratio,
+                (*notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
+            )
+        )
+    reports += [LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in layers.unsupported]
+    return tuple(reports)
