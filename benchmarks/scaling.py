@@ -275,7 +275,7 @@ def page(record: dict[str, Any]) -> str:
         "of what the "
         'weights leave of a device\'s memory, which is what `budget="auto"` takes there. One of the lines:',
         "",
-        "```",
+        "```text",
         f"lora-kernels plan --config tests/configs/{MODELS['70B']}.json --method lora_da --world 8 --rates h200 \\",
         f"    --budget {_budget_of(rows, '70B', 8)}",
         "```",
