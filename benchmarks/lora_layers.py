@@ -69,8 +69,8 @@ def compiled(module: Any) -> Any:
 class HandWritten(torch.autograd.Function):
     """The layer as hand-written passes of the library: products added into the result, no bias.
 
-    Of the tensors of the size of x one is kept, and t is computed again: so go unsloth's and liger's kernels, which take
-    no dropout. With dropout, the product of the adapter has an input of its own, made by torch.
+    Of the tensors of the size of x one is kept, and t is computed again. So go unsloth's and liger's kernels, which
+    take no dropout. With dropout, the product of the adapter has an input of its own, made by torch.
     """
 
     @staticmethod
@@ -106,8 +106,9 @@ def _hand_written_forward(self: Any, x: torch.Tensor, *_args: Any, **_kwargs: An
     drop = self.lora_dropout["default"]
     flat = x.flatten(0, -2)
     dropped = drop(flat) if self.training and isinstance(drop, nn.Dropout) else None
-    weights = (self.base_layer.weight, self.lora_A["default"].weight, self.lora_B["default"].weight)
-    y: torch.Tensor = HandWritten.apply(flat, dropped, *weights, self.scaling["default"])  # type: ignore[no-untyped-call]
+    a, b = (getattr(self, f"lora_{which}")["default"].weight.to(x.dtype) for which in "AB")
+    inputs = (flat, dropped, self.base_layer.weight, a, b, self.scaling["default"])
+    y: torch.Tensor = HandWritten.apply(*inputs)  # type: ignore[no-untyped-call]
     return y.unflatten(0, x.shape[:-1])
 
 

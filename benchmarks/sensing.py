@@ -1,4 +1,4 @@
-"""Matrix sensing with a known answer, for the verdicts of `lora_kernels.landscape`; run by `benchmarks.subjects.landscape`.
+"""Matrix sensing with a known answer, for the verdicts of `lora_kernels.landscape`; run by `compare landscape`.
 
 A planted update of low rank is measured through a sine, so that the loss is almost convex near zero and full of traps
 far away, as arXiv 2502.09376 supposes of fine-tuning. A proximal gradient method, which knows nothing of factors, gives

@@ -17,7 +17,7 @@ BETAS, EPS, SCALING, STEP = (0.9, 0.999), 1e-8, 2.0, 3
 
 
 def solvers(run: Run) -> None:
-    """Against what a user would write in torch (`benchmarks.subjects.small_linalg`); by the clock, since torch waits."""
+    """Against what a user would write in torch (see `subjects.small_linalg`); by the clock, since torch waits."""
     orders, batch = run.pick((16, 64), (4, 8)), run.pick(MATRICES, 6)
     cases = [
         {"op": op, "order": order, "dtype": str(dtype).removeprefix("torch."), "batch": count}

@@ -122,12 +122,10 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """The bare forward passes, and what was checked."""
-    times = entry["seconds"]
-    line = f"ours {times['ours']['p50']:.2f} s, the bare forward passes {times['forward']['p50']:.2f} s"
-    return [
-        f"{line}: {entry['ours_over_forward']:.2f} times those",
-        *([str(entry["quality"])] if "quality" in entry else []),
-    ]
+    times = {side: f"{value['p50']:.2f} s" for side, value in entry["seconds"].items()}
+    ratio = f"{entry['ours_over_forward']:.2f} times those"
+    lines = [f"ours {times['ours']}, the bare forward passes {times['forward']}: {ratio}"]
+    return [*lines, str(entry["quality"])] if "quality" in entry else lines
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     from lora_kernels.demo import task as demo
     from lora_kernels.demo.config import DemoConfig
     from lora_kernels.demo.data import docstring_task
+    from lora_kernels.demo.recipe import parameter_groups
     from lora_kernels.demo.run import quiet_transformers
 
     quiet_transformers()
@@ -39,7 +40,7 @@ def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     model = demo.build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
     loader = demo.Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    return model, endless, lambda rate: demo.parameter_groups(model, rate, 3e-3)
+    return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
 
 
 def _train(model: Any, batches: Any, optimizer: torch.optim.Optimizer, steps: int) -> float:

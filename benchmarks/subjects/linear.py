@@ -1,7 +1,7 @@
 """The fused LoRA layer, forward and backward, against PEFT's, `torch.compile` of PEFT's, and hand-written passes.
 
-Beside them the base layer alone (its forward and the gradient of its input). `floor_over_base` is the FLOPs of the layer
-over those of the base layer: no implementation that computes the products can be closer to the base than that.
+Beside them the base layer alone (its forward and the gradient of its input). `floor_over_base` is the FLOPs of the
+layer over those of the base layer: no implementation that computes the products can be closer to the base than that.
 `groups`: layers that read the same input, together and one by one. `call`: a layer so small that only the cost of
 calling it is left.
 """

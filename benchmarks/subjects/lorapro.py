@@ -293,8 +293,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 SUBJECT = Subject(
     name="lorapro",
-    about="A LoRA-Pro step against the authors' procedure and a careful version in torch, which must make the same step; "
-    "the efficient one against AdamW on the same factors.",
+    about="A LoRA-Pro step against the authors' procedure and a careful version in torch, which must make the same "
+    "step; the efficient one against AdamW on the same factors.",
     cases={"full": full, "efficient": efficient},
     rows=rows,
     notes=notes,

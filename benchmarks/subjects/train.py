@@ -26,8 +26,8 @@ TARGETS = {"peft": 1.2}
 BOUND = 1e-4
 
 
-def _saved(model: nn.Module, batch: Any) -> int:
-    """Bytes that autograd keeps from a forward pass, beyond parameters."""
+def _saved(model: Any, batch: Any) -> int:
+    """Bytes that autograd keeps from a forward pass whose first tensor has a gradient, beyond parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,8 +35,10 @@ def _saved(model: nn.Module, batch: Any) -> int:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    model.enable_input_require_grads()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
+    model.disable_input_require_grads()
     known = {each.untyped_storage()._cdata for each in model.parameters()}
     total = sum(size for storage, size in kept.items() if storage not in known)
     del loss
@@ -88,23 +90,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     report = lk.accelerate(sides["ours"], strict=True, guard=False)
     lk.accelerate(sides["ungrouped"], strict=True, guard=False, group=False)
     if options.compile:
-        sides["compiled"] = copy.deepcopy(stock)
-    for model in sides.values():
-        model.enable_input_require_grads()
-    if options.compile:
-        sides["compiled"] = lora_layers.compiled(sides["compiled"])
+        sides["compiled"] = lora_layers.compiled(stock)
     differences = _check(sides, batch)
     if not max(differences.values()) <= BOUND:
         raise SystemExit(f"relative differences from PEFT's numbers: {differences}")
-    frozen: Any = base.train().requires_grad_(False)
-    frozen.enable_input_require_grads()
     steps = {side: lora_layers.trainer(model, batch) for side, model in sides.items()}
     for run in steps.values():
         run()  # groups take effect after the first step
     if not lk.training.groups(sides["ours"]):
         raise SystemExit("no layers were found to read the same tensor")
-    saved = {side: _saved(model, batch) for side, model in sides.items() if side != "compiled"}
-    adapters = {side: kept - _saved(frozen, batch) for side, kept in saved.items()}
+    frozen: Any = base.train().requires_grad_(False)
+    saved = {side: _saved(model, batch) for side, model in {**sides, "frozen": frozen}.items() if side != "compiled"}
+    adapters = {side: kept - saved["frozen"] for side, kept in saved.items() if side != "frozen"}
     times = records.interleaved(steps, options.rounds)
     if options.compile:
         torch._dynamo.reset()
@@ -152,8 +149,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 SUBJECT = Subject(
     name="train",
-    about="A whole training step of a Llama with LoRA on all linear layers, against PEFT, torch.compile of PEFT's model "
-    "and hand-written passes; the loss and all gradients must be PEFT's.",
+    about="A whole training step of a Llama with LoRA on all linear layers, against PEFT, torch.compile of PEFT's "
+    "model and hand-written passes; the loss and all gradients must be PEFT's.",
     cases={name: partial(measure, name) for name in models.LLAMAS},
     rows=rows,
     notes=notes,
