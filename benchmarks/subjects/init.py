@@ -289,7 +289,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for side in ("ours", "peer") if options.only != "time" else ():
             entry[side] = {**entry[side], "bytes": _spawn(name, method, side, _EAGER)["bytes"]}
         if options.only != "time":
-            entry["bytes_ratio"] = entry["peer"]["bytes"] / entry["ours"]["bytes"]
+            entry["bytes_ratio"] = entry["peer"]["bytes"] / max(entry["ours"]["bytes"], 1.0)
         entry["floor"] = _floor(model, batches, method).record()
         results[method] = entry
     found = {"rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
