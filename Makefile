@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint bench gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,8 +53,15 @@ test-quick: $(VENV)/.dev ## the tests without the slow ones
 test-gpu: $(VENV)/.dev ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/.dev ## side-by-side comparison with the peers, small cases
-	@$(BIN)/python -m benchmarks.compare eva --case small
+bench: $(VENV)/.dev ## side by side with every peer, small cases (minutes), into bench-out/
+	@$(BIN)/python -m benchmarks.compare all --quick --out bench-out
+
+micro: $(VENV)/.dev ## every op by itself, on every backend that this machine has
+	@$(BIN)/python -m pytest benchmarks/micro --benchmark-only --benchmark-columns=min,median,iqr,rounds
+
+figures: $(VENV)/.dev ## docs/figures and the README's numbers from the committed records
+	@$(BIN)/python -m benchmarks.readme
+	@$(BIN)/python -m benchmarks.figures
 
 gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes, into gpu-out/
 	@$(BIN)/python -m benchmarks.gpu --out gpu-out

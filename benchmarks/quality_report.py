@@ -247,7 +247,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
     Args:
         record: a whole record.
-        path: PNG file to write.
+        path: file to write, in the format of its suffix.
     """
     from matplotlib.figure import Figure
 
@@ -296,4 +296,4 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"{record['data']['name']}; {record['model']['name']}, rank {record['protocol']['rank']}")
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,17 +1,20 @@
-"""Write the numbers of README.md from the committed records: `python -m benchmarks.readme`."""
+"""Write the numbers of README.md, and the summary `results/compare.json`, from the committed records.
+
+`python -m benchmarks.readme`, after every run that is to be quoted.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks import quality_report
-from benchmarks.records import RESULTS
+from benchmarks import compare, quality_report
+from benchmarks.records import RESULTS, ROOT, cases
+from benchmarks.subject import duration
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 _MARKS = ("<!-- numbers: written by benchmarks/readme.py -->", "<!-- end of numbers -->")
 _CASES = {
     "llama": "Llama, 8 layers, hidden 512, 16 batches of 8 x 256 tokens",
@@ -25,8 +28,44 @@ def _record(name: str) -> dict[str, Any]:
     return record
 
 
+def _summary() -> list[str]:
+    rows = compare.summarize(RESULTS)
+    lines = [
+        "Everything that has a peer, side by side in one process (or each run in a process of its own), in turn, after "
+        "the numbers agreed; medians. Of many shapes the one with the **lowest** ratio stands here. The floor is what "
+        "the bytes and FLOPs of the problem cost at the rates at which the machine copies and multiplies, whichever is "
+        "more; – where the record is older than the floor. Asked for: the ratio that was aimed at.",
+        "",
+        "| `compare` | problem | peer | ours | the peer's | peer / ours | asked for | ours / floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in rows:
+        count = f" (lowest of {each['lowest_of']})" if each["lowest_of"] > 1 else ""
+        case = "" if each["subject"] in ("spectrum", "lorapro") else f" {each['case']}"
+        target = "" if each["target"] is None else f"{each['target']:g}, {'met' if each['met'] else '**missed**'}"
+        floor = "–" if each["ours_over_floor"] is None else f"{each['ours_over_floor']:.1f}"
+        ratio = f"{each['peer_over_ours']:.2f}" if each["peer_over_ours"] < 100 else f"{each['peer_over_ours']:.0f}"
+        ratio = f"**{ratio}**" if each["peer_over_ours"] < 1 else ratio
+        times = f"{duration(each['ours_seconds'])} | {duration(each['peer_seconds'])}"
+        named = f"{each['subject']}{case} | {each['what']}{count} | {each['peer']}"
+        lines.append(f"| {named} | {times} | {ratio} | {target} | {floor} |")
+    behind = sum(each["peer_over_ours"] < 1 for each in rows)
+    missed = sum(each["met"] is False for each in rows)
+    return [
+        *lines,
+        "",
+        f"{behind} of {len(rows)} rows are below 1: there the peer is faster. {missed} of "
+        f"{sum(each['target'] is not None for each in rows)} targets are missed. `python -m benchmarks.compare all` "
+        "repeats everything (hours), `make bench` a small part (minutes). Records: `benchmarks/results/`.",
+    ]
+
+
+def _figure(name: str, text: str) -> list[str]:
+    return ["", f"![{text}](docs/figures/{name}.svg)"]
+
+
 def _eva() -> list[str]:
-    records = {name: _record(f"eva_{name}") for name in _CASES}
+    records = {name: each for name, each in cases("eva").items() if name in _CASES}
     machine = records["llama"]["environment"]
     lines = [
         f"EVA, rank 16, rho 2, against PEFT {machine['versions']['peft']}'s `get_eva_state_dict` in the same process, "
@@ -47,14 +86,14 @@ def _eva() -> list[str]:
     lines += [
         "",
         "On the exact float64 covariance, our directions capture at least the variance that PEFT's do, in every layer "
-        f"(smallest difference {worst:+.1e}). Records: `benchmarks/results/eva_*.json`; "
+        f"(smallest difference {worst:+.1e}). Record: `benchmarks/results/eva.json`; "
         "`python -m benchmarks.compare eva` repeats them.",
     ]
     return lines
 
 
 def _statistics() -> list[str]:
-    records = {name: _record(f"statistics_{name}") for name in ("llama", "small")}
+    records = {name: cases("statistics")[name] for name in ("llama", "small")}
     lines = [
         "All statistics in one pass (input second moments, weight gradients, Fisher diagonals of all linear layers), "
         "against ordinary forward and backward passes with all weight gradients; and EVA from sketches, against the "
@@ -76,7 +115,7 @@ def _statistics() -> list[str]:
 
 
 def _methods() -> list[str]:
-    record, small = _record("init_llama"), _record("init_small")["methods"]
+    record, small = cases("init")["llama"], cases("init")["small"]["methods"]
     pissa = record["methods"]["pissa"]
     lines = [
         "Initialisations from the base model to the finished adapter, each run a process of its own "
@@ -98,70 +137,111 @@ def _methods() -> list[str]:
         *lines,
         "",
         "LoRA-GA's time is that of one forward and backward pass on either side; sketches save the products for weight "
-        f"gradients. PEFT's PiSSA catches {pissa['energy_ratio']:.1%} of the energy that ours does. Records: "
-        "`benchmarks/results/{init_llama,init_small}.json`.",
+        f"gradients. PEFT's PiSSA catches {pissa['energy_ratio']:.1%} of the energy that ours does. Record: "
+        "`benchmarks/results/init.json`.",
+        *_figure("init", "Initialisations, ours and their peers"),
+    ]
+
+
+def _layers() -> list[str]:
+    record = cases("linear")
+    entries = record["layers"]["entries"]
+    others = {
+        side: name
+        for side, name in (("compiled", "torch.compile / ours"), ("hand_written", "addmm / ours"))
+        if all(side in each["seconds"] for each in entries)
+    }
+    lines = [
+        f"The fused LoRA layer, forward and backward of {entries[0]['tokens']} tokens in float32, against "
+        "PEFT's and against the base layer alone (its forward and the gradient of its input). Beside both stands a "
+        "bound: what a layer whose products cost their FLOPs at the base layer's rate, and nothing else, would reach."
+        + (
+            " torch.compile is that of PEFT's layer, compilation not counted; addmm are passes written by hand as "
+            "unsloth and liger write theirs, with torch's dropout before them."
+            if others
+            else ""
+        ),
+        "",
+        f"| n -> m | rank | dropout | PEFT / ours | at most |{''.join(f' {name} |' for name in others.values())}"
+        " ours / base | at least |",
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * len(others),
+    ]
+    for each in entries:
+        seconds = {side: value["p50"] for side, value in each["seconds"].items()}
+        bound = seconds["peft"] / seconds["base"] / each["floor_over_base"]
+        more = "".join(f" {seconds[side] / seconds['ours']:.2f} |" for side in others)
+        lines.append(
+            f"| {each['n']} -> {each['m']} | {each['rank']} | {each['dropout']:g} | {each['peft_over_ours']:.2f} | "
+            f"{bound:.2f} |{more} {each['ours_over_base']:.2f} | {each['floor_over_base']:.2f} |"
+        )
+    lines += _figure("layers", "Layers against PEFT's, with the bound that FLOPs allow")
+    gains = []
+    for each in record["groups"]["entries"]:
+        outputs = "/".join(str(size) for size in each["m"])
+        shape = f"{each['tokens']} x {each['n']} -> {outputs}, dropout {each['dropout']:g}"
+        gains.append(f"{each['alone_over_together']:.2f} ({shape})")
+    rank = record["groups"]["entries"][0]["rank"]
+    lines += ["", f"Layers on one input, rank {rank}, time one by one over together: {', '.join(gains)}."]
+    return [*lines, *_call(record["call"])] if "call" in record else lines
+
+
+def _call(record: dict[str, Any]) -> list[str]:
+    names = {"ours": "ours", "peft": "PEFT's", "compiled": "torch.compile of PEFT's", "hand_written": "addmm by hand"}
+    found = []
+    for each in record["entries"]:
+        times = ", ".join(f"{name} {duration(each['seconds'][side]['p50'])}" for side, name in names.items())
+        found.append(f"dropout {each['dropout']:g}: {times}")
+    one = record["entries"][0]
+    return [
+        "",
+        f"What a call costs in Python, forward and backward of {one['tokens']} tokens, {one['n']} -> {one['m']}, rank "
+        f"{one['rank']}, where there is next to nothing to compute: {'; '.join(found)}. On a CPU, layers as small as "
+        "this are slower accelerated.",
     ]
 
 
 def _training() -> list[str]:
-    record = _record("lora_linear")
-    step = record["step"]
-    lines = [
-        f"The fused LoRA layer, forward and backward of {record['layers'][0]['tokens']} tokens in float32, against "
-        "PEFT's and against the base layer alone (its forward and the gradient of its input). Beside both stands a "
-        "bound: what a layer whose products cost their FLOPs at the base layer's rate, and nothing else, would reach.",
-        "",
-        "| n -> m | rank | dropout | PEFT / ours | at most | ours / base | at least |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for each in record["layers"]:
-        bound = each["seconds"]["peft"]["p50"] / each["seconds"]["base"]["p50"] / each["floor_over_base"]
-        lines.append(
-            f"| {each['n']} -> {each['m']} | {each['rank']} | {each['dropout']:g} | {each['peft_over_ours']:.2f} | "
-            f"{bound:.2f} | {each['ours_over_base']:.2f} | {each['floor_over_base']:.2f} |"
-        )
-    times = {side: f"{value['p50']:.2f} s" for side, value in step["seconds"].items()}
-    gains = []
-    for each in record["groups"]:
-        outputs = "/".join(str(size) for size in each["m"])
-        shape = f"{each['tokens']} x {each['n']} -> {outputs}, dropout {each['dropout']:g}"
-        gains.append(f"{each['alone_over_together']:.2f} ({shape})")
-    lines += [
-        "",
-        f"Layers on one input, rank {record['groups'][0]['rank']}, time one by one over together: {', '.join(gains)}.",
+    step = cases("train")["llama"]
+    times = {side: duration(value["p50"]) for side, value in step["seconds"].items()}
+    others = [
+        f"{name} {times[side]} ({step['seconds'][side]['p50'] / step['seconds']['ours']['p50']:.2f} times ours)"
+        for side, name in (("compiled", "torch.compile of PEFT's model"), ("hand_written", "addmm by hand"))
+        if side in times
     ]
     return [
-        *lines,
-        "",
         f"A whole training step (the 8-layer Llama, 8 x 256 tokens, LoRA on all {step['layers']} linear layers, rank "
         f"{step['rank']}, dropout {step['dropout']:g}): PEFT {times['peft']}, accelerated {times['ours']}, "
         f"{step['peft_over_ours']:.2f} times as fast ({step['ungrouped_over_ours']:.2f} of it from groups); "
-        f"the adapters keep {step['bytes_ratio']:.2f} of the bytes for the backward pass. "
-        "Record: `benchmarks/results/lora_linear.json`.",
+        f"{''.join(f'{other}; ' for other in others)}the adapters keep {step['bytes_ratio']:.2f} of the bytes for the "
+        "backward pass. Records: `benchmarks/results/{linear,train}.json`.",
+        *_figure("train", "Time of a training step, and bytes kept for the backward pass"),
     ]
 
 
 def _lora_pro() -> list[str]:
-    record = _record("lora_pro")
+    record = cases("lorapro")
     full, efficient = record["full"], record["efficient"]
+    floor, rates = full["floor"], full["rates"]
     times = {side: f"{1e3 * value['p50']:.0f} ms" for side, value in full["seconds"].items()}
-    floor = 1e3 * (full["floors"]["bytes_seconds"] + full["floors"]["flop_seconds"])
+    least = 1e3 * (floor["bytes"] / rates["copy"] + floor["flops"] / rates["products"]["float32"])
     share = max(full["peak_extra_bytes"]["ours"], 1) / full["moment_bytes"]
     return [
         f"A full LoRA-Pro step of {len(full['layers'])} layers, rank {full['rank']}, "
-        f"{full['floors']['parameters'] / 1e6:.0f} M weights: {times['ours']}, against {times['faithful']} for the "
+        f"{full['moment_bytes'] / 8e6:.0f} M weights: {times['ours']}, against {times['faithful']} for the "
         f"authors' procedure in torch ({full['faithful_over_ours']:.1f} times) and {times['careful']} for a careful "
         f"version in torch ({full['careful_over_ours']:.1f} times); copying the moments' bytes and multiplying at this "
-        f"machine's rates take {floor:.0f} ms together. Extra memory at its peak: {share:.1%} of the moments. The "
+        f"machine's rates take {least:.0f} ms together. Extra memory at its peak: {share:.1%} of the moments. The "
         f"efficient step takes {efficient['ours_over_adamw']:.1f} times AdamW's on the same factors. Record: "
-        "`benchmarks/results/lora_pro.json`.",
+        "`benchmarks/results/lorapro.json`.",
+        *_figure("lorapro", "A full LoRA-Pro step, ours and two ways in torch"),
     ]
 
 
 def _landscape() -> list[str]:
-    parts = _record("landscape")["parts"]
-    sensing, spectrum, demo, monitor = (parts[name] for name in ("sensing", "spectrum", "demo", "monitor"))
-    time = 1e3 * spectrum["rows"][0]["all_layers_seconds"]
+    found = cases("landscape")
+    sensing, demo, monitor = (found[name] for name in ("sensing", "demo", "monitor"))
+    spectrum = cases("spectrum")["adapters"]
+    time = 1e3 * spectrum["entries"][0]["all_layers_seconds"]
     runs = sensing["runs"]
     right = sum(each["truth"] == each["verdict"] for each in runs)
     kinds = ", ".join(f"{sum(row.values())} {name}" for name, row in sensing["confusion"].items())
@@ -172,16 +252,15 @@ def _landscape() -> list[str]:
         f"demo's model, layers called loud by learning rate: {', '.join(rates)}. Spectra of {spectrum['layers']} "
         f"adapters ({spectrum['features']} x {spectrum['features']}, rank {spectrum['rank']}) take {time:.0f} ms, "
         f"{spectrum['smallest_ratio']:.0f} times less per layer than singular values of one product. The monitor costs "
-        f"{monitor['share_of_training']:.2%} of training at every {monitor['every']} steps. Record: "
-        "`benchmarks/results/landscape.json`.",
-        "",
-        "![Verdicts on 40 runs](benchmarks/results/landscape.png)",
+        f"{monitor['share_of_training']:.2%} of training at every {monitor['every']} steps. Records: "
+        "`benchmarks/results/{landscape,spectrum}.json`.",
+        *_figure("landscape", f"Verdicts on {len(runs)} runs"),
     ]
 
 
 def _linalg() -> list[str]:
-    small, large = _record("small_linalg"), _record("randomized_svd")
-    eigh = [each for each in small["cases"] if each["op"] == "eigh" and each["order"] in (8, 16)]
+    small, large = cases("small_linalg")["eigh"], cases("svd")
+    eigh = [each for each in small["entries"] if each["order"] in (8, 16)]
     ratios = {(each["order"], each["dtype"]): each["torch_over_ours"] for each in eigh}
     named = ", ".join(f"{ratio:.1f} (n = {n}, {dtype})" for (n, dtype), ratio in sorted(ratios.items()))
     lines = [
@@ -195,7 +274,7 @@ def _linalg() -> list[str]:
         "| matrices | spectrum | rank | than svd | than svd_lowrank | error | svd_lowrank's |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for each in large["results"]:
+    for each in (entry for name in ("small", "large", "batch") for entry in large[name]["entries"]):
         shape = " x ".join(str(size) for size in each["shape"][-2:])
         matrices = f"{each['shape'][0]} of {shape}" if len(each["shape"]) == 3 else shape
         times, errors = each["times_faster"], each["error_over_best"]
@@ -207,7 +286,8 @@ def _linalg() -> list[str]:
     lines += [
         "",
         "Below 1 `svd_lowrank` is the faster one: it is not beaten on single small matrices at small ranks. "
-        "Records: `benchmarks/results/{statistics_*,small_linalg,randomized_svd}.json`.",
+        "Records: `benchmarks/results/{statistics,small_linalg,svd}.json`.",
+        *_figure("linalg", "Linear algebra, times faster than torch's"),
     ]
     return lines
 
@@ -264,8 +344,7 @@ def quality(record: dict[str, Any], name: str) -> list[str]:
     ]
     return [
         *lines,
-        "",
-        f"![Loss and accuracy by step, and the differences from random LoRA](benchmarks/results/{name}.png)",
+        *_figure(name, "Loss and accuracy by step, and the differences from random LoRA"),
         "",
         f"Record: `benchmarks/results/{name}.json`, made by `python -m benchmarks.quality` on an "
         f"{machine['processor']} CPU.",
@@ -273,24 +352,25 @@ def quality(record: dict[str, Any], name: str) -> list[str]:
 
 
 def _quality() -> list[str]:
-    """The study's lines, none while there is no record."""
-    name = "quality_banking77"
-    return ["", *quality(_record(name), name)] if (RESULTS / f"{name}.json").exists() else []
+    """The lines of every study that there is a record of."""
+    names = sorted(file.stem for file in RESULTS.glob("quality_*.json"))
+    return [line for name in names for line in ("", *quality(_record(name), name))]
 
 
 def block() -> str:
     """The numbers, as they must stand in the README."""
-    parts = [*_eva(), "", *_statistics(), "", *_methods(), "", *_training(), "", *_lora_pro(), "", *_landscape()]
-    parts += ["", *_linalg(), "", *_demo(), *_quality()]
+    parts = [*_summary(), "", *_eva(), "", *_statistics(), "", *_methods(), "", *_layers(), "", *_training()]
+    parts += ["", *_lora_pro(), "", *_landscape(), "", *_linalg(), "", *_demo(), *_quality()]
     return "\n".join([_MARKS[0], *parts, _MARKS[1]])
 
 
 def main() -> int:
-    """Rewrite the README's numbers.
+    """Rewrite the README's numbers and the summary.
 
     Returns:
         0.
     """
+    compare.write_summary(RESULTS)
     text = README.read_text()
     pattern = re.compile(f"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}", flags=re.S)
     README.write_text(pattern.sub(lambda _: block(), text))

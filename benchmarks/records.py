@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-RESULTS = Path(__file__).parent / "results"
+CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _processor() -> str:
@@ -29,9 +33,8 @@ def _processor() -> str:
 
 def _git(*arguments: str) -> str:
     """What git says; nothing where there is no git, or no repository."""
-    root = Path(__file__).parents[1]
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return done.stdout.strip()
@@ -124,4 +127,40 @@ def save(name: str, record: dict[str, Any], folder: Path | None = None) -> Path:
     file = (folder or RESULTS) / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"environment": environment(), **record}, indent=1, allow_nan=False) + "\n")
+    return file
+
+
+def cases(name: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The cases of a subject's record.
+
+    Args:
+        name: the subject.
+        folder: of the records; `results/` by default.
+
+    Returns:
+        Their entries; nothing if there is no record.
+    """
+    file = (folder or RESULTS) / f"{name}.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["cases"]
+    return found
+
+
+def put(name: str, case: str, entry: dict[str, Any], folder: Path | None = None) -> Path:
+    """Replace a case's entry in the record of a subject.
+
+    Args:
+        name: the subject.
+        case: of it.
+        entry: what was measured.
+        folder: of the records; `results/` by default.
+
+    Returns:
+        The file.
+    """
+    file = (folder or RESULTS) / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {"cases": {**cases(name, folder), case: entry}}
+    file.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return file

@@ -1,4 +1,4 @@
-"""Matrix sensing with a known answer, for the verdicts of `lora_kernels.landscape`; run by `benchmarks.landscape`.
+"""Matrix sensing with a known answer, for the verdicts of `lora_kernels.landscape`; run by `compare landscape`.
 
 A planted update of low rank is measured through a sine, so that the loss is almost convex near zero and full of traps
 far away, as arXiv 2502.09376 supposes of fine-tuning. A proximal gradient method, which knows nothing of factors, gives
@@ -10,21 +10,18 @@ training on, never from the numbers that the verdict reads.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.records import CONSOLE
 from lora_kernels.landscape import Adapter, Gradient, Spectrum, Thresholds, certify, judge, measure
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, RANK_LIMITED, STILL_TRAINING
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
 KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE)
 COLOURS = {LOW_RANK_MINIMUM: "#009E73", STILL_TRAINING: "#E69F00", RANK_LIMITED: "#0072B2", LOUD_FAILURE: "#D55E00"}
 
@@ -240,11 +237,10 @@ def margins(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return ranges
 
 
-def sensing(folder: Path, problems: int = PROBLEMS) -> dict[str, Any]:
-    """The experiment; prints the table and draws the figure.
+def sensing(problems: int = PROBLEMS) -> dict[str, Any]:
+    """The experiment; prints the table.
 
     Args:
-        folder: of the figure.
         problems: how many problems.
 
     Returns:
@@ -260,8 +256,6 @@ def sensing(folder: Path, problems: int = PROBLEMS) -> dict[str, Any]:
     worst = max(abs(each["ratio"] - 1) for each in good)
     CONSOLE.print(f"minima: s|G|/lambda within {worst:.1e} of 1; loud failures end at ", end="")
     CONSOLE.print(", ".join(f"{e['objective_over_solution']:.2f}" for e in found if e["truth"] == LOUD_FAILURE))
-    picture = folder / "landscape.png"
-    draw(found, table, picture)
     settings = {
         "shape": [M, N],
         "planted_rank": PLANTED,
@@ -287,8 +281,8 @@ def sensing(folder: Path, problems: int = PROBLEMS) -> dict[str, Any]:
     }
 
 
-def draw(found: Sequence[dict[str, Any]], table: dict[str, dict[str, int]], path: Path) -> None:
-    """Spectra, certificate and confusion table."""
+def draw(found: Sequence[dict[str, Any]], table: dict[str, dict[str, int]]) -> Any:
+    """Spectra, certificate and confusion table of the runs of a record, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -315,5 +309,4 @@ def draw(found: Sequence[dict[str, Any]], table: dict[str, dict[str, int]], path
     cells.set_xticks(range(len(KINDS)), [kind.replace("_", "\n") for kind in KINDS], fontsize=8)
     cells.set_yticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
     cells.set(xlabel="verdict", ylabel="truth", title=f"{len(found)} runs")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
+    return figure

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import lora_kernels as lk
+from benchmarks import lora_layers
 from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run, relative_error
-from lora_kernels.ops.lora_linear import forms, reference, table
-from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from benchmarks.lora_layers import gradients
+from lora_kernels.ops.lora_linear import reference
 
 TOKENS = 8192
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008), (11008, 4096))
@@ -52,64 +52,6 @@ def _tuned(run: Run, n: int, m: int, dropout: bool) -> dict[str, Any]:
     return {"products": products, **({"error": f"wrong numbers: {wrong}"} if wrong else {})}
 
 
-class Cublas(torch.autograd.Function):
-    """The layer as hand-written passes of the library: products added into the result, no dropout, no bias.
-
-    x, the weights and nothing else are kept; t is computed again. This is how unsloth's kernels go.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """`x W^T + s x A^T B^T`."""
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = scaling
-        return torch.mm(x, weight.mT).addmm_(x @ a.mT, b.mT, alpha=scaling)
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """Of x, A and B."""
-        x, weight, a, b = ctx.saved_tensors
-        u = g @ b
-        grad_b = (g.mT @ (x @ a.mT)).mul_(ctx.scaling)
-        grad_a = (u.mT @ x).mul_(ctx.scaling)
-        grad_x = torch.mm(g, weight).addmm_(u, a, alpha=ctx.scaling)
-        return grad_x, None, grad_a, grad_b, None
-
-
-class _One(nn.Module):
-    def __init__(self, n: int, m: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.linear = nn.Linear(n, m, bias=False, device=device, dtype=dtype)
-
-
-def stock(run: Run, n: int, m: int, rank: int, dropout: float, wide: bool) -> Any:
-    """PEFT's layer in bfloat16, its adapter in bfloat16 or (PEFT's default) in float32."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["linear"])
-    model: Any = get_peft_model(_One(n, m, run.device, torch.bfloat16), config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
-    layer = model.train().base_model.model.linear
-    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    return layer
-
-
-def fused(layer: Any) -> Any:
-    """An accelerated copy."""
-    holder = nn.Module()
-    holder.linear = copy.deepcopy(layer)
-    lk.accelerate(holder, strict=True, guard=False, group=False)
-    return holder.linear
-
-
-def _gradients(y: Any, leaves: Sequence[torch.Tensor], g: Any) -> list[torch.Tensor]:
-    """Outputs and gradients, whatever keeps a graph let go."""
-    grads = torch.autograd.grad(y, leaves, g)
-    return [*(each.detach() for each in (y if isinstance(y, (list, tuple)) else [y])), *grads]
-
-
 def _truth(
     x: torch.Tensor, members: Sequence[tuple[torch.Tensor, ...]], gs: Sequence[torch.Tensor], s: float, drops: Any
 ) -> list[torch.Tensor]:
@@ -120,24 +62,12 @@ def _truth(
         reference.lora_linear(leaf, w.double(), None, a, b, scaling=s, dropout=drop)
         for (w, _, _), (a, b), drop in zip(members, factors, drops, strict=True)
     ]
-    return _gradients(ys, [leaf, *(each for pair in factors for each in pair)], [g.double() for g in gs])
+    return gradients(ys, [leaf, *(each for pair in factors for each in pair)], [g.double() for g in gs])
 
 
 def _worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
     errors = [relative_error(one, other) for one, other in zip(found, truth, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
-
-
-def _backward(layer: Any, x: torch.Tensor, g: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    leaves = [x, *(each for each in layer.parameters() if each.requires_grad)]
-    return lambda: _gradients(layer(x), leaves, g)
-
-
-def _layer_floor(run: Run, tokens: int, n: int, outputs: Sequence[int], rank: int) -> timing.Floor:
-    """Forward: x, W, y; backward: g, W, x, dx. Two products of the base layer, six of rank r."""
-    flops = sum(4.0 * tokens * n * m + 6.0 * tokens * rank * (n + m) for m in outputs)
-    moved = 2.0 * sum(2 * tokens * m + 2 * n * m for m in outputs) + 2.0 * 3 * tokens * n
-    return timing.Floor(flops, moved, run.rates)
 
 
 def layers(run: Run) -> None:
@@ -157,19 +87,20 @@ def layers(run: Run) -> None:
 
 def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> dict[str, Any]:
     x, g = run.normal(tokens, n).requires_grad_(), run.normal(tokens, m)
-    sides = {"peft": stock(run, n, m, rank, dropout, False), "peft_float32": stock(run, n, m, rank, dropout, True)}
-    sides |= {"ours": fused(sides["peft"]), "ours_float32": fused(sides["peft_float32"])}
+    sides = {
+        name: lora_layers.stock(n, m, rank, dropout, run.device, torch.bfloat16, wide)
+        for name, wide in (("peft", False), ("peft_float32", True))
+    }
+    sides |= {name.replace("peft", "ours"): lora_layers.fused(layer) for name, layer in sides.items()}
+    sides["hand_written"] = lora_layers.hand_written(sides["peft"])
     weight = sides["peft"].base_layer.weight.detach()
     scaling = sides["peft"].scaling["default"]
     a, b = (getattr(sides["ours"], f"lora_{which}")["default"].weight for which in "AB")
 
-    def cublas() -> list[torch.Tensor]:
-        return _gradients(Cublas.apply(x, weight, a, b, scaling), [x, a, b], g)  # type: ignore[no-untyped-call]
-
     def base() -> list[torch.Tensor]:
-        return _gradients(nn.functional.linear(x, weight), [x], g)
+        return gradients(nn.functional.linear(x, weight), [x], g)
 
-    calls = {name: _backward(layer, x, g) for name, layer in sides.items()}
+    calls = {name: lora_layers.both_ways(layer, x, g) for name, layer in sides.items()}
     # Without dropout all sides have one answer (the adapters in float32 hold others, unrounded: a truth of their own).
     for layer in sides.values():
         layer.eval()
@@ -179,35 +110,22 @@ def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> 
         truth = _truth(x, [(weight, *factors)], [g], scaling, [None])
         errors |= {name + suffix: _worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
         if not suffix:
-            errors["cublas"] = _worst(cublas(), truth)
+            errors["hand_written"] = _worst(calls["hand_written"](), truth)
     if dropout:  # with its mask, which PEFT cannot be given
         drop = lk.ops.Dropout(dropout, 1234, 5)
         truth = _truth(x, [(weight, a, b)], [g], scaling, [drop])
         y = lk.ops.lora_linear(x, weight, None, a, b, scaling=scaling, dropout=drop)
-        errors["ours_dropped"] = _worst(_gradients(y, [x, a, b], g), truth)
+        errors["ours_dropped"] = _worst(gradients(y, [x, a, b], g), truth)
     for layer in sides.values():
         layer.train()
     del truth
     # PEFT multiplies float32 adapters in float32, ours in bfloat16: the bar is what bfloat16 costs PEFT.
     calls["base"] = base
-    if not dropout:
-        calls["cublas"] = cublas
-    found = run.compare(calls, errors, judge="peft", floor=_layer_floor(run, tokens, n, (m,), rank))
+    found = run.compare(calls, errors, judge="peft", floor=lora_layers.floor(run.rates, tokens, n, (m,), rank, x.dtype))
     if "error" not in found:
-        found["forms"] = _forms(x, m, rank, dropout)
+        found["forms"] = lora_layers.used_forms(x, m, rank, dropout)
         found["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
     return found
-
-
-def _forms(x: torch.Tensor, m: int, rank: int, dropout: float) -> dict[str, str]:
-    backend = linear_dispatcher.choose("auto", x.device, x.dtype, dropout > 0)
-    sizes = (x.shape[0], x.shape[1], m)
-    return {
-        product: forms.choose(
-            product, x.device, x.dtype, sizes, rank, dropout > 0 and product == "backward", backend
-        ).name
-        for product in table.PRODUCTS
-    }
 
 
 def groups(run: Run) -> None:
@@ -226,38 +144,32 @@ def groups(run: Run) -> None:
 
 
 def _group(run: Run, tokens: int, n: int, outputs: list[int], rank: int, dropout: float) -> dict[str, Any]:
-    x, scaling = run.normal(tokens, n).requires_grad_(), 2.0
+    x = run.normal(tokens, n).requires_grad_()
     gs = [run.normal(tokens, m) for m in outputs]
-    drops = [lk.ops.Dropout(dropout, 77, index) if dropout else None for index in range(len(outputs))]
-    weights = [
-        (
-            run.normal(m, n, scale=n**-0.5),
-            run.normal(rank, n, scale=n**-0.5).requires_grad_(),
-            run.normal(m, rank, scale=0.1).requires_grad_(),
-        )
-        for m in outputs
-    ]
-    members = [lk.ops.LoraMember(w, None, a, b, scaling, drop) for (w, a, b), drop in zip(weights, drops, strict=True)]
-    leaves = [x, *(factor for _, a, b in weights for factor in (a, b))]
+    members, leaves = lora_layers.group(x, outputs, rank, dropout)
+    weights = [(each.weight, each.a, each.b) for each in members]
+    scaling, drops = members[0].scaling, [each.dropout for each in members]
 
     def ours() -> list[torch.Tensor]:
-        return _gradients(lk.ops.lora_linear_group(x, members), leaves, gs)
+        return gradients(lk.ops.lora_linear_group(x, members), leaves, gs)
 
     def alone() -> list[torch.Tensor]:
         ys = [y for each in members for y in lk.ops.lora_linear_group(x, [each])]
-        return _gradients(ys, leaves, gs)
+        return gradients(ys, leaves, gs)
 
-    def cublas() -> list[torch.Tensor]:
-        ys = [Cublas.apply(x, *each, scaling) for each in weights]  # type: ignore[no-untyped-call]
-        return _gradients(ys, leaves, gs)
+    def hand_written() -> list[torch.Tensor]:
+        ys = [lora_layers.HandWritten.apply(x, None, *each, scaling) for each in weights]  # type: ignore[no-untyped-call]
+        return gradients(ys, leaves, gs)
 
     plain = _truth(x, weights, gs, scaling, [None] * len(weights)) if dropout else None
     truth = _truth(x, weights, gs, scaling, drops)
     errors = {"ours": _worst(ours(), truth), "ours_alone": _worst(alone(), truth)}
-    errors["cublas"] = _worst(cublas(), truth if plain is None else plain)
+    errors["hand_written"] = _worst(hand_written(), truth if plain is None else plain)
     del truth, plain
-    calls = {"ours": ours, "ours_alone": alone, "cublas_without_dropout": cublas}
-    found = run.compare(calls, errors, judge="cublas", floor=_layer_floor(run, tokens, n, outputs, rank))
+    calls = {"ours": ours, "ours_alone": alone, "hand_written_without_dropout": hand_written}
+    found = run.compare(
+        calls, errors, judge="hand_written", floor=lora_layers.floor(run.rates, tokens, n, outputs, rank, x.dtype)
+    )
     if "error" not in found:
         found["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
     return found

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,9 +21,9 @@ import torch
 from benchmarks.gpu import timing
 from benchmarks.gpu.part import LIMIT, ROUNDING, Run, relative_error
 from benchmarks.gpu.runner import ROOT
+from benchmarks.rates import measure
 
 _INTERRUPTED = 8.0  # seconds that a program has to write what it knows
-_KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 
 
 def _said(*command: str) -> str | None:
@@ -60,25 +60,14 @@ def rates(run: Run) -> None:
     """Bytes copied and FLOPs multiplied per second; a product into its own result (`addmm_`) against a plain one."""
     run.record["machine"] = _machine()
     print(run.record["machine"], flush=True)
-    size = run.pick(2**32, 2**22)
-    source = torch.randint(255, (size,), dtype=torch.uint8, device=run.device)
-    target = torch.empty_like(source)
-    copied = {"copy": lambda x=source, y=target: y.copy_(x)}
-    times = timing.interleaved(copied, run.pick(11, 2), run.device)
-    run.record["copy"] = {"bytes": 2 * size, "seconds": times["copy"]}
-    run.record["copy_bytes_per_second"] = 2 * size / times["copy"]["p50"]
-    del source, target, copied
-    order = run.pick(8192, 128)
-    products: dict[str, float] = {}
-    seconds: dict[str, Any] = {}
-    for name, dtype in _KINDS.items():
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        x, y = run.normal(order, order, dtype=dtype), run.normal(order, order, dtype=dtype)
-        out = torch.empty_like(x)
-        call = {name: lambda x=x, y=y, out=out: torch.mm(x, y, out=out)}
-        seconds |= timing.interleaved(call, run.pick(7, 2), run.device)
-        products[name] = 2 * order**3 / seconds[name]["p50"]
-    torch.backends.cuda.matmul.allow_tf32 = False
+    size, order = run.pick(2**32, 2**22), run.pick(8192, 128)
+
+    def interleaved(calls: Mapping[str, Callable[[], Any]]) -> Mapping[str, Mapping[str, float]]:
+        return timing.interleaved(calls, run.pick(11, 2), run.device)
+
+    found, seconds = measure(run.device, interleaved, size, order, ("bfloat16", "float16", "float32", "tf32"))
+    run.record["copy"] = {"bytes": 2 * size, "seconds": seconds.pop("copy")}
+    run.record["copy_bytes_per_second"], products = found.copy, found.products
     run.record |= {"order": order, "products": seconds, "flop_per_second": products}
     shown = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in products.items())
     run.record["note"] = f"copy {run.record['copy_bytes_per_second'] / 1e12:.3g} TB/s; TFLOP/s: {shown}"

@@ -21,6 +21,7 @@ import torch
 from benchmarks import records
 from benchmarks.gpu import timing
 from benchmarks.gpu.runner import GRACE
+from benchmarks.rates import Floor
 
 T = TypeVar("T")
 # Error of ours over that of plain torch, and what float32 sums in another order may differ by.
@@ -50,7 +51,7 @@ class Run:
     def __post_init__(self) -> None:
         """Look at the device."""
         self.device = torch.device("cpu" if self.rehearsal else "cuda")
-        self.rates = timing.Rates.read(self.folder)
+        self.rates = timing.read_rates(self.folder)
 
     @property
     def left(self) -> float:
@@ -107,7 +108,7 @@ class Run:
         *,
         own: str = "ours",
         judge: str = "torch",
-        floor: timing.Floor | None = None,
+        floor: Floor | None = None,
         rounds: int = 11,
         wall: bool = False,
         limit: float = LIMIT,

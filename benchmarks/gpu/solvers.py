@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import small_linalg
-from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run, relative_error
+from benchmarks.rates import Floor
+from benchmarks.subjects import small_linalg
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops.lora_pro_adam import reference
 
@@ -17,7 +17,7 @@ BETAS, EPS, SCALING, STEP = (0.9, 0.999), 1e-8, 2.0, 3
 
 
 def solvers(run: Run) -> None:
-    """Against what a user would write in torch (`benchmarks.small_linalg`); by the clock, since torch waits."""
+    """Against what a user would write in torch (see `subjects.small_linalg`); by the clock, since torch waits."""
     orders, batch = run.pick((16, 64), (4, 8)), run.pick(MATRICES, 6)
     cases = [
         {"op": op, "order": order, "dtype": str(dtype).removeprefix("torch."), "batch": count}
@@ -108,7 +108,7 @@ def _lora_pro(run: Run, m: int, n: int, rank: int, moments: str) -> dict[str, An
         "copy_twice": lambda: (copied.copy_(one), copied.copy_(two)),  # the bytes of the moments, read and written
     }
     moved = 4.0 * m * n * kind.itemsize + 8.0 * rank * (m + n) + 8.0 * rank * (m + n)
-    floor = timing.Floor(8.0 * rank * m * n, moved, run.rates, "tf32")
+    floor = Floor(8.0 * rank * m * n, moved, run.rates, "tf32")
     found = run.compare(calls, errors, floor=floor)
     if "error" not in found and run.rates is not None:
         found["share_of_copy"] = moved / found["seconds"]["ours"]["p50"] / run.rates.copy

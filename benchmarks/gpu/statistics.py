@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run, relative_error
+from benchmarks.rates import Floor
 from lora_kernels import ops
 from lora_kernels.ops.skinny import reference
 
@@ -58,7 +58,7 @@ def _covariance(run: Run, tokens: int, n: int) -> dict[str, Any]:
     errors = {name: relative_error(_after(call, out)[0].tril_(), truth) for name, call in calls.items()}
     del truth
     # Half of a symmetric product, and half of a float32 matrix read and written.
-    floor = timing.Floor(float(tokens) * n * (n + 1), 2.0 * tokens * n + 4.0 * n * (n + 1), run.rates)
+    floor = Floor(float(tokens) * n * (n + 1), 2.0 * tokens * n + 4.0 * n * (n + 1), run.rates)
     return run.compare(calls, errors, floor=floor)
 
 
@@ -87,7 +87,7 @@ def _gradient(run: Run, tokens: int, m: int, n: int) -> dict[str, Any]:
         errors[name] = relative_error(found[0], truth[0])
         errors[f"{name} fisher"] = relative_error(found[1], truth[1])
     del truth
-    floor = timing.Floor(2.0 * tokens * m * n, 2.0 * tokens * (m + n) + 8.0 * m * (n + 1), run.rates)
+    floor = Floor(2.0 * tokens * m * n, 2.0 * tokens * (m + n) + 8.0 * m * (n + 1), run.rates)
     return run.compare(calls, errors, floor=floor)
 
 
@@ -108,7 +108,7 @@ def _sketch(run: Run, tokens: int, n: int, k: int) -> dict[str, Any]:
     truth = x.double().mT @ (x.double() @ omega.double())
     errors = {name: relative_error(_after(call, out)[0], truth) for name, call in calls.items()}
     # x once; the products are taken in tf32 or bfloat16, of which the faster is the floor.
-    floor = timing.Floor(4.0 * tokens * n * k, 2.0 * tokens * n + 8.0 * n * k, run.rates)
+    floor = Floor(4.0 * tokens * n * k, 2.0 * tokens * n + 8.0 * n * k, run.rates)
     return run.compare(calls, errors, floor=floor)
 
 
@@ -148,7 +148,7 @@ def _skinny(run: Run, op: str, tokens: int, n: int, rank: int, dropout: float) -
     truth = exact(*(each.double() for each in operands), dropout=drop)
     errors = {name: relative_error(call(), truth) for name, call in calls.items()}
     flops, moved = 2.0 * tokens * n * rank, 2.0 * (tokens * (n + rank) + rank * n)
-    found = run.compare(calls, errors, floor=timing.Floor(flops, moved, run.rates))
+    found = run.compare(calls, errors, floor=Floor(flops, moved, run.rates))
     if "error" not in found and run.rates is not None:
         found["share_of_copy"] = moved / found["seconds"]["ours"]["p50"] / run.rates.copy
     return found

@@ -1,4 +1,4 @@
-"""Times on a GPU, and the least that a problem can cost."""
+"""Times on a GPU."""
 
 from __future__ import annotations
 
@@ -6,70 +6,29 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import records
+from benchmarks.rates import Rates
 
 # Written before each timed call: empties the second-level cache, and keeps the GPU busy (about 3 ms) while the host
 # queues the call's kernels, as it would be in a training step. What the host needs for that is timed too.
 _AHEAD_BYTES, _AHEAD = 2**30, 12
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What this machine copies and multiplies per second.
-
-    Attributes:
-        copy: bytes per second, read and written counted.
-        products: FLOPs per second by the name of the arithmetic (`bfloat16`, `float16`, `float32`, `tf32`).
-    """
-
-    copy: float
-    products: Mapping[str, float]
-
-    @staticmethod
-    def read(folder: Path) -> Rates | None:
-        """Those that the part `rates` measured in this folder on this device; `None` if it did not."""
-        try:
-            found = json.loads((folder / "gpu_rates.json").read_text())
-            here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-            if found["environment"]["gpu"] != here:
-                return None
-            return Rates(found["copy_bytes_per_second"], found["flop_per_second"])
-        except (OSError, ValueError, KeyError):
+def read_rates(folder: Path) -> Rates | None:
+    """Those that the part `rates` measured in this folder on this device; `None` if it did not."""
+    try:
+        found = json.loads((folder / "gpu_rates.json").read_text())
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        if found["environment"]["gpu"] != here:
             return None
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least that a problem costs.
-
-    Attributes:
-        flops: multiplications and additions.
-        bytes: each input read once, each output written once.
-        rates: of the machine.
-        arithmetic: whose rate counts.
-    """
-
-    flops: float
-    bytes: float
-    rates: Rates | None
-    arithmetic: str = "bfloat16"
-
-    @property
-    def seconds(self) -> float | None:
-        """The larger of both times; `None` where no rate is known."""
-        if self.rates is None:
-            return None
-        return max(self.flops / self.rates.products[self.arithmetic], self.bytes / self.rates.copy)
-
-    def record(self) -> dict[str, Any]:
-        """For the record."""
-        return {"flops": self.flops, "bytes": self.bytes, "arithmetic": self.arithmetic, "seconds": self.seconds}
+        return Rates(found["copy_bytes_per_second"], found["flop_per_second"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _on_gpu(call: Callable[[], Any], ahead: torch.Tensor) -> tuple[float, float]:

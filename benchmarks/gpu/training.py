@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import lora_kernels as lk
+from benchmarks import lora_layers
 from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run
 
@@ -60,20 +60,10 @@ def _stock(run: Run, adapters: str, dropout: float, rank: int) -> Any:
     return model
 
 
-def _trainer(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-
-    return step
-
-
 def _step(run: Run, adapters: str, dropout: float, batch: int, length: int, rank: int) -> dict[str, Any]:
     models = {"peft": _stock(run, adapters, dropout, rank)}
     models |= {"ours": copy.deepcopy(models["peft"]), "ours_ungrouped": copy.deepcopy(models["peft"])}
+    models["hand_written"] = lora_layers.hand_written(models["peft"])
     lk.accelerate(models["ours"], strict=True, guard=False)
     lk.accelerate(models["ours_ungrouped"], strict=True, guard=False, group=False)
     vocabulary = run.pick(FULL, TINY)["vocab_size"]
@@ -93,7 +83,7 @@ def _step(run: Run, adapters: str, dropout: float, batch: int, length: int, rank
     for model in models.values():
         model.enable_input_require_grads()
         model.train()
-    steps = {name: _trainer(model, given) for name, model in models.items()}
+    steps = {name: lora_layers.trainer(model, given) for name, model in models.items()}
     for each in steps.values():
         each()  # groups take effect after the first step
     found = run.compare(steps, errors, judge="allowed", wall=True, rounds=7)

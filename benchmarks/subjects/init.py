@@ -1,9 +1,9 @@
-"""Every initialisation against its peer: `python -m benchmarks.init_methods [--case small|llama]`.
+"""Every initialisation against its peer.
 
 Seconds and peak memory, from the base model to the finished adapter, on the same batches. Each run is a process of its
 own, so that the high-water mark of memory is its own too; the two sides run in turn. Memory is taken in processes apart
 from those that are timed: there the C library's allocator gives freed blocks back at once (it otherwise keeps more or
-less of them from run to run), so that the mark is that of live tensors. `--what memory` takes it anew and
+less of them from run to run), so that the mark is that of live tensors. `--only memory` takes it anew and
 keeps the times of the record. Peers: PEFT's EVA, LoRA-GA, CorDA
 and PiSSA; for LoRA-DA a transcription of the authors' procedure (one pass for gradients, one more pass for every eight
 layers for Fisher and second moments, LOBPCG), since no package has it.
@@ -18,18 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 import lora_kernels as lk
-from benchmarks import records
-from benchmarks.compare import CONSOLE, case
+from benchmarks import models, records
+from benchmarks.rates import Floor, here
+from benchmarks.subject import Row, Subject
 
-RANK, NITER = 16, 16
+RANK, NITER = models.RANK, 16
 METHODS = ("eva", "lora_ga", "lora_ga_sketch", "corda", "pissa", "lora_da")
 # Rows that are a method with other options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"lora_ga_sketch": ("lora_ga", {"form": "sketch"})}
@@ -42,14 +43,10 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def _targets(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name]
-
-
 def _config(model: nn.Module, **settings: Any) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_targets(model), **settings)
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=models.targets(model), **settings)
 
 
 def ours(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
@@ -213,7 +210,7 @@ def worker(name: str, method: str, side: str) -> dict[str, float]:
     Returns:
         Its seconds, and how far its memory rose above that of the loaded model, in bytes.
     """
-    model, batches = case(name)
+    model, batches = models.case(name)
     batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     with torch.no_grad():
         model(**batches[0])  # what the first call sets up is neither side's
@@ -232,9 +229,10 @@ _EAGER = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def _spawn(name: str, method: str, side: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.init_methods", "--case", name, "--worker", method, side]
+    code = f"import json; from {__name__} import worker; print(json.dumps(worker({name!r}, {method!r}, {side!r})))"
+    command = [sys.executable, "-c", code]
     settings = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings, cwd=records.ROOT)
     if done.returncode != 0:
         raise SystemExit(f"{method}, {side}: {done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -255,68 +253,85 @@ def _timed(name: str, method: str, rounds: int) -> dict[str, Any]:
     return entry
 
 
-def run(name: str, methods: Sequence[str], rounds: int, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _floor(model: nn.Module, batches: Sequence[Any], method: str) -> Floor:
+    """The passes that a method needs; of PiSSA, two products with as many columns as the rank."""
+    work = models.work(model, batches)
+    weights = sum(model.get_submodule(name).weight.numel() for name in models.targets(model))  # type: ignore[union-attr, misc]
+    flops = {
+        "eva": work.forward + work.covariance,
+        "lora_ga": 3 * work.forward,
+        "lora_ga_sketch": 2 * work.forward,
+        "corda": work.forward + work.covariance,
+        "pissa": 4.0 * RANK * weights,
+        "lora_da": 3 * work.forward + work.covariance,
+    }
+    return Floor(flops[method], 0.0, here(), "float32")
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compare methods with their peers.
 
     Args:
         name: the case.
-        methods: which.
-        rounds: timed processes per side.
-        known: times by method, from a record, or `None` to take them.
+        options: of the command line.
 
     Returns:
-        The record.
+        The entry.
     """
+    known, rounds, methods = None, 1 if options.quick else options.rounds, options.methods
+    if options.only == "memory":
+        known = records.cases("init", options.out)[name]
+        methods, rounds = list(known["methods"]), known["rounds"]
+    model, batches = models.case(name)
     results = {}
     for method in methods:
-        entry = _timed(name, method, rounds) if known is None else dict(known[method])
-        for side in ("ours", "peer"):
+        entry = _timed(name, method, rounds) if known is None else dict(known["methods"][method])
+        for side in ("ours", "peer") if options.only != "time" else ():
             entry[side] = {**entry[side], "bytes": _spawn(name, method, side, _EAGER)["bytes"]}
-        entry["bytes_ratio"] = entry["peer"]["bytes"] / entry["ours"]["bytes"]
+        if options.only != "time":
+            entry["bytes_ratio"] = entry["peer"]["bytes"] / max(entry["ours"]["bytes"], 1.0)
+        entry["floor"] = _floor(model, batches, method).record()
         results[method] = entry
-    return {"case": name, "rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
+    found = {"rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
+    return found if known is None else {**found, "times_from": known.get("times_from", known["environment"])}
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print a record."""
-    table = Table("method", "ours", "peer", "peer / ours", "memory ours", "memory peer", "peer / ours")
-    for method, each in record["methods"].items():
-        seconds = [f"{each[side]['seconds']['p50']:.2f} s" for side in ("ours", "peer")]
-        memory = [f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
-        table.add_row(method, *seconds, f"{each['seconds_ratio']:.2f}", *memory, f"{each['bytes_ratio']:.2f}")
-    CONSOLE.print(table)
+def rows(entry: Mapping[str, Any]) -> list[Row]:
+    """Each method against its peer."""
+    found = []
+    for method, each in entry["methods"].items():
+        ours, theirs = (each[side]["seconds"]["p50"] for side in ("ours", "peer"))
+        peer = "the authors' passes" if method == "lora_da" else "PEFT"
+        found.append(Row(method, peer, ours, theirs, each.get("floor", {}).get("seconds"), group=method))
+    return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison and write its record.
+def notes(entry: Mapping[str, Any]) -> list[str]:
+    """Memory."""
+    lines = []
+    for method, each in entry["methods"].items():
+        if "bytes_ratio" in each:
+            memory = " and ".join(f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer"))
+            lines.append(f"{method}: {memory} above the loaded model, ours and the peer's")
+    return lines
 
-    Args:
-        arguments: of the command line.
 
-    Returns:
-        0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=["small", "llama"], default="small")
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", nargs=2, metavar=("METHOD", "SIDE"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record")
-    parser.add_argument("--what", choices=["both", "memory"], default="both")
-    options = parser.parse_args(arguments)
-    if options.worker:
-        print(json.dumps(worker(options.case, *options.worker)))
-        return 0
-    known, environment = None, {}
-    if options.what == "memory":
-        old = json.loads((options.out / f"init_{options.case}.json").read_text())
-        known, environment = old["methods"], {"times_from": old["environment"]}
-        options.methods, options.rounds = list(known), old["rounds"]
-    record = {**run(options.case, options.methods, options.rounds, known), **environment}
-    show(record)
-    CONSOLE.print(f"record: {records.save(f'init_{options.case}', record, options.out)}")
-    return 0
+    parser.add_argument("--only", choices=["time", "memory"], help="by default both")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+SUBJECT = Subject(
+    name="init",
+    about="Every initialisation against its peer, from the base model to the finished adapter, each run in a process "
+    "of its own: seconds and memory. The tests compare what they find with PEFT's and with exact answers; of PiSSA "
+    "the energy that both catch is recorded.",
+    cases={name: partial(measure, name) for name in models.LLAMAS},
+    rows=rows,
+    notes=notes,
+    full=("small", "llama"),
+    quick=("tiny",),
+    table=("llama",),
+    rounds=3,
+    options=_options,
+)

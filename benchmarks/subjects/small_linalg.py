@@ -1,4 +1,4 @@
-"""The batched small linear algebra against torch, op by op: `python -m benchmarks.small_linalg [--quick]`.
+"""The batched small linear algebra against torch, op by op.
 
 Torch runs as a user would write it: `torch.linalg.eigh`; `cholesky` and `cholesky_solve`; two `eigh`, a division and
 four products; the singular values of the r x r core of two QR factorisations. Answers are checked against float64
@@ -8,21 +8,20 @@ before any time is believed.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import records
+from benchmarks.rates import Floor, here
+from benchmarks.subject import Row, Subject
 from lora_kernels.ops import cholesky_solve, eigh, factor_spectrum, sylvester
 from lora_kernels.ops.small_linalg import reference
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 120)
+OPS = ("eigh", "cholesky_solve", "sylvester", "factor_spectrum")
 # 32 layers of 7 adapters; factors of layers of 1024 features.
 BATCH, FEATURES = 224, 1024
 ORDERS = (4, 8, 16, 32, 64)
@@ -119,51 +118,63 @@ def run(op: str, n: int, dtype: torch.dtype, batch: int, rounds: int, device: to
         "batch": batch,
         "seconds": times,
         "errors": errors,
+        "floor": _floor(op, n, dtype, batch, device).record(),
         "torch_over_ours": times["torch"]["p50"] / times["ours"]["p50"],
     }
 
 
-def show(rows: list[dict[str, Any]], device: torch.device) -> None:
-    """Print the rows."""
-    table = Table(
-        "op", "order", "dtype", "ours", "torch", "torch / ours", "error", "torch's", title=f"on {device.type}"
-    )
-    for row in rows:
-        times = [f"{1e3 * row['seconds'][name]['p50']:.2f} ms" for name in ("ours", "torch")]
-        errors = [f"{row['errors'][name]:.1e}" for name in ("ours", "torch")]
-        table.add_row(row["op"], str(row["order"]), row["dtype"], *times, f"{row['torch_over_ours']:.2f}", *errors)
-    CONSOLE.print(table)
+def _floor(op: str, n: int, dtype: torch.dtype, batch: int, device: torch.device) -> Floor:
+    """What is read and written, and the leading terms of the textbooks' FLOPs without iterations."""
+    flops, numbers = {
+        "eigh": (4 / 3 * n**3, 2.0 * n**2),
+        "cholesky_solve": (n**3 / 3 + 2.0 * n**2 * FEATURES, n**2 + 2.0 * n * FEATURES),
+        "sylvester": (2 * 4 / 3 * n**3 + 8.0 * n**3, 4.0 * n**2),
+        "factor_spectrum": (2.0 * n * (n + 1) * FEATURES, 2.0 * n * FEATURES),
+    }[op]
+    kind = str(dtype).removeprefix("torch.")
+    return Floor(batch * flops, batch * numbers * dtype.itemsize, here(device.type), kind)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark and write its record.
-
-    Args:
-        arguments: of the command line.
-
-    Returns:
-        0.
-    """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--quick", action="store_true", help="orders 8 and 16, 3 rounds, no record")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record")
-    options = parser.parse_args(arguments)
+def measure(op: str, options: argparse.Namespace) -> dict[str, Any]:
+    """An op in both precisions and all orders."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounds = 3 if options.quick else options.rounds
-    rows = [
-        run(op, n, dtype, options.batch, rounds, device)
-        for op in ("eigh", "cholesky_solve", "sylvester", "factor_spectrum")
-        for dtype in (torch.float32, torch.float64)
+    found = [
+        run(op, n, dtype, options.batch, options.rounds, device)
+        for dtype in BOUNDS
         for n in (ORDERS[1:3] if options.quick else ORDERS)
     ]
-    show(rows, device)
-    if not options.quick:
-        record = {"batch": options.batch, "features": FEATURES, "device": device.type, "cases": rows}
-        CONSOLE.print(f"record: {records.save('small_linalg', record, options.out)}")
-    return 0
+    return {"batch": options.batch, "features": FEATURES, "device": device.type, "entries": found}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def rows(entry: Mapping[str, Any]) -> list[Row]:
+    """Each order and precision."""
+    found = []
+    for each in entry["entries"]:
+        ours, theirs = (each["seconds"][name]["p50"] for name in ("ours", "torch"))
+        what = f"{entry['batch']} of order {each['order']}, {each['dtype']}"
+        found.append(Row(what, "torch", ours, theirs, each.get("floor", {}).get("seconds"), group=each["op"]))
+    return found
+
+
+def notes(entry: Mapping[str, Any]) -> list[str]:
+    """Errors."""
+    worst = max(each["errors"]["ours"] for each in entry["entries"])
+    return [f"largest error {worst:.1e}; torch's {max(each['errors']['torch'] for each in entry['entries']):.1e}"]
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=BATCH, help="matrices in a batch")
+
+
+SUBJECT = Subject(
+    name="small_linalg",
+    about="Batched eigenproblems, solves, Sylvester equations and adapter spectra against torch; answers must be those "
+    "of float64.",
+    cases={op: partial(measure, op) for op in OPS},
+    rows=rows,
+    notes=notes,
+    full=OPS,
+    quick=OPS,
+    rounds=21,
+    options=_options,
+)

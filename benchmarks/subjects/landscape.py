@@ -1,0 +1,147 @@
+"""The landscape diagnosis against what is known.
+
+sensing: runs whose outcome is known; see `benchmarks.sensing`.
+demo: a sane run of the demo's model and one at 100 times its learning rate.
+monitor: what the monitor costs of a training step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks import records
+from benchmarks.records import CONSOLE
+from benchmarks.sensing import PROBLEMS, sensing
+from benchmarks.subject import Subject, nothing
+from lora_kernels.landscape import Thresholds
+from lora_kernels.landscape.verdict import LOUD_FAILURE
+
+# Steps and learning rates of the demo's runs, as factors of the studied rate.
+DEMO_STEPS, DEMO_FACTORS = 40, (1, 100)
+
+
+def _demo_model(seed: int) -> tuple[Any, Any, Any]:
+    """The demo's model with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
+    from lora_kernels.demo import task as demo
+    from lora_kernels.demo.config import DemoConfig
+    from lora_kernels.demo.data import docstring_task
+    from lora_kernels.demo.recipe import parameter_groups
+    from lora_kernels.demo.run import quiet_transformers
+
+    quiet_transformers()
+    config, data = DemoConfig(plots=False), docstring_task()
+    folder = demo.model_folder(None)
+    tokenizer = demo.load_tokenizer(folder)
+    model = demo.build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
+    loader = demo.Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
+
+
+def _train(model: Any, batches: Any, optimizer: torch.optim.Optimizer, steps: int) -> float:
+    loss = torch.tensor(math.nan)
+    for _ in range(steps):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
+    """Diagnose the demo's model, trained at the studied rate and at 100 times that, without data.
+
+    Args:
+        steps: of each run.
+
+    Returns:
+        The entry.
+    """
+    from lora_kernels import diagnose
+    from lora_kernels.demo.config import DEFAULT_RATES
+
+    rows = []
+    for factor in DEMO_FACTORS:
+        torch.manual_seed(0)
+        model, batches, groups = _demo_model(0)
+        rate = factor * DEFAULT_RATES["random"]
+        loss = _train(model, batches, torch.optim.AdamW(groups(rate), weight_decay=0.0), steps)
+        found = diagnose(model)
+        shares = sorted(each.spectrum.spectral_share or math.nan for each in found)
+        full = sum(each.spectrum.numerical_rank == each.spectrum.rank for each in found)
+        row = {
+            "learning_rate": rate,
+            "last_loss": loss if math.isfinite(loss) else None,
+            "verdict": found.verdict.kind,
+            "loud_layers": sum(each.verdict.kind == LOUD_FAILURE for each in found),
+            "layers": len(found.layers),
+            "full_rank_layers": full,
+            "share": {"smallest": shares[0], "median": shares[len(shares) // 2], "largest": shares[-1]},
+        }
+        rows.append(row)
+        CONSOLE.print(
+            f"rate {rate:g}: last loss {loss:.3g}, {found.verdict.kind}, {row['loud_layers']} of {row['layers']} "
+            f"layers loud, |sBA|/|W| from {shares[0]:.3g} to {shares[-1]:.3g}, {full} layers of full rank"
+        )
+    between = [rows[0]["share"]["largest"], rows[-1]["share"]["smallest"]]
+    CONSOLE.print(f"loud_share {Thresholds().loud_share:g}; the runs leave {between[0]:.3g} to {between[1]:.3g}")
+    return {"steps": steps, "loud_share": Thresholds().loud_share, "the_runs_leave": between, "runs": rows}
+
+
+def monitor(rounds: int = 21, every: int = 50) -> dict[str, Any]:
+    """What the monitor costs of a training step of the demo, both in turn in one process.
+
+    Args:
+        rounds: how often each is timed.
+        every: steps between two measurements.
+
+    Returns:
+        The entry.
+    """
+    from lora_kernels import LandscapeMonitor
+
+    model, batches, groups = _demo_model(0)
+    optimizer = torch.optim.AdamW(groups(3e-3), weight_decay=0.0)
+    watched = LandscapeMonitor(every)
+    watched.begin(model)
+    calls = {"step": lambda: _train(model, batches, optimizer, 1), "measurement": lambda: watched.measure(model)}
+    times = records.interleaved(calls, rounds)
+    share = times["measurement"]["p50"] / (every * times["step"]["p50"])
+    return {"every": every, "layers": len(watched.latest), "seconds": times, "share_of_training": share}
+
+
+def _notes(entry: Mapping[str, Any]) -> list[str]:
+    """What a case found."""
+    if "confusion" in entry:
+        return [f"all verdicts right: {entry['all_right']}"]
+    if "share_of_training" in entry:
+        times = {name: f"{1e3 * value['p50']:.1f} ms" for name, value in entry["seconds"].items()}
+        share = f"{entry['share_of_training']:.3%} of the training time at every={entry['every']}"
+        return [f"a step {times['step']}, a measurement {times['measurement']}: {share}"]
+    return [
+        f"rate {each['learning_rate']:g}: {each['verdict']}, {each['loud_layers']} of {each['layers']} layers loud"
+        for each in entry["runs"]
+    ]
+
+
+SUBJECT = Subject(
+    name="landscape",
+    about="The diagnosis against what is known: verdicts on runs with a known answer, a sane and a hostile run of the "
+    "demo's model, and what the monitor costs of a training step. Not against a peer: nothing else gives a verdict.",
+    cases={
+        "sensing": lambda options: sensing(2 if options.quick else PROBLEMS),
+        "demo": lambda options: demo(6 if options.quick else DEMO_STEPS),
+        "monitor": lambda options: monitor(options.rounds),
+    },
+    rows=nothing,
+    notes=_notes,
+    full=("sensing", "demo", "monitor"),
+    quick=("monitor",),
+    rounds=21,
+)
