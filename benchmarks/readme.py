@@ -1,4 +1,4 @@
-"""Write the numbers of README.md, and the summary `results/compare.json`, from the committed records.
+"""Write README.md's numbers, docs/results.md and the summary `results/compare.json` from the committed records.
 
 `python -m benchmarks.readme`, after every run that is to be quoted.
 """
@@ -15,6 +15,7 @@ from benchmarks.records import RESULTS, ROOT, cases
 from benchmarks.subject import duration
 
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 _MARKS = ("<!-- numbers: written by benchmarks/readme.py -->", "<!-- end of numbers -->")
 _CASES = {
     "llama": "Llama, 8 layers, hidden 512, 16 batches of 8 x 256 tokens",
@@ -61,7 +62,7 @@ def _summary() -> list[str]:
 
 
 def _figure(name: str, text: str) -> list[str]:
-    return ["", f"![{text}](docs/figures/{name}.svg)"]
+    return ["", f"![{text}](figures/{name}.svg)"]
 
 
 def _eva() -> list[str]:
@@ -351,21 +352,80 @@ def quality(record: dict[str, Any], name: str) -> list[str]:
     ]
 
 
+def _studies() -> dict[str, dict[str, Any]]:
+    """Every study of quality that there is a record of."""
+    return {file.stem: _record(file.stem) for file in sorted(RESULTS.glob("quality_*.json"))}
+
+
 def _quality() -> list[str]:
-    """The lines of every study that there is a record of."""
-    names = sorted(file.stem for file in RESULTS.glob("quality_*.json"))
-    return [line for name in names for line in ("", *quality(_record(name), name))]
+    return [line for name, record in _studies().items() for line in (*quality(record, name), "")]
+
+
+def _in_short(record: dict[str, Any]) -> str:
+    """A study's end in a sentence or two.
+
+    Args:
+        record: of `benchmarks.quality`.
+
+    Returns:
+        Markdown.
+    """
+    found: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+    for arm, measures in quality_report.compare_all(record).items():
+        verdict = "behind" if measures is None else measures["loss"][-1][1].verdict
+        found[verdict].append(quality_report.title(arm))
+    data, protocol = record["data"], record["protocol"]
+    said = {
+        "ahead": "ahead of random LoRA",
+        "level": "not distinguishable from it",
+        "behind": "behind",
+    }
+    parts = [f"{said[kind]}: {', '.join(arms) if arms else 'none'}" for kind, arms in found.items()]
+    return (
+        f"- {data['name']} ({data['train']} training texts, {data['classes']} classes, "
+        f"{protocol['evaluate_at'][-1]} steps): by test loss at the end {'; '.join(parts)}."
+    )
 
 
 def block() -> str:
     """The numbers, as they must stand in the README."""
-    parts = [*_summary(), "", *_eva(), "", *_statistics(), "", *_methods(), "", *_layers(), "", *_training()]
-    parts += ["", *_lora_pro(), "", *_landscape(), "", *_linalg(), "", *_demo(), *_quality()]
+    parts = [*_summary(), "", _training()[0]]
+    parts += [
+        "",
+        "Does it help? MiniLM-L6 on labelled texts, every arm at the learning rate that was best for it on other texts "
+        "and another seed, against random LoRA at its own best, three seeds, 95 % intervals:",
+        "",
+        *(_in_short(record) for record in _studies().values()),
+        "",
+        "Their authors report gains on larger models and longer runs; `python -m benchmarks.quality --data FOLDER` asks "
+        "the question of your own texts. All tables, curves and figures: [docs/results.md](docs/results.md).",
+    ]
     return "\n".join([_MARKS[0], *parts, _MARKS[1]])
 
 
+def page() -> str:
+    """The page of all results."""
+    sections = {
+        "Everything in one table": _summary(),
+        "Initialisation: EVA": _eva(),
+        "Statistics": _statistics(),
+        "Initialisation: all methods": _methods(),
+        "The fused layer": _layers(),
+        "The training step": _training(),
+        "LoRA-Pro": _lora_pro(),
+        "Landscape": _landscape(),
+        "Linear algebra": _linalg(),
+        "The demo": _demo(),
+        "Does it help?": _quality(),
+    }
+    lines = ["<!-- written by benchmarks/readme.py from the records: edit that, and run it again -->", "", "# Results"]
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", *section]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main() -> int:
-    """Rewrite the README's numbers and the summary.
+    """Rewrite the README's numbers, the page and the summary.
 
     Returns:
         0.
@@ -374,6 +434,7 @@ def main() -> int:
     text = README.read_text()
     pattern = re.compile(f"{re.escape(_MARKS[0])}.*?{re.escape(_MARKS[1])}", flags=re.S)
     README.write_text(pattern.sub(lambda _: block(), text))
+    PAGE.write_text(page())
     return 0
 
 

@@ -29,7 +29,12 @@ def run_shell(code, folder):
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)  # the tests' own, not a user's
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -77,7 +82,9 @@ def test_every_public_name_has_its_place_in_the_reference():
         f"{where}.{each}"
         for where, module in modules.items()
         for each in module.__all__
-        if f"{where}.{each}" not in modules and callable(getattr(module, each)) and id(getattr(module, each)) not in objects
+        if f"{where}.{each}" not in modules
+        and callable(getattr(module, each))
+        and id(getattr(module, each)) not in objects
     ]
     assert not missing
 

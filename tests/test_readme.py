@@ -20,11 +20,6 @@ def test_the_examples_run_and_are_short(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
-def test_every_make_target_named_exists():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
-
-
 def test_the_numbers_are_those_of_the_records():
     assert readme.block() in README, "run python -m benchmarks.readme"
+    assert readme.page() == readme.PAGE.read_text(), "run python -m benchmarks.readme"
