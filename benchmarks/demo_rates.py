@@ -71,10 +71,11 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
+    from lora_kernels.demo.batches import load_tokenizer, model_folder
     from lora_kernels.demo.config import DemoConfig
     from lora_kernels.demo.data import docstring_task, hold_out
     from lora_kernels.demo.run import quiet_transformers, versions
-    from lora_kernels.demo.task import load_tokenizer, model_folder, train_run
+    from lora_kernels.demo.task import train_run
 
     torch.set_num_threads(arguments.threads)
     quiet_transformers()

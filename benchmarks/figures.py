@@ -17,7 +17,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks import quality_report, sensing
+from benchmarks import sensing
+from benchmarks.quality import report as quality_report
 from benchmarks.records import RESULTS, ROOT, cases
 
 FOLDER = ROOT / "docs" / "figures"

@@ -10,7 +10,8 @@ import re
 import sys
 from typing import Any
 
-from benchmarks import compare, quality_report
+from benchmarks import compare
+from benchmarks.quality import report as quality_report
 from benchmarks.records import RESULTS, ROOT, cases
 from benchmarks.subject import duration
 
@@ -397,8 +398,8 @@ def block() -> str:
         "",
         *(_in_short(record) for record in _studies().values()),
         "",
-        "Their authors report gains on larger models and longer runs; `python -m benchmarks.quality --data FOLDER` asks "
-        "the question of your own texts. All tables, curves and figures: [docs/results.md](docs/results.md).",
+        "Their authors report gains on larger models and longer runs; `python -m benchmarks.quality --data FOLDER` "
+        "asks the question of your own texts. All tables, curves and figures: [docs/results.md](docs/results.md).",
     ]
     return "\n".join([_MARKS[0], *parts, _MARKS[1]])
 

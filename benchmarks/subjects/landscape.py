@@ -27,18 +27,19 @@ DEMO_STEPS, DEMO_FACTORS = 40, (1, 100)
 
 def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     """The demo's model with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
-    from lora_kernels.demo import task as demo
+    from lora_kernels.demo.batches import Batches, load_tokenizer, model_folder
     from lora_kernels.demo.config import DemoConfig
     from lora_kernels.demo.data import docstring_task
     from lora_kernels.demo.recipe import parameter_groups
     from lora_kernels.demo.run import quiet_transformers
+    from lora_kernels.demo.task import build_model
 
     quiet_transformers()
     config, data = DemoConfig(plots=False), docstring_task()
-    folder = demo.model_folder(None)
-    tokenizer = demo.load_tokenizer(folder)
-    model = demo.build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
-    loader = demo.Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
+    folder = model_folder(None)
+    tokenizer = load_tokenizer(folder)
+    model = build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
+    loader = Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
 

@@ -19,18 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_kernels._version import __version__
 from lora_kernels.demo import plots, report
+from lora_kernels.demo.batches import MODEL_PACKAGE, Batches, load_tokenizer, model_folder
 from lora_kernels.demo.config import DemoConfig
 from lora_kernels.demo.data import TextTask, docstring_task
 from lora_kernels.demo.roundtrip import check_round_trip
-from lora_kernels.demo.task import (
-    MODEL_PACKAGE,
-    Batches,
-    Evaluation,
-    RunRecord,
-    load_tokenizer,
-    model_folder,
-    train_run,
-)
+from lora_kernels.demo.task import Evaluation, RunRecord, train_run
 from lora_kernels.demo.user_data import read_task
 
 CHECKED_TEXTS = 32

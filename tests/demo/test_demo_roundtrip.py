@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_kernels.demo.batches import Batches, load_tokenizer
 from lora_kernels.demo.config import DemoConfig
 from lora_kernels.demo.roundtrip import check_round_trip
-from lora_kernels.demo.task import Batches, load_tokenizer, train_run
+from lora_kernels.demo.task import train_run
 from lora_kernels.demo.user_data import read_task
 
 

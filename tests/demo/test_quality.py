@@ -4,8 +4,12 @@ import json
 import pytest
 
 pytest.importorskip("peft")
-from benchmarks import quality, quality_report, readme
-from benchmarks.quality import QUICK, Arm, Crew, Job, Partial, Protocol, Setup, Worker, main, neighbour, read, tune
+from benchmarks import readme
+from benchmarks.quality import report as quality_report
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.crew import Crew, Partial, Worker
+from benchmarks.quality.protocol import ARMS, QUICK, Arm, Job, Protocol, Setup, read
+from benchmarks.quality.study import neighbour, study, tune
 from lora_kernels.demo.data import docstring_task
 from lora_kernels.init import EVA
 
@@ -30,26 +34,26 @@ def command(folder, model):
 
 
 def grid(arm):
-    return quality.ARMS[arm].rates or QUICK.rates
+    return ARMS[arm].rates or QUICK.rates
 
 
 def test_the_study_from_end_to_end(finished):
     record = json.loads((finished / "quality_colours_quick.json").read_text())
-    assert set(record["summary"]) == set(quality.ARMS) and len(record["verdict"]) == len(quality.ARMS) - 1
+    assert set(record["summary"]) == set(ARMS) and len(record["verdict"]) == len(ARMS) - 1
     for arm, choice in record["tuning"].items():
         assert set(choice["losses"]) == {f"{rate:g}" for rate in grid(arm)}
     runs = quality_report.final_runs(record)
     for arm, (run,) in runs.items():
         assert [point["step"] for point in run["evaluations"]] == [2, 4, 8]
         assert run["learning_rate"] == record["tuning"][arm]["rate"] and run["head_rate"] == 0.003
-        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (quality.ARMS[arm].method is not None)
+        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (ARMS[arm].method is not None)
     # Every arm is another one.
-    assert len({run["final_loss"] for (run,) in runs.values()}) == len(quality.ARMS)
+    assert len({run["final_loss"] for (run,) in runs.values()}) == len(ARMS)
     assert (finished / "quality_colours_quick.png").stat().st_size > 20_000
     # The run that tried the head is one of random LoRA's.
-    assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in quality.ARMS)
+    assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in ARMS)
     text = "\n".join(readme.quality(record, "quality_colours"))
-    assert text.count("\n| ") == len(quality.ARMS) + 2 and "one seed: no verdict" in text
+    assert text.count("\n| ") == len(ARMS) + 2 and "one seed: no verdict" in text
 
 
 def test_a_killed_study_goes_on_and_repeats_to_the_bit(finished, tiny_model, monkeypatch):
@@ -199,7 +203,7 @@ def test_what_is_said_where_nothing_can_be_told_apart_or_a_seed_diverged():
 
 def test_arms_need_something_to_be_compared_with(tmp_path):
     with pytest.raises(ValueError, match="must include 'random'"):
-        quality.study(Setup(tmp_path, arms={"eva": Arm(EVA())}))
+        study(Setup(tmp_path, arms={"eva": Arm(EVA())}))
     with pytest.raises(SystemExit):
         main(["--workers", "0"])
 
