@@ -282,3 +282,10 @@ def test_doctor_tells_what_counts(cache, capsys):
     forms.forget()
     assert cli.main(["doctor"]) == 0
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_forms_are_timed_in_turn():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    assert set(measure._interleaved(calls, 2, CPU)) == set("abc")
+    assert "".join(order) == "abc" + "bca" + "cab"

@@ -18,6 +18,7 @@ from lora_kernels.landscape.verdict import (
     RANK_LIMITED,
     STILL_TRAINING,
 )
+from lora_kernels.reports import plain
 from tests.statistics.models import padded, samples, tiny_llama
 
 DECAY = 0.3
@@ -232,6 +233,14 @@ def test_the_report_prints_and_serialises():
     assert data["verdict"]["kind"] == LOW_RANK_MINIMUM and data["thresholds"]["stationarity"] == 0.05
     assert data["layers"][0]["certificate"]["ratio"] == pytest.approx(1)
     assert data["layers"][0]["spectrum"]["spectral"] == pytest.approx(found.layers[0].spectrum.spectral)
+
+
+def test_without_a_scaling_there_is_no_certificate_and_json_holds_what_is_not_finite():
+    model, x, y = regression()
+    model.base_model.model.lin.scaling["default"] = 0.0
+    (layer,) = diagnose(model, x, y)
+    assert layer.certificate is None and "no certificate: the scaling is zero" in layer.notes
+    assert plain({1: (math.inf, -math.inf, math.nan, 1.5, True, "x")}) == {"1": [None, None, None, 1.5, True, "x"]}
 
 
 def test_bad_arguments():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.integrations.adapter_files import read_adapter
 from lora_kernels.integrations.inspection import inspect_folder
+from lora_kernels.landscape import plots
 from tests.statistics.models import tiny_llama
 
 WORDS = ["<pad>", "<unk>", *["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "park", "fast", "slow"]]
@@ -85,7 +87,8 @@ def test_layers_that_are_not_linear_and_dora_are_named(tmp_path):
     found = read_adapter(tmp_path / "one")
     assert len(found.adapters) == 2 and any("embed" in name for name, _ in found.unsupported)
     trained(target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "two")
-    assert any("DoRA" in note for note in read_adapter(tmp_path / "two").notes)
+    found = read_adapter(tmp_path / "two")
+    assert any("DoRA" in note for note in found.notes) and len(found.adapters) == 2 and found.unsupported == ()
 
 
 def test_layers_come_in_their_natural_order(tmp_path):
@@ -201,6 +204,13 @@ def test_zero_and_mixed_ranks_are_drawn(tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"h.0.lin": 1, "h.1.lin": 4}}
     write(tmp_path / "adapter", config, tensors)
     assert cli.main(["inspect", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 1
+    first, *rest = inspect_folder(read_adapter(tmp_path / "adapter")).layers
+    lost = replace(first, spectrum=replace(first.spectrum, values=(1.0, 0.0)))
+    plots.plot_spectra(
+        replace(inspect_folder(read_adapter(tmp_path / "adapter")), layers=(lost, *rest)), tmp_path / "p"
+    )
+    assert plots._place("base_model.model.h.12.lin") == ("h.*.lin", 12)
+    assert plots._place("base_model.model.head") == ("head", 0)
 
 
 def test_with_base_and_data(folder, base, tmp_path, capsys):

@@ -36,6 +36,14 @@ def test_mixed_shapes_against_dense_singular_values(dtype):
             assert float((values / 2 - truth).abs().max()) > bound  # half the answer would be seen
 
 
+def test_factors_of_two_dtypes_are_taken_in_the_wider():
+    a, b = draw(30, 20, 4, torch.float64)
+    for pair in ((a.float(), b), (a, b.float())):
+        (values,) = factor_spectra([pair])
+        truth = torch.linalg.svdvals(product(*pair))[:4]
+        assert float((values - truth).abs().max()) < 1e-12 * float(truth[0])
+
+
 def test_numbers_follow_from_the_dense_update():
     a, b = draw(30, 20, 6, torch.float64)
     b[:, 3] *= 1e-3
@@ -160,5 +168,7 @@ def test_overlap_and_intruders():
     found = overlap(inside, weight)
     assert min(found.left + found.right) > 0.99 and found.intruders == 0
     assert found.chance == pytest.approx(math.sqrt(30 / 90))
+    itself = overlap((weight.U.double(), weight.S.double(), weight.Vh.mT.double()), weight)
+    assert 0.999 < min(itself.left + itself.right) <= max(itself.left + itself.right) <= 1
     found = overlap(outside, weight)
     assert max(found.left + found.right) < 0.05 < INTRUDER and found.intruders == 1  # the other is too small to matter

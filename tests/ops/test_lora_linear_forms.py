@@ -401,6 +401,28 @@ def test_where_the_table_is(monkeypatch, tmp_path):
     assert table.cache_file().parts[-3:] == (".cache", "lora_kernels", "tuned.json")
 
 
+def test_a_write_that_fails_leaves_nothing_behind(cache, monkeypatch):
+    table.write(cache, [record()], "")
+    monkeypatch.setattr(table.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        table.write(cache, [], "")
+    assert [each.name for each in cache.parent.iterdir()] == [cache.name] and len(table.read(cache)) == 1
+
+
+def test_only_the_only_product_of_a_sum_takes_what_was_measured(monkeypatch):
+    asked, real = [], forms.choose
+    monkeypatch.setattr(
+        forms,
+        "choose",
+        lambda product, *rest, alone: asked.append((product, alone)) or real(product, *rest, alone=alone),
+    )
+    x, weight, bias, a, b = layer()
+    for count in (1, 2):
+        outputs = lora_linear_group(x, [LoraMember(weight, bias, a, b, 0.5)] * count)
+        sum(each.sum() for each in outputs).backward()
+    assert asked == [("forward", True), ("backward", True), *[("forward", True)] * 2, ("backward", False)]
+
+
 def test_buckets():
     assert [table.bucket(each) for each in (0, 1, 2, 3, 8, 9, 8192, 32768, 10**6)] == [
         1, 1, 2, 4, 8, 16, 8192, 32768, 32768,

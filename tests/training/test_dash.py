@@ -191,7 +191,8 @@ def test_the_optimizer_starts_afresh_on_the_coordinates():
 
 def test_an_optimizer_that_was_made_before():
     model = wrapped().train()
-    optimizer = adam(model)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.5)  # (some other group first)
+    optimizer.add_param_group(adam(model).param_groups[0])
     run = lk.LoRADash(k=3, pre_launch=1).attach(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     model(**BATCHES[0]).loss.backward()
@@ -199,7 +200,7 @@ def test_an_optimizer_that_was_made_before():
     schedule.step()
     with pytest.warns(RuntimeWarning, match="which a learning rate schedule made before does not know"):
         assert run.step(optimizer)
-    assert optimizer.param_groups[1]["weight_decay"] == 0.1 and len(optimizer.param_groups[1]["params"]) == 6
+    assert optimizer.param_groups[2]["weight_decay"] == 0.1 and len(optimizer.param_groups[2]["params"]) == 6
     model(**BATCHES[0]).loss.backward()
     optimizer.step()
     assert all(bool(each.any()) for each in run.coordinates())

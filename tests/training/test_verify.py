@@ -32,6 +32,12 @@ def test_half_precision():
     assert lk.verify(model, BATCH).ok
 
 
+def test_an_adapter_with_a_bias():
+    model = wrapped(lora_bias=True)
+    lk.accelerate(model)
+    assert lk.verify(model, BATCH).ok
+
+
 @pytest.mark.parametrize("part", ["y", "dB"])
 def test_a_wrong_layer_is_found(part, monkeypatch):
     real = lora_layer.lora_linear_group
