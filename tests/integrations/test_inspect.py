@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.integrations.adapter_files import read_adapter
-from lora_kernels.integrations.inspection import inspect_folder
+from lora_kernels.integrations.inspection import inspect_folder, log_summary
 from lora_kernels.landscape import plots
 from tests.statistics.models import tiny_llama
 
@@ -183,6 +183,14 @@ def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
     assert len(data["layers"]) == 14
     for name in names[2:]:
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_monitor_that_cannot_be_read_leaves_no_folder(folder, tmp_path, capsys):
+    out, missing = tmp_path / "out", tmp_path / "log.jsonl"
+    assert cli.main(["inspect", str(folder), "--out", str(out), "--monitor", str(missing)]) == 2
+    assert "monitor was" in capsys.readouterr().err and not out.exists()
+    said = log_summary([{"step": 3, "nuclear": 1.0}, {"step": 9, "nuclear": 2.5, "not_finite": 3.0}])
+    assert said == "2 measurements, steps 3 to 9: nuclear 1 -> 2.5, 3 layers not finite"
 
 
 def test_names_in_the_page_are_escaped(tmp_path):

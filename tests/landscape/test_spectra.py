@@ -170,5 +170,7 @@ def test_overlap_and_intruders():
     assert found.chance == pytest.approx(math.sqrt(30 / 90))
     itself = overlap((weight.U.double(), weight.S.double(), weight.Vh.mT.double()), weight)
     assert 0.999 < min(itself.left + itself.right) <= max(itself.left + itself.right) <= 1
+    mixed = (u[:, [70]].double(), torch.tensor([20.0]).double(), v[:, [0]].double())
+    assert overlap(mixed, weight).intruders == 0  # one side of it is the weight's own
     found = overlap(outside, weight)
     assert max(found.left + found.right) < 0.05 < INTRUDER and found.intruders == 1  # the other is too small to matter

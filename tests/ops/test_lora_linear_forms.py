@@ -324,6 +324,7 @@ def broken(**changes):
         ("", "Expecting value"),
         ("[1]", "no {"),
         ('{"format": 1}', "no {"),
+        ('{"records": []}', "format is None, but this version reads 1"),
         ('{"format": 2, "records": []}', "format is 2, but this version reads 1"),
         ('{"format": 1, "records": [3]}', "record 0 is no object"),
         (broken(m="missing"), "record 0: m is None"),
