@@ -196,7 +196,14 @@ def test_a_frozen_counterpart_is_the_start():
     lk.initialize(model, method="pissa", progress=False)
     assert offset.has_offset(model, "default")
     assert all(each.spectrum.drift == pytest.approx(0, abs=1e-5) for each in lk.diagnose(model))
-    assert lk.diagnose(model).layers[0].spectrum.spectral > 0.1
+    start, last = lk.snapshot(model), lk.diagnose(model).layers[-1]
+    assert last.spectrum.spectral > 0.1
+    model.get_submodule(last.name).lora_B["default"].weight.data.add_(1.0)
+    moved = lk.diagnose(model).layers[-1].spectrum.drift
+    assert lk.diagnose(model, start=start).layers[-1].spectrum.drift == pytest.approx(moved, rel=1e-4) and moved > 1
+    assert (
+        lk.diagnose(model, start=lk.snapshot(model)).layers[-1].spectrum.drift < 1e-3 * moved
+    )  # a start that is given
 
 
 def test_broken_merged_and_variant_adapters_get_answers():
