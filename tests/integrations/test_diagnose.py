@@ -116,6 +116,13 @@ def test_batches_of_other_sizes_give_the_same_and_iterators_no_gain():
     one, two = whole.layers[0].certificate, parts.layers[0].certificate
     for name in ("ratio", "alignment", "stationarity", "gain", "implied_weight_decay"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-4)
+    llama, batches = wrapped(), padded(samples(), 4)
+    nothing = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}  # its loss is NaN
+    gains = [
+        lk.diagnose(llama, given, weight_decay=DECAY, progress=False).layers[0].certificate.gain
+        for given in (batches, [nothing, *batches])
+    ]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-6)
     once = lk.diagnose(model, iter(batches_of(x, y)), weight_decay=DECAY, progress=False)
     assert once.layers[0].certificate.gain is None
     assert once.layers[0].certificate.ratio == pytest.approx(one.ratio, rel=1e-4)

@@ -15,6 +15,7 @@ import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.integrations.adapter_files import read_adapter
 from lora_kernels.integrations.inspection import inspect_folder, log_summary
+from lora_kernels.integrations.inspection import write as inspection_write
 from lora_kernels.landscape import plots
 from tests.statistics.models import tiny_llama
 
@@ -189,6 +190,9 @@ def test_a_monitor_that_cannot_be_read_leaves_no_folder(folder, tmp_path, capsys
     out, missing = tmp_path / "out", tmp_path / "log.jsonl"
     assert cli.main(["inspect", str(folder), "--out", str(out), "--monitor", str(missing)]) == 2
     assert "monitor was" in capsys.readouterr().err and not out.exists()
+    with pytest.raises(ValueError, match="monitor was"):
+        inspection_write(inspect_folder(read_adapter(folder)), out, missing)
+    assert not out.exists()
     said = log_summary([{"step": 3, "nuclear": 1.0}, {"step": 9, "nuclear": 2.5, "not_finite": 3.0}])
     assert said == "2 measurements, steps 3 to 9: nuclear 1 -> 2.5, 3 layers not finite"
 
@@ -228,6 +232,7 @@ def test_with_base_and_data(folder, base, tmp_path, capsys):
     command = ["inspect", str(folder), "--base", str(base), "--json"]
     assert cli.main([*command, "--intruders"]) == 0
     data = json.loads(capsys.readouterr().out)
+    assert data["adapter"] == str(folder)
     assert all(0 < each["spectrum"]["spectral_share"] < 30 for each in data["layers"])
     assert all(each["overlap"]["intruders"] >= 0 and each["certificate"] is None for each in data["layers"])
     assert cli.main([*command, "--data", str(text), "--weight-decay", "0.01"]) == 0

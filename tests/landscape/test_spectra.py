@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_kernels.landscape import Adapter, directions, factor_spectra, measure, overlap
+from lora_kernels.landscape import Adapter, directions, factor_spectra, measure, overlap, spectra
 from lora_kernels.landscape.weights import INTRUDER, WeightNorms, leading_directions, weight_norms
 
 SHAPES = [(30, 20, 4), (30, 20, 4), (7, 13, 1), (13, 7, 24), (5, 3, 8), (64, 48, 16), (30, 20, 4)]
@@ -42,6 +42,15 @@ def test_factors_of_two_dtypes_are_taken_in_the_wider():
         (values,) = factor_spectra([pair])
         truth = torch.linalg.svdvals(product(*pair))[:4]
         assert float((values - truth).abs().max()) < 1e-12 * float(truth[0])
+
+
+def test_a_balance_in_parts_is_that_of_the_whole(monkeypatch):
+    adapters = [Adapter(str(i), *(10.0**i * x for x in draw(30, 20, 4, seed=i)), 1.0) for i in range(5)]
+    whole = measure(adapters)
+    monkeypatch.setattr(spectra, "_CHUNK", 2 * 4 * 30)  # two pairs at a time
+    assert {name: each.balance for name, each in measure(adapters).items()} == pytest.approx(
+        {name: each.balance for name, each in whole.items()}, rel=1e-12
+    )
 
 
 def test_numbers_follow_from_the_dense_update():
@@ -130,8 +139,6 @@ def test_bad_arguments_are_named():
 
 
 def test_one_batched_call_per_shape(monkeypatch):
-    from lora_kernels.landscape import spectra
-
     calls = []
     real = spectra.factor_spectrum
     monkeypatch.setattr(spectra, "factor_spectrum", lambda a, b, **kw: calls.append(a.shape) or real(a, b, **kw))
