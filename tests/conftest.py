@@ -26,6 +26,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def two_processes_ran(request, tmp_path_factory):
+    """Folder of folders: what two processes have left of each module that a collected test file names as `RANKS`.
+
+    One launch for all: most of its time goes into starting the processes.
+    """
+    from tests.torchrun import two_processes  # noqa: PLC0415
+
+    files = {getattr(item, "module", None) for item in request.session.items}
+    modules = sorted({file.RANKS for file in files if hasattr(file, "RANKS")})
+    out = tmp_path_factory.mktemp("ranks")
+    two_processes("tests.torchrun", out, *modules)
+    return out
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Every `torch.empty` is full of NaN, so that memory that is read before it is written shows."""

@@ -282,3 +282,11 @@ def test_doctor_tells_what_counts(cache, capsys):
     forms.forget()
     assert cli.main(["doctor"]) == 0
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_forms_are_timed_in_turn(monkeypatch):
+    order = []
+    monkeypatch.setattr(measure, "_seconds", lambda call, _: call() or (99.0 if len(order) <= 3 else 1.0))
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    assert measure._interleaved(calls, 1, CPU) == dict.fromkeys("abc", 1.0)  # the first round is not counted
+    assert "".join(order) == "abc" + "bca"

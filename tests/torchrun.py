@@ -1,5 +1,7 @@
-"""Run a module in two processes."""
+"""Run modules in two processes: `torchrun --nproc-per-node 2 -m tests.torchrun OUT MODULE ...`."""
 
+import datetime
+import importlib
 import os
 import socket
 import subprocess
@@ -27,3 +29,22 @@ def two_processes(module, *arguments):
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
+
+
+def main():
+    """`main(OUT / MODULE)` of every module, in one process group."""
+    import torch  # noqa: PLC0415  (the process that starts these may not need it)
+    from torch import distributed  # noqa: PLC0415
+
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    for name in sys.argv[2:]:
+        torch.manual_seed(0)
+        out = Path(sys.argv[1], name)
+        out.mkdir(exist_ok=True)
+        importlib.import_module(name).main(out)
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

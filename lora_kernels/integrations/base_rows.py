@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from lora_kernels.integrations.offset import base_weight, is_quantized
-from lora_kernels.integrations.plain import linear_features
 from lora_kernels.landscape.weights import RowBlocks
 from lora_kernels.statistics.modes import is_sharded
 
@@ -48,8 +47,8 @@ def row_blocks(module: Any) -> RowBlocks:
         whole = base_weight(module)
         return lambda: _cut(whole, n)
     dense = weight.detach()
-    # transformers' Conv1D, and linear layers by the same convention, keep W^T.
-    if type(layer).__name__ == "Conv1D" or (linear_features(layer) == dense.shape and dense.shape != (m, n)):
+    # transformers' Conv1D, and others by the same convention, keep W^T.
+    if type(layer).__name__ == "Conv1D" or (dense.shape != (m, n) and dense.shape == (n, m)):
         dense = dense.mT
     return lambda: (rows.to(torch.float32) for rows in _cut(dense, n))
 

@@ -82,6 +82,22 @@ def test_blocks_of_the_quantization_that_run_over_rows_are_not_cut(monkeypatch):
     for width in (96, 128):
         weight = wrapped(quantized("nf4", width=width)).get_base_layer().weight
         assert base_rows._sliceable(weight, 40, width) == (width == 128)
+    weight.quant_state.packing_format_for_cpu = True  # another order
+    assert not base_rows._sliceable(weight, 40, 128)
+
+
+def test_weights_that_are_kept_transposed():
+    from transformers.pytorch_utils import Conv1D
+
+    class Other(nn.Module):  # by its attributes a linear layer
+        in_features, out_features, weight = WIDTH, 40, torch.randn(WIDTH, 40)
+
+    square = Conv1D(WIDTH, WIDTH)
+    module = wrapped(square)
+    assert torch.equal(torch.cat(list(base_rows.row_blocks(module)())), square.weight.detach().mT)
+    assert torch.equal(base_weight(module), square.weight.detach().mT)
+    module.base_layer, module.out_features = Other(), 40
+    assert torch.equal(torch.cat(list(base_rows.row_blocks(module)())), Other.weight.mT)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

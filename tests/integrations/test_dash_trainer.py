@@ -104,7 +104,8 @@ def test_an_optimizer_of_ones_own(tmp_path):
 
 
 def test_importing_the_package_imports_no_transformers():
-    code = "import sys, lora_kernels as lk; assert 'transformers' not in sys.modules and 'peft' not in sys.modules; "
+    code = "import sys, lora_kernels as lk; lk.LandscapeMonitor; "
+    code += "assert 'transformers' not in sys.modules and 'peft' not in sys.modules; "
     code += "lk.LoRADash(); assert 'peft' not in sys.modules; assert issubclass(lk.LoRADashCallback, object)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

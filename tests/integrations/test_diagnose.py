@@ -18,6 +18,7 @@ from lora_kernels.landscape.verdict import (
     RANK_LIMITED,
     STILL_TRAINING,
 )
+from lora_kernels.reports import plain
 from tests.statistics.models import padded, samples, tiny_llama
 
 DECAY = 0.3
@@ -115,6 +116,13 @@ def test_batches_of_other_sizes_give_the_same_and_iterators_no_gain():
     one, two = whole.layers[0].certificate, parts.layers[0].certificate
     for name in ("ratio", "alignment", "stationarity", "gain", "implied_weight_decay"):
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-4)
+    llama, batches = wrapped(), padded(samples(), 4)
+    nothing = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}  # its loss is NaN
+    gains = [
+        lk.diagnose(llama, given, weight_decay=DECAY, progress=False).layers[0].certificate.gain
+        for given in (batches, [nothing, *batches])
+    ]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-6)
     once = lk.diagnose(model, iter(batches_of(x, y)), weight_decay=DECAY, progress=False)
     assert once.layers[0].certificate.gain is None
     assert once.layers[0].certificate.ratio == pytest.approx(one.ratio, rel=1e-4)
@@ -195,7 +203,14 @@ def test_a_frozen_counterpart_is_the_start():
     lk.initialize(model, method="pissa", progress=False)
     assert offset.has_offset(model, "default")
     assert all(each.spectrum.drift == pytest.approx(0, abs=1e-5) for each in lk.diagnose(model))
-    assert lk.diagnose(model).layers[0].spectrum.spectral > 0.1
+    start, last = lk.snapshot(model), lk.diagnose(model).layers[-1]
+    assert last.spectrum.spectral > 0.1
+    model.get_submodule(last.name).lora_B["default"].weight.data.add_(1.0)
+    moved = lk.diagnose(model).layers[-1].spectrum.drift
+    assert lk.diagnose(model, start=start).layers[-1].spectrum.drift == pytest.approx(moved, rel=1e-4) and moved > 1
+    assert (
+        lk.diagnose(model, start=lk.snapshot(model)).layers[-1].spectrum.drift < 1e-3 * moved
+    )  # a start that is given
 
 
 def test_broken_merged_and_variant_adapters_get_answers():
@@ -232,6 +247,14 @@ def test_the_report_prints_and_serialises():
     assert data["verdict"]["kind"] == LOW_RANK_MINIMUM and data["thresholds"]["stationarity"] == 0.05
     assert data["layers"][0]["certificate"]["ratio"] == pytest.approx(1)
     assert data["layers"][0]["spectrum"]["spectral"] == pytest.approx(found.layers[0].spectrum.spectral)
+
+
+def test_without_a_scaling_there_is_no_certificate_and_json_holds_what_is_not_finite():
+    model, x, y = regression()
+    model.base_model.model.lin.scaling["default"] = 0.0
+    (layer,) = diagnose(model, x, y)
+    assert layer.certificate is None and "no certificate: the scaling is zero" in layer.notes
+    assert plain({1: (math.inf, -math.inf, math.nan, 1.5, True, "x")}) == {"1": [None, None, None, 1.5, True, "x"]}
 
 
 def test_bad_arguments():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.integrations.adapter_files import read_adapter
-from lora_kernels.integrations.inspection import inspect_folder
+from lora_kernels.integrations.inspection import inspect_folder, log_summary
+from lora_kernels.integrations.inspection import write as inspection_write
+from lora_kernels.landscape import plots
 from tests.statistics.models import tiny_llama
 
 WORDS = ["<pad>", "<unk>", *["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "park", "fast", "slow"]]
@@ -85,7 +88,8 @@ def test_layers_that_are_not_linear_and_dora_are_named(tmp_path):
     found = read_adapter(tmp_path / "one")
     assert len(found.adapters) == 2 and any("embed" in name for name, _ in found.unsupported)
     trained(target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "two")
-    assert any("DoRA" in note for note in read_adapter(tmp_path / "two").notes)
+    found = read_adapter(tmp_path / "two")
+    assert any("DoRA" in note for note in found.notes) and len(found.adapters) == 2 and found.unsupported == ()
 
 
 def test_layers_come_in_their_natural_order(tmp_path):
@@ -182,6 +186,17 @@ def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_monitor_that_cannot_be_read_leaves_no_folder(folder, tmp_path, capsys):
+    out, missing = tmp_path / "out", tmp_path / "log.jsonl"
+    assert cli.main(["inspect", str(folder), "--out", str(out), "--monitor", str(missing)]) == 2
+    assert "monitor was" in capsys.readouterr().err and not out.exists()
+    with pytest.raises(ValueError, match="monitor was"):
+        inspection_write(inspect_folder(read_adapter(folder)), out, missing)
+    assert not out.exists()
+    said = log_summary([{"step": 3, "nuclear": 1.0}, {"step": 9, "nuclear": 2.5, "not_finite": 3.0}])
+    assert said == "2 measurements, steps 3 to 9: nuclear 1 -> 2.5, 3 layers not finite"
+
+
 def test_names_in_the_page_are_escaped(tmp_path):
     name = "base_model.model.<script>alert(1)</script>"
     tensors = {f"{name}.lora_A.weight": torch.randn(2, 5), f"{name}.lora_B.weight": torch.randn(6, 2)}
@@ -201,6 +216,13 @@ def test_zero_and_mixed_ranks_are_drawn(tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"h.0.lin": 1, "h.1.lin": 4}}
     write(tmp_path / "adapter", config, tensors)
     assert cli.main(["inspect", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 1
+    first, *rest = inspect_folder(read_adapter(tmp_path / "adapter")).layers
+    lost = replace(first, spectrum=replace(first.spectrum, values=(1.0, 0.0)))
+    plots.plot_spectra(
+        replace(inspect_folder(read_adapter(tmp_path / "adapter")), layers=(lost, *rest)), tmp_path / "p"
+    )
+    assert plots._place("base_model.model.h.12.lin") == ("h.*.lin", 12)
+    assert plots._place("base_model.model.head") == ("head", 0)
 
 
 def test_with_base_and_data(folder, base, tmp_path, capsys):
@@ -210,6 +232,7 @@ def test_with_base_and_data(folder, base, tmp_path, capsys):
     command = ["inspect", str(folder), "--base", str(base), "--json"]
     assert cli.main([*command, "--intruders"]) == 0
     data = json.loads(capsys.readouterr().out)
+    assert data["adapter"] == str(folder)
     assert all(0 < each["spectrum"]["spectral_share"] < 30 for each in data["layers"])
     assert all(each["overlap"]["intruders"] >= 0 and each["certificate"] is None for each in data["layers"])
     assert cli.main([*command, "--data", str(text), "--weight-decay", "0.01"]) == 0

@@ -22,8 +22,16 @@ def setting():
     return model, batches[:3]
 
 
-def test_directions_are_those_of_the_exact_covariance(setting):
-    model, batches = setting
+@pytest.fixture(scope="module")
+def first_layers(setting):
+    """Of two blocks of six: a float64 decomposition per matrix takes most of the time here."""
+    model = copy.deepcopy(setting[0])
+    model.encoder.layer = model.encoder.layer[:2]
+    return model
+
+
+def test_directions_are_those_of_the_exact_covariance(setting, first_layers):
+    model, batches = first_layers, setting[1]
     adapted = wrap(model, "stock")
     lk.initialize(adapted, batches, lk.EVA(rho=1.0), progress=False)
     layers = {
@@ -44,12 +52,13 @@ def test_directions_are_those_of_the_exact_covariance(setting):
                 assert float(sine) < 1e-3, (name, i)
         best = float(values[: len(rows)].sum() / values.sum())
         assert captured(rows, truth[name]) == pytest.approx(best, abs=1e-6)
-    assert compared > 200
+    assert compared > 60
 
 
-def test_captures_at_least_what_peft_captures(setting):
-    model, batches = copy.deepcopy(setting[0]), setting[1][:2]
-    model.encoder.layer = model.encoder.layer[:2]  # PEFT takes a minute for all six
+def test_captures_at_least_what_peft_captures(setting, first_layers):
+    # One block and a quarter of each batch: PEFT takes minutes for all.
+    model, batches = copy.deepcopy(first_layers), [{k: v[:8] for k, v in batch.items()} for batch in setting[1][:2]]
+    model.encoder.layer = model.encoder.layer[:1]
     adapted, theirs = wrap(model, "stock"), wrap(model, "eva")
     theirs.peft_config["default"].eva_config.rho = 1.0
     state = get_eva_state_dict(theirs, batches, show_progress_bar=False)

@@ -96,6 +96,8 @@ def test_stationary_at_full_rank_and_no_minimum():
     spectrum, found = certificate_at(t, a, b, 2.0)
     assert found.stationarity < 1e-10 and found.ratio > 2
     assert found.cost == pytest.approx(DECAY / 2 * float(torch.linalg.matrix_norm(2 * b @ a)))
+    unsure = replace(found, gradient_norm_low=found.threshold)
+    assert judge(spectrum, unsure).kind == STILL_TRAINING
     # Without the losses it cannot be told whether the rank is too small or the update too large.
     verdict = judge(spectrum, found)
     assert verdict.kind == NOT_JUDGED and "full rank" in " ".join(verdict.reasons)
@@ -133,7 +135,9 @@ def test_sketched_gradient_brackets():
 
 def test_thresholds_move_the_verdict():
     spectrum, found = certificate_at(*minimum(2.0), 2.0)
-    for change in ({"stationarity": 0.051}, {"gradient_norm_high": 1.06 * found.threshold}, {"alignment": 0.051}):
+    assert judge(spectrum, replace(found, stationarity=math.nan)).kind == STILL_TRAINING
+    changes = {"stationarity": 0.051, "gradient_norm_high": 1.06 * found.threshold, "alignment": 0.051}
+    for change in ({name: value} for name, value in {**changes, "alignment_error": 0.051}.items()):
         worse = replace(found, **change)
         assert judge(spectrum, worse).kind == STILL_TRAINING
         assert (
@@ -154,6 +158,9 @@ def test_without_a_certificate_only_what_is_loud_is_told():
     for share, kind in ((29.0, NOT_JUDGED), (31.0, LOUD_FAILURE)):
         seen = measure([Adapter("l", a, b, 1.0, WeightNorms(norm / share, 1.0))])["l"]
         assert judge(seen).kind == kind and f"{share:.3g} of |W|_2" in " ".join(judge(seen).reasons)
+    wide = torch.randn(24, 20), torch.randn(30, 24)  # more rank than the weight has
+    assert judge(measure([Adapter("l", *wide, 1.0, WeightNorms(1e-3, 1.0))])["l"]).kind == LOUD_FAILURE
+    assert judge(measure([Adapter("l", a, b, 1.0, WeightNorms(math.nan, math.nan))])["l"]).kind == LOUD_FAILURE
     flat = b.clone()
     flat[:, 1:] = 0
     seen = measure([Adapter("l", a, flat, 1.0, WeightNorms(1e-3, 1.0))])["l"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_kernels.landscape import Adapter, directions, factor_spectra, measure, overlap
+from lora_kernels.landscape import Adapter, directions, factor_spectra, measure, overlap, spectra
 from lora_kernels.landscape.weights import INTRUDER, WeightNorms, leading_directions, weight_norms
 
 SHAPES = [(30, 20, 4), (30, 20, 4), (7, 13, 1), (13, 7, 24), (5, 3, 8), (64, 48, 16), (30, 20, 4)]
@@ -34,6 +34,23 @@ def test_mixed_shapes_against_dense_singular_values(dtype):
         assert float((values - truth).abs().max()) <= bound
         if scaling:
             assert float((values / 2 - truth).abs().max()) > bound  # half the answer would be seen
+
+
+def test_factors_of_two_dtypes_are_taken_in_the_wider():
+    a, b = draw(30, 20, 4, torch.float64)
+    for pair in ((a.float(), b), (a, b.float())):
+        (values,) = factor_spectra([pair])
+        truth = torch.linalg.svdvals(product(*pair))[:4]
+        assert float((values - truth).abs().max()) < 1e-12 * float(truth[0])
+
+
+def test_a_balance_in_parts_is_that_of_the_whole(monkeypatch):
+    adapters = [Adapter(str(i), *(10.0**i * x for x in draw(30, 20, 4, seed=i)), 1.0) for i in range(5)]
+    whole = measure(adapters)
+    monkeypatch.setattr(spectra, "_CHUNK", 2 * 4 * 30)  # two pairs at a time
+    assert {name: each.balance for name, each in measure(adapters).items()} == pytest.approx(
+        {name: each.balance for name, each in whole.items()}, rel=1e-12
+    )
 
 
 def test_numbers_follow_from_the_dense_update():
@@ -122,8 +139,6 @@ def test_bad_arguments_are_named():
 
 
 def test_one_batched_call_per_shape(monkeypatch):
-    from lora_kernels.landscape import spectra
-
     calls = []
     real = spectra.factor_spectrum
     monkeypatch.setattr(spectra, "factor_spectrum", lambda a, b, **kw: calls.append(a.shape) or real(a, b, **kw))
@@ -160,5 +175,9 @@ def test_overlap_and_intruders():
     found = overlap(inside, weight)
     assert min(found.left + found.right) > 0.99 and found.intruders == 0
     assert found.chance == pytest.approx(math.sqrt(30 / 90))
+    itself = overlap((weight.U.double(), weight.S.double(), weight.Vh.mT.double()), weight)
+    assert 0.999 < min(itself.left + itself.right) <= max(itself.left + itself.right) <= 1
+    mixed = (u[:, [70]].double(), torch.tensor([20.0]).double(), v[:, [0]].double())
+    assert overlap(mixed, weight).intruders == 0  # one side of it is the weight's own
     found = overlap(outside, weight)
     assert max(found.left + found.right) < 0.05 < INTRUDER and found.intruders == 1  # the other is too small to matter

@@ -52,6 +52,25 @@ def test_matches_float64(tokens, features, dtype, weights, backend, poisoned_mem
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_numbers_of_every_kind_are_widened_exactly(dtype, backend):
+    limits = torch.finfo(dtype)
+    values = [
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+        limits.max,
+        limits.smallest_normal,
+        limits.tiny / 4,
+        -0.0,
+        -3.0,
+    ]
+    x, total = torch.tensor([values], dtype=dtype), torch.zeros(len(values))
+    covariance_(torch.zeros(len(values), len(values)), x, None, total, backend=backend)
+    torch.testing.assert_close(total, x[0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulates_over_calls_and_matches_one_call(backend):
     x, weight = make(300, 70, torch.float32, "float")
     whole, parts = torch.zeros(70, 70), torch.zeros(70, 70)

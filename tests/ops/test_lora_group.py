@@ -156,7 +156,7 @@ def test_what_is_kept_for_the_backward_pass():
     assert sorted(each.shape[1] for each in wide) == [12, FEATURES]
 
 
-def test_compiles_and_transforms_layer_by_layer():
+def test_compiles_and_transforms():
     torch.manual_seed(4)
     x = tensor(5, 3, FEATURES)
     members = [member(9, 3), member(4, 8)]
@@ -169,6 +169,8 @@ def test_compiles_and_transforms_layer_by_layer():
     (dx,) = torch.autograd.grad(expected, x)
     assert torch.allclose(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected, atol=1e-4)
     assert relative_error(torch.func.grad(run)(x.detach()), dx) < 1e-5
+    samples = torch.func.vmap(torch.func.grad(run))(x.detach())
+    assert relative_error(samples, dx) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,12 @@ def test_no_bias_and_a_nearly_certain_dropout():
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_with_gaps(backend):
+    x, weight, _, a, b = make((7,), 24, 18, 4)
+    check_all([x, weight, torch.randn(36)[::2].requires_grad_(), a, b], None, None, backend)
+
+
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
 def test_strides(dropout):
     _, weight, bias, a, b = make((1,), 24, 18, 4)

@@ -50,6 +50,22 @@ def test_registration_is_sound():
         torch.library.opcheck(op, (g, detached[0], detached[1], t, *detached[2:], *numbers, *needs, "torch"))
 
 
+def test_a_dispatch_mode_sees_the_registered_operations():
+    seen = []
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    tensors = make((4,), 5, 3, 2)
+    expected = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
+    with Look():
+        found = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
+    assert {"lora_kernels::lora_linear", "lora_kernels::lora_linear_backward"} <= set(seen)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 class Layer(torch.nn.Module):
     """A layer as a training loop has it: the seed is drawn from torch's generator, inside."""
 

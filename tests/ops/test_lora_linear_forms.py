@@ -324,6 +324,7 @@ def broken(**changes):
         ("", "Expecting value"),
         ("[1]", "no {"),
         ('{"format": 1}', "no {"),
+        ('{"records": []}', "format is None, but this version reads 1"),
         ('{"format": 2, "records": []}', "format is 2, but this version reads 1"),
         ('{"format": 1, "records": [3]}', "record 0 is no object"),
         (broken(m="missing"), "record 0: m is None"),
@@ -399,6 +400,28 @@ def test_where_the_table_is(monkeypatch, tmp_path):
     assert table.cache_file() == tmp_path / "lora_kernels" / "tuned.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert table.cache_file().parts[-3:] == (".cache", "lora_kernels", "tuned.json")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(cache, monkeypatch):
+    table.write(cache, [record()], "")
+    monkeypatch.setattr(table.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        table.write(cache, [], "")
+    assert [each.name for each in cache.parent.iterdir()] == [cache.name] and len(table.read(cache)) == 1
+
+
+def test_only_the_only_product_of_a_sum_takes_what_was_measured(monkeypatch):
+    asked, real = [], forms.choose
+    monkeypatch.setattr(
+        forms,
+        "choose",
+        lambda product, *rest, alone: asked.append((product, alone)) or real(product, *rest, alone=alone),
+    )
+    x, weight, bias, a, b = layer()
+    for count in (1, 2):
+        outputs = lora_linear_group(x, [LoraMember(weight, bias, a, b, 0.5)] * count)
+        sum(each.sum() for each in outputs).backward()
+    assert asked == [("forward", True), ("backward", True), *[("forward", True)] * 2, ("backward", False)]
 
 
 def test_buckets():

@@ -1,9 +1,6 @@
-"""What two processes do, under torchrun: `torchrun --nproc-per-node 2 -m tests.statistics.ranks OUT`."""
+"""What two processes do; `tests/torchrun.py` starts them."""
 
-import datetime
 import hashlib
-import sys
-from pathlib import Path
 
 import torch
 from torch import distributed
@@ -72,9 +69,7 @@ def expect(error, pattern, call):
     raise AssertionError(f"no {error.__name__}")
 
 
-def main():
-    out = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+def main(out):
     number, world = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     made = samples(10)
@@ -154,9 +149,3 @@ def main():
     if number == 0:
         torch.save({"factors": factors, "solved": solved, "inside": inside}, out / "factors.pt")
         assert Statistics.load(out / "ddp.safetensors").batches == 5
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

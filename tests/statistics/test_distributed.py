@@ -6,14 +6,13 @@ from lora_kernels.statistics import STATISTICS, Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import samples, tiny_llama
 from tests.statistics.ranks import peft_model, shares
-from tests.torchrun import two_processes
+
+RANKS = "tests.statistics.ranks"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    two_processes("tests.statistics.ranks", out)
-    return out
+def results(two_processes_ran):
+    return two_processes_ran / RANKS
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,4 @@
-"""What two processes train with LoRA-Dash: `torchrun --nproc-per-node 2 -m tests.training.dash_ranks OUT`."""
-
-import datetime
-import sys
-from pathlib import Path
+"""What two processes train with LoRA-Dash; `tests/torchrun.py` starts them."""
 
 import torch
 from torch import distributed
@@ -48,9 +44,7 @@ def assert_alike(tensors):
         assert torch.equal(*others), name
 
 
-def main():
-    out = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+def main(out):
     rank = distributed.get_rank()
     ids = batch()[2 * rank : 2 * rank + 2]
     solved = []
@@ -111,8 +105,3 @@ def main():
         raise AssertionError("a bad factor went unnoticed")
     if rank == 0:
         torch.save(kept, out / "adapters.pt")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

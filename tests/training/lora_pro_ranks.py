@@ -1,10 +1,7 @@
-"""LoRA-Pro in two processes, under torchrun: `torchrun --nproc-per-node 2 -m tests.training.lora_pro_ranks OUT`."""
+"""LoRA-Pro in two processes; `tests/torchrun.py` starts them."""
 
 import copy
-import datetime
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -107,9 +104,7 @@ def few_rows(wrap, share, options):
     return adapter(model)
 
 
-def main():
-    out = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+def main(out):
     rank = distributed.get_rank()
     ids, kept = batch()[2 * rank : 2 * rank + 2], {}
     for name, options in MODES.items():
@@ -137,8 +132,3 @@ def main():
         kept[f"few_hybrid_{name}"] = few_rows(partial(fully_shard, mesh=mesh), share, MODES[name])
     if rank == 0:
         torch.save(kept, out / "lora_pro.pt")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

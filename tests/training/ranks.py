@@ -1,8 +1,4 @@
-"""What two processes train, under torchrun: `torchrun --nproc-per-node 2 -m tests.training.ranks OUT`."""
-
-import datetime
-import sys
-from pathlib import Path
+"""What two processes train; `tests/torchrun.py` starts them."""
 
 import torch
 from torch import distributed
@@ -100,9 +96,7 @@ def adapter(model):
     return found
 
 
-def main():
-    out = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+def main(out):
     rank = distributed.get_rank()
     ids = batch()[2 * rank : 2 * rank + 2]
 
@@ -130,8 +124,3 @@ def main():
     kept["unrelated"] = grouped("block", ids, other=True)
     if rank == 0:
         torch.save(kept, out / "adapters.pt")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -249,6 +249,11 @@ def test_dora_runs_peft_where_it_must_and_says_so(settings, reason):
 
 def test_another_variant_beside_dora_runs_peft():
     model = dora()
+    for layer in (each for each in model.modules() if hasattr(each, "lora_B")):
+        layer.lora_B["default"].bias = nn.Parameter(torch.zeros(layer.out_features))
+    with pytest.warns(RuntimeWarning, match="DoRA with a bias of its own"):
+        assert paths(lk.accelerate(model)) == {"eager"}
+    model = dora()
     model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS))
     model.base_model.set_adapter(["default", "second"])
     with pytest.warns(RuntimeWarning, match="beside other adapters"):

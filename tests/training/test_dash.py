@@ -1,6 +1,8 @@
 """LoRA-Dash: what it chooses, what it computes, when it switches."""
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.training.dash.selection import along_directions, select
+from lora_kernels.training.dash import report as dash_report
+from lora_kernels.training.dash.selection import Selection, along_directions, select
 from tests.conftest import relative_error
 from tests.training.dash_models import (
     BATCHES,
@@ -189,9 +192,19 @@ def test_the_optimizer_starts_afresh_on_the_coordinates():
     assert float(optimizer.state[factor]["step"]) == 3
 
 
+def test_an_entry_of_the_report():
+    directions, rates = (torch.eye(5)[:, :3], torch.eye(3, 4)), torch.tensor([7.0, 2.0, 0.0])
+    found = Selection(*directions, torch.arange(3), torch.tensor([2.0, 4.0, 1.0]), rates, 8.0, 0.5)
+    entry = dash_report.launched("l", found)
+    assert entry.sigma == (0.5, 0.125) and entry.rates == (7.0, 0.0) and entry.share == 0.5 and not entry.reason
+    nothing = dash_report.launched("l", replace(found, rates=0 * rates, sigma=0 * rates, largest=0.0))
+    assert nothing.sigma == (0.0, 0.0) and "arbitrary" in nothing.reason
+
+
 def test_an_optimizer_that_was_made_before():
     model = wrapped().train()
-    optimizer = adam(model)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.5)  # (some other group first)
+    optimizer.add_param_group(adam(model).param_groups[0])
     run = lk.LoRADash(k=3, pre_launch=1).attach(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     model(**BATCHES[0]).loss.backward()
@@ -199,7 +212,13 @@ def test_an_optimizer_that_was_made_before():
     schedule.step()
     with pytest.warns(RuntimeWarning, match="which a learning rate schedule made before does not know"):
         assert run.step(optimizer)
-    assert optimizer.param_groups[1]["weight_decay"] == 0.1 and len(optimizer.param_groups[1]["params"]) == 6
+    alone = wrapped().eval()
+    before = adam(alone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # without a schedule there is nothing to be told
+        lk.LoRADash(k=3).attach(alone).launch(before, progress=False)
+    assert not any(each.training for each in alone.modules())
+    assert optimizer.param_groups[2]["weight_decay"] == 0.1 and len(optimizer.param_groups[2]["params"]) == 6
     model(**BATCHES[0]).loss.backward()
     optimizer.step()
     assert all(bool(each.any()) for each in run.coordinates())

@@ -3,16 +3,15 @@ import torch
 
 import lora_kernels as lk
 from tests.conftest import relative_error
-from tests.torchrun import two_processes
 from tests.training.dash_models import wrapped
 from tests.training.dash_ranks import SWITCH, adapter, batch, train
 
+RANKS = "tests.training.dash_ranks"
+
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    two_processes("tests.training.dash_ranks", out)
-    return torch.load(out / "adapters.pt")
+def trained(two_processes_ran):
+    return torch.load(two_processes_ran / RANKS / "adapters.pt")
 
 
 @pytest.mark.parametrize("name", ["eager", "accelerated", "compiled_graph", "fsdp"])

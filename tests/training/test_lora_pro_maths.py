@@ -177,7 +177,7 @@ def test_waves_of_pairs_change_nothing(monkeypatch):
     from lora_kernels.training.lora_pro import optimizer as module
 
     results = []
-    for limit in (2**24, 200):  # all pairs at once, or one at a time
+    for limit in (2**24, 300, 200):  # all pairs at once, or few, or one at a time
         monkeypatch.setitem(module._WAVE, "cpu", limit)
         pairs = factors(dtype=torch.float64)
         optimizer = optimizer_for(pairs)
@@ -185,7 +185,9 @@ def test_waves_of_pairs_change_nothing(monkeypatch):
             set_gradients(pairs, 1.5, step)
             optimizer.step()
         set_gradients(pairs, 1.5, 3)
-        results.append(([len(wave) for wave in optimizer._waves()], [each for pair in pairs for each in pair]))
-    assert len(results[0][0]) == 3 < len(results[1][0])
-    for one, other in zip(results[0][1], results[1][1], strict=True):
-        assert relative_error(one.detach(), other.detach()) < 1e-12
+        waves = [[pair for bucket in wave for pair in bucket.parameters] for wave in optimizer._waves()]
+        assert all(len(wave) == 1 or sum(a.numel() + b.numel() for a, b in wave) <= limit for wave in waves)
+        results.append((waves, [each for pair in pairs for each in pair]))
+    assert len(results[0][0]) == 3 <= len(results[1][0]) < len(results[2][0])
+    for one, *others in zip(*(parameters for _, parameters in results), strict=True):
+        assert all(relative_error(one.detach(), each.detach()) < 1e-12 for each in others)

@@ -454,7 +454,7 @@ def group(a, b, **options):
     return [{"pairs": [(a, b)], "scaling": 1.0, **options}]
 
 
-A, B = parameter(2, 5), parameter(4, 2)
+A, B, SQUARE = parameter(2, 5), parameter(4, 2), parameter(3, 3)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +478,7 @@ A, B = parameter(2, 5), parameter(4, 2)
         ([{"params": [A], "scaling": 1.0}], {}, ValueError, "scaling belongs to a group with pairs"),
         ([{"pairs": [(A, B), (A, B)], "scaling": 1.0}], {}, ValueError, "twice"),
         (group(parameter(2, 2), None), {}, TypeError, "B of"),
+        (group(SQUARE, SQUARE), {}, ValueError, r"A and B of pairs\[0\] are the same parameter"),
         ([*group(A, B), {"params": [B]}], {}, ValueError, "more than one parameter group"),
         ([*group(A, B), *group(A, parameter(4, 2))], {}, ValueError, "more than one parameter group"),
         (group(A, B), {"pairs": [(A, B, 1.0)]}, ValueError, r"A of pairs\[0\] is in two pairs"),

@@ -2,16 +2,15 @@ import pytest
 import torch
 
 from tests.conftest import relative_error
-from tests.torchrun import two_processes
 from tests.training.lora_pro_ranks import MODES, few_rows, model_and_optimizer, moments, train
 from tests.training.ranks import adapter, batch
 
+RANKS = "tests.training.lora_pro_ranks"
+
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    out = tmp_path_factory.mktemp("lora_pro")
-    two_processes("tests.training.lora_pro_ranks", out)
-    return torch.load(out / "lora_pro.pt")
+def found(two_processes_ran):
+    return torch.load(two_processes_ran / RANKS / "lora_pro.pt")
 
 
 def alone(name):

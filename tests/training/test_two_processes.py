@@ -2,16 +2,15 @@ import pytest
 import torch
 
 from tests.conftest import relative_error
-from tests.torchrun import two_processes
 from tests.training.ranks import ALL, STEPS, adapter, batch, train
 from tests.training.test_accelerate import wrapped
 
+RANKS = "tests.training.ranks"
+
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    two_processes("tests.training.ranks", out)
-    return torch.load(out / "adapters.pt")
+def trained(two_processes_ran):
+    return torch.load(two_processes_ran / RANKS / "adapters.pt")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_before", "fsdp_after"])

@@ -32,6 +32,23 @@ def test_half_precision():
     assert lk.verify(model, BATCH).ok
 
 
+def test_an_adapter_with_a_bias():
+    model = wrapped(lora_bias=True)
+    lk.accelerate(model)
+    report = lk.verify(model, BATCH)
+    assert report.ok and all(0 < value < 1e-4 for each in report for value in each.stock.values())
+
+
+def test_only_layers_that_the_loss_reaches():
+    model = wrapped()
+    lk.accelerate(model)
+    settings = {"forward": lambda model, batch: model(**batch, output_hidden_states=True)}
+    report = lk.verify(model, BATCH, **settings, loss=lambda outputs, _: outputs.hidden_states[1].square().mean())
+    assert report.ok and {each.name.split("layers.")[1][0] for each in report} == {"0"}
+    with pytest.raises(ValueError, match="the loss reaches no accelerated layer"):
+        lk.verify(model, BATCH, loss=lambda *_: torch.ones((), requires_grad=True) * 2)
+
+
 @pytest.mark.parametrize("part", ["y", "dB"])
 def test_a_wrong_layer_is_found(part, monkeypatch):
     real = lora_layer.lora_linear_group

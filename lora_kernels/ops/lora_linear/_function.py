@@ -193,7 +193,5 @@ def run(
     if not _in_transform():
         found: tuple[torch.Tensor, ...] = _Layers.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
         return found
-    if len(tensors) > 1:
-        return tuple(y for pair in zip(tensors, numbers, strict=True) for y in run(x, pair[:1], pair[1:], backend))
     transformed: tuple[torch.Tensor, ...] = _Transformed.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
     return transformed[:-1]

@@ -162,8 +162,8 @@ def add(layer: Any, adapter: str, k: int) -> DashDirections:
         layer.get_delta_weight = functools.partial(delta_weight, layer)
     made = DashDirections(k, layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach())
     made.coordinates.requires_grad_(layer.lora_A[adapter].weight.requires_grad)
-    made.train(layer.training)
     layer.lora_dash[adapter] = made
+    layer.lora_dash.train(layer.training)
     layer.lora_variant[adapter] = DashVariant()
     return made
 
