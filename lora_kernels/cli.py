@@ -117,7 +117,8 @@ def _init(options: argparse.Namespace) -> int:
         texts = text_files.read_texts(options.data, options.text_column)
     else:
         texts, labels = text_files.read_labelled(options.data, options.text_column, options.label_column)
-    model, tokenizer = transformers.load(options.model, options.task)
+    model, tokenizer = transformers.load(options.model, options.task, labels)
+    new_head = labels is not None and transformers.task_of(options.model) != options.task
     targets = options.target_modules[0] if options.target_modules == ["all-linear"] else options.target_modules
     kinds = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}  # these heads get no adapter
     config = LoraConfig(
@@ -141,7 +142,12 @@ def _init(options: argparse.Namespace) -> int:
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
     how = "lora_kernels.load (its frozen counterpart keeps the function)" if method.offsets_base else "stock PEFT"
-    lines = (report, f"adapter: {options.out}, to be loaded with {how}")
+    lines = [report, f"adapter: {options.out}, to be loaded with {how}"]
+    if new_head:
+        lines.append(
+            f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
+            f"in alphabetical order. Load the base with num_labels={model.config.num_labels}."
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(*lines, sep="\n")
     return 0
 

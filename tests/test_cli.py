@@ -115,6 +115,26 @@ def test_init_of_a_classifier_reads_labels(tmp_path, folder, capsys):
     assert "label 'cow' is none of the model's: cat, dog" in capsys.readouterr().err
 
 
+def test_init_of_a_model_without_a_head_makes_one_for_the_labels_of_the_data(tmp_path, folder, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    data = tmp_path / "rows.csv"
+    data.write_text("text,kind\n" + "the cat sat,cat\na dog ran,dog\nthe dog sat fast,both\n" * 4)
+    command = ["init", "--model", str(folder), "--data", str(data), "--task", "sequence-classification", "--rank", "2"]
+    command += ["--method", "lora_da", "--label-column", "kind"]
+    heads = []
+    for name in ("first", "second"):
+        assert cli.main([*command, "--out", str(tmp_path / name)]) == 0
+        assert "Load the base with num_labels=3." in capsys.readouterr().out.replace("\n", " ")
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+        model = PeftModel.from_pretrained(base, tmp_path / name)
+        heads.append(model.base_model.model.score.modules_to_save["default"].weight)
+    assert heads[0].shape == (3, 32) and torch.equal(*heads)  # the same head again
+    command = ["inspect", str(tmp_path / "first"), "--base", str(folder), "--data", str(data), "--label-column", "kind"]
+    assert cli.main([*command, "--weight-decay", "0.1"]) == 0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -80,7 +80,10 @@ def inspect(
     from lora_kernels.integrations.offset import load  # noqa: PLC0415
 
     task = task or _TASKS.get(str(folder.config.get("task_type")), transformers.task_of(base))
-    bare, tokenizer = (transformers.load_model(base, task), None) if texts is None else transformers.load(base, task)
+    if texts is None:
+        bare, tokenizer = transformers.load_model(base, task), None
+    else:
+        bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
     names = (each.name.removeprefix(_PREFIX) for each in folder.adapters)
     strangers = [name for name in names if name not in layers]

@@ -27,12 +27,13 @@ def _model_class(task: str) -> Any:
     return getattr(transformers, kinds[task])
 
 
-def load(folder: Path, task: str) -> tuple[Any, Any]:
+def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder, nothing from a hub.
 
     Args:
         folder: with `config.json`, weights and a tokenizer.
         task: which head, one of `TASKS`; the adapter's layer names depend on it.
+        labels: see `load_model`.
 
     Returns:
         Model (evaluation mode) and tokenizer; a tokenizer without a padding token pads with its end token.
@@ -40,7 +41,7 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
     Raises:
         ValueError: if the task is unknown, or transformers cannot load the folder.
     """
-    model = load_model(folder, task)
+    model = load_model(folder, task, labels)
     import transformers  # noqa: PLC0415  (an optional dependency)
 
     try:
@@ -49,6 +50,8 @@ def load(folder: Path, task: str) -> tuple[Any, Any]:
         raise ValueError(f"model {str(folder)!r} has no tokenizer that can be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # classifiers on causal models ask for it
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
@@ -70,12 +73,14 @@ def task_of(folder: Path) -> str:
     return next((task for end, task in heads.items() if str(architectures[0]).endswith(end)), "base")
 
 
-def load_model(folder: Path, task: str) -> Any:
+def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> Any:
     """Load a model from a folder, nothing from a hub.
 
     Args:
         folder: with `config.json` and weights.
         task: which head, one of `TASKS`.
+        labels: of the data. A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class
+            for each, in alphabetical order.
 
     Returns:
         The model in evaluation mode.
@@ -86,8 +91,14 @@ def load_model(folder: Path, task: str) -> Any:
     check_choice("task", task, TASKS)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
+    head: dict[str, Any] = {}
+    if labels is not None and task == "sequence-classification" and task_of(folder) != task:
+        names = sorted(set(labels))
+        head = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     try:
-        model = _model_class(task).from_pretrained(folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = _model_class(task).from_pretrained(folder, local_files_only=True, **head)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error}") from error
     return model.eval()
