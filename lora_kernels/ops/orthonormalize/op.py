@@ -169,6 +169,14 @@ def _run(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         finite = torch.isfinite(y).all(-1).all(-1)  # else the sum alone overflows
         if not bool(finite.all()):
             raise ValueError(f"matrix {int((~finite).nonzero()[0])} of y holds NaN or infinite entries")
+        # Lengths of columns overflow: Q does not depend on their scale, and what R cannot hold is infinite.
+        index = (
+            (~(torch.isfinite(q) & torch.isfinite(r.sum(-2, keepdim=True))).flatten(-2).all(-1)).nonzero().squeeze(-1)
+        )
+        scale = y[index].abs().amax(-2, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1.0)
+        q[index], r[index] = reference.householder(y[index] / scale)
+        r[index] = (r[index] * scale).triu()
     return q, r
 
 
