@@ -81,7 +81,7 @@ def check_tensor(
 
 
 def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """Check that a tensor can be written in place: each element in a place of its own, nothing of the inputs among them.
+    """Check that a tensor can be written in place: no two elements in one place, and no input there.
 
     Args:
         name: the argument's name, for the message.
