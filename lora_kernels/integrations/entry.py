@@ -19,7 +19,7 @@ from lora_kernels.integrations import guidance, offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport, LayerReport
-from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops._checks import check_choice, check_range, check_type
 from lora_kernels.statistics import CollectOptions, Plan, Statistics, Target, distributed, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.distributed import unwrap
@@ -82,9 +82,17 @@ def collect(
 
     Returns:
         The statistics by layer name, added up over all processes.
+
+    Raises:
+        TypeError: on an argument of another type, or an unknown option.
+        ValueError: on an argument out of range, a layer that is not there, an empty loader, a batch without any counted
+            token, an input, gradient or loss that is not finite, or a checkpoint of something else.
+        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
     """
     chosen = read_options(options)
     model = unwrap(model)
+    check_type("loader", loader, Iterable, "an iterable of batches")
+    check_type("adapter_name", adapter_name, str, "a name")
     found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
         return collect_targets(model, loader, found, wants, chosen, skipped_modules=skipped)
@@ -120,13 +128,15 @@ def plan(
         The plan; it prints as a table.
 
     Raises:
-        TypeError: if an option is none of these.
+        TypeError: on an argument of another type, or an unknown option.
+        ValueError: on an argument out of range, a layer that is not there, or a budget that one layer exceeds.
     """
     unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
     if unknown:
         raise TypeError(f"plan has no option {', '.join(unknown)}")
     chosen = read_options(options)
     model = unwrap(model)
+    check_type("adapter_name", adapter_name, str, "a name")
     found, _ = _targets(model, targets, adapter_name)
     groups = None
     if batch is not None and share_inputs:
@@ -189,11 +199,17 @@ def initialize(
         What was done, layer by layer.
 
     Raises:
+        TypeError: on an argument of another type, or an unknown option.
         ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, or an optimizer that
             holds parameters to be replaced.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
+    model = unwrap(model)
+    check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
+    check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
+    check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
+    check_type("adapter_name", adapter_name, str, "a name")
     resolved = _with_population(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))

@@ -101,6 +101,10 @@ class LandscapeMonitor:
             weights: compare with the norms of the base weights, which are taken once, at the first step.
             drift: keep the factors of the first step and measure the distance from them.
             rank_tolerance: see `landscape.Spectrum`.
+
+        Raises:
+            TypeError: if a number is none.
+            ValueError: if one is out of range.
         """
         check_range("every", every, low=1, integer=True)
         check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)

@@ -46,6 +46,7 @@ def check_tensor(
     shape: Sequence[int | None] | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
+    numbers: bool = False,
 ) -> None:
     """Check that an argument is a dense tensor of the given shape, dtype and device.
 
@@ -55,10 +56,11 @@ def check_tensor(
         shape: expected sizes, `None` for a free one; unchecked if `None`.
         dtypes: the dtypes allowed.
         device: expected device; unchecked if `None`.
+        numbers: whether its entries decide what is done, so that the meta device will not do.
 
     Raises:
-        TypeError: if it is no tensor, is sparse, or has another dtype.
-        ValueError: if its shape or device is another.
+        TypeError: if it is no tensor, is sparse or nested, or has another dtype.
+        ValueError: if its shape or device is another, or its memory was freed.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -76,6 +78,8 @@ def check_tensor(
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
+    if numbers and value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, but must hold numbers")
     if _freed(value):
         raise ValueError(f"{name} has no memory: its storage was freed")
 
@@ -179,6 +183,22 @@ def check_range(
     if not (inside and (low is None or value >= low) and (high is None or value <= high)):
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
         raise ValueError(f"{name} is {shown(value)}, but must be {' and '.join(bounds) or 'a number'}")
+
+
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Check that an argument is of a type.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+        kinds: the types allowed.
+        expected: what it must be, in words.
+
+    Raises:
+        TypeError: if it is of another type.
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -121,9 +121,13 @@ def verify(
         The errors by layer.
 
     Raises:
+        TypeError: if the model or a function is none.
         ValueError: if no layer is accelerated, or the loss reaches none.
     """
     model = unwrap(model)
+    for name, each in (("forward", forward), ("loss", loss)):
+        if each is not None and not callable(each):
+            raise TypeError(f"{name} must be a function or None, got {type(each).__name__}")
     every = lora_layers(model)
     skipped = {name: why for name, layer in every if (why := _skipped(layer)) is not None}
     layers = {name: layer for name, layer in every if name not in skipped}

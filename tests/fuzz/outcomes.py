@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.vendor import pretty
 
 import lora_kernels
 
@@ -50,6 +51,10 @@ def _show(value):
     with contextlib.suppress(Exception):
         return repr(value)[:200]
     return type(value).__name__
+
+
+# What hypothesis prints of an example: a tensor without memory must not be read.
+pretty.for_type_by_name("torch", "Tensor", lambda value, printer, _cycle: printer.text(_show(value)))
 
 
 def describe(arguments):

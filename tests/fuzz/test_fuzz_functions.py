@@ -1,12 +1,18 @@
 """Every public function, with what it expects and with what it does not."""
 
-import cases_ops  # noqa: F401
+import cases_algebra
+import cases_models
+import cases_ops
 import pytest
+import torch
 from hostile import corrupted
 from hypothesis import given
 from hypothesis import strategies as st
-from outcomes import examples
+from outcomes import close, examples, outcome
 from registry import CASES
+
+import lora_kernels
+from lora_kernels import ops
 
 RUNS = [
     pytest.param(case, backend, id=f"{name}-{backend}")
@@ -49,3 +55,127 @@ def test_in_tritons_interpreter(name):
         case.run(arguments, valid=False)
 
     run()
+
+
+MODULES = (lora_kernels, lora_kernels.ops, lora_kernels.linalg, lora_kernels.landscape, lora_kernels.init,
+           lora_kernels.statistics, lora_kernels.training)  # fmt: skip
+# Public, and not called here: why.
+RESULTS = {
+    "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "GradientSketch", "InitReport",
+    "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath", "LayerReport",
+    "LayerStatistics", "LoraFactors", "Nystrom", "OutputStatistics", "Overlap", "Plan", "RandomizedSVD", "SpectralNorm",
+    "Spectrum", "TopEigenpairs", "TuneReport", "Verdict", "VerifyReport", "WeightNorms",
+}  # fmt: skip
+ELSEWHERE = {
+    "Statistics": "tests/fuzz/test_fuzz_files.py: load",
+    "load": "tests/fuzz/test_fuzz_files.py",
+    "Dropout": "an argument of the ops",
+    "LoraMember": "an argument of lora_linear_group",
+    "Gradient": "an argument of certify",
+    "LinearOperator": "its products are the caller's functions",
+    "Target": "an argument of make_plan",
+    "InitMethod": "a protocol",
+    "LandscapeCallback": "called by transformers",
+    "LoRADashCallback": "called by transformers",
+    "gradient_of": "takes statistics, which have no other maker than collect",
+    "LoRAPro": "by create_lorapro_optimizer",
+    "LoRATSD": "by LoRADash and TaskDirections",
+    "tune": "measures for seconds; tests/test_tuning.py",
+    "export": "tests/integrations/test_offset.py",
+    "reference_mode": "takes any objects with attributes",
+    "collect": "lora_kernels.collect is the public way to statistics.collect",
+}
+
+
+def test_every_public_function_is_fuzzed():
+    known = {case.function for case in CASES.values()}
+    missing = []
+    for module in MODULES:
+        for name in module.__all__:
+            each = getattr(module, name)
+            if callable(each) and each not in known and name not in RESULTS and name not in ELSEWHERE:
+                missing.append(f"{module.__name__}.{name}")
+    assert not missing, f"public functions without a case in tests/fuzz: {', '.join(missing)}"
+    stale = [name for name in (*RESULTS, *ELSEWHERE) if not any(hasattr(module, name) for module in MODULES)]
+    assert not stale
+
+
+def test_the_suite_can_fail():
+    def wrong(x):
+        """Wrong.
+
+        Raises:
+            ValueError: sometimes.
+        """
+        return {"int": lambda: 1 / 0, "str": lambda: int(x), "bytes": lambda: len(x)}[type(x).__name__]()
+
+    with pytest.raises(AssertionError, match="undocumented"):
+        outcome(wrong, {"x": 1})
+    with pytest.raises(AssertionError, match="happened instead"):
+        outcome(wrong, {"x": "no"})
+    assert outcome(wrong, {"x": b"12"}) == (True, 2)
+    half = torch.full((3,), 0.5)
+    for found in (half * 2, half + 1e-3, half * torch.nan):
+        with pytest.raises(AssertionError):
+            close(found, half, half)
+    close(half, half, half)
+    with pytest.raises(AssertionError, match="finite"):
+        close(half, half * torch.nan, half)
+
+
+@pytest.mark.parametrize("function", [lora_kernels.collect, lora_kernels.initialize])
+@pytest.mark.parametrize("loader", [None, 3, object(), torch.float32])
+def test_what_is_no_loader(function, loader):
+    assert not outcome(function, {"model": cases_models.adapted(), "loader": loader})[0]
+
+
+IN_PLACE = [ops.covariance_, ops.gradient_statistics_, ops.sketch_, ops.expand, ops.lora_pro_adam_]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("function", IN_PLACE, ids=lambda each: each.__name__)
+def test_results_that_overlap_an_input_or_themselves(function, backend):
+    square = torch.randn(4, 4)
+    calls = {
+        "covariance_": [{"out": square, "x": square}, {"out": torch.zeros(4).expand(4, 4), "x": square}],
+        "gradient_statistics_": [
+            {"gradient": square, "fisher": None, "g": square, "x": torch.ones(4, 4)},
+            {"gradient": torch.zeros(4, 4), "fisher": square[0], "g": square, "x": torch.ones(4, 4)},
+        ],
+        "sketch_": [{"out": square, "left": torch.ones(4, 4), "right": square, "seed": 0}],
+        "expand": [
+            {"t": square, "b": torch.ones(4, 4), "out": square},
+            {"t": square, "b": torch.ones(4, 4), "out": torch.zeros(1, 4).expand(4, 4)},
+        ],
+        "lora_pro_adam_": [
+            {"exp_avg": square, "exp_avg_sq": square, "a": torch.ones(1, 4), "b": torch.ones(4, 1),
+             "grad_a": torch.ones(1, 4), "grad_b": torch.ones(4, 1), "scaling": 1.0, "step": 1},
+            {"exp_avg": square, "exp_avg_sq": torch.ones(4, 4), "a": square[:1], "b": torch.ones(4, 1),
+             "grad_a": torch.ones(1, 4), "grad_b": torch.ones(4, 1), "scaling": 1.0, "step": 1},
+        ],
+    }  # fmt: skip
+    before = square.clone()
+    for arguments in calls[function.__name__]:
+        worked, error = outcome(function, {**arguments, "backend": backend})
+        assert not worked and "share memory" in str(error) and torch.equal(square, before)
+
+
+def test_columns_of_one_matrix_are_apart():
+    both = torch.cat((torch.zeros(3, 3), torch.ones(3, 3)), 1)
+    ops.covariance_(both[:, :3], both[:, 3:])
+    assert bool((both[:, :3].tril() == torch.full((3, 3), 3.0).tril()).all())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpp"])
+def test_views_that_negate_and_zeros_without_memory(backend):
+    x, w, a, b = (torch.randn(size) for size in ((5, 4), (3, 4), (2, 4), (3, 2)))
+    truth = ops.lora_linear(x, w, None, a, b, scaling=1.0, backend="torch")
+    negated = [torch._neg_view(-each) for each in (x, w, a, b)]
+    assert all(each.is_neg() for each in negated)
+    found = ops.lora_linear(negated[0], negated[1], None, negated[2], negated[3], scaling=1.0, backend=backend)
+    torch.testing.assert_close(found, truth)
+    nothing = torch._efficientzerotensor((5, 4))
+    assert not bool(ops.lora_linear(nothing, w, None, a, b, scaling=1.0, backend=backend).any())
+    x.requires_grad_()
+    ops.lora_linear(x, w, None, a, b, scaling=1.0, backend=backend).backward(torch._neg_view(-torch.ones(5, 3)))
+    torch.testing.assert_close(x.grad, (torch.ones(5, 3) @ (w + b @ a)))
