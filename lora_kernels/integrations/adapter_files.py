@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -81,13 +81,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that arithmetic can take."""
     try:
         check_number("value", value)
     except (TypeError, ValueError):
         return False
-    return math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -61,7 +61,10 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [part for each in inner if isinstance(each, torch.Tensor) for part in _parts(each)]
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         # A wrapper that does not say what it is made of: its numbers.
-        numbers = tensor.dequantize()
+        try:
+            numbers = tensor.dequantize()
+        except (RuntimeError, NotImplementedError, TypeError):
+            return []  # neither: its name and shape have to do
         return [] if type(numbers) is type(tensor) else _parts(numbers)
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return []

@@ -125,9 +125,9 @@ def verify(
         ValueError: if no layer is accelerated, or the loss reaches none.
     """
     model = unwrap(model)
-    for name, each in (("forward", forward), ("loss", loss)):
-        if each is not None and not callable(each):
-            raise TypeError(f"{name} must be a function or None, got {type(each).__name__}")
+    for name, function in (("forward", forward), ("loss", loss)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {type(function).__name__}")
     every = lora_layers(model)
     skipped = {name: why for name, layer in every if (why := _skipped(layer)) is not None}
     layers = {name: layer for name, layer in every if name not in skipped}

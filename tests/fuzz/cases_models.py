@@ -57,9 +57,11 @@ case(lk.collect, model=Small, loader=loaders(), wants=st.sampled_from((None, "ev
      corrupt=("model", "wants", "targets", "adapter_name", "max_batches", "seed"))  # fmt: skip
 case(lk.plan, model=adapted, wants="eva", batch=None, targets=None, world_size=None, budget=None, form="auto",
      sketch_size=8, dtype=torch.float32, adapter_name="default")  # fmt: skip
-case(lk.initialize, model=adapted, loader=loaders(), method=st.sampled_from(("eva", "lora_ga", "pissa")), statistics=None,
-     adapter_name="default", base="intact", ranks=None, learning_rate=None, unreached="warn", progress=False,
-     corrupt=("model", "method", "statistics", "adapter_name", "base", "ranks", "learning_rate", "unreached"))  # fmt: skip
+case(lk.initialize, model=adapted, loader=loaders(), method=st.sampled_from(("eva", "lora_ga", "pissa")),
+     statistics=None, adapter_name="default", base="intact", ranks=None, learning_rate=None,
+     unreached="warn", progress=False,
+     corrupt=("model", "method", "statistics", "adapter_name", "base", "ranks", "learning_rate", "unreached"),
+)  # fmt: skip
 case(lk.diagnose, model=lambda: adapted(False), adapter_name="default", weights=True)
 case(lk.snapshot, model=lambda: adapted(False), adapter_name="default")
 case(lk.accelerate, model=adapted, strict=False, guard=False, group=True, corrupt=("model",))

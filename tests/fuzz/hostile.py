@@ -1,4 +1,4 @@
-"""Strategies for what no function expects: tensors of any shape, stride, dtype, device and kind; numbers that are none."""
+"""Strategies for what no function expects: tensors of any shape, stride, dtype, device and kind; no numbers."""
 
 import math
 
@@ -173,15 +173,15 @@ def corrupted(draw, valid, names=()):
     return arguments
 
 
+def is_plain(value):
+    """Whether a tensor has numbers in memory."""
+    dense = value.device.type == "cpu" and value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+    return dense and (value.numel() == 0 or value.untyped_storage().nbytes() > 0)
+
+
 def plain(value):
     """A copy of a tensor's numbers in float64, in an ordinary tensor; anything else as it is."""
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
-        return value
-    if (
-        value.is_nested
-        or value.is_quantized
-        or value.untyped_storage().nbytes() < value.numel() * 0 + 1 <= value.numel()
-    ):
+    if not isinstance(value, torch.Tensor) or not is_plain(value):
         return value
     with torch._C.DisableTorchFunctionSubclass():
         made = value.detach().as_subclass(torch.Tensor).resolve_neg().resolve_conj().clone()

@@ -61,8 +61,13 @@ def describe(arguments):
     return ", ".join(f"{name}={_show(value)}" for name, value in arguments.items())
 
 
+MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed|integer multiplication overflow")
+
+
 def _ours(error):
-    """Whether a `raise` of this package's own made the error, and not what happened to fail."""
+    """Whether a `raise` of this package's own made the error, and not what happened to fail (but for want of memory)."""
+    if isinstance(error, RuntimeError) and MEMORY.search(str(error)):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     return PACKAGE in Path(last.filename).parents and (last.line or "").lstrip().startswith("raise")
@@ -107,7 +112,8 @@ def close(found, truth, scale, rounding=0.0, what="result"):
     sure = torch.isfinite(truth) & (scale < limits.max / 8)
     wrong = sure & ~((found - truth).abs() <= rounding * scale + 64 * limits.tiny)
     assert not bool(wrong.any()), (
-        f"{what} is {found[wrong][:3].tolist()}, should be {truth[wrong][:3].tolist()} at {wrong.nonzero()[:3].tolist()}"
+        f"{what} is {found[wrong][:3].tolist()}, should be {truth[wrong][:3].tolist()}, "
+        f"at {wrong.nonzero()[:3].tolist()}"
     )
     hidden = torch.isnan(truth) & torch.isfinite(found)
     assert not bool(hidden.any()), f"{what} is finite at {hidden.nonzero()[:3].tolist()}, where the truth is NaN"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hostile import plain
+from hostile import is_plain, plain
 from hypothesis import strategies as st
 from outcomes import describe, outcome
 
@@ -43,10 +43,8 @@ class Case:
 
     @property
     def label(self):
-        return (
-            self.name
-            or f"{self.function.__module__.rpartition('.')[0].removeprefix('lora_kernels.')}.{self.function.__qualname__}"
-        )
+        module = self.function.__module__.rpartition(".")[0].removeprefix("lora_kernels.")
+        return self.name or f"{module}.{self.function.__qualname__}"
 
     def choices(self):
         return ("auto", "cpp", "torch") if self.backends is True else self.backends
@@ -54,10 +52,7 @@ class Case:
     def run(self, arguments, *, valid):
         """Call with arguments, which must succeed if they are valid, and check the answer."""
         before = {name: plain(value) for name, value in arguments.items()}
-        usable = all(
-            value.device.type == "cpu" and value.layout == torch.strided and not value.is_nested and not value.is_quantized
-            for value in before.values() if isinstance(value, torch.Tensor)
-        )  # fmt: skip
+        usable = all(is_plain(value) for value in before.values() if isinstance(value, torch.Tensor))
         worked, result = outcome(
             self._entered if self.enter else self.function, arguments, documentation=self.documentation or self.function
         )

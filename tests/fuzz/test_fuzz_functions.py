@@ -1,8 +1,6 @@
 """Every public function, with what it expects and with what it does not."""
 
-import cases_algebra
 import cases_models
-import cases_ops
 import pytest
 import torch
 from hostile import corrupted
@@ -61,10 +59,11 @@ MODULES = (lora_kernels, lora_kernels.ops, lora_kernels.linalg, lora_kernels.lan
            lora_kernels.statistics, lora_kernels.training)  # fmt: skip
 # Public, and not called here: why.
 RESULTS = {
-    "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "GradientSketch", "InitReport",
-    "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath", "LayerReport",
-    "LayerStatistics", "LoraFactors", "Nystrom", "OutputStatistics", "Overlap", "Plan", "RandomizedSVD", "SpectralNorm",
-    "Spectrum", "TopEigenpairs", "TuneReport", "Verdict", "VerifyReport", "WeightNorms",
+    "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "GradientSketch",
+    "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
+    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputStatistics", "Overlap", "Plan",
+    "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "TuneReport", "Verdict", "VerifyReport",
+    "WeightNorms",
 }  # fmt: skip
 ELSEWHERE = {
     "Statistics": "tests/fuzz/test_fuzz_files.py: load",
@@ -179,3 +178,67 @@ def test_views_that_negate_and_zeros_without_memory(backend):
     x.requires_grad_()
     ops.lora_linear(x, w, None, a, b, scaling=1.0, backend=backend).backward(torch._neg_view(-torch.ones(5, 3)))
     torch.testing.assert_close(x.grad, (torch.ones(5, 3) @ (w + b @ a)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_lapack_loses_a_nan(place, bad, backend):
+    y = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    y[place] = bad
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for function, arguments in (
+        (ops.orthonormalize, {"y": y}),
+        (ops.factor_spectrum, {"a": one, "b": y}),
+        (ops.factor_spectrum, {"a": y.mT, "b": one}),
+    ):
+        worked, error = outcome(function, {**arguments, "backend": backend})
+        assert not worked and "NaN or infinite" in str(error)
+
+
+def test_lengths_beyond_float64():
+    y = torch.full((2, 1), 1.6e308, dtype=torch.float64)
+    q, r = ops.orthonormalize(y)
+    torch.testing.assert_close(q, torch.full_like(q, 0.5**0.5))
+    assert torch.isinf(r).all()
+
+
+@pytest.mark.parametrize("empty", ["features", "outputs", "rank"])
+def test_layers_without_anything(empty):
+    n, m, r = (0 if empty == each else 3 for each in ("features", "outputs", "rank"))
+    x, w, a, b = torch.ones(2, n, requires_grad=True), torch.ones(m, n), torch.ones(r, n), torch.ones(m, r)
+    for dropout in (None, ops.Dropout(0.5, 1)):
+        found = ops.lora_linear(x, w, None, a, b, scaling=1.0, dropout=dropout)
+        assert found.shape == (2, m)
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("function", ["shrink", "lora_linear", "covariance_", "use_form", "random_matrix"])
+def test_memory_that_was_freed(function):
+    freed = torch.ones(3, 3)
+    freed.untyped_storage().resize_(0)
+    calls = {
+        "shrink": {"x": freed, "a": torch.ones(2, 3)},
+        "lora_linear": {
+            "x": torch.ones(2, 3), "weight": freed, "bias": None, "a": torch.ones(1, 3), "b": torch.ones(3, 1),
+            "scaling": 1.0,
+        },
+        "covariance_": {"out": torch.zeros(3, 3), "x": freed},
+        "use_form": {"name": freed},
+        "random_matrix": {"rows": freed, "columns": 2, "seed": 0},
+    }  # fmt: skip
+    function = getattr(ops, function)
+    if function is ops.use_form:
+        with pytest.raises(ValueError, match="form is a tensor"), ops.use_form(freed):
+            pass
+        return
+    worked, error = outcome(function, calls[function.__name__])
+    assert not worked and ("freed" in str(error) or "must be an int" in str(error))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 2**64])
+def test_numbers_beyond_floats(number):
+    x, a = torch.ones(2, 3), torch.ones(1, 3)
+    assert outcome(ops.shrink, {"x": x, "a": a, "scale": number})[0] == (number == 2**64)
+    assert not outcome(ops.random_matrix, {"rows": number, "columns": 1, "seed": 0})[0]
+    assert not outcome(ops.random_matrix, {"rows": 1, "columns": 1, "seed": number})[0]
