@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,12 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 test: lint ## lint, then all tests
 	@$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.dev ## search every public function for errors, for an hour (FUZZ=arguments of tests/fuzz/hunt.py)
+	@$(BIN)/python tests/fuzz/hunt.py $(FUZZ)
+
+asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-behaviour sanitizers
+	@$(BIN)/python tests/sanitized.py
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +97,17 @@ def _quoted(flags: list[str]) -> str:
     return " ".join("'" + flag.replace("$", "$$") + "'" for flag in flags)
 
 
-def write_ninja(plan: Plan, folder: Path, output: Path) -> Path:
+def write_ninja(
+    plan: Plan, folder: Path, output: Path, extra: Sequence[str] = (), sources: Sequence[str] | None = None
+) -> Path:
     """Write the ninja file.
 
     Args:
         plan: the compilers.
         folder: where objects go.
         output: the extension module to make.
+        extra: further flags of the C++ compiler and linker, such as a sanitizer's; they come last.
+        sources: names of the C++ files; by default all.
 
     Returns:
         The file.
@@ -122,8 +127,10 @@ def write_ninja(plan: Plan, folder: Path, output: Path) -> Path:
         # nvcc links: it knows where its static runtime lives. The module then loads without a CUDA driver.
         linker = plan.nvcc
         link = ["-shared", "-cudart=static", *(["-Xcompiler=-fopenmp"] if plan.openmp else [])]
-    units = [("cxx", source) for source in sorted(SOURCES.glob("*.cpp"))]
+    units = [("cxx", each) for each in sorted(SOURCES.glob("*.cpp")) if sources is None or each.name in sources]
     units += [("nvcc", source) for source in sorted(SOURCES.glob("*.cu"))] if plan.nvcc else []
+    flags += extra
+    link += extra
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",

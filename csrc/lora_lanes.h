@@ -29,6 +29,7 @@ struct Wide {
   typedef S F __attribute__((vector_size(BYTES)));
   typedef std::conditional_t<sizeof(S) == 8, int64_t, int32_t> Lane;
   typedef Lane I __attribute__((vector_size(BYTES)));
+  typedef std::make_unsigned_t<Lane> Bits __attribute__((vector_size(BYTES)));  // of F: a NaN's may carry over
   typedef uint64_t U __attribute__((vector_size(BYTES)));
   typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
 };
@@ -94,17 +95,17 @@ LK_HD void store_words(BFloat16* address, const typename W::I& word) {
 // Rounds to nearest, ties to even; a NaN stays one.
 template <class W>
 LK_HD void store_float(BFloat16* address, const typename W::F& x) {
-  using I = typename W::I;
-  const auto bits = load<I>(&x);
-  const I rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-  store_words<W>(address, x == x ? rounded : I{} + 0x7fc0);
+  using Bits = typename W::Bits;
+  const auto bits = load<Bits>(&x);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  store_words<W>(address, x == x ? typename W::I(rounded) : typename W::I{} + 0x7fc0);
 }
 // Rounds up with the probability of what is cut off, by 16 random bits per lane; a NaN stays one.
 template <class W>
 LK_HD void store_stochastic(BFloat16* address, const typename W::F& x, const uint16_t* random) {
-  using I = typename W::I;
-  const I rounded = ((load<I>(&x) + widen_words<W>(random)) >> 16) & 0xffff;
-  store_words<W>(address, x == x ? rounded : I{} + 0x7fc0);
+  using Bits = typename W::Bits;
+  const Bits rounded = (load<Bits>(&x) + Bits(widen_words<W>(random))) >> 16;
+  store_words<W>(address, x == x ? typename W::I(rounded) : typename W::I{} + 0x7fc0);
 }
 LK_HD float widen(float x) { return x; }
 LK_HD float widen(BFloat16 x) {

@@ -388,8 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[demo]' has it", file=sys.stderr)
         return 2
-    except (ValueError, TypeError) as error:
-        print(f"lora-kernels {options.command}: error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

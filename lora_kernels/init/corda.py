@@ -47,6 +47,7 @@ class CorDA:
         seed: of its random start.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range.
     """
 

@@ -32,6 +32,7 @@ class EVA:
         seed: of the random start of the eigensolver.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range.
     """
 

@@ -38,6 +38,7 @@ class LoraGA:
         seed: of the random start of the decomposition, and of `random`.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range.
     """
 

@@ -32,6 +32,7 @@ class PiSSA:
         seed: of its random start.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_kernels.init.scores import SCORES
-from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops._checks import check_choice, check_range, check_type
 from lora_kernels.statistics.store import Statistics
 
 
@@ -60,8 +60,14 @@ def redistribute(
         The rank of each layer; 0 means no adapter. The sum is the budget, or what the offers or the block size allow.
 
     Raises:
+        TypeError: if the scores are no mapping to sequences of numbers, or a number is none.
         ValueError: if an argument is out of range, or the offers or the budget cannot hold `min_rank`.
     """
+    check_type("scores", scores, Mapping, "a mapping from layers to scores")
+    for values in scores.values():
+        check_type("scores", values, (tuple, list), "a mapping from layers to sequences of numbers")
+        for value in values:
+            check_type("scores", value, (int, float), "a mapping from layers to sequences of numbers")
     check_range("budget", budget, low=0, integer=True)
     check_range("min_rank", min_rank, low=0, integer=True)
     check_range("multiple_of", multiple_of, low=1, integer=True)
@@ -102,6 +108,7 @@ class Redistribution:
         seed: of random starts.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range or the score unknown.
     """
 

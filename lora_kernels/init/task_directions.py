@@ -42,6 +42,7 @@ class TaskDirections:
             do not depend on data.
 
     Raises:
+        TypeError: if a number is none.
         ValueError: if a value is out of range.
     """
 

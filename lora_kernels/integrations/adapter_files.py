@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from lora_kernels.landscape import Adapter
+from lora_kernels.ops._checks import check_number, shown
+from lora_kernels.ops._files import read_json
 from lora_kernels.training.base_weight import offset_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,30 +45,63 @@ class AdapterFolder:
     notes: tuple[str, ...]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter folder, what is read of it checked.
+
+    Args:
+        folder: with adapter_config.json.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: if there is no such file, it cannot be read, is of another method, or holds a wrong value.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(
             f"adapter was {str(folder)!r}, must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ValueError(f"{file} is of peft_type {kind!r}, but must be 'LORA'")
     for name, least in (("r", 1), ("lora_alpha", 0)):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-            raise ValueError(f"{file} has {name} {value!r}, but must be a number of at least {least}")
+        if not _is_number(value) or not value >= least:
+            raise ValueError(f"{file} has {name} {shown(value)}, but must be a number of at least {least}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{file} has {name} {config[name]!r}, but must be a mapping")
+            raise ValueError(f"{file} has {name} {shown(config[name])}, but must be a mapping")
+    for value in (config.get("alpha_pattern") or {}).values():
+        if not _is_number(value):
+            raise ValueError(f"{file} has {shown(value)} in alpha_pattern, but must have numbers")
+    if not isinstance(config.get("target_parameters") or [], list):
+        raise ValueError(f"{file} has target_parameters {shown(config['target_parameters'])}, but must be a list")
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that arithmetic can take."""
+    try:
+        check_number("value", value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, by name.
+
+    Args:
+        folder: with adapter_model.safetensors.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        ValueError: if there is no such file, or it cannot be read.
+    """
     from safetensors import SafetensorError  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -80,7 +114,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"adapter was {str(folder)!r}, must be a folder with {WEIGHTS}{why}")
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     return tensors
 
@@ -95,7 +129,7 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> flo
     try:
         expected = _of_pattern(config.get("rank_pattern") or {}, short, config["r"])
         alpha = _of_pattern(config.get("alpha_pattern") or {}, short, config["lora_alpha"])
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{file / CONFIG} has a pattern that is no regular expression: {error}") from error
     if expected != rank:
         raise ValueError(f"layer {name} of {file / WEIGHTS} has rank {rank}, but {CONFIG} says {expected}")
@@ -145,11 +179,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"adapter was {str(folder)!r}, must be a folder")
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    config, tensors = read_config(folder), read_tensors(folder)
     factors = _factors(folder, tensors)
     wrapped = {str(each).rpartition(".")[0] for each in config.get("target_parameters") or ()}
     counterpart = folder / offset_name("default")
-    start = _factors(counterpart, _read_tensors(counterpart)) if counterpart.is_dir() else {}
+    start = _factors(counterpart, read_tensors(counterpart)) if counterpart.is_dir() else {}
     adapters, unsupported = [], []
     for name in sorted(factors, key=_natural):
         a, b = factors[name]

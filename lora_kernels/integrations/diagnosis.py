@@ -55,6 +55,10 @@ def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Facto
 
     Returns:
         By layer name A `(r, n)` and B `(m, r)`.
+
+    Raises:
+        TypeError: if the model is no PEFT model.
+        ValueError: if there is no such adapter.
     """
     layers = peft_layers.find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
     found = {each.target.name: _factors(each.target.module, adapter_name) for each in layers.supported}

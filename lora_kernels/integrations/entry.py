@@ -17,7 +17,7 @@ from lora_kernels.integrations import _starting, guidance
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport
-from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops._checks import check_choice, check_range, check_type
 from lora_kernels.statistics import (
     CollectOptions,
     Plan,
@@ -89,9 +89,17 @@ def collect(
 
     Returns:
         The statistics by layer name, added up over all processes.
+
+    Raises:
+        TypeError: on an argument of another type, or an unknown option.
+        ValueError: on an argument out of range, a layer that is not there, an empty loader, a batch without any counted
+            token, an input, gradient or loss that is not finite, or a checkpoint of something else.
+        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
     """
     chosen = read_options(options)
     model = unwrap(model)
+    check_type("loader", loader, Iterable, "an iterable of batches")
+    check_type("adapter_name", adapter_name, str, "a name")
     found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
         return collect_targets(model, loader, found, wants, chosen, skipped_modules=skipped)
@@ -136,8 +144,9 @@ def plan(
         The plan; it prints as a table.
 
     Raises:
-        TypeError: if an option is none of these.
-        ValueError: on a bad argument, or one of rates and tokens without the other.
+        TypeError: on an argument of another type, or an unknown option.
+        ValueError: on an argument out of range, a layer that is not there, a budget that one layer exceeds, or one of
+            rates and tokens without the other.
     """
     unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
     if unknown:
@@ -147,6 +156,7 @@ def plan(
     check_range("rank", rank, low=1, integer=True)
     chosen = read_options(options)
     model = unwrap(model)
+    check_type("adapter_name", adapter_name, str, "a name")
     found, _ = _targets(model, targets, adapter_name)
     groups = None
     if batch is not None and share_inputs:
@@ -218,11 +228,17 @@ def initialize(
         What was done, layer by layer.
 
     Raises:
+        TypeError: on an argument of another type, or an unknown option.
         ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, an optimizer that
             holds parameters to be replaced, or base weights that the method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
+    model = unwrap(model)
+    check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
+    check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
+    check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
+    check_type("adapter_name", adapter_name, str, "a name")
     resolved = _starting.with_population(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))

@@ -16,6 +16,7 @@ from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapte
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
 from lora_kernels.ops._checks import check_range
+from lora_kernels.ops._files import parse_json
 from lora_kernels.reports import plain
 from lora_kernels.statistics.distributed import unwrap
 
@@ -100,6 +101,10 @@ class LandscapeMonitor:
             weights: compare with the norms of the base weights, which are taken once, at the first step.
             drift: keep the factors of the first step and measure the distance from them.
             rank_tolerance: see `landscape.Spectrum`.
+
+        Raises:
+            TypeError: if a number is none.
+            ValueError: if one is out of range.
         """
         check_range("every", every, low=1, integer=True)
         check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
@@ -168,7 +173,7 @@ class LandscapeMonitor:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63  # and not NaN
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -187,16 +192,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
     found: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
+            entry = parse_json(line, f"line {number} of {path}")
+        except ValueError:
             if number == len(lines):
                 break
-            raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+            raise
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("layers"), dict)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from torch import nn
 
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._checks import check_range
 from lora_kernels.training.base_weight import dense_weight, offset_name
@@ -164,6 +164,10 @@ def load(
 
     Returns:
         The PEFT model.
+
+    Raises:
+        ValueError: if the folder is missing, malformed or of another method, or does not fit the model: a factor of
+            another shape, or one that only the file or only the model has.
     """
     from peft import (  # noqa: PLC0415  (peft is an optional dependency)
         LoraConfig,
@@ -172,15 +176,24 @@ def load(
         set_peft_model_state_dict,
     )
 
-    dash = _dash_settings(Path(path))
+    folder = Path(path)
+    dash, tensors = read_config(folder).get("lora_dash"), read_tensors(folder)
+    try:
+        coordinates = None if dash is None else LoRADash(**dash, adapter_name=adapter_name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG} has wrong settings of LoRA-Dash: {error}") from error
     with warnings.catch_warnings():
         if dash is not None:
             warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['lora_dash'\]")
-        model: Any = PeftModel.from_pretrained(
-            base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **settings
-        )
-    if dash is not None:
-        LoRADash(**dash, adapter_name=adapter_name).attach(model)
+        try:
+            model: Any = PeftModel.from_pretrained(
+                base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, **settings
+            )
+        except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in PEFT, as any error)
+            raise ValueError(f"adapter {str(folder)!r} cannot be loaded onto this model: {error!r}") from error
+    _check_complete(model, adapter_name, folder, tensors)
+    if coordinates is not None:
+        coordinates.attach(model)
         set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
     frozen = offset_name(adapter_name)
     # PEFT writes every adapter but "default" into a folder of its own name.
@@ -196,11 +209,23 @@ def load(
     return model  # type: ignore[no-any-return]
 
 
-def _dash_settings(folder: Path) -> dict[str, Any] | None:
-    """What a saved config says of LoRA-Dash."""
-    file = folder / "adapter_config.json"
-    found: dict[str, Any] | None = json.loads(file.read_text()).get("lora_dash") if file.is_file() else None
-    return found
+def _check_complete(model: Any, adapter: str, folder: Path, tensors: Iterable[str]) -> None:
+    """PEFT passes over factors that only the file or only the model has, which would be another adapter."""
+    from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
+
+    def factors(names: Iterable[str]) -> set[str]:
+        return {name for name in names if ".lora_A" in name or ".lora_B" in name or ".lora_embedding_" in name}
+
+    written, wanted = factors(tensors), factors(get_peft_model_state_dict(model, adapter_name=adapter))
+    for missing, where, other in (
+        (wanted - written, "the model", "the file"),
+        (written - wanted, "the file", "the model"),
+    ):
+        if missing:
+            raise ValueError(
+                f"adapter {str(folder)!r} does not fit this model: {where} has {min(missing)}, which {other} has not "
+                f"({len(missing)} such)"
+            )
 
 
 def subtract(model: nn.Module, adapter: str, names: Iterable[str]) -> None:

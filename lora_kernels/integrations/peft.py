@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_kernels.init.factors import LoraFactors
+from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import Target
 
@@ -87,6 +88,7 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
+    check_type("adapter_name", adapter, str, "a name")
     configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     if adapter not in configs:
         raise ValueError(f"adapter_name is {adapter!r}, but the model has {', '.join(map(repr, configs))}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from lora_kernels.ops._checks import check_type, shown
 from lora_kernels.statistics.store import Target
 
 
@@ -39,11 +40,17 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
         The layers, in the model's order.
 
     Raises:
+        TypeError: if names are something else.
         ValueError: if a name is not in the model or not a linear layer, or there is no linear layer at all.
     """
     modules = dict(model.named_modules())
     if names is not None:
-        chosen = list(dict.fromkeys(names))
+        if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
+            raise TypeError(f"targets must be module names, got {type(names).__name__} {shown(names)}")
+        listed = list(names)
+        for name in listed:
+            check_type("targets", name, str, "module names")
+        chosen = list(dict.fromkeys(listed))
         for name in chosen:
             if name not in modules:
                 raise ValueError(f"targets names {name!r}, but the model has no such module")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from lora_kernels.ops._files import parse_json
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -27,7 +28,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
     if path.suffix.lower() not in readers:
         raise ValueError(f"data was {str(path)!r}, must end in .csv or .jsonl")
-    yield from readers[path.suffix.lower()](path, columns)
+    try:
+        yield from readers[path.suffix.lower()](path, columns)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_texts(path: Path, column: str) -> list[str]:
@@ -104,9 +108,9 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = parse_json(line, place)
             except ValueError as error:
-                raise ValueError(f"{place} must be one JSON object in UTF-8: {error}") from error
+                raise ValueError(f"{error}; it must be one JSON object in UTF-8") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{place} was a {type(row).__name__}, must be a JSON object")
             for column in columns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from lora_kernels.integrations.plain import linear_features
 from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops._files import read_json
 from lora_kernels.statistics.masks import IGNORED_LABEL
 
 TASKS = ("causal-lm", "sequence-classification", "base")
@@ -46,8 +46,8 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {str(folder)!r} has no tokenizer that can be loaded: {error}") from error
+    except Exception as error:  # noqa: BLE001  (see `load_model`)
+        raise ValueError(f"model {str(folder)!r} has no tokenizer that can be loaded: {error!r}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # classifiers on causal models ask for it
@@ -65,9 +65,11 @@ def task_of(folder: Path) -> str:
         One of `TASKS`; `base` where the config does not say.
     """
     try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError):
+        settings = read_json(folder / "config.json")
+    except ValueError:
         return "base"
+    found = settings.get("architectures") if isinstance(settings, dict) else None
+    architectures = found if isinstance(found, list) and found else [""]
     heads = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm"}
     heads["ForSequenceClassification"] = "sequence-classification"
     return next((task for end, task in heads.items() if str(architectures[0]).endswith(end)), "base")
@@ -99,8 +101,8 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = _model_class(task).from_pretrained(folder, local_files_only=True, **head)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error}") from error
+    except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
+        raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error!r}") from error
     return model.eval()
 
 
@@ -118,16 +120,18 @@ def empty_model(config_file: Path, task: str) -> Any:
         ValueError: if the task is unknown, or the file is no config that transformers knows.
     """
     check_choice("task", task, TASKS)
+    settings = read_json(config_file)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise ValueError(f"config {str(config_file)!r} holds no object with a model_type, as transformers writes it")
     import transformers  # noqa: PLC0415  (an optional dependency)
 
     try:
-        settings = json.loads(config_file.read_text())
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
             model = _model_class(task).from_config(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"config {str(config_file)!r} cannot be made into a {task} model: {error}") from error
-    return model.to(torch.bfloat16).eval()
+            return model.to(torch.bfloat16).eval()
+    except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
+        raise ValueError(f"config {str(config_file)!r} cannot be made into a {task} model: {error!r}") from error
 
 
 def example_batch(model: Any) -> dict[str, torch.Tensor] | None:

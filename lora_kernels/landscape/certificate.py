@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
-from lora_kernels.ops._checks import check_range
+from lora_kernels.ops._checks import check_number, check_range, check_type
 from lora_kernels.statistics.store import Statistics
 
 OBJECTIVE = (
@@ -152,8 +152,14 @@ def certify(
         The numbers.
 
     Raises:
-        ValueError: if lambda is not positive, the scaling is zero, or shapes do not match.
+        TypeError: if one of them is something else.
+        ValueError: if lambda is not positive, the scaling is zero, shapes do not match, or an entry is not finite.
     """
+    check_type("adapter", adapter, Adapter, "an Adapter")
+    check_type("spectrum", spectrum, Spectrum, "a Spectrum")
+    check_type("gradient", gradient, Gradient, "a Gradient")
+    if gain is not None:
+        check_number("gain", gain)
     check_range("weight_decay", weight_decay, low=0.0)
     if weight_decay == 0 or adapter.scaling == 0 or not math.isfinite(weight_decay):
         raise ValueError(
@@ -166,6 +172,14 @@ def certify(
             f"the gradient of layer {adapter.name} has shape {(gradient.left.shape[0], n)}, "
             f"but must have shape {spectrum.shape}"
         )
+    for what, part in (
+        ("A", adapter.a),
+        ("B", adapter.b),
+        ("the gradient", gradient.left),
+        ("the gradient", gradient.right),
+    ):
+        if part is not None and (part.device.type == "meta" or not bool(torch.isfinite(part).all())):
+            raise ValueError(f"{what} of layer {adapter.name} holds NaN or infinite entries, or none")
     threshold = weight_decay / abs(adapter.scaling)
     value, low, high = gradient.norm()
     alignment = None

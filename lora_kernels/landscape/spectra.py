@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.landscape.weights import WeightNorms
+from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_type, shown
 from lora_kernels.ops.small_linalg import factor_spectrum
 
 # Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes the
@@ -48,9 +49,15 @@ class Adapter:
         """Check the shapes.
 
         Raises:
+            TypeError: if a factor is no tensor of floats.
             ValueError: if the factors do not fit together.
         """
-        for a, b in ((self.a, self.b), *((self.start,) if self.start else ())):
+        check_number("scaling", self.scaling)
+        if self.start is not None and (not isinstance(self.start, (tuple, list)) or len(self.start) != 2):
+            raise TypeError(f"start must be None or two factors, got {type(self.start).__name__} {shown(self.start)}")
+        for a, b in ((self.a, self.b), *((self.start,) if self.start is not None else ())):
+            check_tensor("a", a)
+            check_tensor("b", b)
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(
                     f"layer {self.name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
@@ -148,8 +155,18 @@ def factor_spectra(
         entries.
 
     Raises:
-        ValueError: if the scalings are not as many as the pairs.
+        TypeError: if a factor is no tensor of floats, or a scaling no number.
+        ValueError: if the scalings are not as many as the pairs, or the factors of a pair do not fit together.
+        RuntimeError: if the backend asked for cannot take the call.
     """
+    if not isinstance(factors, (tuple, list)):
+        raise TypeError(f"factors must be a sequence of pairs, got {type(factors).__name__} {shown(factors)}")
+    for index, each in enumerate(factors):
+        _check_pair(f"factors[{index}]", each)
+    if not isinstance(scalings, (int, float, tuple, list)):
+        raise TypeError(f"scalings must be a number or numbers, got {type(scalings).__name__} {shown(scalings)}")
+    for scaling in scalings if isinstance(scalings, (tuple, list)) else (scalings,):
+        check_number("scalings", scaling)
     each_scaling = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
     if len(each_scaling) != len(factors):
         raise ValueError(f"scalings has {len(each_scaling)} entries, but must have {len(factors)}, one per pair")
@@ -159,6 +176,13 @@ def factor_spectra(
         for index, row in zip(indices, values, strict=True):
             answers[index] = row * abs(each_scaling[index])
     return [each for each in answers if each is not None]
+
+
+def _check_pair(name: str, pair: object) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__} {shown(pair)}")
+    check_tensor(f"{name}[0]", pair[0], shape=(None, None), numbers=True)
+    check_tensor(f"{name}[1]", pair[1], shape=(None, pair[0].shape[0]), numbers=True)
 
 
 def _buckets(
@@ -226,7 +250,18 @@ def measure(
 
     Returns:
         By layer name, in the given order.
+
+    Raises:
+        TypeError: if one is no adapter.
+        ValueError: if the tolerance is out of range, or a factor on the meta device.
+        RuntimeError: if the backend asked for cannot take the call.
     """
+    if not isinstance(adapters, (tuple, list)):
+        raise TypeError(f"adapters must be a sequence of Adapter, got {type(adapters).__name__} {shown(adapters)}")
+    for each in adapters:
+        check_type("adapters", each, Adapter, "a sequence of Adapter")
+        _check_pair(each.name, (each.a, each.b))
+    check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
     numbers: dict[int, tuple[list[float], float, float, float]] = {}
     for indices, a, b in _buckets([(each.a, each.b) for each in adapters]):
         found = [each.tolist() for each in _measured(a, b, backend)]  # one transfer each
@@ -306,7 +341,17 @@ def directions(adapter: Adapter, count: int) -> tuple[torch.Tensor, torch.Tensor
 
     Returns:
         U `(m, count)`, S `(count,)` and V `(n, count)`, float64, on the factors' device.
+
+    Raises:
+        TypeError: if it is no adapter.
+        ValueError: if the count is out of range, or a factor is not finite or on the meta device.
     """
+    check_type("adapter", adapter, Adapter, "an Adapter")
+    _check_pair(adapter.name, (adapter.a, adapter.b))
+    check_range("count", count, low=0, high=min(*adapter.a.shape, adapter.b.shape[0]), integer=True)
+    for name, factor in (("A", adapter.a), ("B", adapter.b)):
+        if not bool(torch.isfinite(factor).all()):
+            raise ValueError(f"{name} of layer {adapter.name} holds NaN or infinite entries")
     left, core_b = torch.linalg.qr(adapter.b.detach().to(torch.float64))
     right, core_a = torch.linalg.qr(adapter.a.detach().to(torch.float64).mT)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)

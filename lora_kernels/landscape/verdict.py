@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+import torch
+
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import RANK_TOLERANCE, Spectrum
-from lora_kernels.ops._checks import check_range
+from lora_kernels.ops._checks import check_range, check_type
 
 LOW_RANK_MINIMUM = "low_rank_minimum"
 STILL_TRAINING = "still_training"
@@ -31,6 +33,7 @@ class Thresholds:
             of the largest share in a sane run of the demo and the smallest at 100 times its learning rate.
 
     Raises:
+        TypeError: if one is no number.
         ValueError: if one is out of range.
     """
 
@@ -75,7 +78,13 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
 
     Returns:
         The verdict.
+
+    Raises:
+        TypeError: if one of them is something else.
     """
+    check_type("spectrum", spectrum, Spectrum, "a Spectrum")
+    check_type("certificate", certificate, (Certificate, type(None)), "a Certificate or None")
+    check_type("thresholds", thresholds, (Thresholds, type(None)), "Thresholds or None")
     limits = thresholds or Thresholds()
     if spectrum.status == "not_finite":
         return Verdict(LOUD_FAILURE, ("the factors hold NaN or infinite entries",))
@@ -150,8 +159,17 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
     Returns:
         The verdict, with the counts.
+
+    Raises:
+        TypeError: if one of them is no verdict.
     """
-    kinds = [each.kind for each in verdicts]
+    check_type("verdicts", verdicts, Iterable, "verdicts")
+    if isinstance(verdicts, torch.Tensor):
+        raise TypeError("verdicts must be verdicts, got a tensor")
+    found = list(verdicts)
+    for each in found:
+        check_type("verdicts", each, Verdict, "verdicts")
+    kinds = [each.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
     reasons = (f"{len(kinds)} layers: {counts}",) if kinds else ("no layer",)
     order = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
+from lora_kernels.ops._checks import as_device, check_range, check_tensor, check_type, shown
 
 # Called anew for every product with the weight: its rows, in order, in blocks of any height.
 RowBlocks = Callable[[], Iterable[torch.Tensor]]
@@ -52,6 +53,16 @@ def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device 
     return LinearOperator(shape, matmul, rmatmul, torch.float32, device)
 
 
+def _checked(blocks: object, shape: object, device: object) -> torch.device:
+    if not callable(blocks):
+        raise TypeError(f"blocks must be a function that returns blocks of rows, got {type(blocks).__name__}")
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {shown(shape)}")
+    for size in shape:
+        check_range("shape", size, low=1, integer=True)
+    return as_device("device", device)
+
+
 def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> WeightNorms:
     """Spectral and Frobenius norm of a weight.
 
@@ -62,7 +73,12 @@ def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device
 
     Returns:
         The norms; NaN where the weight holds NaN or infinite entries.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if the shape is none, or there is no such device.
     """
+    device = _checked(blocks, shape, device)
     frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
     if frobenius == 0.0 or not math.isfinite(frobenius):
         return WeightNorms(0.0, 0.0) if frobenius == 0.0 else WeightNorms(math.nan, math.nan)
@@ -83,7 +99,13 @@ def leading_directions(
 
     Returns:
         The triplets, float32.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if the shape is none, there is no such device, or the count is not positive.
     """
+    device = _checked(blocks, shape, device)
+    check_range("count", count, low=1, integer=True)
     return randomized_svd(as_operator(blocks, shape, device), min(count, *shape), probes=0)
 
 
@@ -124,8 +146,18 @@ def overlap(
 
     Returns:
         The comparison.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if shapes do not match.
     """
+    if not isinstance(update, (tuple, list)) or len(update) != 3:
+        raise TypeError(f"update must be three tensors, got {type(update).__name__} {shown(update)}")
+    check_type("weight", weight, RandomizedSVD, "a RandomizedSVD")
     u, s, v = update
+    check_tensor("update[0]", u, shape=(weight.U.shape[-2], None), numbers=True)
+    check_tensor("update[1]", s, shape=(u.shape[1],), numbers=True)
+    check_tensor("update[2]", v, shape=(weight.Vh.shape[-1], u.shape[1]), numbers=True)
     left = torch.linalg.vector_norm(weight.U.mT.to(u) @ u, dim=0).clamp_max(1.0)
     right = torch.linalg.vector_norm(weight.Vh.to(v) @ v, dim=0).clamp_max(1.0)
     smallest = weight.S[-1].to(s)

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lora_kernels.ops._checks import check_tensor
+
 # Below this share of the largest singular value, the squares in the Gram matrix have lost what tells directions apart.
 _TRAILING = 1e-3
 # Of what a product with a file's factors may differ from that with the weight, in units of the rounding of its dtype.
@@ -33,19 +35,26 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
         U `(m, k)`, sigma `(k,)` descending and V^T `(k, n)`, k = min(m, n): float32, or the weight's dtype if wider.
 
     Raises:
-        ValueError: if the weight is no matrix of numbers, or the file in the cache is of another weight.
+        TypeError: if the weight is no tensor of floats.
+        ValueError: if it is no matrix or holds NaN or infinite entries, or the file in the cache is of another weight.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, but must be a matrix")
+    check_tensor("weight", weight, shape=(None, None), numbers=True)
     weight = weight.detach()
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight holds NaN or infinite entries")
-    file = None if cache is None else Path(cache) / f"{_digest(weight)}.safetensors"
+    file = None if cache is None or weight.numel() == 0 else Path(cache) / f"{_digest(weight)}.safetensors"
     if file is not None:
         kept = _read(file, weight)
         if kept is not None:
             return kept
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.numel() == 0:
+        m, n = weight.shape
+        return (
+            weight.new_empty(m, 0, dtype=dtype),
+            weight.new_empty(0, dtype=dtype),
+            weight.new_empty(0, n, dtype=dtype),
+        )
     u, s, vh = (each.to(dtype) for each in _decompose(weight.to(torch.float64)))
     if file is not None:
         _write(file, {"u": u, "s": s, "vh": vh})

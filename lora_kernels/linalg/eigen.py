@@ -9,6 +9,7 @@ import torch
 from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops import _philox
 from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.small_linalg import eigh as small_eigh
 from lora_kernels.ops.small_linalg import fix_signs
 
@@ -121,11 +122,11 @@ def eigh_topk(
         The pairs in float64.
 
     Raises:
-        TypeError: if `matrices` is neither a float tensor nor a float64 operator.
+        TypeError: if `matrices` is neither a float tensor nor a float64 operator, or a number is none.
         ValueError: if it is not square, k is out of range, or an entry is NaN or infinite.
     """
     if not isinstance(matrices, LinearOperator):
-        check_tensor("matrices", matrices)
+        check_tensor("matrices", matrices, numbers=True)
     elif matrices.dtype != torch.float64:
         raise TypeError(f"the operator's dtype is {matrices.dtype}, but must be float64")
     if len(matrices.shape) < 2 or matrices.shape[-1] != matrices.shape[-2]:
@@ -133,6 +134,9 @@ def eigh_topk(
     n = matrices.shape[-1]
     check_range("k", k, low=1, high=n, integer=True)
     check_range("oversample", oversample, low=0, integer=True)
+    check_range("tolerance", tolerance, low=0.0)
+    check_range("max_restarts", max_restarts, low=0, integer=True)
+    check_key(seed)
     if isinstance(matrices, LinearOperator):
         device, apply = matrices.device, matrices.matmul
     else:

@@ -11,6 +11,7 @@ import torch
 from lora_kernels.linalg._krylov import grow, ritz
 from lora_kernels.ops._checks import FLOATS, check_choice, check_range, check_tensor
 from lora_kernels.ops.random_matrix import random_matrix
+from lora_kernels.ops.random_matrix.op import check_key
 
 METHODS = ("krylov", "subspace")
 # The a-posteriori bounds hold with at least this probability.
@@ -246,14 +247,14 @@ def randomized_svd(
         not fit `min(m, n)` the decomposition is complete and `method` says `direct`.
 
     Raises:
-        TypeError: if `a` is neither a float tensor nor an operator.
+        TypeError: if `a` is neither a float tensor nor an operator, or a number is none.
         ValueError: if a number is out of range, or a matrix holds NaN or infinite entries; the message has its index.
     """
     if isinstance(a, LinearOperator):
         operator = a
         _check_operator(a)
     else:
-        check_tensor("a", a)
+        check_tensor("a", a, numbers=True)
         if a.dim() < 2:
             raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., m, n)")
         operator = _operator(a)
@@ -266,6 +267,7 @@ def randomized_svd(
     if n_iter is not None:
         check_range("n_iter", n_iter, low=0, integer=True)
     check_range("probes", probes, low=0, integer=True)
+    check_key(seed, stream)
     width, rounds = block_plan(rank, method, oversample, n_iter)
     direct = width * (rounds + 1 if krylov else 1) > min(m, n)
     columns = (0 if direct else width) + probes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
-from lora_kernels.ops._checks import check_range, check_tensor
+from lora_kernels.ops._checks import check_number, check_range, check_tensor, shown
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.small_linalg import fix_signs
 
@@ -41,7 +41,7 @@ class Nystrom:
 
 
 def _check_sketch(name: str, value: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    check_tensor(name, value, dtypes=(torch.float32, torch.float64))
+    check_tensor(name, value, dtypes=(torch.float32, torch.float64), numbers=True)
     if value.dim() < 2:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have at least two sizes")
     if rows is not None and value.shape[-2] != rows:
@@ -51,6 +51,14 @@ def _check_sketch(name: str, value: torch.Tensor, rows: int | None = None) -> to
     if not bool(finite.all()):
         raise ValueError(f"matrix {int((~finite).nonzero()[0])} of {name} holds NaN or infinite entries")
     return wide
+
+
+def _check_batch(name: str, value: torch.Tensor, other: str, second: torch.Tensor) -> None:
+    """Leading sizes must be the same, or those of the test matrix none."""
+    if second.dim() > 2 and second.shape[:-2] != value.shape[:-2]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and {other} {tuple(second.shape)}: their batches differ"
+        )
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +93,13 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     """
     wide = _check_sketch("y", y)
     test = _check_sketch("omega", omega, y.shape[-2])
+    _check_batch("y", wide, "omega", test)
+    if isinstance(trace, torch.Tensor):
+        check_tensor("trace", trace, numbers=True)
+        if trace.shape not in ((), y.shape[:-2]):
+            raise ValueError(f"trace has shape {tuple(trace.shape)}, but must have shape {tuple(y.shape[:-2])}")
+    elif trace is not None:
+        check_number("trace", trace)
     n, k = y.shape[-2:]
     if test.shape[-1] != k:
         raise ValueError(f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k)")
@@ -158,6 +173,9 @@ def two_sided(
     length, n = right.shape[-2:]
     test = _check_sketch("omega", omega, n)
     co_test = _check_sketch("psi", psi, length)
+    _check_batch("y", left, "z", right)
+    _check_batch("y", left, "omega", test)
+    _check_batch("y", left, "psi", co_test)
     if co_test.shape[-1] != m or test.shape[-1] != k or k > length:
         raise ValueError(
             f"y, z, omega and psi have shapes {tuple(y.shape)}, {tuple(z.shape)}, {tuple(omega.shape)} and "
@@ -184,6 +202,8 @@ def two_sided(
     u, v, s = q @ small[..., :rank], v[..., :rank], s[..., :rank]
     error = None
     if probe is not None:
+        if not isinstance(probe, (tuple, list)) or len(probe) != 2:
+            raise TypeError(f"probe must be None or two tensors, got {type(probe).__name__} {shown(probe)}")
         t, image = _check_sketch("probe[0]", probe[0], n), _check_sketch("probe[1]", probe[1], m)
         if t.shape[-1] != image.shape[-1] or t.shape[-1] < 1:
             raise ValueError(

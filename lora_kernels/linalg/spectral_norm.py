@@ -10,6 +10,7 @@ import torch
 from lora_kernels.linalg.randomized_svd import LinearOperator, probe_bound, randomized_svd
 from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.random_matrix import random_matrix
+from lora_kernels.ops.random_matrix.op import check_key
 
 # Triplets that are taken off before the rest is probed.
 _TRIPLETS = 8
@@ -108,13 +109,15 @@ def spectral_norm(
         The bracket.
 
     Raises:
-        TypeError: if `a` is neither a float tensor nor an operator.
+        TypeError: if `a` is neither a float tensor nor an operator, or a number is none.
         ValueError: if it is no matrix, a number is out of range, or an entry is NaN or infinite.
     """
+    check_range("rounds", rounds, low=0, integer=True)
+    check_key(seed, stream)
     check_range("power", power, low=0, integer=True)
     check_range("probes", probes, low=1, integer=True)
     if not isinstance(a, LinearOperator):
-        check_tensor("a", a)
+        check_tensor("a", a, numbers=True)
     if len(a.shape) != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}, but must be (m, n)")
     if min(a.shape) == 0:

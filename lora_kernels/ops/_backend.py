@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lora_kernels.ops import _ext
+from lora_kernels.ops._checks import check_choice
 
 BACKENDS = ("auto", "triton", "cpp", "torch")
 
@@ -28,8 +29,7 @@ _override: str | None = None
 
 
 def _validated(name: str, origin: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{origin} is {name!r}, but must be one of {', '.join(BACKENDS)}")
+    check_choice(origin, name, BACKENDS)
     return name
 
 

@@ -11,6 +11,30 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHTS = (torch.bool, *FLOATS)  # of rows: a selection, or real factors
 
 
+def shown(value: object) -> str:
+    """A value in a message: short, and nothing that could itself fail (a number of 5000 digits, say) or take long."""
+    if isinstance(value, torch.Tensor):
+        return "a tensor"
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  (whatever a foreign object does)
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _freed(value: torch.Tensor) -> bool:
+    """Whether its memory was given back (`untyped_storage().resize_(0)`): reading it would end the process."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and value.device.type in ("cpu", "cuda")
+        and value.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._is_zerotensor(value)
+        and value.data_ptr() == 0
+    )
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
 
@@ -22,6 +46,7 @@ def check_tensor(
     shape: Sequence[int | None] | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
+    numbers: bool = False,
 ) -> None:
     """Check that an argument is a dense tensor of the given shape, dtype and device.
 
@@ -31,15 +56,18 @@ def check_tensor(
         shape: expected sizes, `None` for a free one; unchecked if `None`.
         dtypes: the dtypes allowed.
         device: expected device; unchecked if `None`.
+        numbers: whether its entries decide what is done, so that the meta device will not do.
 
     Raises:
-        TypeError: if it is no tensor, is sparse, or has another dtype.
-        ValueError: if its shape or device is another.
+        TypeError: if it is no tensor, is sparse or nested, or has another dtype.
+        ValueError: if its shape or device is another, or its memory was freed.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor, got {'a nested one' if value.is_nested else value.layout}"
+        )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names([value.dtype])}, but must be one of {_names(dtypes)}")
     if shape is not None and (
@@ -50,6 +78,85 @@ def check_tensor(
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
+    if numbers and value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, but must hold numbers")
+    if _freed(value):
+        raise ValueError(f"{name} has no memory: its storage was freed")
+
+
+def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    """Check that a tensor can be written in place: no two elements in one place, and no input there.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument, a tensor of the right shape.
+        inputs: what is read meanwhile, by name.
+
+    Raises:
+        ValueError: if elements share memory, if it overlaps an input, or if a gradient is to flow into it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which writing in place would spoil")
+    extent = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(f"{name} has strides {value.stride()}: elements share memory, but each must have its own")
+        extent += (size - 1) * stride
+    for other, tensor in inputs.items():
+        if tensor is not None and _overlap(value, tensor):
+            raise ValueError(f"{name} and {other} share memory, but {name} is written while {other} is read")
+
+
+def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors surely share memory: where both are in one piece; columns of one matrix may lie apart."""
+    plain = all(
+        type(each).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and each.device.type in ("cpu", "cuda")
+        and each.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._is_zerotensor(each)
+        for each in (one, two)
+    )
+    if not plain or one.device != two.device:
+        return False
+    first, second = one.data_ptr(), two.data_ptr()
+    if first == second:
+        return True
+    whole = one.is_contiguous() and two.is_contiguous()
+    return whole and first < second + two.nbytes and second < first + one.nbytes
+
+
+def as_device(name: str, value: object) -> torch.device:
+    """A device that exists here.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a device, or the name of one.
+
+    Returns:
+        The device.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if there is none of that name.
+    """
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or the name of one, got {type(value).__name__} {shown(value)}")
+    try:
+        device = torch.device(value)
+        if not torch.compiler.is_compiling():
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise ValueError(f"{name} is {shown(value)}, but must be a device of this machine: {reason}") from None
+    return device
+
+
+def _too_large(value: float) -> bool:
+    """Whether an integer is beyond all floats."""
+    return type(value) is int and not -(2**1023) <= value <= 2**1023
 
 
 def check_range(
@@ -69,12 +176,29 @@ def check_range(
         ValueError: if it is NaN or outside the interval.
     """
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {value!r}")
-    number = float(value)
-    inside = not math.isnan(number) and (low is None or number >= low) and (high is None or number <= high)
-    if not inside:
+        raise TypeError(
+            f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {shown(value)}"
+        )
+    inside = not math.isnan(value) if isinstance(value, float) else integer or not _too_large(value)
+    if not (inside and (low is None or value >= low) and (high is None or value <= high)):
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
-        raise ValueError(f"{name} is {value!r}, but must be {' and '.join(bounds) or 'a number'}")
+        raise ValueError(f"{name} is {shown(value)}, but must be {' and '.join(bounds) or 'a number'}")
+
+
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Check that an argument is of a type.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+        kinds: the types allowed.
+        expected: what it must be, in words.
+
+    Raises:
+        TypeError: if it is of another type.
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -88,8 +212,9 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     Raises:
         ValueError: if it is something else; the message lists the choices.
     """
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
+    # By type first: what a tensor or an array makes of a comparison is no answer.
+    if not any(type(value) is type(each) and value == each for each in choices):
+        raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -104,6 +229,6 @@ def check_number(name: str, value: object) -> None:
         ValueError: if it is NaN.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if value != value:
-        raise ValueError(f"{name} is {value!r}, but must be a number")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {shown(value)}")
+    if value != value or _too_large(value):
+        raise ValueError(f"{name} is {shown(value)}, but must be a number that a float can hold")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
+from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.moments import pack_lower, packed_size, unpack_lower_
 from lora_kernels.statistics.storage import Held, Progress
@@ -32,6 +33,7 @@ def rank() -> int:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel (whose own forward only serves training)."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

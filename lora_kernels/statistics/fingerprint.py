@@ -37,12 +37,10 @@ def fingerprint(
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type == "meta" or hasattr(parameter, "device_mesh") or parameter.numel() == 0:
             continue  # a shard is not the same on every process
-        try:
-            flat = parameter.detach().reshape(-1)
+        for part in _parts(parameter.detach()):
+            flat = part.reshape(-1)
             step = max(1, flat.numel() // _SAMPLES)
             digest.update(flat[::step][:_SAMPLES].to("cpu", torch.float32).contiguous().numpy().data)
-        except (RuntimeError, NotImplementedError, TypeError):
-            continue  # a quantized tensor subclass that cannot be sliced: its name and shape have to do
     return {
         "model": type(model).__name__,
         "parameters": digest.hexdigest(),
@@ -50,6 +48,29 @@ def fingerprint(
         "wants": dict(wants),
         "options": options.described(),
     }
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors whose values make up a tensor: itself, or what a wrapper (a quantized weight) is made of.
+
+    A wrapper need not know how to be sliced, and its values need not be in memory: those of its parts are.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        inner = [getattr(tensor, name) for name in flatten()[0]]
+        return [part for each in inner if isinstance(each, torch.Tensor) for part in _parts(each)]
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        # A wrapper that does not say what it is made of: its numbers.
+        try:
+            numbers = tensor.dequantize()
+        except (RuntimeError, NotImplementedError, TypeError):
+            return []  # neither: its name and shape have to do
+        return [] if type(numbers) is type(tensor) else _parts(numbers)
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return []
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    return [tensor.as_subclass(torch.Tensor)]
 
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.ops._checks import check_choice
+from lora_kernels.ops._checks import check_choice, shown
 
 MASKS = ("attention", "labels", "next_labels")
 IGNORED_LABEL = -100
@@ -23,10 +23,13 @@ def check_mask(mask: Mask) -> None:
         mask: see `token_weights`.
 
     Raises:
+        TypeError: if it is no name, function or `None`.
         ValueError: if it is a name other than `MASKS`.
     """
     if isinstance(mask, str):
         check_choice("mask", mask, MASKS)
+    elif mask is not None and not callable(mask):
+        raise TypeError(f"mask must be a name, a function or None, got {type(mask).__name__} {shown(mask)}")
 
 
 def _tensor(batch: Any, key: str) -> torch.Tensor | None:
@@ -54,8 +57,9 @@ def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
 
     Raises:
         ValueError: if labels are asked for and the batch has none per token, or a mask is not two-dimensional.
-        TypeError: if a mask function returns something else than a tensor.
+        TypeError: if the mask is something else, or a mask function returns something else than a tensor.
     """
+    check_mask(mask)
     if mask is None:
         return None
     if callable(mask):

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels.ops._checks import check_choice, check_range, check_type, shown
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.cost import Cost
@@ -21,7 +21,7 @@ from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.moments import packed_size
 from lora_kernels.statistics.sketches import PROBES
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE
+from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE, STATISTICS
 
 FORMS = ("auto", "exact", "sketch")
 # Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
@@ -292,8 +292,26 @@ def make_plan(
         The plan.
 
     Raises:
+        TypeError: on an argument of another type.
         ValueError: on a bad argument, or a budget that a single set of sums exceeds.
     """
+    check_type("targets", targets, Sequence, "a sequence of Target")
+    for target in targets:
+        if not all(hasattr(target, each) for each in ("name", "in_features", "out_features")):
+            raise TypeError(f"targets must be a sequence of Target, got {shown(target)} in it")
+    check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
+    for name in wants:
+        check_choice("wants", name, STATISTICS)
+    if budget is not None:
+        check_range("budget", budget, low=1, integer=True)
+    check_choice("dtype", dtype, (torch.float32, torch.float64))
+    names = {target.name for target in targets}
+    check_type("groups", groups, (tuple, list, type(None)), "lists of names, or None")
+    for group in groups or ():
+        check_type("groups", group, (tuple, list), "lists of names")
+        for name in group:
+            if not isinstance(name, str) or name not in names:
+                raise ValueError(f"groups has {shown(name)}, but must have names of targets")
     check_choice("form", form, FORMS)
     check_range("sketch_size", sketch_size, low=1, integer=True)
     check_range("world_size", world_size, low=1, integer=True)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lora_kernels.ops._files import parse_json
 from lora_kernels.statistics.moments import InputMoments, pack_lower, unpack_lower_
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sketches import InputSketch
@@ -139,21 +140,34 @@ def read(path: Path, device: torch.device) -> tuple[list[Held], Progress, dict[s
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         why = "truncated, or not a safetensors file"
         raise ValueError(f"{path} cannot be read as statistics ({why}): {error}") from None
     try:
-        document = json.loads(metadata[_KEY])
+        document = dict(parse_json(metadata[_KEY], path))
         digest = document.pop("digest")
         version = document["format"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is a safetensors file, but holds no statistics of lora_kernels") from None
     if version != _FORMAT:
         raise ValueError(f"{path} has format {version}, but this version reads format {_FORMAT}")
     if digest != _digest(tensors, document):
         raise ValueError(f"{path} was changed after it was written: its digest does not match")
+    try:
+        return _rebuilt(tensors, document, device)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold what its header says: {error!r}") from error
+
+
+def _rebuilt(
+    tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any], device: torch.device
+) -> tuple[list[Held], Progress, dict[str, Any]]:
+    for _name, _inputs, _outputs in document["fingerprint"]["targets"]:
+        pass  # triples, or an error
     held = []
     for index, spec in enumerate(document["sums"]):
+        if not isinstance(spec["layers"], list) or not spec["layers"]:
+            raise ValueError(f"sums {index} are of no layer")
         dtype = getattr(torch, spec["dtype"].removeprefix("torch."))
         sums = rebuild(spec["kind"], spec["settings"], device, dtype)
         for name, value in sums.tensors().items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.ops._checks import as_device
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sharing import InputSums
@@ -141,9 +142,11 @@ class Statistics(Mapping[str, LayerStatistics]):
             The statistics.
 
         Raises:
-            ValueError: if the file is missing, truncated, changed, or holds an unfinished run.
+            TypeError: if the device is none.
+            ValueError: if the file is missing, truncated, changed, or holds an unfinished run, or there is no such
+                device.
         """
-        held, progress, identity = storage.read(Path(path), torch.device(device))
+        held, progress, identity = storage.read(Path(path), as_device("device", device))
         if not progress.complete:
             raise ValueError(
                 f"{path} holds an unfinished run (pass {progress.number + 1}, {progress.done} batches): "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, runtime_checkable
 
-from lora_kernels.ops._checks import check_choice
+from lora_kernels.ops._checks import check_choice, check_type, shown
 
 INPUT_SECOND = "input_second"
 OUTPUT_SECOND = "output_second"
@@ -62,14 +62,18 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
         found = METHOD_WANTS.get(wants, {wants: False})
     elif isinstance(wants, HasWants):
         found = wants.wants
+        check_type("wants.wants", found, Mapping, "a mapping")
     elif isinstance(wants, Mapping):
         found = wants
-    elif isinstance(wants, Iterable):
-        found = dict.fromkeys(wants, False)
+    elif isinstance(wants, (Sequence, Set, Iterator)):
+        names = list(wants)
+        for name in names:
+            check_choice("wants", name, STATISTICS)
+        found = dict.fromkeys(names, False)
     else:
         raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
     for name in found:
         check_choice("wants", name, STATISTICS)
     if not found:
-        raise ValueError(f"wants is {wants!r}, which needs no statistics of data: there is nothing to collect")
+        raise ValueError(f"wants is {shown(wants)}, which needs no statistics of data: there is nothing to collect")
     return {name: bool(found[name]) for name in STATISTICS if name in found}

@@ -135,6 +135,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
         The path of every layer, and why.
 
     Raises:
+        TypeError: if it is no model.
         ValueError: if the model has no LoRA layer, or with `strict`, naming the layers.
     """
     layers = lora_layers(model)
@@ -166,6 +167,9 @@ def restore(model: nn.Module) -> int:
 
     Returns:
         How many layers went back to PEFT's own class.
+
+    Raises:
+        TypeError: if it is no model.
     """
     Guard.stop(unwrap(model))
     count = 0
@@ -187,6 +191,9 @@ def groups(model: nn.Module) -> list[tuple[str, ...]]:
 
     Returns:
         The names of the layers of every group, in the order of their calls.
+
+    Raises:
+        TypeError: if it is no model.
     """
     return grouping.groups(lora_layers(model))
 

@@ -121,9 +121,13 @@ def verify(
         The errors by layer.
 
     Raises:
+        TypeError: if the model or a function is none.
         ValueError: if no layer is accelerated, or the loss reaches none.
     """
     model = unwrap(model)
+    for name, function in (("forward", forward), ("loss", loss)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {type(function).__name__}")
     every = lora_layers(model)
     skipped = {name: why for name, layer in every if (why := _skipped(layer)) is not None}
     layers = {name: layer for name, layer in every if name not in skipped}

@@ -192,7 +192,7 @@ def test_errors_name_the_argument():
         (dict(weight=torch.ones(5)), ValueError, r"weight has shape \(5,\), but must have shape \(4\)"),
         (dict(weight=torch.ones(4, dtype=torch.int32)), TypeError, "weight has dtype int32"),
         (dict(column_sum=torch.ones(2)), ValueError, "column_sum has shape"),
-        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of auto, triton, cpp, torch"),
+        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of .auto., .triton., .cpp., .torch."),
         (dict(x=x.double(), out=out.double(), backend="cpp"), RuntimeError, "cannot run on backend 'cpp'"),
     ]
     for change, kind, message in cases:

@@ -289,7 +289,7 @@ def test_errors_name_the_argument():
         (dict(x=torch.randn(5, 2)), ValueError, r"x has shape \(5, 2\), but must have shape \(4, \*\)"),
         (dict(weight=torch.ones(5)), ValueError, r"weight has shape \(5,\), but must have shape \(4\)"),
         (dict(fisher_weight=torch.ones(4, dtype=torch.int32)), TypeError, "fisher_weight has dtype int32"),
-        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of auto, triton, cpp, torch"),
+        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of .auto., .triton., .cpp., .torch."),
         (dict(**wide, backend="cpp"), RuntimeError, "cannot run on backend 'cpp'"),
     ]
     for change, kind, message in cases:

@@ -260,7 +260,7 @@ def test_errors_name_the_argument():
         (dict(exp_avg_sq=v[:5]), ValueError, r"exp_avg_sq has shape \(5, 8\), but must have shape \(6, 8\)"),
         (dict(exp_avg=m.mT.contiguous().mT), ValueError, "exp_avg has strides .*, but its rows must be contiguous"),
         (dict(exp_avg_sq=v[:1].expand(6, 8)), ValueError, "exp_avg_sq has strides .*, but its rows must be"),
-        (dict(exp_avg_sq=m), ValueError, "exp_avg and exp_avg_sq are the same tensor"),
+        (dict(exp_avg_sq=m), ValueError, "exp_avg and exp_avg_sq share memory"),
         (dict(a=a[:, :7]), ValueError, r"a has shape \(2, 7\), but must have shape \(\*, 8\)"),
         (dict(a=a[:0]), ValueError, r"a has shape \(0, 8\), but must have at least one row"),
         (dict(a=None), TypeError, "a must be a torch.Tensor, got NoneType"),

@@ -349,7 +349,7 @@ def test_errors_name_the_argument():
         (dict(seed=1.0), TypeError, "seed must be an int, got float"),
         (dict(stream=-1), ValueError, "stream is -1"),
         (dict(stream=2**32), ValueError, "stream is 4294967296"),
-        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of auto, triton, cpp, torch"),
+        (dict(backend="cuda"), ValueError, "backend is 'cuda', but must be one of .auto., .triton., .cpp., .torch."),
         (dict(**wide, backend="cpp"), RuntimeError, "sketch_ cannot run on backend 'cpp'"),
     ]
     for change, kind, message in cases:

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
 
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
@@ -171,6 +171,9 @@ def covariance_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(out, x, weight, column_sum)
+    check_written("out", out, x=x, weight=weight, column_sum=column_sum)
+    if column_sum is not None:
+        check_written("column_sum", column_sum, x=x, weight=weight)
     weight = None if weight is None else weight.detach()
     _covariance(out, x.detach(), weight, column_sum, dispatcher.choose(backend, out, x, weight, column_sum))
 
@@ -185,9 +188,11 @@ def symmetrize_(matrix: torch.Tensor) -> torch.Tensor:
         The same tensor.
 
     Raises:
-        ValueError: if it is not a square matrix.
+        TypeError: if it is no tensor of floats.
+        ValueError: if it is not a square matrix, or its elements share memory.
     """
     check_tensor("matrix", matrix, shape=(None, None))
+    check_written("matrix", matrix)
     if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}, but must be square")
     for low in range(0, matrix.shape[0], _GPU_BLOCK):

@@ -18,7 +18,7 @@ def covariance(
     Returns:
         The second moment `(n, n)`, both triangles, and the sum `(n,)`.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     if weight is None:
         return rows.mT @ rows, rows.sum(0)
     flat = weight.reshape(-1)

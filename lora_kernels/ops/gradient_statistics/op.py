@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_tensor
+from lora_kernels.ops._checks import FLOATS, check_tensor, check_written
 from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
 
 _WEIGHTS = (torch.bool, *FLOATS)
@@ -33,6 +33,8 @@ def _check(
     if gradient is not None and x is None:
         raise ValueError("x is None, but must be given with gradient")
     check_tensor("g", g)
+    if x is not None:
+        check_tensor("x", x)
     if g.dim() < 1:
         raise ValueError("g has shape (), but must be (..., m)")
     leading, height = g.shape[:-1], g.shape[-1]
@@ -293,6 +295,10 @@ def gradient_statistics_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(gradient, fisher, g, x, weight, fisher_weight)
+    inputs = {"g": g, "x": x, "weight": weight, "fisher_weight": fisher_weight}
+    for name, each, more in (("gradient", gradient, {"fisher": fisher}), ("fisher", fisher, {})):
+        if each is not None:
+            check_written(name, each, **inputs, **more)
     chosen = dispatcher.choose(backend, gradient, fisher, g, x)
-    inputs = (g.detach(), _detached(x), _detached(weight), _detached(fisher_weight))
-    _gradient_statistics(gradient, fisher, *inputs, chosen)
+    detached = (g.detach(), _detached(x), _detached(weight), _detached(fisher_weight))
+    _gradient_statistics(gradient, fisher, *detached, chosen)

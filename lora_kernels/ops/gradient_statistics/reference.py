@@ -26,7 +26,7 @@ def weight_gradient(
         `(m, n)`.
     """
     keep, factor = _counted(g, weight, dtype)
-    left, right = g.reshape(-1, g.shape[-1])[keep].to(dtype), x.reshape(-1, x.shape[-1])[keep].to(dtype)
+    left, right = (each.reshape(keep.numel(), each.shape[-1])[keep].to(dtype) for each in (g, x))
     return left.mT @ (right * factor)
 
 
@@ -44,7 +44,7 @@ def fisher_diagonal(
         `(m,)`.
     """
     keep, factor = _counted(g, weight, dtype)
-    return (g.reshape(-1, g.shape[-1])[keep].to(dtype).square() * factor).sum(0)
+    return (g.reshape(keep.numel(), g.shape[-1])[keep].to(dtype).square() * factor).sum(0)
 
 
 def fisher_scaled(

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops._backend import Dispatcher, Implementation, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_range, check_tensor
+from lora_kernels.ops._checks import FLOATS, check_range, check_tensor, check_written
 
 
 def _check(out: torch.Tensor, gradient: torch.Tensor | None, fisher: torch.Tensor) -> None:
@@ -110,6 +110,7 @@ def fisher_scaled(
     else:
         check_tensor("out", out, shape=tuple(gradient.shape), dtypes=(gradient.dtype,), device=gradient.device)
     _check(out, gradient, fisher)
+    check_written("out", out, gradient=None if out is gradient else gradient, fisher=fisher)
     chosen = scaling_dispatcher.choose(backend, out)
     # An operator that writes one of its arguments must not be given it a second time.
     source = None if out is gradient else gradient.detach()

@@ -75,6 +75,13 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def _resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """With its numbers in memory: kernels see addresses, not that a view negates, or stands for zeros."""
+    if tensor is None or not (tensor.is_neg() or torch._is_zerotensor(tensor)):
+        return tensor
+    return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
+
+
 def _in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
@@ -117,7 +124,7 @@ def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Ten
     if used:
         if t is not None and len(used) < len(results):
             t = torch.cat([t[:, each] for each in columns], 1)
-        gs = [each for each in grads if each is not None]
+        gs = [each for each in map(_resolved, grads) if each is not None]
         run = _passes.backward if _is_plain(gs[0]) and not _in_transform() else _registered.backward
         dx, found = run(gs, x, t, members, ctx.needs_input_grad[0], wanted, ctx.plan.backend)
         for i, made, g in zip(used, found, gs, strict=True):
@@ -189,7 +196,8 @@ def run(
                 )[0]
             )
         return tuple(outputs)
-    plan, flat = _Plan(tuple(numbers), backend), [each for own in tensors for each in own]
+    plan, flat = _Plan(tuple(numbers), backend), [_resolved(each) for own in tensors for each in own]
+    x = _resolved(x)  # type: ignore[assignment]
     if not _in_transform():
         found: tuple[torch.Tensor, ...] = _Layers.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
         return found

@@ -107,7 +107,7 @@ class Gradients:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1, tensor.shape[-1])
+    flat = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # not -1: there may be no features
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops._backend import Dispatcher
-from lora_kernels.ops._checks import check_number, check_tensor
+from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, shown
 from lora_kernels.ops._dropout import Dropout, lowered
 from lora_kernels.ops.lora_linear import _function
 from lora_kernels.ops.lora_linear._function import Numbers
@@ -76,10 +76,10 @@ def _lowered(
     outputs = None if weight is None else weight.shape[0]
     a0, b0, extra_scaling = _check_factors(x, member.a, member.b, member.scaling, member.extra, outputs)
     if weight is not None:
-        allowed = {} if cast is not None else {"dtypes": (x.dtype,)}
-        check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, **allowed)
+        dtypes = FLOATS if cast is not None else (x.dtype,)
+        check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, dtypes=dtypes)
         if first is not None:
-            check_tensor(start, first, shape=(outputs,), device=x.device, **allowed)
+            check_tensor(start, first, shape=(outputs,), device=x.device, dtypes=dtypes)
     else:
         if first is None:
             raise ValueError(f"{start} must be the base layer's result (..., m) where weight is None")
@@ -217,6 +217,8 @@ def lora_linear_group(
         ValueError: on a wrong shape, device or number, or if there is no layer.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    if not isinstance(members, Sequence) or not all(isinstance(each, LoraMember) for each in members):
+        raise TypeError(f"members must be a sequence of LoraMember, got {type(members).__name__} {shown(members)}")
     if not members:
         raise ValueError("members must hold at least one layer")
     return _run(x, members, backend, linear_dispatcher, "start")

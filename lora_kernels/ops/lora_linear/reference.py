@@ -34,7 +34,7 @@ def lora_linear(
     Returns:
         `(..., m)`.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = scaling * (dropped(rows, dropout) @ a.mT @ b.mT)
     if weight is not None:
         y = y + rows @ weight.mT

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels._version import __version__
+from lora_kernels.ops._files import read_json
 from lora_kernels.ops.lora_linear.config import CONFIGS
 
 FORMAT = 1
@@ -161,7 +162,7 @@ def read(path: Path) -> list[Record]:
         ValueError: if it cannot be read or is malformed; the message names the file and the reason.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("records"), list):
             raise ValueError('no {"format": ..., "records": [...]}')
         if content.get("format") != FORMAT:

@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import check_number, check_range, check_tensor
+from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_written, shown
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
@@ -249,11 +249,12 @@ def lora_pro_adam_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(exp_avg, exp_avg_sq, a, b, grad_a, grad_b)
-    if exp_avg is exp_avg_sq:
-        raise ValueError("exp_avg and exp_avg_sq are the same tensor, but must be two")
+    factors = {"a": a, "b": b, "grad_a": grad_a, "grad_b": grad_b}
+    check_written("exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, **factors)
+    check_written("exp_avg_sq", exp_avg_sq, **factors)
     check_number("scaling", scaling)
-    if len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}, but must be two numbers")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas is {shown(betas)}, but must be two numbers")
     for index, beta in enumerate(betas):
         check_range(f"betas[{index}]", beta, low=0)
         if beta >= 1:

@@ -164,11 +164,20 @@ def _run(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not _householder_is_faster(y):
         return _cholesky(y)
     q, r = reference.householder(y)
-    finite = torch.isfinite(r.sum((-2, -1)))
+    # Q too: LAPACK loses a NaN at the head of the last column, and R is finite.
+    finite = torch.isfinite(r.sum((-2, -1))) & torch.isfinite(q.sum((-2, -1)))
     if not bool(finite.all()):
         finite = torch.isfinite(y).all(-1).all(-1)  # else the sum alone overflows
         if not bool(finite.all()):
             raise ValueError(f"matrix {int((~finite).nonzero()[0])} of y holds NaN or infinite entries")
+        # Lengths of columns overflow: Q does not depend on their scale, and what R cannot hold is infinite.
+        index = (
+            (~(torch.isfinite(q) & torch.isfinite(r.sum(-2, keepdim=True))).flatten(-2).all(-1)).nonzero().squeeze(-1)
+        )
+        scale = y[index].abs().amax(-2, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1.0)
+        q[index], r[index] = reference.householder(y[index] / scale)
+        r[index] = (r[index] * scale).triu()
     return q, r
 
 

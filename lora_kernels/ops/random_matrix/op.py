@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_choice, check_range
+from lora_kernels.ops._checks import FLOATS, as_device, check_choice, check_range, shown
 from lora_kernels.ops.random_matrix import reference
 from lora_kernels.ops.random_matrix.reference import KINDS
 
@@ -31,9 +31,9 @@ def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
         ValueError: if one is out of range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__} {seed!r}")
+        raise TypeError(f"seed must be an int, got {type(seed).__name__} {shown(seed)}")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}, but must be a 64-bit integer")
+        raise ValueError(f"seed is {shown(seed)}, but must be a 64-bit integer")
     check_range("stream", stream, low=0, high=2**32 - 1, integer=True)
     check_range("step", step, low=0, high=2**32 - 1, integer=True)
     return seed - 2**64 if seed >= 2**63 else seed
@@ -169,9 +169,9 @@ def random_matrix(
     check_range("columns", columns, low=0, high=2**31 - 1, integer=True)
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream, step)
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype is {dtype}, but must be one of float16, bfloat16, float32, float64")
-    where = torch.device(device)
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise TypeError(f"dtype is {shown(dtype)}, but must be one of float16, bfloat16, float32, float64")
+    where = as_device("device", device)
     chosen = dispatcher.choose(backend, where, dtype)
     made: torch.Tensor = _random_matrix(rows, columns, kind, key, stream, step, dtype, where, chosen)
     return made

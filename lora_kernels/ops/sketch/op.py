@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor, check_written
 from lora_kernels.ops._rows import CPP_DTYPES, pack_rows, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
@@ -256,6 +256,9 @@ def sketch_(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check(out, left, right, weight, column_sum)
+    check_written("out", out, left=left, right=right, weight=weight, column_sum=column_sum)
+    if column_sum is not None:
+        check_written("column_sum", column_sum, left=left, right=right, weight=weight)
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream)
     chosen = dispatcher.choose(backend, left)

@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import check_number, check_tensor
+from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops.skinny import _launch
 
@@ -266,8 +266,7 @@ def expand(
     if bias is not None:
         raise ValueError("bias cannot be given together with out, which is added to")
     check_tensor("out", out, shape=(t.shape[0], b.shape[1]), dtypes=(t.dtype,), device=t.device)
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out requires a gradient, which an addition in place would spoil")
+    check_written("out", out, t=t, b=b)
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
     _expand_(out, t.detach(), b.detach(), *drop, chosen)

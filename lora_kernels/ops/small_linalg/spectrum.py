@@ -62,9 +62,8 @@ def _roots(a: torch.Tensor, b: torch.Tensor, backend: str) -> tuple[torch.Tensor
     """
     if a.dtype == torch.float32:
         return _gram_root(a, backend), _gram_root(b.mT, backend)
-    left, right = _triangle(a.mT), _triangle(b)
-    _launch.raise_first(_launch.not_finite(left, right))
-    return left, right
+    _launch.raise_first(_launch.not_finite(a, b))  # not their triangles: LAPACK can lose a NaN on the way
+    return _triangle(a.mT), _triangle(b)
 
 
 def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

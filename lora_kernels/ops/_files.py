@@ -1,0 +1,47 @@
+"""Reading of JSON that others may have written, changed or cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Args:
+        text: the text.
+        where: the place it is from, for the message.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: if it is none; the message names the place and the reason.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError(f"{where} cannot be read: its JSON is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: if it cannot be read or is no JSON; the message names the file and the reason.
+    """
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    return parse_json(text, file)
