@@ -334,7 +334,7 @@ def quality(record: dict[str, Any], name: str) -> list[str]:
         f"{data['test']} test texts; "
         f"{record['model']['name']}, rank {protocol['rank']}, {protocol['evaluate_at'][-1]} steps of "
         f"{protocol['batch_size']}, {seeds} seed{'s' if seeds > 1 else ''}. Every arm has the rate that was best for "
-        f"it on other texts and another seed (the head's is {record['head']['rate']:g} in all"
+        f"it on other texts and other seeds (the head's is {record['head']['rate']:g} in all"
         f"{', the largest that was tried' if record['head']['at_edge'] else ''}). Test loss and accuracy after so many "
         "steps, means over seeds:",
         "",
@@ -394,7 +394,7 @@ def block() -> str:
     parts += [
         "",
         "Does it help? MiniLM-L6 on labelled texts, every arm at the learning rate that was best for it on other texts "
-        "and another seed, against random LoRA at its own best, three seeds, 95 % intervals:",
+        "and other seeds, against random LoRA at its own best, three seeds, 95 % intervals:",
         "",
         *(_in_short(record) for record in _studies().values()),
         "",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.demo_rates import choose
@@ -106,26 +107,33 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
     }
     partial = Partial(resume, {**common, "versions": versions()})
 
-    def tuning_job(arm: str, rate: float, head: float) -> Job:
-        return Job("tune", arm, protocol.tuning_seed, rate, head)
+    def tuning_jobs(arm: str, rate: float, head: float) -> list[Job]:
+        return [Job("tune", arm, seed, rate, head) for seed in protocol.tuning_seeds]
+
+    def mean_loss(jobs: Sequence[Job]) -> float | None:
+        losses = [partial.runs[job]["final_loss"] for job in jobs]
+        return None if None in losses else fmean(losses)
 
     with Crew(setup, workers, partial) as crew:
 
         def of_heads(wanted: list[tuple[str, float]]) -> Losses:
-            jobs = [tuning_job(BASELINE, rate, head) for _, head in wanted for rate in protocol.head_study_rates]
-            crew.do(jobs)
             found: Losses = {}
-            for name, head in wanted:
-                ends = [partial.runs[job]["final_loss"] for job in jobs if job.head_rate == head]
-                found[name, head] = min((end for end in ends if end is not None), default=None)
+            tried = {
+                each: [tuning_jobs(BASELINE, rate, each[1]) for rate in protocol.head_study_rates] for each in wanted
+            }
+            crew.do([job for each in tried.values() for jobs in each for job in jobs])
+            for each, by_rate in tried.items():
+                ends = [mean_loss(jobs) for jobs in by_rate]
+                found[each] = min((end for end in ends if end is not None), default=None)
             return found
 
         head = tune({"head": protocol.head_rates}, protocol.extensions, of_heads)["head"]
         CONSOLE.print(f"head: {head}", highlight=False)
 
         def of_arms(wanted: list[tuple[str, float]]) -> Losses:
-            entries = crew.do([tuning_job(arm, rate, head["rate"]) for arm, rate in wanted])
-            return {each: entry["final_loss"] for each, entry in zip(wanted, entries, strict=True)}
+            tried = {each: tuning_jobs(*each, head["rate"]) for each in wanted}
+            crew.do([job for jobs in tried.values() for job in jobs])
+            return {each: mean_loss(jobs) for each, jobs in tried.items()}
 
         grids = {name: arm.rates or protocol.rates for name, arm in setup.arms.items()}
         tuning = tune(grids, protocol.extensions, of_arms)
@@ -136,7 +144,7 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
         crew.do(final)
     tuned = sorted(
         (job for job in partial.runs if job.part == "tune"),
-        key=lambda job: (list(setup.arms).index(job.arm), job.head_rate, job.rate),
+        key=lambda job: (list(setup.arms).index(job.arm), job.head_rate, job.rate, job.seed),
     )
     record = {
         **common,
