@@ -4,7 +4,7 @@ import json
 import pytest
 
 pytest.importorskip("peft")
-from benchmarks import readme
+from benchmarks import sections
 from benchmarks.quality import report as quality_report
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.crew import Crew, Partial, Worker
@@ -52,7 +52,7 @@ def test_the_study_from_end_to_end(finished):
     assert (finished / "quality_colours_quick.png").stat().st_size > 20_000
     # The run that tried the head is one of random LoRA's.
     assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in ARMS)
-    text = "\n".join(readme.quality(record, "quality_colours"))
+    text = "\n".join(sections.study(record, "quality_colours"))
     assert text.count("\n| ") == len(ARMS) + 2 and "one seed: no verdict" in text
 
 
@@ -209,5 +209,5 @@ def test_arms_need_something_to_be_compared_with(tmp_path):
 
 
 def test_the_readme_has_no_section_without_a_record(monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme._quality() == []
+    monkeypatch.setattr(sections, "RESULTS", tmp_path)
+    assert sections.quality() == []
