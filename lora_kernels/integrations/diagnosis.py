@@ -12,7 +12,6 @@ from torch import nn
 
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.base_rows import row_blocks
-from lora_kernels.integrations.entry import read_options
 from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
@@ -31,13 +30,14 @@ from lora_kernels.landscape import (
     overlap,
     weight_norms,
 )
-from lora_kernels.ops._checks import check_range
+from lora_kernels.ops._checks import check_range, check_type
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.distributed import unwrap, world_size
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import loss_items, model_loss
 from lora_kernels.statistics.modes import is_sharded, observation_mode
+from lora_kernels.statistics.options import read_options
 from lora_kernels.statistics.wants import GRADIENT
 from lora_kernels.training.base_weight import offset_name
 
@@ -186,6 +186,8 @@ def diagnose(
         ValueError: on bad arguments or data, an adapter that is not active where data is given, or factors on the meta
             device.
     """
+    check_type("thresholds", thresholds, (Thresholds, type(None)), "Thresholds or None")
+    check_type("weights", weights, bool, "true or false")
     limits = thresholds or Thresholds()
     if weight_decay is not None:
         check_range("weight_decay", weight_decay, low=0.0)

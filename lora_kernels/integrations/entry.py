@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
 from lora_kernels.integrations.report import InitReport
 from lora_kernels.ops._checks import check_choice, check_range, check_type
 from lora_kernels.statistics import (
-    CollectOptions,
     Plan,
     Rates,
     Statistics,
@@ -33,27 +32,9 @@ from lora_kernels.statistics.cost import Footprint
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.estimate import estimate
 from lora_kernels.statistics.modes import observation_mode
-from lora_kernels.statistics.options import Forward
+from lora_kernels.statistics.options import Forward, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
-
-
-def read_options(options: Mapping[str, Any]) -> CollectOptions:
-    """The options of a collection, given as keywords.
-
-    Args:
-        options: by name.
-
-    Returns:
-        The options.
-
-    Raises:
-        TypeError: if a name is unknown.
-    """
-    unknown = sorted(set(options) - {each.name for each in fields(CollectOptions)})
-    if unknown:
-        raise TypeError(f"unknown option {', '.join(unknown)}; see statistics.CollectOptions for those there are")
-    return CollectOptions(**options)
 
 
 def _targets(

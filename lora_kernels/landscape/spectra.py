@@ -52,7 +52,7 @@ class Adapter:
             TypeError: if a factor is no tensor of floats.
             ValueError: if the factors do not fit together.
         """
-        check_number("scaling", self.scaling)
+        check_type("scaling", self.scaling, (int, float), "a number")
         if self.start is not None and (not isinstance(self.start, (tuple, list)) or len(self.start) != 2):
             raise TypeError(f"start must be None or two factors, got {type(self.start).__name__} {shown(self.start)}")
         for a, b in ((self.a, self.b), *((self.start,) if self.start is not None else ())):
@@ -63,7 +63,7 @@ class Adapter:
                     f"layer {self.name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
                     "but must have A (r, n) and B (m, r)"
                 )
-        if not math.isfinite(self.scaling):
+        if not abs(self.scaling) < 2**1023:
             raise ValueError(f"layer {self.name} has scaling {self.scaling!r}, but must be finite")
 
 

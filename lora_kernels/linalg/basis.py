@@ -38,7 +38,9 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
         TypeError: if the weight is no tensor of floats.
         ValueError: if it is no matrix or holds NaN or infinite entries, or the file in the cache is of another weight.
     """
-    check_tensor("weight", weight, shape=(None, None), numbers=True)
+    check_tensor("weight", weight, numbers=True)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but must be a matrix")
     weight = weight.detach()
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight holds NaN or infinite entries")

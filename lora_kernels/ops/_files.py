@@ -28,11 +28,12 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, what: str | None = None) -> Any:
     """The value in a JSON file.
 
     Args:
         file: the file.
+        what: what the message calls it; its path by default.
 
     Returns:
         The value.
@@ -43,5 +44,5 @@ def read_json(file: Path) -> Any:
     try:
         text = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
-    return parse_json(text, file)
+        raise ValueError(f"{what or file} cannot be read: {error.strerror or error}") from error
+    return parse_json(text, what or file)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,21 @@ class CollectOptions:
         keys: tuple[str, ...] = ("mask", "forward", "loss", "reduction", "weighting", "max_batches", "max_tokens")
         keys += ("share_inputs", "nonfinite", "sketch_size", "seed")
         return {**{key: named(getattr(self, key)) for key in keys}, "dtype": str(self.dtype)}
+
+
+def read_options(options: Mapping[str, Any]) -> CollectOptions:
+    """The options of a collection, given as keywords.
+
+    Args:
+        options: by name.
+
+    Returns:
+        The options.
+
+    Raises:
+        TypeError: if a name is unknown.
+    """
+    unknown = sorted(set(options) - {each.name for each in fields(CollectOptions)})
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; see statistics.CollectOptions for those there are")
+    return CollectOptions(**options)

@@ -56,7 +56,9 @@ case(lk.collect, model=Small, loader=loaders(), wants=st.sampled_from((None, "ev
      adapter_name="default", progress=False, max_batches=None, mask=None, loss=None, seed=0,
      corrupt=("model", "wants", "targets", "adapter_name", "max_batches", "seed"))  # fmt: skip
 case(lk.plan, model=adapted, wants="eva", batch=None, targets=None, world_size=None, budget=None, form="auto",
-     sketch_size=8, dtype=torch.float32, adapter_name="default")  # fmt: skip
+     sketch_size=8, dtype=torch.float32, adapter_name="default",
+     corrupt=("model", "wants", "targets", "world_size", "budget", "form", "sketch_size", "dtype", "adapter_name"),
+)  # fmt: skip
 case(lk.initialize, model=adapted, loader=loaders(), method=st.sampled_from(("eva", "lora_ga", "pissa")),
      statistics=None, adapter_name="default", base="intact", ranks=None, learning_rate=None,
      unreached="warn", progress=False,

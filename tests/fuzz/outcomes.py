@@ -65,7 +65,7 @@ MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed|i
 
 
 def _ours(error):
-    """Whether a `raise` of this package made the error, not what happened to fail (but for want of memory)."""
+    """Whether a `raise` of this package made the error, not what happened to fail (memory apart)."""
     if isinstance(error, RuntimeError) and MEMORY.search(str(error)):
         return True
     frames = traceback.extract_tb(error.__traceback__)

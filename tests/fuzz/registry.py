@@ -1,7 +1,9 @@
 """Which functions are fuzzed, and how: one `Case` per public function."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +79,13 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+
+
+def load():
+    """All cases, of all modules `cases_*` beside this one."""
+    for file in sorted(Path(__file__).parent.glob("cases_*.py")):
+        importlib.import_module(file.stem)
+    return CASES
 
 
 def add(case):

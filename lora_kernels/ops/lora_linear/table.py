@@ -161,15 +161,16 @@ def read(path: Path) -> list[Record]:
     Raises:
         ValueError: if it cannot be read or is malformed; the message names the file and the reason.
     """
+    name = f"the table of measured forms {str(path)!r}"
+    content = read_json(path, name)
     try:
-        content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("records"), list):
             raise ValueError('no {"format": ..., "records": [...]}')
         if content.get("format") != FORMAT:
             raise ValueError(f"format is {content.get('format')!r}, but this version reads {FORMAT}")
         return [_record(number, entry) for number, entry in enumerate(content["records"])]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the table of measured forms {str(path)!r} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def write(path: Path, records: Iterable[Record], note: str) -> None:
