@@ -20,9 +20,9 @@ Protocol:
 - The head is a fresh classifier and needs a rate of its own: methods that start away from zero want small rates for the
   adapter, at which a head hardly learns. It is the same for all arms, and chosen on random LoRA (the best of a few
   adapter rates for every head rate). If this favours an arm, it is random LoRA.
-- Rates are chosen with seeds that are not used again (one; two for the demo's task), on a part of the training texts
-  that no run trains on; the test texts play no part in it. The final runs on FOLDER train on the same texts as those
-  of the choice.
+- Rates are chosen with one seed that is not used again, on a part of the training texts that no run trains on; the test
+  texts play no part in it. The final runs on FOLDER train on the same texts as those of the choice. One seed does not
+  settle a rate where two are nearly as good: `Protocol.tuning_seeds` takes more.
 - Of equal training texts one is kept, and training texts that are also test texts are left out. Texts are cut to
   `max_tokens`; the record says how many were.
 - Arms are compared with random LoRA, paired by seed: the demo's rule, a 95 % t interval of the mean difference.
