@@ -54,6 +54,7 @@ def block() -> str:
         "",
         *(_in_short(record) for record in sections.studies().values()),
         "",
+        *(sections.caution() if "quality_docstrings" in sections.studies() else ()),
         "Their authors report gains on larger models and longer runs; `python -m benchmarks.quality --data FOLDER` "
         "asks the question of your own texts. All tables, curves and figures: [docs/results.md](docs/results.md).",
     ]

@@ -18,6 +18,7 @@ _CASES = {
 
 
 def record_of(name: str) -> dict[str, Any]:
+    """A committed record by its file's stem."""
     record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return record
 
@@ -365,7 +366,7 @@ def studies() -> dict[str, dict[str, Any]]:
     return {file.stem: record_of(file.stem) for file in sorted(RESULTS.glob("quality_*.json"))}
 
 
-def _caveat() -> list[str]:
+def caution() -> list[str]:
     """The demo's own random LoRA beside the study's on the same task: what a rate chosen by one seed is worth."""
     demo, record = record_of("demo"), record_of("quality_docstrings")
     theirs, ours = demo["summary"]["random"], record["summary"]["random"]
@@ -373,7 +374,8 @@ def _caveat() -> list[str]:
         (each["loss"][-1]["mean"], name) for name, each in record["summary"].items() if name != quality_report.BASELINE
     )
     return [
-        f"A caution on the docstrings: one seed chose these rates. For random LoRA it chose {record['tuning']['random']['rate']:g} and "
+        "A caution on the docstrings: one seed chose these rates. For random LoRA it chose "
+        f"{record['tuning']['random']['rate']:g} and "
         f"ends at a loss of {ours['loss'][-1]['mean']:.3f}; the demo, whose rate "
         f"{demo['learning_rates']['random']['rate']:g} was chosen by two seeds, ends at "
         f"{theirs['loss_mean'][-1]:.3f} on the same texts. Against that, what is left of the lead of "
@@ -385,4 +387,4 @@ def _caveat() -> list[str]:
 def quality() -> list[str]:
     """Every study of quality."""
     lines = [line for name, record in studies().items() for line in (*study(record, name), "")]
-    return lines + (_caveat() if "quality_docstrings" in studies() else [])
+    return lines + (caution() if "quality_docstrings" in studies() else [])
