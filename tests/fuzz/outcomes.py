@@ -61,13 +61,12 @@ def describe(arguments):
     return ", ".join(f"{name}={_show(value)}" for name, value in arguments.items())
 
 
+# Torch says by itself that memory does not suffice.
 MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed|integer multiplication overflow")
 
 
 def _ours(error):
     """Whether a `raise` of this package made the error, not what happened to fail (memory apart)."""
-    if isinstance(error, RuntimeError) and MEMORY.search(str(error)):
-        return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     return PACKAGE in Path(last.filename).parents and (last.line or "").lstrip().startswith("raise")
@@ -89,6 +88,8 @@ def outcome(function, arguments, *, documentation=None):
             warnings.simplefilter("ignore")
             return True, function(**arguments)
     except Exception as error:
+        if isinstance(error, RuntimeError) and MEMORY.search(str(error)):
+            return False, error
         kinds = {each.__name__ for each in type(error).__mro__}
         what = f"{name}({describe(arguments)})\n{type(error).__name__}: {error}"
         if not kinds & allowed:

@@ -98,6 +98,16 @@ def test_statistics_with_edited_bytes_are_refused(statistics, tmp_path):
     run()
 
 
+def test_no_bit_of_the_sums_can_be_changed(statistics, tmp_path):
+    whole = statistics.read_bytes()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    file = tmp_path / "changed.safetensors"
+    for place in range(start, len(whole), 7):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        worked, error = outcome(lk.Statistics.load, {"path": file})
+        assert not worked and "digest" in str(error)
+
+
 @pytest.mark.parametrize("what", ["format", "document", "missing", "kind", "dtype", "settings", "layers", "targets"])
 def test_statistics_whose_digest_is_right_and_whose_content_is_not(statistics, tmp_path, what):
     from lora_kernels.statistics import storage
