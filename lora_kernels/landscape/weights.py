@@ -60,7 +60,10 @@ def _checked(blocks: object, shape: object, device: object) -> torch.device:
         raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {shown(shape)}")
     for size in shape:
         check_range("shape", size, low=1, integer=True)
-    return as_device("device", device)
+    found = as_device("device", device)
+    if found.type == "meta":
+        raise ValueError(f"device is {found}, but the blocks must hold numbers")
+    return found
 
 
 def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> WeightNorms:

@@ -114,7 +114,7 @@ def spectral_norm(
     """
     check_range("rounds", rounds, low=0, integer=True)
     check_key(seed, stream)
-    check_range("power", power, low=0, integer=True)
+    check_range("power", power, low=0, high=1000, integer=True)
     check_range("probes", probes, low=1, integer=True)
     if not isinstance(a, LinearOperator):
         check_tensor("a", a, numbers=True)

@@ -53,7 +53,9 @@ def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
 
 def _first_tensor(batch: Any) -> torch.Tensor | None:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
-    return next((each for each in values if isinstance(each, torch.Tensor) and each.dim() > 0), None)
+    return next(
+        (each for each in values if isinstance(each, torch.Tensor) and not each.is_nested and each.dim() > 0), None
+    )
 
 
 def batch_size(batch: Any) -> int:

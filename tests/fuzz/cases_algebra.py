@@ -185,8 +185,9 @@ def _weight_rows(draw):
     return {"blocks": lambda: iter(weight.detach().split(2)), "shape": tuple(weight.shape), "device": "cpu"}
 
 
-add(Case(landscape.weight_norms, _weight_rows()))
-add(Case(landscape.leading_directions, _weight_rows().map(lambda each: {**each, "count": 2})))
+add(Case(landscape.weight_norms, _weight_rows(), corrupt=("device",)))
+add(Case(landscape.leading_directions, _weight_rows().map(lambda each: {**each, "count": 2}),
+         corrupt=("device", "count")))  # fmt: skip
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """How to call skinny products, LoRA layers and LoRA-Pro's step, and what their answers must be."""
 
+import math
+
 import torch
 from cases_ops import SANE, dropouts, finite, leading, magnitude, scales, seeds
 from hostile import FLOATS, QUIET, SIZES, sizes, tensors, writable
@@ -36,7 +38,7 @@ def _shrink(draw):
 
 
 def _is_shrunk(before, _after, result):
-    if before["scale"] == 0 and not finite(before["x"], before["a"]):
+    if before["scale"] in (0, math.inf, -math.inf) and not finite(before["x"], before["a"]):
         return  # zero or NaN: both will do
     truth = skinny.shrink(before["x"], before["a"], before["scale"], before["dropout"])
     scale = (abs(before["scale"]) + 1) * (dropped_scale(before["x"], before["dropout"]) @ magnitude(before["a"]).mT)
@@ -144,7 +146,7 @@ def layer_truth(x, weight, start, a, b, scaling, dropout, extra):
 
 
 def _is_layer(before, _after, result):
-    if before["scaling"] == 0 and not finite(before["x"]):
+    if not math.isfinite(before["scaling"]) or before["scaling"] == 0 and not finite(before["x"]):
         return  # zero or NaN: both will do
     start = before.get("bias", before.get("y"))
     numbers = (before["scaling"], before["dropout"], before["extra"])

@@ -64,6 +64,7 @@ class Case:
             assert worked or refused or named, f"{self.label}({describe(arguments)}) was refused: {result!r}"
             assert not (worked and refused), f"{self.label}({describe(arguments)}) should have been refused"
         if worked and usable and self.check is not None:
+            before |= {name: float(before[name]) for name in FACTORS & set(before) if type(before[name]) is int}
             try:
                 self.check(before, arguments, result)
             except AssertionError as error:
@@ -78,6 +79,7 @@ class Case:
             pass
 
 
+FACTORS = {"scale", "scaling", "damping", "power"}  # which ops take as floats, whatever they are
 CASES: dict[str, Case] = {}
 
 

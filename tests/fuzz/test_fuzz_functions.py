@@ -243,3 +243,11 @@ def test_numbers_beyond_floats(number):
     assert outcome(ops.shrink, {"x": x, "a": a, "scale": number})[0] == (number == 2**64)
     assert not outcome(ops.random_matrix, {"rows": number, "columns": 1, "seed": 0})[0]
     assert not outcome(ops.random_matrix, {"rows": 1, "columns": 1, "seed": number})[0]
+
+
+def test_a_frozen_pair_of_float32_in_a_float64_layer():
+    x, w, a, b = (torch.randn(size, dtype=torch.float64) for size in ((5, 4), (3, 4), (2, 4), (3, 2)))
+    a0, b0 = torch.randn(2, 4), torch.randn(3, 2)
+    found = ops.lora_linear(x, w, None, a, b, scaling=0.7, extra=(a0, b0, -0.3))
+    truth = x @ (w + 0.7 * b @ a - 0.3 * b0.double() @ a0.double()).mT
+    torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-13)

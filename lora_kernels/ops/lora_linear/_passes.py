@@ -120,10 +120,11 @@ def _side_by_side(
     starts from.
     """
     scale = next((each for _, each in parts if each != 0), 1.0)
+    wide = torch.promote_types(dtype, torch.float32)  # a ratio of float32 factors is float64 in a float64 layer
     scaled = [
         factor.to(dtype)
         if each == scale
-        else (factor.to(torch.promote_types(factor.dtype, torch.float32)) * (each / scale)).to(dtype)
+        else (factor.to(torch.promote_types(factor.dtype, wide)) * (each / scale)).to(dtype)
         for factor, each in parts
     ]
     return _joined(scaled, dim), scale
