@@ -15,8 +15,8 @@ def test_no_figure_is_older_than_its_record():
     assert json.loads((figures.FOLDER / figures.INDEX).read_text()) == figures.digests(), "run make figures"
 
 
-def test_the_readme_shows_every_figure_and_none_that_is_missing():
-    shown = set(re.findall(r"\(docs/figures/(\w+)\.svg\)", (ROOT / "README.md").read_text()))
+def test_the_results_show_every_figure_and_none_that_is_missing():
+    shown = set(re.findall(r"\(figures/(\w+)\.svg\)", (ROOT / "docs" / "results.md").read_text()))
     assert shown == set(figures.sources()) == {file.stem for file in figures.FOLDER.glob("*.svg")}
 
 

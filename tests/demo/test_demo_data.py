@@ -161,7 +161,7 @@ def test_equal_texts_are_used_once(tmp_path):
         ),
         ("a.jsonl", '{"text": 3, "label": 1}\n', r"a\.jsonl:1: 'text' was 3, must be a text"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl:1: 'label' was 0\.5, must be a string or an integer"),
-        ("a.jsonl", '{"text": "a", \n', r"a\.jsonl:1 must be one JSON object"),
+        ("a.jsonl", '{"text": "a", \n', r"a\.jsonl:1 cannot be read: .*must be one JSON object"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1 was a list, must be a JSON object"),
         ("a.txt", "text,label\n", r"must end in \.csv or \.jsonl"),
     ],
