@@ -28,14 +28,14 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def two_processes_ran(request, tmp_path_factory):
-    """Folder of folders: what two processes have left of each module that a collected test file names as `RANKS`.
+    """Folder of folders: what two processes have left of each module that a collected test file names as `RUN_BY_TWO`.
 
     One launch for all: most of its time goes into starting the processes.
     """
     from tests.torchrun import two_processes  # noqa: PLC0415
 
     files = {getattr(item, "module", None) for item in request.session.items}
-    modules = sorted({file.RANKS for file in files if hasattr(file, "RANKS")})
+    modules = sorted({file.RUN_BY_TWO for file in files if hasattr(file, "RUN_BY_TWO")})
     out = tmp_path_factory.mktemp("ranks")
     two_processes("tests.torchrun", out, *modules)
     return out

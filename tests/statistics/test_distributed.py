@@ -7,12 +7,12 @@ from tests.conftest import relative_error
 from tests.statistics.models import samples, tiny_llama
 from tests.statistics.ranks import peft_model, shares
 
-RANKS = "tests.statistics.ranks"
+RUN_BY_TWO = "tests.statistics.ranks"
 
 
 @pytest.fixture(scope="module")
 def results(two_processes_ran):
-    return two_processes_ran / RANKS
+    return two_processes_ran / RUN_BY_TWO
 
 
 @pytest.mark.parametrize(

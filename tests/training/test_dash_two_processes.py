@@ -6,12 +6,12 @@ from tests.conftest import relative_error
 from tests.training.dash_models import wrapped
 from tests.training.dash_ranks import SWITCH, adapter, batch, train
 
-RANKS = "tests.training.dash_ranks"
+RUN_BY_TWO = "tests.training.dash_ranks"
 
 
 @pytest.fixture(scope="module")
 def trained(two_processes_ran):
-    return torch.load(two_processes_ran / RANKS / "adapters.pt")
+    return torch.load(two_processes_ran / RUN_BY_TWO / "adapters.pt")
 
 
 @pytest.mark.parametrize("name", ["eager", "accelerated", "compiled_graph", "fsdp"])

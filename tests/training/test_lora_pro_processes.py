@@ -5,12 +5,12 @@ from tests.conftest import relative_error
 from tests.training.lora_pro_ranks import MODES, few_rows, model_and_optimizer, moments, train
 from tests.training.ranks import adapter, batch
 
-RANKS = "tests.training.lora_pro_ranks"
+RUN_BY_TWO = "tests.training.lora_pro_ranks"
 
 
 @pytest.fixture(scope="module")
 def found(two_processes_ran):
-    return torch.load(two_processes_ran / RANKS / "lora_pro.pt")
+    return torch.load(two_processes_ran / RUN_BY_TWO / "lora_pro.pt")
 
 
 def alone(name):

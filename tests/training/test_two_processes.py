@@ -5,12 +5,12 @@ from tests.conftest import relative_error
 from tests.training.ranks import ALL, STEPS, adapter, batch, train
 from tests.training.test_accelerate import wrapped
 
-RANKS = "tests.training.ranks"
+RUN_BY_TWO = "tests.training.ranks"
 
 
 @pytest.fixture(scope="module")
 def trained(two_processes_ran):
-    return torch.load(two_processes_ran / RANKS / "adapters.pt")
+    return torch.load(two_processes_ran / RUN_BY_TWO / "adapters.pt")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp_before", "fsdp_after"])
