@@ -99,6 +99,10 @@ def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None)
         return
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which writing in place would spoil")
+    if value.is_neg():
+        raise ValueError(
+            f"{name} is a view that negates, into which nothing can be written: resolve_neg() makes a copy"
+        )
     extent = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride < extent:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.ops._checks import check_choice
 from lora_kernels.statistics.feed import without_peft
 from lora_kernels.statistics.masks import IGNORED_LABEL
 
@@ -80,8 +81,11 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
         `(samples,)` float64. For `sum`: ones.
 
     Raises:
-        ValueError: if labels are needed and missing, or a function's counts have another shape.
+        ValueError: if the reduction is unknown, labels are needed and missing, or a function's counts have another
+            shape.
     """
+    if not callable(reduction):
+        check_choice("reduction", reduction, REDUCTIONS)
     first = _first_tensor(batch)
     if first is None:
         raise ValueError("batch holds no tensor: its loss cannot be told from its samples' losses")

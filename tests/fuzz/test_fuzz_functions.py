@@ -160,6 +160,12 @@ def test_results_that_overlap_an_input_or_themselves(function, backend):
         assert not worked and "share memory" in str(error) and torch.equal(square, before)
 
 
+def test_nothing_is_written_through_a_negation():
+    out = torch._neg_view(torch.zeros(3, 3))
+    worked, error = outcome(ops.covariance_, {"out": out, "x": torch.ones(2, 3)})
+    assert not worked and "negates" in str(error)
+
+
 def test_columns_of_one_matrix_are_apart():
     both = torch.cat((torch.zeros(3, 3), torch.ones(3, 3)), 1)
     ops.covariance_(both[:, :3], both[:, 3:])

@@ -86,6 +86,7 @@ def check_options(group: dict[str, Any]) -> None:
     """
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
+        check_tensor("lr", lr, numbers=True)
         if lr.numel() != 1:
             raise ValueError(f"lr has shape {tuple(lr.shape)}, but must be a number or a tensor of one element")
         lr = float(lr)
