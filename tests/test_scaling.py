@@ -40,7 +40,7 @@ def test_the_record_is_what_plans_say_of_large_models(model):
 
 def test_the_command_on_the_page_gives_its_figures(capsys):
     text = scaling.PAGE.read_text()
-    command = text.split("```\nlora-kernels ")[1].split("```")[0].replace("\\\n", " ").split()
+    command = text.split("```text\nlora-kernels ")[1].split("```")[0].replace("\\\n", " ").split()
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     row = next(each for each in of("70B") if (each["world"], each["method"]) == (8, "lora_da"))
