@@ -68,6 +68,12 @@ def test_every_make_target_and_module_named_exists():
             assert find_spec(module), f"{name(path)}: {module}"
 
 
+def test_every_record_named_exists():
+    for path in TEXTS:
+        for record in re.findall(r"benchmarks/results/([a-z][\w*]*\.json)", path.read_text(encoding="utf-8")):
+            assert list((ROOT / "benchmarks" / "results").glob(record)), f"{name(path)}: {record}"
+
+
 def test_every_public_name_has_its_place_in_the_reference():
     import lora_kernels as lk
 
