@@ -18,8 +18,8 @@ KINDS = {
     "float64": torch.float64,
     "tf32": torch.float32,
 }
-# On a CPU: bytes copied, which no cache holds, and the order of the matrices that are multiplied.
-_SIZE, _ORDER = 2**28, 2048
+# On a CPU: bytes copied, which no cache holds, and the orders of the matrices that are multiplied.
+_SIZE, _ORDERS, _ROUNDS = 2**28, (512, 1024, 2048), 21
 Interleaved = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Mapping[str, float]]]
 
 
@@ -69,19 +69,19 @@ class Floor:
 
 
 def measure(
-    device: torch.device, interleaved: Interleaved, size: int, order: int, kinds: Sequence[str]
+    device: torch.device, interleaved: Interleaved, size: int, orders: Sequence[int], kinds: Sequence[str]
 ) -> tuple[Rates, dict[str, Mapping[str, float]]]:
-    """Copy and multiply.
+    """Copy and multiply, at best: what stands on these rates is called a floor, so none may be faster.
 
     Args:
         device: where.
         interleaved: times calls by name; returns quantiles of the seconds by name.
         size: bytes of the tensor that is copied.
-        order: of the square matrices that are multiplied.
+        orders: of the square matrices that are multiplied.
         kinds: of arithmetic.
 
     Returns:
-        The rates at the medians, and all quantiles (`copy`, and one entry per kind).
+        The rates at p20, of the order that is fastest, and all quantiles (`copy`, and one per kind and order).
     """
     source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -92,13 +92,18 @@ def measure(
     try:
         for kind in kinds:
             torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-            x, y = (torch.randn(order, order, device=device).to(KINDS[kind]) for _ in range(2))
-            out = torch.empty_like(x)
-            seconds |= interleaved({kind: lambda x=x, y=y, out=out: torch.mm(x, y, out=out)})
-            products[kind] = 2.0 * order**3 / seconds[kind]["p50"]
+            names = {f"{kind} {order}": order for order in orders}
+            seconds |= interleaved({name: _product(device, KINDS[kind], order) for name, order in names.items()})
+            products[kind] = max(2.0 * order**3 / seconds[name]["p20"] for name, order in names.items())
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return Rates(2.0 * size / seconds["copy"]["p50"], products), seconds
+    return Rates(2.0 * size / seconds["copy"]["p20"], products), seconds
+
+
+def _product(device: torch.device, dtype: torch.dtype, order: int) -> Callable[[], Any]:
+    x, y = (torch.randn(order, order, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    return lambda: torch.mm(x, y, out=out)
 
 
 @functools.cache
@@ -112,7 +117,6 @@ def here(device: str = "cpu") -> Rates:
         For float32 and float64.
     """
     scale = 4 if device == "cuda" else 1
+    sizes = scale * _SIZE, [scale * each for each in _ORDERS]
     kinds = ("float32", "float64")
-    return measure(
-        torch.device(device), lambda calls: records.interleaved(calls, 5), scale * _SIZE, scale * _ORDER, kinds
-    )[0]
+    return measure(torch.device(device), lambda calls: records.interleaved(dict(calls), _ROUNDS), *sizes, kinds)[0]

@@ -60,15 +60,15 @@ def rates(run: Run) -> None:
     """Bytes copied and FLOPs multiplied per second; a product into its own result (`addmm_`) against a plain one."""
     run.record["machine"] = _machine()
     print(run.record["machine"], flush=True)
-    size, order = run.pick(2**32, 2**22), run.pick(8192, 128)
+    size, orders = run.pick(2**32, 2**22), run.pick((4096, 8192), (128,))
 
     def interleaved(calls: Mapping[str, Callable[[], Any]]) -> Mapping[str, Mapping[str, float]]:
         return timing.interleaved(calls, run.pick(11, 2), run.device)
 
-    found, seconds = measure(run.device, interleaved, size, order, ("bfloat16", "float16", "float32", "tf32"))
+    found, seconds = measure(run.device, interleaved, size, orders, ("bfloat16", "float16", "float32", "tf32"))
     run.record["copy"] = {"bytes": 2 * size, "seconds": seconds.pop("copy")}
     run.record["copy_bytes_per_second"], products = found.copy, found.products
-    run.record |= {"order": order, "products": seconds, "flop_per_second": products}
+    run.record |= {"orders": orders, "products": seconds, "flop_per_second": products}
     shown = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in products.items())
     run.record["note"] = f"copy {run.record['copy_bytes_per_second'] / 1e12:.3g} TB/s; TFLOP/s: {shown}"
     print(run.record["note"], flush=True)
