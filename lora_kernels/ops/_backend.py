@@ -29,7 +29,8 @@ _override: str | None = None
 
 
 def _validated(name: str, origin: str) -> str:
-    check_choice(origin, name, BACKENDS)
+    if type(name) is not str or name not in BACKENDS:
+        check_choice(origin, name, BACKENDS)
     return name
 
 

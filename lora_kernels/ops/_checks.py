@@ -27,7 +27,7 @@ def _freed(value: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and value.device.type in ("cpu", "cuda")
+        and (value.is_cpu or value.is_cuda)
         and value.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._is_zerotensor(value)
@@ -37,6 +37,15 @@ def _freed(value: torch.Tensor) -> bool:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+
+
+def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    for got, want in zip(sizes, shape, strict=True):  # noqa: SIM110  (a generator takes three times as long)
+        if want is not None and got != want:
+            return False
+    return True
 
 
 def check_tensor(
@@ -70,10 +79,7 @@ def check_tensor(
         )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names([value.dtype])}, but must be one of {_names(dtypes)}")
-    if shape is not None and (
-        value.dim() != len(shape)
-        or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True))
-    ):
+    if shape is not None and not _fits(value.shape, shape):
         expected = "(" + ", ".join("*" if each is None else str(each) for each in shape) + ")"
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:

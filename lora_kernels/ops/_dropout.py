@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,8 +49,7 @@ class Dropout:
         return Dropout(p, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device), stream)
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """A dropout as kernels take it.
 
     Attributes:

@@ -15,7 +15,8 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a shard of FSDP2 (a DTensor)."""
-    return hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
+    plain = type(parameter) is nn.Parameter or type(parameter) is torch.Tensor  # what hasattr says late
+    return not plain and hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from lora_kernels.statistics.modes import is_sharded
 def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
     """The magnitudes `(m,)` of an adapter, if it is DoRA on a linear layer."""
     variant = layer.lora_variant.get(adapter)
+    if variant is None:
+        return None
     name = getattr(variant, "__name__", type(variant).__name__)
     if name != "DoraLinearVariant":
         return None

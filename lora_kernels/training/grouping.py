@@ -21,7 +21,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,13 +101,13 @@ def applies(x: torch.Tensor) -> bool:
     )
 
 
-def taken(layer: nn.Module, x: torch.Tensor, key: tuple[Any, ...]) -> torch.Tensor | None:
+def taken(layer: nn.Module, x: torch.Tensor, key: Callable[[], tuple[Any, ...]]) -> torch.Tensor | None:
     """The output that the group's leader has made for a layer.
 
     Args:
         layer: a follower, maybe.
         x: what it is called with.
-        key: all that its output depends on besides x and the values of its tensors.
+        key: makes a list of all that its output depends on besides x and the values of its tensors.
 
     Returns:
         The output, or `None` if there is none, or if it was made from something else.
@@ -115,7 +115,7 @@ def taken(layer: nn.Module, x: torch.Tensor, key: tuple[Any, ...]) -> torch.Tens
     ready = _ready.pop(layer, None)
     if ready is None:
         return None
-    if ready.x is x and ready.version == x._version and _equal(ready.key, key):
+    if ready.x is x and ready.version == x._version and _equal(ready.key, key()):
         return ready.y
     _stray(ready.group)
     return None

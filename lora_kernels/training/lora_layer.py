@@ -7,8 +7,7 @@ stay what they were. Wherever PEFT does more than `base(x) + s B A drop(x)`, its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,11 +19,9 @@ from lora_kernels.training.extension import Extension, tied
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
-_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """An active adapter of a layer.
 
     Attributes:
@@ -56,11 +53,11 @@ class Adapter:
             return self
         coordinates, left, right = self.extension
         if left is None or right is None:
-            return replace(self, b=tied(self.b, coordinates), extension=None)
+            return self._replace(b=tied(self.b, coordinates), extension=None)
         if not self._stacks:
-            return replace(self, extension=None)
+            return self._replace(extension=None)
         columns = left.to(coordinates.dtype) * (coordinates / self.scaling)
-        return replace(self, a=torch.cat((self.a, right)), b=torch.cat((self.b, columns), 1), extension=None)
+        return self._replace(a=torch.cat((self.a, right)), b=torch.cat((self.b, columns), 1), extension=None)
 
     def more(self) -> list[Adapter]:
         """What `product` has left out: an extension that must be by itself, if any."""
@@ -136,7 +133,9 @@ def supported() -> tuple[type, ...]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _FORWARD_HOOKS)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _whole(weight: Any, gathered: bool) -> bool:
@@ -159,10 +158,10 @@ def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
         True if so.
     """
     base = layer.base_layer
-    if not _plain_linear(base, gathered) or hasattr(base, "parametrizations"):
+    if not _plain_linear(base, gathered) or "parametrizations" in base._modules:
         return False
-    kinds = (nn.Parameter, torch.Tensor)
-    return (type(base.weight) in kinds or is_sharded(base.weight)) and base.weight.is_floating_point()
+    weight, kinds = base.weight, (nn.Parameter, torch.Tensor)
+    return (type(weight) in kinds or is_sharded(weight)) and weight.is_floating_point()
 
 
 def eager_reason(layer: Any, *, gathered: bool = False) -> str | None:
@@ -175,7 +174,8 @@ def eager_reason(layer: Any, *, gathered: bool = False) -> str | None:
     Returns:
         The reason, in words.
     """
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
+    names = [name for name in layer.active_adapters if name in factors]
     if not names:
         return "no active adapter"
     for name in names:
@@ -186,11 +186,12 @@ def eager_reason(layer: Any, *, gathered: bool = False) -> str | None:
                 return f"adapter {name!r} is {reason}"
         elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
-        if not _plain_linear(layer.lora_A[name], gathered) or not _plain_linear(layer.lora_B[name], gathered):
+        a = factors[name]
+        if not _plain_linear(a, gathered) or not _plain_linear(others[name], gathered):
             return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
-        if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-            return f"adapter {name!r} has a {type(layer.lora_dropout[name]).__name__}"
-        if not layer.lora_A[name].weight.is_floating_point() or layer.lora_A[name].bias is not None:
+        if type(dropouts[name]) not in (nn.Identity, nn.Dropout):
+            return f"adapter {name!r} has a {type(dropouts[name]).__name__}"
+        if not a.weight.is_floating_point() or a.bias is not None:
             return f"adapter {name!r} has factors of an unknown kind"
     return None
 
@@ -204,19 +205,20 @@ def active(layer: Any) -> list[Adapter]:
     Returns:
         At least one.
     """
-    found = []
+    found, factors, others, dropouts = [], layer.lora_A, layer.lora_B, layer.lora_dropout
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        if name not in factors:
             continue
-        a, b, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.lora_dropout[name]
+        a, other, dropout = factors[name].weight, others[name], dropouts[name]
+        b = other.weight
         p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
         variant = layer.lora_variant.get(name)
         magnitude = dora.magnitude(layer, name)
         extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
-        trained = a.requires_grad or b.weight.requires_grad
+        trained = a.requires_grad or b.requires_grad
         trained = trained or (extension is not None and extension.coordinates.requires_grad)
-        found.append(Adapter(a, b.weight, b.bias, layer.scaling[name], p, not trained, extension, magnitude))
-    return sorted(found, key=lambda each: each.frozen)
+        found.append(Adapter(a, b, other.bias, layer.scaling[name], p, not trained, extension, magnitude))
+    return found if len(found) == 1 else sorted(found, key=lambda each: each.frozen)
 
 
 def runs_fused(layer: Any) -> bool:
@@ -237,8 +239,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     adapters = active(layer)
     y = None
     if layer.grouped and grouping.applies(x):
-        key = _key(layer, x, adapters)
-        y = grouping.taken(layer, x, key)
+        y = grouping.taken(layer, x, lambda: _key(layer, x, adapters))
         if y is None:
             others = grouping.followers(layer)
             if others and all(runs_fused(each) and each.grouped for each in others):
@@ -305,15 +306,19 @@ def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...
 
 def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
     """What the fused op is to compute for a layer: its first adapter, and what is frozen beside it."""
-    first, extra, base = adapters[0].product(), _counterpart(adapters), layer.base_layer
+    first, extra, base, weight = adapters[0].product(), _counterpart(adapters), layer.base_layer, None
     extra = None if extra is None else extra.product()
     frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
-    if base_is_fused(layer) and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
-        bias = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
-        bias = None if first.magnitude is not None else bias
-        return LoraMember(base.weight, bias, first.a, first.b, first.scaling, _draw(first, x), frozen)
-    start = _biased(base(x), first)
-    return LoraMember(None, start, first.a, first.b, first.scaling, _draw(first, x), frozen)
+    if base_is_fused(layer):
+        weight = base.weight
+        weight = weight if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else None
+    if weight is None:
+        start = _biased(base(x), first)
+    elif first.magnitude is not None:
+        start = None
+    else:
+        start = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
+    return LoraMember(weight, start, first.a, first.b, first.scaling, _draw(first, x), frozen)
 
 
 def _sum(bias: torch.Tensor | None, more: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -179,7 +179,7 @@ def test_compiles_and_transforms():
         (lambda x, each: (x, []), "at least one"),
         (lambda x, each: (x, [each, LoraMember(None, None, each.a, each.b, 1.0)]), "where weight is None"),
         (lambda x, each: (x, [each, LoraMember(None, each.start, each.a, each.b, 1.0)]), "start has shape"),
-        (lambda x, each: (x[..., :-1], [each, each]), "a has shape"),
+        (lambda x, each: (x[..., :-1], [each, each]), "weight has shape"),
         (lambda x, each: (x, [each, LoraMember(each.weight[:-1], None, each.a, each.b, 1.0)]), "b has shape"),
         (lambda x, each: (x, [each, LoraMember(each.weight, each.start[1:], each.a, each.b, 1.0)]), "start has shape"),
         (lambda x, each: (x.double(), [each, each]), "dtype"),

@@ -20,7 +20,7 @@ and added up. A mask is a layer's own, so what it touches is the layer's own, to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,10 +28,10 @@ from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops.lora_linear import forms
 from lora_kernels.ops.lora_linear.forms import Term
 from lora_kernels.ops.skinny import _launch
+from lora_kernels.ops.skinny._launch import cast
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """The adapter, and what is frozen beside it.
 
     Attributes:
@@ -55,8 +55,7 @@ class Factors:
         return None if self.a0 is None or self.b0 is None else (self.a0, self.b0)
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One of the layers.
 
     Attributes:
@@ -72,8 +71,7 @@ class Member:
     mask: Mask | None = None
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients of a layer are needed.
 
     Attributes:
@@ -89,8 +87,7 @@ class Needs:
     b: bool
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """The gradients of a layer's own tensors, those that are needed.
 
     Attributes:
@@ -107,6 +104,8 @@ class Gradients:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     flat = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # not -1: there may be no features
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
@@ -122,7 +121,7 @@ def _side_by_side(
     scale = next((each for _, each in parts if each != 0), 1.0)
     wide = torch.promote_types(dtype, torch.float32)  # a ratio of float32 factors is float64 in a float64 layer
     scaled = [
-        factor.to(dtype)
+        cast(factor, dtype)
         if each == scale
         else (factor.to(torch.promote_types(factor.dtype, wide)) * (each / scale)).to(dtype)
         for factor, each in parts
@@ -140,6 +139,10 @@ def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | Non
 
 def _low_rank(rows: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The `s drop(x) A^T` of all layers, side by side, and that of each with the frozen part's columns after it."""
+    if len(members) == 1 and members[0].factors.a0 is None:
+        ((a, _, scaling, *_), _, _, mask) = members[0]
+        t = _project(rows, cast(a, rows.dtype), scaling, mask, backend)
+        return t, [t]
     parts = []
     for member in members:
         tail = member.factors.tail()
@@ -160,7 +163,7 @@ def _low_rank(rows: torch.Tensor, members: Sequence[Member], backend: str) -> tu
             every.append(columns[:, low : low + rank + frozen])
             low += rank + frozen
         else:
-            own.append(_project(rows, factors.a.to(rows.dtype), factors.scaling, member.mask, backend))
+            own.append(_project(rows, cast(factors.a, rows.dtype), factors.scaling, member.mask, backend))
             every.append(own[-1] if tail is None else torch.cat((own[-1], columns[:, low : low + frozen]), 1))
             low += frozen
     plain = all(member.mask is None and member.factors.tail() is None for member in members)
@@ -208,12 +211,13 @@ def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[l
         outputs = []
         for member, low_rank in zip(members, every, strict=True):
             factors, start, tail = member.factors, member.start, member.factors.tail()
-            b = factors.b.to(dtype) if tail is None else torch.cat((factors.b.to(dtype), tail[1].to(dtype)), 1)
+            b = cast(factors.b, dtype)
+            b = b if tail is None else torch.cat((b, cast(tail[1], dtype)), 1)
             y = x.new_empty(*x.shape[:-1], b.shape[0])
             out = y.view(rows.shape[0], b.shape[0])
-            row = start.to(dtype).contiguous() if start is not None and start.dim() == 1 else None
+            row = cast(start, dtype).contiguous() if start is not None and start.dim() == 1 else None
             base = _rows(start) if start is not None and row is None else None
-            large = [] if member.weight is None else [(rows, member.weight.to(dtype).mT)]
+            large = [] if member.weight is None else [(rows, cast(member.weight, dtype).mT)]
             _assemble("forward", out, large, [Term(low_rank, b.mT)], backend, bias=row, base=base)
             outputs.append(y)
         return outputs, t
@@ -257,7 +261,7 @@ def backward(
             rank, db = member.factors.b.shape[1], None
             if need.b and t is not None:
                 db = _launch.tsreduce(t[:, low : low + rank], g, None, backend)
-                db = db.mT.to(member.factors.b.dtype).contiguous()
+                db = cast(db.mT, member.factors.b.dtype).contiguous()
             low += rank
             dw = torch.mm(g.mT, sources) if need.weight and sources is not None else None
             found.append(Gradients(dw, g.sum(0) if need.bias else None, da, db))
@@ -272,7 +276,7 @@ def _back(
         return None, None
     factors, tail = member.factors, member.factors.tail() if need_x else None
     if tail is None:
-        return _project(g, factors.b.to(g.dtype).mT, factors.scaling, None, backend), None
+        return _project(g, cast(factors.b, g.dtype).mT, factors.scaling, None, backend), None
     b, scale = _side_by_side([(factors.b, factors.scaling), (tail[1], factors.extra_scaling)], g.dtype, 1)
     every, rank = _project(g, b.mT, scale, None, backend), factors.b.shape[1]
     return every[:, :rank], every[:, rank:]
@@ -293,14 +297,14 @@ def _input_gradient(
     for u, tail, member in zip(own, tails, members, strict=True):
         if u is not None and member.mask is None:
             left.append(u)
-            right.append(member.factors.a.to(dtype))
+            right.append(cast(member.factors.a, dtype))
         elif u is not None:
-            masked.append(Term(u, member.factors.a.to(dtype), member.mask))
+            masked.append(Term(u, cast(member.factors.a, dtype), member.mask))
         if tail is not None and member.factors.a0 is not None:
             left.append(tail)
-            right.append(member.factors.a0.to(dtype))
+            right.append(cast(member.factors.a0, dtype))
     terms = [Term(_joined(left, 1), _joined(right, 0))] if left else []
-    large = [(g, each.weight.to(dtype)) for g, each in zip(rows, members, strict=True) if each.weight is not None]
+    large = [(g, cast(each.weight, dtype)) for g, each in zip(rows, members, strict=True) if each.weight is not None]
     _assemble("backward", out, large, [*terms, *masked], backend)
     return dx
 
@@ -325,4 +329,4 @@ def _a_gradients(
     for i, u in wanted:
         if members[i].mask is not None:
             found[i] = _launch.tsreduce(u, sources, members[i].mask, backend)
-    return [each if each is None else each.to(members[i].factors.a.dtype) for i, each in enumerate(found)]
+    return [each if each is None else cast(each, members[i].factors.a.dtype) for i, each in enumerate(found)]

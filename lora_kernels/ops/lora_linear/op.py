@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops._backend import Dispatcher
-from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, shown
+from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type, shown
 from lora_kernels.ops._dropout import Dropout, lowered
 from lora_kernels.ops.lora_linear import _function
 from lora_kernels.ops.lora_linear._function import Numbers
@@ -70,17 +70,15 @@ def _lowered(
     x: torch.Tensor, member: LoraMember, cast: torch.dtype | None, start: str
 ) -> tuple[tuple[torch.Tensor | None, ...], Numbers]:
     """A layer as autograd's function takes it, checked; `start` is what the caller calls that argument."""
-    weight, first = member.weight, member.start
-    if weight is not None:
-        check_tensor("weight", weight, shape=(None, None))
-    outputs = None if weight is None else weight.shape[0]
-    a0, b0, extra_scaling = _check_factors(x, member.a, member.b, member.scaling, member.extra, outputs)
+    weight, first, outputs = member.weight, member.start, None
     if weight is not None:
         dtypes = FLOATS if cast is not None else (x.dtype,)
         check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, dtypes=dtypes)
+        outputs = weight.shape[0]
         if first is not None:
             check_tensor(start, first, shape=(outputs,), device=x.device, dtypes=dtypes)
-    else:
+    a0, b0, extra_scaling = _check_factors(x, member.a, member.b, member.scaling, member.extra, outputs)
+    if weight is None:
         if first is None:
             raise ValueError(f"{start} must be the base layer's result (..., m) where weight is None")
         check_tensor(start, first, shape=(*x.shape[:-1], member.b.shape[0]), device=x.device)
@@ -147,7 +145,7 @@ def lora_linear(
         ValueError: on a wrong shape, device or number.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    check_tensor("weight", weight)
+    check_type("weight", weight, torch.Tensor, "a torch.Tensor")
     member = LoraMember(weight, bias, a, b, scaling, dropout, extra)
     return _run(x, (member,), backend, linear_dispatcher, "bias")[0]
 

@@ -7,7 +7,8 @@ float32 (float64 for float64).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ _NOTHING = contextlib.nullcontext()
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the device of a tensor, with autocast off: inside an op it would cast operands a second time.
+    """What every call of this file must be wrapped in: on the device of a tensor, and with autocast off.
+
+    Inside an op autocast would cast operands a second time.
 
     Args:
         tensor: any of the operands.
@@ -122,14 +125,25 @@ def _cpp_mask(mask: Mask | None) -> tuple[int, int, int, int]:
     return mask.threshold, mask.key(), mask.stream, torch.get_num_threads()
 
 
+@functools.cache
+def _cpp(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(_ext.extension(), f"{name}{CPP_NAMES[dtype]}")
+    return found
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, which takes a microsecond even where it does nothing: some ten are asked for in a layer."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _single(matrix: torch.Tensor) -> torch.Tensor:
-    matrix = matrix.to(torch.float32)
+    matrix = cast(matrix, torch.float32)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _shrink_cpp(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
     a, t = _single(a), out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
-    getattr(_ext.extension(), f"lora_shrink{CPP_NAMES[x.dtype]}")(
+    _cpp("lora_shrink", x.dtype)(
         x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), t.data_ptr(), t.stride(0),
         *x.shape, a.shape[0], scale, *_cpp_mask(mask),
     )  # fmt: skip
@@ -139,7 +153,7 @@ def _shrink_cpp(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: floa
 
 def _tsreduce_cpp(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: Mask | None) -> None:
     t = _single(t)
-    getattr(_ext.extension(), f"lora_tsreduce{CPP_NAMES[z.dtype]}")(
+    _cpp("lora_tsreduce", z.dtype)(
         t.data_ptr(), t.stride(0), z.data_ptr(), z.stride(0), out.data_ptr(), out.stride(0),
         *z.shape, t.shape[1], *_cpp_mask(mask),
     )  # fmt: skip
@@ -153,10 +167,10 @@ def _expand_cpp(
     bias: torch.Tensor | None,
     mask: Mask | None,
 ) -> None:
-    t, b, bias = _single(t), _single(b), None if bias is None else bias.to(torch.float32)
+    t, b, bias = _single(t), _single(b), None if bias is None else cast(bias, torch.float32)
     if base is not None and base is not out:
         out.copy_(base)
-    getattr(_ext.extension(), f"lora_expand{CPP_NAMES[out.dtype]}")(
+    _cpp("lora_expand", out.dtype)(
         t.data_ptr(), t.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
         *out.shape, t.shape[1], base is not None, 0 if bias is None else bias.data_ptr(), *_cpp_mask(mask),
     )  # fmt: skip
@@ -180,16 +194,15 @@ def shrink(
     """
     if out.numel() == 0 or x.shape[1] == 0:
         return out.zero_()
-    with device_of(x):
-        if backend == "torch":
-            _shrink_torch(out, x, a, scale, mask)
-        elif backend == "cpp":
-            _shrink_cpp(out, x, a, scale, mask)
-        else:
-            # Imported here: without Triton the other backends still work.
-            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+    if backend == "torch":
+        _shrink_torch(out, x, a, scale, mask)
+    elif backend == "cpp":
+        _shrink_cpp(out, x, a, scale, mask)
+    else:
+        # Imported here: without Triton the other backends still work.
+        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
 
-            kernel.shrink(out, x, a, scale, mask)
+        kernel.shrink(out, x, a, scale, mask)
     return out
 
 
@@ -208,15 +221,14 @@ def tsreduce(t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str) 
     out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     if out.numel() == 0 or z.shape[0] == 0:
         return out.zero_()
-    with device_of(z):
-        if backend == "torch":
-            _tsreduce_torch(out, t, z, mask)
-        elif backend == "cpp":
-            _tsreduce_cpp(out, t, z, mask)
-        else:
-            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+    if backend == "torch":
+        _tsreduce_torch(out, t, z, mask)
+    elif backend == "cpp":
+        _tsreduce_cpp(out, t, z, mask)
+    else:
+        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
 
-            kernel.tsreduce(out, t, z, mask)
+        kernel.tsreduce(out, t, z, mask)
     return out
 
 
@@ -249,13 +261,12 @@ def expand(
     if t.shape[1] == 0:
         start = bias if base is None else base
         return out.zero_() if start is None else out if start is out else out.copy_(start.expand_as(out))
-    with device_of(out):
-        if backend == "torch":
-            _expand_torch(out, t, b, base, bias, mask)
-        elif backend == "cpp":
-            _expand_cpp(out, t, b, base, bias, mask)
-        else:
-            from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
+    if backend == "torch":
+        _expand_torch(out, t, b, base, bias, mask)
+    elif backend == "cpp":
+        _expand_cpp(out, t, b, base, bias, mask)
+    else:
+        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
 
-            kernel.expand(out, t, b, base, bias, mask)
+        kernel.expand(out, t, b, base, bias, mask)
     return out

@@ -80,7 +80,8 @@ def _shrink(
     backend: str,
 ) -> torch.Tensor:
     out = x.new_empty(x.shape[0], a.shape[0])
-    return _launch.shrink(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream), backend)
+    with _launch.device_of(x):
+        return _launch.shrink(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream), backend)
 
 
 @_shrink.register_fake
@@ -101,7 +102,8 @@ def _(
 def _tsreduce(
     t: torch.Tensor, z: torch.Tensor, threshold: int, seed: torch.Tensor | None, stream: int, backend: str
 ) -> torch.Tensor:
-    return _launch.tsreduce(unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream), backend)
+    with _launch.device_of(z):
+        return _launch.tsreduce(unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream), backend)
 
 
 @_tsreduce.register_fake
@@ -123,9 +125,8 @@ def _expand(
     backend: str,
 ) -> torch.Tensor:
     out, row = t.new_empty(t.shape[0], b.shape[1]), None if bias is None else bias.contiguous()
-    return _launch.expand(
-        out, unit_columns(t), b, bias=row, mask=mask_of(threshold, seed, stream), backend=backend
-    )  # fmt: skip
+    with _launch.device_of(out):
+        return _launch.expand(out, unit_columns(t), b, bias=row, mask=mask_of(threshold, seed, stream), backend=backend)
 
 
 @_expand.register_fake
@@ -152,7 +153,8 @@ def _expand_(
     stream: int,
     backend: str,
 ) -> None:
-    _launch.expand(out, unit_columns(t), b, base=out, mask=mask_of(threshold, seed, stream), backend=backend)
+    with _launch.device_of(out):
+        _launch.expand(out, unit_columns(t), b, base=out, mask=mask_of(threshold, seed, stream), backend=backend)
 
 
 @_expand_.register_fake
