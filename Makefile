@@ -24,6 +24,9 @@ $(VENV)/.torch:
 	else $(PYTHON) -m venv $(VENV) && $(PIP) '$(TORCH_CPU)'; fi
 	@touch $@
 
+# A process per core, each file in one of them; idle threads of one must not keep the others from the cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 CONSTRAINTS = $$($(BIN)/python -c 'import torch; print("" if torch.version.cuda else "-c constraints.txt")')
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
@@ -45,7 +48,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint ## lint, then all tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 fuzz: $(VENV)/.dev ## search every public function for errors, for an hour (FUZZ=arguments of tests/fuzz/hunt.py)
 	@$(BIN)/python tests/fuzz/hunt.py $(FUZZ)
@@ -54,7 +57,7 @@ asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-be
 	@$(BIN)/python tests/sanitized.py
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 test-gpu: $(VENV)/.dev ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu

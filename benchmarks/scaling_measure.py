@@ -226,6 +226,7 @@ def main() -> None:
     if world == 1 or distributed.get_rank() == 0:
         options.out.write_text(json.dumps({"parameters": size, "rates": asdict(rates), "rows": rows}))
     if world > 1:
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -82,6 +82,9 @@ def main():
         losses.append(mean.item() / distributed.get_world_size())
     say(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
     say(f"end: same bits in {distributed.get_world_size()} processes: {same_everywhere(model)}")
+    # Gloo's threads may still hold tensors of the last transfers, and the interpreter must not end before they let go
+    # (pytorch/pytorch#179291).
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

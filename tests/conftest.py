@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORA_KERNELS_CACHE"] = os.path.join(os.path.dirname(__file__), "no-such-table.json")
 
 import pytest
+from filelock import FileLock
 
 
 def pytest_collection_modifyitems(items):
@@ -30,14 +31,22 @@ def _seed():
 def two_processes_ran(request, tmp_path_factory):
     """Folder of folders: what two processes have left of each module that a collected test file names as `RUN_BY_TWO`.
 
-    One launch for all: most of its time goes into starting the processes.
+    One launch for all, also where several workers of pytest-xdist run the tests: most of its time goes into starting
+    the processes.
     """
     from tests.torchrun import two_processes  # noqa: PLC0415
 
     files = {getattr(item, "module", None) for item in request.session.items}
     modules = sorted({file.RUN_BY_TWO for file in files if hasattr(file, "RUN_BY_TWO")})
-    out = tmp_path_factory.mktemp("ranks")
-    two_processes("tests.torchrun", out, *modules)
+    workers = "PYTEST_XDIST_WORKER" in os.environ  # the folder of each lies in the folder of all
+    folder = tmp_path_factory.getbasetemp()
+    out = (folder.parent if workers else folder) / "ranks"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            made = out.with_suffix(".unfinished")
+            made.mkdir(exist_ok=True)
+            two_processes("tests.torchrun", made, *modules)
+            made.rename(out)
     return out
 
 
