@@ -6,6 +6,7 @@ For your own model: replace `make_base` and `share`. A model that fits no single
 start afterwards: `lk.initialize` takes sharded models too, with methods that keep the ranks (`lk.EVA(rho=1.0)`).
 """
 
+import functools
 import hashlib
 import os
 
@@ -54,10 +55,7 @@ def main():
     if gpu:
         torch.cuda.set_device(device)
 
-    def say(text):
-        if rank == 0:
-            print(text, flush=True)
-
+    say = functools.partial(print, flush=True) if rank == 0 else lambda _text: None
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in share(rank)]
     model = get_peft_model(make_base(), LoraConfig(r=8, target_modules="all-linear")).to(device)
     # The statistics of all processes are added up; the decompositions are shared out among them.
@@ -82,9 +80,7 @@ def main():
         losses.append(mean.item() / distributed.get_world_size())
     say(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
     say(f"end: same bits in {distributed.get_world_size()} processes: {same_everywhere(model)}")
-    # Gloo's threads may still hold tensors of the last transfers, and the interpreter must not end before they let go
-    # (pytorch/pytorch#179291).
-    distributed.barrier()
+    distributed.barrier()  # gloo's threads may hold tensors of Python's until then (pytorch/pytorch#179291)
     distributed.destroy_process_group()
 
 
