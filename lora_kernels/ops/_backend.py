@@ -160,12 +160,14 @@ class Dispatcher:
         for each in self.implementations:
             if wanted not in ("auto", each.backend):
                 continue
-            reason = each.refuses(*args, **kwargs)
-            if reason is None and not (wanted == "auto" and each.explicit_only(*args, **kwargs)):
+            # Asked in this order since it is asked at every call: refusals take longer to find.
+            aside = wanted == "auto" and each.explicit_only(*args, **kwargs)
+            reason = "only on request" if aside else each.refuses(*args, **kwargs)
+            if reason is None:
                 if wanted == "auto" and each.backend == "torch" and "cpp" in reasons and _ext.missing() is not None:
-                    _warn_once(f"lora_kernels runs on the plain torch backend: {reasons['cpp']}")
+                    _warn_once(f"lora_kernels runs on the plain torch backend: {_ext.missing()}")
                 return each.backend
-            reasons[each.backend] = reason or "only on request"
+            reasons[each.backend] = reason
         if wanted not in reasons and wanted != "auto":
             raise RuntimeError(f"{self.name} has no {wanted!r} implementation")
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -7,7 +7,6 @@ fake tensors, a dispatch mode) the registered operation runs in its place, layer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.ops._dropout import mask_of
 from lora_kernels.ops.lora_linear import _passes, _registered
 from lora_kernels.ops.lora_linear._passes import Factors, Member, Needs
+from lora_kernels.ops.skinny._launch import cast
 
 # A layer's tensors, in the order in which everything here takes them.
 _WEIGHT, _START, _A, _B, _A0, _B0, _SEED = range(7)
@@ -52,12 +52,13 @@ class Numbers(NamedTuple):
         return Member(Factors(a, b, self.scaling, a0, b0, self.extra_scaling), weight, start, mask)
 
 
-@dataclass(frozen=True)
 class _Plan:
     """All that is no tensor, in one object: `torch.func` takes tuples apart."""
 
-    numbers: tuple[Numbers, ...]
-    backend: str
+    __slots__ = ("backend", "numbers")
+
+    def __init__(self, numbers: tuple[Numbers, ...], backend: str) -> None:
+        self.numbers, self.backend = numbers, backend
 
 
 def _split(tensors: Sequence[Any]) -> list[Sequence[Any]]:
@@ -147,6 +148,38 @@ class _Layers(torch.autograd.Function):
         return _backward(ctx, grads)
 
 
+class _Layer(torch.autograd.Function):
+    """The same for one layer, which most calls are: half of the Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, plan: _Plan, *tensors: torch.Tensor | None) -> torch.Tensor:
+        (y,), t = _passes.forward(x, (plan.numbers[0].member(tensors),), plan.backend)
+        weight, start, a, b, *others = tensors
+        need_x, _, need_weight, _, need_a, need_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_a or need_weight else None, t if need_b else None, weight if need_x else None, a, b, *others
+        )
+        ctx.plan, ctx.row_start = plan, start is not None and start.dim() == 1
+        ctx.dtypes = None if weight is None else weight.dtype, None if start is None else start.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, t, weight, *others = ctx.saved_tensors
+        g: Any = _resolved(grad)
+        need_x, _, need_weight, need_start, need_a, need_b, *_ = ctx.needs_input_grad
+        plan = ctx.plan
+        needs = Needs(need_weight, need_start and ctx.row_start, need_a, need_b)
+        member = plan.numbers[0].member((weight, None, *others))
+        run = _passes.backward if _is_plain(g) and not _in_transform() else _registered.backward
+        dx, (own,) = run((g,), x, t, (member,), need_x, (needs,), plan.backend)
+        dw, start = own.weight, g if need_start and not ctx.row_start else own.bias
+        dw = None if dw is None else cast(dw, ctx.dtypes[0])
+        start = None if start is None else cast(start, ctx.dtypes[1])
+        return dx, None, dw, start, own.a, own.b, None, None, None
+
+
 class _Transformed(torch.autograd.Function):
     """The same for `torch.func`, whose form costs every call an inspection of its signature."""
 
@@ -198,6 +231,8 @@ def run(
     plan, flat = _Plan(tuple(numbers), backend), [_resolved(each) for own in tensors for each in own]
     x = _resolved(x)  # type: ignore[assignment]
     if not _in_transform():
+        if len(numbers) == 1:
+            return (_Layer.apply(x, plan, *flat),)  # type: ignore[no-untyped-call]
         found: tuple[torch.Tensor, ...] = _Layers.apply(x, plan, *flat)  # type: ignore[no-untyped-call]
         return found
     transformed: tuple[torch.Tensor, ...] = _Transformed.apply(x, plan, *flat)  # type: ignore[no-untyped-call]

@@ -30,6 +30,9 @@ from lora_kernels.ops.lora_linear.forms import Term
 from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
 
+# Of a sum without a large product.
+_ONLY = forms.Choice(forms.DEFAULT)
+
 
 class Factors(NamedTuple):
     """The adapter, and what is frozen beside it.
@@ -139,10 +142,6 @@ def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | Non
 
 def _low_rank(rows: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The `s drop(x) A^T` of all layers, side by side, and that of each with the frozen part's columns after it."""
-    if len(members) == 1 and members[0].factors.a0 is None:
-        ((a, _, scaling, *_), _, _, mask) = members[0]
-        t = _project(rows, cast(a, rows.dtype), scaling, mask, backend)
-        return t, [t]
     parts = []
     for member in members:
         tail = member.factors.tail()
@@ -182,7 +181,7 @@ def _assemble(
 ) -> None:
     """`out = (base or bias) + the large products + the terms`, in the form that is chosen for it."""
     if not large:
-        forms.combine(out, out, None, terms, bias=bias, base=base, backend=backend, choice=forms.Choice(forms.DEFAULT))
+        forms.combine(out, out, None, terms, bias=bias, base=base, backend=backend, choice=_ONLY)
         return
     (left, right), *rest = large
     n, m = right.shape if product == "forward" else reversed(right.shape)
@@ -192,6 +191,52 @@ def _assemble(
     forms.combine(out, left, right, terms, bias=bias, base=base, backend=backend, choice=choice)
     for left, right in rest:
         out.addmm_(left, right)
+
+
+def _forward_one(x: torch.Tensor, member: Member, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` of a layer by itself, without a frozen pair: the same calls, a third of the Python around them."""
+    (a, b, scaling, *_), weight, start, mask = member
+    rows, dtype, base, row = _rows(x), x.dtype, None, None
+    t = _project(rows, cast(a, dtype), scaling, mask, backend)
+    y = x.new_empty((*x.shape[:-1], b.shape[0]))
+    if start is not None:
+        row, base = (cast(start, dtype).contiguous(), None) if start.dim() == 1 else (None, _rows(start))
+    large = () if weight is None else ((rows, cast(weight, dtype).mT),)
+    _assemble("forward", _matrix(y), large, (Term(t, cast(b, dtype).mT),), backend, bias=row, base=base)
+    return y, t
+
+
+def _backward_one(
+    g: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    member: Member,
+    need_x: bool,
+    need: Needs,
+    backend: str,
+) -> tuple[torch.Tensor | None, Gradients]:
+    """`backward` likewise."""
+    (a, b, scaling, *_), weight, _, mask = member
+    need_weight, need_bias, need_a, need_b = need
+    rows, dtype = _rows(g), g.dtype
+    dx = dw = da = db = None
+    if need_x or need_a:
+        u = _project(rows, cast(b, dtype).mT, scaling, None, backend)
+    if need_x:
+        dx = g.new_empty((*g.shape[:-1], a.shape[1]))
+        large = () if weight is None else ((rows, cast(weight, dtype)),)
+        _assemble("backward", _matrix(dx), large, (Term(u, cast(a, dtype), mask),), backend)
+    if x is not None and (need_a or need_weight):
+        sources = _rows(x)
+        da = cast(_launch.tsreduce(u, sources, mask, backend), a.dtype) if need_a else None
+        dw = torch.mm(rows.mT, sources) if need_weight else None
+    if need_b and t is not None:
+        db = cast(_launch.tsreduce(t, rows, None, backend).mT, b.dtype).contiguous()
+    return dx, Gradients(dw, rows.sum(0) if need_bias else None, da, db)
+
+
+def _matrix(made: torch.Tensor) -> torch.Tensor:
+    return made if made.dim() == 2 else made.view(made.shape[:-1].numel(), made.shape[-1])
 
 
 def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -206,6 +251,9 @@ def forward(x: torch.Tensor, members: Sequence[Member], backend: str) -> tuple[l
         `(..., m)` per layer, and the t of all `(tokens, sum of r)`, all of x's dtype and memory of their own.
     """
     with _launch.device_of(x):
+        if len(members) == 1 and members[0].factors.a0 is None:
+            y, t = _forward_one(x, members[0], backend)
+            return [y], t
         rows, dtype = _rows(x), x.dtype
         t, every = _low_rank(rows, members, backend)
         outputs = []
@@ -248,6 +296,9 @@ def backward(
     """
     first = grads[0]
     with _launch.device_of(first):
+        if len(members) == 1 and members[0].factors.a0 is None:
+            dx, made = _backward_one(first, x, t, members[0], need_x, needs[0], backend)
+            return dx, [made]
         rows = [_rows(each) for each in grads]
         sources = None if x is None else _rows(x)
         ranks = [

@@ -61,7 +61,8 @@ def _check_factors(
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if not known or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -215,7 +216,7 @@ def lora_linear_group(
         ValueError: on a wrong shape, device or number, or if there is no layer.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    if not isinstance(members, Sequence) or not all(isinstance(each, LoraMember) for each in members):
+    if not isinstance(members, (list, tuple, Sequence)) or not all(isinstance(each, LoraMember) for each in members):
         raise TypeError(f"members must be a sequence of LoraMember, got {type(members).__name__} {shown(members)}")
     if not members:
         raise ValueError("members must hold at least one layer")

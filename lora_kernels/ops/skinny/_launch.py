@@ -37,15 +37,17 @@ def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
         A context; one that does nothing where nothing is to be done, since it is asked for at every call.
     """
     device = tensor.device
-    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    if device.type != "cuda" and not casts:
+    kind = device.type
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    casts = known and torch.is_autocast_enabled(kind)
+    if kind != "cuda" and not casts:
         return _NOTHING
     stack = contextlib.ExitStack()
-    if device.type == "cuda":
+    if kind == "cuda":
         # Triton launches on the current device, which need not be the tensor's.
         stack.enter_context(torch.cuda.device(device))
     if casts:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
 
 
