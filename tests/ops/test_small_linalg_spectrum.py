@@ -177,3 +177,14 @@ def test_the_same_call_gives_the_same_bits(dtype):
     a, b = factors((50,), 12, 40, 30, dtype)
     call = lambda: factor_spectrum(a, b, backend="cpp")  # noqa: E731
     assert torch.equal(call(), call())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_found_where_sums_overflow(broken):
+    large = torch.full((3, 4, 5), 1e308, dtype=torch.float64)
+    plain = torch.ones(3, 2, 2, dtype=torch.float64)
+    assert _launch.not_finite(plain, large).tolist() == [0, 0, 0]
+    assert _launch.not_finite(plain, plain).tolist() == [0, 0, 0]
+    large[1, 3, 4], plain[2, 0, 1] = broken, -broken
+    assert _launch.not_finite(large).tolist() == [0, 1, 0]
+    assert _launch.not_finite(plain, large).tolist() == [0, 1, 1]

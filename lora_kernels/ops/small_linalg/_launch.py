@@ -123,6 +123,10 @@ def not_finite(*batches: torch.Tensor) -> torch.Tensor:
     Returns:
         `(...)`, integers.
     """
+    # A sum is finite only if all its terms are, and takes one read; looking at each makes copies. (Finite terms may sum
+    # to what is not: then each is looked at.)
+    if all(bool(torch.isfinite(each.sum((-2, -1))).all()) for each in batches):
+        return torch.zeros(batches[0].shape[:-2], dtype=torch.int32, device=batches[0].device)
     return torch.stack([(~torch.isfinite(each)).flatten(-2).any(-1) for each in batches]).any(0).int() * _NOT_FINITE
 
 
