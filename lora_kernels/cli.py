@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +40,22 @@ def _demo(options: argparse.Namespace) -> int:
     return run(DemoConfig(**given))
 
 
+def _head_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label-column", help="labels, for a classifier")
+    _task_argument(parser)
+
+
+def _task_argument(parser: argparse.ArgumentParser) -> None:
+    about = "causal-lm, sequence-classification or base (default: with labels a classifier; else as the config says)"
+    parser.add_argument("--task", help=about)
+
+
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
     parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", help="for sequence-classification: labels, for methods that read gradients")
-    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    _head_arguments(parser)
     parser.add_argument("--method", default="eva", help="eva, lora_da, lora_ga, corda, pissa or task_directions")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as gamma=64"
@@ -75,36 +82,17 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="file for partial statistics; a killed run goes on from it")
 
 
-def _method(name: str, settings: Sequence[str]) -> Any:
-    """The config of a method; values are Python literals, anything else is taken as text."""
-    from lora_kernels.init import METHODS  # noqa: PLC0415
-    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
-
-    check_choice("method", name, tuple(METHODS))
-    known = {each.name for each in fields(METHODS[name])}
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator or key not in known:
-            raise ValueError(
-                f"set is {setting!r}, but must be NAME=VALUE with a name out of {', '.join(sorted(known))}"
-            )
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[key] = text
-    return METHODS[name](**values)
-
-
 def _init(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
     from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
+    from lora_kernels.statistics.loss import MissingLossError  # noqa: PLC0415
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
-    method = _method(options.method, options.set)
+    method = method_from_text(options.method, options.set)
     score = options.ranks or ("explained_variance" if options.method == lk.EVA.name else "keep")
     ranks = None
     if score != "keep":
@@ -112,33 +100,29 @@ def _init(options: argparse.Namespace) -> int:
         ranks = lk.Redistribution(score, *limits)
     elif isinstance(method, lk.EVA):
         method = method.keeping_ranks()
-    labels = None
-    if options.label_column is None:
-        texts = text_files.read_texts(options.data, options.text_column)
-    else:
-        texts, labels = text_files.read_labelled(options.data, options.text_column, options.label_column)
-    model, tokenizer = transformers.load(options.model, options.task, labels)
-    new_head = labels is not None and transformers.task_of(options.model) != options.task
+    texts, labels = text_files.read(options.data, options.text_column, options.label_column)
+    task = transformers.task_for(options.model, options.task, labels)
+    model, tokenizer = transformers.load(options.model, task, labels)
+    new_head = labels is not None and transformers.task_of(options.model) != task
     targets = options.target_modules[0] if options.target_modules == ["all-linear"] else options.target_modules
-    kinds = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}  # these heads get no adapter
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha or options.rank,
         target_modules=targets,
-        task_type=kinds.get(options.task),  # type: ignore[arg-type]
+        task_type=transformers.TASK_TYPES.get(task),  # type: ignore[arg-type]
     )
     peft_model = get_peft_model(model, config)
-    batches = transformers.text_batches(
-        tokenizer,
-        texts,
-        options.batch_size,
-        options.max_length,
-        causal=options.task == "causal-lm" and labels is None,
-        labels=None if labels is None else transformers.label_ids(model, labels),
-    )
+    sizes = options.batch_size, options.max_length
+    batches = transformers.task_batches(model, tokenizer, task, texts, labels, *sizes)
     names = ("max_batches", "max_tokens", "budget", "form", "checkpoint", "learning_rate")
     chosen = {name: getattr(options, name) for name in names}
-    report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)
+    try:
+        report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)
+    except MissingLossError as error:
+        raise ValueError(
+            f"{options.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
+            "no loss: --label-column names the labels, or --task another head"
+        ) from error
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
     how = "lora_kernels.load (its frozen counterpart keeps the function)" if method.offsets_base else "stock PEFT"
@@ -154,7 +138,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="config.json of a transformers model; no weights")
-    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    _task_argument(parser)
     parser.add_argument("--method", required=True, help="a method (eva, lora_da, ...) or a statistic (gradient, ...)")
     parser.add_argument("--budget", help='memory for the sums of one pass, such as 40GB, or "auto" (default: no limit)')
     parser.add_argument("--world", type=int, default=1, help="number of processes")
@@ -174,7 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
     from lora_kernels.integrations import transformers  # noqa: PLC0415
     from lora_kernels.statistics import H200, Rates  # noqa: PLC0415
 
-    model = transformers.empty_model(options.config, options.task)
+    model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
     settings: dict[str, Any] = {
         "targets": transformers.linear_targets(model),
         "world_size": options.world,
@@ -206,6 +190,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, help=".csv or .jsonl file with text: the first batch is run"
     )
     parser.add_argument("--text-column", default="text")
+    _head_arguments(parser)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128)
@@ -216,18 +201,29 @@ def _verify(options: argparse.Namespace) -> int:
 
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
+    from lora_kernels.integrations.adapter_files import read_adapter  # noqa: PLC0415
 
-    texts = text_files.read_texts(options.data, options.text_column)[: options.batch_size]
-    base, tokenizer = transformers.load(options.model, "causal-lm")
+    texts, labels = text_files.read(options.data, options.text_column, options.label_column)
+    kind = None if options.adapter is None else read_adapter(options.adapter).config.get("task_type")
+    task = transformers.task_for(options.model, options.task, labels, kind)
+    base, tokenizer = transformers.load(options.model, task, labels)
     if options.adapter is not None:
         model = lk.load(base, options.adapter)
     else:
-        config = LoraConfig(r=options.rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
-    (batch,) = transformers.text_batches(tokenizer, texts, options.batch_size, options.max_length, causal=True)
+        kind = transformers.TASK_TYPES.get(task)
+        model = get_peft_model(
+            base, LoraConfig(r=options.rank, target_modules="all-linear", init_lora_weights=False, task_type=kind)
+        )
+    few = slice(0, options.batch_size)
+    some = texts[few], None if labels is None else labels[few]
+    (batch,) = transformers.task_batches(base, tokenizer, task, *some, options.batch_size, options.max_length)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(lk.accelerate(model, guard=False).summary())
-    report = lk.verify(model, batch)
+    loss = None
+    if "labels" not in batch:
+        console.print("no labels: the mean square of the model's first output stands for the loss")
+        loss = lambda outputs, _batch: outputs[0].float().square().mean()  # noqa: E731
+    report = lk.verify(model, batch, loss=loss)
     console.print(report)
     return 0 if report.ok else 1
 
@@ -236,7 +232,7 @@ def _tune_arguments(parser: argparse.ArgumentParser) -> None:
     layers = parser.add_mutually_exclusive_group(required=True)
     layers.add_argument("--model-config", type=Path, help="config.json of a transformers model; no weights")
     layers.add_argument("--shapes", help="inputs x outputs of layers, such as 4096x4096,4096x14336")
-    parser.add_argument("--task", default="causal-lm", help="causal-lm, sequence-classification or base")
+    _task_argument(parser)
     parser.add_argument("--tokens", type=int, nargs="+", help="batch size times length (default: 8192; 1024 on a CPU)")
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
@@ -264,7 +260,8 @@ def _tune(options: argparse.Namespace) -> int:
     else:
         from lora_kernels.integrations import transformers  # noqa: PLC0415
 
-        layers = transformers.empty_model(options.model_config, options.task)
+        task = transformers.task_for(options.model_config, options.task)
+        layers = transformers.empty_model(options.model_config, task)
     dtype = None
     if options.dtype is not None:
         check_choice("dtype", options.dtype, ("float16", "bfloat16", "float32"))
@@ -303,10 +300,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from lora_kernels.integrations.monitor import read_log  # noqa: PLC0415
 
     texts = labels = None
-    if options.data is not None and options.label_column is not None:
-        texts, labels = text_files.read_labelled(options.data, options.text_column, options.label_column)
-    elif options.data is not None:
-        texts = text_files.read_texts(options.data, options.text_column)
+    if options.data is not None:
+        texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     log = None if options.monitor is None else read_log(options.monitor)
     names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
     chosen = {name: getattr(options, name) for name in names}

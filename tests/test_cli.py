@@ -135,6 +135,69 @@ def test_init_of_a_model_without_a_head_makes_one_for_the_labels_of_the_data(tmp
     assert cli.main([*command, "--weight-decay", "0.1"]) == 0
 
 
+@pytest.fixture
+def encoder(folder, tmp_path):
+    """An encoder without a head, and labelled rows."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    where, data = tmp_path / "encoder", tmp_path / "rows.csv"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=14, pad_token_id=0, **size)).save_pretrained(where)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(where)
+    data.write_text("text,kind\n" + "the cat sat,cat\na dog ran,dog\nthe dog sat fast,both\n" * 4)
+    return where, data
+
+
+def test_a_model_without_a_head_is_not_given_that_of_a_language_model(encoder, tmp_path, capsys):
+    model, data = encoder
+    where, out = ["--model", str(model), "--data", str(data)], tmp_path / "out"
+    assert cli.main(["init", *where, "--out", str(out), "--rank", "2"]) == 0
+    layers = [each["name"] for each in json.loads((out / "report.json").read_text())["layers"]]
+    assert layers and all(name.startswith("base_model.model.encoder.") or "pooler" in name for name in layers)
+    capsys.readouterr()
+    assert cli.main(["verify", *where, "--adapter", str(out)]) == 0
+    assert "stands for the loss" in capsys.readouterr().out
+    assert cli.main(["inspect", str(out), "--base", str(model)]) == 0
+    command = ["init", *where, "--out", str(tmp_path / "other"), "--rank", "2", "--method", "lora_ga"]
+    assert cli.main(command) == 2
+    assert "reads gradients, but a model loaded as base without labels has no loss" in capsys.readouterr().err
+    assert cli.main([*command[:-2], "--ranks", "gradient_energy"]) == 2
+    assert "eva with --ranks gradient_energy reads gradients" in capsys.readouterr().err
+
+
+def test_labels_make_a_classifier_of_it(encoder, tmp_path, capsys):
+    model, data = encoder
+    where, out = ["--model", str(model), "--data", str(data), "--label-column", "kind"], tmp_path / "out"
+    assert cli.main(["init", *where, "--out", str(out), "--rank", "2", "--method", "lora_ga"]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    capsys.readouterr()
+    assert cli.main(["verify", *where, "--adapter", str(out)]) == 0
+    assert "stands for the loss" not in capsys.readouterr().out
+    assert cli.main(["verify", *where]) == 0  # a random adapter
+
+
+@pytest.mark.parametrize(
+    "architectures, task",
+    [
+        (["LlamaForCausalLM"], "causal-lm"),
+        (["GPT2LMHeadModel"], "causal-lm"),
+        (["BertForSequenceClassification"], "sequence-classification"),
+        (["BertModel"], "base"),
+        (["ViTForImageClassification"], "base"),
+        (None, "causal-lm"),
+    ],
+)
+def test_the_head_is_what_was_asked_for_or_the_adapters_or_of_the_labels_or_the_configs(architectures, task, tmp_path):
+    from lora_kernels.integrations.transformers import task_for
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"architectures": architectures}))
+    assert task_for(tmp_path) == task_for(config) == task
+    assert task_for(config, labels=["a"]) == "sequence-classification"
+    assert task_for(config, labels=["a"], task_type="CAUSAL_LM") == "causal-lm"
+    assert task_for(config, "base", ["a"], "SEQ_CLS") == "base"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -103,6 +103,14 @@ def test_build_is_incremental(source, tmp_path):
     assert "cpu.cpp" in first.stdout and "no work to do" in second.stdout
 
 
+def test_a_folder_of_the_same_name_hides_nothing(tmp_path):
+    """Scripts are often started from where the clone lies."""
+    (tmp_path / "lora_kernels").mkdir()
+    command = [sys.executable, "-c", "import lora_kernels; lora_kernels.initialize"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_cuda_flags_cover_the_promised_chips(monkeypatch):
     flags = " ".join(build_support.nvcc_arch_flags())
     assert all(f"code=sm_{arch}" in flags for arch in ("80", "90a", "100")) and "code=compute_90" in flags

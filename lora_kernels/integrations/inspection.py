@@ -12,7 +12,6 @@ from lora_kernels.integrations.adapter_files import AdapterFolder, read_adapter
 from lora_kernels.integrations.monitor import read_log
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 
-_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
 _PREFIX = "base_model.model."  # of PEFT's names
 
 
@@ -79,7 +78,7 @@ def inspect(
     from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
     from lora_kernels.integrations.offset import load  # noqa: PLC0415
 
-    task = task or _TASKS.get(str(folder.config.get("task_type")), transformers.task_of(base))
+    task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:
         bare, tokenizer = transformers.load_model(base, task), None
     else:
@@ -98,8 +97,7 @@ def inspect(
         raise ValueError(f"adapter {str(adapter)!r} does not fit base {str(base)!r} ({task}): {error}") from error
     settings: dict[str, Any] = {"intruders": intruders}
     if texts is not None:
-        ids = None if labels is None else transformers.label_ids(bare, labels)
-        batches = transformers.text_batches(tokenizer, texts, batch_size, max_length, causal=labels is None, labels=ids)
+        batches = transformers.task_batches(bare, tokenizer, task, texts, labels, batch_size, max_length)
         settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
     return replace(diagnose(model, **settings), adapter=str(adapter))
 

@@ -87,6 +87,22 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list
     return texts, labels
 
 
+def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
+    """`read_labelled`, or without a label column `read_texts`.
+
+    Args:
+        path: see there.
+        text_column: see there.
+        label_column: see there, or `None`.
+
+    Returns:
+        The texts, and their labels if a column was named.
+    """
+    if label_column is None:
+        return read_texts(path, text_column), None
+    return read_labelled(path, text_column, label_column)
+
+
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)

@@ -14,6 +14,8 @@ from lora_kernels.ops._files import read_json
 from lora_kernels.statistics.masks import IGNORED_LABEL
 
 TASKS = ("causal-lm", "sequence-classification", "base")
+# As PEFT calls them: their heads get no adapter.
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
 def _model_class(task: str) -> Any:
@@ -55,21 +57,47 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
     return model, tokenizer
 
 
-def task_of(folder: Path) -> str:
+def task_for(
+    model: Path, asked: str | None = None, labels: Sequence[str] | None = None, task_type: str | None = None
+) -> str:
+    """Which head to load a model with.
+
+    Args:
+        model: folder of the model, or its config file.
+        asked: what the user named.
+        labels: of the data.
+        task_type: of an adapter, as PEFT calls it.
+
+    Returns:
+        What was asked for; else the head that the adapter was made with; else a classifier where there are labels; else
+        the head that the config names.
+
+    Raises:
+        ValueError: if the task is unknown.
+    """
+    if asked is not None:
+        check_choice("task", asked, TASKS)
+        return asked
+    known = next((task for task, name in TASK_TYPES.items() if name == task_type), None)
+    return known or (task_of(model) if labels is None else "sequence-classification")
+
+
+def task_of(model: Path) -> str:
     """Which head the weights of a folder were saved with.
 
     Args:
-        folder: with `config.json`.
+        model: folder of the model, or its config file.
 
     Returns:
-        One of `TASKS`; `base` where the config does not say.
+        One of `TASKS`; `base` for a model without a head, or with one that is none of these; `causal-lm` where the
+        config names no architecture.
     """
     try:
-        settings = read_json(folder / "config.json")
+        settings = read_json(model if model.suffix == ".json" else model / "config.json")
     except ValueError:
         return "base"
     found = settings.get("architectures") if isinstance(settings, dict) else None
-    architectures = found if isinstance(found, list) and found else [""]
+    architectures = found if isinstance(found, list) and found else ["ForCausalLM"]
     heads = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm"}
     heads["ForSequenceClassification"] = "sequence-classification"
     return next((task for end, task in heads.items() if str(architectures[0]).endswith(end)), "base")
@@ -228,3 +256,32 @@ def text_batches(
             batch["labels"] = torch.tensor(labels[low : low + batch_size])
         batches.append(batch)
     return batches
+
+
+def task_batches(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    texts: Sequence[str],
+    labels: Sequence[str] | None,
+    batch_size: int,
+    max_length: int,
+) -> list[dict[str, torch.Tensor]]:
+    """Batches with the labels that a model's head takes; see `text_batches`.
+
+    Args:
+        model: as `load` returned it for the task.
+        tokenizer: likewise.
+        task: one of `TASKS`.
+        texts: what to tokenise.
+        labels: of the texts, for a classifier; without them a causal model's labels are its tokens, and other batches
+            have none.
+        batch_size: texts per batch.
+        max_length: tokens at which a text is cut.
+
+    Returns:
+        The batches.
+    """
+    numbers = None if labels is None else label_ids(model, labels)
+    causal = task == "causal-lm" and labels is None
+    return text_batches(tokenizer, texts, batch_size, max_length, causal=causal, labels=numbers)

@@ -23,6 +23,10 @@ REDUCTIONS = ("auto", "next_tokens", "tokens", "samples", "sum")
 Reduction = str | Callable[[Any], torch.Tensor]
 
 
+class MissingLossError(ValueError):
+    """A model that was called for its loss returned none."""
+
+
 def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
     """The loss that a model returned.
 
@@ -34,7 +38,7 @@ def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
         A scalar tensor.
 
     Raises:
-        ValueError: if there is none.
+        MissingLossError: if there is none.
     """
     found = getattr(outputs, "loss", None)
     if found is None and isinstance(outputs, Mapping):
@@ -45,7 +49,7 @@ def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
         found = outputs
     if not isinstance(found, torch.Tensor) or found.numel() != 1 or not found.is_floating_point():
         has = "with" if isinstance(batch, Mapping) and "labels" in batch else "without"
-        raise ValueError(
+        raise MissingLossError(
             f"the model's output ({type(outputs).__name__}, from a batch {has} labels) holds no scalar loss: "
             "put labels into the batch, or pass loss=lambda outputs, batch: ..."
         )

@@ -1,0 +1,40 @@
+"""A method from words, as a command line or a configuration file has them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from lora_kernels.init import METHODS
+from lora_kernels.ops._checks import check_choice
+
+
+def method_from_text(name: str, settings: Sequence[str]) -> Any:
+    """The config of a method.
+
+    Args:
+        name: one of `METHODS`.
+        settings: `NAME=VALUE` each; values are Python literals, anything else is taken as text.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: on an unknown method or setting, or a value that the method refuses.
+    """
+    check_choice("method", name, tuple(METHODS))
+    known = {each.name for each in fields(METHODS[name])}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or key not in known:
+            raise ValueError(
+                f"set is {setting!r}, but must be NAME=VALUE with a name out of {', '.join(sorted(known))}"
+            )
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return METHODS[name](**values)
