@@ -126,7 +126,7 @@ def _init(options: argparse.Namespace) -> int:
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
     how = "lora_kernels.load (its frozen counterpart keeps the function)" if method.offsets_base else "stock PEFT"
-    lines = [report, f"adapter: {options.out}, to be loaded with {how}"]
+    lines = [report, f"adapter: {options.out} of the model loaded as {task}, to be loaded with {how}"]
     if new_head:
         lines.append(
             f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
@@ -196,6 +196,10 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=128)
 
 
+def _mean_square(outputs: Any, _batch: Any) -> Any:
+    return outputs[0].float().square().mean()
+
+
 def _verify(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
@@ -222,7 +226,7 @@ def _verify(options: argparse.Namespace) -> int:
     loss = None
     if "labels" not in batch:
         console.print("no labels: the mean square of the model's first output stands for the loss")
-        loss = lambda outputs, _batch: outputs[0].float().square().mean()  # noqa: E731
+        loss = _mean_square
     report = lk.verify(model, batch, loss=loss)
     console.print(report)
     return 0 if report.ok else 1

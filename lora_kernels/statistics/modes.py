@@ -15,7 +15,9 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a shard of FSDP2 (a DTensor)."""
-    plain = type(parameter) is nn.Parameter or type(parameter) is torch.Tensor  # what hasattr says late
+    plain = (
+        type(parameter) is nn.Parameter or type(parameter) is torch.Tensor
+    )  # asked at every call: hasattr is slow to say no
     return not plain and hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
 
 

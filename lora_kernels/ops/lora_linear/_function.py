@@ -149,7 +149,7 @@ class _Layers(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """The same for one layer, which most calls are: half of the Python."""
+    """The same for one layer, which most calls are, without the bookkeeping of several."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, plan: _Plan, *tensors: torch.Tensor | None) -> torch.Tensor:

@@ -194,7 +194,7 @@ def _assemble(
 
 
 def _forward_one(x: torch.Tensor, member: Member, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` of a layer by itself, without a frozen pair: the same calls, a third of the Python around them."""
+    """`forward` of a layer by itself, without a frozen pair: the same calls, without the bookkeeping of several."""
     (a, b, scaling, *_), weight, start, mask = member
     rows, dtype, base, row = _rows(x), x.dtype, None, None
     t = _project(rows, cast(a, dtype), scaling, mask, backend)

@@ -216,7 +216,7 @@ def lora_linear_group(
         ValueError: on a wrong shape, device or number, or if there is no layer.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    if not isinstance(members, (list, tuple, Sequence)) or not all(isinstance(each, LoraMember) for each in members):
+    if not isinstance(members, Sequence) or not all(isinstance(each, LoraMember) for each in members):
         raise TypeError(f"members must be a sequence of LoraMember, got {type(members).__name__} {shown(members)}")
     if not members:
         raise ValueError("members must hold at least one layer")

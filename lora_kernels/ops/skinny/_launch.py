@@ -134,7 +134,7 @@ def _cpp(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, which takes a microsecond even where it does nothing: some ten are asked for in a layer."""
+    """`tensor.to(dtype)`, which takes its time even where there is nothing to do: a layer asks for many."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
