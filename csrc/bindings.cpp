@@ -92,6 +92,45 @@ void lora_expand(uintptr_t t, int64_t t_stride, uintptr_t b, int64_t b_stride, u
   lk::lora_expand(job, threads);
 }
 
+lk::LoraLayer make_layer(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
+                         uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
+                         int64_t threshold, uint64_t seed, uint32_t stream, int threads) {
+  check_lora(tokens, inputs, rank, threads);
+  check_lora(tokens, outputs, frozen_rank, threads);
+  check((a || rank * inputs == 0) && (b || rank * outputs == 0), "the factors have no memory");
+  check((a0 || frozen_rank * inputs == 0) && (b0 || frozen_rank * outputs == 0), "the frozen factors have no memory");
+  return {bool(flags & 1), bool(flags & 2), bool(flags & 4), tokens, inputs, outputs, rank, frozen_rank,
+          pointer<const void>(a), pointer<const void>(b), pointer<const void>(a0), pointer<const void>(b0), scale,
+          frozen_scale, make_dropout(threshold, seed, stream)};
+}
+
+// flags: 1 where x, 2 where a and b, 4 where a0 and b0 are bfloat16.
+void lora_forward(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
+                  uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
+                  int64_t threshold, uint64_t seed, uint32_t stream, int threads, uintptr_t x, int64_t x_stride,
+                  uintptr_t t, uintptr_t y) {
+  const lk::LoraForward job{make_layer(flags, tokens, inputs, outputs, rank, frozen_rank, a, b, a0, b0, scale,
+                                       frozen_scale, threshold, seed, stream, threads),
+                            pointer<const void>(x), x_stride, pointer<float>(t), pointer<void>(y)};
+  py::gil_scoped_release release;
+  lk::lora_forward(job, threads);
+}
+
+void lora_backward(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
+                   uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
+                   int64_t threshold, uint64_t seed, uint32_t stream, int threads, uintptr_t g, int64_t g_stride,
+                   uintptr_t x, int64_t x_stride, uintptr_t t, uintptr_t dx, bool accumulate, uintptr_t da,
+                   uintptr_t db) {
+  const lk::LoraBackward job{make_layer(flags, tokens, inputs, outputs, rank, frozen_rank, a, b, a0, b0, scale,
+                                        frozen_scale, threshold, seed, stream, threads),
+                             pointer<const void>(g), g_stride, pointer<const void>(x), x_stride,
+                             pointer<const float>(t), pointer<void>(dx), accumulate, pointer<float>(da),
+                             pointer<float>(db)};
+  check(tokens == 0 || (!(job.da && !job.x) && !(job.db && !job.t)), "da needs x, and db needs t");
+  py::gil_scoped_release release;
+  lk::lora_backward(job, threads);
+}
+
 void lora_pro_adam(uintptr_t exp_avg, int64_t avg_stride, uintptr_t exp_avg_sq, int64_t square_stride, int dtype,
                    uintptr_t a, int64_t a_stride, uintptr_t grad_a, int64_t grad_a_stride, uintptr_t b,
                    int64_t b_stride, uintptr_t grad_b, int64_t grad_b_stride, uintptr_t bt_h, uintptr_t h_at,
@@ -143,6 +182,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_tsreduce_bfloat16", &lora_tsreduce<true>);
   m.def("lora_expand", &lora_expand<false>);
   m.def("lora_expand_bfloat16", &lora_expand<true>);
+  m.def("lora_forward", &lora_forward);
+  m.def("lora_backward", &lora_backward);
   m.def("lora_pro_adam", &lora_pro_adam);
   bind_linalg(m);
 }

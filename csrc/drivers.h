@@ -86,6 +86,40 @@ struct LoraExpand {
 };
 void lora_expand(const LoraExpand& job, int threads);
 
+// A whole layer but for the product with its base weight, in the precision of x (float32 or bfloat16; sums are float32).
+// Factors are dense. a0 and b0 are a frozen pair of more rank, not dropped.
+struct LoraLayer {
+  bool bfloat16, bfloat16_factors, bfloat16_frozen;  // of x, y and their gradients; of a and b; of a0 and b0
+  int64_t tokens, inputs, outputs, rank, frozen_rank;
+  const void *a, *b;    // (rank, inputs), (outputs, rank)
+  const void *a0, *b0;  // (frozen_rank, inputs), (outputs, frozen_rank)
+  float scale, frozen_scale;
+  Dropout dropout;
+};
+// t = [scale drop(x) a^T, frozen_scale x a0^T]; y += t [b, b0]^T
+struct LoraForward {
+  LoraLayer layer;
+  const void* x;
+  int64_t x_stride;
+  float* t;  // (tokens, rank + frozen_rank), dense
+  void* y;   // (tokens, outputs), dense
+};
+void lora_forward(const LoraForward& job, int threads);
+// [u, u0] = [scale g b, frozen_scale g b0]; dx (+)= mask(u a) + u0 a0; da = u^T drop(x); db = g^T t. Null: not needed.
+struct LoraBackward {
+  LoraLayer layer;
+  const void* g;
+  int64_t g_stride;
+  const void* x;  // for da
+  int64_t x_stride;
+  const float* t;  // for db, as lora_forward wrote it
+  void* dx;        // (tokens, inputs), dense
+  bool accumulate;
+  float* da;  // (rank, inputs), dense
+  float* db;  // (outputs, rank), dense
+};
+void lora_backward(const LoraBackward& job, int threads);
+
 // One step of Adam on e = scale * (b grad_a + grad_b a), which is never stored, and the products of its direction
 // h = avg_factor * m / (root_factor * sqrt(v) + eps) with both factors (lora_pro.cpp). Where the moments are bfloat16
 // they are rounded by random bits as of Dropout, stream 0 for the first moment and 1 for the second, but with the

@@ -335,4 +335,101 @@ void lora_expand(const LoraExpand& job, int threads) {
   job.bfloat16 ? expand<BFloat16>(job, threads) : expand<float>(job, threads);
 }
 
+namespace {
+
+// A dense matrix, widened; and its transpose.
+void widen_all(const void* from, bool bfloat16, int64_t size, float* to) {
+  const auto copy = [&](const auto* data) {
+    for (int64_t i = 0; i < size; ++i) to[i] = widen(data[i]);
+  };
+  bfloat16 ? copy(static_cast<const BFloat16*>(from)) : copy(static_cast<const float*>(from));
+}
+void transpose(const void* from, bool bfloat16, int64_t rows, int64_t columns, float* to) {
+  const auto copy = [&](const auto* data) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < columns; ++c) to[c * rows + i] = widen(data[i * columns + c]);
+  };
+  bfloat16 ? copy(static_cast<const BFloat16*>(from)) : copy(static_cast<const float*>(from));
+}
+
+// The factors of a layer as the products read them: [a; a0] and [b, b0]^T, each (rank + frozen_rank, columns).
+struct Factors {
+  Arena memory;
+  const float *a, *b;
+
+  static bool in_place(const LoraLayer& l) { return !l.bfloat16_factors && l.frozen_rank == 0; }
+
+  explicit Factors(const LoraLayer& l)
+      : memory(size_t(l.rank + l.frozen_rank) * size_t(l.outputs + (in_place(l) ? 0 : l.inputs)) * sizeof(float), 1) {
+    float* const right = static_cast<float*>(memory.part(0));
+    transpose(l.b, l.bfloat16_factors, l.outputs, l.rank, right);
+    transpose(l.b0, l.bfloat16_frozen, l.outputs, l.frozen_rank, right + l.rank * l.outputs);
+    b = right;
+    a = static_cast<const float*>(l.a);
+    if (in_place(l)) return;
+    float* const left = right + (l.rank + l.frozen_rank) * l.outputs;
+    widen_all(l.a, l.bfloat16_factors, l.rank * l.inputs, left);
+    widen_all(l.a0, l.bfloat16_frozen, l.frozen_rank * l.inputs, left + l.rank * l.inputs);
+    a = left;
+  }
+};
+
+constexpr Dropout kNone{0, 0, 0};
+
+}  // namespace
+
+void lora_forward(const LoraForward& job, int threads) {
+  const LoraLayer& l = job.layer;
+  const Factors factors(l);
+  const int64_t ranks = l.rank + l.frozen_rank;
+  const auto shrink = [&](int64_t first, int64_t count, float scale, const Dropout& dropout) {
+    lora_shrink({job.x, l.bfloat16, job.x_stride, factors.a + first * l.inputs, l.inputs,
+                 job.t + first, ranks, l.tokens, l.inputs, count, scale, dropout},
+                threads);
+  };
+  shrink(0, l.rank, l.scale, l.dropout);
+  shrink(l.rank, l.frozen_rank, l.frozen_scale, kNone);
+  lora_expand({job.t, ranks, factors.b, l.outputs, job.y, l.bfloat16, l.outputs, l.tokens, l.outputs, ranks, true,
+               nullptr, kNone},
+              threads);
+}
+
+void lora_backward(const LoraBackward& job, int threads) {
+  const LoraLayer& l = job.layer;
+  const Factors factors(l);
+  const int64_t ranks = l.rank + l.frozen_rank;
+  if (job.dx || job.da) {
+    const Arena memory(size_t(l.tokens * ranks) * sizeof(float), 1);
+    float* const u = static_cast<float*>(memory.part(0));
+    const auto shrink = [&](int64_t first, int64_t count, float scale) {
+      lora_shrink({job.g, l.bfloat16, job.g_stride, factors.b + first * l.outputs, l.outputs, u + first, ranks,
+                   l.tokens, l.outputs, count, scale, kNone},
+                  threads);
+    };
+    shrink(0, l.rank, l.scale);
+    if (job.dx) shrink(l.rank, l.frozen_rank, l.frozen_scale);
+    if (job.da)
+      lora_tsreduce({u, ranks, job.x, l.bfloat16, job.x_stride, job.da, l.inputs, l.tokens, l.inputs, l.rank,
+                     l.dropout},
+                    threads);
+    if (job.dx) {
+      const int64_t together = l.dropout.threshold > 0 ? l.rank : ranks;
+      const auto expand = [&](int64_t first, int64_t count, bool accumulate, const Dropout& dropout) {
+        lora_expand({u + first, ranks, factors.a + first * l.inputs, l.inputs, job.dx, l.bfloat16,
+                     l.inputs, l.tokens, l.inputs, count, accumulate, nullptr, dropout},
+                    threads);
+      };
+      expand(0, together, job.accumulate, l.dropout);
+      if (together < ranks) expand(together, ranks - together, true, kNone);
+    }
+  }
+  if (job.db) {
+    const Arena memory(size_t(l.rank * l.outputs) * sizeof(float), 1);
+    float* const sums = static_cast<float*>(memory.part(0));
+    lora_tsreduce({job.t, ranks, job.g, l.bfloat16, job.g_stride, sums, l.outputs, l.tokens, l.outputs, l.rank, kNone},
+                  threads);
+    transpose(sums, false, l.rank, l.outputs, job.db);
+  }
+}
+
 }  // namespace lora_kernels

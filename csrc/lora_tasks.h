@@ -41,6 +41,11 @@ void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, i
   // Waking a thread takes longer than a few thousand products.
   threads = int(std::max<int64_t>(1, std::min<int64_t>({threads, items, products >> 16})));
   const Arena arena(size_t(scratch) * sizeof(float), threads);  // here, because nothing may be thrown inside
+  if (threads == 1) {  // a parallel region takes longer than a small job
+    for (int64_t item = 0; item < preparations; ++item) run_group(Preparation<Job>{job}, item, 1, arena.part(0), bytes);
+    for (int64_t item = 0; item < items; ++item) run_group(Work<Job>{job}, item, 1, arena.part(0), bytes);
+    return;
+  }
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP

@@ -4,7 +4,7 @@ from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
-from lora_kernels.ops.lora_linear import LoraMember, lora_delta, lora_linear, lora_linear_group, use_form
+from lora_kernels.ops.lora_linear import lora_delta, lora_linear, use_form
 from lora_kernels.ops.lora_pro_adam import lora_pro_adam_
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix import random_matrix
@@ -15,7 +15,6 @@ from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, eigh, factor
 __all__ = [
     "BACKENDS",
     "Dropout",
-    "LoraMember",
     "cholesky",
     "cholesky_solve",
     "covariance_",
@@ -26,7 +25,6 @@ __all__ = [
     "gradient_statistics_",
     "lora_delta",
     "lora_linear",
-    "lora_linear_group",
     "lora_pro_adam_",
     "orthonormalize",
     "project",

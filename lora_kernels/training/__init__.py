@@ -1,6 +1,6 @@
 """Floor 4: training. The fused forward of PEFT's LoRA layers, LoRA-Dash, and the LoRA-Pro optimizer."""
 
-from lora_kernels.training.acceleration import AccelerateReport, LayerPath, accelerate, groups, reference_mode, restore
+from lora_kernels.training.acceleration import AccelerateReport, LayerPath, accelerate, reference_mode, restore
 from lora_kernels.training.dash import DashLayer, DashReport, DashRun, LoRADash
 from lora_kernels.training.lora_pro import LoRAPro, create_lorapro_optimizer, lorapro_cls_and_kwargs
 from lora_kernels.training.verification import LayerErrors, VerifyReport, verify
@@ -17,7 +17,6 @@ __all__ = [
     "VerifyReport",
     "accelerate",
     "create_lorapro_optimizer",
-    "groups",
     "lorapro_cls_and_kwargs",
     "reference_mode",
     "restore",

@@ -16,9 +16,9 @@ from torch import nn
 
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.training import grouping
+from lora_kernels.training.description import base_is_fused, eager_reason
 from lora_kernels.training.guard import Guard
-from lora_kernels.training.lora_layer import FusedForward, base_is_fused, class_of, eager_reason, supported
+from lora_kernels.training.lora_layer import FusedForward, class_of, stock_class, supported
 
 PATHS = ("fused", "delta", "eager")
 
@@ -98,10 +98,10 @@ def _gathered(model: nn.Module) -> set[str]:
 
 
 def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
-    kind = type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
+    kind = stock_class(layer)
     if kind not in supported():
         return LayerPath(name, kind.__name__, "eager", f"no fused form of {kind.__name__}")
-    reason = eager_reason(layer, gathered=gathered)
+    reason = eager_reason(layer, gathered=gathered, training=True)
     if reason is not None:
         return LayerPath(name, kind.__name__, "eager", reason)
     if base_is_fused(layer, gathered=gathered):
@@ -110,7 +110,7 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
     return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
 
 
-def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, group: bool = True) -> AccelerateReport:
+def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
     """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
 
     The class of each layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
@@ -124,12 +124,6 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
             backward pass gives an adapter nothing to learn from.
         guard: look at the first backward pass: an adapter whose factors both get gradients that are zero, missing or
             not finite is reported (`RuntimeWarning`, or with `strict` an error).
-        group: in eager training, compute layers that are called one after the other with the same tensor (query, key
-            and value; gate and up) together. They are found while they run; what is found takes effect after the first
-            step of the optimizer that changes the adapter in place, so that checkpointed passes recompute what they
-            recorded. The outputs of a group are one node of autograd's graph. Under FSDP2 the optimizer must be one of
-            `torch.optim.Optimizer`, and layers that `fully_shard` put into different units are computed by themselves.
-            See `lora_kernels.training.groups`.
 
     Returns:
         The path of every layer, and why.
@@ -149,11 +143,11 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True, gr
     if eager:
         warnings.warn(report.summary(), RuntimeWarning, stacklevel=2)
     kinds = supported()
-    for _, layer in layers:
+    for (_, layer), path in zip(layers, report, strict=True):
         if type(layer) in kinds:  # also those that are eager now: a variant may be deactivated
             layer.__class__ = class_of(type(layer))
         if isinstance(layer, FusedForward):
-            layer.grouped = group
+            layer.__dict__["_eager_reason"] = path.reason if path.path == "eager" else None
     if guard:
         Guard.watch(unwrap(model), layers, strict=strict)
     return report
@@ -175,45 +169,37 @@ def restore(model: nn.Module) -> int:
     count = 0
     for _, layer in lora_layers(model):
         if isinstance(layer, FusedForward):
-            layer.__dict__.pop("fused", None)
-            layer.__dict__.pop("grouped", None)
-            layer.__class__ = type(layer).__mro__[2]
+            for name in ("fused", "_prepared", "_eager_reason"):
+                layer.__dict__.pop(name, None)
+            layer.__class__ = stock_class(layer)
             count += 1
-    grouping.forget([layer for _, layer in lora_layers(model)])
     return count
-
-
-def groups(model: nn.Module) -> list[tuple[str, ...]]:
-    """Which LoRA layers of an accelerated model were found to read the same tensor.
-
-    Args:
-        model: after its first training step.
-
-    Returns:
-        The names of the layers of every group, in the order of their calls.
-
-    Raises:
-        TypeError: if it is no model.
-    """
-    return grouping.groups(lora_layers(model))
 
 
 @contextlib.contextmanager
 def reference_mode(*models: nn.Module) -> Iterator[None]:
-    """Run PEFT's own forward for a while, for double backward, say, which the fused op does not have.
+    """Run PEFT's own forward for a while: for second derivatives, say, which the fused op does not have.
 
     Args:
-        models: accelerated models, or parts of them; layers that are not are left alone.
+        models: accelerated models, or parts of them; layers that are not accelerated are left alone. Without any, all
+            models, in all threads.
 
     Yields:
         Nothing.
+
+    Raises:
+        TypeError: if one is no model.
     """
-    layers = [layer for each in models for _, layer in lora_layers(each) if isinstance(layer, FusedForward)]
-    before = [layer.fused for layer in layers]
+    layers = [layer for model in models for _, layer in lora_layers(model) if isinstance(layer, FusedForward)]
+    targets: list[Any] = layers if models else [FusedForward]
+    before = [vars(target).get("fused") for target in targets]
     try:
-        for layer in layers:
-            layer.fused = False
+        for target in targets:
+            target.fused = False
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer.fused = flag
+        for target, flag in zip(targets, before, strict=True):
+            if flag is None:
+                del target.fused
+            else:
+                target.fused = flag

@@ -8,20 +8,23 @@ import torch
 
 
 class Extension(NamedTuple):
-    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T`, neither scaled by s nor dropped.
+    """What an adapter adds to `s B A drop(x)`: directions with coordinates, and a frozen start that is taken off.
 
-    A variant whose forward is `base(x) + s B A drop(x)` and such a part says so by a method `fused(layer, adapter)`
-    that returns it.
+    `+ ((x right^T) * coordinates) left^T`, neither scaled by s nor dropped, and `+ sign s (x A0^T) B0^T`, not dropped.
+    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)` that
+    returns them.
 
     Attributes:
-        coordinates: `(k,)`.
+        coordinates: `(k,)`, or `None` without directions.
         left: `(m, k)`, or `None` as long as the coordinates have no directions.
         right: `(k, n)`, without a gradient, or `None` likewise.
+        start: `A0 (q, n)`, `B0 (m, q)` and the sign, or `None`.
     """
 
-    coordinates: torch.Tensor
+    coordinates: torch.Tensor | None
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
+    start: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
 
 class _Tied(torch.autograd.Function):

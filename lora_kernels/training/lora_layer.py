@@ -2,82 +2,51 @@
 
 A layer is accelerated by changing its class to a subclass of its own: parameters, their names, configs and saved files
 stay what they were. Wherever PEFT does more than `base(x) + s B A drop(x)`, its own forward runs.
+
+A layer is prepared once: what runs, on which tensors and on which backend. A call compares, by identity, everything
+that this depended on, and prepares the layer anew where something has changed. Nothing else is kept between calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
 
-from lora_kernels.ops import Dropout, LoraMember, lora_delta, lora_linear_group
-from lora_kernels.statistics.modes import is_sharded
-from lora_kernels.training import dora, grouping
-from lora_kernels.training.extension import Extension, tied
+from lora_kernels.ops import Dropout, _backend, lora_delta
+from lora_kernels.ops._dropout import lowered
+from lora_kernels.ops.lora_linear.op import (
+    TRANSFORMED,
+    LoraFunction,
+    autocast_dtype,
+    linear_dispatcher,
+    run_forward,
+)
+from lora_kernels.ops.lora_linear.passes import Factors, Scalars
+from lora_kernels.training import dora
+from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 
-
-class Adapter(NamedTuple):
-    """An active adapter of a layer.
-
-    Attributes:
-        a: A `(r, n)`.
-        b: B `(m, r)`.
-        bias: that of B `(m,)`, or `None`.
-        scaling: s.
-        p: dropout of its input.
-        frozen: whether nothing of it is trained.
-        extension: what its variant adds, or `None`.
-        magnitude: DoRA's `(m,)`, or `None`.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None
-    scaling: float
-    p: float
-    frozen: bool
-    extension: Extension | None = None
-    magnitude: torch.Tensor | None = None
-
-    def product(self) -> Adapter:
-        """The same without an extension, as far as it fits into one product.
-
-        Undropped, an extension is more rank: `[A; V^T]` and `[B, U diag(c) / s]`.
-        """
-        if self.extension is None:
-            return self
-        coordinates, left, right = self.extension
-        if left is None or right is None:
-            return self._replace(b=tied(self.b, coordinates), extension=None)
-        if not self._stacks:
-            return self._replace(extension=None)
-        columns = left.to(coordinates.dtype) * (coordinates / self.scaling)
-        return self._replace(a=torch.cat((self.a, right)), b=torch.cat((self.b, columns), 1), extension=None)
-
-    def more(self) -> list[Adapter]:
-        """What `product` has left out: an extension that must be by itself, if any."""
-        if self.extension is None or self._stacks:
-            return []
-        coordinates, left, right = self.extension
-        if left is None or right is None:
-            return []
-        return [Adapter(right, left.to(coordinates.dtype) * coordinates, None, 1.0, 0.0, self.frozen)]
-
-    @property
-    def _stacks(self) -> bool:
-        return self.p == 0 and self.scaling != 0
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and name.endswith("hooks")
+)
+_LINEAR_FORWARD = nn.Linear.forward
+_DROPOUT_FORWARD = nn.Dropout.forward
+_SEEDS = 2**63 - 1
 
 
 class FusedForward:
     """The forward of an accelerated layer; mixed into a subclass of the layer's own class."""
 
-    fused = True  # reference_mode sets it to False on a layer
-    grouped = True  # whether it may be computed along with layers that read the same tensor
+    fused = True  # reference_mode sets it to False, on a layer or on all
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As PEFT's, fused where possible.
@@ -90,11 +59,24 @@ class FusedForward:
         Returns:
             `(..., m)`.
         """
-        layer: Any = self
-        if args or kwargs or not runs_fused(layer):
-            result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return result
-        return _forward(layer, x)
+        if not args and not kwargs:
+            if torch.compiler.is_compiling():
+                traced = Prepared.make(self, x) if runs_fused(self) else None
+                if traced is not None:
+                    return traced.run(x)
+            else:
+                prepared = self.__dict__.get("_prepared")
+                if prepared is None or not prepared.fits(self, x):
+                    prepared = self.__dict__["_prepared"] = prepare(self, x)
+                if prepared is not None:
+                    return prepared.run(x)  # type: ignore[no-any-return]
+        result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return result
+
+
+def stock_class(layer: Any) -> type:
+    """PEFT's class of a LoRA layer, accelerated or not."""
+    return type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
 
 
 def class_of(kind: type) -> type:
@@ -104,14 +86,15 @@ def class_of(kind: type) -> type:
         kind: a class of PEFT's.
 
     Returns:
-        The class.
+        The class. It shows PEFT's name, and is pickled under its own.
     """
     name = f"Fused{kind.__name__}"
-    made: type | None = globals().get(name)
-    if made is None:
-        made = type(name, (FusedForward, kind), {"__module__": __name__, "__doc__": f"{kind.__name__}, accelerated."})
-        globals()[name] = made
-    return made
+    cls: type | None = globals().get(name)
+    if cls is None:
+        doc = f"{kind.__name__}, accelerated."
+        cls = type(kind.__name__, (FusedForward, kind), {"__module__": __name__, "__qualname__": name, "__doc__": doc})
+        globals()[name] = cls
+    return cls
 
 
 def __getattr__(name: str) -> Any:
@@ -128,97 +111,8 @@ def supported() -> tuple[type, ...]:
     from peft.tuners import lora  # noqa: PLC0415  (peft is an optional dependency)
     from peft.tuners.lora import torchao  # noqa: PLC0415
 
-    found = [getattr(where, name, None) for where in (lora, torchao) for name in KINDS]
-    return tuple(dict.fromkeys(each for each in found if isinstance(each, type)))
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _whole(weight: Any, gathered: bool) -> bool:
-    # Of two meshes one may be that of tensor parallelism, whose shards stay shards.
-    return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
-
-
-def _plain_linear(module: Any, gathered: bool) -> bool:
-    return type(module) is nn.Linear and not _hooked(module) and _whole(module.weight, gathered)
-
-
-def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
-    """Whether the base product is part of the fused op: a plain linear layer that nobody hooks into.
-
-    Args:
-        layer: a LoRA layer.
-        gathered: see `eager_reason`.
-
-    Returns:
-        True if so.
-    """
-    base = layer.base_layer
-    if not _plain_linear(base, gathered) or "parametrizations" in base._modules:
-        return False
-    weight, kinds = base.weight, (nn.Parameter, torch.Tensor)
-    return (type(weight) in kinds or is_sharded(weight)) and weight.is_floating_point()
-
-
-def eager_reason(layer: Any, *, gathered: bool = False) -> str | None:
-    """Why a layer has to run PEFT's own forward as it is now, or `None`.
-
-    Args:
-        layer: a LoRA layer.
-        gathered: whether FSDP2 gathers the layer's shards before it runs.
-
-    Returns:
-        The reason, in words.
-    """
-    factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
-    names = [name for name in layer.active_adapters if name in factors]
-    if not names:
-        return "no active adapter"
-    for name in names:
-        variant = layer.lora_variant.get(name)
-        if dora.magnitude(layer, name) is not None:
-            reason = dora.refusal(layer, name, names, base_is_fused(layer, gathered=gathered))
-            if reason is not None:
-                return f"adapter {name!r} is {reason}"
-        elif variant is not None and not hasattr(variant, "fused"):
-            return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
-        a = factors[name]
-        if not _plain_linear(a, gathered) or not _plain_linear(others[name], gathered):
-            return f"the factors of adapter {name!r} are sharded, hooked into or no linear layers"
-        if type(dropouts[name]) not in (nn.Identity, nn.Dropout):
-            return f"adapter {name!r} has a {type(dropouts[name]).__name__}"
-        if not a.weight.is_floating_point() or a.bias is not None:
-            return f"adapter {name!r} has factors of an unknown kind"
-    return None
-
-
-def active(layer: Any) -> list[Adapter]:
-    """The active adapters of a layer, those that are trained first.
-
-    Args:
-        layer: a LoRA layer without an `eager_reason`.
-
-    Returns:
-        At least one.
-    """
-    found, factors, others, dropouts = [], layer.lora_A, layer.lora_B, layer.lora_dropout
-    for name in layer.active_adapters:
-        if name not in factors:
-            continue
-        a, other, dropout = factors[name].weight, others[name], dropouts[name]
-        b = other.weight
-        p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        variant = layer.lora_variant.get(name)
-        magnitude = dora.magnitude(layer, name)
-        extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
-        trained = a.requires_grad or b.requires_grad
-        trained = trained or (extension is not None and extension.coordinates.requires_grad)
-        found.append(Adapter(a, b, other.bias, layer.scaling[name], p, not trained, extension, magnitude))
-    return found if len(found) == 1 else sorted(found, key=lambda each: each.frozen)
+    kinds = [getattr(where, name, None) for where in (lora, torchao) for name in KINDS]
+    return tuple(dict.fromkeys(kind for kind in kinds if isinstance(kind, type)))
 
 
 def runs_fused(layer: Any) -> bool:
@@ -230,105 +124,225 @@ def runs_fused(layer: Any) -> bool:
     Returns:
         False if PEFT's own forward is to run.
     """
-    accelerated = isinstance(layer, FusedForward) and layer.fused
+    accelerated = isinstance(layer, FusedForward) and layer.fused and FusedForward.fused
     plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
     return plain and eager_reason(layer) is None
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    adapters = active(layer)
-    y = None
-    if layer.grouped and grouping.applies(x):
-        y = grouping.taken(layer, x, lambda: _key(layer, x, adapters))
-        if y is None:
-            others = grouping.followers(layer)
-            if others and all(runs_fused(each) and each.grouped for each in others):
-                y = _as_one(x, (layer, *others))
-            else:
-                grouping.learn(layer, x)
-    if y is None:
-        (y,) = _computed(x, (_member(layer, x, adapters),))
-    if adapters[0].magnitude is not None:  # of a layer with no other adapter
-        return dora.scaled(y, layer, adapters[0])
-    extra = _counterpart(adapters)
-    if extra is not None:
-        y = _biased(y, extra)
-    for each in _rest(adapters):
-        delta = lora_delta(y, x, each.a, each.b, scaling=each.scaling, dropout=_draw(each, x))
-        y = _biased(delta, each).to(y.dtype)
-    return y
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"accelerated LoRA layers run PEFT's own forward: {reason}", RuntimeWarning, stacklevel=5)
 
 
-def _as_one(x: torch.Tensor, layers: Sequence[Any]) -> torch.Tensor:
-    """The first layer's output; those of the others are put down for them."""
-    found = [active(each) for each in layers]
-    keys = [_key(each, x, adapters) for each, adapters in zip(layers, found, strict=True)]
-    outputs = _computed(x, [_member(each, x, adapters) for each, adapters in zip(layers, found, strict=True)])
-    for layer, key, y in zip(layers[1:], keys[1:], outputs[1:], strict=True):
-        grouping.put_down(layers[0], layer, x, key, y)
-    return outputs[0]
+def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
+    """Prepare a layer for inputs like x.
+
+    Args:
+        layer: an accelerated layer.
+        x: `(..., n)`.
+
+    Returns:
+        What to run, or `None` where PEFT's own forward is to run. An unexpected reason for that is a warning, once.
+    """
+    if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
+        return None
+    if any(_GLOBAL_HOOKS):
+        return None
+    if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
+        return None  # a DTensor, say, which the registered operations have no rule for
+    reason = eager_reason(layer)
+    if reason is not None:
+        if reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
+            _warn_once(reason)
+        return None
+    return Prepared.make(layer, x)
 
 
-def _computed(x: torch.Tensor, members: Sequence[LoraMember]) -> list[torch.Tensor]:
-    outputs = lora_linear_group(x, members)
-    # Where a base layer makes its own product, its dtype is the layer's.
-    return [
-        y if each.weight is not None or each.start is None else y.to(each.start.dtype)
-        for y, each in zip(outputs, members, strict=True)
-    ]
+class Prepared:
+    """What a layer runs, and what that depends on.
+
+    Attributes:
+        adapters: of the layer, see `description.active`.
+        base: the base layer, where it computes its own product.
+        weight: the base weight, where its product is part of the fused op.
+        bias: of the base layer, likewise.
+        scalars: of the first adapter.
+        cast: the dtype that autocast asks for, or `None`.
+        state: a tensor that differs where the layer computes something else, for recomputations.
+    """
+
+    def __init__(self, layer: Any, x: torch.Tensor, adapters: list[Adapter], cast: torch.dtype | None) -> None:
+        """See `make`."""
+        first, base = adapters[0], layer.base_layer
+        fused = base_is_fused(layer) and (cast is not None or base.weight.dtype == x.dtype)
+        self.layer, self.adapters, self.cast = layer, adapters, cast
+        self.base = None if fused else base
+        self.weight: torch.Tensor | None = base.weight if fused else None
+        self.bias: torch.Tensor | None = base.bias if fused else None
+        self.type = type(x)
+        self.dtype, self.device, self.kind, self.inputs = x.dtype, x.device, x.device.type, first.a.shape[1]
+        threshold = lowered(Dropout(first.p, 0), x.device)[0] if first.p else 0
+        backend = linear_dispatcher.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0)
+        start = first.start()
+        self.a0: torch.Tensor | None = None if start is None else start[0]
+        self.b0: torch.Tensor | None = None if start is None else start[1]
+        frozen_scaling = 0.0 if start is None else start[2]
+        self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
+        extended = first.extension is not None and first.extension.coordinates is not None
+        self.plain = not extended and first.bias is None and first.magnitude is None and len(adapters) == 1
+        self.state: torch.Tensor | None = None
+
+    @staticmethod
+    def make(layer: Any, x: torch.Tensor) -> Prepared | None:
+        """A layer without an `eager_reason`, prepared for inputs like x; `None` where x does not fit it."""
+        adapters = active(layer)
+        if x.dim() == 0 or any(x.shape[-1] != adapter.a.shape[1] for adapter in adapters):
+            return None  # PEFT's own forward raises
+        prepared = Prepared(layer, x, adapters, autocast_dtype(x))
+        if not torch.compiler.is_compiling():
+            prepared._remember(layer)
+        return prepared
+
+    def _remember(self, layer: Any) -> None:
+        """Note everything that a call must find unchanged."""
+        names = [adapter.name for adapter in self.adapters]
+        modules, own = layer._modules, layer.__dict__
+        parts = [layer.base_layer]
+        cells: list[tuple[Any, Any]] = [
+            (own, "training"), (own, "_disable_adapters"), (own, "merged_adapters"), (own, "scaling"),
+            (own, "lora_variant"), (modules, "base_layer"), (modules, "lora_A"), (modules, "lora_B"),
+            (modules, "lora_dropout"), (modules, "lora_magnitude_vector"),
+        ]  # fmt: skip
+        for name in names:
+            cells += [(layer.scaling, name), (layer.lora_variant, name)]
+            for group in ("lora_A", "lora_B", "lora_dropout"):
+                part = modules[group]._modules[name]
+                cells.append((modules[group]._modules, name))
+                parts.append(part)
+            cells += [(part.__dict__, "p"), (part.__dict__, "training")]
+        for part in parts:
+            cells += [(part.__dict__, "forward"), (part._parameters, "weight"), (part._parameters, "bias")]
+        self.cells = tuple((cell, key, cell.get(key)) for cell, key in cells)
+        # What must be empty: looked at all at once.
+        hooked = parts if self.base is None else parts[1:]
+        self.empty = (
+            *(getattr(part, name) for part in hooked for name in _HOOKS),
+            *_GLOBAL_HOOKS,
+            layer.merged_adapters,
+        )
+        self.active = own["_active_adapter"] if isinstance(own["_active_adapter"], str) else [*own["_active_adapter"]]
+        self.override = _backend._override
+        trained = None if len(names) == 1 else [adapter.frozen for adapter in self.adapters]
+        variants = [(layer.lora_variant[adapter.name], adapter) for adapter in self.adapters if adapter.extension]
+        self.trained, self.variants = trained, variants
+        numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
+        self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
+
+    def fits(self, layer: Any, x: torch.Tensor) -> bool:
+        """Whether nothing has changed that `run` depends on."""
+        own, kind = layer.__dict__, self.kind
+        if (
+            type(x) is not self.type
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or x.dim() == 0
+            or x.shape[-1] != self.inputs
+            or own["_active_adapter"] != self.active
+            or any(self.empty)
+            or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None) is not self.cast
+            or _backend._override is not self.override
+            or nn.Linear.forward is not _LINEAR_FORWARD
+            or nn.Dropout.forward is not _DROPOUT_FORWARD
+            or not FusedForward.fused
+            or "fused" in own
+        ):
+            return False
+        for cell, key, value in self.cells:
+            if cell.get(key) is not value:
+                return False
+        if self.variants or self.trained is not None:
+            return self._same_parts(layer)
+        return True
+
+    def _same_parts(self, layer: Any) -> bool:
+        for variant, adapter in self.variants:
+            if not _identical(variant.fused(layer, adapter.name), adapter.extension):
+                return False
+        return self.trained is None or self.trained == [adapter.frozen for adapter in active(layer)]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output.
+
+        Args:
+            x: `(..., n)`.
+
+        Returns:
+            `(..., m)`.
+
+        Raises:
+            RuntimeError: inside a `torch.func` transform.
+        """
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(TRANSFORMED)
+        scalars, seed, start, dtype = self.scalars, None, self.bias, None
+        if scalars.threshold:
+            seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device)
+        if self.base is not None:
+            start = self.base(x)
+            dtype = start.dtype  # of the layer's result, whatever the arithmetic is done in
+        if self.cast is not None:
+            x = x.to(self.cast)
+        first = self.adapters[0]
+        if self.plain:
+            a, b = first.a, first.b
+        else:
+            a, b = first.factors()
+            if first.magnitude is not None:
+                start = None
+            elif first.bias is not None:
+                start = _with_bias(start, first)
+        if start is not None and self.base is not None and start.dtype != x.dtype:
+            start = start.to(x.dtype)
+        if torch.is_grad_enabled():
+            tensors = (x, self.weight, start, a, b, self.a0, self.b0, seed, self.state)
+            y: torch.Tensor = LoraFunction.apply(*tensors, scalars)  # type: ignore[no-untyped-call]
+        else:
+            y = run_forward(x, self.weight, start, Factors(a, b, self.a0, self.b0, seed), scalars)[0]
+        if not self.plain:
+            y = self._rest(x, y)
+        return y if dtype is None or y.dtype == dtype else y.to(dtype)
+
+    def _rest(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """All that the first product leaves out."""
+        first, *others = self.adapters
+        if first.magnitude is not None:  # of a layer with no other adapter
+            return dora.scaled(y, self.layer, first)
+        directions = first.directions()
+        if directions is not None:
+            y = lora_delta(y, x, *directions, scaling=1.0)
+        for adapter in others:
+            dropout = Dropout.draw(adapter.p, device=x.device) if adapter.p else None
+            a, b = adapter.factors()
+            y = lora_delta(y, x, a, b, scaling=adapter.scaling, dropout=dropout, extra=adapter.start())
+            directions = adapter.directions()
+            if directions is not None:
+                y = lora_delta(y, x, *directions, scaling=1.0)
+            if adapter.bias is not None:
+                y = y + adapter.scaling * adapter.bias.to(y.dtype)
+        return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a layer is prepared anew."""
+        return type(None), ()
 
 
-def _counterpart(adapters: list[Adapter]) -> Adapter | None:
-    """A frozen adapter without dropout (of a start away from zero): more rank of the same products."""
-    return next((each for each in adapters[1:] if each.frozen and each.p == 0), None)
+def _identical(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_identical(a, b) for a, b in zip(one, other, strict=True))
+    return one is other or (isinstance(one, float) and one == other)
 
 
-def _rest(adapters: list[Adapter]) -> list[Adapter]:
-    """All that the first product of a layer leaves out, products only."""
-    extra, found = _counterpart(adapters), adapters[0].more()
-    for each in adapters[1:]:
-        found += each.more() if each is extra else [each.product(), *each.more()]
-    return found
-
-
-def _key(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> tuple[Any, ...]:
-    """All that a layer's output depends on besides x and the values of its tensors."""
-    kind = x.device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    numbers = (
-        value
-        for each in adapters
-        for value in (each.a, each.b, each.bias, each.scaling, each.p, each.frozen, each.magnitude)
-    )
-    extensions = (value for each in adapters if each.extension is not None for value in each.extension)
-    return cast, layer.base_layer, *numbers, *extensions
-
-
-def _member(layer: Any, x: torch.Tensor, adapters: list[Adapter]) -> LoraMember:
-    """What the fused op is to compute for a layer: its first adapter, and what is frozen beside it."""
-    first, extra, base, weight = adapters[0].product(), _counterpart(adapters), layer.base_layer, None
-    extra = None if extra is None else extra.product()
-    frozen = None if extra is None else (extra.a, extra.b, extra.scaling)
-    if base_is_fused(layer):
-        weight = base.weight
-        weight = weight if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else None
-    if weight is None:
-        start = _biased(base(x), first)
-    elif first.magnitude is not None:
-        start = None
-    else:
-        start = base.bias if first.bias is None else _sum(base.bias, first.bias, first.scaling)
-    return LoraMember(weight, start, first.a, first.b, first.scaling, _draw(first, x), frozen)
-
-
-def _sum(bias: torch.Tensor | None, more: torch.Tensor, scaling: float) -> torch.Tensor:
-    scaled = scaling * more
-    return scaled if bias is None else (bias + scaled).to(bias.dtype)
-
-
-def _draw(adapter: Adapter, x: torch.Tensor) -> Dropout | None:
-    return None if adapter.p == 0 else Dropout.draw(adapter.p, device=x.device)
-
-
-def _biased(y: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    return y if adapter.bias is None else y + adapter.scaling * adapter.bias.to(y.dtype)
+def _with_bias(start: torch.Tensor | None, adapter: Adapter) -> torch.Tensor:
+    """What the products are added to, with the bias of B."""
+    bias: torch.Tensor = adapter.scaling * adapter.bias  # type: ignore[operator, assignment]
+    return bias if start is None else (start + bias).to(start.dtype)

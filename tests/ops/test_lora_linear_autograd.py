@@ -1,13 +1,15 @@
-"""The LoRA layer in autograd, torch.compile, checkpoints and torch.func, and beside PEFT."""
+"""The LoRA layer in autograd, torch.compile and checkpoints, and beside PEFT."""
+
+import itertools
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.ops import Dropout, lora_delta, lora_linear
+from lora_kernels.ops import Dropout, _ext, lora_delta, lora_linear
 from lora_kernels.ops.lora_linear import reference
 from tests.conftest import relative_error
-from tests.ops.test_lora_linear import DROPOUTS, DROPPED, make, make_extra, widened
+from tests.ops.test_lora_linear import DROPOUTS, make, make_extra, widened
 
 
 @pytest.mark.parametrize("ratio", [None, -1.0, 0.4], ids=["no extra", "taken off", "extra"])
@@ -25,29 +27,45 @@ def test_gradcheck(dropout, ratio):
     )
 
 
-def test_twice_is_refused():
+def test_second_derivatives_are_refused():
     tensors = make((4,), 5, 3, 2)
-    (first,) = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors[3], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula|once_differentiable"):
-        first.sum().backward()
+
+    def loss(x):
+        return lora_linear(x, *tensors[1:], scaling=1.0).sum()  # g does not depend on x: nothing would show the error
+
+    functional = torch.autograd.functional
+    for attempt in (
+        lambda: torch.autograd.grad(loss(tensors[0]), tensors[3], create_graph=True),
+        lambda: functional.hvp(loss, tensors[0].detach(), torch.ones(4, 5)),
+        lambda: functional.hessian(loss, tensors[0].detach()),
+        lambda: functional.jacobian(loss, tensors[0].detach(), create_graph=True),
+    ):
+        with pytest.raises(RuntimeError, match="twice.*reference_mode"):
+            attempt()
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="torch.func transforms.*reference_mode"):
+            transform(loss)(tensors[0].detach())
+    assert torch.autograd.functional.jacobian(loss, tensors[0].detach()).shape == (4, 5)
 
 
 def test_registration_is_sound():
-    x, weight, bias, a, b = make((2, 3), 7, 5, 3)
+    x, weight, bias, a, b = (each.detach() for each in make((6,), 7, 5, 3))
     a0, b0, _ = make_extra(7, 5, 1.0)
-    seed, op = torch.tensor([4]), torch.ops.lora_kernels.lora_linear.default
-    for start in (bias, None):
-        for pair in ((a0, b0), (None, None)):
-            for drop in ((0, None, 0), (20000, seed, 3)):
-                torch.library.opcheck(op, (x, weight, start, a, b, *pair, 0.5, -0.5, *drop, "torch"))
-    base = torch.randn(2, 3, 5, requires_grad=True)
-    torch.library.opcheck(op, (x, None, base, a, b, a0, b0, 0.5, 0.1, 20000, seed, 3, "torch"))
-    op = torch.ops.lora_kernels.lora_linear_backward.default
-    g, t = torch.randn(2, 3, 5), torch.randn(6, 3)
-    detached = [each.detach() for each in (x, weight, a, b)]
-    numbers = (a0, b0, 0.5, -0.5, 20000, seed, 3)
-    for needs in ((True,) * 5, (False, False, False, True, True), (True, False, False, False, False)):
-        torch.library.opcheck(op, (g, detached[0], detached[1], t, *detached[2:], *numbers, *needs, "torch"))
+    seed = torch.tensor([4])
+    forward = torch.ops.lora_kernels.lora_linear_forward.default
+    backward = torch.ops.lora_kernels.lora_linear_backward.default
+    g = torch.randn(6, 5)
+    backends = ("torch", "cpp") if _ext.load()[0] is not None else ("torch",)
+    for backend, start, pair, drop in itertools.product(
+        backends, (bias, None), ((a0, b0), (None, None)), ((None, 0, 0), (seed, 20000, 3))
+    ):
+        tensors, scalars = (a, b, *pair, drop[0]), (0.5, -0.5, *drop[1:], backend)
+        torch.library.opcheck(forward, (x, weight, start, *tensors, *scalars))
+        _, t = forward(x, weight, start, *tensors, *scalars)
+        torch.library.opcheck(backward, (g, x, t, weight, *tensors, *scalars, True))
+        torch.library.opcheck(backward, (g, None, None, None, *tensors, *scalars, True))
+        torch.library.opcheck(backward, (g, x, None, weight, *tensors, *scalars, False))
+    torch.library.opcheck(forward, (x, None, torch.randn(6, 5), a, b, a0, b0, seed, 0.5, 0.1, 20000, 3, "torch"))
 
 
 def test_a_dispatch_mode_sees_the_registered_operations():
@@ -62,7 +80,7 @@ def test_a_dispatch_mode_sees_the_registered_operations():
     expected = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
     with Look():
         found = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
-    assert {"lora_kernels::lora_linear", "lora_kernels::lora_linear_backward"} <= set(seen)
+    assert {"lora_kernels::lora_linear_forward", "lora_kernels::lora_linear_backward"} <= set(seen)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -190,51 +208,13 @@ def test_compiled_checkpoint():
     assert_same(step(compiled, layer, x), step(layer, layer, x), 1e-6)
 
 
-@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
-def test_torch_func(dropout):
-    tensors = [each.detach() for each in make((6,), 7, 5, 3, torch.float64)]
-    extra = widened(make_extra(7, 5, -0.5), torch.float64)
-
-    def loss(function):
-        return lambda *each: function(*each, scaling=0.5, dropout=dropout, extra=extra).square().sum()
-
-    mine, plain = loss(lora_linear), loss(reference.lora_linear)
-    for argnums in (3, (0, 1, 2, 3, 4)):
-        found, expected = (torch.func.grad(each, argnums)(*tensors) for each in (mine, plain))
-        for one, two in zip(
-            torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True
-        ):
-            assert relative_error(one, two) < 1e-12
-    value, pull = torch.func.vjp(
-        lambda a, b: lora_linear(*tensors[:3], a, b, scaling=0.5, dropout=dropout), *tensors[3:]
-    )
-    _, plain_pull = torch.func.vjp(
-        lambda a, b: reference.lora_linear(*tensors[:3], a, b, scaling=0.5, dropout=dropout), *tensors[3:]
-    )
-    for one, two in zip(pull(torch.ones_like(value)), plain_pull(torch.ones_like(value)), strict=True):
-        assert relative_error(one, two) < 1e-12
-
-
-def test_gradients_per_sample():
-    x, weight, bias, a, b = (each.detach() for each in make((4, 6), 7, 5, 3, torch.float64))
-    loss = lambda a, x: lora_linear(x, weight, bias, a, b, scaling=0.5).square().sum()  # noqa: E731
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(a, x)
-    for i in range(4):
-        assert relative_error(found[i], torch.func.grad(loss)(a, x[i])) < 1e-12
-    outputs = torch.func.vmap(lambda x: lora_linear(x, weight, bias, a, b, scaling=0.5, dropout=DROPPED))(x)
-    assert torch.equal(outputs[2], lora_linear(x[2], weight, bias, a, b, scaling=0.5, dropout=DROPPED))
-
-
 def test_functional_call_with_replaced_adapters():
     layer, x = Layer(12, 9, 3, 0.0), torch.randn(5, 12)
-    new = {"a": torch.randn(3, 12), "b": torch.randn(9, 3)}
-    found = torch.func.grad(lambda new: torch.func.functional_call(layer, new, x).sum())(new)
-    layer.a.data, layer.b.data = new["a"], new["b"]
-    expected = step(layer, layer, x)
-    torch.manual_seed(3)
-    grads = torch.autograd.grad(layer(x).sum(), (layer.a, layer.b))
-    assert len(expected) == 4
-    assert_same([found["a"], found["b"]], grads, 1e-6)
+    new = {"a": torch.randn(3, 12, requires_grad=True), "b": torch.randn(9, 3, requires_grad=True)}
+    found = torch.autograd.grad(torch.func.functional_call(layer, new, x).sum(), (new["a"], new["b"]))
+    layer.a.data, layer.b.data = new["a"].detach(), new["b"].detach()
+    expected = torch.autograd.grad(layer(x).sum(), (layer.a, layer.b))
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

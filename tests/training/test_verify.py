@@ -1,7 +1,6 @@
-from dataclasses import replace
-
 import pytest
 import torch
+from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.training import lora_layer
@@ -51,29 +50,78 @@ def test_only_layers_that_the_loss_reaches():
 
 @pytest.mark.parametrize("part", ["y", "dB"])
 def test_a_wrong_layer_is_found(part, monkeypatch):
-    real = lora_layer.lora_linear_group
+    real = lora_layer.LoraFunction
 
-    class Halved(torch.autograd.Function):
+    class Wrong(real):
         @staticmethod
-        def forward(ctx, value):
-            return value.clone()
+        def forward(ctx, *args):
+            *tensors, scalars = args
+            if part == "y":
+                scalars = scalars._replace(scaling=scalars.scaling * 1.001)
+            return real.forward(ctx, *tensors, scalars)
 
         @staticmethod
         def backward(ctx, g):
-            return g / 2
+            *others, db, a0, b0, seed, state, scalars = real.backward(ctx, g)
+            return (*others, db / 2 if part == "dB" else db, a0, b0, seed, state, scalars)
 
-    def wrong(x, members):
-        if part == "y":
-            return real(x, [replace(each, scaling=each.scaling * 1.001) for each in members])
-        return real(x, [replace(each, b=Halved.apply(each.b)) for each in members])
-
-    monkeypatch.setattr(lora_layer, "lora_linear_group", wrong)
+    monkeypatch.setattr(lora_layer, "LoraFunction", Wrong)
     model = wrapped()
     lk.accelerate(model)
     report = lk.verify(model, BATCH)
     assert not report.ok and "LESS ACCURATE" in str(report)
     worst = report.layers[0]
     assert worst.fused[part] > 100 * worst.stock[part]
+
+
+class Shared(nn.Module):
+    """A layer called twice, on inputs of other sizes, the first call without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.tail = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            still = self.head(x)
+        return self.tail(self.head(still[:1]).tanh() + self.head(x))
+
+
+def test_calls_of_a_shared_layer_keep_their_gradients():
+    torch.manual_seed(0)
+    model = wrapped(Shared(), target_modules=["head", "tail"])
+    lk.accelerate(model, strict=True)
+    report = lk.verify(model, torch.randn(4, 6), forward=lambda model, x: model(x), loss=lambda y, _: y.square().sum())
+    assert report.ok and len(report.layers) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_layer_of_few_rows_is_right(rows):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = wrapped(nn.Sequential(nn.Linear(7, 3)), target_modules=["0"], r=1)
+        lk.accelerate(model, strict=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            x = torch.randn(rows, 7, dtype=dtype)
+            report = lk.verify(model, x, forward=lambda model, x: model(x), loss=lambda y, _: y.square().sum())
+            assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside):
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(**batch)
+
+    model = wrapped()
+    lk.accelerate(model)
+    if inside:
+        report = lk.verify(model, BATCH, forward=forward)
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            report = lk.verify(model, BATCH)
+    assert report.ok and all(layer.fused["y"] > 1e-4 for layer in report), "autocast was not repeated"
 
 
 def test_what_is_not_accelerated_is_said():
@@ -87,8 +135,16 @@ def test_what_is_not_accelerated_is_said():
     assert list(report.skipped.values()) == ["adapters are merged or disabled"] and len(report.layers) == 5
 
 
+def test_layers_that_all_run_pefts_forward_are_no_comparison():
+    model = wrapped()
+    lk.accelerate(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="all 6 LoRA layers run PEFT's own forward.*merged or disabled"):
+        lk.verify(model, BATCH)
+
+
 def test_errors_below_rounding_are_alike():
-    errors = lk.training.LayerErrors("layer", {"y": 1e-9, "dA": 3e-6}, {"y": 1e-12, "dA": 1e-6})
-    assert errors.ratio(1e-7) == pytest.approx(3.0) and errors.ratio(1e-5) == 1.0
-    few = lk.training.LayerErrors("layer", {"dc": 4e-7}, {"dc": 1e-7})
-    assert few.ratio(1e-7) == 1.0 and few.ratio(1e-8) == pytest.approx(4.0)
+    errors = {"y": 1e-9, "dA": 3e-6}, {"y": 1e-12, "dA": 1e-6}
+    for floor, ratio in ((1e-7, 3.0), (1e-5, 1.0), (2e-6, 1.5)):
+        layer = lk.training.LayerErrors("layer", *errors, {"y": floor, "dA": floor})
+        assert layer.ratio == pytest.approx(ratio)

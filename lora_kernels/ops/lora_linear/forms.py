@@ -182,6 +182,11 @@ def tables() -> Tables:
 _chosen: dict[tuple[object, ...], Choice] = {}
 
 
+def is_default() -> bool:
+    """Whether every product runs in the default form: none is forced, and no table has a record for this machine."""
+    return _override is None and not tables().entries
+
+
 def forget() -> None:
     """Read the tables again at the next use."""
     _chosen.clear()
@@ -196,7 +201,6 @@ def choose(
     rank: int,
     dropout: bool,
     backend: str,
-    alone: bool = True,
 ) -> Choice:
     """The form of a product.
 
@@ -208,7 +212,6 @@ def choose(
         rank: of the low-rank term.
         dropout: whether that is masked.
         backend: of the skinny products.
-        alone: whether it is the only product of the sum. dx of a group of layers has several, which nobody measured.
 
     Returns:
         What was forced, or measured, or the default. A measured form that cannot run on this backend is the default.
@@ -221,8 +224,6 @@ def choose(
         if reason is not None:
             raise RuntimeError(f"the form {_override!r} cannot run: {reason}")
         return Choice(_override, origin="forced")
-    if not alone:
-        return Choice(DEFAULT)
     tokens, n, m = sizes
     small = (product, device, dtype, table.bucket(tokens), n, m, table.pad_rank(rank), dropout, backend)
     choice = _chosen.get(small)

@@ -1,64 +1,210 @@
-"""The LoRA layer: checks and the choice of backend."""
+"""The LoRA layer: checks, the choice of backend, and its one node in autograd's graph.
+
+Eager calls on ordinary tensors run `passes` directly; under tracing (compile, fake tensors, dispatch modes) the
+registered operations run, which do the same. Both fill memory that the node has allocated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lora_kernels.ops._backend import Dispatcher
-from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type, shown
+from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops._dropout import Dropout, lowered
-from lora_kernels.ops.lora_linear import _function
-from lora_kernels.ops.lora_linear._function import Numbers
+from lora_kernels.ops.lora_linear import passes
+from lora_kernels.ops.lora_linear.passes import Factors, Scalars, rows_of
+from lora_kernels.ops.skinny import _launch
+from lora_kernels.ops.skinny._launch import cast
 from lora_kernels.ops.skinny.op import product_dispatcher
 
 linear_dispatcher, delta_dispatcher = product_dispatcher("lora_linear"), product_dispatcher("lora_delta")
 
-
-@dataclass(frozen=True)
-class LoraMember:
-    """One of the layers that read the same input; see `lora_linear` on each.
-
-    Attributes:
-        weight: W `(m, n)`, or `None` where the base layer works out its own product.
-        start: what is added: the bias `(m,)`, or, without a weight, the base layer's result `(..., m)`; or `None`.
-        a: A `(r, n)`.
-        b: B `(m, r)`.
-        scaling: s.
-        dropout: of the adapter's input, each layer's own.
-        extra: a frozen pair `(A0, B0, e)`.
-    """
-
-    weight: torch.Tensor | None
-    start: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    dropout: Dropout | None = None
-    extra: tuple[torch.Tensor, torch.Tensor, float] | None = None
+_TWICE = (
+    "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
+    "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
+)
+TRANSFORMED = (
+    "a fused LoRA layer cannot run inside torch.func transforms: call them inside "
+    "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
+)
+_OTHER_ADAPTER = (
+    "a checkpointed LoRA layer was recomputed with other adapters active, or another scaling or dropout, than when it "
+    "was recorded, so its gradients would be wrong: run the backward pass before adapters are switched"
+)
 
 
-def _check_factors(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, extra: object, outputs: int | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    check_tensor("a", a, shape=(None, x.shape[-1]), device=x.device)
-    check_tensor("b", b, shape=(outputs, a.shape[0]), device=x.device)
-    check_number("scaling", scaling)
-    if extra is None:
-        return None, None, 0.0
-    if not isinstance(extra, tuple) or len(extra) != 3:
-        raise TypeError(f"extra must be None or (a0, b0, scaling), got {type(extra).__name__}")
-    a0, b0, extra_scaling = extra
-    check_tensor("extra[0]", a0, shape=(None, x.shape[-1]), device=x.device)
-    check_tensor("extra[1]", b0, shape=(b.shape[0], a0.shape[0]), device=x.device)
-    check_number("extra[2]", extra_scaling)
-    # Frozen: no gradient is worked out, so none may be waited for.
-    return a0.detach(), b0.detach(), float(extra_scaling)
+@torch.library.custom_op("lora_kernels::lora_linear_forward", mutates_args=())
+def _forward_op(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    start: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: torch.Tensor | None,
+    b0: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    frozen_scaling: float,
+    threshold: int,
+    stream: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    factors, scalars = Factors(a, b, a0, b0, seed), Scalars(scaling, frozen_scaling, threshold, stream, backend)
+    with _launch.device_of(x):
+        return passes.forward(x, weight, start, factors, scalars)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+@_forward_op.register_fake
+def _(x: torch.Tensor, _weight: Any, _start: Any, a: torch.Tensor, b: torch.Tensor, a0: Any, *others: Any) -> Any:
+    ranks = a.shape[0] + (0 if a0 is None else a0.shape[0])
+    t = x.new_empty((x.shape[0], ranks), dtype=torch.float32 if others[-1] == "cpp" else None)
+    return x.new_empty((x.shape[0], b.shape[0])), t
+
+
+@torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
+def _backward_op(
+    g: torch.Tensor,
+    x: torch.Tensor | None,
+    t: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: torch.Tensor | None,
+    b0: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    frozen_scaling: float,
+    threshold: int,
+    stream: int,
+    backend: str,
+    need_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    factors, scalars = Factors(a, b, a0, b0, seed), Scalars(scaling, frozen_scaling, threshold, stream, backend)
+    with _launch.device_of(g):
+        gradients = passes.backward(g, x, t, weight, factors, scalars, need_x)
+    # A registered operation returns tensors: an empty one stands for what is not needed.
+    dx, da, db = (g.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, da, db
+
+
+@_backward_op.register_fake
+def _(g: torch.Tensor, x: Any, t: Any, _weight: Any, a: torch.Tensor, b: torch.Tensor, *others: Any) -> Any:
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return (
+        g.new_empty((g.shape[0], a.shape[1]) if others[-1] else (0,)),
+        g.new_empty(0) if x is None else a.new_empty(a.shape, dtype=wide),
+        g.new_empty(0) if t is None else b.new_empty(b.shape, dtype=wide),
+    )
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether memory can be worked on directly: an ordinary tensor, and no tracing."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not tensor.is_meta
+    )
+
+
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """With its numbers in memory: kernels see addresses, not that a view negates, or stands for zeros."""
+    if tensor.is_neg():
+        return tensor.resolve_neg()
+    return tensor.clone() if torch._is_zerotensor(tensor) else tensor
+
+
+class LoraFunction(torch.autograd.Function):
+    """The node of a layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        start: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        a0: torch.Tensor | None,
+        b0: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        state: torch.Tensor | None,
+        scalars: Scalars,
+    ) -> torch.Tensor:
+        """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
+        y, t = run_forward(x, weight, start, Factors(a, b, a0, b0, seed), scalars)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[3] or needs[1] else None, t if needs[4] else None, weight if needs[0] else None,
+            a, b, a0, b0, seed, state,
+        )  # fmt: skip
+        ctx.scalars, ctx.state = scalars, state
+        if needs[1] or needs[2]:
+            ctx.dtypes = None if weight is None else weight.dtype, None if start is None else start.dtype
+            ctx.is_bias = start is not None and start.dim() == 1
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Of x, the weight, the start, A and B."""
+        x, t, weight, a, b, a0, b0, seed, state = ctx.saved_tensors
+        need_x, need_weight, need_start, need_a, need_b, *_ = ctx.needs_input_grad
+        factors, plain = Factors(a, b, a0, b0, seed), is_plain(g)
+        if plain:
+            if torch.is_grad_enabled():
+                raise RuntimeError(_TWICE)
+            if state is not ctx.state and not torch.equal(state, ctx.state):
+                raise RuntimeError(_OTHER_ADAPTER)
+            if g.is_neg() or torch._is_zerotensor(g):
+                g = _resolved(g)
+        rows, source = rows_of(g), None if x is None else rows_of(x)
+        tensors = rows, source if need_a else None, t, weight
+        dx = da = db = dw = start = None
+        if not plain:
+            dx, da, db = _backward_op(*tensors, *factors, *ctx.scalars, need_x)
+        elif not (need_x or need_a or need_b):
+            pass
+        elif _launch.is_bare(g):
+            dx, da, db = passes.backward(*tensors, factors, ctx.scalars, need_x)
+        else:
+            with _launch.device_of(g):
+                dx, da, db = passes.backward(*tensors, factors, ctx.scalars, need_x)
+        if not need_x:
+            dx = None
+        elif g.dim() != 2:
+            dx = dx.view(*g.shape[:-1], a.shape[1])  # type: ignore[union-attr]
+        da = cast(da, a.dtype) if need_a else None  # type: ignore[arg-type]
+        db = cast(db, b.dtype) if need_b else None  # type: ignore[arg-type]
+        if need_weight:
+            dw = cast(torch.mm(rows.mT, source), ctx.dtypes[0])  # type: ignore[arg-type]
+        if need_start:
+            start = cast(rows.sum(0), ctx.dtypes[1]) if ctx.is_bias else g
+        return dx, dw, start, da, db, None, None, None, None, None
+
+
+def run_forward(
+    x: torch.Tensor, weight: torch.Tensor | None, start: torch.Tensor | None, factors: Factors, scalars: Scalars
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y `(..., m)` and t `(tokens, r + q)` of arguments that are checked, without autograd."""
+    plain = is_plain(x)
+    if plain and (x.is_neg() or torch._is_zerotensor(x)):
+        x = _resolved(x)
+    rows = rows_of(x)
+    if start is not None and start.dim() != 1:
+        start = rows_of(_resolved(start) if plain else start)
+    if not plain:
+        y, t = _forward_op(rows, weight, start, *factors, *scalars)
+    elif _launch.is_bare(x):
+        y, t = passes.forward(rows, weight, start, factors, scalars)
+    else:
+        with _launch.device_of(x):
+            y, t = passes.forward(rows, weight, start, factors, scalars)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), t
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
     kind = x.device.type
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
@@ -67,39 +213,58 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _lowered(
-    x: torch.Tensor, member: LoraMember, cast: torch.dtype | None, start: str
-) -> tuple[tuple[torch.Tensor | None, ...], Numbers]:
-    """A layer as autograd's function takes it, checked; `start` is what the caller calls that argument."""
-    weight, first, outputs = member.weight, member.start, None
+def _checked_pair(
+    x: torch.Tensor, b: torch.Tensor, extra: object
+) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    if extra is None:
+        return None, None, 0.0
+    if not isinstance(extra, tuple) or len(extra) != 3:
+        raise TypeError(f"extra must be None or (a0, b0, scaling), got {type(extra).__name__}")
+    a0, b0, scaling = extra
+    check_tensor("extra[0]", a0, shape=(None, x.shape[-1]), device=x.device)
+    check_tensor("extra[1]", b0, shape=(b.shape[0], a0.shape[0]), device=x.device)
+    check_number("extra[2]", scaling)
+    return a0.detach(), b0.detach(), float(scaling)  # frozen: no gradient is computed, so none may be waited for
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    start: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    extra: object,
+    backend: str,
+    dispatcher: Dispatcher,
+    start_name: str,
+) -> torch.Tensor:
+    check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError("x has shape (), but must be (..., n)")
+    cast, outputs = autocast_dtype(x), None
     if weight is not None:
         dtypes = FLOATS if cast is not None else (x.dtype,)
         check_tensor("weight", weight, shape=(None, x.shape[-1]), device=x.device, dtypes=dtypes)
         outputs = weight.shape[0]
-        if first is not None:
-            check_tensor(start, first, shape=(outputs,), device=x.device, dtypes=dtypes)
-    a0, b0, extra_scaling = _check_factors(x, member.a, member.b, member.scaling, member.extra, outputs)
-    if weight is None:
-        if first is None:
-            raise ValueError(f"{start} must be the base layer's result (..., m) where weight is None")
-        check_tensor(start, first, shape=(*x.shape[:-1], member.b.shape[0]), device=x.device)
-        first = first.to(x.dtype if cast is None else cast)
-    threshold, seed, stream = lowered(member.dropout, x.device)
-    numbers = Numbers(float(member.scaling), extra_scaling, threshold, stream)
-    return (weight, first, member.a, member.b, a0, b0, seed), numbers
-
-
-def _run(
-    x: torch.Tensor, members: Sequence[LoraMember], backend: str, dispatcher: Dispatcher, start: str
-) -> tuple[torch.Tensor, ...]:
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError("x has shape (), but must be (..., n)")
-    cast = _autocast_dtype(x)
-    tensors, numbers = zip(*(_lowered(x, each, cast, start) for each in members), strict=True)
+        if start is not None:
+            check_tensor(start_name, start, shape=(outputs,), device=x.device, dtypes=dtypes)
+    check_tensor("a", a, shape=(None, x.shape[-1]), device=x.device)
+    check_tensor("b", b, shape=(outputs, a.shape[0]), device=x.device)
+    check_number("scaling", scaling)
+    a0, b0, frozen_scaling = _checked_pair(x, b, extra)
+    if weight is None and start is not None:
+        check_tensor(start_name, start, shape=(*x.shape[:-1], b.shape[0]), device=x.device)
+        start = start.to(x.dtype if cast is None else cast)
+    threshold, seed, stream = lowered(dropout, x.device)
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise RuntimeError(TRANSFORMED)
     x = x if cast is None else x.to(cast)
-    drops = any(each.threshold > 0 for each in numbers)
-    return _function.run(x, tensors, numbers, dispatcher.choose(backend, x.device, x.dtype, drops))
+    chosen = dispatcher.choose(backend, x.device, x.dtype, threshold > 0)
+    scalars = Scalars(float(scaling), frozen_scaling, threshold, stream, chosen)
+    y: torch.Tensor = LoraFunction.apply(x, weight, start, a, b, a0, b0, seed, None, scalars)  # type: ignore[no-untyped-call]
+    return y
 
 
 def lora_linear(
@@ -120,8 +285,8 @@ def lora_linear(
     autograd keeps is x, the weights and a `(tokens, r)` matrix. The arithmetic is that of x's dtype with float32 sums
     (under autocast, of autocast's dtype, as in `torch.nn.functional.linear`); A and B may have another dtype, float32
     masters of a bfloat16 model, say: they are cast for the products, and their gradients are rounded from float32 sums
-    to their own dtype. (PEFT casts x up instead.) Works with `torch.compile`, checkpointing, `torch.func.grad`, `vjp`
-    and `vmap` (one element of the batch at a time); it cannot be differentiated twice.
+    to their own dtype. (PEFT casts x up instead.) Works with `torch.compile` and checkpointing; it cannot be
+    differentiated twice, nor run inside `torch.func` transforms.
 
     Args:
         x: `(..., n)` float16, bfloat16 or float32; float64 on the torch backend.
@@ -144,11 +309,11 @@ def lora_linear(
     Raises:
         TypeError: on a wrong type or dtype.
         ValueError: on a wrong shape, device or number.
-        RuntimeError: if the backend asked for cannot take the call; the message says why.
+        RuntimeError: if the backend asked for cannot take the call, or inside a `torch.func` transform; the message
+            says why, and what to do.
     """
     check_type("weight", weight, torch.Tensor, "a torch.Tensor")
-    member = LoraMember(weight, bias, a, b, scaling, dropout, extra)
-    return _run(x, (member,), backend, linear_dispatcher, "bias")[0]
+    return _run(x, weight, bias, a, b, scaling, dropout, extra, backend, linear_dispatcher, "bias")
 
 
 def lora_delta(
@@ -185,39 +350,8 @@ def lora_delta(
     Raises:
         TypeError: on a wrong type or dtype.
         ValueError: on a wrong shape, device or number.
-        RuntimeError: if the backend asked for cannot take the call; the message says why.
+        RuntimeError: if the backend asked for cannot take the call, or inside a `torch.func` transform; the message
+            says why, and what to do.
     """
     check_tensor("y", y)
-    member = LoraMember(None, y, a, b, scaling, dropout, extra)
-    return _run(x, (member,), backend, delta_dispatcher, "y")[0]
-
-
-def lora_linear_group(
-    x: torch.Tensor, members: Sequence[LoraMember], *, backend: str = "auto"
-) -> tuple[torch.Tensor, ...]:
-    """LoRA layers that read the same x (query, key and value; gate and up), their products side by side.
-
-    The same numbers as `lora_linear` or `lora_delta` of each, up to rounding. x is read once for the `(tokens, r)`
-    matrices of all layers and once for all gradients of A, and the gradient of x is accumulated in place instead of
-    being made by every layer and added up. Where a layer has dropout its mask is its own, so the products that see the
-    mask are taken layer by layer; x's gradient is accumulated in place all the same. Inside `torch.compile` and
-    `torch.func` transforms the layers are taken one by one.
-
-    Args:
-        x: `(..., n)`, see `lora_linear`.
-        members: at least one layer.
-        backend: of the skinny products: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
-
-    Returns:
-        `(..., m)` of each layer.
-
-    Raises:
-        TypeError: on a wrong type or dtype.
-        ValueError: on a wrong shape, device or number, or if there is no layer.
-        RuntimeError: if the backend asked for cannot take the call; the message says why.
-    """
-    if not isinstance(members, Sequence) or not all(isinstance(each, LoraMember) for each in members):
-        raise TypeError(f"members must be a sequence of LoraMember, got {type(members).__name__} {shown(members)}")
-    if not members:
-        raise ValueError("members must hold at least one layer")
-    return _run(x, members, backend, linear_dispatcher, "start")
+    return _run(x, None, y, a, b, scaling, dropout, extra, backend, delta_dispatcher, "y")

@@ -25,6 +25,11 @@ CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 _NOTHING = contextlib.nullcontext()
 
 
+def is_bare(tensor: torch.Tensor) -> bool:
+    """Whether `device_of` has nothing to do: on the CPU, without autocast."""
+    return tensor.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """What every call of this file must be wrapped in: on the device of a tensor, and with autocast off.
 

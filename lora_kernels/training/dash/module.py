@@ -82,7 +82,7 @@ class DashVariant:
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """`result + s B A drop(x) + sum_i c_i u_i (v_i^T x)`: the last neither scaled nor dropped."""
-        coordinates, left, right = module.lora_dash[active_adapter].extension()
+        coordinates, left, right, _ = module.lora_dash[active_adapter].extension()
         hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         if left is None:
             hidden = tied(hidden, coordinates)
@@ -134,7 +134,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     delta: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
     if adapter not in layer.lora_dash:
         return delta
-    coordinates, left, right = layer.lora_dash[adapter].extension()
+    coordinates, left, right, _ = layer.lora_dash[adapter].extension()
     if left is None:
         return delta
     wide = torch.promote_types(left.dtype, torch.float32)

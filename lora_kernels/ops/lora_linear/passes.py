@@ -1,0 +1,281 @@
+"""The arithmetic of one LoRA layer, forward and backward.
+
+    y  = (base or bias) + x W^T + s drop(x) A^T B^T + e x A0^T B0^T
+    t  = [s drop(x) A^T, e x A0^T]                      (tokens, r + q)
+    u  = s g B                                          (tokens, r)
+    dx = g W + mask(u A) + e (g B0) A0
+    dA = u^T drop(x),  dB = g^T t,  dW = g^T x,  dbias = sum of g
+
+The frozen pair (A0, B0) is more rank of the same products: where it is what the adapter started from, the two cancel
+in the float32 sums. On the CPU the library makes the product with W and one call of C++ all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_kernels.ops import _ext
+from lora_kernels.ops._dropout import Mask, mask_of
+from lora_kernels.ops.lora_linear import forms
+from lora_kernels.ops.skinny import _launch
+from lora_kernels.ops.skinny._launch import cast
+
+_Optional = torch.Tensor | None
+# Of a sum without a large product.
+_ONLY = forms.Choice(forms.DEFAULT)
+_WORD = 2**64 - 1
+_READABLE = (torch.float32, torch.bfloat16)
+
+
+class Scalars(NamedTuple):
+    """What a layer is besides its tensors.
+
+    Attributes:
+        scaling: s.
+        frozen_scaling: e, of the frozen pair.
+        threshold: of dropout; 0 for none.
+        stream: of dropout.
+        backend: of the skinny products: `triton`, `cpp` or `torch`.
+    """
+
+    scaling: float
+    frozen_scaling: float
+    threshold: int
+    stream: int
+    backend: str
+
+
+class Factors(NamedTuple):
+    """The adapter, what is frozen beside it, and the seed of its dropout.
+
+    Attributes:
+        a: A `(r, n)` of any dtype, as are the others.
+        b: B `(m, r)`.
+        a0: A0 `(q, n)`, or `None`.
+        b0: B0 `(m, q)`, or `None`.
+        seed: `(1,)` int64, or `None`.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    a0: torch.Tensor | None
+    b0: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """`(..., n)` as `(tokens, n)` with contiguous rows."""
+    if tensor.dim() == 2 and (tensor.is_contiguous() or tensor.stride(1) == 1):
+        return tensor
+    flat = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])  # not -1: there may be no features
+    return flat if flat.is_contiguous() or flat.stride(1) == 1 else flat.contiguous()
+
+
+def forward(
+    x: torch.Tensor, weight: _Optional, start: _Optional, factors: Factors, scalars: Scalars
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y `(tokens, m)`, contiguous, and t `(tokens, r + q)`.
+
+    Args:
+        x: `(tokens, n)` with contiguous rows.
+        weight: `(m, n)` of any dtype, or `None`.
+        start: the bias `(m,)`, or a base result `(tokens, m)` with contiguous rows of x's dtype, or `None`.
+        factors: see there.
+        scalars: see there.
+    """
+    a, b, a0, b0, seed = factors
+    dtype, backend, tokens = x.dtype, scalars.backend, x.shape[0]
+    if backend == "cpp" and forms.is_default():
+        factors = _readable(factors)
+        arguments = _layer_arguments(x, factors, scalars)
+        if weight is None:
+            y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+        elif start is None:
+            y = torch.mm(x, cast(weight, dtype).t())
+        else:
+            y = torch.addmm(cast(start, dtype), x, cast(weight, dtype).t())
+        t = x.new_empty((tokens, arguments[4] + arguments[5]), dtype=torch.float32)
+        _ext.extension().lora_forward(*arguments, x.data_ptr(), x.stride(0), t.data_ptr(), y.data_ptr())
+        return y, t
+    mask = mask_of(scalars.threshold, seed, scalars.stream)
+    a, b = cast(a, dtype), cast(b, dtype)
+    if a0 is None or b0 is None:
+        t = _project(x, a, scalars.scaling, mask, backend)
+    elif mask is None and scalars.scaling != 0:
+        t = _project(x, torch.cat((a, cast(a0, dtype))), scalars.scaling, None, backend)
+        b = torch.cat((b, _scaled(b0, scalars.frozen_scaling / scalars.scaling, dtype)), 1)
+    else:
+        tail = _project(x, cast(a0, dtype), scalars.frozen_scaling, None, backend)
+        t = torch.cat((_project(x, a, scalars.scaling, mask, backend), tail), 1)
+        b = torch.cat((b, cast(b0, dtype)), 1)
+    y = x.new_empty((tokens, b.shape[0]))
+    bias = base = None
+    if start is not None:
+        bias, base = (cast(start, dtype).contiguous(), None) if start.dim() == 1 else (None, start)
+    right = None if weight is None else cast(weight, dtype).mT
+    _combine("forward", y, x, right, [forms.Term(t, b.mT)], backend, bias=bias, base=base)
+    return y, t
+
+
+def backward(
+    g: torch.Tensor,
+    x: _Optional,
+    t: _Optional,
+    weight: _Optional,
+    factors: Factors,
+    scalars: Scalars,
+    need_x: bool,
+) -> tuple[_Optional, _Optional, _Optional]:
+    """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` in float32 (float64 for float64).
+
+    Args:
+        g: of y, `(tokens, m)` with contiguous rows.
+        x: `(tokens, n)` likewise, or `None` where dA is not needed.
+        t: as `forward` returned it, or `None` where dB is not needed.
+        weight: `(m, n)`, or `None` where dx has no such part.
+        factors: as in `forward`.
+        scalars: likewise.
+        need_x: whether dx is needed.
+    """
+    a, b, a0, b0, seed = factors
+    dtype, backend, rank = g.dtype, scalars.backend, a.shape[0]
+    if backend == "cpp" and forms.is_default():
+        return _backward_cpp(g, x, t, weight, factors, scalars, need_x)
+    mask = mask_of(scalars.threshold, seed, scalars.stream)
+    dx = da = db = None
+    if need_x or x is not None:
+        a, scaling = cast(a, dtype), scalars.scaling
+        stacked = need_x and b0 is not None and scaling != 0
+        if stacked and b0 is not None:
+            both = torch.cat((cast(b, dtype), _scaled(b0, scalars.frozen_scaling / scaling, dtype)), 1)
+            u = _project(g, both.mT, scaling, None, backend)
+        else:
+            u = _project(g, cast(b, dtype).mT, scaling, None, backend)
+        if x is not None:
+            da = _launch.tsreduce(u[:, :rank], x, mask, backend)
+        if need_x:
+            terms = [forms.Term(u[:, :rank], a, mask)]
+            if a0 is not None and b0 is not None:
+                frozen = cast(a0, dtype)
+                if stacked and mask is None:
+                    terms = [forms.Term(u, torch.cat((a, frozen)))]
+                elif stacked:
+                    terms.append(forms.Term(u[:, rank:], frozen))
+                else:
+                    tail = _project(g, cast(b0, dtype).mT, scalars.frozen_scaling, None, backend)
+                    terms.append(forms.Term(tail, frozen))
+            dx = g.new_empty((g.shape[0], a.shape[1]))
+            _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
+    if t is not None:
+        db = _launch.tsreduce(t[:, :rank], g, None, backend).mT.contiguous()
+    return dx, da, db
+
+
+def _backward_cpp(
+    g: torch.Tensor,
+    x: _Optional,
+    t: _Optional,
+    weight: _Optional,
+    factors: Factors,
+    scalars: Scalars,
+    need_x: bool,
+) -> tuple[_Optional, _Optional, _Optional]:
+    factors = _readable(factors)
+    arguments = _layer_arguments(g, factors, scalars)
+    a, b, *_ = factors
+    dx = da = db = None
+    x_at = x_stride = t_at = dx_at = da_at = db_at = 0
+    if need_x:
+        dx = g.new_empty((g.shape[0], a.shape[1])) if weight is None else torch.mm(g, cast(weight, g.dtype))
+        dx_at = dx.data_ptr()
+    if x is not None:
+        da = a.new_empty(a.shape, dtype=torch.float32)
+        x_at, x_stride, da_at = x.data_ptr(), x.stride(0), da.data_ptr()
+    if t is not None:
+        db = b.new_empty(b.shape, dtype=torch.float32)
+        t_at, db_at = t.data_ptr(), db.data_ptr()
+    _ext.extension().lora_backward(
+        *arguments, g.data_ptr(), g.stride(0), x_at, x_stride, t_at, dx_at, weight is not None, da_at, db_at
+    )
+    return dx, da, db
+
+
+def _combine(
+    product: str,
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: _Optional,
+    terms: Sequence[forms.Term],
+    backend: str,
+    *,
+    bias: _Optional = None,
+    base: _Optional = None,
+) -> None:
+    """`out = (base or bias) + left right + the terms`, in the form that is chosen for it."""
+    choice = _ONLY
+    if right is not None:
+        n, m = right.shape if product == "forward" else reversed(right.shape)
+        rank, masked = sum(term.t.shape[1] for term in terms), any(term.mask is not None for term in terms)
+        choice = forms.choose(product, out.device, out.dtype, (left.shape[0], n, m), rank, masked, backend)
+    forms.combine(out, left, right, terms, bias=bias, base=base, backend=backend, choice=choice)
+
+
+def _readable(factors: Factors) -> Factors:
+    """As C++ reads them: dense, and both of a pair float32 or bfloat16."""
+    a, b, a0, b0, seed = factors
+    if a0 is None and a.dtype is b.dtype and a.dtype in _READABLE and a.is_contiguous() and b.is_contiguous():
+        return factors
+    pairs = [(a, b), (a0, b0)]
+    for i, (one, other) in enumerate(pairs):
+        if one is not None and other is not None:
+            narrow = one.dtype == other.dtype == torch.bfloat16
+            pairs[i] = tuple(
+                cast(each, torch.bfloat16 if narrow else torch.float32).contiguous() for each in (one, other)
+            )  # type: ignore[assignment]
+    return Factors(*pairs[0], *pairs[1], seed)  # type: ignore[arg-type]
+
+
+def _layer_arguments(rows: torch.Tensor, factors: Factors, scalars: Scalars) -> tuple[Any, ...]:
+    """What `lora_forward` and `lora_backward` of the extension begin with; the caller keeps the factors.
+
+    Raises:
+        ValueError: if sizes or devices do not go together, as after `parameter.data = ...`.
+    """
+    a, b, a0, b0, seed = factors
+    (rank, inputs), (outputs, columns) = a.shape, b.shape
+    if columns != rank or rows.shape[1] not in (inputs, outputs) or not (a.is_cpu and b.is_cpu):
+        raise ValueError(
+            f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be "
+            f"(r, n) and (m, r) on the CPU for rows of {rows.shape[1]}"
+        )
+    flags, narrow = 0, torch.bfloat16
+    if rows.dtype is narrow:
+        flags = 1
+    if a.dtype is narrow:
+        flags |= 2
+    frozen_rank = first = second = 0
+    if a0 is not None and b0 is not None:
+        frozen_rank, first, second = a0.shape[0], a0.data_ptr(), b0.data_ptr()
+        if a0.dtype is narrow:
+            flags |= 4
+    scaling, frozen_scaling, threshold, stream, _ = scalars
+    number = int(seed) & _WORD if threshold and seed is not None else 0
+    return (
+        flags, rows.shape[0], inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(), first, second, scaling,
+        frozen_scaling, threshold, number, stream, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:
+    return _launch.shrink(rows.new_empty(rows.shape[0], a.shape[0]), rows, a, scale, mask, backend)
+
+
+def _scaled(factor: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor:
+    """A factor times a ratio, rounded once; the ratio is exactly -1 where a frozen pair takes off a start."""
+    if ratio == 1:
+        return cast(factor, dtype)
+    wide = torch.promote_types(factor.dtype, torch.promote_types(dtype, torch.float32))
+    return (factor.to(wide) * ratio).to(dtype)

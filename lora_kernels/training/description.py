@@ -1,0 +1,195 @@
+"""What a LoRA layer of PEFT's is at the moment: its active adapters, its base, and whether the fused op can run it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kernels.ops._backend import requested
+from lora_kernels.ops._checks import FLOATS
+from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.training import dora
+from lora_kernels.training.extension import Extension, tied
+
+# A library that replaces these for all layers expects its own to be called.
+_LINEAR_FORWARD, _DROPOUT_FORWARD = nn.Linear.forward, nn.Dropout.forward
+_NOTHING = Extension(None)
+
+
+class Adapter(NamedTuple):
+    """An active adapter of a layer.
+
+    Attributes:
+        name: the adapter's name.
+        a: A `(r, n)`.
+        b: B `(m, r)`.
+        bias: that of B `(m,)`, or `None`.
+        scaling: s.
+        p: the dropout of its input, 0 outside of training.
+        frozen: whether nothing of it is trained.
+        extension: what its variant adds, or `None`.
+        magnitude: DoRA's `(m,)`, or `None`.
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    scaling: float
+    p: float
+    frozen: bool
+    extension: Extension | None = None
+    magnitude: torch.Tensor | None = None
+
+    def start(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """The frozen pair that is taken off what the adapter started from: A0, B0 and its scaling."""
+        if self.extension is None or self.extension.start is None:
+            return None
+        a0, b0, sign = self.extension.start
+        return a0, b0, sign * self.scaling
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, with the directions as more rank where they fit: `[A; V^T]` and `[B, U diag(c) / s]`."""
+        coordinates, left, right, _ = self.extension or _NOTHING
+        if coordinates is None:
+            return self.a, self.b
+        if left is None or right is None:
+            return self.a, tied(self.b, coordinates)
+        if not self._stacks:
+            return self.a, self.b
+        columns = left.to(coordinates.dtype) * (coordinates / self.scaling)
+        return torch.cat((self.a, right)), torch.cat((self.b, columns), 1)
+
+    def directions(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`V^T` and `U diag(c)` where they do not fit into `factors`, being neither dropped nor scaled."""
+        coordinates, left, right, _ = self.extension or _NOTHING
+        if coordinates is None or left is None or right is None or self._stacks:
+            return None
+        return right, left.to(coordinates.dtype) * coordinates
+
+    @property
+    def _stacks(self) -> bool:
+        return self.p == 0 and self.scaling != 0
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class does: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _whole(weight: Any, gathered: bool) -> bool:
+    # Of two meshes one may be that of tensor parallelism, whose shards stay shards.
+    return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
+
+
+def _plain_linear(module: Any, gathered: bool) -> bool:
+    """Whether a module is `torch.nn.Linear` as torch has it, with a weight that is a matrix of floats."""
+    if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not _LINEAR_FORWARD:
+        return False
+    if "parametrizations" in module._modules or not _whole(module.weight, gathered):
+        return False
+    weight = module.weight
+    return (type(weight) in (nn.Parameter, torch.Tensor) or is_sharded(weight)) and weight.dtype in FLOATS
+
+
+def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
+    """Whether the base product is part of the fused op: a plain linear layer that nobody hooks into.
+
+    Args:
+        layer: a LoRA layer.
+        gathered: see `eager_reason`.
+
+    Returns:
+        True if so.
+    """
+    return _plain_linear(layer.base_layer, gathered)
+
+
+def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
+    """Why a layer has to run PEFT's own forward as it is now, or `None`.
+
+    Args:
+        layer: a LoRA layer.
+        gathered: whether FSDP2 gathers the layer's shards before it runs.
+        training: whether dropout is to be counted as active; `None` for as it is now.
+
+    Returns:
+        The reason, in words.
+    """
+    factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
+    names = [name for name in layer.active_adapters if name in factors]
+    if not names:
+        return "no active adapter"
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        if dora.magnitude(layer, name) is not None:
+            reason = dora.refusal(layer, name, names, base_is_fused(layer, gathered=gathered))
+            if reason is not None:
+                return f"adapter {name!r} is {reason}"
+        elif variant is not None and not hasattr(variant, "fused"):
+            return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
+        a, dropout = factors[name], dropouts[name]
+        if not _plain_linear(a, gathered) or not _plain_linear(others[name], gathered) or a.bias is not None:
+            return f"the factors of adapter {name!r} are sharded, hooked into or no plain linear layers"
+        if type(dropout) not in (nn.Identity, nn.Dropout) or is_replaced(dropout):
+            return f"adapter {name!r} has a {type(dropout).__name__} that is hooked into, or no plain dropout"
+        if nn.Dropout.forward is not _DROPOUT_FORWARD:
+            return "torch.nn.Dropout.forward is replaced"
+        if isinstance(layer.scaling[name], torch.Tensor):
+            return f"the scaling of adapter {name!r} is a tensor, which can change in place"
+        drops = (
+            isinstance(dropout, nn.Dropout) and dropout.p > 0 and (dropout.training if training is None else training)
+        )
+        if drops:
+            if dropout.p >= 1:
+                return f"adapter {name!r} drops everything"
+            reason = _slow_dropout(a.weight)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _slow_dropout(weight: torch.Tensor) -> str | None:
+    """Why dropout would be slower fused than in PEFT's own forward, where no kernel can make its mask."""
+    if weight.device.type == "meta" or requested() == "torch":
+        return None
+    reasons = linear_dispatcher.explain(weight.device, weight.dtype, True)
+    if weight.dtype == torch.float64 or any(reasons[name] is None for name in ("triton", "cpp")):
+        return None
+    return f"dropout needs a kernel ({reasons['cpp' if weight.device.type == 'cpu' else 'triton']})"
+
+
+def active(layer: Any) -> list[Adapter]:
+    """The active adapters of a layer, those that are trained first.
+
+    Args:
+        layer: a LoRA layer without an `eager_reason`.
+
+    Returns:
+        At least one.
+    """
+    adapters, factors, others, dropouts = [], layer.lora_A, layer.lora_B, layer.lora_dropout
+    for name in layer.active_adapters:
+        if name not in factors:
+            continue
+        a, other, dropout = factors[name].weight, others[name], dropouts[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        variant = layer.lora_variant.get(name)
+        magnitude = dora.magnitude(layer, name)
+        extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
+        trained = a.requires_grad or other.weight.requires_grad
+        if extension is not None and extension.coordinates is not None:
+            trained = trained or extension.coordinates.requires_grad
+        adapters.append(
+            Adapter(name, a, other.weight, other.bias, float(layer.scaling[name]), p, not trained, extension, magnitude)
+        )
+    return adapters if len(adapters) == 1 else sorted(adapters, key=lambda adapter: adapter.frozen)
