@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     return Path(parent) / "lora_kernels" / "smollm2-135m"
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether it holds a copy of that file; folders get their name when they are complete."""
     try:
         known: bool = json.loads((folder / _ORIGIN).read_text())["sha256"] == SHA256
@@ -91,7 +91,7 @@ def folder() -> Path:
         ValueError: if the wheel's file is not the one that is known.
     """
     found = cache_folder()
-    if _is_complete(found):
+    if is_complete(found):
         return found
     source = quantized()
     if importlib.util.find_spec("gguf") is None:
@@ -104,12 +104,12 @@ def folder() -> Path:
         for file in made.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        if found.exists() and not _is_complete(found):
+        if found.exists() and not is_complete(found):
             shutil.rmtree(found)
         try:
             made.rename(found)
         except OSError:
-            if not _is_complete(found):
+            if not is_complete(found):
                 raise
     return found
 

@@ -185,22 +185,25 @@ def floor(rates: Rates | None, tokens: int, n: int, m: int, rank: int, dtype: to
     return Floor(flops, moved, rates, str(dtype).removeprefix("torch."))
 
 
-def answers(sides: Mapping[str, Any], batch: Any) -> dict[str, tuple[float, torch.Tensor]]:
-    """Per model, its loss and the gradients of its adapters in one vector, dropout off."""
+Answer = tuple[float, list[torch.Tensor]]
+
+
+def answers(sides: Mapping[str, Any], batch: Any, *, training: bool = False) -> dict[str, Answer]:
+    """Per model, its loss and the gradients of its adapters; dropout is off but in `training`."""
     found = {}
     for name, model in sides.items():
-        model.eval()
+        model.train(training)
         loss = model(**batch).loss
         trained = [each for each in model.parameters() if each.requires_grad]
-        gradients = torch.autograd.grad(loss, trained)
-        found[name] = float(loss.detach()), torch.cat([each.double().flatten() for each in gradients])
+        found[name] = float(loss.detach()), list(torch.autograd.grad(loss, trained))
         model.train()
     return found
 
 
-def difference(one: tuple[float, torch.Tensor], two: tuple[float, torch.Tensor]) -> float:
-    """Of two answers, the larger relative difference: of the losses, or of all gradients."""
-    return largest([abs(one[0] - two[0]) / abs(two[0]), relative(one[1], two[1])])
+def difference(one: Answer, two: Answer) -> float:
+    """Of two answers, the largest relative difference: of the losses, or of a gradient."""
+    gradients = (relative(mine, theirs) for mine, theirs in zip(one[1], two[1], strict=True))
+    return largest([abs(one[0] - two[0]) / abs(two[0]), *gradients])
 
 
 def relative(one: torch.Tensor, two: torch.Tensor) -> float:

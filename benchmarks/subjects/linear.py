@@ -46,7 +46,8 @@ BOUND, TIMES_PEFTS = 1e-4, 2.0
 # Runs `layer` in a process in which the extension cannot be imported, whatever looks for it.
 _PLAIN = (
     "import json, sys; sys.modules['lora_kernels._C'] = None; from benchmarks.subjects import linear; "
-    "print(json.dumps(linear.layer(**json.loads(sys.argv[1]))))"
+    "found = linear.layer(**json.loads(sys.argv[1])); "
+    "print(json.dumps({**found, 'extension': sys.modules['lora_kernels._C'] is not None}))"
 )
 
 
@@ -169,7 +170,8 @@ def without_extension(**problem: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=records.ROOT)
     if done.returncode != 0:
         raise SystemExit(f"without the extension: {done.stderr[-3000:]}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "extension": False}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _floor(each: Mapping[str, Any]) -> dict[str, Any]:
