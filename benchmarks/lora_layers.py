@@ -200,10 +200,10 @@ def answers(sides: Mapping[str, Any], batch: Any, *, training: bool = False) -> 
     return found
 
 
-def difference(one: Answer, two: Answer) -> float:
-    """Of two answers, the largest relative difference: of the losses, or of a gradient."""
+def deviations(one: Answer, two: Answer) -> list[float]:
+    """Relative differences of two answers: of the losses, then of each gradient."""
     gradients = (relative(mine, theirs) for mine, theirs in zip(one[1], two[1], strict=True))
-    return largest([abs(one[0] - two[0]) / abs(two[0]), *gradients])
+    return [abs(one[0] - two[0]) / abs(two[0]), *gradients]
 
 
 def relative(one: torch.Tensor, two: torch.Tensor) -> float:

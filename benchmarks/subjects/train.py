@@ -64,9 +64,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.compile:
         sides["compiled"] = lora_layers.compiled(stock)
     answers = lora_layers.answers(sides, batch)
-    differences = {
-        side: lora_layers.difference(each, answers["peft"]) for side, each in answers.items() if side != "peft"
-    }
+    truth = answers.pop("peft")
+    differences = {side: lora_layers.largest(lora_layers.deviations(each, truth)) for side, each in answers.items()}
     if not lora_layers.largest(differences.values()) <= BOUND:
         raise SystemExit(f"relative differences from PEFT's numbers: {differences}")
     steps = {side: lora_layers.trainer(model, batch) for side, model in sides.items()}
