@@ -14,7 +14,8 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,10 +225,9 @@ def _call(dropout: float, rounds: int, repeat: int, compiler: bool) -> dict[str,
     stock = lora_layers.stock(CALL_SIZE, CALL_SIZE, RANKS[0], dropout, x.device, x.dtype)
     sides = _sides(stock, compiler)
     checked = check(sides, x, g)
-    calls = {("forward_seconds", name): lambda each=each: each(x) for name, each in sides.items()}
-    calls |= {("seconds", name): lora_layers.both_ways(each, x, g) for name, each in sides.items()}
-    named = {" ".join(key): call for key, call in calls.items()}
-    times = records.interleaved(named, rounds, repeat=repeat)
+    calls: dict[str, Callable[[], Any]] = {f"forward_seconds {name}": partial(each, x) for name, each in sides.items()}
+    calls |= {f"seconds {name}": lora_layers.both_ways(each, x, g) for name, each in sides.items()}
+    times = records.interleaved(calls, rounds, repeat=repeat)
     if compiler:
         torch._dynamo.reset()
     passes = {kind: {name: times[f"{kind} {name}"] for name in sides} for kind in PASSES}
@@ -261,7 +261,8 @@ def dora_layer(tokens: int, n: int, m: int, rank: int, rounds: int) -> dict[str,
     """
     torch.manual_seed(0)
     x, g = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, m)
-    sides, differences = {}, {}
+    sides: dict[str, Any] = {}
+    differences = {}
     for suffix, dora in (("", True), ("_lora", False)):
         stock = lora_layers.stock(n, m, rank, 0.0, x.device, x.dtype, dora=dora)
         pair = {"peft": stock, "ours": lora_layers.fused(stock)}
