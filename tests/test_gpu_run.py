@@ -185,13 +185,13 @@ def test_the_baseline_of_library_passes_is_the_layer():
     x, w, a, b = (torch.randn(*size, dtype=torch.float64) for size in ((7, 5), (6, 5), (2, 5), (6, 2)))
     leaves = [each.requires_grad_() for each in (x, a, b)]
     g = torch.randn(7, 6, dtype=torch.float64)
-    truth = layers._truth(x, [(w, a, b)], [g], 0.7, [None])
-    found = gradients(HandWritten.apply(x, None, w, a, b, 0.7), leaves, g)
+    truth = layers._truth(x, w, a, b, g, 0.7, None)
+    found = gradients(HandWritten.apply(x, None, w, None, a, b, 0.7), leaves, g)
     for one, two in zip(found, truth, strict=True):
         assert torch.allclose(one, two, rtol=1e-12)
     # With dropout the adapter's input is a tensor of its own, whose gradient goes back to x.
     mask = torch.tensor([[0.0, 2.0, 2.0, 0.0, 2.0]], dtype=torch.float64)
-    found = gradients(HandWritten.apply(x, x * mask, w, a, b, 0.7), leaves, g)
+    found = gradients(HandWritten.apply(x, x * mask, w, None, a, b, 0.7), leaves, g)
     y = x @ w.mT + 0.7 * (x * mask) @ a.mT @ b.mT
     for one, two in zip(found, gradients(y, leaves, g), strict=True):
         assert torch.allclose(one, two, rtol=1e-12)

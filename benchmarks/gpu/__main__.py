@@ -35,7 +35,6 @@ PARTS = (
     Part("lora_pro", "benchmarks.gpu.solvers:lora_pro", 15, 45),
     Part("training", "benchmarks.gpu.training:training", 20, 60),
     Part("solvers", "benchmarks.gpu.solvers:solvers", 15, 45),
-    Part("groups", "benchmarks.gpu.layers:groups", 15, 45),
     Part("skinny", "benchmarks.gpu.statistics:skinny", 15, 45),
     Part("memcheck", "benchmarks.gpu.machine:sanitizer", 20, 75),
     Part("racecheck", "benchmarks.gpu.machine:sanitizer", 20, 75),

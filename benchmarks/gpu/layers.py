@@ -1,4 +1,4 @@
-"""LoRA layers: which form of their large products, alone and in groups, forward and backward."""
+"""LoRA layers: which form of their large products, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from benchmarks import lora_layers
 from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run, relative_error
 from benchmarks.lora_layers import gradients
-from lora_kernels.ops.lora_linear import reference
+from lora_kernels.ops.lora_linear import forms, reference, table
+from lora_kernels.ops.lora_linear.op import linear_dispatcher
 
 TOKENS = 8192
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008), (11008, 4096))
 RANKS, DROPOUTS = (16, 64, 8), (0.0, 0.05)
-# n, and m of each layer: query, key and value (with fewer heads), gate and up.
-GROUPS = ((4096, (4096, 1024, 1024)), (4096, (4096, 4096, 4096)), (4096, (14336, 14336)))
 TINY = ((48, 64), (64, 48))
 
 
@@ -52,17 +51,25 @@ def _tuned(run: Run, n: int, m: int, dropout: bool) -> dict[str, Any]:
     return {"products": products, **({"error": f"wrong numbers: {wrong}"} if wrong else {})}
 
 
+def _used_forms(x: torch.Tensor, m: int, rank: int, dropout: float) -> dict[str, str]:
+    """In which form our layer's large products run."""
+    backend = linear_dispatcher.choose("auto", x.device, x.dtype, dropout > 0)
+    sizes = (x.shape[0], x.shape[1], m)
+    return {
+        product: forms.choose(
+            product, x.device, x.dtype, sizes, rank, dropout > 0 and product == "backward", backend
+        ).name
+        for product in table.PRODUCTS
+    }
+
+
 def _truth(
-    x: torch.Tensor, members: Sequence[tuple[torch.Tensor, ...]], gs: Sequence[torch.Tensor], s: float, drops: Any
+    x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, g: torch.Tensor, s: float, drop: Any
 ) -> list[torch.Tensor]:
-    """Outputs and the gradients of x and all factors in float64."""
-    leaf = x.detach().double().requires_grad_()
-    factors = [[each.detach().double().requires_grad_() for each in (a, b)] for _, a, b in members]
-    ys = [
-        reference.lora_linear(leaf, w.double(), None, a, b, scaling=s, dropout=drop)
-        for (w, _, _), (a, b), drop in zip(members, factors, drops, strict=True)
-    ]
-    return gradients(ys, [leaf, *(each for pair in factors for each in pair)], [g.double() for g in gs])
+    """Output and the gradients of x, A and B in float64."""
+    leaves = [each.detach().double().requires_grad_() for each in (x, a, b)]
+    y = reference.lora_linear(leaves[0], weight.double(), None, *leaves[1:], scaling=s, dropout=drop)
+    return gradients(y, leaves, g.double())
 
 
 def _worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
@@ -88,7 +95,7 @@ def layers(run: Run) -> None:
 def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> dict[str, Any]:
     x, g = run.normal(tokens, n).requires_grad_(), run.normal(tokens, m)
     sides = {
-        name: lora_layers.stock(n, m, rank, dropout, run.device, torch.bfloat16, wide)
+        name: lora_layers.stock(n, m, rank, dropout, run.device, torch.bfloat16, wide=wide)
         for name, wide in (("peft", False), ("peft_float32", True))
     }
     sides |= {name.replace("peft", "ours"): lora_layers.fused(layer) for name, layer in sides.items()}
@@ -107,13 +114,13 @@ def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> 
     errors: dict[str, float] = {}
     for suffix in ("", "_float32"):
         factors = [getattr(sides[f"ours{suffix}"], f"lora_{which}")["default"].weight for which in "AB"]
-        truth = _truth(x, [(weight, *factors)], [g], scaling, [None])
+        truth = _truth(x, weight, *factors, g, scaling, None)
         errors |= {name + suffix: _worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
         if not suffix:
             errors["hand_written"] = _worst(calls["hand_written"](), truth)
     if dropout:  # with its mask, which PEFT cannot be given
         drop = lk.ops.Dropout(dropout, 1234, 5)
-        truth = _truth(x, [(weight, a, b)], [g], scaling, [drop])
+        truth = _truth(x, weight, a, b, g, scaling, drop)
         y = lk.ops.lora_linear(x, weight, None, a, b, scaling=scaling, dropout=drop)
         errors["ours_dropped"] = _worst(gradients(y, [x, a, b], g), truth)
     for layer in sides.values():
@@ -121,55 +128,8 @@ def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> 
     del truth
     # PEFT multiplies float32 adapters in float32, ours in bfloat16: the bar is what bfloat16 costs PEFT.
     calls["base"] = base
-    found = run.compare(calls, errors, judge="peft", floor=lora_layers.floor(run.rates, tokens, n, (m,), rank, x.dtype))
+    found = run.compare(calls, errors, judge="peft", floor=lora_layers.floor(run.rates, tokens, n, m, rank, x.dtype))
     if "error" not in found:
-        found["forms"] = lora_layers.used_forms(x, m, rank, dropout)
-        found["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
-    return found
-
-
-def groups(run: Run) -> None:
-    """Layers that read the same x: together, one by one, and by the library's passes."""
-    cases = run.pick(GROUPS, ((48, (64, 32)),))
-    tokens = run.pick(TOKENS, 96)
-    run.each(
-        [
-            {"tokens": tokens, "n": n, "outputs": list(outputs), "rank": rank, "dropout": dropout}
-            for n, outputs in cases
-            for rank in run.pick((16, 64), (16,))
-            for dropout in DROPOUTS
-        ],
-        _group,
-    )
-
-
-def _group(run: Run, tokens: int, n: int, outputs: list[int], rank: int, dropout: float) -> dict[str, Any]:
-    x = run.normal(tokens, n).requires_grad_()
-    gs = [run.normal(tokens, m) for m in outputs]
-    members, leaves = lora_layers.group(x, outputs, rank, dropout)
-    weights = [(each.weight, each.a, each.b) for each in members]
-    scaling, drops = members[0].scaling, [each.dropout for each in members]
-
-    def ours() -> list[torch.Tensor]:
-        return gradients(lk.ops.lora_linear_group(x, members), leaves, gs)
-
-    def alone() -> list[torch.Tensor]:
-        ys = [y for each in members for y in lk.ops.lora_linear_group(x, [each])]
-        return gradients(ys, leaves, gs)
-
-    def hand_written() -> list[torch.Tensor]:
-        ys = [lora_layers.HandWritten.apply(x, None, *each, scaling) for each in weights]  # type: ignore[no-untyped-call]
-        return gradients(ys, leaves, gs)
-
-    plain = _truth(x, weights, gs, scaling, [None] * len(weights)) if dropout else None
-    truth = _truth(x, weights, gs, scaling, drops)
-    errors = {"ours": _worst(ours(), truth), "ours_alone": _worst(alone(), truth)}
-    errors["hand_written"] = _worst(hand_written(), truth if plain is None else plain)
-    del truth, plain
-    calls = {"ours": ours, "ours_alone": alone, "hand_written_without_dropout": hand_written}
-    found = run.compare(
-        calls, errors, judge="hand_written", floor=lora_layers.floor(run.rates, tokens, n, outputs, rank, x.dtype)
-    )
-    if "error" not in found:
+        found["forms"] = _used_forms(x, m, rank, dropout)
         found["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
     return found

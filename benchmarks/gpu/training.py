@@ -62,10 +62,11 @@ def _stock(run: Run, adapters: str, dropout: float, rank: int) -> Any:
 
 def _step(run: Run, adapters: str, dropout: float, batch: int, length: int, rank: int) -> dict[str, Any]:
     models = {"peft": _stock(run, adapters, dropout, rank)}
-    models |= {"ours": copy.deepcopy(models["peft"]), "ours_ungrouped": copy.deepcopy(models["peft"])}
-    models["hand_written"] = lora_layers.hand_written(models["peft"])
+    models |= {
+        "ours": lora_layers.shared_copy(models["peft"]),
+        "hand_written": lora_layers.hand_written(models["peft"]),
+    }
     lk.accelerate(models["ours"], strict=True, guard=False)
-    lk.accelerate(models["ours_ungrouped"], strict=True, guard=False, group=False)
     vocabulary = run.pick(FULL, TINY)["vocab_size"]
     ids = torch.randint(vocabulary, (batch, length), device=run.device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -84,13 +85,10 @@ def _step(run: Run, adapters: str, dropout: float, batch: int, length: int, rank
         model.enable_input_require_grads()
         model.train()
     steps = {name: lora_layers.trainer(model, given) for name, model in models.items()}
-    for each in steps.values():
-        each()  # groups take effect after the first step
     found = run.compare(steps, errors, judge="allowed", wall=True, rounds=7)
     if not report.ok:
         found["error"] = "lk.verify found layers whose errors are larger than PEFT's"
     if "error" not in found:
-        found["groups"] = len(lk.training.groups(models["ours"]))
         found["peak_bytes"] = {name: timing.peak_bytes(each, run.device) for name, each in steps.items()}
         found["tokens_per_second"] = {name: batch * length / t["p50"] for name, t in found["seconds"].items()}
     return found

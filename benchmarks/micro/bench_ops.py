@@ -148,10 +148,6 @@ def _lora_delta() -> Bench:
     return _layer(lambda x, w, a, b: ops.lora_delta(y, x, a, b, scaling=2.0))
 
 
-def _lora_linear_group() -> Bench:
-    return _layer(lambda x, w, a, b: torch.stack(ops.lora_linear_group(x, [ops.LoraMember(w, None, a, b, 2.0)] * 2)))
-
-
 def _lora_pro_adam() -> Bench:
     (a, b), (grad_a, grad_b), avg, square = factors(), factors(), normal(M, N), normal(M, N)
     return Bench(
@@ -197,7 +193,6 @@ OPS: dict[str, Callable[[], Bench]] = {
     "gradient_statistics_": _gradient_statistics,
     "lora_delta": _lora_delta,
     "lora_linear": _lora_linear,
-    "lora_linear_group": _lora_linear_group,
     "lora_pro_adam_": _lora_pro_adam,
     "orthonormalize": _orthonormalize,
     "project": _project,

@@ -1,9 +1,21 @@
 """What `python -m benchmarks.compare` compares: one module, one `SUBJECT` each."""
 
 from benchmarks.subject import Subject
-from benchmarks.subjects import eva, init, landscape, linear, lorapro, small_linalg, spectrum, statistics, svd, train
+from benchmarks.subjects import (
+    eva,
+    init,
+    landscape,
+    linear,
+    llm,
+    lorapro,
+    small_linalg,
+    spectrum,
+    statistics,
+    svd,
+    train,
+)
 
 SUBJECTS: dict[str, Subject] = {
     each.SUBJECT.name: each.SUBJECT
-    for each in (eva, statistics, init, linear, train, lorapro, svd, small_linalg, spectrum, landscape)
+    for each in (eva, statistics, init, linear, train, llm, lorapro, svd, small_linalg, spectrum, landscape)
 }

@@ -1,27 +1,25 @@
 """A whole training step of a Llama with LoRA on all linear layers: forward, backward and AdamW.
 
-Ours with groups and without, PEFT's layers, `torch.compile` of PEFT's model, and PEFT's layers by hand-written passes;
-and the bytes that autograd keeps for the adapters, beyond what the frozen model keeps.
+Ours, PEFT's layers, `torch.compile` of PEFT's model, and PEFT's layers by hand-written passes; and the bytes
+that autograd keeps for the adapters, beyond what the frozen model keeps.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import lora_kernels as lk
 from benchmarks import lora_layers, models, records
+from benchmarks.lora_layers import PEERS
 from benchmarks.rates import Floor, here
 from benchmarks.subject import Row, Subject
 
 RANK, DROPOUT = 16, 0.05
-PEERS = {"peft": "PEFT", "compiled": "torch.compile of PEFT", "hand_written": "hand-written addmm"}
 TARGETS = {"peft": 1.2}
 BOUND = 1e-4
 
@@ -45,24 +43,6 @@ def _saved(model: Any, batch: Any) -> int:
     return total
 
 
-def _check(sides: Mapping[str, Any], batch: Any) -> dict[str, float]:
-    """Per side, the relative differences of its loss and of all adapters' gradients from PEFT's, dropout off."""
-    found: dict[str, Any] = {}
-    for name, model in sides.items():
-        model.eval()
-        loss = model(**batch).loss
-        loss.backward()
-        factors = [each for each in model.parameters() if each.requires_grad]
-        found[name] = float(loss.detach()), torch.cat([each.grad.flatten() for each in factors])
-        model.zero_grad()
-        model.train()
-    truth = found.pop("peft")
-    return {
-        name: max(abs(loss - truth[0]) / truth[0], float((gradient - truth[1]).norm() / truth[1].norm()))
-        for name, (loss, gradient) in found.items()
-    }
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time a training step.
 
@@ -74,32 +54,22 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         The entry.
 
     Raises:
-        SystemExit: if a side gives other numbers than PEFT's, or no layers were found to read the same tensor.
+        SystemExit: if a side gives other numbers than PEFT's.
     """
-    from peft import LoraConfig, get_peft_model
-
     base, batches = models.case(name)
     batch: Any = {**batches[0], "labels": batches[0]["input_ids"]}
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules="all-linear")
-    stock: Any = get_peft_model(copy.deepcopy(base), config)  # type: ignore[arg-type]
-    for parameter_name, each in stock.named_parameters():
-        if "lora_B" in parameter_name:
-            nn.init.normal_(each, std=0.02)  # with B = 0 the gradient of A says nothing
-    sides = {"peft": stock, "hand_written": lora_layers.hand_written(stock)}
-    sides |= {"ours": copy.deepcopy(stock), "ungrouped": copy.deepcopy(stock)}
+    stock = lora_layers.adapted(base.requires_grad_(False), RANK, DROPOUT)
+    sides = {"peft": stock, "hand_written": lora_layers.hand_written(stock), "ours": lora_layers.shared_copy(stock)}
     report = lk.accelerate(sides["ours"], strict=True, guard=False)
-    lk.accelerate(sides["ungrouped"], strict=True, guard=False, group=False)
     if options.compile:
         sides["compiled"] = lora_layers.compiled(stock)
-    differences = _check(sides, batch)
-    if not max(differences.values()) <= BOUND:
+    answers = lora_layers.answers(sides, batch)
+    truth = answers.pop("peft")
+    differences = {side: lora_layers.largest(lora_layers.deviations(each, truth)) for side, each in answers.items()}
+    if not lora_layers.largest(differences.values()) <= BOUND:
         raise SystemExit(f"relative differences from PEFT's numbers: {differences}")
     steps = {side: lora_layers.trainer(model, batch) for side, model in sides.items()}
-    for run in steps.values():
-        run()  # groups take effect after the first step
-    if not lk.training.groups(sides["ours"]):
-        raise SystemExit("no layers were found to read the same tensor")
-    frozen: Any = base.train().requires_grad_(False)
+    frozen: Any = base.train()
     saved = {side: _saved(model, batch) for side, model in {**sides, "frozen": frozen}.items() if side != "compiled"}
     adapters = {side: kept - saved["frozen"] for side, kept in saved.items() if side != "frozen"}
     times = records.interleaved(steps, options.rounds)
@@ -117,7 +87,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "differences": differences,
         "seconds": times,
         "peft_over_ours": times["peft"]["p50"] / times["ours"]["p50"],
-        "ungrouped_over_ours": times["ungrouped"]["p50"] / times["ours"]["p50"],
         "bytes_saved_for_adapters": adapters,
         "bytes_ratio": adapters["ours"] / adapters["peft"],
         "floor": Floor(work, 0.0, here(), "float32").record(),
@@ -136,11 +105,8 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
-    """Groups and bytes."""
-    return [
-        f"of that by groups: {entry['ungrouped_over_ours']:.2f}; bytes kept for the adapters: "
-        f"{entry['bytes_ratio']:.2f} of PEFT's"
-    ]
+    """Bytes."""
+    return [f"bytes kept for the adapters: {entry['bytes_ratio']:.2f} of PEFT's"]
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

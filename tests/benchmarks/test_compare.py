@@ -1,21 +1,35 @@
 """`python -m benchmarks.compare`: its command line, its summary, and the smallest form of every subject."""
 
+import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
-from benchmarks import compare, lora_layers, models, rates, records, subject
+from benchmarks import compare, figures, language_model, lora_layers, models, rates, records, sections, subject
 from benchmarks.subject import Row, Subject
-from benchmarks.subjects import SUBJECTS, eva, init, linear, lorapro, small_linalg, spectrum, statistics, svd, train
+from benchmarks.subjects import (
+    SUBJECTS,
+    eva,
+    init,
+    linear,
+    llm,
+    lorapro,
+    small_linalg,
+    spectrum,
+    statistics,
+    svd,
+    train,
+)
 
 
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch):
     """The rates of some machine: measuring them takes seconds."""
-    found = rates.Rates(1e10, {"float32": 1e11, "float64": 5e10})
+    found = rates.Rates(1e10, {"bfloat16": 1e12, "float32": 1e11, "float64": 5e10})
     for module in (rates, eva, init, linear, lorapro, small_linalg, spectrum, statistics, svd, train):
         monkeypatch.setattr(module, "here", lambda device="cpu": found)
 
@@ -32,6 +46,19 @@ def check_rows(rows, peers, floors=True):
     for row in rows:
         assert row.ours > 0 and row.theirs > 0 and row.ratio == row.theirs / row.ours
         assert not floors or row.over_floor == pytest.approx(row.ours / row.floor)
+
+
+def break_adapters(monkeypatch, maker, factor):
+    """What this function of `lora_layers` makes gets its A times a factor."""
+    make = getattr(lora_layers, maker)
+
+    def broken(module):
+        found = make(module)
+        with torch.no_grad():
+            next(each for name, each in found.named_parameters() if "lora_A" in name).mul_(factor)
+        return found
+
+    monkeypatch.setattr(lora_layers, maker, broken)
 
 
 PEERS = {
@@ -69,44 +96,116 @@ def test_eva_against_peft():
     assert entry["quality"]["layers_compared"] == 14 and entry["quality"]["captured_minus_peft_worst"] > -1e-6
 
 
-def test_a_layer_and_a_call_against_its_peers():
-    entry = linear.layer(33, 24, 40, 4, 0.05, 1, compiler=False)
+LAYER = {"tokens": 33, "n": 24, "m": 40, "rank": 4, "rounds": 1}
+
+
+def test_a_layer_against_its_peers():
+    entry = {**linear.layer(**LAYER, dropout=0.05, compiler=False), "floor": {"seconds": 1e-6}}
     rows = linear.rows({"entries": [entry]})
     check_rows(rows, {"PEFT", "hand-written addmm"})
     assert {row.target for row in rows} == {1.4, None} and set(entry["differences"]) == {"hand_written", "ours"}
-    _, rows = measured("linear", "call", "--no-compile", "--rounds", "1")
-    assert all(row.target is None for row in rows) and {row.group for row in rows} == {"dropout 0", "dropout 0.05"}
+
+
+def test_a_layer_in_bfloat16_is_held_to_pefts_errors():
+    entry = linear.layer(**LAYER, dropout=0.05, compiler=False, dtype="bfloat16")
+    rows = linear.rows({"entries": [entry]})
+    check_rows(rows, {"PEFT", "hand-written addmm"}, floors=False)
+    assert {row.group for row in rows} == {"dropout 0.05, bfloat16"} and {row.target for row in rows} == {None}
+    assert 0 < entry["errors"]["ours"] <= 2 * entry["errors"]["peft"] < 0.1
+
+
+@pytest.mark.slow
+def test_a_layer_without_the_extension():
+    entry = linear.without_extension(**LAYER, dropout=0.05, compiler=False)
+    assert entry["extension"] is False
+    rows = linear.rows({"entries": [entry]})
+    assert {row.target for row in rows if row.peer == "PEFT"} == {1.0} and "without the extension" in rows[0].what
+    with pytest.raises(SystemExit, match="without the extension"):
+        linear.without_extension(**LAYER, dropout="much", compiler=False)
+
+
+def test_a_call_is_timed_forward_alone_and_both_ways():
+    before = torch.get_num_threads()
+    entry, rows = measured("linear", "call", "--no-compile", "--rounds", "1")
+    assert torch.get_num_threads() == before and {each["threads"] for each in entry["entries"]} == {1}
+    check_rows(rows, {"PEFT", "hand-written addmm"}, floors=False)
+    passes = ("forward", "forward and backward")
+    assert {row.group for row in rows} == {f"{one}, dropout {rate}" for one in passes for rate in ("0", "0.05")}
+    targets = {(row.peer, row.what.split(", ")[2]): round(1 / row.target, 6) for row in rows}
+    assert targets == {
+        ("PEFT", "forward"): 0.6,
+        ("PEFT", "forward and backward"): 0.7,
+        ("hand-written addmm", "forward"): 1.1,
+        ("hand-written addmm", "forward and backward"): 1.1,
+    }
+    for each in entry["entries"]:
+        assert all(times["min"] <= times["p50"] for key in linear.PASSES for times in each[key].values())
+    assert len(linear.notes(entry)) == 4 and "minima" in linear.notes(entry)[0]
+
+
+def test_a_sample_of_many_calls():
+    calls = []
+    found = records.interleaved({"one": lambda: calls.append(1)}, 2, repeat=5)
+    assert len(calls) == 3 * 5 and 0 < found["one"]["min"] <= found["one"]["p50"] < 1e-3
+
+
+def test_dora_beside_lora():
+    entry = linear.dora_layer(17, 24, 40, 4, 1)
+    rows = linear.rows({"entries": [entry]})
+    check_rows(rows, {"PEFT", "LoRA, ours"})
+    assert [row.target for row in rows] == [None, pytest.approx(1 / 1.15)]
+    assert set(entry["differences"]) == {"ours", "ours_lora"} and max(entry["differences"].values()) < 1e-5
+    assert entry["dora_over_lora"]["ours"] == pytest.approx(1 / rows[1].ratio)
+    assert "DoRA over LoRA" in linear.notes({"entries": [entry]})[0]
+
+
+def test_hand_written_passes_take_biases():
+    x, g = torch.randn(7, 24, requires_grad=True), torch.randn(7, 40)
+    layer = lora_layers.stock(24, 40, 4, 0.0, x.device, x.dtype, bias=True)
+    mine = lora_layers.hand_written(layer)
+    assert linear.check({"peft": layer, "mine": mine}, x, g)["differences"]["mine"] < 1e-6
+    assert mine.base_layer.weight is layer.base_layer.weight and mine.lora_A is not layer.lora_A
+    with torch.no_grad():
+        mine.base_layer.bias = torch.nn.Parameter(mine.base_layer.bias + 1.0, requires_grad=False)
+    with pytest.raises(SystemExit, match="relative differences"):
+        linear.check({"peft": layer, "mine": mine}, x, g)
+    # Trained ones, of the base layer and of B.
+    layer.base_layer.bias.requires_grad_()
+    layer.lora_B["default"].bias = torch.nn.Parameter(torch.randn(40))
+    assert linear.check({"peft": layer, "mine": lora_layers.hand_written(layer)}, x, g)["differences"]["mine"] < 1e-6
+
+
+def test_hand_written_passes_compute_no_gradient_that_nobody_asked_for():
+    x, w, a, b = torch.randn(7, 5), torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
+    y = lora_layers.HandWritten.apply(x, None, w, None, a.requires_grad_(), b.requires_grad_(), 0.7)
+    found = torch.autograd.grad(y.sum(), [a, b])
+    truth = torch.autograd.grad((0.7 * x @ a.mT @ b.mT).sum(), [a, b])
+    assert all(torch.allclose(one, two, rtol=1e-4) for one, two in zip(found, truth, strict=True))
+
+
+def test_the_largest_is_nan_where_one_is():
+    assert lora_layers.largest([1.0, 2.0]) == 2.0
+    assert math.isnan(lora_layers.largest([1.0, math.nan])) and math.isnan(lora_layers.largest([math.nan, 1.0]))
 
 
 @pytest.mark.slow
 def test_a_compiled_layer_takes_part():
-    entry = linear.layer(33, 24, 40, 4, 0.0, 1, compiler=True)
-    check_rows(linear.rows({"entries": [entry]}), set(linear.PEERS.values()))
+    entry = linear.layer(**LAYER, dropout=0.0, compiler=True)
+    check_rows(linear.rows({"entries": [entry]}), set(linear.PEERS.values()), floors=False)
     assert entry["differences"]["compiled"] < 1e-5
 
 
-@pytest.mark.parametrize("side", ["hand_written", "ours"])
-def test_a_layer_with_wrong_numbers_is_not_timed(side, monkeypatch):
-    maker = {"hand_written": "hand_written", "ours": "fused"}[side]
-    make = getattr(lora_layers, maker)
-
-    def broken(layer):
-        found = make(layer)
-        with torch.no_grad():
-            found.lora_B["default"].weight.mul_(1.01)
-        return found
-
-    monkeypatch.setattr(lora_layers, maker, broken)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+@pytest.mark.parametrize("side", ["hand_written", "fused"])
+def test_a_layer_with_wrong_numbers_is_not_timed(side, factor, dtype, monkeypatch):
+    break_adapters(monkeypatch, side, factor)
     monkeypatch.setattr(records, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="relative differences"):
-        linear.layer(33, 24, 40, 4, 0.0, 1, compiler=False)
-
-
-def test_groups():
-    entry = linear.group(17, 24, (40, 8), 4, 0.05, 1)
-    check_rows(linear.rows({"entries": [entry]}), {"one by one"})
-    # Two base products per layer, three of rank r on either side.
-    assert entry["floor"]["flops"] == 4 * 17 * 24 * 48 + 6 * 17 * 4 * (24 + 40 + 24 + 8)
+        linear.layer(**LAYER, dropout=0.0, compiler=False, dtype=dtype)
+    if side == "fused":
+        with pytest.raises(SystemExit, match="relative differences"):
+            linear.dora_layer(17, 24, 40, 4, 1)
 
 
 def test_training_step():
@@ -116,19 +215,127 @@ def test_training_step():
     assert "ours" in entry["bytes_saved_for_adapters"] and "frozen" not in entry["bytes_saved_for_adapters"]
 
 
-def test_a_training_step_with_wrong_numbers_is_not_timed(monkeypatch):
-    make = lora_layers.hand_written
-
-    def broken(model):
-        found = make(model)
-        with torch.no_grad():
-            next(each for name, each in found.named_parameters() if "lora_A" in name).mul_(1.5)
-        return found
-
-    monkeypatch.setattr(lora_layers, "hand_written", broken)
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+def test_a_training_step_with_wrong_numbers_is_not_timed(factor, monkeypatch):
+    break_adapters(monkeypatch, "hand_written", factor)
     monkeypatch.setattr(records, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="relative differences"):
         measured("train", "tiny", "--no-compile")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A small Llama with tied embeddings in the place of the language model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def load(dtype=torch.float32):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).to(dtype)
+
+    monkeypatch.setattr(language_model, "load", load)
+    return load
+
+
+@pytest.mark.parametrize(("case", "target"), [("1x128-r8", 1.08), ("4x128-r16-dropout", 1.35)])
+def test_a_language_models_step(case, target, stand_in):
+    entry, rows = measured("llm", case, "--rounds", "2", "--no-compile")
+    check_rows(rows, {"PEFT", "hand-written addmm"})
+    assert [row.target for row in rows] == [target, 1.0]
+    assert entry["layers"] == 14 and set(entry["differences"]) == {"hand_written", "ours"}
+    assert 0 < entry["differences"]["ours"] < 1e-5 and max(entry["differences_over_allowed"].values()) < 0.1
+    assert all(row.floor == entry["seconds"]["base"]["p50"] for row in rows)
+    assert "p20 to p80" in llm.notes(entry)[0]
+
+
+def test_a_language_models_step_in_bfloat16(stand_in):
+    entry, rows = measured("llm", "4x128-r8-bfloat16", "--rounds", "1")
+    check_rows(rows, {"PEFT", "hand-written addmm"})
+    assert [row.target for row in rows] == [None, 1.0] and {row.group for row in rows} == {
+        "4 x 128 tokens, dropout 0, bfloat16"
+    }
+    assert 0 < entry["differences"]["ours"] < 2 * entry["differences"]["peft"] < 0.2
+    assert entry["differences_over_allowed"]["ours"] < 1
+
+
+@pytest.mark.parametrize("case", ["1x128-r8", "1x128-r8-bfloat16"])
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+def test_a_language_models_step_with_wrong_numbers_is_not_timed(case, factor, stand_in, monkeypatch):
+    break_adapters(monkeypatch, "hand_written", factor)
+    monkeypatch.setattr(records, "interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=f"{case}: loss or gradients are wrong"):
+        measured("llm", case, "--no-compile")
+
+
+def test_a_compiler_that_fails_is_said_and_the_others_are_timed(stand_in, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, **_):
+            raise RuntimeError("graph break\nin so many words")
+
+    monkeypatch.setattr(lora_layers, "compiled", lambda model: Broken())
+    entry, rows = measured("llm", "4x128-r8", "--rounds", "1")
+    check_rows(rows, {"PEFT", "hand-written addmm"})
+    assert entry["compile_failed"] == "RuntimeError: graph break"
+    assert "graph break" in llm.notes(entry)[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_language_model_takes_part(stand_in):
+    entry, rows = measured("llm", "4x128-r8", "--rounds", "1")
+    check_rows(rows, set(lora_layers.PEERS.values()))
+    assert entry["differences"]["compiled"] < 1e-4 and "compile_failed" not in entry
+
+
+def test_long_steps_have_few_rounds(stand_in, monkeypatch):
+    monkeypatch.setattr(llm, "LONG", 128)
+    assert measured("llm", "1x128-r8", "--rounds", "5", "--no-compile")[0]["rounds"] == llm.LONG_ROUNDS
+    assert measured("llm", "1x128-r8", "--rounds", "1", "--no-compile")[0]["rounds"] == 1
+
+
+def test_the_floor_is_the_frozen_models_loss_and_the_gradient_of_its_embeddings(stand_in):
+    base = stand_in().requires_grad_(False)
+    ids = torch.randint(64, (2, 9))
+    found = llm.bare(base, ids)()
+    embeddings = base.get_input_embeddings().weight.requires_grad_()
+    base.lm_head.weight = torch.nn.Parameter(embeddings.detach().clone(), requires_grad=False)
+    (gradient,) = torch.autograd.grad(base(input_ids=ids, labels=ids).loss, [embeddings])
+    summed = torch.zeros_like(gradient).index_add_(0, ids.flatten(), found.flatten(0, 1))
+    assert torch.allclose(summed, gradient, atol=1e-7) and found.norm() > 1e-3
+
+
+def test_without_the_model_it_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_wheel")
+    with pytest.raises(SystemExit, match=r"make \.venv/\.llm"):
+        measured("llm", "1x128-r8")
+
+
+def test_new_records_have_their_words_and_figures(stand_in, monkeypatch, tmp_path):
+    layers = {"environment": {}, "entries": []}
+    for dropout, dtype in ((0.0, "float32"), (0.05, "float32"), (0.0, "bfloat16"), (0.05, "bfloat16")):
+        layers["entries"].append(linear.layer(**LAYER, dropout=dropout, compiler=False, dtype=dtype))
+    layers["entries"].append({**linear.layer(**LAYER, dropout=0.05, compiler=False), "extension": False})
+    call, _ = measured("linear", "call", "--no-compile", "--rounds", "1")
+    step, _ = measured("llm", "1x128-r8", "--rounds", "1", "--no-compile")
+    assert sections.language_model() == [] or (records.RESULTS / "llm.json").is_file()
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    dora = {"entries": [linear.dora_layer(17, 24, 40, 4, 1)]}
+    for name, case, entry in (
+        ("linear", "layers", layers),
+        ("linear", "call", call),
+        ("linear", "dora", dora),
+        ("llm", "1x128-r8", step),
+    ):
+        records.put(name, case, entry, tmp_path)
+    text = "\n".join(sections.layers())
+    assert (
+        text.count("| 33 x 24 -> 40, bfloat16 |") == 2 and text.count("| 33 x 24 -> 40, without the extension |") == 1
+    )
+    assert "on 1 thread" in text and "forward, dropout 0.05: ours" in text and "DoRA layer over that of a LoRA" in text
+    assert "| 1 x 128 | 8 | 0 | float32 |" in "\n".join(sections.language_model())
+    assert len(figures.layers().axes) == 2
 
 
 def test_lora_pro(monkeypatch):
@@ -230,6 +437,61 @@ def test_a_quick_run_writes_no_committed_record(only, tmp_path, monkeypatch):
         compare.main(["fake", "--quick", "--out", str(tmp_path)])
     assert compare.main(["fake", "--case", "one"]) == 0
     assert set(records.cases("fake")) == {"one"}
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A commit without changes."""
+    found = {"time": "now", "commit": "abc", "threads": 1}
+    monkeypatch.setattr(records, "environment", lambda: dict(found))
+    return found
+
+
+def counting(calls, **raises):
+    def measure(name, options):
+        calls.append(name)
+        if name in raises:
+            raise raises.pop(name)
+        return entry_of([float(options.rounds)])
+
+    found = fake()
+    return dataclasses.replace(found, cases={name: partial(measure, name) for name in ("one", "two")})
+
+
+def test_an_interrupted_run_goes_on(steady, monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(compare, "SUBJECTS", {"fake": counting(calls, two=KeyboardInterrupt())})
+    arguments = ["fake", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(arguments)
+    steady["time"] = "later"
+    assert compare.main([*arguments, "--resume"]) == 0
+    assert calls == ["one", "two", "two"] and "one: measured before" in capsys.readouterr().out
+    assert [row["case"] for row in compare.summarize(tmp_path)] == ["one", "two"]
+    assert compare.main(arguments) == 0  # without it, everything again
+    assert calls[3:] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"), [({"commit": "def"}, []), ({"commit": "abc+changes"}, []), ({}, ["--rounds", "2"])]
+)
+def test_other_code_and_other_options_are_measured_again(changes, more, steady, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(compare, "SUBJECTS", {"fake": counting(calls)})
+    arguments = ["fake", "--out", str(tmp_path), "--resume"]
+    compare.main(arguments)
+    steady.update(changes)
+    if "+" in steady["commit"]:
+        compare.main(arguments)
+    compare.main([*arguments, *more])
+    assert calls[-2:] == ["one", "two"] and len(calls) == (6 if "+" in steady["commit"] else 4)
+
+
+def test_pooled_cases_have_one_row_in_the_summary(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "SUBJECTS", {"fake": fake(pooled=True)})
+    compare.main(["fake", "--out", str(tmp_path)])
+    (row,) = compare.summarize(tmp_path)
+    assert (row["case"], row["peer_over_ours"], row["lowest_of"]) == ("one", 0.5, 3)
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["fake", "nothing"], ["--quick"]])
