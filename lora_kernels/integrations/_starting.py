@@ -17,6 +17,7 @@ from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance, offset
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.report import LayerReport
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.statistics import Statistics, Target
 from lora_kernels.statistics.distributed import world_size
 from lora_kernels.statistics.modes import is_sharded
@@ -83,6 +84,7 @@ def defaults(method: InitMethod, ranks: Redistribution | None, layers: peft_laye
     return {"sketch_size": size, **method.collect_options}
 
 
+@without_autocast()
 def solve(
     layers: peft_layers.LoraLayers,
     statistics: Statistics,
@@ -121,6 +123,7 @@ def solve(
     return found, adjust
 
 
+@without_autocast()
 def write(
     model: nn.Module,
     layers: peft_layers.LoraLayers,
@@ -298,6 +301,7 @@ def factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
     )
 
 
+@without_autocast()
 def layer_reports(
     layers: peft_layers.LoraLayers,
     statistics: Statistics,

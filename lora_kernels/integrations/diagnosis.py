@@ -30,6 +30,7 @@ from lora_kernels.landscape import (
     overlap,
     weight_norms,
 )
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range, check_type
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
@@ -145,6 +146,7 @@ def _rows(module: Any) -> tuple[Any, tuple[int, int], torch.device]:
     return row_blocks(module), (module.out_features, module.in_features), module.get_base_layer().weight.device
 
 
+@without_autocast()
 def diagnose(
     model: nn.Module,
     loader: Iterable[Any] | None = None,

@@ -15,6 +15,7 @@ from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range
 from lora_kernels.ops._files import parse_json
 from lora_kernels.reports import plain
@@ -129,6 +130,7 @@ class LandscapeMonitor:
         self._start = snapshot(model, self.adapter_name) if self._drift else None
         self._started = time.perf_counter()
 
+    @without_autocast()
     def step(self, model: nn.Module, step: int | None = None) -> dict[str, float] | None:
         """Count a step, and measure where it is time to.
 

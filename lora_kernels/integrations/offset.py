@@ -24,6 +24,7 @@ from lora_kernels.init.factors import LoraFactors
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range
 from lora_kernels.training.base_weight import dense_weight, offset_name
 from lora_kernels.training.dash import LoRADash
@@ -146,6 +147,7 @@ def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
             parameter.requires_grad_(False)
 
 
+@without_autocast()
 def load(
     base: nn.Module, path: str | Path, *, adapter_name: str = "default", is_trainable: bool = True, **settings: Any
 ) -> nn.Module:
@@ -278,6 +280,7 @@ def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return (v * root).mT, u * root, error
 
 
+@without_autocast()
 def export(
     model: nn.Module, path: str | Path, *, rank: str | int = "exact", adapter_name: str = "default"
 ) -> dict[str, ExportedLayer]:

@@ -15,6 +15,7 @@ import torch
 
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_number, check_range, check_type
 from lora_kernels.statistics.store import Statistics
 
@@ -136,6 +137,7 @@ def gradient_of(statistics: Statistics, name: str) -> Gradient | None:
     return Gradient(found.U * found.S, found.Vh, float(found.error))
 
 
+@without_autocast()
 def certify(
     adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_decay: float, gain: float | None = None
 ) -> Certificate:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.landscape.weights import WeightNorms
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_type, shown
 from lora_kernels.ops.small_linalg import factor_spectrum
 
@@ -137,6 +138,7 @@ def _working(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+@without_autocast()
 def factor_spectra(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
     scalings: Sequence[float] | float = 1.0,
@@ -238,6 +240,7 @@ def _balance(a: torch.Tensor, b: torch.Tensor, norm_a: torch.Tensor, norm_b: tor
     return torch.where(total > 0, difference / torch.where(total > 0, total, 1.0), 0.0)
 
 
+@without_autocast()
 def measure(
     adapters: Sequence[Adapter], *, rank_tolerance: float = RANK_TOLERANCE, backend: str = "auto"
 ) -> dict[str, Spectrum]:

@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops import _philox
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.small_linalg import eigh as small_eigh
@@ -93,6 +94,7 @@ def _rayleigh_ritz(
     return values, basis @ rotation, image @ rotation
 
 
+@without_autocast()
 def eigh_topk(
     matrices: torch.Tensor | LinearOperator,
     k: int,

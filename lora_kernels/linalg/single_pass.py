@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_number, check_range, check_tensor, shown
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.small_linalg import fix_signs
@@ -69,6 +70,7 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return norm * scale
 
 
+@without_autocast()
 def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Tensor | float | None = None) -> Nystrom:
     """The leading eigenpairs of a positive semidefinite M from its sketch `Y = M Omega`.
 
@@ -136,6 +138,7 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     return Nystrom(values, fix_signs(q @ left[..., :rank]), residual, (shift * scale)[..., 0, 0])
 
 
+@without_autocast()
 def two_sided(
     y: torch.Tensor,
     z: torch.Tensor,

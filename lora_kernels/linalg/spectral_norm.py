@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.linalg.randomized_svd import LinearOperator, probe_bound, randomized_svd
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.random_matrix.op import check_key
@@ -81,6 +82,7 @@ def _split(x: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, :cut], x[:, cut:]
 
 
+@without_autocast()
 def spectral_norm(
     a: torch.Tensor | LinearOperator,
     *,

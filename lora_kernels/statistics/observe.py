@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.moments import InputMoments
@@ -157,6 +158,7 @@ class Observer:
 
         x_device = [torch.device("cpu")]
 
+        @without_autocast()
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.counting or not self.forwarding:
                 return
@@ -204,6 +206,7 @@ class Observer:
 
         return tap
 
+    @without_autocast()
     def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor | None) -> None:
         if self._discarding or g is None:  # undefined: nothing downstream depends on this output
             return

@@ -13,7 +13,7 @@ from benchmarks.records import ROOT
 from lora_kernels import ops
 
 # What is exported beside the ops: settings, and arguments of ops.
-BESIDE = {"BACKENDS", "Dropout", "LoraMember", "lora_linear_group", "use_backend", "use_form"}
+BESIDE = {"BACKENDS", "Dropout", "use_backend", "use_form"}
 
 
 def test_every_op_has_one():

@@ -161,32 +161,6 @@ add(Case(ops.lora_delta, _layer(False), _is_layer, backends=True, triton=True))
 
 
 @st.composite
-def _group(draw):
-    n, rows, dtype = draw(sizes), draw(leading), draw(st.sampled_from(FLOATS))
-    members = []
-    for _ in range(draw(st.integers(1, 3))):
-        m = draw(sizes)
-        a, b = draw(_factors(n, m, dtype))
-        weight = draw(st.none() | tensors((m, n), dtype, ("normal", "zeros")))
-        start = draw(tensors((*rows, m), dtype, SANE) if weight is None else st.none() | tensors((m,), dtype, SANE))
-        members.append(ops.LoraMember(weight, start, a, b, draw(scales), draw(dropouts()), draw(_extra(n, m, dtype))))
-    return {"x": draw(tensors((*rows, n), dtype, SANE)), "members": members}
-
-
-def _is_group(before, _after, result):
-    for member, found in zip(before["members"], result, strict=True):
-        if member.scaling == 0 and not finite(before["x"]) or found.dtype == torch.float16:
-            continue  # zero or NaN, both will do; s x A^T may be beyond the dtype
-        parts = [None if each is None else each.detach().resolve_neg().to(torch.float64)
-                 for each in (member.weight, member.start, member.a, member.b)]  # fmt: skip
-        truth, scale = layer_truth(before["x"], *parts, member.scaling, member.dropout, member.extra)
-        close(found, truth, scale, single(found.dtype) * 2)
-
-
-add(Case(ops.lora_linear_group, _group(), _is_group, backends=True))
-
-
-@st.composite
 def _lora_pro(draw):
     rows, columns, rank = draw(sizes), draw(sizes), draw(st.sampled_from(SIZES[1:]))
     state = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))

@@ -7,7 +7,6 @@ from registry import Case, add
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import training
 
 
 class Small(nn.Module):
@@ -66,10 +65,9 @@ case(lk.initialize, model=adapted, loader=loaders(), method=st.sampled_from(("ev
 )  # fmt: skip
 case(lk.diagnose, model=lambda: adapted(False), adapter_name="default", weights=True)
 case(lk.snapshot, model=lambda: adapted(False), adapter_name="default")
-case(lk.accelerate, model=adapted, strict=False, guard=False, group=True, corrupt=("model",))
+case(lk.accelerate, model=adapted, strict=False, guard=False, corrupt=("model",))
 case(lk.restore, model=accelerated)
 case(lk.verify, model=accelerated, batch=lambda: torch.randn(3, 6), forward=None, loss=None, corrupt=("model",))
-case(training.groups, model=accelerated)
 case(lk.create_lorapro_optimizer, model=lambda: adapted(False), lr=1e-3)
 case(lk.lorapro_cls_and_kwargs, model=lambda: adapted(False), lr=1e-3)
 case(

@@ -70,7 +70,6 @@ ELSEWHERE = {
     "Statistics": "tests/fuzz/test_fuzz_files.py: load",
     "load": "tests/fuzz/test_fuzz_files.py",
     "Dropout": "an argument of the ops",
-    "LoraMember": "an argument of lora_linear_group",
     "Gradient": "an argument of certify",
     "LinearOperator": "its products are the caller's functions",
     "Target": "an argument of make_plan",

@@ -6,8 +6,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_kernels as lk
-from lora_kernels import training
-from lora_kernels.training import acceleration, lora_layer
+from lora_kernels.training import acceleration
 from tests.training.test_accelerate import wrapped
 
 STEPS = 4
@@ -19,14 +18,12 @@ def batch():
     return torch.randint(0, 61, (4, 9), generator=generator)
 
 
-def train(model, ids, between=None):
+def train(model, ids):
     """A few steps on the mean of squared logits: equal shares of a batch have the batch's mean gradient."""
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     for _ in range(STEPS):
         optimizer.zero_grad()
         model(input_ids=ids).logits.square().mean().backward()
-        if between is not None:
-            between()
         optimizer.step()
 
 
@@ -39,31 +36,8 @@ def sharded(model, units):
     return fully_shard(model)
 
 
-class Sizes:
-    """How many layers each call of the op computed, by optimizer step."""
-
-    def __init__(self):
-        self.steps, self.calls = [], []
-        self.real = lora_layer.lora_linear_group
-
-    def __enter__(self):
-        def counted(x, members, **more):
-            self.calls.append(len(members))
-            return self.real(x, members, **more)
-
-        lora_layer.lora_linear_group = counted
-        return self
-
-    def __exit__(self, *_):
-        lora_layer.lora_linear_group = self.real
-
-    def step(self):
-        self.steps.append(list(self.calls))
-        self.calls.clear()
-
-
-def grouped(units, ids, *, checkpointing=None, other=False):
-    """Train under FSDP2; the adapter, and the sizes of the groups in every step."""
+def trained(units, ids, checkpointing=None):
+    """The adapter after training under FSDP2."""
     model = wrapped(target_modules=ALL)
     lk.accelerate(model, strict=True)
     if checkpointing is not None:
@@ -71,19 +45,8 @@ def grouped(units, ids, *, checkpointing=None, other=False):
         model.enable_input_require_grads()
     model.train()
     sharded(model, units)
-    with Sizes() as sizes:
-        if other:  # a step of an optimizer that holds none of the adapter's shards is no change of them
-            weight = torch.nn.Parameter(torch.ones(2))
-            unrelated = torch.optim.SGD([weight], lr=0.1)
-            weight.grad = torch.ones(2)
-            model(input_ids=ids).logits.square().mean().backward()
-            sizes.step()
-            unrelated.step()
-            model(input_ids=ids).logits.square().mean().backward()
-            sizes.step()
-            return {"sizes": sizes.steps}
-        train(model, ids, sizes.step)
-    return {"adapter": adapter(model), "sizes": sizes.steps, "groups": training.groups(model)}
+    train(model, ids)
+    return adapter(model)
 
 
 def adapter(model):
@@ -118,9 +81,8 @@ def main(out):
         train(model, ids)
         kept[f"fsdp_{when}"] = adapter(model)
     for units in ("block", "root", "linear"):
-        kept[f"grouped_{units}"] = grouped(units, ids)
+        kept[units] = trained(units, ids)
     for reentrant in (False, True):
-        kept[f"checkpointed_{reentrant}"] = grouped("block", ids, checkpointing=reentrant)
-    kept["unrelated"] = grouped("block", ids, other=True)
+        kept[f"checkpointed_{reentrant}"] = trained("block", ids, checkpointing=reentrant)
     if rank == 0:
         torch.save(kept, out / "adapters.pt")

@@ -143,7 +143,7 @@ class LoraFunction(torch.autograd.Function):
         ctx.scalars, ctx.state = scalars, state
         if needs[1] or needs[2]:
             ctx.dtypes = None if weight is None else weight.dtype, None if start is None else start.dtype
-            ctx.is_bias = start is not None and start.dim() == 1
+            ctx.is_bias = weight is not None
         return y
 
     @staticmethod
@@ -192,7 +192,7 @@ def run_forward(
     if plain and (x.is_neg() or torch._is_zerotensor(x)):
         x = _resolved(x)
     rows = rows_of(x)
-    if start is not None and start.dim() != 1:
+    if start is not None and weight is None:
         start = rows_of(_resolved(start) if plain else start)
     if not plain:
         y, t = _forward_op(rows, weight, start, *factors, *scalars)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_kernels.linalg import core_basis
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training.acceleration import lora_layers
 from lora_kernels.training.base_weight import offset_name
@@ -90,6 +91,7 @@ class DashRun:
         self.launch(optimizer)
         return True
 
+    @without_autocast()
     def launch(self, optimizer: Any, *, progress: bool = True) -> DashReport:
         """Make the switch now: find the directions, and let the optimizer start afresh on the coordinates.
 

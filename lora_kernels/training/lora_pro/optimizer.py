@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.training.lora_pro.adjustment import Adjustment
 from lora_kernels.training.lora_pro.buckets import Bucket, Scratch, draw_seed, mix
@@ -273,6 +274,7 @@ class LoRAPro(Optimizer):
     # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @without_autocast()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take a step.
 

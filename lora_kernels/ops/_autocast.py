@@ -1,0 +1,27 @@
+"""Autocast: what it asks for, and arithmetic without it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Arithmetic in the dtypes of its operands, whatever autocast the caller is under; also a decorator.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", "cuda", *_accelerators()}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _accelerators() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return () if accelerator is None or not torch.amp.is_autocast_available(accelerator.type) else (accelerator.type,)
