@@ -92,44 +92,113 @@ void lora_expand(uintptr_t t, int64_t t_stride, uintptr_t b, int64_t b_stride, u
   lk::lora_expand(job, threads);
 }
 
-lk::LoraLayer make_layer(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
-                         uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
-                         int64_t threshold, uint64_t seed, uint32_t stream, int threads) {
+// The two calls of a layer take plain numbers by Python's vectorcall: a call is as cheap as the numbers in it, where
+// pybind11 would take longer than the products of a small layer.
+struct Numbers {
+  PyObject* const* items;
+  Py_ssize_t at = 0;
+
+  int64_t integer() {
+    const long long value = PyLong_AsLongLong(items[at++]);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  uint64_t bits() {
+    const unsigned long long value = PyLong_AsUnsignedLongLong(items[at++]);
+    if (value == ~0ull && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  float real() {
+    const double value = PyFloat_AsDouble(items[at++]);
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return float(value);
+  }
+  template <typename T>
+  T* address() {
+    return pointer<T>(uintptr_t(bits()));
+  }
+};
+
+constexpr Py_ssize_t kLayerNumbers = 16;
+
+// flags: 1 where x, 2 where a and b, 4 where a0 and b0 are bfloat16; then sizes, factors, scales, dropout, threads.
+lk::LoraLayer read_layer(Numbers& next, int& threads) {
+  const int64_t flags = next.integer();
+  const int64_t tokens = next.integer(), inputs = next.integer(), outputs = next.integer(), rank = next.integer(),
+                frozen_rank = next.integer();
+  const auto a = next.address<const void>(), b = next.address<const void>(), a0 = next.address<const void>(),
+             b0 = next.address<const void>();
+  const float scale = next.real(), frozen_scale = next.real();
+  const int64_t threshold = next.integer();
+  const uint64_t seed = next.bits();
+  const int64_t stream = next.integer();
+  threads = int(next.integer());
   check_lora(tokens, inputs, rank, threads);
   check_lora(tokens, outputs, frozen_rank, threads);
   check((a || rank * inputs == 0) && (b || rank * outputs == 0), "the factors have no memory");
   check((a0 || frozen_rank * inputs == 0) && (b0 || frozen_rank * outputs == 0), "the frozen factors have no memory");
-  return {bool(flags & 1), bool(flags & 2), bool(flags & 4), tokens, inputs, outputs, rank, frozen_rank,
-          pointer<const void>(a), pointer<const void>(b), pointer<const void>(a0), pointer<const void>(b0), scale,
-          frozen_scale, make_dropout(threshold, seed, stream)};
+  return {bool(flags & 1), bool(flags & 2), bool(flags & 4), tokens, inputs, outputs, rank, frozen_rank, a, b, a0, b0,
+          scale, frozen_scale, make_dropout(threshold, seed, uint32_t(stream))};
 }
 
-// flags: 1 where x, 2 where a and b, 4 where a0 and b0 are bfloat16.
-void lora_forward(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
-                  uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
-                  int64_t threshold, uint64_t seed, uint32_t stream, int threads, uintptr_t x, int64_t x_stride,
-                  uintptr_t t, uintptr_t y) {
-  const lk::LoraForward job{make_layer(flags, tokens, inputs, outputs, rank, frozen_rank, a, b, a0, b0, scale,
-                                       frozen_scale, threshold, seed, stream, threads),
-                            pointer<const void>(x), x_stride, pointer<float>(t), pointer<void>(y)};
-  py::gil_scoped_release release;
-  lk::lora_forward(job, threads);
+template <class Run>
+PyObject* guarded(Py_ssize_t given, Py_ssize_t expected, const Run& run) {
+  try {
+    check(given == expected, "wrong number of arguments");
+    run();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(dynamic_cast<const py::value_error*>(&error) ? PyExc_ValueError : PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
 }
 
-void lora_backward(int flags, int64_t tokens, int64_t inputs, int64_t outputs, int64_t rank, int64_t frozen_rank,
-                   uintptr_t a, uintptr_t b, uintptr_t a0, uintptr_t b0, float scale, float frozen_scale,
-                   int64_t threshold, uint64_t seed, uint32_t stream, int threads, uintptr_t g, int64_t g_stride,
-                   uintptr_t x, int64_t x_stride, uintptr_t t, uintptr_t dx, bool accumulate, uintptr_t da,
-                   uintptr_t db) {
-  const lk::LoraBackward job{make_layer(flags, tokens, inputs, outputs, rank, frozen_rank, a, b, a0, b0, scale,
-                                        frozen_scale, threshold, seed, stream, threads),
-                             pointer<const void>(g), g_stride, pointer<const void>(x), x_stride,
-                             pointer<const float>(t), pointer<void>(dx), accumulate, pointer<float>(da),
-                             pointer<float>(db)};
-  check(tokens == 0 || (!(job.da && !job.x) && !(job.db && !job.t)), "da needs x, and db needs t");
-  py::gil_scoped_release release;
-  lk::lora_backward(job, threads);
+// The layer's numbers, then x, its row stride, t, y.
+PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return guarded(count, kLayerNumbers + 4, [&] {
+    Numbers next{items};
+    int threads;
+    lk::LoraForward job{read_layer(next, threads)};
+    job.x = next.address<const void>();
+    job.x_stride = next.integer();
+    job.t = next.address<float>();
+    job.y = next.address<void>();
+    py::gil_scoped_release release;
+    lk::lora_forward(job, threads);
+  });
 }
+
+// The layer's numbers, then g, its row stride, x, its row stride, t, dx, whether dx accumulates, da, db.
+PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  return guarded(count, kLayerNumbers + 9, [&] {
+    Numbers next{items};
+    int threads;
+    lk::LoraBackward job{read_layer(next, threads)};
+    job.g = next.address<const void>();
+    job.g_stride = next.integer();
+    job.x = next.address<const void>();
+    job.x_stride = next.integer();
+    job.t = next.address<const float>();
+    job.dx = next.address<void>();
+    job.accumulate = next.integer() != 0;
+    job.da = next.address<float>();
+    job.db = next.address<float>();
+    check(job.layer.tokens == 0 || (!(job.da && !job.x) && !(job.db && !job.t)), "da needs x, and db needs t");
+    py::gil_scoped_release release;
+    lk::lora_backward(job, threads);
+  });
+}
+
+PyMethodDef layer_methods[] = {
+    {"lora_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_forward)), METH_FASTCALL,
+     "Low-rank part of a LoRA layer, forward: see LoraForward in drivers.h."},
+    {"lora_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_backward)), METH_FASTCALL,
+     "Low-rank part of a LoRA layer, backward: see LoraBackward in drivers.h."},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 void lora_pro_adam(uintptr_t exp_avg, int64_t avg_stride, uintptr_t exp_avg_sq, int64_t square_stride, int dtype,
                    uintptr_t a, int64_t a_stride, uintptr_t grad_a, int64_t grad_a_stride, uintptr_t b,
@@ -182,8 +251,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_tsreduce_bfloat16", &lora_tsreduce<true>);
   m.def("lora_expand", &lora_expand<false>);
   m.def("lora_expand_bfloat16", &lora_expand<true>);
-  m.def("lora_forward", &lora_forward);
-  m.def("lora_backward", &lora_backward);
+  PyModule_AddFunctions(m.ptr(), layer_methods);
   m.def("lora_pro_adam", &lora_pro_adam);
   bind_linalg(m);
 }

@@ -27,7 +27,7 @@ from lora_kernels.ops.lora_linear.op import (
     linear_dispatcher,
     run_forward,
 )
-from lora_kernels.ops.lora_linear.passes import Factors, Scalars
+from lora_kernels.ops.lora_linear.passes import Scalars
 from lora_kernels.training import dora
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 
@@ -188,8 +188,11 @@ class Prepared:
         self.b0: torch.Tensor | None = None if start is None else start[1]
         frozen_scaling = 0.0 if start is None else start[2]
         self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
+        # One product is all: W, one adapter, and what is frozen beside it.
+        alone = len(adapters) == 1 and first.bias is None and first.magnitude is None
         extended = first.extension is not None and first.extension.coordinates is not None
-        self.plain = not extended and first.bias is None and first.magnitude is None and len(adapters) == 1
+        self.simple = alone and fused and cast is None and not extended
+        self.a, self.b = first.a, first.b
         self.state: torch.Tensor | None = None
 
     @staticmethod
@@ -282,53 +285,44 @@ class Prepared:
         Raises:
             RuntimeError: inside a `torch.func` transform.
         """
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if self.state is not None and torch._C._are_functorch_transforms_active():
             raise RuntimeError(TRANSFORMED)
-        scalars, seed, start, dtype = self.scalars, None, self.bias, None
-        if scalars.threshold:
-            seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device)
+        seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
+        if self.simple:
+            return self._product(x, self.bias, self.a, self.b, seed)
+        start, dtype = self.bias, None
         if self.base is not None:
             start = self.base(x)
             dtype = start.dtype  # of the layer's result, whatever the arithmetic is done in
         if self.cast is not None:
             x = x.to(self.cast)
-        first = self.adapters[0]
-        if self.plain:
-            a, b = first.a, first.b
-        else:
-            a, b = first.factors()
-            if first.magnitude is not None:
-                start = None
-            elif first.bias is not None:
-                start = _with_bias(start, first)
+        first, *others = self.adapters
+        if first.magnitude is not None:
+            start = None
+        elif first.bias is not None:
+            start = _with_bias(start, first)
         if start is not None and self.base is not None and start.dtype != x.dtype:
             start = start.to(x.dtype)
-        if torch.is_grad_enabled():
-            tensors = (x, self.weight, start, a, b, self.a0, self.b0, seed, self.state)
-            y: torch.Tensor = LoraFunction.apply(*tensors, scalars)  # type: ignore[no-untyped-call]
-        else:
-            y = run_forward(x, self.weight, start, Factors(a, b, self.a0, self.b0, seed), scalars)[0]
-        if not self.plain:
-            y = self._rest(x, y)
-        return y if dtype is None or y.dtype == dtype else y.to(dtype)
-
-    def _rest(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """All that the first product leaves out."""
-        first, *others = self.adapters
+        y = self._product(x, start, *first.factors(), seed)
         if first.magnitude is not None:  # of a layer with no other adapter
             return dora.scaled(y, self.layer, first)
-        directions = first.directions()
-        if directions is not None:
-            y = lora_delta(y, x, *directions, scaling=1.0)
+        y = _with_directions(y, x, first)
         for adapter in others:
             dropout = Dropout.draw(adapter.p, device=x.device) if adapter.p else None
-            a, b = adapter.factors()
-            y = lora_delta(y, x, a, b, scaling=adapter.scaling, dropout=dropout, extra=adapter.start())
-            directions = adapter.directions()
-            if directions is not None:
-                y = lora_delta(y, x, *directions, scaling=1.0)
+            y = lora_delta(y, x, *adapter.factors(), scaling=adapter.scaling, dropout=dropout, extra=adapter.start())
+            y = _with_directions(y, x, adapter)
             if adapter.bias is not None:
                 y = y + adapter.scaling * adapter.bias.to(y.dtype)
+        return y if dtype is None or y.dtype == dtype else y.to(dtype)
+
+    def _product(
+        self, x: torch.Tensor, start: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return run_forward(x, self.weight, start, a, b, self.a0, self.b0, seed, self.scalars)[0]
+        y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, start, a, b, self.a0, self.b0, seed, self.state, self.scalars
+        )
         return y
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -340,6 +334,11 @@ def _identical(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(_identical(a, b) for a, b in zip(one, other, strict=True))
     return one is other or (isinstance(one, float) and one == other)
+
+
+def _with_directions(y: torch.Tensor, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    directions = adapter.directions()
+    return y if directions is None else lora_delta(y, x, *directions, scaling=1.0)
 
 
 def _with_bias(start: torch.Tensor | None, adapter: Adapter) -> torch.Tensor:

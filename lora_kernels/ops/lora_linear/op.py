@@ -14,7 +14,7 @@ from lora_kernels.ops._backend import Dispatcher
 from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops._dropout import Dropout, lowered
 from lora_kernels.ops.lora_linear import passes
-from lora_kernels.ops.lora_linear.passes import Factors, Scalars, rows_of
+from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
 from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
 from lora_kernels.ops.skinny.op import product_dispatcher
@@ -51,9 +51,9 @@ def _forward_op(
     stream: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    factors, scalars = Factors(a, b, a0, b0, seed), Scalars(scaling, frozen_scaling, threshold, stream, backend)
+    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend)
     with _launch.device_of(x):
-        return passes.forward(x, weight, start, factors, scalars)
+        return passes.forward(x, weight, start, a, b, a0, b0, seed, scalars)
 
 
 @_forward_op.register_fake
@@ -81,9 +81,9 @@ def _backward_op(
     backend: str,
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    factors, scalars = Factors(a, b, a0, b0, seed), Scalars(scaling, frozen_scaling, threshold, stream, backend)
+    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend)
     with _launch.device_of(g):
-        gradients = passes.backward(g, x, t, weight, factors, scalars, need_x)
+        gradients = passes.backward(g, x, t, weight, a, b, a0, b0, seed, scalars, need_x)
     # A registered operation returns tensors: an empty one stands for what is not needed.
     dx, da, db = (g.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, da, db
@@ -134,7 +134,7 @@ class LoraFunction(torch.autograd.Function):
         scalars: Scalars,
     ) -> torch.Tensor:
         """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
-        y, t = run_forward(x, weight, start, Factors(a, b, a0, b0, seed), scalars)
+        y, t = run_forward(x, weight, start, a, b, a0, b0, seed, scalars)
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[3] or needs[1] else None, t if needs[4] else None, weight if needs[0] else None,
@@ -151,7 +151,7 @@ class LoraFunction(torch.autograd.Function):
         """Of x, the weight, the start, A and B."""
         x, t, weight, a, b, a0, b0, seed, state = ctx.saved_tensors
         need_x, need_weight, need_start, need_a, need_b, *_ = ctx.needs_input_grad
-        factors, plain = Factors(a, b, a0, b0, seed), is_plain(g)
+        scalars, plain = ctx.scalars, is_plain(g)
         if plain:
             if torch.is_grad_enabled():
                 raise RuntimeError(_TWICE)
@@ -159,24 +159,24 @@ class LoraFunction(torch.autograd.Function):
                 raise RuntimeError(_OTHER_ADAPTER)
             if g.is_neg() or torch._is_zerotensor(g):
                 g = _resolved(g)
-        rows, source = rows_of(g), None if x is None else rows_of(x)
-        tensors = rows, source if need_a else None, t, weight
+        rows = g if g.dim() == 2 and g.is_contiguous() else rows_of(g)
+        source = x if x is None or (x.dim() == 2 and x.is_contiguous()) else rows_of(x)
         dx = da = db = dw = start = None
-        if not plain:
-            dx, da, db = _backward_op(*tensors, *factors, *ctx.scalars, need_x)
-        elif not (need_x or need_a or need_b):
-            pass
-        elif _launch.is_bare(g):
-            dx, da, db = passes.backward(*tensors, factors, ctx.scalars, need_x)
-        else:
-            with _launch.device_of(g):
-                dx, da, db = passes.backward(*tensors, factors, ctx.scalars, need_x)
-        if not need_x:
-            dx = None
-        elif g.dim() != 2:
-            dx = dx.view(*g.shape[:-1], a.shape[1])  # type: ignore[union-attr]
-        da = cast(da, a.dtype) if need_a else None  # type: ignore[arg-type]
-        db = cast(db, b.dtype) if need_b else None  # type: ignore[arg-type]
+        if need_x or need_a or need_b:
+            tensors = (rows, source if need_a else None, t, weight, a, b, a0, b0, seed)
+            if not plain:
+                dx, da, db = _backward_op(*tensors, *scalars, need_x)
+            elif g.is_cpu and not torch.is_autocast_enabled("cpu"):
+                dx, da, db = passes.backward(*tensors, scalars, need_x)
+            else:
+                with _launch.device_of(g):
+                    dx, da, db = passes.backward(*tensors, scalars, need_x)
+            if not need_x:
+                dx = None
+            elif g.dim() != 2:
+                dx = dx.view(*g.shape[:-1], a.shape[1])  # type: ignore[union-attr]
+            da = cast(da, a.dtype) if need_a else None  # type: ignore[arg-type]
+            db = cast(db, b.dtype) if need_b else None  # type: ignore[arg-type]
         if need_weight:
             dw = cast(torch.mm(rows.mT, source), ctx.dtypes[0])  # type: ignore[arg-type]
         if need_start:
@@ -185,23 +185,32 @@ class LoraFunction(torch.autograd.Function):
 
 
 def run_forward(
-    x: torch.Tensor, weight: torch.Tensor | None, start: torch.Tensor | None, factors: Factors, scalars: Scalars
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    start: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: torch.Tensor | None,
+    b0: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scalars: Scalars,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(..., m)` and t `(tokens, r + q)` of arguments that are checked, without autograd."""
     plain = is_plain(x)
     if plain and (x.is_neg() or torch._is_zerotensor(x)):
         x = _resolved(x)
-    rows = rows_of(x)
+    flat = x.dim() == 2
+    rows = x if flat and x.is_contiguous() else rows_of(x)
     if start is not None and weight is None:
         start = rows_of(_resolved(start) if plain else start)
     if not plain:
-        y, t = _forward_op(rows, weight, start, *factors, *scalars)
-    elif _launch.is_bare(x):
-        y, t = passes.forward(rows, weight, start, factors, scalars)
+        y, t = _forward_op(rows, weight, start, a, b, a0, b0, seed, *scalars)
+    elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     else:
         with _launch.device_of(x):
-            y, t = passes.forward(rows, weight, start, factors, scalars)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), t
+            y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
+    return y if flat else y.view(*x.shape[:-1], y.shape[1]), t
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -13,9 +13,10 @@ in the float32 sums. On the CPU the library makes the product with W and one cal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._dropout import Mask, mask_of
@@ -27,7 +28,6 @@ _Optional = torch.Tensor | None
 # Of a sum without a large product.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD = 2**64 - 1
-_READABLE = (torch.float32, torch.bfloat16)
 
 
 class Scalars(NamedTuple):
@@ -48,24 +48,6 @@ class Scalars(NamedTuple):
     backend: str
 
 
-class Factors(NamedTuple):
-    """The adapter, what is frozen beside it, and the seed of its dropout.
-
-    Attributes:
-        a: A `(r, n)` of any dtype, as are the others.
-        b: B `(m, r)`.
-        a0: A0 `(q, n)`, or `None`.
-        b0: B0 `(m, q)`, or `None`.
-        seed: `(1,)` int64, or `None`.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    a0: torch.Tensor | None
-    b0: torch.Tensor | None
-    seed: torch.Tensor | None
-
-
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`(..., n)` as `(tokens, n)` with contiguous rows."""
     if tensor.dim() == 2 and (tensor.is_contiguous() or tensor.stride(1) == 1):
@@ -75,7 +57,15 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    x: torch.Tensor, weight: _Optional, start: _Optional, factors: Factors, scalars: Scalars
+    x: torch.Tensor,
+    weight: _Optional,
+    start: _Optional,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: _Optional,
+    b0: _Optional,
+    seed: _Optional,
+    scalars: Scalars,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(tokens, m)`, contiguous, and t `(tokens, r + q)`.
 
@@ -83,33 +73,43 @@ def forward(
         x: `(tokens, n)` with contiguous rows.
         weight: `(m, n)` of any dtype, or `None`.
         start: the bias `(m,)`, or a base result `(tokens, m)` with contiguous rows of x's dtype, or `None`.
-        factors: see there.
+        a: A `(r, n)` of any dtype, as are the other factors.
+        b: B `(m, r)`.
+        a0: A0 `(q, n)`, or `None`.
+        b0: B0 `(m, q)`, or `None`.
+        seed: of dropout, `(1,)` int64, or `None`.
         scalars: see there.
     """
-    a, b, a0, b0, seed = factors
-    dtype, backend, tokens = x.dtype, scalars.backend, x.shape[0]
+    scaling, frozen_scaling, threshold, stream, backend = scalars
+    dtype, tokens = x.dtype, x.shape[0]
     if backend == "cpp" and forms.is_default():
-        factors = _readable(factors)
-        arguments = _layer_arguments(x, factors, scalars)
-        if weight is None:
-            y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-        elif start is None:
-            y = torch.mm(x, cast(weight, dtype).t())
+        (rank, inputs), (outputs, columns) = a.shape, b.shape
+        if columns != rank or x.shape[1] != inputs:
+            _refuse(x, a, b)
+        a, b, a0, b0, flags = _readable(x, a, b, a0, b0)
+        frozen_rank = 0 if a0 is None else a0.shape[0]
+        if weight is not None:
+            y = linear(x, cast(weight, dtype), start if start is None else cast(start, dtype))
         else:
-            y = torch.addmm(cast(start, dtype), x, cast(weight, dtype).t())
-        t = x.new_empty((tokens, arguments[4] + arguments[5]), dtype=torch.float32)
-        _ext.extension().lora_forward(*arguments, x.data_ptr(), x.stride(0), t.data_ptr(), y.data_ptr())
+            y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+        t = x.new_empty((tokens, rank + frozen_rank), dtype=None if flags == 0 else torch.float32)
+        _ext.extension().lora_forward(
+            flags, tokens, inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(),
+            0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
+            0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
+            x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(),
+        )  # fmt: skip
         return y, t
-    mask = mask_of(scalars.threshold, seed, scalars.stream)
+    mask = mask_of(threshold, seed, stream)
     a, b = cast(a, dtype), cast(b, dtype)
     if a0 is None or b0 is None:
-        t = _project(x, a, scalars.scaling, mask, backend)
-    elif mask is None and scalars.scaling != 0:
-        t = _project(x, torch.cat((a, cast(a0, dtype))), scalars.scaling, None, backend)
-        b = torch.cat((b, _scaled(b0, scalars.frozen_scaling / scalars.scaling, dtype)), 1)
+        t = _project(x, a, scaling, mask, backend)
+    elif mask is None and scaling != 0:
+        t = _project(x, torch.cat((a, cast(a0, dtype))), scaling, None, backend)
+        b = torch.cat((b, _scaled(b0, frozen_scaling / scaling, dtype)), 1)
     else:
-        tail = _project(x, cast(a0, dtype), scalars.frozen_scaling, None, backend)
-        t = torch.cat((_project(x, a, scalars.scaling, mask, backend), tail), 1)
+        tail = _project(x, cast(a0, dtype), frozen_scaling, None, backend)
+        t = torch.cat((_project(x, a, scaling, mask, backend), tail), 1)
         b = torch.cat((b, cast(b0, dtype)), 1)
     y = x.new_empty((tokens, b.shape[0]))
     bias = base = None
@@ -125,7 +125,11 @@ def backward(
     x: _Optional,
     t: _Optional,
     weight: _Optional,
-    factors: Factors,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: _Optional,
+    b0: _Optional,
+    seed: _Optional,
     scalars: Scalars,
     need_x: bool,
 ) -> tuple[_Optional, _Optional, _Optional]:
@@ -136,21 +140,46 @@ def backward(
         x: `(tokens, n)` likewise, or `None` where dA is not needed.
         t: as `forward` returned it, or `None` where dB is not needed.
         weight: `(m, n)`, or `None` where dx has no such part.
-        factors: as in `forward`.
+        a: as in `forward`, and so are the others.
+        b: likewise.
+        a0: likewise.
+        b0: likewise.
+        seed: likewise.
         scalars: likewise.
         need_x: whether dx is needed.
     """
-    a, b, a0, b0, seed = factors
-    dtype, backend, rank = g.dtype, scalars.backend, a.shape[0]
-    if backend == "cpp" and forms.is_default():
-        return _backward_cpp(g, x, t, weight, factors, scalars, need_x)
-    mask = mask_of(scalars.threshold, seed, scalars.stream)
+    scaling, frozen_scaling, threshold, stream, backend = scalars
+    dtype, tokens = g.dtype, g.shape[0]
     dx = da = db = None
+    if backend == "cpp" and forms.is_default():
+        (rank, inputs), (outputs, columns) = a.shape, b.shape
+        if columns != rank or g.shape[1] != outputs:
+            _refuse(g, a, b)
+        a, b, a0, b0, flags = _readable(g, a, b, a0, b0)
+        x_at = x_stride = t_at = dx_at = da_at = db_at = 0
+        if need_x:
+            dx = g.new_empty((tokens, inputs)) if weight is None else torch.mm(g, cast(weight, dtype))
+            dx_at = dx.data_ptr()
+        if x is not None:
+            da = torch.empty_like(a, dtype=None if flags & 2 == 0 else torch.float32)
+            x_at, x_stride, da_at = x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), da.data_ptr()
+        if t is not None:
+            db = torch.empty_like(b, dtype=None if flags & 2 == 0 else torch.float32)
+            t_at, db_at = t.data_ptr(), db.data_ptr()
+        _ext.extension().lora_backward(
+            flags, tokens, inputs, outputs, rank, 0 if a0 is None else a0.shape[0], a.data_ptr(), b.data_ptr(),
+            0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
+            0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
+            g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
+            weight is not None, da_at, db_at,
+        )  # fmt: skip
+        return dx, da, db
+    mask, rank = mask_of(threshold, seed, stream), a.shape[0]
     if need_x or x is not None:
-        a, scaling = cast(a, dtype), scalars.scaling
+        a = cast(a, dtype)
         stacked = need_x and b0 is not None and scaling != 0
         if stacked and b0 is not None:
-            both = torch.cat((cast(b, dtype), _scaled(b0, scalars.frozen_scaling / scaling, dtype)), 1)
+            both = torch.cat((cast(b, dtype), _scaled(b0, frozen_scaling / scaling, dtype)), 1)
             u = _project(g, both.mT, scaling, None, backend)
         else:
             u = _project(g, cast(b, dtype).mT, scaling, None, backend)
@@ -165,41 +194,12 @@ def backward(
                 elif stacked:
                     terms.append(forms.Term(u[:, rank:], frozen))
                 else:
-                    tail = _project(g, cast(b0, dtype).mT, scalars.frozen_scaling, None, backend)
+                    tail = _project(g, cast(b0, dtype).mT, frozen_scaling, None, backend)
                     terms.append(forms.Term(tail, frozen))
             dx = g.new_empty((g.shape[0], a.shape[1]))
             _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
     if t is not None:
         db = _launch.tsreduce(t[:, :rank], g, None, backend).mT.contiguous()
-    return dx, da, db
-
-
-def _backward_cpp(
-    g: torch.Tensor,
-    x: _Optional,
-    t: _Optional,
-    weight: _Optional,
-    factors: Factors,
-    scalars: Scalars,
-    need_x: bool,
-) -> tuple[_Optional, _Optional, _Optional]:
-    factors = _readable(factors)
-    arguments = _layer_arguments(g, factors, scalars)
-    a, b, *_ = factors
-    dx = da = db = None
-    x_at = x_stride = t_at = dx_at = da_at = db_at = 0
-    if need_x:
-        dx = g.new_empty((g.shape[0], a.shape[1])) if weight is None else torch.mm(g, cast(weight, g.dtype))
-        dx_at = dx.data_ptr()
-    if x is not None:
-        da = a.new_empty(a.shape, dtype=torch.float32)
-        x_at, x_stride, da_at = x.data_ptr(), x.stride(0), da.data_ptr()
-    if t is not None:
-        db = b.new_empty(b.shape, dtype=torch.float32)
-        t_at, db_at = t.data_ptr(), db.data_ptr()
-    _ext.extension().lora_backward(
-        *arguments, g.data_ptr(), g.stride(0), x_at, x_stride, t_at, dx_at, weight is not None, da_at, db_at
-    )
     return dx, da, db
 
 
@@ -223,50 +223,36 @@ def _combine(
     forms.combine(out, left, right, terms, bias=bias, base=base, backend=backend, choice=choice)
 
 
-def _readable(factors: Factors) -> Factors:
-    """As C++ reads them: dense, and both of a pair float32 or bfloat16."""
-    a, b, a0, b0, seed = factors
-    if a0 is None and a.dtype is b.dtype and a.dtype in _READABLE and a.is_contiguous() and b.is_contiguous():
-        return factors
-    pairs = [(a, b), (a0, b0)]
-    for i, (one, other) in enumerate(pairs):
-        if one is not None and other is not None:
-            narrow = one.dtype == other.dtype == torch.bfloat16
-            pairs[i] = tuple(
-                cast(each, torch.bfloat16 if narrow else torch.float32).contiguous() for each in (one, other)
-            )  # type: ignore[assignment]
-    return Factors(*pairs[0], *pairs[1], seed)  # type: ignore[arg-type]
-
-
-def _layer_arguments(rows: torch.Tensor, factors: Factors, scalars: Scalars) -> tuple[Any, ...]:
-    """What `lora_forward` and `lora_backward` of the extension begin with; the caller keeps the factors.
+def _refuse(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """As after `parameter.data = ...`: a prepared layer does not check what it has checked.
 
     Raises:
-        ValueError: if sizes or devices do not go together, as after `parameter.data = ...`.
+        ValueError: always.
     """
-    a, b, a0, b0, seed = factors
-    (rank, inputs), (outputs, columns) = a.shape, b.shape
-    if columns != rank or rows.shape[1] not in (inputs, outputs) or not (a.is_cpu and b.is_cpu):
-        raise ValueError(
-            f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be "
-            f"(r, n) and (m, r) on the CPU for rows of {rows.shape[1]}"
-        )
-    flags, narrow = 0, torch.bfloat16
-    if rows.dtype is narrow:
-        flags = 1
-    if a.dtype is narrow:
-        flags |= 2
-    frozen_rank = first = second = 0
+    raise ValueError(
+        f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be (r, n) "
+        f"and (m, r) on the CPU for rows of {rows.shape[1]}"
+    )
+
+
+def _readable(
+    rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, a0: _Optional, b0: _Optional
+) -> tuple[torch.Tensor, torch.Tensor, _Optional, _Optional, int]:
+    """Factors as C++ reads them, dense and both of a pair float32 or bfloat16, and the flags that say which."""
+    if not (a.is_cpu and b.is_cpu):
+        _refuse(rows, a, b)
+    narrow = torch.bfloat16
+    flags = 1 if rows.dtype is narrow else 0
+    if a.dtype is not torch.float32 or b.dtype is not torch.float32:
+        wide = torch.float32 if a.dtype is not narrow or b.dtype is not narrow else narrow
+        a, b, flags = cast(a, wide), cast(b, wide), flags | (2 if wide is narrow else 0)
+    if not (a.is_contiguous() and b.is_contiguous()):
+        a, b = a.contiguous(), b.contiguous()
     if a0 is not None and b0 is not None:
-        frozen_rank, first, second = a0.shape[0], a0.data_ptr(), b0.data_ptr()
-        if a0.dtype is narrow:
-            flags |= 4
-    scaling, frozen_scaling, threshold, stream, _ = scalars
-    number = int(seed) & _WORD if threshold and seed is not None else 0
-    return (
-        flags, rows.shape[0], inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(), first, second, scaling,
-        frozen_scaling, threshold, number, stream, torch.get_num_threads(),
-    )  # fmt: skip
+        wide = torch.float32 if a0.dtype is not narrow or b0.dtype is not narrow else narrow
+        a0, b0 = cast(a0, wide).contiguous(), cast(b0, wide).contiguous()
+        flags |= 4 if wide is narrow else 0
+    return a, b, a0, b0, flags
 
 
 def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:
