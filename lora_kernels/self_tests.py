@@ -203,7 +203,7 @@ CHECKS = (
     Check(
         "covariance_",
         _covariance_error,
-        lambda device: covariance_op.dispatcher.explain(
+        lambda device: covariance_op.covariance.explain(
             torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device)
         ),
         1e-5,

@@ -156,7 +156,7 @@ def covariance(
         out: `(n, n)` float32 with unit column stride.
         x: `(rows, n)` with unit column stride.
         index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)` float32, or `None`.
+        weight: `(tokens,)`, or `None`.
         column_sum: `(n,)` float32 contiguous, or `None`.
         config: tile sizes; `config_for` by default.
         least_chunk: tokens that a split has at least.
@@ -165,6 +165,7 @@ def covariance(
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
         return
+    weight = None if weight is None else weight.to(torch.float32)
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
     tiles = _tile_map(features, config.rows, config.columns, x.device)
     splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import FLOATS, check_tensor, check_written
 from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
 
@@ -84,9 +84,9 @@ def _on_cpu(_gradient: object, _fisher: object, g: torch.Tensor, *_: object) -> 
 dispatcher = Dispatcher(
     "gradient_statistics_",
     (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", _cpp_refuses),
-        Implementation("torch", lambda *_: None),
+        Backend("triton", _triton_refuses, slower=_on_cpu),
+        Backend("cpp", _cpp_refuses),
+        Backend("torch", lambda *_: None),
     ),
 )
 

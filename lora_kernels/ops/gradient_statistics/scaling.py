@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, triton_refuses
 from lora_kernels.ops._checks import FLOATS, check_range, check_tensor, check_written
 
 
@@ -26,8 +26,8 @@ def _triton_refuses(out: torch.Tensor, *_: object) -> str | None:
 scaling_dispatcher = Dispatcher(
     "fisher_scaled",
     (
-        Implementation("triton", _triton_refuses, explicit_only=lambda out, *_: out.device.type == "cpu"),
-        Implementation("torch", lambda *_: None),
+        Backend("triton", _triton_refuses, slower=lambda out, *_: out.device.type == "cpu"),
+        Backend("torch", lambda *_: None),
     ),
 )
 

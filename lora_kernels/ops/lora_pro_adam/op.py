@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_written, shown
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
@@ -63,9 +63,9 @@ def _on_cpu(exp_avg: torch.Tensor, _rank: int) -> bool:
 dispatcher = Dispatcher(
     "lora_pro_adam_",
     (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", lambda exp_avg, _rank: cpp_refuses(exp_avg.device)),
-        Implementation("torch", lambda *_: None),
+        Backend("triton", _triton_refuses, slower=_on_cpu),
+        Backend("cpp", lambda exp_avg, _rank: cpp_refuses(exp_avg.device)),
+        Backend("torch", lambda *_: None),
     ),
 )
 

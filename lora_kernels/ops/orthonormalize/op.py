@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend, Dispatcher
 from lora_kernels.ops._checks import check_tensor
 from lora_kernels.ops.orthonormalize import reference
 
@@ -24,7 +24,7 @@ _ORTHOGONAL = 1e-12
 # Elements widened to float64 at a time on the CPU: the copy stays in the second-level cache.
 _CHUNK = 1 << 16
 
-dispatcher = Dispatcher("orthonormalize", (Implementation("torch", lambda *_: None),))
+dispatcher = Dispatcher("orthonormalize", (Backend("torch", lambda *_: None),))
 
 
 def _check(y: torch.Tensor) -> None:

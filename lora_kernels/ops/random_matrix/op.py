@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import FLOATS, as_device, check_choice, check_range, shown
 from lora_kernels.ops.random_matrix import reference
 from lora_kernels.ops.random_matrix.reference import KINDS
@@ -58,9 +58,9 @@ def _on_cpu(device: torch.device, _dtype: torch.dtype) -> bool:
 dispatcher = Dispatcher(
     "random_matrix",
     (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", _cpp_refuses),
-        Implementation("torch", lambda *_: None),
+        Backend("triton", _triton_refuses, slower=_on_cpu),
+        Backend("cpp", _cpp_refuses),
+        Backend("torch", lambda *_: None),
     ),
 )
 

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor, check_written
 from lora_kernels.ops._rows import CPP_DTYPES, pack_rows, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
@@ -63,9 +63,9 @@ def _on_cpu(a: torch.Tensor, *_: object) -> bool:
 
 
 _IMPLEMENTATIONS = (
-    Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-    Implementation("cpp", _cpp_refuses),
-    Implementation("torch", lambda *_: None),
+    Backend("triton", _triton_refuses, slower=_on_cpu),
+    Backend("cpp", _cpp_refuses),
+    Backend("torch", lambda *_: None),
 )
 dispatcher = Dispatcher("sketch_", _IMPLEMENTATIONS)
 project_dispatcher = Dispatcher("project", _IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops.skinny import _launch
@@ -46,9 +46,9 @@ def product_dispatcher(name: str) -> Dispatcher:
     return Dispatcher(
         name,
         (
-            Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-            Implementation("cpp", _cpp_refuses, explicit_only=_library_wins),
-            Implementation("torch", lambda *_: None),
+            Backend("triton", _triton_refuses, _on_cpu),
+            Backend("cpp", _cpp_refuses, _library_wins),
+            Backend("torch", lambda *_: None),
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend, Dispatcher
 from lora_kernels.ops.small_linalg import _launch, reference
 
 fix_signs = reference.fix_signs
@@ -25,8 +25,8 @@ def _lapack_wins(matrices: torch.Tensor) -> bool:
 dispatcher = Dispatcher(
     "eigh",
     (
-        Implementation("cpp", _cpp_refuses, explicit_only=_lapack_wins),
-        Implementation("torch", lambda *_: None),
+        Backend("cpp", _cpp_refuses, slower=_lapack_wins),
+        Backend("torch", lambda *_: None),
     ),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend, Dispatcher
 from lora_kernels.ops._checks import check_tensor
 from lora_kernels.ops.small_linalg import _launch, reference
 from lora_kernels.ops.small_linalg.op import eigenpairs_cuda
@@ -37,12 +37,10 @@ def _lapack_wins_sylvester(p: torch.Tensor, q: torch.Tensor, *_: object) -> bool
     return _launch.lapack_wins("sylvester", p, max(p.shape[-1], q.shape[-1]))
 
 
-_torch = Implementation("torch", lambda *_: None)
-cholesky_dispatcher = Dispatcher("cholesky", (Implementation("cpp", _cholesky_refuses), _torch))
-solve_dispatcher = Dispatcher("cholesky_solve", (Implementation("cpp", _cholesky_refuses), _torch))
-sylvester_dispatcher = Dispatcher(
-    "sylvester", (Implementation("cpp", _sylvester_refuses, _lapack_wins_sylvester), _torch)
-)
+_torch = Backend("torch", lambda *_: None)
+cholesky_dispatcher = Dispatcher("cholesky", (Backend("cpp", _cholesky_refuses), _torch))
+solve_dispatcher = Dispatcher("cholesky_solve", (Backend("cpp", _cholesky_refuses), _torch))
+sylvester_dispatcher = Dispatcher("sylvester", (Backend("cpp", _sylvester_refuses, _lapack_wins_sylvester), _torch))
 
 
 def _factors_by_torch(matrices: torch.Tensor) -> torch.Tensor:

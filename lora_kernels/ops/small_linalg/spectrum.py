@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend, Dispatcher
 from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.small_linalg import _launch
 from lora_kernels.ops.small_linalg.op import eigh
@@ -34,7 +34,7 @@ def _lapack_wins(a: torch.Tensor, *_: object) -> bool:
 
 
 dispatcher = Dispatcher(
-    "factor_spectrum", (Implementation("cpp", _cpp_refuses, _lapack_wins), Implementation("torch", lambda *_: None))
+    "factor_spectrum", (Backend("cpp", _cpp_refuses, _lapack_wins), Backend("torch", lambda *_: None))
 )
 
 
