@@ -15,7 +15,6 @@ from lora_kernels.ops.covariance import reference as covariance_reference
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference as gradient_reference
-from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
 from lora_kernels.ops.lora_linear import forms, lora_linear, use_form
 from lora_kernels.ops.lora_linear import op as lora_linear_op
 from lora_kernels.ops.lora_linear import reference as lora_linear_reference
@@ -211,13 +210,13 @@ CHECKS = (
     Check(
         "gradient_statistics_",
         _gradient_statistics_error,
-        lambda device: gradient_op.dispatcher.explain(*(torch.zeros(2, 2, device=device) for _ in range(4))),
+        lambda device: gradient_op.gradient_statistics.explain(*(torch.zeros(2, 2, device=device) for _ in range(4))),
         1e-5,
     ),
     Check(
         "fisher_scaled",
         _fisher_scaled_error,
-        lambda device: scaling_dispatcher.explain(torch.zeros(2, 2, device=device)),
+        lambda device: gradient_op.scaling.explain(torch.zeros(2, 2, device=device)),
         1e-6,
     ),
     Check(

@@ -36,6 +36,11 @@ def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
     return index, None if flat.dtype == torch.bool else flat[index]
 
 
+def single(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Weights as kernels read them: contiguous float32."""
+    return None if weight is None else weight.to(torch.float32).contiguous()
+
+
 def _address(tensor: torch.Tensor | None, low: int = 0) -> int:
     return 0 if tensor is None else tensor.data_ptr() + low * tensor.element_size()
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._rows import single
 from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
 from lora_kernels.ops._tl import add_lower, dot, halves, token_rows
 
@@ -165,7 +166,7 @@ def covariance(
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
         return
-    weight = None if weight is None else weight.to(torch.float32)
+    weight = single(weight)
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
     tiles = _tile_map(features, config.rows, config.columns, x.device)
     splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)

@@ -7,7 +7,7 @@ import torch
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection
+from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
 from lora_kernels.ops.covariance import reference
 
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
@@ -75,7 +75,7 @@ def _run_cpp(
     direct = index is None and x.dtype == torch.float32
     panel = None if direct else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
     scaled = None if weight is None else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    weight = single(weight)
     for low in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - low)
         if panel is not None or scaled is not None or column_sum is not None:
