@@ -222,13 +222,13 @@ CHECKS = (
     Check(
         "sketch_",
         _sketch_error,
-        lambda device: sketch_op.dispatcher.explain(torch.zeros(2, 2, device=device)),
+        lambda device: sketch_op.sketch.explain(torch.zeros(2, 2, device=device)),
         1e-5,
     ),
     Check(
         "project",
         _project_error,
-        lambda device: sketch_op.project_dispatcher.explain(torch.zeros(2, 2, device=device)),
+        lambda device: sketch_op.projection.explain(torch.zeros(2, 2, device=device)),
         1e-5,
     ),
     Check(

@@ -147,7 +147,7 @@ class Backend:
     name: str
     refuses: Callable[..., str | None]
     slower: Callable[..., bool] = lambda *_: False
-    provider: str | Callable[..., None] = ""
+    provider: str | Callable[..., Any] = ""
 
     def __call__(self, *args: Any) -> None:
         """Run the provider."""

@@ -89,7 +89,7 @@ def on_triton(provider: str, takes: Callable[..., str | None] = _anything) -> Ba
 
 
 def on_cpp(
-    provider: str | Callable[..., None],
+    provider: str | Callable[..., Any],
     takes: Callable[..., str | None] = _anything,
     slower: Callable[..., bool] = lambda *_: False,
 ) -> Backend:
@@ -97,7 +97,7 @@ def on_cpp(
     return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), slower, provider)
 
 
-def on_torch(provider: str | Callable[..., None]) -> Backend:
+def on_torch(provider: str | Callable[..., Any]) -> Backend:
     """The backend that takes everything."""
     return Backend("torch", _anything, provider=provider)
 
