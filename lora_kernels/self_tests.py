@@ -25,10 +25,6 @@ from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.sketch import op as sketch_op
 from lora_kernels.ops.sketch import project, sketch_
 from lora_kernels.ops.sketch import reference as sketch_reference
-from lora_kernels.ops.small_linalg import cholesky_solve, eigh, factor_spectrum, sylvester
-from lora_kernels.ops.small_linalg import op as eigh_op
-from lora_kernels.ops.small_linalg import solve as solve_op
-from lora_kernels.ops.small_linalg import spectrum as spectrum_op
 
 
 @dataclass(frozen=True)
@@ -128,41 +124,6 @@ def _orthonormalize_error(device: torch.device, backend: str) -> float:
     return float(torch.linalg.norm(q @ r - y) / torch.linalg.norm(y) + (q.mT @ q - eye).abs().max())
 
 
-def _eigh_error(device: torch.device, backend: str) -> float:
-    a = torch.randn(20, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    a = a + a.mT
-    values, vectors = eigh(a, backend=backend)
-    return float(torch.linalg.norm(a @ vectors - vectors * values.unsqueeze(-2)) / torch.linalg.norm(a))
-
-
-def _solve_problem(device: torch.device) -> list[torch.Tensor]:
-    """Two batches of symmetric positive definite matrices and right-hand sides."""
-    generator = torch.Generator().manual_seed(0)
-    p, q, rhs = (
-        torch.randn(20, *size, dtype=torch.float64, generator=generator).to(device)
-        for size in ((12, 12), (7, 7), (12, 7))
-    )
-    return [each @ each.mT + torch.eye(each.shape[-1], device=device) for each in (p, q)] + [rhs]
-
-
-def _cholesky_solve_error(device: torch.device, backend: str) -> float:
-    p, _, rhs = _solve_problem(device)
-    return float(torch.linalg.norm(p @ cholesky_solve(p, rhs, backend=backend) - rhs) / torch.linalg.norm(rhs))
-
-
-def _sylvester_error(device: torch.device, backend: str) -> float:
-    p, q, rhs = _solve_problem(device)
-    found = sylvester(p, q, rhs, backend=backend)
-    return float(torch.linalg.norm(p @ found + found @ q - rhs) / torch.linalg.norm(rhs))
-
-
-def _factor_spectrum_error(device: torch.device, backend: str) -> float:
-    p, _, rhs = _solve_problem(device)
-    truth = 2 * torch.linalg.svdvals(p @ rhs)
-    found = factor_spectrum(rhs, p, 2.0, backend=backend)[:, : truth.shape[-1]]
-    return float(torch.linalg.norm(found - truth) / torch.linalg.norm(truth))
-
-
 def _gemm_error(device: torch.device, backend: str) -> float:
     with use_form("gemm"):
         return _lora_linear_error(device, backend)
@@ -236,30 +197,6 @@ CHECKS = (
         _orthonormalize_error,
         lambda device: orthonormalize_op.columns.explain(torch.zeros(2, 2, device=device)),
         1e-5,
-    ),
-    Check(
-        "eigh",
-        _eigh_error,
-        lambda device: eigh_op.dispatcher.explain(*_solve_problem(device)[:1]),
-        1e-12,
-    ),
-    Check(
-        "cholesky_solve",
-        _cholesky_solve_error,
-        lambda device: solve_op.solve_dispatcher.explain(*_solve_problem(device)[::2]),
-        1e-12,
-    ),
-    Check(
-        "sylvester",
-        _sylvester_error,
-        lambda device: solve_op.sylvester_dispatcher.explain(*_solve_problem(device)),
-        1e-12,
-    ),
-    Check(
-        "factor_spectrum",
-        _factor_spectrum_error,
-        lambda device: spectrum_op.dispatcher.explain(*_solve_problem(device)[::-2]),
-        1e-12,
     ),
     Check(
         "lora_linear",
