@@ -107,6 +107,7 @@ class Op:
 
     Attributes:
         name: that of its public function in `lora_kernels.ops`, and of the operation in `torch.ops.lora_kernels`.
+        writes: the names of the arguments that are written.
         backends: best first.
         overload: the registered operation: the body's arguments, and last the name of a backend.
         example: makes, on a device, keyword arguments of the public function and the error of its result.
@@ -139,7 +140,8 @@ class Op:
         first, *parameters = inspect.signature(body).parameters.values()
         hints = typing.get_type_hints(body)
         parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
-        self.name, self.body, self.backends, self._check = name, body, tuple(backends), check
+        self.name, self.writes, self.backends = name, tuple(writes), tuple(backends)
+        self._body, self._check = body, check
         self._by_name = {backend.name: backend for backend in backends}
         self._names = [parameter.name for parameter in parameters]
         self._tensors = [i for i, parameter in enumerate(parameters) if parameter.annotation in _TENSORS]
@@ -205,6 +207,12 @@ class Op:
         return keep
 
     @property
+    def kernel_module(self) -> str | None:
+        """The module of its Triton kernels, or `None`."""
+        providers = (backend.provider for backend in self.backends if backend.name == "triton")
+        return next((f"lora_kernels.ops.{str(provider).partition(':')[0]}" for provider in providers), None)
+
+    @property
     def function(self) -> Callable[..., Any]:
         """The public function."""
         function: Callable[..., Any] = getattr(importlib.import_module("lora_kernels.ops"), self.name)
@@ -217,7 +225,7 @@ class Op:
 
     def _execute(self, backend: str, args: Sequence[Any]) -> None:
         with device_context(device_of(args)):
-            self.body(self._by_name[backend], *args)
+            self._body(self._by_name[backend], *args)
 
     def _check_written(self, args: Sequence[Any]) -> None:
         others = {self._names[i]: args[i] for i in self._tensors}
@@ -229,8 +237,11 @@ class Op:
 
 def relative_error(results: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> float:
     """The largest Frobenius error of results relative to their truths in float64."""
-    pairs = zip(results, truths, strict=True)
-    return max(float(torch.linalg.norm(result.double() - truth) / torch.linalg.norm(truth)) for result, truth in pairs)
+    errors = []
+    for result, truth in zip(results, truths, strict=True):
+        exact = truth.detach().double()
+        errors.append(float(torch.dist(result.detach().double(), exact) / torch.linalg.norm(exact)))
+    return max(errors)
 
 
 def normal(device: torch.device, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
