@@ -145,7 +145,7 @@ class _Own(torch.Tensor):
     pass
 
 
-def _scaled(backend, out, x, weight, total, scale: float, times: int, flag: bool, mode: str):
+def _scaled(backend, out, x, weight, total, scale: float, times: int, flag: bool, kind: str):
     backend(out, x, weight, total, scale * times)
 
 
@@ -169,15 +169,15 @@ def own():
         backends=(on_cpp(_run, lambda _, x, *__: no_float64(x)), on_torch(_run)),
         check=lambda out, *_: None,
     )
-    yield op
-    del OPS["test_own"]
+    del OPS["test_own"]  # it is in no list
+    return op
 
 
 def test_an_op_takes_optional_tensors_and_numbers(own):
     x, weight = torch.randn(3), torch.randn(3)
     assert str(own.overload._schema) == (
         "lora_kernels::test_own(Tensor(a0!) out, Tensor x, Tensor? weight, Tensor(a3!)? total, float scale, "
-        "SymInt times, bool flag, str mode, str backend) -> ()"
+        "SymInt times, bool flag, str kind, str backend) -> ()"
     )
     for factor in (None, weight):
         for total in (None, torch.zeros(())):
