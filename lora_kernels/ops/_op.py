@@ -46,17 +46,20 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
-def device_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On a device, where Triton and CUDA launch, and with autocast off: it would cast the operands inside an op."""
+def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a body runs in: on a device, without autocast, and without modes that change where tensors are made."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     casts = known and torch.is_autocast_enabled(device.type)
-    if device.type != "cuda" and not casts:
+    modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
+    if device.type != "cuda" and not casts and not modes:
         return _NOTHING
     stack = contextlib.ExitStack()
     if device.type == "cuda":
         stack.enter_context(torch.cuda.device(device))
     if casts:
         stack.enter_context(torch.autocast(device.type, enabled=False))
+    if modes:
+        stack.enter_context(torch._C.DisableTorchFunction())
     return stack
 
 
@@ -224,7 +227,7 @@ class Op:
         return error(self.function(**arguments, backend=backend))
 
     def _execute(self, backend: str, args: Sequence[Any]) -> None:
-        with device_context(device_of(args)):
+        with isolated(device_of(args)):
             self._body(self._by_name[backend], *args)
 
     def _check_written(self, args: Sequence[Any]) -> None:

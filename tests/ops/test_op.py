@@ -127,6 +127,15 @@ def test_autocast_does_not_reach_into_an_op():
     assert same(expected, found)
 
 
+@EVERY
+def test_a_default_device_does_not_matter(op):
+    arguments, error = op.example(CPU)
+    function = op.function
+    with torch.device("meta"):
+        results = function(**arguments)
+    assert error(results) <= op.bound
+
+
 def test_plain():
     x = torch.randn(3)
     assert is_plain(x, None, torch.nn.Parameter(x))
