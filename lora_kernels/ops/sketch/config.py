@@ -91,15 +91,6 @@ def is_aligned(x: torch.Tensor) -> bool:
 
 
 def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
-    """How many tokens go through both kernels at a time: half the cache holds their rows.
-
-    Args:
-        tokens: all of them.
-        row_bytes: of a row.
-        cache: bytes of the second-level cache.
-
-    Returns:
-        Tokens per chunk, in whole tiles; about the same for all chunks.
-    """
+    """How many tokens, in whole tiles, go through both kernels at a time: half the cache holds their rows."""
     parts = -(-tokens * row_bytes // max(cache // 2, 2**24))
     return max(-(-tokens // (max(parts, 1) * 64)) * 64, 64)

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -226,45 +225,24 @@ _CACHE = 40 * 2**20
 _MOST_TOKENS = 2**20
 
 
-@dataclass(frozen=True)
-class Omega:
-    """What Omega is, and its draws where they are kept.
-
-    Attributes:
-        columns: k.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        scratch: `(1 or 2, q, padded k)` of the rows' dtype; `None` where the kernel makes it.
-    """
+class Omega(NamedTuple):
+    """What Omega is; `scratch`, `(1 or 2, q, padded k)`, holds draws in the rows' dtype if the kernel makes none."""
 
     columns: int
-    kind: str
     seed: int
     stream: int
     scratch: torch.Tensor | None
 
 
 def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
-    """Draw what cannot be made inside the kernel.
-
-    Args:
-        x: `(rows, q)`, whose device and dtype Omega meets.
-        columns: k.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-
-    Returns:
-        The matrix.
-    """
+    """Draw what cannot be made inside the kernel, for rows `(rows, q)`."""
     scratch = None
     if kind == "gaussian":
         rank, blocks = rank_for(columns)
         parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
         scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
         draw(scratch, kind, seed, stream, 0)
-    return Omega(columns, kind, seed, stream, scratch)
+    return Omega(columns, seed, stream, scratch)
 
 
 def _shrink(
