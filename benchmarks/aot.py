@@ -37,17 +37,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import build_support
+from lora_kernels import ops  # noqa: F401  (fills OPS)
+from lora_kernels.ops._by_hand import BY_HAND
+from lora_kernels.ops._op import OPS
 
-KERNEL_MODULES = (
-    "lora_kernels.ops._reduce",
-    "lora_kernels.ops.covariance.kernel",
-    "lora_kernels.ops.gradient_statistics.kernel",
-    "lora_kernels.ops.lora_linear.kernel",
-    "lora_kernels.ops.lora_pro_adam.kernel",
-    "lora_kernels.ops.random_matrix.kernel",
-    "lora_kernels.ops.sketch.kernel",
-    "lora_kernels.ops.skinny.kernel",
-)
+OF_OPS = {op.kernel_module for op in (*OPS.values(), *BY_HAND) if op.kernel_module is not None}
+KERNEL_MODULES = sorted({"lora_kernels.ops._reduce", *OF_OPS})
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")

@@ -1,8 +1,7 @@
 """Which implementation runs a call: `auto`, `triton`, `cpp` or `torch`.
 
-Every op holds one `Dispatcher` with an `Implementation` per backend. An implementation is asked "can you take this
-call?" and answers `None` (yes) or the reason why not, in words that are shown to the user. `auto` takes the first
-that says yes; a backend that was asked for by name and says no is an error, never a detour.
+A backend of an op is asked "can you take this call?" and answers `None` (yes) or the reason why not, in words for the
+user. `auto` takes the first that says yes; a backend asked for by name that says no is an error, never a detour.
 
 The choice is made in plain Python before the registered op is called, so `torch.compile` sees a constant.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ def requested(backend: str = "auto") -> str:
         One of `BACKENDS`.
 
     Raises:
-        ValueError: if a name is none of `BACKENDS`.
+        ValueError: if a name is not one of `BACKENDS`.
     """
     if _validated(backend, "backend") != "auto":
         return backend
@@ -64,7 +64,7 @@ def use_backend(name: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: if `name` is none of `BACKENDS`.
+        ValueError: if `name` is not one of `BACKENDS`.
     """
     global _override
     before, _override = _override, _validated(name, "backend")
@@ -110,65 +110,96 @@ def cpp_refuses(device: torch.device) -> str | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
+
+
+class Refused(RuntimeError):
+    """No backend that was asked for can take a call.
+
+    Attributes:
+        reasons: by backend, why it cannot.
+    """
+
+    def __init__(self, message: str, reasons: dict[str, str]) -> None:
+        """Keep the reasons beside the message."""
+        super().__init__(message)
+        self.reasons = reasons
+
+
+@functools.cache
+def _import(path: str) -> Callable[..., None]:
+    module, _, name = path.partition(":")
+    function: Callable[..., None] = getattr(importlib.import_module(f"lora_kernels.ops.{module}"), name)
+    return function
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Backend:
     """One way to run an op.
 
     Attributes:
-        backend: `triton`, `cpp` or `torch`.
-        refuses: called with the op's arguments; the reason why this implementation cannot take them, or `None`.
-        explicit_only: true where it is never the right choice by itself (Triton's interpreter on CPU tensors).
+        name: `triton`, `cpp` or `torch`.
+        refuses: given the op's arguments, the reason why this backend cannot take them, or `None`.
+        slower: given the op's arguments, whether `auto` passes over this backend although it could take them.
+        provider: what runs: a function, or `module:function` below `lora_kernels.ops`, imported at the first call.
     """
 
-    backend: str
+    name: str
     refuses: Callable[..., str | None]
-    explicit_only: Callable[..., bool] = lambda *_args, **_kwargs: False
+    slower: Callable[..., bool] = lambda *_: False
+    provider: str | Callable[..., Any] = ""
+
+    def __call__(self, *args: Any) -> None:
+        """Run the provider."""
+        (_import(self.provider) if isinstance(self.provider, str) else self.provider)(*args)
+
+
+def choose(op: str, backends: Sequence[Backend], requested_by_call: str, args: Sequence[Any]) -> Backend:
+    """The backend that runs a call.
+
+    Args:
+        op: the op's name, for messages.
+        backends: the candidates, best first.
+        requested_by_call: what the caller passed; see `requested`.
+        args: what the candidates are asked about.
+
+    Returns:
+        One of the candidates.
+
+    Raises:
+        ValueError: if the backend is unknown.
+        Refused: if the backend asked for cannot take the call, or none can; the message lists the reasons.
+    """
+    wanted = requested(requested_by_call)
+    reasons: dict[str, str] = {}
+    for backend in backends:
+        if wanted not in ("auto", backend.name):
+            continue
+        # `slower` is the quicker question, and this is asked at every call.
+        reason = "only on request" if wanted == "auto" and backend.slower(*args) else backend.refuses(*args)
+        if reason is None:
+            if wanted == "auto" and backend.name == "torch" and "cpp" in reasons and _ext.missing() is not None:
+                _warn_once(f"lora_kernels runs on the plain torch backend: {_ext.missing()}")
+            return backend
+        reasons[backend.name] = reason
+    if not reasons:
+        raise Refused(f"{op} has no {wanted!r} implementation", reasons)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise Refused(f"{op} cannot run on backend {wanted!r} ({listed})", reasons)
 
 
 class Dispatcher:
-    """Chooses among the implementations of one op, in their order of preference."""
+    """Chooses among the backends of a function that is not an `Op`."""
 
-    def __init__(self, name: str, implementations: Sequence[Implementation]) -> None:
-        """Keep the candidates of op `name`, best first."""
+    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        """Keep the candidates of `name`, best first."""
         self.name = name
-        self.implementations = tuple(implementations)
+        self.backends = tuple(backends)
 
-    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    def explain(self, *args: Any) -> dict[str, str | None]:
         """Per backend, why it cannot take this call (`None`: it can)."""
-        return {each.backend: each.refuses(*args, **kwargs) for each in self.implementations}
+        return {backend.name: backend.refuses(*args) for backend in self.backends}
 
-    def choose(self, backend: str, *args: Any, **kwargs: Any) -> str:
-        """The name of the backend that runs this call.
-
-        Args:
-            backend: what the caller passed; see `requested`.
-            args: the op's arguments.
-            kwargs: the op's keyword arguments.
-
-        Returns:
-            `triton`, `cpp` or `torch`.
-
-        Raises:
-            ValueError: if `backend` is unknown.
-            RuntimeError: if the backend asked for cannot take the call, or none can; the message lists the reasons.
-        """
-        wanted = requested(backend)
-        reasons: dict[str, str] = {}
-        for each in self.implementations:
-            if wanted not in ("auto", each.backend):
-                continue
-            # Asked in this order since it is asked at every call: refusals take longer to find.
-            aside = wanted == "auto" and each.explicit_only(*args, **kwargs)
-            reason = "only on request" if aside else each.refuses(*args, **kwargs)
-            if reason is None:
-                if wanted == "auto" and each.backend == "torch" and "cpp" in reasons and _ext.missing() is not None:
-                    _warn_once(f"lora_kernels runs on the plain torch backend: {_ext.missing()}")
-                return each.backend
-            reasons[each.backend] = reason
-        if wanted not in reasons and wanted != "auto":
-            raise RuntimeError(f"{self.name} has no {wanted!r} implementation")
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise RuntimeError(f"{self.name} cannot run on backend {wanted!r} ({listed})")
+    def choose(self, backend: str, *args: Any) -> str:
+        """The name of the backend that runs this call; see `choose`."""
+        return choose(self.name, self.backends, backend, args).name

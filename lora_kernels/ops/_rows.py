@@ -12,6 +12,12 @@ CPP_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CHUNK = 2048
 
 
+def flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """`(..., n)` as `(rows, n)` with unit column stride: a view where possible."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: there may be no features
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The rows that count and their weights; rows of weight zero are never read.
 
@@ -28,6 +34,11 @@ def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
     if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered
         return None, None if flat.dtype == torch.bool else flat
     return index, None if flat.dtype == torch.bool else flat[index]
+
+
+def single(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Weights as kernels read them: contiguous float32."""
+    return None if weight is None else weight.to(torch.float32).contiguous()
 
 
 def _address(tensor: torch.Tensor | None, low: int = 0) -> int:

@@ -202,7 +202,7 @@ def test_errors_name_the_argument():
 
 def test_backend_choice_is_explained_and_overridable(monkeypatch):
     out, x = torch.zeros(3, 3), torch.randn(2, 3)
-    dispatcher = covariance_op.dispatcher
+    dispatcher = covariance_op.covariance
     assert dispatcher.choose("auto", out, x) == ("cpp" if HAS_CPP else "torch")
     with use_backend("torch"):
         assert dispatcher.choose("auto", out, x) == "torch"
@@ -219,6 +219,6 @@ def test_missing_extension_warns_once_and_uses_torch(monkeypatch):
     monkeypatch.setattr(_ext, "missing", lambda: "not built")
     _backend._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plain torch backend: not built"):
-        assert covariance_op.dispatcher.choose("auto", torch.zeros(3, 3), torch.randn(2, 3)) == "torch"
+        assert covariance_op.covariance.choose("auto", torch.zeros(3, 3), torch.randn(2, 3)) == "torch"
     with pytest.raises(RuntimeError, match="cpp: not built"):
-        covariance_op.dispatcher.choose("cpp", torch.zeros(3, 3), torch.randn(2, 3))
+        covariance_op.covariance.choose("cpp", torch.zeros(3, 3), torch.randn(2, 3))

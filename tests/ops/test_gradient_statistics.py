@@ -6,7 +6,6 @@ import torch
 from lora_kernels.ops import _ext, fisher_scaled, gradient_statistics_
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference
-from lora_kernels.ops.gradient_statistics.scaling import scaling_dispatcher
 from tests.conftest import relative_error
 
 HAS_CPP = _ext.load()[0] is not None
@@ -85,8 +84,9 @@ def test_dtypes_may_differ(g_dtype, x_dtype, backend):
         g, x, weight, fisher_weight = make(300, 40, 24, g_dtype, x_dtype, pair)
         gradient, fisher = torch.zeros(40, 24), torch.zeros(40)
         gradient_statistics_(gradient, fisher, g, x, weight, fisher_weight, backend=backend)
-        assert relative_error(gradient, reference.weight_gradient(g, x, weight)) < 3e-7
-        assert relative_error(fisher, reference.fisher_diagonal(g, fisher_weight)) < 3e-7
+        bound = 300**0.5 * torch.finfo(torch.float32).eps
+        assert relative_error(gradient, reference.weight_gradient(g, x, weight)) < bound
+        assert relative_error(fisher, reference.fisher_diagonal(g, fisher_weight)) < bound
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -234,7 +234,7 @@ def test_registration_is_sound():
             torch.library.opcheck(torch.ops.lora_kernels.gradient_statistics_.default, arguments)
     for gradient in (torch.randn(5, 3), None):
         arguments = (torch.rand(5, 3), gradient, torch.rand(5), 2.0, 0.1, 0.7, "torch")
-        torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled_.default, arguments)
+        torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled.default, arguments)
 
 
 def test_compiles_without_graph_breaks():
@@ -299,11 +299,11 @@ def test_errors_name_the_argument():
 
 def test_backend_choice_is_explained():
     gradient, fisher, g, x = torch.zeros(3, 2), torch.zeros(3), torch.randn(4, 3), torch.randn(4, 2)
-    assert gradient_op.dispatcher.choose("auto", gradient, fisher, g, x) == ("cpp" if HAS_CPP else "torch")
-    wide = gradient_op.dispatcher.explain(None, fisher.double(), g, None)
-    assert "takes no torch.float32 into torch.float64" in (wide["cpp"] or "") or not HAS_CPP
+    assert gradient_op.gradient_statistics.choose("auto", gradient, fisher, g, x) == ("cpp" if HAS_CPP else "torch")
+    wide = gradient_op.gradient_statistics.explain(None, fisher.double(), g, None)
+    assert "takes no float64" in (wide["cpp"] or "") or not HAS_CPP
     assert wide["torch"] is None
-    assert scaling_dispatcher.choose("auto", gradient) == "torch"
+    assert gradient_op.scaling.choose("auto", gradient) == "torch"
     with pytest.raises(RuntimeError, match="fisher_scaled has no 'cpp' implementation"):
         fisher_scaled(gradient, fisher, scale=1.0, damping=1.0, backend="cpp")
 

@@ -243,7 +243,7 @@ def test_registration_is_sound():
     ):
         torch.library.opcheck(torch.ops.lora_kernels.gradient_statistics_.default, arguments, test_utils=checks)
     arguments = (gradient, None, fisher, 1.0, 0.5, 1.0, "triton")
-    torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled_.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled.default, arguments, test_utils=checks)
 
 
 @pytest.mark.gpu

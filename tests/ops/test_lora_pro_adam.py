@@ -217,8 +217,9 @@ def test_registration_is_sound():
     for backend in ["torch"] + ["cpp"] * HAS_CPP:
         for state in (torch.float32, torch.bfloat16):
             moments, factors = make(9, 20, 3, state=state)
+            results = torch.empty(3, 20), torch.empty(9, 3)
             seed = torch.tensor([5]) if state == torch.bfloat16 else None
-            arguments = (*moments, *factors, 0.5, 0.9, 0.999, 1e-8, 3, seed, 0, backend)
+            arguments = (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, seed, 0, backend)
             torch.library.opcheck(torch.ops.lora_kernels.lora_pro_adam_.default, arguments)
 
 
@@ -294,16 +295,17 @@ def test_errors_name_the_argument():
 
 def test_backend_choice_is_explained(monkeypatch):
     m = torch.zeros(3, 4)
-    assert op.dispatcher.choose("auto", m, 2) == ("cpp" if HAS_CPP else "torch")
+    few, many = torch.zeros(2, 4), torch.zeros(200, 4)
+    assert op.adam.choose("auto", m, m, few) == ("cpp" if HAS_CPP else "torch")
     with use_backend("torch"):
-        assert op.dispatcher.choose("auto", m, 2) == "torch"
+        assert op.adam.choose("auto", m, m, few) == "torch"
     if HAS_CPP:
-        assert op.dispatcher.choose("auto", m.double(), 2) == op.dispatcher.choose("auto", m.bfloat16(), 200) == "cpp"
-    reasons = op.dispatcher.explain(m.double(), 2)
+        assert op.adam.choose("auto", m.double(), m, few) == op.adam.choose("auto", m.bfloat16(), m, many) == "cpp"
+    reasons = op.adam.explain(m.double(), m, few)
     assert reasons["torch"] is None and reasons["triton"] is not None
     monkeypatch.setattr(_ext, "missing", lambda: "not built")
     with pytest.raises(RuntimeError, match="cpp: not built"):
-        op.dispatcher.choose("cpp", m, 2)
+        op.adam.choose("cpp", m, m, few)
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="extension not built")

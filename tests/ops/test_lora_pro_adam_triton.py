@@ -187,18 +187,19 @@ def test_alignment_and_refusals():
     assert config.is_aligned(wide, wide[:, :32]) and not config.is_aligned(wide, wide[:, :31])
     assert not config.is_aligned(wide[:, 1:33]) and not config.is_aligned(torch.zeros(4, 33)[:, :32])
     if DEVICE == "cpu":
-        assert op.dispatcher.choose("auto", wide, 4) != "triton"
+        assert op.adam.choose("auto", wide, wide, wide[:4]) != "triton"
     with pytest.raises(RuntimeError, match="triton: takes no float64"):
-        op.dispatcher.choose("triton", wide.double().to(DEVICE), 4)
+        op.adam.choose("triton", wide.double().to(DEVICE), wide, wide[:4])
     with pytest.raises(RuntimeError, match="triton: takes ranks up to 128, not 129"):
-        op.dispatcher.choose("triton", wide.to(DEVICE), 129)
+        op.adam.choose("triton", wide.to(DEVICE), wide, torch.zeros(129, 64))
 
 
 def test_registration_is_sound():
     moments, factors = to_device(*make(20, 18, 3))
+    results = torch.empty(3, 18, device=DEVICE), torch.empty(20, 3, device=DEVICE)
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_pro_adam_.default,
-        (*moments, *factors, 0.5, 0.9, 0.999, 1e-8, 3, None, 0, "triton"),
+        (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, None, 0, "triton"),
         test_utils=("test_schema", "test_faketensor"),
     )
 

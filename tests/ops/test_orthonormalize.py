@@ -123,7 +123,10 @@ def test_the_check_sees_a_half_scaled_result():
 
 def test_registration_is_sound():
     for dtype in (torch.float16, torch.float32, torch.float64):
-        torch.library.opcheck(torch.ops.lora_kernels.orthonormalize.default, (torch.randn(2, 9, 4).to(dtype),))
+        wide = torch.promote_types(dtype, torch.float32)
+        results = torch.empty(2, 9, 4, dtype=wide), torch.empty(2, 4, 4, dtype=wide)
+        arguments = (*results, torch.randn(2, 9, 4).to(dtype), "torch")
+        torch.library.opcheck(torch.ops.lora_kernels.orthonormalize.default, arguments)
 
 
 def test_compiles():

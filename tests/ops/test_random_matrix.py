@@ -154,7 +154,7 @@ def test_registration_is_sound():
     names = ["torch"] + ["cpp"] * HAS_CPP
     for backend in names:
         for kind in KINDS:
-            arguments = (7, 5, kind, -3, 1, 2, torch.float32, torch.device("cpu"), backend)
+            arguments = (torch.empty(7, 5), kind, -3, 1, 2, backend)
             torch.library.opcheck(torch.ops.lora_kernels.random_matrix.default, arguments)
 
 

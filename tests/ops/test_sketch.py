@@ -290,8 +290,9 @@ def test_registration_is_sound():
             arguments = (torch.zeros(5, 4), left, two, weight, total, kind, 3, 1, backend)
             torch.library.opcheck(torch.ops.lora_kernels.sketch_.default, arguments)
         for a in (right, left.reshape(7, 5, 1).half(), left[0], left[:0]):
-            torch.library.opcheck(torch.ops.lora_kernels.project.default, (a, 4, "gaussian", 3, 1, backend))
-    arguments = (left.double(), 4, "rademacher", 3, 1, "torch")
+            arguments = (torch.empty(*a.shape[:-1], 4), a, "gaussian", 3, 1, backend)
+            torch.library.opcheck(torch.ops.lora_kernels.project.default, arguments)
+    arguments = (torch.empty(7, 4, dtype=torch.float64), left.double(), "rademacher", 3, 1, "torch")
     torch.library.opcheck(torch.ops.lora_kernels.project.default, arguments)
 
 
@@ -374,9 +375,9 @@ def test_errors_name_the_argument():
 
 def test_backend_choice_is_explained():
     x = torch.randn(4, 3)
-    for dispatcher in (sketch_op.dispatcher, sketch_op.project_dispatcher):
+    for dispatcher in (sketch_op.sketch, sketch_op.projection):
         assert dispatcher.choose("auto", x) == ("cpp" if HAS_CPP else "torch")
         assert dispatcher.choose("auto", x.double()) == "torch"
         wide = dispatcher.explain(x.double())
-        assert "takes no torch.float64" in (wide["cpp"] or "") or not HAS_CPP
+        assert "takes no float64" in (wide["cpp"] or "") or not HAS_CPP
         assert wide["torch"] is None

@@ -9,13 +9,14 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _philox, project, random_matrix, sketch_
 from lora_kernels.ops._rows import selection
-from lora_kernels.ops.sketch import _launch, kernel, reference
+from lora_kernels.ops.sketch import config as tiles
+from lora_kernels.ops.sketch import kernel, reference
 from tests.conftest import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["rademacher", "gaussian"]
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = kernel.SketchConfig(16, 32, 4, 2)
+TINY = tiles.SketchConfig(16, 32, 4, 2)
 KEY = {"seed": -5, "stream": 2**32 - 3}
 # The gaussian draws of the kernel are right to 1e-6; else float32.
 BOUND = 1e-6
@@ -33,7 +34,7 @@ def run(left, right, k, weight, kind="rademacher", configs=(TINY, TINY), chunk=N
     out, total = torch.zeros(left.shape[1], k, device=DEVICE), torch.zeros(left.shape[1], device=DEVICE)
     index, factor = selection(weight)
     factor = None if factor is None else factor.float()
-    _launch.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
+    kernel.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
     return out, total
 
 
@@ -95,7 +96,7 @@ def test_projection_matches_float64(tokens, width, k, dtype, kind, poisoned_memo
     truth = reference.project(a, k, **KEY, kind=kind)
     for least in (1024, 16):
         out = torch.empty(tokens, k, device=DEVICE)
-        _launch.project(out, a, kind=kind, **KEY, config=TINY, least=least)
+        kernel.project(out, a, kind=kind, **KEY, config=TINY, least=least)
         check(out, truth, bound_for(out, a, kind))
 
 
@@ -181,7 +182,7 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit(kind):
     first, second = (run(left, right, 24, weight, kind, least=16) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     out, parts = first[0].clone(), torch.zeros_like(first[0])
-    _launch.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
+    kernel.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
     assert relative_error(out, 2 * first[0]) < 1e-6
     for part in (slice(0, 33), slice(33, 90)):
         sketch_(parts, left[part], right[part], weight[part], **KEY, kind=kind, backend="triton")
@@ -217,7 +218,7 @@ def test_memory_beyond_is_left_alone():
     left, right = torch.randn(40, 33, device=DEVICE), torch.randn(40, 30, device=DEVICE)
     for least, two in itertools.product((1024, 16), (left, right)):
         out = wide.clone()
-        _launch.sketch(
+        kernel.sketch(
             out[:33, 5:26], left, two, None, None, None, kind="rademacher", **KEY, configs=(TINY, TINY), least=least
         )
         assert relative_error(out[:33, 5:26] + 7.0, reference.sketch(left, two, 21, **KEY)[0]) < 3e-6
@@ -225,13 +226,13 @@ def test_memory_beyond_is_left_alone():
         assert torch.equal(out, wide)
 
 
-SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.SketchConfig)]
+SHIPPED = [each for each in vars(tiles).values() if isinstance(each, tiles.SketchConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_shipped_configurations(config):
     left, right = torch.randn(70, 140, device=DEVICE).half(), torch.randn(70, 150, device=DEVICE).half()
-    if config in (kernel.SHRINK_SINGLE, kernel.TALL_SINGLE):
+    if config in (tiles.SHRINK_SINGLE, tiles.TALL_SINGLE):
         left, right = left.float(), right.float()
     for kind, k in itertools.product(KINDS, (16, 40)):
         truth = reference.sketch(left, right, k, **KEY, kind=kind)[0]
@@ -241,37 +242,37 @@ def test_shipped_configurations(config):
 
 def test_configuration_depends_on_product_dtype_alignment_and_platform():
     half, single = torch.bfloat16, torch.float32
-    assert kernel.config_for("shrink", half) == kernel.SHRINK
-    assert kernel.config_for("shrink", single) == kernel.SHRINK_SINGLE
-    assert kernel.config_for("shrink", single, aligned=False) == kernel.SHRINK_SINGLE
-    assert kernel.config_for("shrink", half, aligned=False) == kernel.SHRINK_RAGGED
-    assert kernel.config_for("tall", half) == kernel.TALL
+    assert tiles.config_for("shrink", half) == tiles.SHRINK
+    assert tiles.config_for("shrink", single) == tiles.SHRINK_SINGLE
+    assert tiles.config_for("shrink", single, aligned=False) == tiles.SHRINK_SINGLE
+    assert tiles.config_for("shrink", half, aligned=False) == tiles.SHRINK_RAGGED
+    assert tiles.config_for("tall", half) == tiles.TALL
     # The projections of float16 rows exceed float16: they are multiplied as float32.
-    assert kernel.config_for("tall", torch.float16) == kernel.config_for("tall", single) == kernel.TALL_SINGLE
-    assert kernel.config_for("tall", half, aligned=False) == kernel.TALL_RAGGED
-    assert kernel.config_for("shrink", half, platform="hip") == kernel.SHRINK_AMD
-    assert kernel.config_for("shrink", single, platform="hip") == kernel.SHRINK_AMD_SINGLE
-    assert kernel.config_for("tall", half, aligned=False, platform="hip") == kernel.TALL_AMD
+    assert tiles.config_for("tall", torch.float16) == tiles.config_for("tall", single) == tiles.TALL_SINGLE
+    assert tiles.config_for("tall", half, aligned=False) == tiles.TALL_RAGGED
+    assert tiles.config_for("shrink", half, platform="hip") == tiles.SHRINK_AMD
+    assert tiles.config_for("shrink", single, platform="hip") == tiles.SHRINK_AMD_SINGLE
+    assert tiles.config_for("tall", half, aligned=False, platform="hip") == tiles.TALL_AMD
 
 
 def test_tiling_of_columns():
-    assert kernel.rank_for(1) == (16, 1) and kernel.rank_for(17) == (32, 1) and kernel.rank_for(64) == (64, 1)
-    assert kernel.rank_for(65) == (64, 2) and kernel.rank_for(300) == (64, 5)
+    assert tiles.rank_for(1) == (16, 1) and tiles.rank_for(17) == (32, 1) and tiles.rank_for(64) == (64, 1)
+    assert tiles.rank_for(65) == (64, 2) and tiles.rank_for(300) == (64, 5)
 
 
 def test_alignment_is_that_of_width_stride_and_address():
     wide = torch.zeros(40, 64, dtype=torch.float16)
-    assert kernel.is_aligned(wide[:, :32]) and kernel.is_aligned(wide[:, 8:56])  # 8 elements are 16 bytes
-    assert not kernel.is_aligned(wide[:, 4:36]) and not kernel.is_aligned(wide[:, :33])
-    assert not kernel.is_aligned(torch.zeros(40, 65)[:, :32])
+    assert tiles.is_aligned(wide[:, :32]) and tiles.is_aligned(wide[:, 8:56])  # 8 elements are 16 bytes
+    assert not tiles.is_aligned(wide[:, 4:36]) and not tiles.is_aligned(wide[:, :33])
+    assert not tiles.is_aligned(torch.zeros(40, 65)[:, :32])
 
 
 def test_chunks_of_tokens_fit_the_cache():
     for tokens, row_bytes, cache in ((1, 2, 2**25), (4096, 8192, 50 * 2**20), (2**20, 28672, 40 * 2**20)):
-        chunk = _launch.token_chunk(tokens, row_bytes, cache)
+        chunk = tiles.token_chunk(tokens, row_bytes, cache)
         assert chunk % 64 == 0 and chunk >= 64
         assert chunk * row_bytes <= max(cache // 2, 2**24) + 64 * row_bytes
-    assert _launch.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
+    assert tiles.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
 
 
 def test_ahead_of_time_cases_cover_every_launch():
@@ -287,10 +288,10 @@ def test_ahead_of_time_cases_cover_every_launch():
     for platform, aligned, index, k in itertools.product(
         ("cuda", "hip"), (True, False), (True, False), (1, 16, 24, 300)
     ):
-        rank, _ = kernel.rank_for(k)
+        rank, _ = tiles.rank_for(k)
         for dtype, name in names.items():
             for product, signs in itertools.product(("shrink", "tall"), (True, False)):
-                each = kernel.config_for(product, dtype, aligned=aligned, platform=platform)
+                each = tiles.config_for(product, dtype, aligned=aligned, platform=platform)
                 shrink = product == "shrink"
                 pair = (not signs and dtype != torch.float32) if shrink else dtype == torch.bfloat16
                 form = (each.tokens, each.features, rank, index, signs if shrink else None, pair)
@@ -307,7 +308,7 @@ def test_registration_is_sound():
         (out, left, left, torch.rand(20, device=DEVICE), None, "gaussian", 1, 2, "triton"),
     ):
         torch.library.opcheck(torch.ops.lora_kernels.sketch_.default, arguments, test_utils=checks)
-    arguments = (left, 5, "rademacher", 1, 2, "triton")
+    arguments = (torch.empty(20, 5, device=DEVICE), left, "rademacher", 1, 2, "triton")
     torch.library.opcheck(torch.ops.lora_kernels.project.default, arguments, test_utils=checks)
 
 

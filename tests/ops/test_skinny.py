@@ -162,11 +162,10 @@ def test_registration_is_sound():
     t, ops = draw(7, 3), torch.ops.lora_kernels
     for threshold in (0, 9000):
         drop = (threshold, seed if threshold else None, 2, "torch")
-        torch.library.opcheck(ops.shrink.default, (x, a, 0.5, *drop))
-        torch.library.opcheck(ops.tsreduce.default, (t, x, *drop))
-        torch.library.opcheck(ops.expand.default, (t, a, None, *drop))
-        torch.library.opcheck(ops.expand.default, (t, a, draw(9), *drop))
-        torch.library.opcheck(ops.expand_.default, (draw(7, 9), t, a, *drop))
+        torch.library.opcheck(ops.shrink.default, (draw(7, 3), x, a, 0.5, *drop))
+        torch.library.opcheck(ops.tsreduce.default, (draw(3, 9), t, x, *drop))
+        for bias, accumulate in ((None, False), (draw(9), False), (None, True)):
+            torch.library.opcheck(ops.expand.default, (draw(7, 9), t, a, bias, accumulate, *drop))
 
 
 def test_compiles_for_any_number_of_tokens():
@@ -216,7 +215,7 @@ def test_errors_name_the_argument():
 
 def test_backend_choice(monkeypatch):
     device = torch.device("cpu")
-    choose = skinny_op.shrink_dispatcher.choose
+    choose = skinny_op.product_dispatcher("lora_linear").choose
     assert choose("auto", device, torch.bfloat16, False) == "torch"
     assert choose("auto", device, torch.float32, False) == ("cpp" if HAS_CPP else "torch")
     assert choose("auto", device, torch.float32, True) == ("cpp" if HAS_CPP else "torch")

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
+from lora_kernels.ops._op import OPS
 from lora_kernels.ops.small_linalg import cholesky_solve, eigh, factor_spectrum, sylvester
-from lora_kernels.ops.small_linalg.op import dispatcher as eigh_dispatcher
-from lora_kernels.ops.small_linalg.solve import cholesky_dispatcher, solve_dispatcher, sylvester_dispatcher
-from lora_kernels.ops.small_linalg.spectrum import dispatcher as spectrum_dispatcher
 from tests.ops.linalg_cases import positive
 
 pytestmark = pytest.mark.skipif(_ext.load()[0] is None, reason="extension not built")
@@ -38,13 +36,14 @@ CASES = [  # op, float64?, batch, order, expected
 def test_auto_takes_what_is_faster(op, wide, batch, n, expected):
     square = torch.empty(*batch, n, n, dtype=torch.float64 if wide else torch.float32)
     factors = square.new_empty(*batch, n, 40), square.new_empty(*batch, 50, n)
-    found = {
-        "eigh": lambda: eigh_dispatcher.choose("auto", square),
-        "cholesky": lambda: cholesky_dispatcher.choose("auto", square),
-        "cholesky_solve": lambda: solve_dispatcher.choose("auto", square, square),
-        "sylvester": lambda: sylvester_dispatcher.choose("auto", square[..., :2, :2], square, square[..., :2, :]),
-        "factor_spectrum": lambda: spectrum_dispatcher.choose("auto", *factors),
-    }[op]()
+    inputs = {
+        "eigh": (None, square),
+        "cholesky": (square,),
+        "cholesky_solve": (square, square),
+        "sylvester": (square[..., :2, :2], square, square[..., :2, :]),
+        "factor_spectrum": (*factors, 1.0),
+    }[op]
+    found = OPS[op].choose("auto", None, *inputs)
     assert found == expected
 
 

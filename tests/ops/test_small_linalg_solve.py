@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops.small_linalg import _launch, cholesky, cholesky_solve, reference, sylvester
+from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, drivers, reference, sylvester
 from tests.conftest import relative_error
 from tests.ops.linalg_cases import (
     BATCHES,
@@ -197,7 +197,7 @@ def test_a_bad_sylvester_problem_is_named(which, run):
 
 @pytest.mark.skipif(not HAS_CPP, reason="extension not built")
 def test_a_problem_without_convergence_is_named(monkeypatch):
-    monkeypatch.setattr(_launch, "_entry", lambda *_: lambda *_: (2, 5))
+    monkeypatch.setattr(drivers, "_entry", lambda *_: lambda *_: (2, 5))
     eye = torch.eye(3).expand(7, 3, 3)
     with pytest.raises(RuntimeError, match="did not converge for matrix 5"):
         sylvester(eye, eye, eye, backend="cpp")
@@ -236,9 +236,9 @@ def test_registration_is_sound(run):
     for batch in [(3,), (0,), ()]:
         a, q = positive(batch, 5, torch.float64, device), positive(batch, 3, torch.float64, device)
         rhs = torch.randn(*batch, 5, 3, dtype=torch.float64).to(device)
-        torch.library.opcheck(torch.ops.lora_kernels.cholesky.default, (a, backend))
-        torch.library.opcheck(torch.ops.lora_kernels.cholesky_solve.default, (a, rhs, backend))
-        torch.library.opcheck(torch.ops.lora_kernels.sylvester.default, (a, q, rhs, backend))
+        torch.library.opcheck(torch.ops.lora_kernels.cholesky.default, (a.clone(), a, backend))
+        torch.library.opcheck(torch.ops.lora_kernels.cholesky_solve.default, (rhs.clone(), a, rhs, backend))
+        torch.library.opcheck(torch.ops.lora_kernels.sylvester.default, (rhs.clone(), a, q, rhs, backend))
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="extension not built")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops.small_linalg import _launch, factor_spectrum, reference
+from lora_kernels.ops.small_linalg import drivers, factor_spectrum, reference
 from tests.ops.linalg_cases import BATCHES, DTYPES, EPSILON, ORDERS, RUNS, few, strided
 
 HAS_CPP = _ext.load()[0] is not None
@@ -127,7 +127,7 @@ def test_a_bad_pair_is_named(which, bad, run):
 
 @pytest.mark.skipif(not HAS_CPP, reason="extension not built")
 def test_a_pair_without_convergence_is_named(monkeypatch):
-    monkeypatch.setattr(_launch, "_entry", lambda *_: lambda *_: (2, 5))
+    monkeypatch.setattr(drivers, "_entry", lambda *_: lambda *_: (2, 5))
     with pytest.raises(RuntimeError, match="did not converge for matrix 5"):
         factor_spectrum(*factors((7,), 3, 4, 5, torch.float64), backend="cpp")
 
@@ -168,7 +168,9 @@ def test_registration_is_sound(run):
     for batch in [(3,), (0,), ()]:
         for dtype in (torch.float32, torch.float64):
             a, b = factors(batch, 5, 8, 9, dtype, device)
-            torch.library.opcheck(torch.ops.lora_kernels.factor_spectrum.default, (a, b, 0.5, backend))
+            torch.library.opcheck(
+                torch.ops.lora_kernels.factor_spectrum.default, (a.new_empty(a.shape[:-1]), a, b, 0.5, backend)
+            )
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="extension not built")
@@ -183,8 +185,8 @@ def test_the_same_call_gives_the_same_bits(dtype):
 def test_what_is_not_finite_is_found_where_sums_overflow(broken):
     large = torch.full((3, 4, 5), 1e308, dtype=torch.float64)
     plain = torch.ones(3, 2, 2, dtype=torch.float64)
-    assert _launch.not_finite(plain, large).tolist() == [0, 0, 0]
-    assert _launch.not_finite(plain, plain).tolist() == [0, 0, 0]
+    assert drivers.not_finite(plain, large).tolist() == [0, 0, 0]
+    assert drivers.not_finite(plain, plain).tolist() == [0, 0, 0]
     large[1, 3, 4], plain[2, 0, 1] = broken, -broken
-    assert _launch.not_finite(large).tolist() == [0, 1, 0]
-    assert _launch.not_finite(plain, large).tolist() == [0, 1, 1]
+    assert drivers.not_finite(large).tolist() == [0, 1, 0]
+    assert drivers.not_finite(plain, large).tolist() == [0, 1, 1]

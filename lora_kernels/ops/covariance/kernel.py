@@ -22,6 +22,7 @@ import triton.language as tl
 from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._rows import single
 from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
 from lora_kernels.ops._tl import add_lower, dot, halves, token_rows
 
@@ -156,7 +157,7 @@ def covariance(
         out: `(n, n)` float32 with unit column stride.
         x: `(rows, n)` with unit column stride.
         index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)` float32, or `None`.
+        weight: `(tokens,)`, or `None`.
         column_sum: `(n,)` float32 contiguous, or `None`.
         config: tile sizes; `config_for` by default.
         least_chunk: tokens that a split has at least.
@@ -165,6 +166,7 @@ def covariance(
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
         return
+    weight = single(weight)
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
     tiles = _tile_map(features, config.rows, config.columns, x.device)
     splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)

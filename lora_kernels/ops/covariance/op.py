@@ -1,14 +1,14 @@
-"""The covariance op: checks, registration and the choice of backend."""
+"""The covariance op."""
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_tensor, check_written
-from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
+from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
+from lora_kernels.ops.covariance import reference
 
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
 # matrix product itself slows down (2 cores, 2048 x 1376: full 36.9 ms, blocks of 128 23.6 ms, the floor is 18.5).
@@ -35,30 +35,8 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
             raise ValueError(f"column_sum has strides {column_sum.stride()}, but must be contiguous")
 
 
-def _narrow_only(out: torch.Tensor, x: torch.Tensor) -> str | None:
-    return None if out.dtype == torch.float32 and x.dtype in CPP_DTYPES else f"takes no {x.dtype} into {out.dtype}"
-
-
-def _triton_refuses(out: torch.Tensor, x: torch.Tensor, *_: object) -> str | None:
-    return triton_refuses(x.device) or _narrow_only(out, x)
-
-
-def _cpp_refuses(out: torch.Tensor, x: torch.Tensor, *_: object) -> str | None:
-    return cpp_refuses(x.device) or _narrow_only(out, x)
-
-
-def _on_cpu(_out: torch.Tensor, x: torch.Tensor, *_: object) -> bool:
-    return x.device.type == "cpu"
-
-
-dispatcher = Dispatcher(
-    "covariance_",
-    (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", _cpp_refuses),
-        Implementation("torch", lambda *_: None),
-    ),
-)
+def _takes(out: torch.Tensor, x: torch.Tensor, *_: object) -> str | None:
+    return no_float64(out, x)
 
 
 def _add_lower(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, block: int) -> None:
@@ -97,7 +75,7 @@ def _run_cpp(
     direct = index is None and x.dtype == torch.float32
     panel = None if direct else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
     scaled = None if weight is None else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    weight = single(weight)
     for low in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - low)
         if panel is not None or scaled is not None or column_sum is not None:
@@ -106,43 +84,28 @@ def _run_cpp(
         _add_lower(out, right if scaled is None else scaled[:count], right, _CPU_BLOCK)
 
 
-@torch.library.custom_op("lora_kernels::covariance_", mutates_args=("out", "column_sum"))
-def _covariance(
+def _body(
+    backend: Backend,
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     column_sum: torch.Tensor | None,
-    backend: str,
 ) -> None:
-    if x.numel() == 0:
-        return
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    index, weights = selection(weight)
-    if backend == "torch":
-        _run_torch(out, rows, index, weights, column_sum)
-    elif backend == "cpp":
-        _run_cpp(out, rows, index, weights, column_sum)
-    else:
-        # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.covariance import kernel  # noqa: PLC0415
-
-        weights = None if weights is None else weights.to(torch.float32)
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            kernel.covariance(out, rows, index, weights, column_sum)
+    if x.numel() > 0:
+        backend(out, flat_rows(x), *selection(weight), column_sum)
 
 
-@_covariance.register_fake
-def _(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    backend: str,
-) -> None:
-    _check(out, x, weight, column_sum)
+covariance = Op(
+    "covariance_",
+    _body,
+    writes=("out", "column_sum"),
+    check=_check,
+    backends=(
+        on_triton("covariance.kernel:covariance", _takes),
+        on_cpp(_run_cpp, _takes),
+        on_torch(_run_torch),
+    ),
+)
 
 
 def covariance_(
@@ -170,12 +133,13 @@ def covariance_(
         ValueError: on a wrong shape, device or stride.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    _check(out, x, weight, column_sum)
-    check_written("out", out, x=x, weight=weight, column_sum=column_sum)
-    if column_sum is not None:
-        check_written("column_sum", column_sum, x=x, weight=weight)
-    weight = None if weight is None else weight.detach()
-    _covariance(out, x.detach(), weight, column_sum, dispatcher.choose(backend, out, x, weight, column_sum))
+    covariance(backend, out, x, weight, column_sum)
+
+
+@covariance.self_test(terms=97)
+def _example(device: torch.device) -> Example:
+    (x,), out = normal(device, (97, 70)), torch.zeros(70, 70, device=device)
+    return {"out": out, "x": x}, lambda _: relative_error([out.tril()], [reference.covariance(x)[0].tril()])
 
 
 def symmetrize_(matrix: torch.Tensor) -> torch.Tensor:

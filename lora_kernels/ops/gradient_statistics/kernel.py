@@ -24,6 +24,7 @@ import triton.language as tl
 from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._rows import selection, single
 from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
 from lora_kernels.ops._tl import add_tile, dot, halves, token_rows
 
@@ -295,15 +296,31 @@ def gradient_statistics(
         add_tiles(gradient, partial, tiles, splits, config, lower=False)
 
 
-def square_sums(fisher: torch.Tensor, g: torch.Tensor, weight: torch.Tensor | None) -> None:
-    """Launch the kernels of the Fisher diagonal.
+def both(
+    gradient: torch.Tensor | None,
+    fisher: torch.Tensor | None,
+    g: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    fisher_weight: torch.Tensor | None,
+) -> None:
+    """Launch the kernels of the weight gradient, and of the Fisher diagonal; either may be `None`.
 
     Args:
+        gradient: see `gradient_statistics`.
         fisher: `(m,)` float32 contiguous.
-        g: `(rows, m)` with unit column stride.
-        weight: `(rows,)` float32, or `None`; where it is zero the row is not read.
+        g: see `gradient_statistics`.
+        x: see `gradient_statistics`; given if `gradient` is.
+        weight: `(...)` bool or real weights of g's rows for the gradient, or `None`.
+        fisher_weight: likewise for the Fisher diagonal.
     """
-    column_sums(fisher, g, None, weight, square=True)
+    if gradient is not None and x is not None:
+        index, factor = selection(weight)
+        gradient_statistics(gradient, g, x, index, single(factor))
+    if fisher is not None:
+        # The kernel skips rows of weight zero by itself: counting them would stall the device.
+        flat = None if fisher_weight is None else single(fisher_weight.reshape(-1))
+        column_sums(fisher, g, None, flat, square=True)
 
 
 def scale_rows(
@@ -313,8 +330,8 @@ def scale_rows(
 
     Args:
         out: `(m, n)` float32 with unit column stride.
-        gradient: `(m, n)` float32 with unit column stride.
-        fisher: `(m,)` float32 contiguous.
+        gradient: `(m, n)` float32; may be `out`.
+        fisher: `(m,)` float32.
         scale: a factor.
         damping: added to the Fisher diagonal.
         power: of the damped diagonal.
@@ -322,11 +339,12 @@ def scale_rows(
     height, width = out.shape
     if height == 0 or width == 0:
         return
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     rounded = float(torch.tensor(power, dtype=torch.float32))
     scale_rows_kernel[(-(-height // _SCALE_ROWS), -(-width // (_SCALE_COLUMNS * _SCALE_STEPS)))](
         out,
         gradient,
-        fisher,
+        fisher.contiguous(),
         height,
         width,
         out.stride(0),

@@ -1,16 +1,16 @@
-"""The gradient statistics op: checks, registration and the choice of backend."""
+"""The gradient statistics, and the scaling of a gradient by its Fisher diagonal."""
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, check_tensor, check_written
-from lora_kernels.ops._rows import CHUNK, CPP_DTYPES, pack_rows, selection
-
-_WEIGHTS = (torch.bool, *FLOATS)
+from lora_kernels.ops._backend import Backend
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_range, check_tensor
+from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
+from lora_kernels.ops.gradient_statistics import reference
 
 
 def _check(
@@ -52,43 +52,13 @@ def _check(
             raise ValueError(f"fisher has strides {fisher.stride()}, but must be contiguous")
     for name, each in (("weight", weight), ("fisher_weight", fisher_weight)):
         if each is not None:
-            check_tensor(name, each, shape=leading, dtypes=_WEIGHTS, device=g.device)
+            check_tensor(name, each, shape=leading, dtypes=WEIGHTS, device=g.device)
 
 
-def _narrow_only(
-    gradient: torch.Tensor | None, fisher: torch.Tensor | None, g: torch.Tensor, x: torch.Tensor | None
-) -> str | None:
-    for out in (gradient, fisher):
-        for rows in (g, x):
-            if out is not None and rows is not None and (out.dtype != torch.float32 or rows.dtype not in CPP_DTYPES):
-                return f"takes no {rows.dtype} into {out.dtype}"
-    return None
-
-
-def _triton_refuses(
+def _takes(
     gradient: torch.Tensor | None, fisher: torch.Tensor | None, g: torch.Tensor, x: torch.Tensor | None, *_: object
 ) -> str | None:
-    return triton_refuses(g.device) or _narrow_only(gradient, fisher, g, x)
-
-
-def _cpp_refuses(
-    gradient: torch.Tensor | None, fisher: torch.Tensor | None, g: torch.Tensor, x: torch.Tensor | None, *_: object
-) -> str | None:
-    return cpp_refuses(g.device) or _narrow_only(gradient, fisher, g, x)
-
-
-def _on_cpu(_gradient: object, _fisher: object, g: torch.Tensor, *_: object) -> bool:
-    return g.device.type == "cpu"
-
-
-dispatcher = Dispatcher(
-    "gradient_statistics_",
-    (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", _cpp_refuses),
-        Implementation("torch", lambda *_: None),
-    ),
-)
+    return no_float64(gradient, fisher, g, x)
 
 
 def _parts(tokens: int, device: torch.device) -> list[tuple[int, int]]:
@@ -144,12 +114,8 @@ def _fisher_places(
     return True, flat[index]
 
 
-def _narrow(weight: torch.Tensor | None) -> torch.Tensor | None:
-    return None if weight is None else weight.to(torch.float32).contiguous()
-
-
 def _square_sum(fisher: torch.Tensor, g: torch.Tensor, fisher_weight: torch.Tensor | None) -> None:
-    weight = None if fisher_weight is None else _narrow(fisher_weight.reshape(-1))
+    weight = None if fisher_weight is None else single(fisher_weight.reshape(-1))
     for low, count in _parts(g.shape[0], g.device):
         pack_rows(g, None, low, count, square_weight=weight, square_sum=fisher)
 
@@ -168,13 +134,13 @@ def _run_cpp(
             _square_sum(fisher, g, fisher_weight)
         return
     index, factor = selection(weight)
-    factor, squared = _narrow(factor), None
+    factor, squared = single(factor), None
     if fisher is not None:
         together, squared = _fisher_places(index, weight, fisher_weight)
         if not together:
             _square_sum(fisher, g, fisher_weight)
             fisher = None
-    squared = _narrow(squared)
+    squared = single(squared)
     tokens = g.shape[0] if index is None else index.shape[0]
     if fisher is None and index is None and factor is None and g.dtype == x.dtype == torch.float32:
         gradient.addmm_(g.mT, x)
@@ -201,7 +167,8 @@ def _run_cpp(
         gradient.addmm_(operands[0].mT, operands[1])
 
 
-def _run_triton(
+def _body(
+    backend: Backend,
     gradient: torch.Tensor | None,
     fisher: torch.Tensor | None,
     g: torch.Tensor,
@@ -209,58 +176,24 @@ def _run_triton(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    # Imported here: without Triton the other backends still work.
-    from lora_kernels.ops.gradient_statistics import kernel  # noqa: PLC0415
-
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(g.device) if g.is_cuda else contextlib.nullcontext():
-        if gradient is not None and x is not None:
-            index, factor = selection(weight)
-            kernel.gradient_statistics(gradient, g, x, index, _narrow(factor))
-        if fisher is not None:
-            # The kernel skips rows of weight zero by itself: counting them would stall the device.
-            kernel.square_sums(fisher, g, None if fisher_weight is None else _narrow(fisher_weight.reshape(-1)))
-
-
-def _flat(rows: torch.Tensor) -> torch.Tensor:
-    rows = rows.reshape(-1, rows.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-@torch.library.custom_op("lora_kernels::gradient_statistics_", mutates_args=("gradient", "fisher"))
-def _gradient_statistics(
-    gradient: torch.Tensor | None,
-    fisher: torch.Tensor | None,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    fisher_weight: torch.Tensor | None,
-    backend: str,
-) -> None:
-    tokens = g.shape[:-1].numel()
-    if tokens == 0 or g.shape[-1] == 0:
+    if g.numel() == 0:
         return
     if x is not None and x.shape[-1] == 0:
         gradient, x, weight = None, None, None
-    runs = {"torch": _run_torch, "cpp": _run_cpp, "triton": _run_triton}
-    runs[backend](gradient, fisher, _flat(g), None if x is None else _flat(x), weight, fisher_weight)
+    backend(gradient, fisher, flat_rows(g), None if x is None else flat_rows(x), weight, fisher_weight)
 
 
-@_gradient_statistics.register_fake
-def _(
-    gradient: torch.Tensor | None,
-    fisher: torch.Tensor | None,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    fisher_weight: torch.Tensor | None,
-    backend: str,
-) -> None:
-    _check(gradient, fisher, g, x, weight, fisher_weight)
-
-
-def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
+gradient_statistics = Op(
+    "gradient_statistics_",
+    _body,
+    writes=("gradient", "fisher"),
+    check=_check,
+    backends=(
+        on_triton("gradient_statistics.kernel:both", _takes),
+        on_cpp(_run_cpp, _takes),
+        on_torch(_run_torch),
+    ),
+)
 
 
 def gradient_statistics_(
@@ -294,11 +227,112 @@ def gradient_statistics_(
             round.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    _check(gradient, fisher, g, x, weight, fisher_weight)
-    inputs = {"g": g, "x": x, "weight": weight, "fisher_weight": fisher_weight}
-    for name, each, more in (("gradient", gradient, {"fisher": fisher}), ("fisher", fisher, {})):
-        if each is not None:
-            check_written(name, each, **inputs, **more)
-    chosen = dispatcher.choose(backend, gradient, fisher, g, x)
-    detached = (g.detach(), _detached(x), _detached(weight), _detached(fisher_weight))
-    _gradient_statistics(gradient, fisher, *detached, chosen)
+    gradient_statistics(backend, gradient, fisher, g, x, weight, fisher_weight)
+
+
+@gradient_statistics.self_test(terms=97)
+def _example(device: torch.device) -> Example:
+    g, x, weight = normal(device, (97, 70), (97, 33), (97,))
+    gradient, fisher = torch.zeros(70, 33, device=device), torch.zeros(70, device=device)
+    arguments = {"g": g, "x": x, "weight": weight, "fisher_weight": weight > 0}
+
+    def error(_: None) -> float:
+        truths = reference.weight_gradient(g, x, weight), reference.fisher_diagonal(g, weight > 0)
+        return relative_error((gradient, fisher), truths)
+
+    return {"gradient": gradient, "fisher": fisher, **arguments}, error
+
+
+def _check_scaled(out: torch.Tensor, gradient: torch.Tensor | None, fisher: torch.Tensor, *_: object) -> None:
+    check_tensor("out", out, shape=(None, None), dtypes=FLOATS[2:])
+    if out.shape[1] > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
+    if gradient is not None:
+        check_tensor("gradient", gradient, shape=tuple(out.shape), dtypes=(out.dtype,), device=out.device)
+    check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
+
+
+def _scale(
+    backend: Backend,
+    out: torch.Tensor,
+    gradient: torch.Tensor | None,
+    fisher: torch.Tensor,
+    scale: float,
+    damping: float,
+    power: float,
+) -> None:
+    backend(out, out if gradient is None else gradient, fisher, scale, damping, power)
+
+
+def _scale_torch(
+    out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
+) -> None:
+    # The row factors in float64: they are few, and their power then costs no accuracy.
+    factor = scale * (fisher.to(torch.float64) + damping).pow(-power)
+    torch.mul(gradient, factor.to(out.dtype).unsqueeze(-1), out=out)
+
+
+scaling = Op(
+    "fisher_scaled",
+    _scale,
+    writes=("out",),
+    check=lambda out, gradient, fisher, *_: _check_scaled(out, gradient, fisher),
+    backends=(
+        on_triton("gradient_statistics.kernel:scale_rows", lambda out, *_: no_float64(out)),
+        on_torch(_scale_torch),
+    ),
+)
+
+
+def fisher_scaled(
+    gradient: torch.Tensor,
+    fisher: torch.Tensor,
+    *,
+    scale: float,
+    damping: float,
+    power: float = 1.0,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`scale * gradient[i, :] / (fisher[i] + damping) ** power`, in one pass over the gradient.
+
+    Gradients do not flow through.
+
+    Args:
+        gradient: `(m, n)` float32 or float64.
+        fisher: `(m,)` of the same dtype, not negative.
+        scale: any number.
+        damping: not negative. Where `fisher + damping` is zero the result is not finite.
+        power: any number; 1 and 0.5 are quickest.
+        out: `(m, n)` of the same dtype, rows contiguous, for the result; may be `gradient` itself. New by default.
+        backend: `auto`, `triton` or `torch`.
+
+    Returns:
+        The result, `(m, n)`: `out` if given.
+
+    Raises:
+        TypeError: on a wrong dtype, or where a number is none.
+        ValueError: on a wrong shape, device, stride or range.
+        RuntimeError: if the backend asked for cannot take the call; the message says why.
+    """
+    check_tensor("gradient", gradient, shape=(None, None), dtypes=FLOATS[2:])
+    check_range("scale", scale)
+    check_range("damping", damping, low=0.0)
+    check_range("power", power)
+    if out is None:
+        out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    else:
+        check_tensor("out", out, shape=tuple(gradient.shape), dtypes=(gradient.dtype,), device=gradient.device)
+    # An operator that writes one of its arguments must not be given it a second time.
+    source = None if out is gradient else gradient
+    scaling(backend, out, source, fisher, float(scale), float(damping), float(power))
+    return out
+
+
+@scaling.self_test(terms=16)
+def _scaled_example(device: torch.device) -> Example:
+    gradient, fisher = (numbers.abs() for numbers in normal(device, (70, 33), (70,)))
+    settings: dict[str, Any] = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
+    return {"gradient": gradient, "fisher": fisher, **settings}, lambda result: relative_error(
+        [result], [reference.fisher_scaled(gradient, fisher, **settings)]
+    )

@@ -1,27 +1,23 @@
-"""The LoRA-Pro Adam op: checks, registration and the choice of backend."""
+"""The LoRA-Pro Adam op."""
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_written, shown
+from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
-from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, stochastic_round
+from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, lora_pro_adam, stochastic_round
 
 STATES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # dtypes of the moments, and their codes in csrc
 # Elements that the torch backend handles at a time: a share of the matrix, so that temporaries are small beside it.
 _SHARE, _LEAST, _CPU_MOST, _GPU_MOST = 64, 2**14, 2**18, 2**24
-
-
-def result_dtype(state: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic and of the results: float32, or float64 for float64 moments."""
-    return torch.promote_types(state, torch.float32)
 
 
 def _check(
@@ -47,27 +43,9 @@ def _check(
     check_tensor("grad_b", grad_b, shape=(rows, rank), device=where)
 
 
-def _triton_refuses(exp_avg: torch.Tensor, rank: int) -> str | None:
-    refused = triton_refuses(exp_avg.device)
-    if refused is None and exp_avg.dtype == torch.float64:
-        return "takes no float64"
-    if refused is None and rank > RANKS[-1]:
-        return f"takes ranks up to {RANKS[-1]}, not {rank}"
-    return refused
-
-
-def _on_cpu(exp_avg: torch.Tensor, _rank: int) -> bool:
-    return exp_avg.device.type == "cpu"
-
-
-dispatcher = Dispatcher(
-    "lora_pro_adam_",
-    (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", lambda exp_avg, _rank: cpp_refuses(exp_avg.device)),
-        Implementation("torch", lambda *_: None),
-    ),
-)
+def _triton_takes(exp_avg: torch.Tensor, _exp_avg_sq: object, a: torch.Tensor, *_: object) -> str | None:
+    ranks = None if a.shape[0] <= RANKS[-1] else f"takes ranks up to {RANKS[-1]}, not {a.shape[0]}"
+    return no_float64(exp_avg) or ranks
 
 
 def _run_torch(
@@ -122,14 +100,16 @@ def _run_cpp(
     )  # fmt: skip
 
 
-@torch.library.custom_op("lora_kernels::lora_pro_adam_", mutates_args=("exp_avg", "exp_avg_sq"))
-def _lora_pro_adam(
+def _body(
+    backend: Backend,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     grad_a: torch.Tensor,
     grad_b: torch.Tensor,
+    bt_h: torch.Tensor,
+    h_at: torch.Tensor,
     scaling: float,
     beta1: float,
     beta2: float,
@@ -137,48 +117,25 @@ def _lora_pro_adam(
     step: int,
     seed: torch.Tensor | None,
     row_offset: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = result_dtype(exp_avg.dtype)
-    bt_h, h_at = a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
+) -> None:
     if exp_avg.numel() == 0:
-        return bt_h.zero_(), h_at.zero_()
+        bt_h.zero_()
+        h_at.zero_()
+        return
     numbers = Adam(scaling, beta1, beta2, eps, step, row_offset)
-    arguments = ((exp_avg, exp_avg_sq), (a, b, grad_a, grad_b), numbers, seed, bt_h, h_at)
-    if backend == "torch":
-        _run_torch(*arguments)
-    elif backend == "cpp":
-        _run_cpp(*arguments)
-    else:
-        # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.lora_pro_adam import kernel  # noqa: PLC0415
-
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(exp_avg.device) if exp_avg.is_cuda else contextlib.nullcontext():
-            kernel.lora_pro_adam(*arguments)
-    return bt_h, h_at
+    backend((exp_avg, exp_avg_sq), (a, b, grad_a, grad_b), numbers, seed, bt_h, h_at)
 
 
-@_lora_pro_adam.register_fake
-def _(
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    grad_a: torch.Tensor,
-    grad_b: torch.Tensor,
-    scaling: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    seed: torch.Tensor | None,
-    row_offset: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(exp_avg, exp_avg_sq, a, b, grad_a, grad_b)
-    wide = result_dtype(exp_avg.dtype)
-    return a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
+adam = Op(
+    "lora_pro_adam_",
+    _body,
+    writes=("exp_avg", "exp_avg_sq", "bt_h", "h_at"),
+    backends=(
+        on_triton("lora_pro_adam.kernel:lora_pro_adam", _triton_takes),
+        on_cpp(_run_cpp),
+        on_torch(_run_torch),
+    ),
+)
 
 
 def lora_pro_adam_(
@@ -269,9 +226,25 @@ def lora_pro_adam_(
         if seed is None:
             raise ValueError("seed is None, but must be given for bfloat16 moments, which are rounded stochastically")
         key = seed_tensor("seed", seed, exp_avg.device)
-    made: tuple[torch.Tensor, torch.Tensor] = _lora_pro_adam(
-        exp_avg, exp_avg_sq, a.detach(), b.detach(), grad_a.detach(), grad_b.detach(),
+    wide = torch.promote_types(exp_avg.dtype, torch.float32)
+    bt_h, h_at = a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
+    adam(
+        backend, exp_avg, exp_avg_sq, a, b, grad_a, grad_b, bt_h, h_at,
         float(scaling), float(betas[0]), float(betas[1]), float(eps), step, key, row_offset,
-        dispatcher.choose(backend, exp_avg, a.shape[0]),
     )  # fmt: skip
-    return made
+    return bt_h, h_at
+
+
+@adam.self_test(terms=70 + 33)
+def _example(device: torch.device) -> Example:
+    shapes = ((33, 70), (33, 70), (8, 70), (33, 8), (8, 70), (33, 8))
+    names = ("exp_avg", "exp_avg_sq", "a", "b", "grad_a", "grad_b")
+    tensors: dict[str, Any] = dict(zip(names, normal(device, *shapes), strict=True))
+    tensors["exp_avg_sq"].abs_()
+    numbers: dict[str, Any] = {"scaling": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3}
+    truths = lora_pro_adam(**tensors, **numbers)
+
+    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        return relative_error((tensors["exp_avg"], tensors["exp_avg_sq"], *result), truths)
+
+    return {**tensors, **numbers}, error

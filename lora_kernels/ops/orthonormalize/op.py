@@ -1,4 +1,4 @@
-"""Orthonormalisation: checks, registration, the Cholesky rounds, and where Householder is the better choice.
+"""Orthonormalisation: the Cholesky rounds, and where Householder is the better choice.
 
 There is one backend, torch. Each round is two matrix products and a k x k factorisation, all of them batched in the
 vendor's libraries; the products of `(n, k)` by `(k, k)` are bound by the read of y, which no kernel of ours can avoid:
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import check_tensor
+from lora_kernels.ops._op import Example, Op, normal, on_torch
 from lora_kernels.ops.orthonormalize import reference
 
 _UNIT = 2.0**-53  # of float64
@@ -24,8 +25,6 @@ _ORTHOGONAL = 1e-12
 # Elements widened to float64 at a time on the CPU: the copy stays in the second-level cache.
 _CHUNK = 1 << 16
 
-dispatcher = Dispatcher("orthonormalize", (Implementation("torch", lambda *_: None),))
-
 
 def _check(y: torch.Tensor) -> None:
     check_tensor("y", y)
@@ -33,10 +32,6 @@ def _check(y: torch.Tensor) -> None:
         raise ValueError(f"y has shape {tuple(y.shape)}, but must be (..., n, k)")
     if y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y has shape {tuple(y.shape)}, but must have at least as many rows as columns")
-
-
-def _kept(y: torch.Tensor) -> torch.dtype:
-    return torch.float64 if y.dtype == torch.float64 else torch.float32
 
 
 def _row_step(y: torch.Tensor) -> int:
@@ -73,25 +68,25 @@ def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
     return total
 
 
-def times(y: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
-    """`y small` with float64 arithmetic, rounded to y's own dtype. Of y's layout.
+def times(y: torch.Tensor, small: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`y small` with float64 arithmetic, rounded to y's own dtype.
 
     Args:
         y: `(..., n, k)`.
         small: `(..., k, l)` float64.
+        out: `(..., n, l)` of y's dtype, for the result; by default new, of y's layout.
 
     Returns:
         `(..., n, l)`.
     """
     if y.dtype == torch.float64:
-        return y @ small
+        return torch.matmul(y, small, out=out)
     # With columns in one piece the product from the left is several times faster on the CPU.
     turned = y.shape[-1] > 1 and y.stride(-1) != 1 and y.stride(-2) == 1
-    if turned:
-        out = y.new_empty((*y.shape[:-2], small.shape[-1], y.shape[-2])).mT
-        left = small.mT.contiguous()
-    else:
-        out = y.new_empty((*y.shape[:-1], small.shape[-1]))
+    left = small.mT.contiguous() if turned else small
+    if out is None:
+        shape = (*y.shape[:-2], small.shape[-1], y.shape[-2]) if turned else (*y.shape[:-1], small.shape[-1])
+        out = y.new_empty(shape).mT if turned else y.new_empty(shape)
     step, n = _row_step(y), y.shape[-2]
     if y.dim() == 3 and step >= n:
         matrices = max(1, step // max(1, n))
@@ -113,7 +108,7 @@ def _invert(lower: torch.Tensor) -> torch.Tensor:
 
 
 def _round(
-    y: torch.Tensor, shift: torch.Tensor | None = None
+    y: torch.Tensor, shift: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One Cholesky round: the new columns, R, the flags of bad pivots, and a bound on the condition of y, squared."""
     product = gram(y)
@@ -122,7 +117,7 @@ def _round(
     lower, info = torch.linalg.cholesky_ex(product)
     inverse = _invert(lower)
     condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
-    return times(y, inverse.mT), lower.mT, info != 0, condition
+    return times(y, inverse.mT, out), lower.mT, info != 0, condition
 
 
 def _defect(q: torch.Tensor) -> torch.Tensor:
@@ -159,10 +154,18 @@ def _householder_is_faster(y: torch.Tensor) -> bool:
     return y.device.type == "cpu" and y.dtype == torch.float64
 
 
-def _run(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q and R of `(b, n, k)` float32 or float64."""
+def _run(q: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
+    """Fill Q and R of `(b, n, k)` float32 or float64."""
     if not _householder_is_faster(y):
-        return _cholesky(y)
+        r.copy_(_cholesky(q, y))
+        return
+    found, triangle = _householder(y)
+    q.copy_(found)
+    r.copy_(triangle)
+
+
+def _householder(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """LAPACK's QR of `(b, n, k)`."""
     q, r = reference.householder(y)
     # Q too: LAPACK loses a NaN at the head of the last column, and R is finite.
     finite = torch.isfinite(r.sum((-2, -1))) & torch.isfinite(q.sum((-2, -1)))
@@ -181,10 +184,10 @@ def _run(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, r
 
 
-def _cholesky(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cholesky rounds on `(b, n, k)` float32 or float64."""
+def _cholesky(q: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cholesky rounds on `(b, n, k)` float32 or float64: fills Q, returns R."""
     narrow = y.dtype == torch.float32
-    q, total, failed, condition = _round(y)
+    _, total, failed, condition = _round(y, out=q)
     # In float64 one round leaves |Q^T Q - 1| <= u cond^2: nothing that a float32 result could show, mostly.
     open_ = ~(condition * (y.shape[-1] * _UNIT) <= _SILENT_LOSS) | failed
     if not narrow or bool(open_.any()):
@@ -194,7 +197,8 @@ def _cholesky(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         second, r, bad, _ = _round(part)
         bad = bad | ~(defect <= _ALMOST) | (failed if index is None else failed[index])
         if index is None:
-            q, total = second, r @ total
+            q.copy_(second)
+            total = r @ total
         else:
             q[index], total[index] = second, r @ total[index]
         if bool(bad.any()):
@@ -204,25 +208,16 @@ def _cholesky(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 raise ValueError(f"matrix {int(hard[~finite][0])} of y holds NaN or infinite entries")
             fixed, triangle = _careful(y[hard])
             q[hard], total[hard] = fixed, triangle.to(total.dtype)
-    return q, total.to(y.dtype)
+    return total
 
 
-@torch.library.custom_op("lora_kernels::orthonormalize", mutates_args=())
-def _orthonormalize(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    n, k = y.shape[-2:]
-    batch = y.shape[:-2]
-    kept = y.to(_kept(y), copy=False)
-    if y.numel() == 0:
-        return kept.new_empty((*batch, n, k)), kept.new_empty((*batch, k, k))
-    q, r = _run(kept.reshape(-1, n, k))
-    return q.reshape(*batch, n, k).contiguous(), r.reshape(*batch, k, k).contiguous()
+def _body(backend: Backend, q: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
+    if y.numel() > 0:
+        matrices = y.to(q.dtype).reshape(-1, *y.shape[-2:])
+        backend(q.view(matrices.shape), r.view(-1, *r.shape[-2:]), matrices)
 
 
-@_orthonormalize.register_fake
-def _(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(y)
-    kept = _kept(y)
-    return y.new_empty(y.shape, dtype=kept), y.new_empty((*y.shape[:-2], y.shape[-1], y.shape[-1]), dtype=kept)
+columns = Op("orthonormalize", _body, writes=("q", "r"), backends=(on_torch(_run),))
 
 
 def orthonormalize(y: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,6 +248,19 @@ def orthonormalize(y: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Ten
         RuntimeError: if the backend asked for does not exist.
     """
     _check(y)
-    dispatcher.choose(backend, y)
-    q, r = _orthonormalize(y.detach())
+    dtype, k = torch.promote_types(y.dtype, torch.float32), y.shape[-1]
+    q, r = y.new_empty(y.shape, dtype=dtype), y.new_empty((*y.shape[:-2], k, k), dtype=dtype)
+    columns(backend, q, r, y)
     return q, r
+
+
+@columns.self_test(terms=97)
+def _example(device: torch.device) -> Example:
+    (y,) = normal(device, (3, 97, 20))
+
+    def error(result: tuple[torch.Tensor, torch.Tensor]) -> float:
+        q, r = (factor.double() for factor in result)
+        eye = torch.eye(20, dtype=torch.float64, device=device)
+        return float(torch.linalg.norm(q @ r - y) / torch.linalg.norm(y) + (q.mT @ q - eye).abs().max())
+
+    return {"y": y}, error

@@ -1,18 +1,17 @@
-"""The random matrix: checks, registration and the choice of backend."""
+"""The random matrix."""
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import FLOATS, as_device, check_choice, check_range, shown
+from lora_kernels.ops._op import Example, Op, no_float64, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops.random_matrix import reference
 from lora_kernels.ops.random_matrix.reference import KINDS
-
-_SINGLE = FLOATS[:3]
 
 
 def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
@@ -39,93 +38,38 @@ def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def _narrow_only(dtype: torch.dtype) -> str | None:
-    return None if dtype in _SINGLE else f"draws no {dtype}"
+def draw_cpp(out: torch.Tensor, kind: str, seed: int, stream: int, step: int = 0) -> torch.Tensor:
+    """Fill `(rows, columns)` on the CPU, in float16, bfloat16 or float32, from the C++ generator, and return it."""
+    drawn = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty(out.shape, dtype=torch.float32)
+    _ext.extension().random_matrix(
+        drawn.data_ptr(), *out.shape, kind == "gaussian", seed, stream, step, torch.get_num_threads()
+    )
+    return out if drawn is out else out.copy_(drawn)
 
 
-def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return triton_refuses(device) or _narrow_only(dtype)
+def _draw_torch(out: torch.Tensor, kind: str, seed: int, stream: int, step: int) -> None:
+    rows, columns = out.shape
+    out.copy_(reference.random_matrix(rows, columns, kind, seed=seed, stream=stream, step=step, dtype=out.dtype))
 
 
-def _cpp_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return cpp_refuses(device) or _narrow_only(dtype)
+def _body(backend: Backend, out: torch.Tensor, kind: str, seed: int, stream: int, step: int) -> None:
+    backend(out, kind, seed, stream, step)
 
 
-def _on_cpu(device: torch.device, _dtype: torch.dtype) -> bool:
-    return device.type == "cpu"
+def _takes(out: torch.Tensor, *_: object) -> str | None:
+    return no_float64(out)
 
 
-dispatcher = Dispatcher(
+matrix = Op(
     "random_matrix",
-    (
-        Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-        Implementation("cpp", _cpp_refuses),
-        Implementation("torch", lambda *_: None),
+    _body,
+    writes=("out",),
+    backends=(
+        on_triton("random_matrix.kernel:random_matrix", _takes),
+        on_cpp(draw_cpp, _takes),
+        on_torch(_draw_torch),
     ),
 )
-
-
-def draw_cpp(rows: int, columns: int, kind: str, seed: int, stream: int, step: int = 0) -> torch.Tensor:
-    """A float32 matrix from the C++ generator.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        kind: one of `KINDS`.
-        seed: 64-bit key, signed.
-        stream: which matrix.
-        step: which draw of that matrix.
-
-    Returns:
-        `(rows, columns)`.
-    """
-    out = torch.empty(rows, columns, dtype=torch.float32)
-    _ext.extension().random_matrix(
-        out.data_ptr(), rows, columns, kind == "gaussian", seed, stream, step, torch.get_num_threads()
-    )
-    return out
-
-
-@torch.library.custom_op("lora_kernels::random_matrix", mutates_args=())
-def _random_matrix(
-    rows: int,
-    columns: int,
-    kind: str,
-    seed: int,
-    stream: int,
-    step: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str,
-) -> torch.Tensor:
-    if backend == "torch":
-        made = reference.random_matrix(rows, columns, kind, seed=seed, stream=stream, step=step, dtype=dtype)
-        return made.to(device)
-    if backend == "cpp":
-        return draw_cpp(rows, columns, kind, seed, stream, step).to(dtype)
-    # Imported here: without Triton the other backends still work.
-    from lora_kernels.ops.random_matrix import kernel  # noqa: PLC0415
-
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-    # Triton launches on the current device, which need not be the one asked for.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel.random_matrix(out, kind, seed, stream, step)
-    return out
-
-
-@_random_matrix.register_fake
-def _(
-    rows: int,
-    columns: int,
-    kind: str,
-    seed: int,
-    stream: int,
-    step: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str,
-) -> torch.Tensor:
-    return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
 def random_matrix(
@@ -171,7 +115,13 @@ def random_matrix(
     key = check_key(seed, stream, step)
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise TypeError(f"dtype is {shown(dtype)}, but must be one of float16, bfloat16, float32, float64")
-    where = as_device("device", device)
-    chosen = dispatcher.choose(backend, where, dtype)
-    made: torch.Tensor = _random_matrix(rows, columns, kind, key, stream, step, dtype, where, chosen)
-    return made
+    out = torch.empty(rows, columns, dtype=dtype, device=as_device("device", device))
+    matrix(backend, out, kind, key, stream, step)
+    return out
+
+
+@matrix.self_test(terms=32)
+def _example(device: torch.device) -> Example:
+    arguments: dict[str, Any] = {"rows": 37, "columns": 20, "kind": "gaussian", "seed": 1, "stream": 2}
+    truth = reference.random_matrix(**arguments).to(device)
+    return {**arguments, "device": device}, lambda result: relative_error([result], [truth])

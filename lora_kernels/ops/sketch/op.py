@@ -1,17 +1,19 @@
-"""The sketch ops: checks, registration and the choice of backend."""
+"""The sketch ops."""
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor, check_written
-from lora_kernels.ops._rows import CPP_DTYPES, pack_rows, selection
+from lora_kernels.ops._backend import Backend
+from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
+from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._rows import flat_rows, pack_rows, selection, single
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
 from lora_kernels.ops.random_matrix.reference import KINDS
+from lora_kernels.ops.sketch import reference
 
 # Rows handled at a time on the CPU, and the bytes of their float32 copy: the second product finds it in the cache.
 _CHUNK, _CHUNK_BYTES = 2048, 2**23
@@ -23,6 +25,7 @@ def _check(
     right: torch.Tensor,
     weight: torch.Tensor | None,
     column_sum: torch.Tensor | None,
+    *_: object,
 ) -> None:
     check_tensor("left", left)
     if left.dim() < 1:
@@ -45,30 +48,8 @@ def _check(
             raise ValueError(f"column_sum has strides {column_sum.stride()}, but must be contiguous")
 
 
-def _narrow_only(*tensors: torch.Tensor) -> str | None:
-    wide = any(each.dtype not in CPP_DTYPES for each in tensors)
-    return "takes no torch.float64" if wide else None
-
-
-def _triton_refuses(a: torch.Tensor, *_: object) -> str | None:
-    return triton_refuses(a.device) or _narrow_only(a)
-
-
-def _cpp_refuses(a: torch.Tensor, *_: object) -> str | None:
-    return cpp_refuses(a.device) or _narrow_only(a)
-
-
-def _on_cpu(a: torch.Tensor, *_: object) -> bool:
-    return a.device.type == "cpu"
-
-
-_IMPLEMENTATIONS = (
-    Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-    Implementation("cpp", _cpp_refuses),
-    Implementation("torch", lambda *_: None),
-)
-dispatcher = Dispatcher("sketch_", _IMPLEMENTATIONS)
-project_dispatcher = Dispatcher("project", _IMPLEMENTATIONS)
+def _takes(a: torch.Tensor, *_: object) -> str | None:
+    return no_float64(a)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -81,14 +62,8 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: there may be no features
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _draw(x: torch.Tensor, k: int, dtype: torch.dtype, kind: str, seed: int, stream: int) -> torch.Tensor:
-    made = random_reference.random_matrix(x.shape[-1], k, kind, seed=seed, stream=stream, dtype=dtype)
-    return made.to(x.device)
+    return random_reference.random_matrix(x.shape[1], k, kind, seed=seed, stream=stream, dtype=dtype).to(x.device)
 
 
 def _chunk_for(tokens: int, *tensors: torch.Tensor) -> int:
@@ -105,8 +80,11 @@ def _run_torch(
     index: torch.Tensor | None,
     weight: torch.Tensor | None,
     column_sum: torch.Tensor | None,
-    omega: torch.Tensor,
+    kind: str,
+    seed: int,
+    stream: int,
 ) -> None:
+    omega = _draw(right, out.shape[1], out.dtype, kind, seed, stream)
     tokens = left.shape[0] if index is None else index.shape[0]
     chunk = _chunk_for(tokens, left, right)
     for low in range(0, tokens, chunk):
@@ -148,11 +126,16 @@ def _run_cpp(
     index: torch.Tensor | None,
     weight: torch.Tensor | None,
     column_sum: torch.Tensor | None,
-    omega: torch.Tensor,
+    kind: str,
+    seed: int,
+    stream: int,
 ) -> None:
     """One pass selects, widens and sums a chunk of rows; BLAS multiplies what it leaves in cache. P is weighed."""
     tokens = left.shape[0] if index is None else index.shape[0]
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    if tokens == 0:
+        return
+    omega = draw_cpp(torch.empty(right.shape[1], out.shape[1]), kind, seed, stream)
+    weight = single(weight)
     rows = min(_chunk_for(tokens, left, right), tokens)
     left_panel = _panel(left, rows, index)
     right_panel = left_panel if left is right else _panel(right, rows, index)
@@ -167,8 +150,8 @@ def _run_cpp(
         out.addmm_(one.mT, part)
 
 
-@torch.library.custom_op("lora_kernels::sketch_", mutates_args=("out", "column_sum"))
-def _sketch(
+def _body(
+    backend: Backend,
     out: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
@@ -177,43 +160,21 @@ def _sketch(
     kind: str,
     seed: int,
     stream: int,
-    backend: str,
 ) -> None:
     if left.numel() == 0:
         return
-    one = _flat(left)
-    two = one if _same(left, right) else _flat(right)
-    index, weights = selection(weight)
-    if backend == "torch":
-        omega = _draw(two, out.shape[1], out.dtype, kind, seed, stream)
-        _run_torch(out, one, two, index, weights, column_sum, omega)
-    elif backend == "cpp":
-        if index is None or index.numel():
-            omega = draw_cpp(two.shape[1], out.shape[1], kind, seed, stream)
-            _run_cpp(out, one, two, index, weights, column_sum, omega)
-    else:
-        # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.sketch import _launch  # noqa: PLC0415
-
-        weights = None if weights is None else weights.to(torch.float32)
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(left.device) if left.is_cuda else contextlib.nullcontext():
-            _launch.sketch(out, one, two, index, weights, column_sum, kind=kind, seed=seed, stream=stream)
+    one = flat_rows(left)
+    two = one if _same(left, right) else flat_rows(right)
+    backend(out, one, two, *selection(weight), column_sum, kind, seed, stream)
 
 
-@_sketch.register_fake
-def _(
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    kind: str,
-    seed: int,
-    stream: int,
-    backend: str,
-) -> None:
-    _check(out, left, right, weight, column_sum)
+sketch = Op(
+    "sketch_",
+    _body,
+    writes=("out", "column_sum"),
+    check=_check,
+    backends=(on_triton("sketch.kernel:sketch", _takes), on_cpp(_run_cpp, _takes), on_torch(_run_torch)),
+)
 
 
 def sketch_(
@@ -255,51 +216,54 @@ def sketch_(
         ValueError: on a wrong shape, device, stride, key or kind.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    _check(out, left, right, weight, column_sum)
-    check_written("out", out, left=left, right=right, weight=weight, column_sum=column_sum)
-    if column_sum is not None:
-        check_written("column_sum", column_sum, left=left, right=right, weight=weight)
     check_choice("kind", kind, KINDS)
-    key = check_key(seed, stream)
-    chosen = dispatcher.choose(backend, left)
-    one = left.detach()
-    two = one if left is right else right.detach()
-    _sketch(out, one, two, None if weight is None else weight.detach(), column_sum, kind, key, stream, chosen)
+    sketch(backend, out, left, right, weight, column_sum, kind, check_key(seed, stream), stream)
 
 
-@torch.library.custom_op("lora_kernels::project", mutates_args=())
-def _project(a: torch.Tensor, k: int, kind: str, seed: int, stream: int, backend: str) -> torch.Tensor:
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    shape = (*a.shape[:-1], k)
-    if a.numel() == 0 or k == 0:
-        return torch.zeros(shape, dtype=dtype, device=a.device)
-    rows = _flat(a)
-    if backend == "triton":
-        # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.sketch import _launch  # noqa: PLC0415
-
-        out = torch.empty(rows.shape[0], k, dtype=dtype, device=a.device)
-        with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
-            _launch.project(out, rows, kind=kind, seed=seed, stream=stream)
-        return out.reshape(shape)
-    cpp = backend == "cpp"
-    omega = draw_cpp(rows.shape[1], k, kind, seed, stream) if cpp else _draw(rows, k, dtype, kind, seed, stream)
-    if rows.dtype == dtype:
-        return (rows @ omega).reshape(shape)
-    out = torch.empty(rows.shape[0], k, dtype=dtype, device=a.device)
-    chunk = min(_chunk_for(rows.shape[0], rows), rows.shape[0])
-    panel = _panel(rows, chunk, None) if cpp else None
-    for low in range(0, rows.shape[0], chunk):
-        part = out[low : low + chunk]
-        wide = _pack(rows, low, part.shape[0], None, None, panel, None) if cpp else rows[low : low + chunk].to(dtype)
-        torch.mm(wide, omega, out=part)
-    return out.reshape(shape)
+@sketch.self_test(terms=97 + 33)
+def _example(device: torch.device) -> Example:
+    left, right, weight = normal(device, (97, 70), (97, 33), (97,))
+    out, total = torch.zeros(70, 20, device=device), torch.zeros(70, device=device)
+    arguments = {"out": out, "left": left, "right": right, "weight": weight, "column_sum": total, "seed": 1}
+    truths = reference.sketch(left, right, 20, weight, seed=1)
+    return arguments, lambda _: relative_error((out, total), truths)
 
 
-@_project.register_fake
-def _(a: torch.Tensor, k: int, kind: str, seed: int, stream: int, backend: str) -> torch.Tensor:
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return a.new_empty((*a.shape[:-1], k), dtype=dtype)
+def _project_torch(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
+    omega = _draw(rows, out.shape[1], out.dtype, kind, seed, stream)
+    step = max(rows.shape[0], 1) if rows.dtype == out.dtype else _chunk_for(rows.shape[0], rows)
+    for low in range(0, rows.shape[0], step):
+        part = slice(low, low + step)
+        torch.mm(rows[part].to(out.dtype), omega, out=out[part])
+
+
+def _project_cpp(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
+    omega = draw_cpp(torch.empty(rows.shape[1], out.shape[1]), kind, seed, stream)
+    step = rows.shape[0] if rows.dtype == out.dtype else min(_chunk_for(rows.shape[0], rows), rows.shape[0])
+    panel = _panel(rows, step, None)
+    for low in range(0, rows.shape[0], step):
+        part = out[low : low + step]
+        torch.mm(_pack(rows, low, part.shape[0], None, None, panel, None), omega, out=part)
+
+
+def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: str, seed: int, stream: int) -> None:
+    if a.numel() == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    rows = flat_rows(a)
+    backend(out.view(rows.shape[0], out.shape[-1]), rows, kind, seed, stream)
+
+
+projection = Op(
+    "project",
+    _project_body,
+    writes=("out",),
+    backends=(
+        on_triton("sketch.kernel:project", _takes),
+        on_cpp(_project_cpp, _takes),
+        on_torch(_project_torch),
+    ),
+)
 
 
 def project(
@@ -335,6 +299,13 @@ def project(
     check_range("k", k, low=0, high=2**31 - 1, integer=True)
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream)
-    chosen = project_dispatcher.choose(backend, a)
-    projected: torch.Tensor = _project(a.detach(), k, kind, key, stream, chosen)
-    return projected
+    out = a.new_empty((*a.shape[:-1], k), dtype=torch.promote_types(a.dtype, torch.float32))
+    projection(backend, out, a, kind, key, stream)
+    return out
+
+
+@projection.self_test(terms=70)
+def _projected(device: torch.device) -> Example:
+    (a,) = normal(device, (97, 70))
+    arguments: dict[str, Any] = {"a": a, "k": 20, "kind": "gaussian", "seed": 1, "stream": 2}
+    return arguments, lambda result: relative_error([result], [reference.project(**arguments)])

@@ -1,14 +1,15 @@
-"""The skinny products: checks, registration and the choice of backend."""
+"""The skinny products."""
 
 from __future__ import annotations
 
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Dispatcher, Implementation, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
-from lora_kernels.ops.skinny import _launch
+from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops.skinny import _launch, reference
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -19,42 +20,38 @@ def _not_built(name: str) -> str | None:
     return None if hasattr(module, name) else f"not built: the compiled extension has no {name}"
 
 
-def _triton_refuses(device: torch.device, dtype: torch.dtype, _drops: bool) -> str | None:
-    return triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None)
-
-
-def _cpp_refuses(device: torch.device, dtype: torch.dtype, _drops: bool) -> str | None:
+def _no_cpp(dtype: torch.dtype) -> str | None:
     name = _launch.CPP_NAMES.get(dtype)
-    missing: str | None = cpp_refuses(device) or (
-        f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}")
-    )
+    missing: str | None = f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}")
     return missing
 
 
-def _on_cpu(device: torch.device, _dtype: torch.dtype, _drops: bool) -> bool:
-    return device.type == "cpu"
-
-
-def _library_wins(_device: torch.device, dtype: torch.dtype, drops: bool) -> bool:
+def _library_wins(dtype: torch.dtype, drops: bool) -> bool:
     # Without a mask the three are plain matrix products: in float32 ours are made for few columns, in bfloat16 the
     # library may have instructions of the processor that ours do not use.
     return not drops and dtype != torch.float32
 
 
 def product_dispatcher(name: str) -> Dispatcher:
-    """The dispatcher of an op made of skinny products, asked with a device, a dtype and whether anything is dropped."""
+    """Chooses for a function made of skinny products, asked with a device, a dtype and whether anything is dropped."""
     return Dispatcher(
         name,
         (
-            Implementation("triton", _triton_refuses, explicit_only=_on_cpu),
-            Implementation("cpp", _cpp_refuses, explicit_only=_library_wins),
-            Implementation("torch", lambda *_: None),
+            Backend(
+                "triton",
+                lambda device, dtype, _: (
+                    triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None)
+                ),
+                lambda device, *_: device.type == "cpu",
+            ),
+            Backend(
+                "cpp",
+                lambda device, dtype, _: cpp_refuses(device) or _no_cpp(dtype),
+                lambda _, dtype, drops: _library_wins(dtype, drops),
+            ),
+            Backend("torch", lambda *_: None),
         ),
     )
-
-
-shrink_dispatcher, tsreduce_dispatcher = product_dispatcher("shrink"), product_dispatcher("tsreduce")
-expand_dispatcher = product_dispatcher("expand")
 
 
 def unit_columns(wide: torch.Tensor) -> torch.Tensor:
@@ -69,105 +66,75 @@ def _check_pair(names: tuple[str, str], first: torch.Tensor, second: torch.Tenso
     check_tensor(names[1], second, shape=shape, dtypes=(first.dtype,), device=first.device)
 
 
-@torch.library.custom_op("lora_kernels::shrink", mutates_args=())
+def _backends(product: str) -> tuple[Backend, ...]:
+    """The backends of a product whose arguments begin with the result and an operand, and end in a dropout."""
+    return (
+        on_triton(f"skinny.kernel:{product}", lambda _, operand, *__: no_float64(operand)),
+        on_cpp(
+            f"skinny._launch:_{product}_cpp",
+            lambda _, operand, *__: _no_cpp(operand.dtype),
+            lambda _, operand, *rest: _library_wins(operand.dtype, rest[-3] > 0),
+        ),
+        on_torch(f"skinny._launch:_{product}_torch"),
+    )
+
+
 def _shrink(
+    backend: Backend,
+    out: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
     scale: float,
     threshold: int,
     seed: torch.Tensor | None,
     stream: int,
-    backend: str,
-) -> torch.Tensor:
-    out = x.new_empty(x.shape[0], a.shape[0])
-    with _launch.device_of(x):
-        return _launch.shrink(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream), backend)
+) -> None:
+    if out.numel() == 0 or x.shape[1] == 0:
+        out.zero_()
+    else:
+        backend(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream))
 
 
-@_shrink.register_fake
-def _(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    scale: float,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> torch.Tensor:
-    _check_pair(("x", "a"), x, a, (1, 1))
-    return x.new_empty(x.shape[0], a.shape[0])
-
-
-@torch.library.custom_op("lora_kernels::tsreduce", mutates_args=())
 def _tsreduce(
-    t: torch.Tensor, z: torch.Tensor, threshold: int, seed: torch.Tensor | None, stream: int, backend: str
-) -> torch.Tensor:
-    with _launch.device_of(z):
-        return _launch.tsreduce(unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream), backend)
+    backend: Backend,
+    out: torch.Tensor,
+    t: torch.Tensor,
+    z: torch.Tensor,
+    threshold: int,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> None:
+    if out.numel() == 0 or z.shape[0] == 0:
+        out.zero_()
+    else:
+        backend(out, unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream))
 
 
-@_tsreduce.register_fake
-def _(
-    t: torch.Tensor, z: torch.Tensor, threshold: int, seed: torch.Tensor | None, stream: int, backend: str
-) -> torch.Tensor:
-    _check_pair(("t", "z"), t, z, (0, 0))
-    return z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
-
-
-@torch.library.custom_op("lora_kernels::expand", mutates_args=())
 def _expand(
-    t: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> torch.Tensor:
-    out, row = t.new_empty(t.shape[0], b.shape[1]), None if bias is None else bias.contiguous()
-    with _launch.device_of(out):
-        return _launch.expand(out, unit_columns(t), b, bias=row, mask=mask_of(threshold, seed, stream), backend=backend)
-
-
-@_expand.register_fake
-def _(
-    t: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> torch.Tensor:
-    _check_pair(("t", "b"), t, b, (1, 0))
-    return t.new_empty(t.shape[0], b.shape[1])
-
-
-@torch.library.custom_op("lora_kernels::expand_", mutates_args=("out",))
-def _expand_(
+    backend: Backend,
     out: torch.Tensor,
     t: torch.Tensor,
     b: torch.Tensor,
+    bias: torch.Tensor | None,
+    accumulate: bool,
     threshold: int,
     seed: torch.Tensor | None,
     stream: int,
-    backend: str,
 ) -> None:
-    with _launch.device_of(out):
-        _launch.expand(out, unit_columns(t), b, base=out, mask=mask_of(threshold, seed, stream), backend=backend)
+    row = None if bias is None else bias.contiguous()
+    if out.numel() == 0:
+        return
+    if t.shape[1] > 0:
+        backend(out, unit_columns(t), b, out if accumulate else None, row, mask_of(threshold, seed, stream))
+    elif row is not None:
+        out.copy_(row.expand_as(out))
+    elif not accumulate:
+        out.zero_()
 
 
-@_expand_.register_fake
-def _(
-    out: torch.Tensor,
-    t: torch.Tensor,
-    b: torch.Tensor,
-    threshold: int,
-    seed: torch.Tensor | None,
-    stream: int,
-    backend: str,
-) -> None:
-    _check_pair(("t", "b"), t, b, (1, 0))
+shrinking = Op("shrink", _shrink, writes=("out",), backends=_backends("shrink"))
+reducing = Op("tsreduce", _tsreduce, writes=("out",), backends=_backends("tsreduce"))
+expanding = Op("expand", _expand, writes=("out",), backends=_backends("expand"))
 
 
 def shrink(
@@ -198,9 +165,17 @@ def shrink(
     _check_pair(("x", "a"), x, a, (1, 1))
     check_number("scale", scale)
     drop = lowered(dropout, x.device)
-    chosen = shrink_dispatcher.choose(backend, x.device, x.dtype, drop[0] > 0)
-    made: torch.Tensor = _shrink(x.detach(), a.detach(), float(scale), *drop, chosen)
-    return made
+    out = x.new_empty(x.shape[0], a.shape[0])
+    shrinking(backend, out, x, a, float(scale), *drop)
+    return out
+
+
+@shrinking.self_test(terms=70)
+def _shrink_example(device: torch.device) -> Example:
+    x, a = normal(device, (97, 70), (8, 70))
+    dropout = Dropout(0.1, 1)
+    truth = reference.shrink(x.double(), a.double(), 0.5, dropout)
+    return {"x": x, "a": a, "scale": 0.5, "dropout": dropout}, lambda result: relative_error([result], [truth])
 
 
 def tsreduce(
@@ -224,9 +199,17 @@ def tsreduce(
     """
     _check_pair(("t", "z"), t, z, (0, 0))
     drop = lowered(dropout, z.device)
-    chosen = tsreduce_dispatcher.choose(backend, z.device, z.dtype, drop[0] > 0)
-    made: torch.Tensor = _tsreduce(t.detach(), z.detach(), *drop, chosen)
-    return made
+    out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    reducing(backend, out, t, z, *drop)
+    return out
+
+
+@reducing.self_test(terms=97)
+def _tsreduce_example(device: torch.device) -> Example:
+    t, z = normal(device, (97, 8), (97, 70))
+    dropout = Dropout(0.1, 1)
+    truth = reference.tsreduce(t.double(), z.double(), dropout)
+    return {"t": t, "z": z, "dropout": dropout}, lambda result: relative_error([result], [truth])
 
 
 def expand(
@@ -258,18 +241,25 @@ def expand(
     """
     _check_pair(("t", "b"), t, b, (1, 0))
     drop = lowered(dropout, t.device)
-    chosen = expand_dispatcher.choose(backend, t.device, t.dtype, drop[0] > 0)
     if bias is not None:
         check_tensor("bias", bias, shape=(b.shape[1],), dtypes=(t.dtype,), device=t.device)
+    accumulate = out is not None
     if out is None:
-        row = None if bias is None else bias.detach()
-        made: torch.Tensor = _expand(t.detach(), b.detach(), row, *drop, chosen)
-        return made
-    if bias is not None:
-        raise ValueError("bias cannot be given together with out, which is added to")
-    check_tensor("out", out, shape=(t.shape[0], b.shape[1]), dtypes=(t.dtype,), device=t.device)
-    check_written("out", out, t=t, b=b)
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
-    _expand_(out, t.detach(), b.detach(), *drop, chosen)
+        out = t.new_empty(t.shape[0], b.shape[1])
+    else:
+        if bias is not None:
+            raise ValueError("bias cannot be given together with out, which is added to")
+        check_tensor("out", out, shape=(t.shape[0], b.shape[1]), dtypes=(t.dtype,), device=t.device)
+        check_written("out", out, t=t, b=b)
+        if out.shape[1] > 1 and out.stride(1) != 1:
+            raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
+    expanding(backend, out, t, b, bias, accumulate, *drop)
     return out
+
+
+@expanding.self_test(terms=8 + 2)
+def _expand_example(device: torch.device) -> Example:
+    t, b, out = normal(device, (97, 8), (8, 33), (97, 33))
+    dropout = Dropout(0.1, 1)
+    truth = reference.expand(t.double(), b.double(), out.double(), dropout)
+    return {"t": t, "b": b, "out": out, "dropout": dropout}, lambda result: relative_error([result], [truth])

@@ -1,20 +1,22 @@
-"""Singular values of `s B A` without forming it: checks, registration and the choice of backend."""
+"""Singular values of `s B A` without forming it."""
 
 from __future__ import annotations
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher, Implementation
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import check_range, check_tensor
-from lora_kernels.ops.small_linalg import _launch
-from lora_kernels.ops.small_linalg.op import eigh
+from lora_kernels.ops._op import Example, Op, on_torch, relative_error
+from lora_kernels.ops.small_linalg import drivers
+from lora_kernels.ops.small_linalg.drivers import on_compiled
+from lora_kernels.ops.small_linalg.op import definite, eigh
 
 # Entries of a factor that are widened to float64 at a time (128 MB).
 _CHUNK = 2**24
 
 
 def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    check_tensor("a", a, dtypes=_launch.DTYPES)
+    check_tensor("a", a, dtypes=drivers.DTYPES)
     if a.dim() < 2:
         raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., r, n)")
     check_tensor("b", b, dtypes=(a.dtype,), device=a.device)
@@ -22,20 +24,6 @@ def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
         expected = f"{(*a.shape[:-2], 'm', a.shape[-2])}".replace("'", "")
         raise ValueError(f"b has shape {tuple(b.shape)}, but must have shape {expected}")
     check_range("scaling", scaling, low=-float(torch.finfo(a.dtype).max), high=float(torch.finfo(a.dtype).max))
-
-
-def _cpp_refuses(a: torch.Tensor, *_: object) -> str | None:
-    limits = (("eigh", torch.float64), ("singular_values", torch.float64))
-    return _launch.order_refuses(a.device, a.shape[-2], *limits)
-
-
-def _lapack_wins(a: torch.Tensor, *_: object) -> bool:
-    return _launch.lapack_wins("factor_spectrum", a, a.shape[-2])
-
-
-dispatcher = Dispatcher(
-    "factor_spectrum", (Implementation("cpp", _cpp_refuses, _lapack_wins), Implementation("torch", lambda *_: None))
-)
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
@@ -62,7 +50,7 @@ def _roots(a: torch.Tensor, b: torch.Tensor, backend: str) -> tuple[torch.Tensor
     """
     if a.dtype == torch.float32:
         return _gram_root(a, backend), _gram_root(b.mT, backend)
-    _launch.raise_first(_launch.not_finite(a, b))  # not their triangles: LAPACK can lose a NaN on the way
+    drivers.raise_first(drivers.not_finite(a, b))  # not their triangles: LAPACK can lose a NaN on the way
     return _triangle(a.mT), _triangle(b)
 
 
@@ -73,36 +61,47 @@ def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return roots / scale, scale.squeeze(-1)
 
 
-def _singular_values(core: torch.Tensor, backend: str) -> torch.Tensor:
-    values: torch.Tensor
-    if backend == "torch":
-        values = torch.linalg.svdvals(core)
-        return values
-    core = core.contiguous()
-    values = core.new_empty(core.shape[:-1])
+def _values_torch(values: torch.Tensor, core: torch.Tensor) -> None:
+    values.copy_(torch.linalg.svdvals(core))
+
+
+def _values_compiled(values: torch.Tensor, core: torch.Tensor) -> None:
     if core.device.type == "cpu":
-        _launch.run_cpu("singular_values", core.dtype, core, values, core.shape[0], core.shape[-1])
-    else:
-        info = _launch.new_info(core)
-        _launch.run_cuda("singular_values", core.dtype, core, values, info, core.shape[0], core.shape[-1])
-        _launch.raise_first(info)
-    return values
+        drivers.run_cpu("singular_values", core.dtype, core, values, core.shape[0], core.shape[-1])
+        return
+    info = drivers.new_info(core)
+    drivers.run_cuda("singular_values", core.dtype, core, values, info, core.shape[0], core.shape[-1])
+    drivers.raise_first(info)
 
 
-@torch.library.custom_op("lora_kernels::factor_spectrum", mutates_args=())
-def _factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float, backend: str) -> torch.Tensor:
+def _body(backend: Backend, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     if a.numel() == 0 or b.numel() == 0:
-        return a.new_zeros(a.shape[:-1])
-    root_a, root_b = _roots(_launch.dense(a), _launch.dense(b), backend)
+        out.zero_()
+        return
+    root_a, root_b = _roots(drivers.dense(a), drivers.dense(b), backend.name)
     (left, scale_a), (right, scale_b) = _normalised(root_a), _normalised(root_b)
-    values = _singular_values(right @ left.mT, backend) * abs(scaling) * scale_a * scale_b
-    return values.to(a.dtype).reshape(a.shape[:-1])
+    core = (right @ left.mT).contiguous()
+    values = core.new_empty(core.shape[:-1])
+    backend(values, core)
+    out.copy_((values * abs(scaling) * scale_a * scale_b).reshape(out.shape))
 
 
-@_factor_spectrum.register_fake
-def _(a: torch.Tensor, b: torch.Tensor, scaling: float, backend: str) -> torch.Tensor:
-    _check(a, b, scaling)
-    return a.new_empty(a.shape[:-1])
+spectrum = Op(
+    "factor_spectrum",
+    _body,
+    writes=("out",),
+    backends=(
+        on_compiled(
+            _values_compiled,
+            lambda _out, a, *_: (a, a.shape[-2]),
+            "eigh",
+            "singular_values",
+            op="factor_spectrum",
+            dtype=torch.float64,
+        ),
+        on_torch(_values_torch),
+    ),
+)
 
 
 def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, backend: str = "auto") -> torch.Tensor:
@@ -130,6 +129,14 @@ def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, b
         RuntimeError: if an iteration does not converge, or the backend asked for cannot take the call.
     """
     _check(a, b, scaling)
-    backend = dispatcher.choose(backend, a, b)
-    values: torch.Tensor = _factor_spectrum(a.detach(), b.detach(), float(scaling), backend)
-    return values
+    out = a.new_empty(a.shape[:-1])
+    spectrum(backend, out, a, b, float(scaling))
+    return out
+
+
+@spectrum.self_test(terms=12 * 12, dtype=torch.float64)
+def _example(device: torch.device) -> Example:
+    p, _, rhs = definite(device)
+    a, b = rhs.mT, p[..., :7]
+    truth = 2 * torch.linalg.svdvals(b @ a)[..., :7]
+    return {"a": a, "b": b, "scaling": 2.0}, lambda result: relative_error([result], [truth])

@@ -1,13 +1,14 @@
-"""Calls into the compiled drivers, and what their outcomes mean in words."""
+"""The compiled drivers: when they run, calls into them, and what their outcomes mean in words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import cpp_refuses
+from lora_kernels.ops._backend import Backend, cpp_refuses
 from lora_kernels.ops._checks import check_tensor
 
 DTYPES = (torch.float32, torch.float64)
@@ -30,31 +31,13 @@ _NOT_FINITE, _NOT_CONVERGED, _NOT_POSITIVE = 1, 2, 3
 
 
 def check_square(name: str, matrices: torch.Tensor) -> None:
-    """Check for a float32 or float64 tensor of shape `(..., n, n)`.
-
-    Args:
-        name: the argument's name, for the message.
-        matrices: the argument.
-
-    Raises:
-        ValueError: on another shape.
-    """
+    """Check for a float32 or float64 tensor of shape `(..., n, n)`."""
     check_tensor(name, matrices, dtypes=DTYPES)
     if matrices.dim() < 2 or matrices.shape[-1] != matrices.shape[-2]:
         raise ValueError(f"{name} has shape {tuple(matrices.shape)}, but must be (..., n, n)")
 
 
-def order_refuses(device: torch.device, order: int, *limits: tuple[str, torch.dtype]) -> str | None:
-    """Why the compiled drivers cannot take matrices of this order, or `None` if they can.
-
-    Args:
-        device: where the matrices are.
-        order: their order.
-        limits: for CUDA, the kernels needed and the dtype that each works in.
-
-    Returns:
-        The reason.
-    """
+def _order_refuses(device: torch.device, order: int, kernels: tuple[str, ...], dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         reason = cpp_refuses(device)
         return reason or (None if order <= MAX_ORDER else f"order {order} exceeds {MAX_ORDER}")
@@ -64,36 +47,46 @@ def order_refuses(device: torch.device, order: int, *limits: tuple[str, torch.dt
     if not hasattr(module, "eigh_cuda_limit"):
         return "the compiled extension was built without CUDA"
     with torch.cuda.device(device):
-        limit = min(int(getattr(module, f"{name}_cuda_limit")(dtype.itemsize)) for name, dtype in limits)
+        limit = min(int(getattr(module, f"{kernel}_cuda_limit")(dtype.itemsize)) for kernel in kernels)
     return None if order <= limit else f"order {order} exceeds the {limit} that fit in shared memory"
 
 
-def lapack_wins(op: str, like: torch.Tensor, order: int) -> bool:
-    """Whether torch beats the compiled driver, so that `auto` passes over it.
+def on_compiled(
+    provider: Callable[..., None],
+    problem: Callable[..., tuple[torch.Tensor, int]],
+    *kernels: str,
+    op: str = "",
+    dtype: torch.dtype | None = None,
+) -> Backend:
+    """The backend `cpp` of an op on small matrices: C++ on CPU tensors, CUDA on those of a GPU.
 
     Args:
-        op: a name in the table above.
-        like: a batch, `(..., rows, columns)`.
-        order: of the matrices that the driver works on.
+        provider: what runs.
+        problem: given the op's arguments, a batch `(..., rows, columns)` and the order of the matrices worked on.
+        kernels: the CUDA kernels needed, whose limits hold.
+        op: the name in the table of measured orders above; without one C++ always wins.
+        dtype: that the kernels work in; by default that of the batch.
 
     Returns:
-        The answer, from measurements.
+        The backend.
     """
-    least, per_matrix = _CPU_ORDERS[op, like.dtype]
-    return like.device.type == "cpu" and order > max(least, per_matrix * like.shape[:-2].numel())
+
+    def refuses(*args: Any) -> str | None:
+        batch, order = problem(*args)
+        return _order_refuses(batch.device, order, kernels, dtype or batch.dtype)
+
+    def slower(*args: Any) -> bool:
+        batch, order = problem(*args)
+        if not op or batch.device.type != "cpu":
+            return False
+        least, per_matrix = _CPU_ORDERS[op, batch.dtype]
+        return order > max(least, per_matrix * batch.shape[:-2].numel())
+
+    return Backend("cpp", refuses, slower, provider)
 
 
 def raise_status(status: int, index: int) -> None:
-    """Raise what a driver's status means.
-
-    Args:
-        status: of a driver; 0 is success.
-        index: of the matrix.
-
-    Raises:
-        ValueError: for a matrix that is not finite or not positive definite.
-        RuntimeError: for an iteration that did not converge.
-    """
+    """Raise what a driver's status means, 0 being success."""
     if status == _NOT_FINITE:
         raise ValueError(f"matrix {index} holds NaN or infinite entries")
     if status == _NOT_CONVERGED:
@@ -104,11 +97,7 @@ def raise_status(status: int, index: int) -> None:
 
 
 def raise_first(status: torch.Tensor) -> None:
-    """Raise for the first status that is not 0.
-
-    Args:
-        status: one per matrix.
-    """
+    """Raise for the first matrix whose status is not 0."""
     if bool(status.any()):
         index = int(status.reshape(-1).nonzero()[0])
         raise_status(int(status.reshape(-1)[index]), index)
@@ -131,20 +120,18 @@ def not_finite(*batches: torch.Tensor) -> torch.Tensor:
 
 
 def not_positive(info: torch.Tensor) -> torch.Tensor:
-    """Status per matrix from LAPACK's `info` of a Cholesky factorisation.
-
-    Args:
-        info: 0, or the order of the first leading minor that is not positive.
-
-    Returns:
-        Integers of the same shape.
-    """
+    """Status per matrix from LAPACK's `info` of Cholesky: 0, or the order of the first minor that is not positive."""
     return torch.where(info > 0, info + (_NOT_POSITIVE - 1), torch.zeros_like(info))
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous `(batch, rows, columns)` form of `(..., rows, columns)`."""
     return tensor.reshape(tensor.shape[:-2].numel(), *tensor.shape[-2:]).contiguous()
+
+
+def room(out: torch.Tensor) -> torch.Tensor:
+    """A view of contiguous `(..., rows, columns)` as `(batch, rows, columns)`, to be filled."""
+    return out.view(out.shape[:-2].numel(), *out.shape[-2:])
 
 
 def _arguments(arguments: tuple[Any, ...]) -> list[Any]:
@@ -156,27 +143,13 @@ def _entry(name: str, dtype: torch.dtype) -> Any:
 
 
 def run_cpu(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Run a CPU driver on dense tensors and numbers, and raise what it found.
-
-    Args:
-        name: of the driver.
-        dtype: its dtype.
-        arguments: tensors, which go as addresses, and numbers.
-    """
+    """Run a CPU driver on dense tensors, which go as addresses, and numbers, and raise what it found."""
     raise_status(*_entry(name, dtype)(*_arguments(arguments), torch.get_num_threads()))
 
 
 def run_cuda(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Launch a CUDA driver on the current stream of the first tensor's device.
-
-    Args:
-        name: of the driver, without `_cuda`.
-        dtype: its dtype.
-        arguments: tensors, which go as addresses, and numbers.
-    """
-    device = next(each.device for each in arguments if isinstance(each, torch.Tensor))
-    with torch.cuda.device(device):
-        _entry(f"{name}_cuda", dtype)(*_arguments(arguments), torch.cuda.current_stream().cuda_stream)
+    """Launch a CUDA driver on the current device and stream, likewise; `info` among the tensors takes what it finds."""
+    _entry(f"{name}_cuda", dtype)(*_arguments(arguments), torch.cuda.current_stream().cuda_stream)
 
 
 def new_info(like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,253 @@
+"""An op is one object: what it writes and checks, its backends, and a call that shows its accuracy.
+
+Outputs are allocated by the public function; an op returns nothing. Adding an op is adding a folder whose `op.py` makes
+an `Op`: it registers the operation with torch, chooses the backend, and enters `OPS`, which all lists of ops read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lora_kernels.ops import _backend
+from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
+from lora_kernels.ops._checks import check_written
+
+OPS: dict[str, Op] = {}
+# The arguments of a small call, and the relative error of what it returned (and wrote) against float64.
+Example = tuple[dict[str, Any], Callable[[Any], float]]
+_TENSORS = (torch.Tensor, torch.Tensor | None)
+_NOTHING = contextlib.nullcontext()
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether memory can be worked on directly: ordinary tensors, and no compiler, mode or transform around."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.is_meta
+            or tensor.is_neg()
+            or torch._is_zerotensor(tensor)
+        ):
+            return False
+    return True
+
+
+def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a body runs in: on a device, without autocast, and without modes that change where tensors are made."""
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    casts = known and torch.is_autocast_enabled(device.type)
+    modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
+    if device.type != "cuda" and not casts and not modes:
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    if device.type == "cuda":
+        stack.enter_context(torch.cuda.device(device))
+    if casts:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if modes:
+        stack.enter_context(torch._C.DisableTorchFunction())
+    return stack
+
+
+def device_of(args: Iterable[Any]) -> torch.device:
+    """The device of the first tensor among arguments."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device
+    raise TypeError("an op needs at least one tensor")
+
+
+def no_float64(*tensors: torch.Tensor | None) -> str | None:
+    """The answer of a backend that takes no float64, given the tensors whose dtypes matter."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return "takes no float64" if wide else None
+
+
+def _anything(*_: Any) -> str | None:
+    return None
+
+
+def on_triton(provider: str, takes: Callable[..., str | None] = _anything) -> Backend:
+    """A Triton backend; in the interpreter on CPU tensors only on request."""
+    return Backend(
+        "triton",
+        lambda *args: triton_refuses(device_of(args)) or takes(*args),
+        lambda *args: device_of(args).type == "cpu",
+        provider,
+    )
+
+
+def on_cpp(
+    provider: str | Callable[..., Any],
+    takes: Callable[..., str | None] = _anything,
+    slower: Callable[..., bool] = lambda *_: False,
+) -> Backend:
+    """A backend of the compiled extension, on CPU tensors."""
+    return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), slower, provider)
+
+
+def on_torch(provider: str | Callable[..., Any]) -> Backend:
+    """The backend that takes everything."""
+    return Backend("torch", _anything, provider=provider)
+
+
+class Op:
+    """One operation on all backends.
+
+    Attributes:
+        name: that of its public function in `lora_kernels.ops`, and of the operation in `torch.ops.lora_kernels`.
+        writes: the names of the arguments that are written.
+        backends: best first.
+        overload: the registered operation: the body's arguments, and last the name of a backend.
+        example: makes, on a device, keyword arguments of the public function and the error of its result.
+        bound: what that error may be, on every backend and processor.
+    """
+
+    example: Callable[[torch.device], Example]
+    bound: float
+
+    def __init__(
+        self,
+        name: str,
+        body: Callable[..., None],
+        *,
+        writes: Sequence[str],
+        backends: Sequence[Backend],
+        check: Callable[..., None] | None = None,
+    ) -> None:
+        """Register an op.
+
+        Args:
+            name: see the attribute.
+            body: called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
+                optional tensors, ints, floats, bools and strings.
+            writes: the arguments, tensors, that are written; they may be optional.
+            backends: best first.
+            check: called with the op's arguments before anything else, where they come from the user as they are. What
+                is written is then checked to lie apart from what is read.
+        """
+        first, *parameters = inspect.signature(body).parameters.values()
+        hints = typing.get_type_hints(body)
+        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+        self.name, self.writes, self.backends = name, tuple(writes), tuple(backends)
+        self._body, self._check = body, check
+        self._by_name = {backend.name: backend for backend in backends}
+        self._names = [parameter.name for parameter in parameters]
+        self._tensors = [i for i, parameter in enumerate(parameters) if parameter.annotation in _TENSORS]
+        self._written = [self._names.index(written) for written in writes]
+        self._read = [i for i in self._tensors if i not in self._written]
+
+        def registered(*args: Any) -> None:
+            self._execute(args[-1], args[:-1])
+
+        parameters.append(first.replace(annotation=str))
+        registered.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
+        self.overload = torch.library.custom_op(f"lora_kernels::{name}", registered, mutates_args=writes)._opoverload
+        OPS[name] = self
+
+    def __call__(self, backend: str, *args: Any) -> None:
+        """Check arguments, choose the backend and run; see `choose` for errors."""
+        if self._check is not None:
+            self._check(*args)
+            self._check_written(args)
+        self.run(self.choose(backend, *args), *args)
+
+    def run(self, backend: str, *args: Any) -> None:
+        """Run on a backend that takes the arguments, which are checked.
+
+        Without torch's dispatcher where nothing but it would see the call. Gradients do not flow through.
+        """
+        values = list(args)
+        if is_plain(*[args[i] for i in self._tensors]):
+            for i in self._read:
+                if args[i] is not None and args[i].requires_grad:
+                    values[i] = args[i].detach()
+            self._execute(backend, values)
+            # Kernels write memory behind autograd's back: a graph that kept the old numbers must hear of it.
+            torch.autograd.graph.increment_version([args[i] for i in self._written if args[i] is not None])
+            return
+        for i in self._read:
+            values[i] = None if args[i] is None else args[i].detach()
+        self.overload(*values, backend)
+
+    def choose(self, backend: str, *args: Any) -> str:
+        """The name of the backend that runs a call; see `_backend.choose`."""
+        return _backend.choose(self.name, self.backends, backend, args).name
+
+    def explain(self, *args: Any) -> dict[str, str | None]:
+        """Per backend, why it cannot take these arguments (`None`: it can)."""
+        return {backend.name: backend.refuses(*args) for backend in self.backends}
+
+    def self_test(self, terms: int, dtype: torch.dtype = torch.float32) -> Callable[[Any], Any]:
+        """Decorates the function that makes the example of a self-test.
+
+        Args:
+            terms: how many roundings of the dtype a result may take; about the length of the sums.
+            dtype: of the arithmetic.
+
+        Returns:
+            The decorator.
+        """
+
+        def keep(example: Callable[[torch.device], Example]) -> Callable[[torch.device], Example]:
+            self.example, self.bound = example, terms * torch.finfo(dtype).eps
+            return example
+
+        return keep
+
+    @property
+    def kernel_module(self) -> str | None:
+        """The module of its Triton kernels, or `None`."""
+        providers = (backend.provider for backend in self.backends if backend.name == "triton")
+        return next((f"lora_kernels.ops.{str(provider).partition(':')[0]}" for provider in providers), None)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function."""
+        function: Callable[..., Any] = getattr(importlib.import_module("lora_kernels.ops"), self.name)
+        return function
+
+    def error(self, device: torch.device, backend: str) -> float:
+        """The error of the example on a device and a backend; see `choose` for errors."""
+        arguments, error = self.example(device)
+        return error(self.function(**arguments, backend=backend))
+
+    def _execute(self, backend: str, args: Sequence[Any]) -> None:
+        with isolated(device_of(args)):
+            self._body(self._by_name[backend], *args)
+
+    def _check_written(self, args: Sequence[Any]) -> None:
+        others = {self._names[i]: args[i] for i in self._tensors}
+        for i in self._written:
+            del others[self._names[i]]
+            if args[i] is not None:
+                check_written(self._names[i], args[i], **others)
+
+
+def relative_error(results: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> float:
+    """The largest Frobenius error of results relative to their truths in float64."""
+    errors = []
+    for result, truth in zip(results, truths, strict=True):
+        exact = truth.detach().double()
+        errors.append(float(torch.dist(result.detach().double(), exact) / torch.linalg.norm(exact)))
+    return max(errors)
+
+
+def normal(device: torch.device, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The same normal numbers on every device, for self-tests."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]

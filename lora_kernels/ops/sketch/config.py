@@ -1,0 +1,96 @@
+"""Tile sizes and launch shapes of the sketch kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.ops._tiles import build_platform
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """Tile sizes and launch shape of one of the two products.
+
+    Attributes:
+        tokens: tokens per tile (`shrink_kernel`) or per step (`tall_kernel`).
+        features: features per step (`shrink_kernel`) or per tile (`tall_kernel`).
+        warps: warps per program.
+        stages: depth of the load pipeline.
+    """
+
+    tokens: int
+    features: int
+    warps: int
+    stages: int
+
+
+SHRINK = SketchConfig(64, 64, 4, 4)
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
+SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
+SHRINK_AMD = SketchConfig(64, 32, 8, 2)
+SHRINK_AMD_SINGLE = SketchConfig(64, 32, 8, 2)
+TALL = SketchConfig(64, 128, 8, 4)
+TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
+TALL_RAGGED = SketchConfig(32, 64, 4, 3)
+TALL_AMD = SketchConfig(32, 64, 4, 2)
+
+LEAST_RANK, MOST_RANK = 16, 64
+ROWS = 16  # of the elementwise kernels
+
+
+def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
+    """The configuration of a product; one table per platform until a measurement says otherwise.
+
+    Args:
+        product: `shrink` or `tall`.
+        dtype: of the rows.
+        aligned: whether loads can be vectorised.
+        platform: `cuda` or `hip`; by default what this torch was built for.
+
+    Returns:
+        The configuration.
+    """
+    shrink = product == "shrink"
+    single = dtype == torch.float32
+    if (platform or build_platform()) == "hip":
+        return TALL_AMD if not shrink else SHRINK_AMD_SINGLE if single else SHRINK_AMD
+    if shrink and single:
+        return SHRINK_SINGLE
+    if not aligned:
+        return SHRINK_RAGGED if shrink else TALL_RAGGED
+    if shrink:
+        return SHRINK
+    return TALL if dtype == torch.bfloat16 else TALL_SINGLE
+
+
+def rank_for(columns: int) -> tuple[int, int]:
+    """How the columns of Omega are tiled.
+
+    Args:
+        columns: k.
+
+    Returns:
+        The width of a tile (a power of two from 16 to 64) and the number of tiles.
+    """
+    rank = min(max(LEAST_RANK, 1 << (columns - 1).bit_length()), MOST_RANK)
+    return rank, -(-columns // rank)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether Triton will find the width, the stride and the address of rows to be multiples of 16.
+
+    Args:
+        x: `(rows, n)`.
+
+    Returns:
+        True if all are.
+    """
+    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), x.data_ptr()))
+
+
+def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
+    """How many tokens, in whole tiles, go through both kernels at a time: half the cache holds their rows."""
+    parts = -(-tokens * row_bytes // max(cache // 2, 2**24))
+    return max(-(-tokens // (max(parts, 1) * 64)) * 64, 64)
