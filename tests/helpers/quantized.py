@@ -215,11 +215,12 @@ def peft_class(kind):
     """
     entry = KINDS[kind]
     full = f"peft.tuners.lora.{entry.module}"
+    getattr(peft.import_utils, entry.available, bool)()  # answers once, before a stand-in could be found
     with pytest.MonkeyPatch.context() as patch:
         where = _install(patch, entry.library, entry.layer)
         if kind == "te":
             where.LayerNormLinear, where.LayerNormMLP = LayerNormLinear, type("LayerNormMLP", (TeStandIn,), {})
-        patch.setattr(peft.import_utils, entry.available, lambda: True)
+        patch.setattr(peft.import_utils, entry.available, lambda: True, raising=False)
         patch.delitem(sys.modules, full, raising=False)
         patch.setattr(lora, entry.module, None, raising=False)
         try:
@@ -227,6 +228,8 @@ def peft_class(kind):
         except ImportError:
             pytest.skip(f"this PEFT has no {entry.module}")
         if kind == "awq":
+            if not hasattr(module, "is_gptqmodel_awq_layer"):
+                pytest.skip("this PEFT knows AWQ by another library")
             patch.setattr(module, "is_gptqmodel_awq_layer", lambda layer: isinstance(layer, AwqQuantLinear))
         patch.setattr(lora.model, entry.dispatch, getattr(module, entry.dispatch))
         yield getattr(module, entry.lora_class)

@@ -306,8 +306,13 @@ def test_compiled():
     assert relative_error(y, truth["y"]) < 2e-6 and len(grads) == 3
     for name, value in grads.items():
         assert relative_error(value, truth[name]) < 5e-6, name
-    with DoraCaching(), torch.no_grad():  # nothing is kept in a graph
-        layer.eval()
+
+
+def test_nothing_is_kept_in_a_graph():
+    layer, x = dora_layer().eval(), torch.randn(6, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with DoraCaching(), torch.no_grad():
         for _ in range(2):
             layer.lora_B["default"].weight.mul_(2)
             layer.lora_magnitude_vector["default"]._cache_clear()  # PEFT's own is stale
