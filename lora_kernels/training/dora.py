@@ -16,8 +16,8 @@ from torch import nn
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training.base_weight import row_blocks
 
-# Entries that are computed at a time: few enough for the second-level cache of a CPU.
-_CPU_BLOCK, _BLOCK = 2**18, 2**24
+# Entries that are computed at a time: on a CPU by each thread, few enough for its second-level cache.
+_NORM_BLOCK, _SCALE_BLOCK, _GPU_BLOCK = 2**17, 2**15, 2**24
 # The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
 _CACHE_KEY = "lora_kernels"
 
@@ -58,8 +58,12 @@ def refusal(layer: Any, adapter: str, active: Sequence[str], base_is_fused: bool
     return None
 
 
-def _block_entries(device: torch.device) -> int:
-    return _CPU_BLOCK if device.type == "cpu" else _BLOCK
+def _block_entries(device: torch.device, of_a_thread: int) -> int:
+    return of_a_thread * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK
+
+
+def _height(device: torch.device, columns: int, of_a_thread: int) -> int:
+    return max(1, _block_entries(device, of_a_thread) // max(1, columns))
 
 
 def row_norms(
@@ -86,7 +90,7 @@ def row_norms(
                     weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
                 )
                 return found
-            weight = weight.split(max(1, _block_entries(a.device) // max(1, a.shape[1])))  # type: ignore[no-untyped-call]
+            weight = weight.split(_height(a.device, a.shape[1], _NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)
         left, right = b.to(wide) * scaling, a.to(wide)
@@ -134,7 +138,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
             kept: torch.Tensor = before[1]
             return kept
     found = row_norms(_rows(layer), a, b, s)
-    if found.device.type == "cpu":
+    if found.device.type == "cpu" and type(found) is torch.Tensor and not torch._C._are_functorch_transforms_active():
         _refuse_zeros(found, layer, "")
     else:
         found = _guarded(found)
@@ -184,7 +188,8 @@ def _rows(layer: Any) -> Any:
     plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
     if plain and weight.is_floating_point() and weight.element_size() > 1:  # type: ignore[union-attr]
         return weight
-    return row_blocks(layer, entries=_block_entries(next(iter(layer.lora_A.values())).weight.device))()
+    device = next(iter(layer.lora_A.values())).weight.device
+    return row_blocks(layer, entries=_block_entries(device, _NORM_BLOCK))()
 
 
 def _caching() -> bool:
@@ -329,8 +334,13 @@ class _Rescaled(torch.autograd.Function):
             if d_product is not None:
                 torch.mul(part, scale, out=d_product[cut])
             if needs[1]:
-                terms = buffer[: len(part)].copy_(rows[cut])
-                total += (terms if inner is None else terms.sub_(inner)).mul_(part).sum(0)
+                terms = buffer[: len(part)]
+                if inner is None and part.dtype == rows.dtype == terms.dtype:
+                    torch.mul(rows[cut], part, out=terms)
+                else:
+                    terms.copy_(rows[cut])
+                    (terms if inner is None else terms.sub_(inner)).mul_(part)
+                total += terms.sum(0)
         return (
             None if d_product is None else d_product.view(product.shape),
             (total / norms).to(magnitudes.dtype) if needs[1] else None,
@@ -342,7 +352,7 @@ class _Rescaled(torch.autograd.Function):
 
 def _cuts(rows: torch.Tensor, *, whole: bool) -> list[slice]:
     """Blocks of rows that stay in the cache, or one block."""
-    height = len(rows) if whole else max(1, _block_entries(rows.device) // max(1, rows.shape[1]))
+    height = len(rows) if whole else _height(rows.device, rows.shape[1], _SCALE_BLOCK)
     return [slice(low, low + height) for low in range(0, len(rows), max(1, height))]
 
 

@@ -123,7 +123,7 @@ def test_no_less_accurate_than_peft_in_bfloat16():
     ("inner", "outer"), [(False, False), (True, False), (True, True), (False, True), (True, "full")]
 )
 def test_every_form_of_the_rescaling(rows, inner, outer, monkeypatch):
-    monkeypatch.setattr(dora, "_CPU_BLOCK", 70)  # blocks of 7 rows
+    monkeypatch.setattr(dora, "_SCALE_BLOCK", 70 // torch.get_num_threads())  # blocks of 7 rows
     torch.manual_seed(1)
     double = {"dtype": torch.float64, "requires_grad": True}
     product, m = torch.randn(rows, 10, **double), torch.randn(10, **double)
@@ -158,7 +158,7 @@ def test_frozen_magnitudes_and_vmap():
 @pytest.mark.parametrize("block", [2**18, 50, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_row_norms(dtype, block, monkeypatch):
-    monkeypatch.setattr(dora, "_CPU_BLOCK", block)
+    monkeypatch.setattr(dora, "_NORM_BLOCK", block)
     torch.manual_seed(2)
     weight, a, b = torch.randn(33, 17).to(dtype), torch.randn(4, 17).to(dtype), torch.randn(33, 4).to(dtype)
     truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
