@@ -23,6 +23,7 @@ from lora_kernels.statistics.distributed import world_size
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import OF_GRADIENTS
+from lora_kernels.training.base_weight import check_readable, why_unreadable
 from lora_kernels.training.dash.module import directions as dash_directions
 
 
@@ -43,7 +44,7 @@ def untrained_layers(
 
     Raises:
         ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset, or if the method reads
-            base weights that are sharded over processes.
+            base weights that cannot be read or are sharded over processes.
     """
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
@@ -52,16 +53,23 @@ def untrained_layers(
         peft_layers.check_untrained(layers, adapter_name)
     if method.offsets_base:
         offset.check(model, layers, adapter_name, base)
-    if getattr(method, "reads_base", False) and world_size() > 1:
-        _refuse_sharded(layers, method.name)
+    if getattr(method, "reads_base", False):
+        for each in layers.supported:
+            check_readable(each.target.module, each.target.name)
+        if world_size() > 1:
+            _refuse_sharded(layers, method.name)
     return layers
+
+
+def _norm(target: Target) -> float:
+    return float(torch.linalg.vector_norm(offset.base_weight(target.module, target.name)))
 
 
 def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:
     """Layers are shared out over the processes, but a shard is only gathered by all of them together."""
     for each in layers.supported:
-        weight = getattr(each.target.module, "base_layer", each.target.module).weight
-        if is_sharded(weight):  # type: ignore[arg-type]
+        weight = getattr(each.target.module.get_base_layer(), "weight", None)  # type: ignore[operator]
+        if weight is not None and is_sharded(weight):
             raise ValueError(
                 f"the base weight of layer {each.target.name} is sharded (FSDP), and {method} reads it: initialise "
                 "before sharding, for instance from statistics that were collected on the sharded model"
@@ -217,7 +225,7 @@ def _no_adapter(target: Target) -> LayerFactors:
 def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
     module = layer.target.module
     return BaseLayer(
-        functools.partial(offset.base_weight, module),
+        functools.partial(offset.base_weight, module, layer.target.name),
         layer.scaling,
         functools.partial(peft_layers.read_factors, module, adapter),
     )
@@ -336,7 +344,10 @@ def layer_reports(
             scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
             view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
             start = offset.product_norm(answer.factors, scaling)
-        share = start / float(torch.linalg.vector_norm(offset.base_weight(each.target.module))) if start > 0 else 0.0
+        unreadable = why_unreadable(each.target.module) if start > 0 else None
+        if unreadable is not None:
+            notes = (*notes, f"start not compared with the weight: {unreadable}")
+        share = start / _norm(each.target) if start > 0 and unreadable is None else 0.0
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
         skipped = statistics.skipped_rows.get(name, 0)
         reports.append(

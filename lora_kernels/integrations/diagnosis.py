@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.base_rows import row_blocks
 from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
@@ -40,7 +39,7 @@ from lora_kernels.statistics.loss import loss_items, model_loss
 from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.options import read_options
 from lora_kernels.statistics.wants import GRADIENT
-from lora_kernels.training.base_weight import offset_name
+from lora_kernels.training.base_weight import offset_name, row_blocks, why_unreadable
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.
@@ -137,13 +136,14 @@ def _why_no_weight(module: Any) -> str | None:
     if module.merged:
         return "merged: the base weight holds the update"
     weight = getattr(module.get_base_layer(), "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return f"{type(module.get_base_layer()).__name__} keeps no weight that can be read"
-    return "the base weight is on the meta device" if weight.is_meta else None
+    if weight is not None and weight.is_meta:
+        return "the base weight is on the meta device"
+    return why_unreadable(module)
 
 
 def _rows(module: Any) -> tuple[Any, tuple[int, int], torch.device]:
-    return row_blocks(module), (module.out_features, module.in_features), module.get_base_layer().weight.device
+    blocks = row_blocks(module)
+    return blocks, (module.out_features, module.in_features), next(iter(blocks())).device
 
 
 @without_autocast()

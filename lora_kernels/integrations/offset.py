@@ -26,7 +26,7 @@ from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_te
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range
-from lora_kernels.training.base_weight import dense_weight, offset_name
+from lora_kernels.training.base_weight import PLAIN, dense_weight, offset_name, weight_kind
 from lora_kernels.training.dash import LoRADash
 from lora_kernels.training.dash import module as dash_module
 
@@ -36,24 +36,20 @@ def has_offset(model: nn.Module, adapter: str) -> bool:
     return offset_name(adapter) in model.peft_config  # type: ignore[operator]
 
 
-def base_weight(module: Any) -> torch.Tensor:
+def base_weight(module: Any, name: str = "") -> torch.Tensor:
     """The weight under a LoRA layer.
 
     Args:
         module: a PEFT LoRA layer.
+        name: its name in the model, for the message.
 
     Returns:
         W, `(m, n)` float32, a copy where the base is quantized, sharded or of another dtype.
+
+    Raises:
+        ValueError: if it cannot be read.
     """
-    return dense_weight(module).to(torch.float32)
-
-
-def is_quantized(module: Any) -> bool:
-    """Whether the base weight of a LoRA layer is not a plain floating tensor that can be changed in place."""
-    weight = getattr(module.get_base_layer(), "weight", None)
-    if not isinstance(weight, torch.Tensor) or type(weight) not in (nn.Parameter, torch.Tensor):
-        return True
-    return not weight.is_floating_point()
+    return dense_weight(module, name).to(torch.float32)
 
 
 @contextlib.contextmanager
@@ -116,13 +112,22 @@ def check(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str, base: 
         base: `intact` or `mutate`.
 
     Raises:
-        ValueError: if the adapter uses DoRA (its output is not `s B A x`), or a base that should change is quantized.
+        ValueError: if the adapter uses DoRA (its output is not `s B A x`), the model cannot take a second one, or a
+            base weight that should change is no plain tensor.
     """
     if model.peft_config[adapter].use_dora:  # type: ignore[index, union-attr, operator]
         raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
+    if base == "intact" and not peft_layers.is_wrapped(model):
+        raise ValueError(
+            f"adapter {adapter!r} was put into the model (transformers' add_adapter, peft.inject_adapter_in_model), "
+            'which cannot take the frozen adapter of base="intact": use peft.get_peft_model, or base="mutate"'
+        )
     for each in layers.supported:
-        if base == "mutate" and is_quantized(each.target.module):
-            raise ValueError(f'layer {each.target.name} has a quantized base: only base="intact" is possible')
+        if base == "mutate" and weight_kind(each.target.module) != PLAIN:
+            raise ValueError(
+                f"layer {each.target.name} has a quantized base, or one whose weight is no plain tensor: only "
+                'base="intact" is possible'
+            )
 
 
 def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
@@ -324,7 +329,7 @@ def export(
         name = each.target.name
         module: Any = each.target.module
         a, b, error = _product(module, adapter_name, frozen, rank)
-        scaling = module.scaling[adapter_name]
+        scaling = peft_layers.plain_number(module.scaling[adapter_name])
         dtype = module.lora_A[adapter_name].weight.dtype
         for key, value in (("lora_A", a), ("lora_B", b)):
             state[f"{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
@@ -332,7 +337,10 @@ def export(
         shapes[name.removeprefix("base_model.model.")] = (a.shape[0], scaling * a.shape[0])
     for name, old, _why in layers.unsupported:
         other: Any = model.get_submodule(name)
-        shapes[name.removeprefix("base_model.model.")] = (old, other.scaling[adapter_name] * old)
+        shapes[name.removeprefix("base_model.model.")] = (
+            old,
+            peft_layers.plain_number(other.scaling[adapter_name]) * old,
+        )
     config.use_rslora = False  # alpha = s r, whatever s was made of
     config.r = max(size for size, _ in shapes.values())
     config.lora_alpha = next(alpha for size, alpha in shapes.values() if size == config.r)
@@ -340,7 +348,8 @@ def export(
     config.init_lora_weights, config.inference_mode = True, True
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    prefix = "" if peft_layers.is_wrapped(model) else peft_layers.PREFIX
+    tensors = {prefix + key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(folder)
     return found

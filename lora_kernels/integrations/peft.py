@@ -17,7 +17,7 @@ from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import Target
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,24 @@ class LoraLayers:
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether the model carries PEFT adapters."""
-    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+    return isinstance(getattr(model, "peft_config", None), Mapping)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether the model is PEFT's own; transformers' `add_adapter` and `inject_adapter_in_model` put layers into it."""
+    from peft import PeftMixedModel, PeftModel  # noqa: PLC0415  (peft is an optional dependency)
+
+    return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def plain_number(value: Any) -> Any:
+    """A scaling or alpha as Python's own number: PEFT keeps tensors of one for hot-swapping, and what users give."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _reason_unsupported(module: Any, adapter: str) -> str | None:
+    if isinstance(module.get_base_layer(), nn.MultiheadAttention):
+        return "MultiheadAttention: its factors are those of three products, of inputs that are not the module's alone"
     lora_a = module.lora_A[adapter] if adapter in module.lora_A else None  # noqa: SIM401  (older ModuleDicts have no get)
     if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
@@ -111,11 +125,25 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
                 "(ZeRO-3, FSDP) must be initialised before they are sharded"
             )
         target = Target(name, module, module.in_features, module.out_features)
-        alpha, rslora = module.lora_alpha[adapter], bool(module.use_rslora.get(adapter, False))
+        alpha, rslora = plain_number(module.lora_alpha[adapter]), bool(module.use_rslora.get(adapter, False))
         supported.append(LoraTarget(target, rank, alpha, rslora))
     if not supported:
         raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
     return LoraLayers(tuple(supported), tuple(unsupported))
+
+
+@contextlib.contextmanager
+def _layers_disabled(model: nn.Module) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer) and not each.disable_adapters]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextlib.contextmanager
@@ -133,7 +161,7 @@ def base_model_only(model: nn.Module) -> Iterator[None]:
         return
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():  # type: ignore[operator]
+        with model.disable_adapter() if is_wrapped(model) else _layers_disabled(model):  # type: ignore[operator]
             yield
     finally:
         # PEFT makes every active adapter trainable again on the way out, also those that were frozen before.
@@ -254,7 +282,11 @@ def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter:
     if factors.rank != layer.rank:
         module.r[adapter] = factors.rank
         module.lora_alpha[adapter] = alpha
-        module.scaling[adapter] = alpha / (math.sqrt(factors.rank) if layer.rslora else factors.rank)
+        scaling = alpha / (math.sqrt(factors.rank) if layer.rslora else factors.rank)
+        if isinstance(module.scaling[adapter], torch.Tensor):  # compiled code reads this very tensor
+            module.scaling[adapter].fill_(scaling)
+        else:
+            module.scaling[adapter] = scaling
 
 
 def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
@@ -277,9 +309,9 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 
     with_adapter, without = {}, []
     for name, module in model.named_modules():
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         if isinstance(module, LoraLayer) and adapter in module.r:
-            with_adapter[short] = (module.r[adapter], module.lora_alpha[adapter])
+            with_adapter[short] = (module.r[adapter], plain_number(module.lora_alpha[adapter]))
         elif ".base_layer" not in name and ".lora_" not in name:
             without.append(short)
     return with_adapter, without

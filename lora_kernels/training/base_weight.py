@@ -1,12 +1,27 @@
-"""The weight under a LoRA layer, and the name of what is frozen beside its adapter."""
+"""The weight under a LoRA layer: whether it can be read, all of it or a few rows at a time, and how."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_kernels.statistics.modes import is_sharded
+
+PLAIN, DEQUANTIZABLE = "plain", "dequantizable"
+
+# Entries that are dequantized or widened at a time (32 MB in float32).
+_CHUNK = 2**23
+# bitsandbytes' int8 rows are integers times their largest entry over this.
+_INT8_LARGEST = 127.0
+_FLOAT8 = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+)
+# TransformerEngine's layers whose weight is applied to the normalised input, to which the adapter is not.
+_NORMALISING = ("LayerNormLinear", "LayerNormMLP")
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -16,23 +31,237 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-def dense_weight(module: Any) -> torch.Tensor:
-    """The weight under a LoRA layer as the matrix that its output is made with.
+def weight_kind(module: Any) -> str:
+    """Whether the weight under a LoRA layer can be read as the matrix that the base layer multiplies by.
+
+    Stored numbers are taken for the weight only where it is known what they mean: codes of an unknown quantization, or
+    8-bit floats beside scales of an unknown form, are not.
 
     Args:
         module: a PEFT LoRA layer.
 
     Returns:
-        W, `(m, n)`, float32 (float64 where the base is), a copy where it is quantized, sharded or of another dtype.
+        `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (a copy can be made: quantized,
+        sharded, or computed from other tensors), or why neither, in words.
     """
-    from peft.utils.integrations import dequantize_module_weight  # noqa: PLC0415  (peft is an optional dependency)
-
     layer = module.get_base_layer()
-    weight = whole(dequantize_module_weight(layer))
+    name = type(layer).__name__
+    if name in _NORMALISING:
+        return f"{name} applies its weight to the normalised input, and the adapter is applied to the input itself"
+    if hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None)):
+        return DEQUANTIZABLE  # HQQ
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"{name} keeps no weight matrix"
+    if type(weight).__name__ == "Params4bit":
+        return DEQUANTIZABLE if getattr(weight, "quant_state", None) is not None else f"{name} is not quantized yet"
     shape = (module.out_features, module.in_features)
-    if type(layer).__name__ == "Conv1D" or (weight.shape != shape and weight.shape == shape[::-1]):
-        weight = weight.mT
-    return weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    if tuple(weight.shape) not in (shape, shape[::-1]):
+        return f"{name} keeps a weight of shape {tuple(weight.shape)}, but the layer's is {shape}"
+    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+        return DEQUANTIZABLE if _int8_scale(layer) is not None else f"{name} keeps integers without their scales"
+    if _dequantizes_itself(weight):
+        return DEQUANTIZABLE
+    if weight.dtype in _FLOAT8:
+        return _float8_kind(layer)
+    if not weight.is_floating_point():
+        return f"{name} keeps {weight.dtype} codes of an unknown quantization"
+    kept = (layer._parameters.get("weight"), layer._buffers.get("weight"))
+    if type(weight) not in (nn.Parameter, torch.Tensor) or all(each is not weight for each in kept):
+        return DEQUANTIZABLE  # a write would not reach what the weight is computed from
+    return PLAIN
+
+
+def _int8_scale(layer: Any) -> torch.Tensor | None:
+    """Largest entries `(m,)` of the rows of bitsandbytes' int8 weights: of the state once the layer has run."""
+    scale: torch.Tensor | None = getattr(getattr(layer, "state", None), "SCB", None)
+    return getattr(layer.weight, "SCB", None) if scale is None else scale
+
+
+def _dequantizes_itself(weight: torch.Tensor) -> bool:
+    """Whether a tensor is of a class (torchao's, quanto's) that brings its own `dequantize`."""
+    own = getattr(type(weight), "dequantize", None)
+    return own is not None and own is not torch.Tensor.dequantize
+
+
+def _float8_kind(layer: Any) -> str:
+    name, weight = type(layer).__name__, layer.weight
+    if _block_scale(layer) is not None:
+        return DEQUANTIZABLE
+    tensors = {*layer._parameters, *layer._buffers, *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor))}
+    if type(layer) in (nn.Linear, *_conv1d()) and tensors <= {"weight", "bias"}:
+        return DEQUANTIZABLE  # nothing could scale it: stored narrowly, and cast before it is used
+    return f"{name} keeps {weight.dtype} numbers, whose scales are of an unknown form"
+
+
+def _conv1d() -> tuple[type, ...]:
+    try:
+        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415  (an optional dependency)
+    except ImportError:
+        return ()
+    return (Conv1D,)
+
+
+def _block_scale(layer: Any) -> torch.Tensor | None:
+    """The scales of transformers' `FP8Linear`, one for each block of `block_size` entries, or one for all."""
+    scale = getattr(layer, "weight_scale_inv", None)
+    if type(layer).__name__ != "FP8Linear" or not isinstance(scale, torch.Tensor):
+        return None
+    if getattr(layer, "block_size", None) is None:
+        return scale if scale.numel() == 1 else None
+    blocks = tuple(-(-size // block) for size, block in zip(layer.weight.shape, layer.block_size, strict=True))
+    return scale if tuple(scale.shape) == blocks else None
+
+
+def why_unreadable(module: Any) -> str | None:
+    """Why the weight under a LoRA layer cannot be read, or `None`."""
+    kind = weight_kind(module)
+    return None if kind in (PLAIN, DEQUANTIZABLE) else kind
+
+
+def check_readable(module: Any, name: str = "") -> None:
+    """Refuse a LoRA layer whose base weight cannot be read.
+
+    Args:
+        module: a PEFT LoRA layer.
+        name: its name in the model, for the message.
+
+    Raises:
+        ValueError: if so, with the reason.
+    """
+    reason = why_unreadable(module)
+    if reason is not None:
+        raise ValueError(f"the base weight of layer {name or type(module).__name__} cannot be read: {reason}")
+
+
+def dense_weight(module: Any, name: str = "") -> torch.Tensor:
+    """The weight under a LoRA layer as the matrix that its output is made with.
+
+    Args:
+        module: a PEFT LoRA layer.
+        name: its name in the model, for the message.
+
+    Returns:
+        W, `(m, n)`, float32 (float64 where the base is), a copy where it is quantized, sharded or of another dtype.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    check_readable(module, name)
+    layer = module.get_base_layer()
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        dense = layer.dequantize()  # HQQ
+    elif type(weight).__name__ == "Params4bit":
+        from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
+
+        dense = functional.dequantize_4bit(weight.data, weight.quant_state)
+    elif type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+        dense = _int8_rows(weight, _int8_scale(layer), slice(None))
+    elif _dequantizes_itself(weight):
+        dense = weight.dequantize()
+    else:
+        dense = whole(weight)
+        scale = _block_scale(layer) if weight.dtype in _FLOAT8 else None
+        dense = dense if scale is None else dense.to(torch.float32) * _spread(scale, layer)
+    dense = _oriented(module, dense.detach())
+    return dense if dense.dtype == torch.float64 else dense.to(torch.float32)
+
+
+def row_blocks(module: Any, name: str = "", entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
+    """The rows of the weight under a LoRA layer, a few at a time.
+
+    Plain weights are cut, bitsandbytes' 4-bit (NF4, FP4) and int8 weights dequantized block by block. Of any other kind
+    the whole weight is made once and held.
+
+    Args:
+        module: a PEFT LoRA layer.
+        name: its name in the model, for the message.
+        entries: of a block, at most (one row at least).
+
+    Returns:
+        A function that gives blocks of rows `(rows, n)`, in order, each time it is called: float32, or of the dtype of
+        a plain weight.
+
+    Raises:
+        ValueError: if the weight cannot be read.
+    """
+    check_readable(module, name)
+    layer = module.get_base_layer()
+    m, n = module.out_features, module.in_features
+    height = max(1, (entries or _CHUNK) // max(1, n))
+    cuts = [slice(low, low + height) for low in range(0, m, height)]
+    weight = getattr(layer, "weight", None)
+    kind = type(weight).__name__
+    if kind == "Params4bit" and _sliceable(weight, m, n):
+        return lambda: _rows_4bit(weight, n, cuts)
+    if kind == "Int8Params" and weight.dtype == torch.int8:  # type: ignore[union-attr]
+        scale = _int8_scale(layer)
+        return lambda: (_int8_rows(weight, scale, cut) for cut in cuts)
+    plain = weight_kind(module) == PLAIN
+    dense = _oriented(module, weight.detach()) if plain else dense_weight(module)  # type: ignore[union-attr]
+    return lambda: (dense[cut] for cut in cuts)
+
+
+def _oriented(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    """`(m, n)`: transformers' Conv1D, and others by the same convention, keep W^T."""
+    shape = (module.out_features, module.in_features)
+    kept = any(each.__name__ == "Conv1D" for each in type(module.get_base_layer()).__mro__)
+    return weight.mT if kept or (tuple(weight.shape) != shape and tuple(weight.shape) == shape[::-1]) else weight
+
+
+def _spread(scale: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Scales of blocks, one for each entry `(m, n)`, or the one for all."""
+    scale = scale.detach().to(torch.float32)
+    if layer.block_size is None:
+        return scale
+    high, wide = layer.block_size
+    rows, columns = layer.weight.shape
+    return scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+
+def _int8_rows(weight: Any, largest: Any, rows: slice) -> torch.Tensor:
+    # Not by `dequantize` of PEFT or bitsandbytes, which moves the parameter: the layer cannot run any more.
+    scale = (largest.detach().to(torch.float32) / _INT8_LARGEST)[rows].unsqueeze(-1)
+    codes: torch.Tensor = weight.data[rows]
+    dense: torch.Tensor = codes.to(torch.float32) * scale.to(codes.device)
+    return dense
+
+
+def _sliceable(weight: Any, m: int, n: int) -> bool:
+    """Whether a 4-bit weight is packed in its own order, two entries to a byte, with every row in blocks of its own.
+
+    (Where a block runs over two rows, bitsandbytes' own kernels for CPUs give other numbers for a part of the rows than
+    for all; the weight of the model is what they make of all.)
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False) or n % state.blocksize:
+        return False
+    return tuple(state.shape) == (m, n) and weight.data.numel() * weight.data.element_size() * 2 == m * n
+
+
+def _rows_4bit(weight: Any, n: int, cuts: list[slice]) -> Iterator[torch.Tensor]:
+    from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
+
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax = absmax.to(torch.float32)
+    packed = weight.data.reshape(-1).view(torch.uint8)
+    blocks, m = n // state.blocksize, state.shape[0]
+    for cut in cuts:
+        low, high = cut.start, min(m, cut.stop)
+        part = functional.QuantState(  # type: ignore[no-untyped-call]
+            absmax=absmax[low * blocks : high * blocks],
+            shape=torch.Size((high - low, n)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        codes = packed[low * n // 2 : high * n // 2].unsqueeze(-1)
+        yield functional.dequantize_4bit(codes, quant_state=part).reshape(high - low, n).to(torch.float32)
 
 
 def offset_name(adapter: str) -> str:

@@ -1,17 +1,25 @@
-"""DoRA (arXiv 2402.09353) on the fused path: `y = c * (x W^T + s x A^T B^T) + bias`.
+"""DoRA (arXiv 2402.09353) on the fused path: `y = c * (x W^T + s x A^T B^T) + bias` with `c = m / |W + s B A|` by row.
 
-c is `m / |W + s B A|`, row by row.
+With dropout PEFT computes `x W^T + bias + (c - 1) * d W^T + c * s d A^T B^T` of the dropped input d. That is
+`(x - d) W^T + bias + c * (d W^T + s d A^T B^T)`: one product of the base layer, and one of the fused op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.training.base_weight import row_blocks
+
+# Entries that are computed at a time: on a CPU by each thread, few enough for its second-level cache.
+_NORM_BLOCK, _SCALE_BLOCK, _GPU_BLOCK = 2**17, 2**15, 2**24
+# The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
+_CACHE_KEY = "lora_kernels"
 
 
 def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
@@ -50,32 +58,302 @@ def refusal(layer: Any, adapter: str, active: Sequence[str], base_is_fused: bool
     return None
 
 
-def row_scale(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, magnitudes: torch.Tensor
-) -> torch.Tensor:
-    """`m / |W + s B A|` by row; the norm counts as a constant (section 4.3 of the paper).
+def _block_entries(device: torch.device, of_a_thread: int) -> int:
+    return of_a_thread * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK
 
-    `|w + s b A|^2 = |w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>`: W is read, and no matrix of its size is made.
+
+def _height(device: torch.device, columns: int, of_a_thread: int) -> int:
+    return max(1, _block_entries(device, of_a_thread) // max(1, columns))
+
+
+def row_norms(
+    weight: torch.Tensor | Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, scaling: Any
+) -> torch.Tensor:
+    """`|W + s B A|` by row, from the sums themselves, a few rows at a time.
+
+    (`|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is wrong where the two nearly cancel.)
 
     Args:
-        weight: W `(m, n)`.
+        weight: W `(m, n)`, or its rows, in order, in blocks of any height.
         a: A `(r, n)`.
         b: B `(m, r)`.
-        scaling: s.
-        magnitudes: `(m,)`.
+        scaling: s: a number, or a tensor of one.
 
     Returns:
-        `(m,)`, differentiable in the magnitudes.
+        `(m,)`, float32 (float64 where one of the three is), without a graph.
     """
-    with torch.no_grad():
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        left, right = b.to(wide), a.to(wide)
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        squares += 2 * scaling * ((weight @ a.to(weight.dtype).mT).to(wide) * left).sum(1)
-        squares += scaling**2 * ((left @ (right @ right.mT)) * left).sum(1)
-        norms = squares.sqrt()
-    scale: torch.Tensor = magnitudes / norms.to(magnitudes.dtype)
-    return scale
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        if isinstance(weight, torch.Tensor):
+            wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+            if torch.compiler.is_compiling():
+                found: torch.Tensor = torch.linalg.vector_norm(
+                    weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
+                )
+                return found
+            weight = weight.split(_height(a.device, a.shape[1], _NORM_BLOCK))  # type: ignore[no-untyped-call]
+        else:
+            wide = torch.promote_types(a.dtype, torch.float32)
+        left, right = b.to(wide) * scaling, a.to(wide)
+        norms = left.new_empty(b.shape[0])
+        buffer, low = left.new_empty(0, a.shape[1]), 0
+        for rows in weight:
+            high = low + rows.shape[0]
+            if len(buffer) < len(rows):
+                buffer = left.new_empty(rows.shape)
+            total = buffer[: len(rows)].copy_(rows).addmm_(left[low:high], right)
+            torch.linalg.vector_norm(total, dim=1, out=norms[low:high])
+            low = high
+    return norms  # type: ignore[no-any-return]
+
+
+def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
+    """`|W + s B A|` by row, of a layer as it is; of rows that are zero, infinity, so that their scale is zero.
+
+    They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
+    as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
+    autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
+
+    Args:
+        layer: a LoRA layer.
+        adapter: its name.
+        cached: false where the layer's parameters are made anew for each pass (FSDP2).
+
+    Returns:
+        `(m,)`, without a graph.
+
+    Raises:
+        ValueError: if rows are zero, by which PEFT divides; on a CPU only, since other devices would have to be waited
+            for (see `check`).
+    """
+    a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+    if torch.compiler.is_compiling():
+        return _guarded(row_norms(_rows(layer), a, b, s))
+    holder = layer.lora_magnitude_vector[adapter]
+    store = getattr(holder, "_dora_cache", None)  # PEFT 0.18 has none
+    key = None
+    if cached and store is not None and not holder.training and _caching():
+        key = _key(layer.get_base_layer(), a, b, s)
+        before = store.get(_CACHE_KEY)
+        if before is not None and _same(before[0], key):
+            kept: torch.Tensor = before[1]
+            return kept
+    found = row_norms(_rows(layer), a, b, s)
+    if found.device.type == "cpu" and type(found) is torch.Tensor and not torch._C._are_functorch_transforms_active():
+        _refuse_zeros(found, layer, "")
+    else:
+        found = _guarded(found)
+    if key is not None and store is not None:
+        store[_CACHE_KEY] = (key, found)
+    elif store:
+        store.pop(_CACHE_KEY, None)
+    return found
+
+
+def check(layer: Any, adapter: str, name: str) -> None:
+    """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT's output is NaN there); waits for the device.
+
+    Args:
+        layer: a LoRA layer.
+        adapter: its name.
+        name: the layer's name, for the message.
+
+    Raises:
+        ValueError: if it has some, naming them.
+    """
+    found = row_norms(_rows(layer), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+    _refuse_zeros(found, layer, name)
+
+
+def _refuse_zeros(found: torch.Tensor, layer: Any, name: str) -> None:
+    """Says which rows are zero."""
+    if bool(found.all()):
+        return
+    rows = (found == 0).nonzero().flatten().tolist()
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    where = name or f"of shape ({layer.out_features}, {layer.in_features})"
+    raise ValueError(
+        f"DoRA divides by the norms of the rows of W + s B A, but {len(rows)} of layer {where} are zero "
+        f"(rows {shown}): leave the layer out of target_modules, or set use_dora=False"
+    )
+
+
+def _guarded(found: torch.Tensor) -> torch.Tensor:
+    return found.masked_fill(found == 0, math.inf)
+
+
+def _rows(layer: Any) -> Any:
+    """W `(m, n)`, or its rows in blocks where it has to be dequantized or turned."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor)
+    if plain and weight.is_floating_point() and weight.element_size() > 1:  # type: ignore[union-attr]
+        return weight
+    device = next(iter(layer.lora_A.values())).weight.device
+    return row_blocks(layer, entries=_block_entries(device, _NORM_BLOCK))()
+
+
+def _caching() -> bool:
+    from peft.tuners.lora import dora  # noqa: PLC0415  (peft is an optional dependency)
+
+    return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
+
+
+def _key(base: Any, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> tuple[Any, ...]:
+    """What norms depend on: tensors with the versions and places of their values, and the scaling."""
+    weight = getattr(base, "weight", None)
+    tensors = (base.W_q if weight is None else weight, a, b)
+    traces = tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in tensors)
+    if isinstance(scaling, torch.Tensor):
+        return (*tensors, scaling), (*traces, scaling._version)
+    return tensors, (*traces, float(scaling))
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return (
+        len(one[0]) == len(other[0])
+        and all(mine is yours for mine, yours in zip(one[0], other[0], strict=True))
+        and one[1] == other[1]
+    )
+
+
+def rescaled(
+    product: torch.Tensor,
+    magnitudes: torch.Tensor,
+    norms: torch.Tensor,
+    *,
+    inner: torch.Tensor | None = None,
+    outer: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`m / norms * (product - inner) + outer`, in one pass over the product, and two in the backward.
+
+    Args:
+        product: `x W^T + s x A^T B^T + inner`, `(..., m)`; kept for the gradient of the magnitudes.
+        magnitudes: `(m,)`.
+        norms: `(m,)`, constants (section 4.3 of the paper).
+        inner: `(m,)`: the bias, where a base layer that computes its own product has added it already.
+        outer: `(m,)` or `(..., m)`: what is not scaled, such as the bias.
+
+    Returns:
+        `(..., m)`, of the product's dtype.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _rescaled(product, magnitudes, norms, inner, outer)
+    found: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
+    return found
+
+
+def rescaled_dropped(
+    base: Callable[[torch.Tensor], torch.Tensor],
+    fused: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    dropped: torch.Tensor,
+    magnitudes: torch.Tensor,
+    norms: torch.Tensor,
+    *,
+    inner: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """DoRA's output where the adapter's input is dropped.
+
+    Args:
+        base: the base layer, `z -> z W^T + bias`.
+        fused: `z -> z W^T + s z A^T B^T + inner`.
+        x: `(..., n)`.
+        dropped: x after dropout.
+        magnitudes: `(m,)`.
+        norms: `(m,)`, constants.
+        inner: `(m,)`: the bias, where `fused` adds it.
+
+    Returns:
+        `(..., m)`.
+    """
+    return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
+
+
+def _rescaled(
+    product: torch.Tensor,
+    magnitudes: torch.Tensor,
+    norms: torch.Tensor,
+    inner: torch.Tensor | None,
+    outer: torch.Tensor | None,
+) -> torch.Tensor:
+    y = (product if inner is None else product - inner) * (magnitudes / norms)
+    return (y if outer is None else y + outer).to(product.dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """`rescaled`, eager."""
+
+    @staticmethod
+    def forward(
+        product: torch.Tensor,
+        magnitudes: torch.Tensor,
+        norms: torch.Tensor,
+        inner: torch.Tensor | None,
+        outer: torch.Tensor | None,
+    ) -> torch.Tensor:
+        scale = magnitudes / norms
+        more = outer
+        if inner is not None:
+            more = -scale * inner if outer is None else outer - scale * inner
+        rows = product.reshape(-1, product.shape[-1])
+        each = more is not None and more.dim() == product.dim() > 1
+        more = more.reshape(rows.shape) if each else more  # type: ignore[union-attr]
+        y = torch.empty_like(rows)
+        # Operands of one dtype need no copies; others are widened a block at a time.
+        for cut in _cuts(rows, whole=rows.dtype == scale.dtype):
+            if more is None:
+                torch.mul(rows[cut], scale, out=y[cut])
+            else:
+                torch.addcmul(more[cut] if each else more, rows[cut], scale, out=y[cut])
+        return y.view(product.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG004
+        product, magnitudes, norms, inner, outer = inputs
+        ctx.save_for_backward(product, magnitudes, norms, inner)
+        ctx.outer = None if outer is None else (outer.dtype, outer.dim() == 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        product, magnitudes, norms, inner = ctx.saved_tensors
+        needs, scale = ctx.needs_input_grad, magnitudes / norms
+        rows, gs = product.reshape(-1, product.shape[-1]), g.reshape(-1, g.shape[-1])
+        row = ctx.outer is not None and ctx.outer[1]
+        sums = gs.sum(0, dtype=scale.dtype) if needs[3] or (needs[4] and row) else None
+        d_inner = -(scale * sums).to(inner.dtype) if needs[3] else None  # type: ignore[operator]
+        d_outer = (sums if row else g).to(ctx.outer[0]) if needs[4] else None  # type: ignore[union-attr]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+            d_product = (g * scale).to(product.dtype)
+            terms = gs * (rows if inner is None else rows - inner)
+            return d_product, (terms.sum(0) / norms).to(magnitudes.dtype), None, d_inner, d_outer
+        cuts = _cuts(rows, whole=False)
+        d_product = torch.empty_like(rows) if needs[0] else None
+        total, buffer = torch.zeros_like(scale), scale.new_empty(rows[: cuts[0].stop].shape if cuts else 0)
+        for cut in cuts:
+            part = gs[cut]
+            if d_product is not None:
+                torch.mul(part, scale, out=d_product[cut])
+            if needs[1]:
+                terms = buffer[: len(part)]
+                if inner is None and part.dtype == rows.dtype == terms.dtype:
+                    torch.mul(rows[cut], part, out=terms)
+                else:
+                    terms.copy_(rows[cut])
+                    (terms if inner is None else terms.sub_(inner)).mul_(part)
+                total += terms.sum(0)
+        return (
+            None if d_product is None else d_product.view(product.shape),
+            (total / norms).to(magnitudes.dtype) if needs[1] else None,
+            None,
+            d_inner,
+            d_outer,
+        )
+
+
+def _cuts(rows: torch.Tensor, *, whole: bool) -> list[slice]:
+    """Blocks of rows that stay in the cache, or one block."""
+    height = len(rows) if whole else _height(rows.device, rows.shape[1], _SCALE_BLOCK)
+    return [slice(low, low + height) for low in range(0, len(rows), max(1, height))]
 
 
 def scaled(y: torch.Tensor, layer: Any, adapter: Any) -> torch.Tensor:
@@ -89,6 +367,5 @@ def scaled(y: torch.Tensor, layer: Any, adapter: Any) -> torch.Tensor:
     Returns:
         `(..., m)`.
     """
-    base = layer.base_layer
-    y = y * row_scale(base.weight, adapter.a, adapter.b, adapter.scaling, adapter.magnitude).to(y.dtype)
-    return y if base.bias is None else y + base.bias.to(y.dtype)
+    name = next(name for name in layer.lora_A if magnitude(layer, name) is adapter.magnitude)
+    return rescaled(y, adapter.magnitude, norms(layer, name), outer=layer.base_layer.bias)

@@ -13,7 +13,7 @@ from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.statistics.distributed import raise_together, rank, share_out, world_size
 from lora_kernels.statistics.modes import is_sharded
-from lora_kernels.training.base_weight import dense_weight, offset_name, whole
+from lora_kernels.training.base_weight import check_readable, dense_weight, offset_name, whole
 
 # A and B of an adapter `(r, n)`, `(m, r)`, and its scaling.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -127,6 +127,8 @@ def for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progres
     found: dict[str, Any] = {}
     error: Exception | None = None
     names = list(layers)
+    for name in names:  # on all processes alike, before they share the work out
+        check_readable(layers[name], name)
     shown = not progress or rank() > 0
     for number, name in enumerate(tqdm(names, desc="core directions", unit="layer", disable=shown, leave=False)):
         layer = layers[name]

@@ -1,0 +1,145 @@
+"""Adapters that are not `get_peft_model` on linear layers with a scaling that is a float."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch import nn
+
+import lora_kernels as lk
+from tests.conftest import relative_error
+from tests.statistics.models import padded, samples, tiny_llama
+
+BATCHES = padded(samples(), 4)
+INPUTS = {key: BATCHES[0][key] for key in ("input_ids", "attention_mask")}
+TARGETS = ["q_proj", "v_proj"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**INPUTS).logits
+
+
+def nudge(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value += 0.05 * torch.randn_like(value)
+
+
+def config(**changes):
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **changes})
+
+
+def wrapped(scaling, **changes):
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_llama(), config(**changes))
+    if scaling == "tensor":
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+        assert all(isinstance(each.scaling["default"], torch.Tensor) for each in lora_layers(model))
+    elif scaling == "numpy":
+        for layer in lora_layers(model):
+            layer.scaling["default"] = numpy.float32(layer.scaling["default"])
+            layer.lora_alpha["default"] = numpy.float32(layer.lora_alpha["default"])
+    return model
+
+
+def lora_layers(model):
+    return [each for each in model.modules() if hasattr(each, "lora_A")]
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "numpy"])
+@pytest.mark.parametrize("method", ["eva", "pissa", "lora_ga", "task_directions"])
+def test_scalings_that_are_tensors_or_numpy_numbers(method, scaling, tmp_path):
+    made = []
+    for kind in ("number", scaling):
+        model = wrapped(kind)
+        tensors = [layer.scaling["default"] for layer in lora_layers(model)]
+        lk.initialize(model, BATCHES, method, progress=False)
+        if kind == "tensor":  # the very tensors that compiled code reads, also where ranks have changed
+            assert all(
+                layer.scaling["default"] is each for layer, each in zip(lora_layers(model), tensors, strict=True)
+            )
+        nudge(model)
+        found = lk.diagnose(model, BATCHES, weight_decay=0.1, progress=False)
+        folder = tmp_path / kind
+        lk.export(model, folder)
+        json.loads((folder / "adapter_config.json").read_text())
+        loaded = PeftModel.from_pretrained(tiny_llama(), folder)
+        assert relative_error(logits(loaded), logits(model)) < 1e-5
+        made.append((logits(model), [layer.spectrum.frobenius for layer in found]))
+    assert relative_error(made[0][0], made[1][0]) < 1e-5 and made[0][1] == pytest.approx(made[1][1])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 6)
+
+    def forward(self, x, memory):
+        return self.head(self.attn(x, memory, memory)[0]).pow(2).mean()
+
+
+@pytest.mark.parametrize("method", ["eva", "lora_ga", "corda", "pissa"])
+def test_an_attention_module_is_no_linear_layer(method):
+    torch.manual_seed(0)
+    model = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attn", "head"]))
+    batch = {"x": torch.randn(5, 7, 32), "memory": torch.randn(5, 11, 32)}
+    report = lk.initialize(model, [batch], method=method, progress=False)
+    found = {layer.name.removeprefix("base_model.model."): layer for layer in report}
+    assert found["head"].status == "initialised" and found["attn"].status == "unsupported"
+    assert "MultiheadAttention" in found["attn"].notes[0]
+
+
+def added():
+    torch.manual_seed(3)
+    model = tiny_llama()
+    model.add_adapter(config())
+    return model
+
+
+def injected():
+    torch.manual_seed(3)
+    return inject_adapter_in_model(config(), tiny_llama())
+
+
+@pytest.mark.parametrize("make", [added, injected])
+def test_adapters_put_into_a_model(make, tmp_path):
+    model = make()
+    assert {each.path for each in lk.accelerate(model, strict=True)} == {"fused"}
+    assert lk.verify(model, BATCHES[0]).ok
+    base = logits(tiny_llama())
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    statistics = lk.collect(model, BATCHES, "lora_ga", progress=False)
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+    assert not any(layer.disable_adapters for layer in lora_layers(model))
+    report = lk.initialize(model, BATCHES, "eva", progress=False)
+    assert [layer.status for layer in report] == ["initialised"] * 4 and len(statistics) == 4
+    assert relative_error(logits(model), base) < 1e-5
+    nudge(model)
+    assert relative_error(logits(model), base) > 1e-3
+    assert lk.verify(model, BATCHES[0]).ok
+    assert len(lk.diagnose(model, BATCHES, weight_decay=0.1, progress=False).layers) == 4
+    lk.export(model, tmp_path / "exported")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "exported")
+    assert relative_error(logits(loaded), logits(model)) < 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    if make is added:  # transformers writes the adapter, with the ranks that EVA gave it
+        again = tiny_llama()
+        again.load_adapter(str(tmp_path / "saved"))
+        assert relative_error(logits(again), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [added, injected])
+def test_starts_away_from_zero_need_another_adapter(make):
+    model, base = make(), logits(tiny_llama())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match='use peft.get_peft_model, or base="mutate"'):
+        lk.initialize(model, method="pissa", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    lk.initialize(model, BATCHES, "lora_ga", base="mutate", progress=False)
+    assert relative_error(logits(model), base) < 1e-4
