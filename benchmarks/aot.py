@@ -38,10 +38,9 @@ from triton.compiler import ASTSource
 
 import build_support
 from lora_kernels import ops  # noqa: F401  (fills OPS)
-from lora_kernels.ops._by_hand import BY_HAND
 from lora_kernels.ops._op import OPS
 
-OF_OPS = {op.kernel_module for op in (*OPS.values(), *BY_HAND) if op.kernel_module is not None}
+OF_OPS = {op.kernel_module for op in OPS.values() if op.kernel_module is not None}
 KERNEL_MODULES = sorted({"lora_kernels.ops._reduce", *OF_OPS})
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "gfx942")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from lora_kernels.ops._backend import Refused
-from lora_kernels.ops._by_hand import BY_HAND, ByHand
-from lora_kernels.ops._op import OPS, Op
+from lora_kernels.ops._op import OPS
+from lora_kernels.ops.lora_linear import forms, use_form
 
 
 @dataclass(frozen=True)
@@ -40,24 +39,19 @@ class SelfTest:
         )
 
 
-def _run(op: Op | ByHand, backend: str, device: torch.device) -> SelfTest:
-    error, reason = None, ""
+def _run(name: str, backend: str, device: torch.device, form: str = "auto") -> SelfTest:
+    op, error, reason = OPS[name], None, ""
+    refusal = forms.gemm_refuses(device, torch.float32) if form == "gemm" else None
     try:
-        error = op.error(device, backend)
-    except Refused as refusal:
-        reason = refusal.reasons.get(backend, str(refusal))
+        if refusal is not None:
+            raise Refused(refusal, {backend: refusal})
+        with use_form(form):
+            error = op.error(device, backend)
+    except Refused as refused:
+        reason = refused.reasons.get(backend, str(refused))
     except Exception as problem:
         reason = f"failed: {problem!r}"
-    return SelfTest(op.name, backend, device.type, error, op.bound, reason)
-
-
-def _cases() -> Iterator[tuple[Op | ByHand, str]]:
-    for op in OPS.values():
-        for backend in op.backends:
-            yield op, backend.name
-    for other in BY_HAND:
-        for name in other.backends:
-            yield other, name
+    return SelfTest(name if form == "auto" else f"{name} {form}", backend, device.type, error, op.bound, reason)
 
 
 def self_tests() -> list[SelfTest]:
@@ -67,4 +61,6 @@ def self_tests() -> list[SelfTest]:
         The outcomes.
     """
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    return [_run(op, backend, device) for op, backend in _cases() for device in devices]
+    cases = [(op.name, backend.name) for op in OPS.values() for backend in op.backends]
+    plain = [_run(*case, device) for case in cases for device in devices]
+    return [*plain, *(_run("lora_linear", "triton", device, "gemm") for device in devices)]

@@ -14,7 +14,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.part import Run, relative_error
 from benchmarks.lora_layers import gradients
 from lora_kernels.ops.lora_linear import forms, reference, table
-from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from lora_kernels.ops.lora_linear.op import layer as layer_op
 
 TOKENS = 8192
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008), (11008, 4096))
@@ -53,7 +53,7 @@ def _tuned(run: Run, n: int, m: int, dropout: bool) -> dict[str, Any]:
 
 def _used_forms(x: torch.Tensor, m: int, rank: int, dropout: float) -> dict[str, str]:
     """In which form our layer's large products run."""
-    backend = linear_dispatcher.choose("auto", x.device, x.dtype, dropout > 0)
+    backend = layer_op.choose("auto", x.device, x.dtype, dropout > 0)
     sizes = (x.shape[0], x.shape[1], m)
     return {
         product: forms.choose(

@@ -25,3 +25,12 @@ def without_autocast() -> Iterator[None]:
 def _accelerators() -> tuple[str, ...]:
     accelerator = torch.accelerator.current_accelerator()
     return () if accelerator is None or not torch.amp.is_autocast_available(accelerator.type) else (accelerator.type,)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
+    kind = x.device.type
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if not known or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -186,20 +186,3 @@ def choose(op: str, backends: Sequence[Backend], requested_by_call: str, args: S
         raise Refused(f"{op} has no {wanted!r} implementation", reasons)
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise Refused(f"{op} cannot run on backend {wanted!r} ({listed})", reasons)
-
-
-class Dispatcher:
-    """Chooses among the backends of a function that is not an `Op`."""
-
-    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
-        """Keep the candidates of `name`, best first."""
-        self.name = name
-        self.backends = tuple(backends)
-
-    def explain(self, *args: Any) -> dict[str, str | None]:
-        """Per backend, why it cannot take this call (`None`: it can)."""
-        return {backend.name: backend.refuses(*args) for backend in self.backends}
-
-    def choose(self, backend: str, *args: Any) -> str:
-        """The name of the backend that runs this call; see `choose`."""
-        return choose(self.name, self.backends, backend, args).name

@@ -1,7 +1,8 @@
 """An op is one object: what it writes and checks, its backends, and a call that shows its accuracy.
 
-Outputs are allocated by the public function; an op returns nothing. Adding an op is adding a folder whose `op.py` makes
-an `Op`: it registers the operation with torch, chooses the backend, and enters `OPS`, which all lists of ops read.
+Outputs are allocated by the public function and the op returns nothing, unless it says what it returns. Adding an op is
+adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the backend, and enters
+`OPS`, which all lists of ops read.
 """
 
 from __future__ import annotations
@@ -123,11 +124,13 @@ class Op:
     def __init__(
         self,
         name: str,
-        body: Callable[..., None],
+        body: Callable[..., Any],
         *,
-        writes: Sequence[str],
+        writes: Sequence[str] = (),
         backends: Sequence[Backend],
         check: Callable[..., None] | None = None,
+        fake: Callable[..., Any] | None = None,
+        listed: bool = True,
     ) -> None:
         """Register an op.
 
@@ -139,6 +142,8 @@ class Op:
             backends: best first.
             check: called with the op's arguments before anything else, where they come from the user as they are. What
                 is written is then checked to lie apart from what is read.
+            fake: of an op that returns tensors: makes empty ones, given the arguments and the backend's name.
+            listed: whether the op enters `OPS`: not if it is a part of another.
         """
         first, *parameters = inspect.signature(body).parameters.values()
         hints = typing.get_type_hints(body)
@@ -151,13 +156,19 @@ class Op:
         self._written = [self._names.index(written) for written in writes]
         self._read = [i for i in self._tensors if i not in self._written]
 
-        def registered(*args: Any) -> None:
-            self._execute(args[-1], args[:-1])
+        def registered(*args: Any) -> Any:
+            return self._execute(args[-1], args[:-1])
 
         parameters.append(first.replace(annotation=str))
-        registered.__signature__ = inspect.Signature(parameters, return_annotation=None)  # type: ignore[attr-defined]
-        self.overload = torch.library.custom_op(f"lora_kernels::{name}", registered, mutates_args=writes)._opoverload
-        OPS[name] = self
+        returned = hints["return"] if fake is not None else None
+        signature = inspect.Signature(parameters, return_annotation=returned)
+        registered.__signature__ = signature  # type: ignore[attr-defined]
+        operation = torch.library.custom_op(f"lora_kernels::{name}", registered, mutates_args=writes)
+        if fake is not None:
+            operation.register_fake(fake)
+        self.overload = operation._opoverload
+        if listed:
+            OPS[name] = self
 
     def __call__(self, backend: str, *args: Any) -> None:
         """Check arguments, choose the backend and run; see `choose` for errors."""
@@ -226,9 +237,9 @@ class Op:
         arguments, error = self.example(device)
         return error(self.function(**arguments, backend=backend))
 
-    def _execute(self, backend: str, args: Sequence[Any]) -> None:
+    def _execute(self, backend: str, args: Sequence[Any]) -> Any:
         with isolated(device_of(args)):
-            self._body(self._by_name[backend], *args)
+            return self._body(self._by_name[backend], *args)
 
     def _check_written(self, args: Sequence[Any]) -> None:
         others = {self._names[i]: args[i] for i in self._tensors}

@@ -16,6 +16,8 @@ from torch import nn
 
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.training import dora
 from lora_kernels.training.description import base_is_fused, eager_reason
 from lora_kernels.training.guard import Guard
 from lora_kernels.training.lora_layer import FusedForward, class_of, stock_class, supported
@@ -110,6 +112,10 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
     return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
 
 
+def _sharded(layer: Any) -> bool:
+    return any(is_sharded(parameter) or parameter.is_meta for parameter in layer.parameters())
+
+
 def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
     """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
 
@@ -130,7 +136,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
 
     Raises:
         TypeError: if it is no model.
-        ValueError: if the model has no LoRA layer, or with `strict`, naming the layers.
+        ValueError: if the model has no LoRA layer, if DoRA would divide by the norm of a row of zeros, or with
+            `strict`, naming the layers.
     """
     layers = lora_layers(model)
     if not layers:
@@ -143,6 +150,10 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
     if eager:
         warnings.warn(report.summary(), RuntimeWarning, stacklevel=2)
     kinds = supported()
+    for name, layer in layers:
+        for adapter in layer.active_adapters if type(layer) in kinds else ():
+            if adapter in layer.lora_A and dora.magnitude(layer, adapter) is not None and not _sharded(layer):
+                dora.check(layer, adapter, name)
     for (_, layer), path in zip(layers, report, strict=True):
         if type(layer) in kinds:  # also those that are eager now: a variant may be deactivated
             layer.__class__ = class_of(type(layer))

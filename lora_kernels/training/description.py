@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels.ops._backend import requested
 from lora_kernels.ops._checks import FLOATS
-from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from lora_kernels.ops.lora_linear import op as lora_op
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training import dora
 from lora_kernels.training.extension import Extension, tied
@@ -132,7 +132,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
     for name in names:
         variant = layer.lora_variant.get(name)
         if dora.magnitude(layer, name) is not None:
-            reason = dora.refusal(layer, name, names, base_is_fused(layer, gathered=gathered))
+            reason = dora.refusal(layer, name, names)
             if reason is not None:
                 return f"adapter {name!r} is {reason}"
         elif variant is not None and not hasattr(variant, "fused"):
@@ -162,7 +162,7 @@ def _slow_dropout(weight: torch.Tensor) -> str | None:
     """Why dropout would be slower fused than in PEFT's own forward, where no kernel can make its mask."""
     if weight.device.type == "meta" or requested() == "torch":
         return None
-    reasons = linear_dispatcher.explain(weight.device, weight.dtype, True)
+    reasons = lora_op.layer.explain(weight.device, weight.dtype, True)
     if weight.dtype == torch.float64 or any(reasons[name] is None for name in ("triton", "cpp")):
         return None
     return f"dropout needs a kernel ({reasons['cpp' if weight.device.type == 'cpu' else 'triton']})"
@@ -185,6 +185,8 @@ def active(layer: Any) -> list[Adapter]:
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         variant = layer.lora_variant.get(name)
         magnitude = dora.magnitude(layer, name)
+        if magnitude is not None and not layer.training:
+            p = 0.0  # PEFT's DoRA asks the layer, too
         extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
         trained = a.requires_grad or other.weight.requires_grad
         if extension is not None and extension.coordinates is not None:

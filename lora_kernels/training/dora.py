@@ -34,25 +34,19 @@ def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
     return found
 
 
-def refusal(layer: Any, adapter: str, active: Sequence[str], base_is_fused: bool) -> str | None:
+def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
     """Why an adapter that is DoRA cannot run fused, or `None`.
 
     Args:
         layer: the LoRA layer.
         adapter: its name.
         active: the names of all active adapters of the layer.
-        base_is_fused: whether the base product is part of the fused op.
 
     Returns:
         The reason, in words.
     """
-    dropout = layer.lora_dropout[adapter]
     if len(active) > 1:
         return "DoRA beside other adapters"
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        return "DoRA with dropout, which has a base product of the dropped input of its own"
-    if not base_is_fused:
-        return "DoRA on a base that computes its own product"
     if layer.lora_B[adapter].bias is not None or is_sharded(layer.lora_magnitude_vector[adapter].weight):
         return "DoRA with a bias of its own, or sharded"
     return None
@@ -354,18 +348,3 @@ def _cuts(rows: torch.Tensor, *, whole: bool) -> list[slice]:
     """Blocks of rows that stay in the cache, or one block."""
     height = len(rows) if whole else _height(rows.device, rows.shape[1], _SCALE_BLOCK)
     return [slice(low, low + height) for low in range(0, len(rows), max(1, height))]
-
-
-def scaled(y: torch.Tensor, layer: Any, adapter: Any) -> torch.Tensor:
-    """The layer's output from the product that DoRA scales.
-
-    Args:
-        y: `x W^T + s x A^T B^T`, `(..., m)`.
-        layer: the LoRA layer.
-        adapter: its active adapter.
-
-    Returns:
-        `(..., m)`.
-    """
-    name = next(name for name in layer.lora_A if magnitude(layer, name) is adapter.magnitude)
-    return rescaled(y, adapter.magnitude, norms(layer, name), outer=layer.base_layer.bias)

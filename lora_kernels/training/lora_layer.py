@@ -9,7 +9,9 @@ that this depended on, and prepares the layer anew where something has changed. 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import warnings
 from typing import Any
 
@@ -19,20 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lora_kernels.ops import Dropout, _backend, lora_delta
+from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._dropout import lowered
-from lora_kernels.ops.lora_linear.op import (
-    TRANSFORMED,
-    LoraFunction,
-    autocast_dtype,
-    linear_dispatcher,
-    run_forward,
-)
+from lora_kernels.ops.lora_linear import op as lora_op
+from lora_kernels.ops.lora_linear.op import TRANSFORMED, LoraFunction, run_forward
 from lora_kernels.ops.lora_linear.passes import Scalars
 from lora_kernels.training import dora
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 
-# PEFT's layers whose forward is `base(x) + s B A drop(x)`, by class name.
-KINDS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
+# PEFT's layers whose forward is `base(x) + s B A drop(x)`, and their modules below `peft.tuners.lora`. Some are there
+# only if their library is installed.
+KINDS = {
+    "Linear": "layer", "Linear4bit": "bnb", "Linear8bitLt": "bnb", "TorchaoLoraLinear": "torchao",
+    "GPTQLoraLinear": "gptq", "AwqLoraLinear": "awq", "AqlmLoraLinear": "aqlm", "TeLinear": "te",
+    "EetqLoraLinear": "eetq", "HqqLoraLinear": "hqq", "IncLoraLinear": "inc",
+}  # fmt: skip
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
@@ -90,7 +93,7 @@ def class_of(kind: type) -> type:
     """
     name = f"Fused{kind.__name__}"
     cls: type | None = globals().get(name)
-    if cls is None:
+    if cls is None or cls.__mro__[2] is not kind:  # PEFT's module may have been imported anew
         doc = f"{kind.__name__}, accelerated."
         cls = type(kind.__name__, (FusedForward, kind), {"__module__": __name__, "__qualname__": name, "__doc__": doc})
         globals()[name] = cls
@@ -108,11 +111,11 @@ def __getattr__(name: str) -> Any:
 
 def supported() -> tuple[type, ...]:
     """PEFT's classes that can be accelerated, as far as this PEFT and its backends have them."""
-    from peft.tuners import lora  # noqa: PLC0415  (peft is an optional dependency)
-    from peft.tuners.lora import torchao  # noqa: PLC0415
-
-    kinds = [getattr(where, name, None) for where in (lora, torchao) for name in KINDS]
-    return tuple(dict.fromkeys(kind for kind in kinds if isinstance(kind, type)))
+    kinds = []
+    for name, module in KINDS.items():
+        with contextlib.suppress(ImportError):  # an older PEFT
+            kinds.append(getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name, None))
+    return tuple(kind for kind in kinds if isinstance(kind, type))
 
 
 def runs_fused(layer: Any) -> bool:
@@ -181,8 +184,9 @@ class Prepared:
         self.bias: torch.Tensor | None = base.bias if fused else None
         self.type = type(x)
         self.dtype, self.device, self.kind, self.inputs = x.dtype, x.device, x.device.type, first.a.shape[1]
-        threshold = lowered(Dropout(first.p, 0), x.device)[0] if first.p else 0
-        backend = linear_dispatcher.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0)
+        masked = first.p > 0 and first.magnitude is None
+        threshold = lowered(Dropout(first.p, 0), x.device)[0] if masked else 0
+        backend = lora_op.layer.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0)
         start = first.start()
         self.a0: torch.Tensor | None = None if start is None else start[0]
         self.b0: torch.Tensor | None = None if start is None else start[1]
@@ -290,22 +294,13 @@ class Prepared:
         seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
         if self.simple:
             return self._product(x, self.bias, self.a, self.b, seed)
-        start, dtype = self.bias, None
-        if self.base is not None:
-            start = self.base(x)
-            dtype = start.dtype  # of the layer's result, whatever the arithmetic is done in
+        first, *others = self.adapters
+        if first.magnitude is not None:  # of a layer with no other adapter
+            return self._scaled(x, first, first.magnitude)
+        y = self._sum(x, seed)
+        dtype = y.dtype
         if self.cast is not None:
             x = x.to(self.cast)
-        first, *others = self.adapters
-        if first.magnitude is not None:
-            start = None
-        elif first.bias is not None:
-            start = _with_bias(start, first)
-        if start is not None and self.base is not None and start.dtype != x.dtype:
-            start = start.to(x.dtype)
-        y = self._product(x, start, *first.factors(), seed)
-        if first.magnitude is not None:  # of a layer with no other adapter
-            return dora.scaled(y, self.layer, first)
         y = _with_directions(y, x, first)
         for adapter in others:
             dropout = Dropout.draw(adapter.p, device=x.device) if adapter.p else None
@@ -313,7 +308,34 @@ class Prepared:
             y = _with_directions(y, x, adapter)
             if adapter.bias is not None:
                 y = y + adapter.scaling * adapter.bias.to(y.dtype)
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def _sum(self, x: torch.Tensor, seed: torch.Tensor | None, *, biased: bool = True) -> torch.Tensor:
+        """Base product and first adapter, in the dtype of the layer's result; the base's own bias on request."""
+        start, dtype, first = self.bias if biased else None, None, self.adapters[0]
+        if self.base is not None:
+            start = self.base(x)
+            dtype = start.dtype  # whatever the arithmetic is done in
+        if self.cast is not None:
+            x = x.to(self.cast)
+        if first.bias is not None:
+            start = _with_bias(start, first)
+        if start is not None and self.base is not None and start.dtype != x.dtype:
+            start = start.to(x.dtype)
+        y = self._product(x, start, *first.factors(), seed)
         return y if dtype is None or y.dtype == dtype else y.to(dtype)
+
+    def _scaled(self, x: torch.Tensor, adapter: Adapter, magnitude: torch.Tensor) -> torch.Tensor:
+        """DoRA: the sum, rescaled by row; with dropout the dropped input has a base product of its own."""
+        norms, base = dora.norms(self.layer, adapter.name), self.layer.base_layer
+        bias = getattr(base, "bias", None)
+        inner = None if self.base is None else bias  # which the base layer has added already
+        if adapter.p == 0:
+            return dora.rescaled(self._sum(x, None, biased=False), magnitude, norms, inner=inner, outer=bias)
+        dropped = nn.functional.dropout(x, adapter.p)
+        return dora.rescaled_dropped(
+            base, lambda z: self._sum(z, None, biased=False), x, dropped, magnitude, norms, inner=inner
+        )
 
     def _product(
         self, x: torch.Tensor, start: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor | None

@@ -19,6 +19,7 @@ from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
 from lora_kernels.statistics.modes import evaluation_mode
 from lora_kernels.training.acceleration import lora_layers, reference_mode
+from lora_kernels.training.base_weight import dense_weight
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 from lora_kernels.training.lora_layer import FusedForward
 
@@ -267,34 +268,38 @@ def _run(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
 
 def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     """The same in float64; of a base that computes its own product, that product."""
-    x, g = call.x, call.g
-    rows = x.to(torch.float64).requires_grad_(True)
-    base, wanted = layer.base_layer, {}
-    with torch.enable_grad():
+    x, g = call.x, call.g.to(torch.float64)
+    rows, adapters = x.to(torch.float64).requires_grad_(True), active(layer)
+    leaves = [{part: leaf.detach().to(torch.float64) for part, leaf in _leaves(each).items()} for each in adapters]
+    wanted = {part: leaves[0][part].requires_grad_(True) for part in _trained(layer)}
+    base = layer.base_layer
+    bias = getattr(base, "bias", None)
+    bias = None if bias is None else bias.detach().to(torch.float64)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        scale = None if adapters[0].magnitude is None else _scale(layer, adapters[0], leaves[0])
         if base_is_fused(layer):
-            bias = None if base.bias is None else base.bias.to(torch.float64)
-            with call.autocast(enabled=False):
-                y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
+            y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
             shift = torch.zeros((), dtype=torch.float64, device=x.device)
         else:
             start = x.clone().requires_grad_(True)
             with call.autocast():
                 product = base(start)
-            (shift,) = torch.autograd.grad(product, start, g.to(product.dtype))
+            scaled = g if scale is None else g * scale.detach()
+            (shift,) = torch.autograd.grad(product, start, scaled.to(product.dtype))
             y, shift = product.detach().to(torch.float64), shift.to(torch.float64)
-        with torch.autocast(x.device.type, enabled=False):
-            for index, adapter in enumerate(active(layer)):
-                own = {part: leaf.detach().to(torch.float64) for part, leaf in _leaves(adapter).items()}
-                if index == 0:
-                    wanted = {part: own[part].requires_grad_(True) for part in _trained(layer)}
-                y = y + _delta(rows, adapter, own)
-                if adapter.magnitude is not None:
-                    whole = base.weight.detach().to(torch.float64)
-                    whole = whole + adapter.scaling * own["dB"].detach() @ own["dA"].detach()
-                    bias = torch.zeros(()) if base.bias is None else base.bias.to(torch.float64)
-                    y = (y - bias) * (own["dm"] / torch.linalg.vector_norm(whole, dim=1)) + bias
-            dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g.to(torch.float64))
+        for adapter, own in zip(adapters, leaves, strict=True):
+            y = y + _delta(rows, adapter, own)
+        if scale is not None:
+            y = y * scale if bias is None else (y - bias) * scale + bias
+        dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g)
     return {"y": y.detach(), "dx": dx + shift, **dict(zip(wanted, rest, strict=True))}
+
+
+def _scale(layer: Any, adapter: Adapter, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """DoRA's `m / |W + s B A|`, `(m,)`; the norm counts as a constant."""
+    whole = dense_weight(layer).to(torch.float64) + adapter.scaling * (own["dB"] @ own["dA"]).detach()
+    scale: torch.Tensor = own["dm"] / torch.linalg.vector_norm(whole, dim=1)
+    return scale
 
 
 def _delta(rows: torch.Tensor, adapter: Adapter, own: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,10 +15,7 @@ from lora_kernels.self_tests import self_tests
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 # Exported beside ops: settings, arguments of ops, compositions of torch, and what is made of several ops.
-BESIDE = {
-    "BACKENDS", "Dropout", "LoraMember", "lora_delta", "lora_linear", "lora_linear_group", "symmetrize_", "use_backend",
-    "use_form",
-}  # fmt: skip
+BESIDE = {"BACKENDS", "Dropout", "lora_delta", "symmetrize_", "use_backend", "use_form"}
 
 
 def tensors(values):

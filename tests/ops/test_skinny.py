@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import Dropout, _ext, expand, shrink, tsreduce
+from lora_kernels.ops.lora_linear import op as lora_op
 from lora_kernels.ops.skinny import op as skinny_op
 from lora_kernels.ops.skinny import reference
 from lora_kernels.ops.skinny._launch import CPP_NAMES
@@ -215,7 +216,7 @@ def test_errors_name_the_argument():
 
 def test_backend_choice(monkeypatch):
     device = torch.device("cpu")
-    choose = skinny_op.product_dispatcher("lora_linear").choose
+    choose = lora_op.layer.choose
     assert choose("auto", device, torch.bfloat16, False) == "torch"
     assert choose("auto", device, torch.float32, False) == ("cpp" if HAS_CPP else "torch")
     assert choose("auto", device, torch.float32, True) == ("cpp" if HAS_CPP else "torch")

@@ -16,12 +16,12 @@ import torch
 
 from lora_kernels.ops import _philox
 from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._op import isolated
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.config import candidates, capability_of, is_aligned
 from lora_kernels.ops.lora_linear.forms import DEFAULT, Choice, Term
-from lora_kernels.ops.lora_linear.op import linear_dispatcher
+from lora_kernels.ops.lora_linear.op import layer
 from lora_kernels.ops.lora_linear.table import Key, Record
-from lora_kernels.ops.skinny import _launch
 
 FLOOR = "mm"  # the library's product alone
 # The default stays unless another form is this much faster: less than that is noise.
@@ -101,7 +101,7 @@ class _Problem:
 
         generator = torch.Generator(device).manual_seed(0)
         weight, mask = normal(key.m, key.n).mul_(key.n**-0.5), None
-        backend = linear_dispatcher.choose("auto", device, dtype, key.dropout)
+        backend = layer.choose("auto", device, dtype, key.dropout)
         if key.product == "forward":
             left, right, b = normal(tokens, key.n), weight.mT, normal(key.m, rank).mT
         else:
@@ -216,7 +216,7 @@ def measure(
         RuntimeError: if the default form gives wrong numbers or fails: nothing can be chosen then.
     """
     problem = _Problem.draw(key, tokens, rank, device, dtype)
-    with _launch.device_of(problem.out):
+    with isolated(problem.out.device):
         return _measured(key, rank, problem, rounds)
 
 

@@ -1,7 +1,7 @@
 """The LoRA layer: checks, the choice of backend, and its one node in autograd's graph.
 
 Eager calls on ordinary tensors run `passes` directly; under tracing (compile, fake tensors, dispatch modes) the
-registered operations run, which do the same. Both fill memory that the node has allocated.
+registered operations run, which do the same.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from lora_kernels.ops._backend import Dispatcher
+from lora_kernels.ops import _backend
+from lora_kernels.ops._autocast import autocast_dtype
+from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops._dropout import Dropout, lowered
-from lora_kernels.ops.lora_linear import passes
+from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, relative_error
+from lora_kernels.ops.lora_linear import passes, reference
 from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
-from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
-from lora_kernels.ops.skinny.op import product_dispatcher
-
-linear_dispatcher, delta_dispatcher = product_dispatcher("lora_linear"), product_dispatcher("lora_delta")
+from lora_kernels.ops.skinny.op import product_backends
 
 _TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
@@ -35,8 +35,8 @@ _OTHER_ADAPTER = (
 )
 
 
-@torch.library.custom_op("lora_kernels::lora_linear_forward", mutates_args=())
-def _forward_op(
+def _forward(
+    backend: Backend,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     start: torch.Tensor | None,
@@ -49,22 +49,19 @@ def _forward_op(
     frozen_scaling: float,
     threshold: int,
     stream: int,
-    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend)
-    with _launch.device_of(x):
-        return passes.forward(x, weight, start, a, b, a0, b0, seed, scalars)
+    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend.name)
+    return passes.forward(x, weight, start, a, b, a0, b0, seed, scalars)
 
 
-@_forward_op.register_fake
-def _(x: torch.Tensor, _weight: Any, _start: Any, a: torch.Tensor, b: torch.Tensor, a0: Any, *others: Any) -> Any:
+def _forward_fake(x: torch.Tensor, _weight: Any, _start: Any, a: Any, b: Any, a0: Any, *others: Any) -> Any:
     ranks = a.shape[0] + (0 if a0 is None else a0.shape[0])
     t = x.new_empty((x.shape[0], ranks), dtype=torch.float32 if others[-1] == "cpp" else None)
     return x.new_empty((x.shape[0], b.shape[0])), t
 
 
-@torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
-def _backward_op(
+def _backward(
+    backend: Backend,
     g: torch.Tensor,
     x: torch.Tensor | None,
     t: torch.Tensor | None,
@@ -78,42 +75,27 @@ def _backward_op(
     frozen_scaling: float,
     threshold: int,
     stream: int,
-    backend: str,
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend)
-    with _launch.device_of(g):
-        gradients = passes.backward(g, x, t, weight, a, b, a0, b0, seed, scalars, need_x)
+    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend.name)
+    gradients = passes.backward(g, x, t, weight, a, b, a0, b0, seed, scalars, need_x)
     # A registered operation returns tensors: an empty one stands for what is not needed.
     dx, da, db = (g.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, da, db
 
 
-@_backward_op.register_fake
-def _(g: torch.Tensor, x: Any, t: Any, _weight: Any, a: torch.Tensor, b: torch.Tensor, *others: Any) -> Any:
-    wide = torch.promote_types(g.dtype, torch.float32)
+def _backward_fake(g: torch.Tensor, x: Any, t: Any, _weight: Any, a: Any, b: Any, *others: Any) -> Any:
+    wide, need_x = torch.promote_types(g.dtype, torch.float32), others[-2]
     return (
-        g.new_empty((g.shape[0], a.shape[1]) if others[-1] else (0,)),
+        g.new_empty((g.shape[0], a.shape[1]) if need_x else (0,)),
         g.new_empty(0) if x is None else a.new_empty(a.shape, dtype=wide),
         g.new_empty(0) if t is None else b.new_empty(b.shape, dtype=wide),
     )
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether memory can be worked on directly: an ordinary tensor, and no tracing."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not tensor.is_meta
-    )
-
-
-def _resolved(tensor: torch.Tensor) -> torch.Tensor:
-    """With its numbers in memory: kernels see addresses, not that a view negates, or stands for zeros."""
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    return tensor.clone() if torch._is_zerotensor(tensor) else tensor
+_BACKENDS = product_backends("lora_linear.kernel:linear")
+layer = Op("lora_linear", _forward, backends=_BACKENDS, fake=_forward_fake)
+layer_backward = Op("lora_linear_backward", _backward, backends=_BACKENDS, fake=_backward_fake, listed=False)
 
 
 class LoraFunction(torch.autograd.Function):
@@ -157,19 +139,17 @@ class LoraFunction(torch.autograd.Function):
                 raise RuntimeError(_TWICE)
             if state is not ctx.state and not torch.equal(state, ctx.state):
                 raise RuntimeError(_OTHER_ADAPTER)
-            if g.is_neg() or torch._is_zerotensor(g):
-                g = _resolved(g)
         rows = g if g.dim() == 2 and g.is_contiguous() else rows_of(g)
         source = x if x is None or (x.dim() == 2 and x.is_contiguous()) else rows_of(x)
         dx = da = db = dw = start = None
         if need_x or need_a or need_b:
             tensors = (rows, source if need_a else None, t, weight, a, b, a0, b0, seed)
             if not plain:
-                dx, da, db = _backward_op(*tensors, *scalars, need_x)
+                dx, da, db = layer_backward.overload(*tensors, *scalars[:4], need_x, scalars.backend)
             elif g.is_cpu and not torch.is_autocast_enabled("cpu"):
                 dx, da, db = passes.backward(*tensors, scalars, need_x)
             else:
-                with _launch.device_of(g):
+                with isolated(g.device):
                     dx, da, db = passes.backward(*tensors, scalars, need_x)
             if not need_x:
                 dx = None
@@ -196,30 +176,19 @@ def run_forward(
     scalars: Scalars,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(..., m)` and t `(tokens, r + q)` of arguments that are checked, without autograd."""
-    plain = is_plain(x)
-    if plain and (x.is_neg() or torch._is_zerotensor(x)):
-        x = _resolved(x)
+    plain = is_plain(x) if start is None else is_plain(x, start)
     flat = x.dim() == 2
     rows = x if flat and x.is_contiguous() else rows_of(x)
     if start is not None and weight is None:
-        start = rows_of(_resolved(start) if plain else start)
+        start = rows_of(start)
     if not plain:
-        y, t = _forward_op(rows, weight, start, a, b, a0, b0, seed, *scalars)
+        y, t = layer.overload(rows, weight, start, a, b, a0, b0, seed, *scalars)
     elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
         y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     else:
-        with _launch.device_of(x):
+        with isolated(x.device):
             y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     return y if flat else y.view(*x.shape[:-1], y.shape[1]), t
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for, as in `torch.nn.functional.linear`; `None` where it asks for nothing."""
-    kind = x.device.type
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    if not known or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def _checked_pair(
@@ -246,7 +215,7 @@ def _run(
     dropout: Dropout | None,
     extra: object,
     backend: str,
-    dispatcher: Dispatcher,
+    name: str,
     start_name: str,
 ) -> torch.Tensor:
     check_tensor("x", x)
@@ -270,7 +239,7 @@ def _run(
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
     x = x if cast is None else x.to(cast)
-    chosen = dispatcher.choose(backend, x.device, x.dtype, threshold > 0)
+    chosen = _backend.choose(name, _BACKENDS, backend, (x.device, x.dtype, threshold > 0)).name
     scalars = Scalars(float(scaling), frozen_scaling, threshold, stream, chosen)
     y: torch.Tensor = LoraFunction.apply(x, weight, start, a, b, a0, b0, seed, None, scalars)  # type: ignore[no-untyped-call]
     return y
@@ -322,7 +291,7 @@ def lora_linear(
             says why, and what to do.
     """
     check_type("weight", weight, torch.Tensor, "a torch.Tensor")
-    return _run(x, weight, bias, a, b, scaling, dropout, extra, backend, linear_dispatcher, "bias")
+    return _run(x, weight, bias, a, b, scaling, dropout, extra, backend, "lora_linear", "bias")
 
 
 def lora_delta(
@@ -363,4 +332,19 @@ def lora_delta(
             says why, and what to do.
     """
     check_tensor("y", y)
-    return _run(x, None, y, a, b, scaling, dropout, extra, backend, delta_dispatcher, "y")
+    return _run(x, None, y, a, b, scaling, dropout, extra, backend, "lora_delta", "y")
+
+
+@layer.self_test(terms=97 + 70 + 33 + 8)
+def _example(device: torch.device) -> Example:
+    tensors = normal(device, (97, 70), (33, 70), (33,), (8, 70), (33, 8))
+    x, weight, bias, a, b = leaves = [tensor.requires_grad_() for tensor in tensors]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    settings: dict[str, Any] = {"scaling": 0.5, "dropout": Dropout(0.1, 1)}
+    truth = reference.lora_linear(*exact, **settings)
+    truths = (truth, *torch.autograd.grad(truth.sum(), exact))
+
+    def error(y: torch.Tensor) -> float:
+        return relative_error((y, *torch.autograd.grad(y.sum(), leaves, retain_graph=True)), truths)
+
+    return {"x": x, "weight": weight, "bias": bias, "a": a, "b": b, **settings}, error

@@ -6,10 +6,8 @@ float32 (float64 for float64).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -20,40 +18,6 @@ from lora_kernels.ops._dropout import Mask
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 # What the names of the C++ functions end in, by dtype of the wide operand; the others are float32.
 CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def is_bare(tensor: torch.Tensor) -> bool:
-    """Whether `device_of` has nothing to do: on the CPU, without autocast."""
-    return tensor.is_cpu and not torch.is_autocast_enabled("cpu")
-
-
-def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """What every call of this file must be wrapped in: on the device of a tensor, and with autocast off.
-
-    Inside an op autocast would cast operands a second time.
-
-    Args:
-        tensor: any of the operands.
-
-    Returns:
-        A context; one that does nothing where nothing is to be done, since it is asked for at every call.
-    """
-    device = tensor.device
-    kind = device.type
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    casts = known and torch.is_autocast_enabled(kind)
-    if kind != "cuda" and not casts:
-        return _NOTHING
-    stack = contextlib.ExitStack()
-    if kind == "cuda":
-        # Triton launches on the current device, which need not be the tensor's.
-        stack.enter_context(torch.cuda.device(device))
-    if casts:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
 
 
 def _chunks(wide: torch.Tensor) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Backend, Dispatcher, cpp_refuses, triton_refuses
+from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
@@ -32,25 +32,21 @@ def _library_wins(dtype: torch.dtype, drops: bool) -> bool:
     return not drops and dtype != torch.float32
 
 
-def product_dispatcher(name: str) -> Dispatcher:
-    """Chooses for a function made of skinny products, asked with a device, a dtype and whether anything is dropped."""
-    return Dispatcher(
-        name,
-        (
-            Backend(
-                "triton",
-                lambda device, dtype, _: (
-                    triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None)
-                ),
-                lambda device, *_: device.type == "cpu",
-            ),
-            Backend(
-                "cpp",
-                lambda device, dtype, _: cpp_refuses(device) or _no_cpp(dtype),
-                lambda _, dtype, drops: _library_wins(dtype, drops),
-            ),
-            Backend("torch", lambda *_: None),
+def product_backends(kernel: str) -> tuple[Backend, ...]:
+    """Of what is made of skinny products; asked about a device, a dtype and whether anything is dropped."""
+    return (
+        Backend(
+            "triton",
+            lambda device, dtype, _: triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None),
+            lambda device, *_: device.type == "cpu",
+            kernel,
         ),
+        Backend(
+            "cpp",
+            lambda device, dtype, _: cpp_refuses(device) or _no_cpp(dtype),
+            lambda _, dtype, drops: _library_wins(dtype, drops),
+        ),
+        Backend("torch", lambda *_: None),
     )
 
 
