@@ -52,19 +52,19 @@ def test_registration_is_sound():
     x, weight, bias, a, b = (each.detach() for each in make((6,), 7, 5, 3))
     a0, b0, _ = make_extra(7, 5, 1.0)
     seed = torch.tensor([4])
-    forward = torch.ops.lora_kernels.lora_linear_forward.default
+    forward = torch.ops.lora_kernels.lora_linear.default
     backward = torch.ops.lora_kernels.lora_linear_backward.default
     g = torch.randn(6, 5)
     backends = ("torch", "cpp") if _ext.load()[0] is not None else ("torch",)
     for backend, start, pair, drop in itertools.product(
         backends, (bias, None), ((a0, b0), (None, None)), ((None, 0, 0), (seed, 20000, 3))
     ):
-        tensors, scalars = (a, b, *pair, drop[0]), (0.5, -0.5, *drop[1:], backend)
-        torch.library.opcheck(forward, (x, weight, start, *tensors, *scalars))
-        _, t = forward(x, weight, start, *tensors, *scalars)
-        torch.library.opcheck(backward, (g, x, t, weight, *tensors, *scalars, True))
-        torch.library.opcheck(backward, (g, None, None, None, *tensors, *scalars, True))
-        torch.library.opcheck(backward, (g, x, None, weight, *tensors, *scalars, False))
+        tensors, scalars = (a, b, *pair, drop[0]), (0.5, -0.5, *drop[1:])
+        torch.library.opcheck(forward, (x, weight, start, *tensors, *scalars, backend))
+        _, t = forward(x, weight, start, *tensors, *scalars, backend)
+        torch.library.opcheck(backward, (g, x, t, weight, *tensors, *scalars, True, backend))
+        torch.library.opcheck(backward, (g, None, None, None, *tensors, *scalars, True, backend))
+        torch.library.opcheck(backward, (g, x, None, weight, *tensors, *scalars, False, backend))
     torch.library.opcheck(forward, (x, None, torch.randn(6, 5), a, b, a0, b0, seed, 0.5, 0.1, 20000, 3, "torch"))
 
 
@@ -80,7 +80,7 @@ def test_a_dispatch_mode_sees_the_registered_operations():
     expected = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
     with Look():
         found = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).pow(2).sum(), tensors)
-    assert {"lora_kernels::lora_linear_forward", "lora_kernels::lora_linear_backward"} <= set(seen)
+    assert {"lora_kernels::lora_linear", "lora_kernels::lora_linear_backward"} <= set(seen)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
