@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.integrations.offset import base_weight, is_quantized
+from lora_kernels.adapters.base_weight import base_weight, is_quantized
 from lora_kernels.landscape.weights import RowBlocks
 from lora_kernels.statistics.modes import is_sharded
 

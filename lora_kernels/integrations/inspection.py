@@ -76,7 +76,7 @@ def inspect(
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     from lora_kernels.integrations import transformers  # noqa: PLC0415  (an optional dependency)
     from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
-    from lora_kernels.integrations.offset import load  # noqa: PLC0415
+    from lora_kernels.integrations.saved import load  # noqa: PLC0415
 
     task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:

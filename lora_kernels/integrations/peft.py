@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.names import PREFIX, patterns
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import Target
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -252,9 +251,29 @@ def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter:
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
     if factors.rank != layer.rank:
-        module.r[adapter] = factors.rank
-        module.lora_alpha[adapter] = alpha
-        module.scaling[adapter] = alpha / (math.sqrt(factors.rank) if layer.rslora else factors.rank)
+        _set_scaling(module, adapter, factors.rank, alpha, rslora=layer.rslora)
+
+
+def _set_scaling(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
+    module.r[adapter], module.lora_alpha[adapter], module.use_rslora[adapter] = rank, alpha, rslora
+    module.scaling[adapter] = alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
+    """Keep the first rows of A and columns of B of a layer, with a scaling of their own.
+
+    Args:
+        module: the LoRA layer, of any kind.
+        adapter: the adapter's name.
+        rank: at most what the layer has.
+        alpha: its `lora_alpha`.
+        rslora: whether the scaling is `alpha / sqrt(r)`.
+    """
+    if rank < module.r[adapter]:
+        for linear, rows in ((module.lora_A[adapter], True), (module.lora_B[adapter], False)):
+            value = linear.weight.detach()
+            _put(linear, (value[:rank] if rows else value[:, :rank]).clone(), value.device)
+    _set_scaling(module, adapter, rank, alpha, rslora=rslora)
 
 
 def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
@@ -277,29 +296,12 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 
     with_adapter, without = {}, []
     for name, module in model.named_modules():
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         if isinstance(module, LoraLayer) and adapter in module.r:
             with_adapter[short] = (module.r[adapter], module.lora_alpha[adapter])
         elif ".base_layer" not in name and ".lora_" not in name:
             without.append(short)
     return with_adapter, without
-
-
-def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha patterns that give every layer its own values under PEFT's matching rule (first match wins)."""
-    from peft.utils.other import get_pattern_key  # noqa: PLC0415
-
-    def build(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-        # Longest name first: a name can be the tail of a longer one, and PEFT matches tails.
-        pattern = {name: values[name] for name in sorted(values, key=len, reverse=True) if values[name] != default}
-        for name in sorted(values, key=len, reverse=True):
-            if pattern.get(get_pattern_key(pattern.keys(), name), default) != values[name]:
-                pattern = {name: values[name], **pattern}
-        return pattern
-
-    ranks = build({name: rank for name, (rank, _) in layers.items()}, config.r)
-    alphas = build({name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha)
-    return ranks, alphas
 
 
 def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:

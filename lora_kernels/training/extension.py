@@ -1,57 +1,5 @@
 """What a variant of PEFT's LoRA may add to an adapter's product and still run fused."""
 
-from __future__ import annotations
+from lora_kernels.adapters.extension import Extension, tied
 
-from typing import Any, NamedTuple
-
-import torch
-
-
-class Extension(NamedTuple):
-    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T`, neither scaled by s nor dropped.
-
-    A variant whose forward is `base(x) + s B A drop(x)` and such a part says so by a method `fused(layer, adapter)`
-    that returns it.
-
-    Attributes:
-        coordinates: `(k,)`.
-        left: `(m, k)`, or `None` as long as the coordinates have no directions.
-        right: `(k, n)`, without a gradient, or `None` likewise.
-    """
-
-    coordinates: torch.Tensor
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
-
-
-class _Tied(torch.autograd.Function):
-    """The first argument, and a gradient of exactly zero for the second."""
-
-    @staticmethod
-    def forward(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:  # noqa: ARG004
-        ctx.size, ctx.dtype = inputs[1].shape, inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return g, g.new_zeros(ctx.size, dtype=ctx.dtype)
-
-
-def tied(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """A tensor whose graph coordinates without directions are part of.
-
-    They must have a gradient, or DistributedDataParallel waits for them. Here it costs nothing, and a NaN elsewhere
-    cannot reach it.
-
-    Args:
-        value: any tensor.
-        coordinates: of any shape.
-
-    Returns:
-        The same values.
-    """
-    found: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
-    return found
+__all__ = ["Extension", "tied"]

@@ -236,8 +236,9 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
     """What an adapter is made of, by the gradients' names."""
     found = {"dA": adapter.a, "dB": adapter.b}
-    if adapter.extension is not None and adapter.extension.left is not None:
-        found["dc"] = adapter.extension.coordinates
+    extension = adapter.extension
+    if extension is not None and extension.left is not None and extension.coordinates is not None:
+        found["dc"] = extension.coordinates
     if adapter.magnitude is not None:
         found["dm"] = adapter.magnitude
     return found

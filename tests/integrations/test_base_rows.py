@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.adapters.base_weight import base_weight
 from lora_kernels.integrations import base_rows
-from lora_kernels.integrations.offset import base_weight
 
 WIDTH = 128
 

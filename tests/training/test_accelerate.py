@@ -124,7 +124,7 @@ def test_biases_and_any_leading_sizes():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_several_adapters_and_the_frozen_counterpart():
+def test_several_adapters_and_the_frozen_start():
     def made():
         model = wrapped(lora_dropout=0.0)
         model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -142,7 +142,8 @@ def test_several_adapters_and_the_frozen_counterpart():
     stock = wrapped(tiny_llama(hidden_size=48, intermediate_size=80))
     lk.initialize(stock, method="pissa", force=True)
     fused = copy.deepcopy(stock)
-    assert paths(lk.accelerate(fused, strict=True)) == {"fused"}
+    with pytest.warns(RuntimeWarning, match="PartsVariant"):  # the fused forward does not know a start yet
+        assert paths(lk.accelerate(fused)) == {"eager"}
     assert_same(step(fused), step(stock), tolerance=1e-4)
 
 

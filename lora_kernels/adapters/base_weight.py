@@ -1,10 +1,11 @@
-"""The weight under a LoRA layer, and the name of what is frozen beside its adapter."""
+"""The weight under a LoRA layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_kernels.statistics.modes import is_sharded
 
@@ -35,6 +36,14 @@ def dense_weight(module: Any) -> torch.Tensor:
     return weight if weight.dtype == torch.float64 else weight.to(torch.float32)
 
 
-def offset_name(adapter: str) -> str:
-    """The name of the frozen adapter that goes with an adapter."""
-    return f"{adapter}_offset"
+def base_weight(module: Any) -> torch.Tensor:
+    """`dense_weight`, always float32."""
+    return dense_weight(module).to(torch.float32)
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether the base weight of a LoRA layer is not a plain floating tensor that can be changed in place."""
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or type(weight) not in (nn.Parameter, torch.Tensor):
+        return True
+    return not weight.is_floating_point()

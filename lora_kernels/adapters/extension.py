@@ -1,0 +1,66 @@
+"""What a variant of PEFT's LoRA may add to an adapter's product and still run fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Extension:
+    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped.
+
+    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
+    that returns them.
+
+    Attributes:
+        coordinates: `(k,)`, not scaled by s; `None` without LoRA-Dash.
+        left: `(m, k)`, or `None` as long as the coordinates have no directions.
+        right: `(k, n)`, without a gradient, or `None` likewise.
+        start: A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
+    """
+
+    coordinates: torch.Tensor | None
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    start: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The first three: the fused forward does not take the start yet (`PartsVariant` has no `fused` then)."""
+        return iter((self.coordinates, self.left, self.right))
+
+
+class _Tied(torch.autograd.Function):
+    """The first argument, and a gradient of exactly zero for the second."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:  # noqa: ARG004
+        ctx.size, ctx.dtype = inputs[1].shape, inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return g, g.new_zeros(ctx.size, dtype=ctx.dtype)
+
+
+def tied(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+    """A tensor whose graph coordinates without directions are part of.
+
+    They must have a gradient, or DistributedDataParallel waits for them. Here it costs nothing, and a NaN elsewhere
+    cannot reach it.
+
+    Args:
+        value: any tensor.
+        coordinates: of any shape.
+
+    Returns:
+        The same values.
+    """
+    found: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
+    return found
