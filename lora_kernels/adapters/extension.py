@@ -29,7 +29,7 @@ class Extension:
     start: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        """The first three: the fused forward does not take the start yet (`PartsVariant` has no `fused` then)."""
+        """The first three: the fused forward does not take the start yet."""
         return iter((self.coordinates, self.left, self.right))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, MutableMapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +52,14 @@ class Start(nn.Module):
         super().__init__()
         self.register_buffer("a", a)
         self.register_buffer("b", b)
+        self._scales, self._scaling = a.new_empty(0), 0.0
+
+    def scales(self, scaling: float) -> torch.Tensor:
+        """`sign s`, r times, as coordinates of a fixed value: the same tensor as long as s stays."""
+        same = self._scales.numel() and self._scales.dtype == self.a.dtype and self._scales.device == self.a.device
+        if not same or self._scaling != scaling:
+            self._scales, self._scaling = self.a.new_full((self.a.shape[0],), self.sign * scaling), scaling
+        return self._scales
 
 
 class Directions(nn.Module):
@@ -160,8 +167,10 @@ class FusedPartsVariant(PartsVariant):
     def fused(module: Any, adapter: str) -> Extension:
         """What the fused forward adds (see `adapters.extension`)."""
         dash, began = directions(module, adapter), start(module, adapter)
-        found = Extension(None) if dash is None else dash.extension()
-        return found if began is None else replace(found, start=(began.a, began.b, began.sign))
+        if began is None:
+            return Extension(None) if dash is None else dash.extension()
+        # Until the fused forward takes `Extension.start`: coordinates that do not move.
+        return Extension(began.scales(module.scaling[adapter]), began.b, began.a)
 
 
 def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
@@ -316,9 +325,10 @@ def remove(layer: Any, adapter: str, container: str) -> None:
 
 
 def _choose_variant(layer: Any, adapter: str) -> None:
-    if start(layer, adapter) is not None:
+    started, dashed = start(layer, adapter) is not None, directions(layer, adapter) is not None
+    if started and dashed:
         layer.lora_variant[adapter] = PartsVariant()
-    elif directions(layer, adapter) is not None:
+    elif started or dashed:
         layer.lora_variant[adapter] = FusedPartsVariant()
     else:
         layer.lora_variant.pop(adapter, None)

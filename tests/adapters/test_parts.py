@@ -323,9 +323,7 @@ def test_accelerated_models_keep_it(path):
     model = started()
     expected = logits(model)
     if path == "accelerated":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            lk.accelerate(model, guard=False)
+        lk.accelerate(model, strict=True)
     assert_close(logits(model), expected)
     lk.restore(model)
     assert torch.equal(logits(model), expected)
