@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, join_file
-from lora_kernels.adapters.names import PREFIX, patterns
+from lora_kernels.adapters.names import config_name, patterns
 
 
 class Entry(NamedTuple):
@@ -25,6 +25,7 @@ class Entry(NamedTuple):
         use_rslora: by adapter.
         lora_start: frozen starts by adapter.
         lora_dash: coordinates by adapter.
+        parameter_name: of the parameter that it adapts, if it is no module's weight.
     """
 
     r: dict[str, int]
@@ -32,6 +33,7 @@ class Entry(NamedTuple):
     use_rslora: dict[str, bool]
     lora_start: Any
     lora_dash: Any
+    parameter_name: str | None
 
 
 @dataclass
@@ -67,7 +69,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
-            scalings = {f"{PREFIX}{name}": parts.nominal_scaling(entry, self.adapter) for name, entry in self.layers()}
+            scalings = {name: parts.nominal_scaling(entry, self.adapter) for name, entry in self.layers()}
             join_file(Path(save_directory) / WEIGHTS, scalings)
 
     def layers(self) -> list[tuple[str, Entry]]:
@@ -84,7 +86,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         shapes = {}
         for name, entry in self.layers():
             rank = entry.r[self.adapter] + _more(entry, self.adapter)
-            shapes[name] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
+            shapes[config_name(name, entry)] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
         set_ranks(stock, shapes)
         return stock, mark
 
@@ -176,8 +178,9 @@ def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
             if parts.refusal(module, adapter) is None:
                 parts.carry(module)
             containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
-            entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers)
-            config.entries[name.removeprefix(PREFIX)] = entry
+            parameter = getattr(module, "parameter_name", None)
+            entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, parameter)
+            config.entries[name] = entry
     model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
     found: PartsLoraConfig = config
     return found

@@ -77,6 +77,7 @@ def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str
     check(config)
     if config.use_dora:
         raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
+    counts = peft_layers.places(model)
     for layer in layers.supported:
         name, module = layer.target.name, layer.target.module
         why = parts.refusal(module, adapter)
@@ -84,6 +85,10 @@ def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str
             raise ValueError(f"layer {name} cannot start away from zero and keep the function: {why}")
         if base == "mutate" and is_quantized(module):
             raise ValueError(f'layer {name} has a quantized base: only base="intact" is possible')
+        if base == "mutate" and peft_layers.is_tied(module.get_base_layer().weight, counts):  # type: ignore[operator, union-attr]
+            raise ValueError(
+                f'layer {name} has a base weight that another layer has, too: only base="intact" is possible'
+            )
 
 
 def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.names import PREFIX, patterns
+from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
@@ -59,12 +61,30 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "base_model")
 
 
-def _reason_unsupported(module: Any, adapter: str) -> str | None:
+def places(model: nn.Module) -> Counter[int]:
+    """By how many parameters each storage is held, those counted twice that two modules hold."""
+    return Counter(map(_storage, (each for _, each in model.named_parameters(remove_duplicate=False))))
+
+
+def _storage(parameter: torch.Tensor) -> int:
+    whole = not is_sharded(parameter) and parameter.device.type != "meta"
+    return parameter.untyped_storage().data_ptr() if whole else 0
+
+
+def is_tied(parameter: torch.Tensor, counts: Mapping[int, int]) -> bool:
+    """Whether a parameter is held by another module, too; `counts` is of `places`."""
+    storage = _storage(parameter)
+    return storage != 0 and counts[storage] > 1
+
+
+def _reason_unsupported(module: Any, adapter: str, counts: Mapping[int, int]) -> str | None:
     lora_a = module.lora_A[adapter] if adapter in module.lora_A else None  # noqa: SIM401  (older ModuleDicts have no get)
     if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
     if getattr(module, "parameter_name", None) is not None:
         return f"target_parameters ({module.parameter_name}): its input is not the module's input"
+    if any(is_tied(part[adapter].weight, counts) for part in (module.lora_A, module.lora_B)):
+        return "its factors are those of another layer, too (ensure_weight_tying)"
     return None
 
 
@@ -94,10 +114,11 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
     if str(getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)) != "LORA":
         raise TypeError(f"adapter {adapter!r} is of type {configs[adapter].peft_type}, but must be LORA")
     supported, unsupported = [], []
+    counts = places(model)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.r:
             continue
-        reason = _reason_unsupported(module, adapter) if hasattr(module, "lora_A") else "no lora_A"
+        reason = _reason_unsupported(module, adapter, counts) if hasattr(module, "lora_A") else "no lora_A"
         if reason is not None:
             unsupported.append((name, module.r[adapter], reason))
             continue
@@ -291,17 +312,19 @@ def _matches(config: Any, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str]]:
+def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
+    """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
-    with_adapter, without = {}, []
+    with_adapter, modules, without = {}, [], []
     for name, module in model.named_modules():
-        short = name.removeprefix(PREFIX)
         if isinstance(module, LoraLayer) and adapter in module.r:
-            with_adapter[short] = (module.r[adapter], module.lora_alpha[adapter])
+            with_adapter[config_name(name, module)] = (module.r[adapter], module.lora_alpha[adapter])
+            if getattr(module, "parameter_name", None) is None:
+                modules.append(config_name(name))
         elif ".base_layer" not in name and ".lora_" not in name:
-            without.append(short)
-    return with_adapter, without
+            without.append(config_name(name))
+    return with_adapter, modules, without
 
 
 def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
@@ -313,17 +336,28 @@ def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
         removed: whether layers lost their adapter, so that `target_modules` must name those left.
     """
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
-    layers, without = _config_names(model, adapter)
+    layers, _, _ = _config_names(model, adapter)
     config.rank_pattern, config.alpha_pattern = patterns(layers, config)
-    if not removed:
-        return
-    config.target_modules = set(layers)
-    config.layers_to_transform = None
-    config.layers_pattern = None
-    config.exclude_modules = None
-    if any(_matches(config, name) for name in without):
-        # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
-        config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(layers))
+    if removed:
+        list_modules(model, adapter, config)
+
+
+def list_modules(model: nn.Module, adapter: str, config: Any) -> None:
+    """Make a config name the modules that have an adapter, and no others.
+
+    Args:
+        model: the PEFT model.
+        adapter: the adapter's name.
+        config: changed in place.
+    """
+    _, modules, without = _config_names(model, adapter)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
+        config.target_modules = names
+        if not any(_matches(config, name) for name in without):
+            return
+    # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
+    config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 
 def write(

@@ -14,7 +14,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.files import MARK, OWN, mark_of
-from lora_kernels.adapters.names import PREFIX
+from lora_kernels.adapters.names import config_name
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -90,7 +90,7 @@ def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[s
     ranks, alphas = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
-            short = name.removeprefix(PREFIX)
+            short = config_name(name, module)
             rank = ranks.get(get_pattern_key(ranks, short), own["r"])
             yield name, module, rank, alphas.get(get_pattern_key(alphas, short), own["lora_alpha"])
 
@@ -236,11 +236,13 @@ def export(
         for key, value in (("lora_A", a), ("lora_B", b)):
             state[f"{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
         found[name] = ExportedLayer(a.shape[0], error)
-        shapes[name.removeprefix(PREFIX)] = (a.shape[0], tidy(scaling * a.shape[0]))
+        shapes[config_name(name)] = (a.shape[0], tidy(scaling * a.shape[0]))
     for name, old, _why in layers.unsupported:
         other: Any = model.get_submodule(name)
-        shapes[name.removeprefix(PREFIX)] = (old, tidy(other.scaling[adapter_name] * old))
+        shapes[config_name(name, other)] = (old, tidy(other.scaling[adapter_name] * old))
     set_ranks(config, shapes)
+    if isinstance(config.target_modules, str):  # servers want a list
+        peft_layers.list_modules(model, adapter_name, config)
     config.init_lora_weights, config.inference_mode = True, True
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
