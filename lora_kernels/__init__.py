@@ -15,8 +15,8 @@ from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution,
 from lora_kernels.integrations.diagnosis import diagnose, snapshot
 from lora_kernels.integrations.entry import collect, initialize, plan
 from lora_kernels.integrations.monitor import LandscapeMonitor
-from lora_kernels.integrations.offset import export, load
 from lora_kernels.integrations.report import InitReport, LayerReport
+from lora_kernels.integrations.saved import export, load
 from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
 from lora_kernels.statistics import CollectOptions, Plan, Statistics

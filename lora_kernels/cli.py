@@ -125,7 +125,9 @@ def _init(options: argparse.Namespace) -> int:
         ) from error
     peft_model.save_pretrained(options.out)
     (options.out / "report.json").write_text(report.to_json() + "\n")
-    how = "lora_kernels.load (its frozen counterpart keeps the function)" if method.offsets_base else "stock PEFT"
+    how = (
+        "lora_kernels.load to train it (its start is frozen), or by stock PEFT" if method.offsets_base else "stock PEFT"
+    )
     lines = [report, f"adapter: {options.out} of the model loaded as {task}, to be loaded with {how}"]
     if new_head:
         lines.append(

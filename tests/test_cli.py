@@ -73,14 +73,14 @@ def test_init_by_every_method(method, folder, text, tmp_path, capsys):
     base = AutoModelForCausalLM.from_pretrained(folder)
     before = logits_of(base)
     if method == "lora_da":
-        assert "stock PEFT" in printed
+        assert "stock PEFT" in " ".join(printed.split())  # long paths wrap
         assert not torch.equal(logits_of(PeftModel.from_pretrained(base, out)), before)
         return
-    assert "lora_kernels.load" in printed
+    assert "lora_kernels.load to train" in " ".join(printed.split())
     loaded = lk.load(base, out)
     torch.testing.assert_close(logits_of(loaded), before, rtol=1e-4, atol=1e-5)
     trainable = [name for name, each in loaded.named_parameters() if each.requires_grad]
-    assert trainable and not any("offset" in name for name in trainable)
+    assert trainable and all(".lora_A." in name or ".lora_B." in name for name in trainable)
     with torch.no_grad():
         for name, value in loaded.named_parameters():
             if name in trainable:

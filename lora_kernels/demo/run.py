@@ -72,7 +72,7 @@ def _run(config: DemoConfig, console: Console, started: float) -> int:
     written = _write_plots(config, records) if config.plots else []
 
     adapter = config.out / "adapter"
-    _save(model, adapter)
+    model.save_pretrained(str(adapter))
     batch = Batches(tokenizer, task.labels, config.max_tokens).encode(task.test[:CHECKED_TEXTS])
     outcome = check_round_trip(model, batch, folder, adapter, tokenizer.pad_token_id)
     record = _record(config, task, records, verdict)
@@ -84,18 +84,6 @@ def _run(config: DemoConfig, console: Console, started: float) -> int:
     console.print(f"Adapter: {outcome.message}.", style=None if outcome.ok else "bold red", highlight=False)
     console.print(f"Total: {record['total_seconds']:.0f} s with {torch.get_num_threads()} thread(s).", highlight=False)
     return 0 if outcome.ok else 1
-
-
-def _save(model: Any, folder: Path) -> None:
-    """Writes one stock adapter: a start away from zero has a frozen counterpart, which goes in as more rank."""
-    # Imported here: reading data and reports needs none of the kernels.
-    import lora_kernels
-    from lora_kernels.integrations.offset import has_offset
-
-    if has_offset(model, "default"):
-        lora_kernels.export(model, folder)
-    else:
-        model.save_pretrained(str(folder))
 
 
 def _train_all(

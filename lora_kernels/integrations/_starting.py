@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters import parts
+from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, whole, why_unreadable
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
-from lora_kernels.integrations import guidance, offset
+from lora_kernels.integrations import guidance
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.report import LayerReport
 from lora_kernels.ops._autocast import without_autocast
@@ -23,8 +25,6 @@ from lora_kernels.statistics.distributed import world_size
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import OF_GRADIENTS
-from lora_kernels.training.base_weight import check_readable, why_unreadable
-from lora_kernels.training.dash.module import directions as dash_directions
 
 
 def untrained_layers(
@@ -47,22 +47,59 @@ def untrained_layers(
             base weights that cannot be read or are sharded over processes.
     """
     layers = peft_layers.find_lora_layers(model, adapter_name)
-    if any(dash_directions(each.target.module, adapter_name) is not None for each in layers.supported):
+    if any(parts.directions(each.target.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
+    _check_base(model, adapter_name)
     if method.offsets_base:
-        offset.check(model, layers, adapter_name, base)
+        _check_offset(model, layers, adapter_name, base)
     if getattr(method, "reads_base", False):
-        for each in layers.supported:
-            check_readable(each.target.module, each.target.name)
+        for layer in layers.supported:
+            check_readable(layer.target.module, layer.target.name)
         if world_size() > 1:
             _refuse_sharded(layers, method.name)
     return layers
 
 
 def _norm(target: Target) -> float:
-    return float(torch.linalg.vector_norm(offset.base_weight(target.module, target.name)))
+    return float(torch.linalg.vector_norm(base_weight(target.module, target.name)))
+
+
+def _check_base(model: nn.Module, adapter: str) -> None:
+    from lora_kernels.adapters.config import changed_base  # noqa: PLC0415  (imports peft)
+
+    why = changed_base(model.peft_config[adapter])  # type: ignore[index, union-attr, operator]
+    if why is not None:
+        raise ValueError(
+            f"adapter {adapter!r} cannot start again: {why}, which would stay changed; make the model anew, with "
+            "init_lora_weights=True"
+        )
+
+
+def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str, base: str) -> None:
+    """Refuse a start away from zero that could not be taken off again, before anything is read or written."""
+    from lora_kernels.adapters.config import check  # noqa: PLC0415  (imports peft)
+
+    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+    check(config)
+    if config.use_dora:
+        raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
+    counts = peft_layers.places(model)
+    for layer in layers.supported:
+        name, module = layer.target.name, layer.target.module
+        why = parts.refusal(module, adapter)
+        if why is not None:
+            raise ValueError(f"layer {name} cannot start away from zero and keep the function: {why}")
+        if base == "mutate" and weight_kind(module) != PLAIN:
+            raise ValueError(
+                f"layer {name} has a quantized base, or one whose weight is no plain tensor: only "
+                'base="intact" is possible'
+            )
+        if base == "mutate" and peft_layers.is_tied(module.get_base_layer().weight, counts):  # type: ignore[operator, union-attr]
+            raise ValueError(
+                f'layer {name} has a base weight that another layer has, too: only base="intact" is possible'
+            )
 
 
 def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:
@@ -153,12 +190,31 @@ def write(
         base: as for `initialize`.
         adjust: whether alpha follows the rank.
     """
-    offset.remove(model, adapter_name)
+    from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
+
+    for layer in layers.supported:
+        parts.remove(layer.target.module, adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
     if method.offsets_base:
-        take_off = offset.attach if base == "intact" else offset.subtract
-        take_off(model, adapter_name, [name for name, each in factors.items() if each.rank])
+        describe(model, adapter_name)
+        with torch.no_grad():
+            for name, each in factors.items():
+                if each.rank:
+                    _take_off(model.get_submodule(name), adapter_name, base)
+        if base == "mutate":
+            model.peft_config[adapter_name].mutated = True  # type: ignore[index, union-attr, operator]
+    tidy_up(model, adapter_name)
+
+
+def _take_off(module: Any, adapter: str, base: str) -> None:
+    """Take what the factors of a layer are now off its function."""
+    if base == "intact":
+        a, b = (whole(getattr(module, part)[adapter].weight) for part in ("lora_A", "lora_B"))
+        parts.add_start(module, adapter, a.clone(), b.clone())
+    else:
+        weight, delta = module.get_base_layer().weight, module.get_delta_weight(adapter)
+        weight.copy_(weight.to(delta.dtype) - delta)
 
 
 def advice(
@@ -225,7 +281,7 @@ def _no_adapter(target: Target) -> LayerFactors:
 def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
     module = layer.target.module
     return BaseLayer(
-        functools.partial(offset.base_weight, module, layer.target.name),
+        functools.partial(base_weight, module, layer.target.name),
         layer.scaling,
         functools.partial(peft_layers.read_factors, module, adapter),
     )
@@ -309,6 +365,12 @@ def factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
     )
 
 
+def _product_norm(factors: LoraFactors, scaling: float) -> float:
+    """`|s B A|` (Frobenius), from the Gram matrices of the factors."""
+    a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
+    return abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
+
+
 @without_autocast()
 def layer_reports(
     layers: peft_layers.LoraLayers,
@@ -343,7 +405,7 @@ def layer_reports(
         if answer.factors.rank:
             scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
             view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
-            start = offset.product_norm(answer.factors, scaling)
+            start = _product_norm(answer.factors, scaling)
         unreadable = why_unreadable(each.target.module) if start > 0 else None
         if unreadable is not None:
             notes = (*notes, f"start not compared with the weight: {unreadable}")

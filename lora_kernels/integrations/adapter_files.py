@@ -11,12 +11,13 @@ from typing import Any, TypeGuard
 
 import torch
 
+from lora_kernels.adapters.files import WEIGHTS, mark_of
+from lora_kernels.adapters.names import PREFIX
+from lora_kernels.adapters.parts import Start
 from lora_kernels.landscape import Adapter
 from lora_kernels.ops._checks import check_number, shown
 from lora_kernels.ops._files import read_json
-from lora_kernels.training.base_weight import offset_name
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Parts of an adapter that are no factors of a linear layer, and what is said of them.
@@ -33,7 +34,7 @@ class AdapterFolder:
     Attributes:
         path: the folder.
         config: its adapter_config.json.
-        adapters: the linear layers; the drift is measured from the frozen counterpart, where there is one.
+        adapters: the linear layers, what is trained of them; the drift is measured from the frozen start, if any.
         unsupported: other LoRA layers, and why.
         notes: facts about the whole.
     """
@@ -125,7 +126,7 @@ def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> float:
-    short = name.removeprefix("base_model.model.")
+    short = name.removeprefix(PREFIX)
     try:
         expected = _of_pattern(config.get("rank_pattern") or {}, short, config["r"])
         alpha = _of_pattern(config.get("alpha_pattern") or {}, short, config["lora_alpha"])
@@ -134,6 +135,15 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> flo
     if expected != rank:
         raise ValueError(f"layer {name} of {file / WEIGHTS} has rank {rank}, but {CONFIG} says {expected}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+
+
+def _trained(
+    a: torch.Tensor, b: torch.Tensor, mark: Mapping[str, Any], name: str
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """What is trained of joined factors, and where it started."""
+    rank = _of_pattern(mark["rank_pattern"], name.removeprefix(PREFIX), mark["r"])
+    start = (a[rank : 2 * rank], Start.sign * b[:, rank : 2 * rank]) if mark["start"] and len(a) >= 2 * rank else None
+    return a[:rank], b[:, :rank], start
 
 
 def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -182,8 +192,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     config, tensors = read_config(folder), read_tensors(folder)
     factors = _factors(folder, tensors)
     wrapped = {str(each).rpartition(".")[0] for each in config.get("target_parameters") or ()}
-    counterpart = folder / offset_name("default")
-    start = _factors(counterpart, read_tensors(counterpart)) if counterpart.is_dir() else {}
+    mark = mark_of(config)
     adapters, unsupported = [], []
     for name in sorted(factors, key=_natural):
         a, b = factors[name]
@@ -192,9 +201,10 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         elif any(name.removesuffix(".base_layer").endswith(each) for each in wrapped if each):
             unsupported.append((name, "target_parameters: factors of several matrices in one"))
         else:
-            before = start.get(name)
-            origin = None if before is None else (before[0], -before[1])
-            adapters.append(Adapter(name, a, b, _scaling(config, name, a.shape[0], folder), None, origin))
+            scaling, origin = _scaling(config, name, a.shape[0], folder), None
+            if mark is not None:
+                a, b, origin = _trained(a, b, mark, name)
+            adapters.append(Adapter(name, a, b, scaling, None, origin))
     for key in tensors:
         for part, why in _OTHERS.items():
             if part in key and why:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters import parts
+from lora_kernels.adapters.base_weight import row_blocks, why_unreadable
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.landscape import (
     Adapter,
@@ -39,7 +41,6 @@ from lora_kernels.statistics.loss import loss_items, model_loss
 from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.options import read_options
 from lora_kernels.statistics.wants import GRADIENT
-from lora_kernels.training.base_weight import offset_name, row_blocks, why_unreadable
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.
@@ -85,8 +86,7 @@ def find_adapters(
         layers: from `find_lora_layers`.
         adapter_name: the adapter.
         weights: norms of the base weights by layer name.
-        start: factors to measure the drift from. Without them, an adapter that has a frozen counterpart is measured
-            from that, which is where it started.
+        start: factors to measure the drift from. Without them, an adapter with a frozen start is measured from that.
 
     Returns:
         One entry per linear layer, in the model's order.
@@ -95,16 +95,15 @@ def find_adapters(
         ValueError: if a factor is on the meta device, or a start has another shape.
     """
     found = []
-    frozen = offset_name(adapter_name)
     for each in layers.supported:
         name, module = each.target.name, each.target.module
         a, b = _factors(module, adapter_name)
         if a.is_meta or b.is_meta:
             raise ValueError(f"layer {name} has factors on the meta device: load their values first")
         origin = None if start is None else start.get(name)
-        if start is None and frozen in getattr(module, "lora_A", {}):
-            a0, b0 = _factors(module, frozen)
-            origin = (a0, -b0)
+        began = parts.start(module, adapter_name)
+        if start is None and began is not None:
+            origin = (began.a, began.b)
         if origin is not None and (origin[0].shape[1:] != a.shape[1:] or origin[1].shape[:1] != b.shape[:1]):
             raise ValueError(
                 f"start has factors of shapes {tuple(origin[0].shape)} and {tuple(origin[1].shape)} for layer {name}, "
@@ -278,7 +277,7 @@ def _gain(
                 continue
             items += count
             for place in (0, 1):
-                with _scaled(modules, adapter, 0.0) if place == 0 else contextlib.nullcontext():
+                with _without_product(modules, adapter) if place == 0 else contextlib.nullcontext():
                     outputs = (options.forward or call_model)(model, batch)
                 loss = float((options.loss or model_loss)(outputs, batch))
                 totals[place] += loss if options.reduction == "sum" else loss * count
@@ -286,16 +285,17 @@ def _gain(
 
 
 @contextlib.contextmanager
-def _scaled(modules: Sequence[Any], adapter: str, scaling: float) -> Iterator[None]:
-    """Run layers with another scaling of an adapter for a while."""
-    before = [module.scaling[adapter] for module in modules]
+def _without_product(modules: Sequence[Any], adapter: str) -> Iterator[None]:
+    """Run layers with B = 0 for a while; a frozen start stays."""
+    weights = [module.lora_B[adapter].weight for module in modules]
+    before = [weight.data for weight in weights]
     try:
-        for module in modules:
-            module.scaling[adapter] = scaling
+        for weight in weights:
+            weight.data = torch.zeros_like(weight.data)
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.scaling[adapter] = value
+        for weight, value in zip(weights, before, strict=True):
+            weight.data = value
 
 
 def _layer(
@@ -317,7 +317,7 @@ def _layer(
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
         gradient = gradient_of(statistics, adapter.name)
-        if any(name in getattr(module, "lora_variant", {}) for name in module.active_adapters):
+        if any(_is_more(module, name) for name in module.active_adapters):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
         elif gradient is None:
             notes.append("no certificate: the data, or its loss, never reached this layer")
@@ -330,6 +330,14 @@ def _layer(
         compared = _overlap(module, adapter, spectrum)
     verdict = judge(spectrum, certificate, limits)
     return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes))
+
+
+def _is_more(module: Any, adapter: str) -> bool:
+    """Whether what an adapter trains is more than A and B (a frozen start is not)."""
+    variant = module.lora_variant.get(adapter)
+    return variant is not None and not (
+        isinstance(variant, parts.PartsVariant) and parts.directions(module, adapter) is None
+    )
 
 
 def _overlap(module: Any, adapter: Adapter, spectrum: Spectrum) -> Overlap:

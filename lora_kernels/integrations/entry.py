@@ -192,9 +192,9 @@ def initialize(
         statistics: from `collect` on the same model, instead of a new pass.
         adapter_name: the adapter.
         base: what methods that start away from zero but keep the model's function do about `s B A` of the start.
-            `intact`: a frozen adapter `<adapter_name>_offset` beside this one takes it off; the base weights stay as
-            they are (`export` writes both as one stock adapter). `mutate`: it is taken off the base weights, as PEFT
-            does; not possible on quantized ones.
+            `intact`: a frozen copy of it in the adapter's own layers takes it off, and the base weights stay as they
+            are (`save_pretrained` and `export` write both as one stock adapter). `mutate`: it is taken off the base
+            weights, as PEFT does; not possible on quantized ones.
         ranks: redistribute the ranks by a score of their components, whatever the method (EVA's own redistribution
             then rests). By default the method decides: all but EVA keep them.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.adapters.names import PREFIX
 from lora_kernels.integrations.adapter_files import AdapterFolder, read_adapter
 from lora_kernels.integrations.monitor import read_log
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
-
-_PREFIX = "base_model.model."  # of PEFT's names
 
 
 def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
@@ -76,7 +75,7 @@ def inspect(
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     from lora_kernels.integrations import transformers  # noqa: PLC0415  (an optional dependency)
     from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
-    from lora_kernels.integrations.offset import load  # noqa: PLC0415
+    from lora_kernels.integrations.saved import load  # noqa: PLC0415
 
     task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:
@@ -84,7 +83,7 @@ def inspect(
     else:
         bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
-    names = (each.name.removeprefix(_PREFIX) for each in folder.adapters)
+    names = (each.name.removeprefix(PREFIX) for each in folder.adapters)
     strangers = [name for name in names if name not in layers]
     if strangers:
         raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import Target
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,23 @@ def plain_number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _reason_unsupported(module: Any, adapter: str) -> str | None:
+def places(model: nn.Module) -> Counter[int]:
+    """By how many parameters each storage is held, those counted twice that two modules hold."""
+    return Counter(map(_storage, (each for _, each in model.named_parameters(remove_duplicate=False))))
+
+
+def _storage(parameter: torch.Tensor) -> int:
+    whole = not is_sharded(parameter) and parameter.device.type != "meta"
+    return parameter.untyped_storage().data_ptr() if whole else 0
+
+
+def is_tied(parameter: torch.Tensor, counts: Mapping[int, int]) -> bool:
+    """Whether a parameter is held by another module, too; `counts` is of `places`."""
+    storage = _storage(parameter)
+    return storage != 0 and counts[storage] > 1
+
+
+def _reason_unsupported(module: Any, adapter: str, counts: Mapping[int, int]) -> str | None:
     if isinstance(module.get_base_layer(), nn.MultiheadAttention):
         return "MultiheadAttention: its factors are those of three products, of inputs that are not the module's alone"
     lora_a = module.lora_A[adapter] if adapter in module.lora_A else None  # noqa: SIM401  (older ModuleDicts have no get)
@@ -80,6 +97,8 @@ def _reason_unsupported(module: Any, adapter: str) -> str | None:
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
     if getattr(module, "parameter_name", None) is not None:
         return f"target_parameters ({module.parameter_name}): its input is not the module's input"
+    if any(is_tied(part[adapter].weight, counts) for part in (module.lora_A, module.lora_B)):
+        return "its factors are those of another layer, too (ensure_weight_tying)"
     return None
 
 
@@ -109,10 +128,11 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
     if str(getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)) != "LORA":
         raise TypeError(f"adapter {adapter!r} is of type {configs[adapter].peft_type}, but must be LORA")
     supported, unsupported = [], []
+    counts = places(model)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.r:
             continue
-        reason = _reason_unsupported(module, adapter) if hasattr(module, "lora_A") else "no lora_A"
+        reason = _reason_unsupported(module, adapter, counts) if hasattr(module, "lora_A") else "no lora_A"
         if reason is not None:
             unsupported.append((name, module.r[adapter], reason))
             continue
@@ -280,13 +300,33 @@ def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter:
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
     if factors.rank != layer.rank:
-        module.r[adapter] = factors.rank
-        module.lora_alpha[adapter] = alpha
-        scaling = alpha / (math.sqrt(factors.rank) if layer.rslora else factors.rank)
-        if isinstance(module.scaling[adapter], torch.Tensor):  # compiled code reads this very tensor
-            module.scaling[adapter].fill_(scaling)
-        else:
-            module.scaling[adapter] = scaling
+        _set_scaling(module, adapter, factors.rank, alpha, rslora=layer.rslora)
+
+
+def _set_scaling(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
+    module.r[adapter], module.lora_alpha[adapter], module.use_rslora[adapter] = rank, alpha, rslora
+    scaling = alpha / (math.sqrt(rank) if rslora else rank)
+    if isinstance(module.scaling[adapter], torch.Tensor):  # compiled code reads this very tensor
+        module.scaling[adapter].fill_(scaling)
+    else:
+        module.scaling[adapter] = scaling
+
+
+def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
+    """Keep the first rows of A and columns of B of a layer, with a scaling of their own.
+
+    Args:
+        module: the LoRA layer, of any kind.
+        adapter: the adapter's name.
+        rank: at most what the layer has.
+        alpha: its `lora_alpha`.
+        rslora: whether the scaling is `alpha / sqrt(r)`.
+    """
+    if rank < module.r[adapter]:
+        for linear, rows in ((module.lora_A[adapter], True), (module.lora_B[adapter], False)):
+            value = linear.weight.detach()
+            _put(linear, (value[:rank] if rows else value[:, :rank]).clone(), value.device)
+    _set_scaling(module, adapter, rank, alpha, rslora=rslora)
 
 
 def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
@@ -304,34 +344,19 @@ def _matches(config: Any, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str]]:
+def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
+    """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
-    with_adapter, without = {}, []
+    with_adapter, modules, without = {}, [], []
     for name, module in model.named_modules():
-        short = name.removeprefix(PREFIX)
         if isinstance(module, LoraLayer) and adapter in module.r:
-            with_adapter[short] = (module.r[adapter], plain_number(module.lora_alpha[adapter]))
+            with_adapter[config_name(name, module)] = (module.r[adapter], plain_number(module.lora_alpha[adapter]))
+            if getattr(module, "parameter_name", None) is None:
+                modules.append(config_name(name))
         elif ".base_layer" not in name and ".lora_" not in name:
-            without.append(short)
-    return with_adapter, without
-
-
-def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha patterns that give every layer its own values under PEFT's matching rule (first match wins)."""
-    from peft.utils.other import get_pattern_key  # noqa: PLC0415
-
-    def build(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-        # Longest name first: a name can be the tail of a longer one, and PEFT matches tails.
-        pattern = {name: values[name] for name in sorted(values, key=len, reverse=True) if values[name] != default}
-        for name in sorted(values, key=len, reverse=True):
-            if pattern.get(get_pattern_key(pattern.keys(), name), default) != values[name]:
-                pattern = {name: values[name], **pattern}
-        return pattern
-
-    ranks = build({name: rank for name, (rank, _) in layers.items()}, config.r)
-    alphas = build({name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha)
-    return ranks, alphas
+            without.append(config_name(name))
+    return with_adapter, modules, without
 
 
 def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
@@ -343,17 +368,28 @@ def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
         removed: whether layers lost their adapter, so that `target_modules` must name those left.
     """
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
-    layers, without = _config_names(model, adapter)
+    layers, _, _ = _config_names(model, adapter)
     config.rank_pattern, config.alpha_pattern = patterns(layers, config)
-    if not removed:
-        return
-    config.target_modules = set(layers)
-    config.layers_to_transform = None
-    config.layers_pattern = None
-    config.exclude_modules = None
-    if any(_matches(config, name) for name in without):
-        # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
-        config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(layers))
+    if removed:
+        list_modules(model, adapter, config)
+
+
+def list_modules(model: nn.Module, adapter: str, config: Any) -> None:
+    """Make a config name the modules that have an adapter, and no others.
+
+    Args:
+        model: the PEFT model.
+        adapter: the adapter's name.
+        config: changed in place.
+    """
+    _, modules, without = _config_names(model, adapter)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
+        config.target_modules = names
+        if not any(_matches(config, name) for name in without):
+            return
+    # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
+    config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 
 def write(

@@ -19,7 +19,7 @@ class LoRATSD:
     """LoRA-TSD (arXiv 2409.01035): LoRA-Init, then LoRA-Dash.
 
     (TSD is short for task-specific directions here; an optimizer goes by the same letters.) What the adapter has
-    changed at the switch is `s B A` less what it started from, which the frozen counterpart of `base="intact"` holds.
+    changed at the switch is `s B A` less what it started from, which the frozen start of `base="intact"` holds.
 
         report, run = lk.LoRATSD().attach(model, loader)
 

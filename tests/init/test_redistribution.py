@@ -154,7 +154,8 @@ def test_factors_are_made_for_the_scaling_that_a_new_rank_gives():
         best = torch.linalg.svd(weights[each.name])
         principal = (best.U[:, : each.rank] * best.S[: each.rank]) @ best.Vh[: each.rank]
         assert module.scaling["default"] == pytest.approx(8 / each.rank)
-        assert relative_error(module.get_delta_weight("default").detach(), principal) < 1e-4
+        product = module.lora_B["default"].weight.detach() @ module.lora_A["default"].weight.detach()
+        assert relative_error(module.scaling["default"] * product, principal) < 1e-4
         assert each.start_share == pytest.approx(float(principal.norm() / weights[each.name].norm()), rel=1e-4)
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.integrations import offset
+from lora_kernels.adapters import parts
 from lora_kernels.landscape.verdict import (
     LOUD_FAILURE,
     LOW_RANK_MINIMUM,
@@ -198,10 +198,11 @@ def test_spectra_alone_follow_the_update_and_the_weight():
     assert moved.drift == pytest.approx(float(truth), rel=1e-6) and moved.spectral_share is None
 
 
-def test_a_frozen_counterpart_is_the_start():
+def test_the_drift_is_from_the_frozen_start():
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
     lk.initialize(model, method="pissa", progress=False)
-    assert offset.has_offset(model, "default")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert parts.start(layer, "default") is not None
     assert all(each.spectrum.drift == pytest.approx(0, abs=1e-5) for each in lk.diagnose(model))
     start, last = lk.snapshot(model), lk.diagnose(model).layers[-1]
     assert last.spectrum.spectral > 0.1

@@ -73,12 +73,12 @@ def test_files_alone_give_what_the_model_gives(changes, tmp_path):
         assert each.balance == pytest.approx(truth[name].balance, rel=1e-5) and each.spectral_share is None
 
 
-def test_a_frozen_counterpart_is_the_start(tmp_path):
+def test_a_frozen_start_is_told_from_what_is_trained(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
     lk.initialize(model, method="pissa", progress=False)
     model.save_pretrained(tmp_path)
     for each in read_adapter(tmp_path).adapters:
-        assert each.start is not None
+        assert each.start is not None and each.a.shape[0] == 4
     for each in inspect_folder(read_adapter(tmp_path)):
         assert each.spectrum.drift == pytest.approx(0, abs=1e-5) and each.spectrum.spectral > 0.1
 

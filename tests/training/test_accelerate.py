@@ -124,7 +124,7 @@ def test_biases_and_any_leading_sizes():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_several_adapters_and_the_frozen_counterpart():
+def test_several_adapters_and_the_frozen_start():
     def made():
         model = wrapped(lora_dropout=0.0)
         model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

@@ -126,7 +126,7 @@ def test_epsilon_bounds_directions_that_the_weight_has_nothing_of():
     assert bool(torch.isfinite(zero.left).all()) and bool(torch.isfinite(zero.right).all())
 
 
-def test_the_rate_counts_what_the_frozen_counterpart_takes_off():
+def test_the_rate_counts_what_the_frozen_start_takes_off():
     model = wrapped()
     lk.initialize(model, method="pissa", force=True, progress=False)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -134,10 +134,9 @@ def test_the_rate_counts_what_the_frozen_counterpart_takes_off():
         layer.lora_B["default"].weight.add_(0.1 * torch.randn_like(layer.lora_B["default"].weight))
     run = lk.LoRADash(k=3, epsilon=0.0).attach(model)
     run.launch(adam(model), progress=False)
-    change = sum(
-        layer.scaling[name] * layer.lora_B[name].weight.detach() @ layer.lora_A[name].weight.detach()
-        for name in ("default", "default_offset")
-    )
+    start, scaling = layer.lora_start["default"], layer.scaling["default"]
+    product = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+    change = scaling * (product - start.b @ start.a)
     _, products, rates = expected_selection(layer.base_layer.weight.detach(), change, 3)
     dash = layer.lora_dash["default"]
     for place, product in enumerate(products):

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.training.base_weight import dense_weight
+from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.training.lora_layer import FusedForward
 from tests.conftest import relative_error
 from tests.statistics.test_models import quantized

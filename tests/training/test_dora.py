@@ -10,8 +10,8 @@ from peft.helpers import DoraCaching
 from torch import nn
 from torch.nn.functional import linear
 
+from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.training import dora
-from lora_kernels.training.base_weight import dense_weight
 from tests.conftest import relative_error
 from tests.helpers.quantized import bitsandbytes_linear
 

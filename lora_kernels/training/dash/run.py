@@ -10,20 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters import parts
+from lora_kernels.adapters.base_weight import whole
+from lora_kernels.adapters.parts import Directions
 from lora_kernels.linalg import core_basis
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training.acceleration import lora_layers
-from lora_kernels.training.base_weight import offset_name
-from lora_kernels.training.dash import module as dash_module
 from lora_kernels.training.dash import optimizer as optimizers
 from lora_kernels.training.dash import selection
-from lora_kernels.training.dash.module import DashDirections
 from lora_kernels.training.dash.report import DashLayer, DashReport, launched
 from lora_kernels.training.dash.settings import DashSettings
 from lora_kernels.training.lora_layer import KINDS, FusedForward
-
-_IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it when it wraps a module
 
 
 @dataclass
@@ -45,9 +43,9 @@ class DashRun:
     refused: dict[str, str]
     _chosen: dict[str, DashLayer] = field(default_factory=dict)
 
-    def directions(self) -> dict[str, DashDirections]:
+    def directions(self) -> dict[str, Directions]:
         """By layer, its coordinates and directions."""
-        found = {name: dash_module.directions(layer, self.adapter) for name, layer in self.layers.items()}
+        found = {name: parts.directions(layer, self.adapter) for name, layer in self.layers.items()}
         return {name: each for name, each in found.items() if each is not None}
 
     @property
@@ -167,9 +165,9 @@ class DashRun:
         Raises:
             ValueError: if coordinates are not zero, without `force`.
         """
-        from lora_kernels.training.dash import peft_config  # noqa: PLC0415  (imports peft)
+        from lora_kernels.adapters.config import tidy_up  # noqa: PLC0415  (imports peft)
 
-        moved = [name for name, each in self.directions().items() if bool(_whole_any(each.coordinates))]
+        moved = [name for name, each in self.directions().items() if bool(whole(each.coordinates).any())]
         if moved and not force:
             raise ValueError(
                 f"{len(moved)} layers have coordinates that are not zero (first: {moved[0]}): export or merge the "
@@ -177,12 +175,11 @@ class DashRun:
             )
         self._check_unmerged()
         for layer in self.layers.values():
-            if hasattr(layer, dash_module.ATTRIBUTE):
-                dash_module.remove(layer, self.adapter)
-        _ignore_buffers(self.model, self.layers, self.adapter, ignore=False)
+            parts.remove(layer, self.adapter, parts.DASH)
         config: Any = self.model.peft_config.get(self.adapter)  # type: ignore[union-attr, operator]
         if config is not None:
-            peft_config.reduce(config)
+            config.dash = None
+        tidy_up(self.model, self.adapter)
         self._chosen.clear()
 
     def _factors(self) -> list[nn.Parameter]:
@@ -193,11 +190,6 @@ class DashRun:
         for name, layer in self.layers.items():
             if layer.merged:
                 raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
-
-
-def _whole_any(parameter: torch.Tensor) -> torch.Tensor:
-    value: Any = parameter.detach()
-    return (value.full_tensor() if is_sharded(value) else value).any()  # type: ignore[no-any-return]
 
 
 def begin(model: nn.Module, config: DashSettings) -> DashRun:
@@ -229,14 +221,13 @@ def begin(model: nn.Module, config: DashSettings) -> DashRun:
         name, why = next(iter(refused.items()))
         message = f"{len(refused)} LoRA layers get no coordinates (first: {name}: {why})"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    from lora_kernels.training.dash import peft_config  # noqa: PLC0415  (imports peft)
+    from lora_kernels.adapters.config import describe  # noqa: PLC0415  (imports peft)
 
-    settings = {"k": config.k, "pre_launch": config.pre_launch, "epsilon": config.epsilon}
-    peft_config.extend(model.peft_config[adapter], settings)  # type: ignore[index, union-attr, operator, arg-type]
+    describe(model, adapter).dash = {"k": config.k, "pre_launch": config.pre_launch, "epsilon": config.epsilon}
     for layer in layers.values():
-        if dash_module.directions(layer, adapter) is None:
-            dash_module.add(layer, adapter, config.k)
-    _ignore_buffers(model, layers, adapter, ignore=True)
+        if parts.directions(layer, adapter) is None:
+            parts.add_directions(layer, adapter, config.k)
+    parts.ignore_buffers(model)
     return DashRun(config, model, adapter, layers, refused)
 
 
@@ -246,11 +237,9 @@ def _adapter(model: nn.Module, layers: list[tuple[str, Any]], name: str | None) 
         raise ValueError(f"model ({type(model).__name__}) has no peft_config: pass the PEFT model itself")
     if name is None:
         active = list(dict.fromkeys(each for _, layer in layers for each in layer.active_adapters if each in layer.r))
-        frozen = {offset_name(each) for each in active}
-        trained: list[str] = [each for each in active if each not in frozen]
-        if len(trained) != 1:
-            raise ValueError(f"adapter_name is None, but must be one of the active adapters {trained}")
-        return trained[0]
+        if len(active) != 1:
+            raise ValueError(f"adapter_name is None, but must be one of the active adapters {active}")
+        return str(active[0])
     if name not in configs:
         raise ValueError(f"adapter_name is {name!r}, but the model has {', '.join(map(repr, configs))}")
     return name
@@ -260,10 +249,7 @@ def _refusal(layer: Any, adapter: str) -> str | None:
     kind = type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
     if kind.__name__ not in KINDS:
         return f"a {kind.__name__} layer: only linear layers have core directions here"
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, dash_module.DashVariant):
-        return f"adapter {adapter!r} is a variant ({type(variant).__name__})"
-    return None
+    return parts.refusal(layer, adapter)
 
 
 def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
@@ -277,13 +263,6 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
     limit = min(layer.in_features, layer.out_features)
     if k > limit:
         raise ValueError(f"k is {k}, but layer {name} has only min(m, n) = {limit} core directions")
-    there = dash_module.directions(layer, adapter)
+    there = parts.directions(layer, adapter)
     if there is not None and there.coordinates.numel() != k:
         raise ValueError(f"k is {k}, but layer {name} has {there.coordinates.numel()} coordinates already")
-
-
-def _ignore_buffers(model: nn.Module, layers: dict[str, Any], adapter: str, *, ignore: bool) -> None:
-    """Keep DistributedDataParallel from sending the frozen directions, equal on all processes, before every forward."""
-    names = {f"{name}.{dash_module.ATTRIBUTE}.{adapter}.{part}" for name in layers for part in ("left", "right")}
-    there = [each for each in getattr(model, _IGNORED, []) if each not in names]
-    setattr(model, _IGNORED, [*there, *sorted(names)] if ignore else there)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lora_kernels.adapters.base_weight import check_readable, dense_weight, whole
+from lora_kernels.adapters.parts import start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.statistics.distributed import raise_together, rank, share_out, world_size
 from lora_kernels.statistics.modes import is_sharded
-from lora_kernels.training.base_weight import check_readable, dense_weight, offset_name, whole
 
 # A and B of an adapter `(r, n)`, `(m, r)`, and its scaling.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -93,7 +94,7 @@ def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: fl
 
 
 def factors_of(layer: Any, adapter: str) -> list[Factors]:
-    """What an adapter has changed: its product, and that of the frozen adapter that takes off where it started.
+    """What an adapter has changed: its product, less that of its frozen start.
 
     Args:
         layer: the LoRA layer.
@@ -102,8 +103,9 @@ def factors_of(layer: Any, adapter: str) -> list[Factors]:
     Returns:
         Whole factors, gathered where they are sharded.
     """
-    names = [name for name in (adapter, offset_name(adapter)) if name in layer.lora_A]
-    return [(whole(layer.lora_A[n].weight), whole(layer.lora_B[n].weight), layer.scaling[n]) for n in names]
+    scaling, began = layer.scaling[adapter], start(layer, adapter)
+    found = [(whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight), scaling)]
+    return found if began is None else [*found, (began.a, began.b, began.sign * scaling)]
 
 
 def for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progress: bool) -> dict[str, Any]:

@@ -264,6 +264,6 @@ def _rows_4bit(weight: Any, n: int, cuts: list[slice]) -> Iterator[torch.Tensor]
         yield functional.dequantize_4bit(codes, quant_state=part).reshape(high - low, n).to(torch.float32)
 
 
-def offset_name(adapter: str) -> str:
-    """The name of the frozen adapter that goes with an adapter."""
-    return f"{adapter}_offset"
+def base_weight(module: Any, name: str = "") -> torch.Tensor:
+    """`dense_weight`, always float32."""
+    return dense_weight(module, name).to(torch.float32)

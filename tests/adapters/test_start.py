@@ -1,4 +1,4 @@
-"""Starts away from zero: a frozen counterpart keeps the function, and both leave as one stock adapter."""
+"""Starts away from zero: a frozen part of the adapter keeps the function, and both leave as one stock adapter."""
 
 import copy
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_kernels as lk
 from lora_kernels.init import LayerFactors, LoraFactors
-from lora_kernels.integrations.offset import compress, offset_name
+from lora_kernels.integrations.saved import compress
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 from tests.statistics.test_models import quantized
@@ -67,17 +67,16 @@ def train(model, steps=3):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_function_and_the_base_are_kept_and_the_counterpart_stays_frozen(rslora):
+def test_the_function_and_the_base_are_kept_and_the_start_stays_frozen(rslora):
     base = tiny_llama()
     before, weights = logits(base), {name: value.clone() for name, value in base.state_dict().items()}
     model = wrapped(base, use_rslora=rslora)
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
     report = lk.initialize(model, method=Principal())
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
-    assert {name: each.requires_grad for name, each in model.named_parameters() if name in flags} == flags
-    frozen = {name: each.clone() for name, each in model.named_buffers() if "_offset" in name}
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == flags
+    frozen = {name: each.clone() for name, each in model.named_buffers() if ".lora_start." in name}
     assert len(frozen) == 2 * len(report.layers) and all(each.status == "initialised" for each in report.layers)
-    assert not any("_offset" in name for name, each in model.named_parameters() if each.requires_grad)
     assert all(0.1 < each.start_share < 1 for each in report.layers)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
@@ -109,7 +108,7 @@ def test_export_is_a_stock_adapter_for_the_untouched_base(tmp_path):
         again = PeftModel.from_pretrained(tiny_llama(), tmp_path / str(rank))
         errors.append((relative_error(logits(again), trained), max(each.error for each in found.values())))
     assert 0 < errors[0][1] < errors[1][1] < 1 and errors[0][0] < errors[1][0]
-    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", offset_name("default")])
+    merged = copy.deepcopy(model).merge_and_unload()
     assert relative_error(logits(merged), trained) < 1e-5
 
 
@@ -132,7 +131,7 @@ def test_export_of_an_adapter_that_started_at_zero(tmp_path):
 def test_mutate_changes_the_base_as_peft_does():
     before, model, stock = logits(tiny_llama()), wrapped(), wrapped(init_lora_weights="pissa")
     lk.initialize(model, method=Principal(), base="mutate")
-    assert not any("_offset" in name for name in model.state_dict())
+    assert not any(".lora_start." in name for name, _ in model.named_buffers())
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     theirs = dict(stock.named_parameters())
     for name, value in model.named_parameters():
@@ -156,7 +155,7 @@ def test_quantized_bases_are_kept_intact():
     assert relative_error(logits(model), before) > 1e-3
 
 
-def test_starting_again_removes_the_old_counterpart():
+def test_starting_again_removes_the_old_start():
     model = wrapped()
     before = logits(model)
     lk.initialize(model, method=Principal())
@@ -165,7 +164,9 @@ def test_starting_again_removes_the_old_counterpart():
     lk.initialize(model, method=Principal(), force=True)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
     lk.initialize(model, [BATCH], "eva", force=True, progress=False)
-    assert list(model.peft_config) == ["default"]
+    assert (
+        type(model.peft_config["default"]) is LoraConfig and model.state_dict().keys() == wrapped().state_dict().keys()
+    )
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_several_adapters_with_starts_of_their_own():
     model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
     lk.initialize(model, method=Principal())
     lk.initialize(model, method=Principal(), adapter_name="second")
-    model.base_model.set_adapter(["default", offset_name("default"), "second", offset_name("second")])
+    model.base_model.set_adapter(["default", "second"])
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
@@ -209,7 +210,7 @@ def test_a_classifier_keeps_its_one_trained_head(tmp_path):
     inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
     before = base(**inputs).logits.detach()
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS"))
-    for _ in range(2):  # a second time replaces the counterpart
+    for _ in range(2):  # a second time replaces the start
         lk.initialize(model, method=Principal(), force=True)
         torch.testing.assert_close(model.eval()(**inputs).logits.detach(), before, rtol=1e-4, atol=1e-5)
     heads = [name for name, each in model.named_parameters() if "score" in name and each.requires_grad]
@@ -229,7 +230,7 @@ def test_a_classifier_keeps_its_one_trained_head(tmp_path):
         torch.testing.assert_close(loaded.eval()(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_a_named_adapter_loads_with_its_counterpart(tmp_path):
+def test_a_named_adapter_loads_with_its_start(tmp_path):
     base = tiny_llama()
     before = logits(copy.deepcopy(base))
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=TARGETS), adapter_name="mine")
@@ -237,4 +238,4 @@ def test_a_named_adapter_loads_with_its_counterpart(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = lk.load(base, tmp_path / "mine", adapter_name="mine")
     torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-5)
-    assert sum("offset" in name for name, _ in loaded.named_buffers()) == 2 * len(TARGETS) * 2
+    assert sum(".lora_start.mine." in name for name, _ in loaded.named_buffers()) == 2 * len(TARGETS) * 2

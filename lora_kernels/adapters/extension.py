@@ -8,17 +8,16 @@ import torch
 
 
 class Extension(NamedTuple):
-    """What an adapter adds to `s B A drop(x)`: directions with coordinates, and a frozen start that is taken off.
+    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped.
 
-    `+ ((x right^T) * coordinates) left^T`, neither scaled by s nor dropped, and `+ sign s (x A0^T) B0^T`, not dropped.
-    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)` that
-    returns them.
+    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
+    that returns them.
 
     Attributes:
-        coordinates: `(k,)`, or `None` without directions.
+        coordinates: `(k,)`, not scaled by s; `None` without LoRA-Dash.
         left: `(m, k)`, or `None` as long as the coordinates have no directions.
         right: `(k, n)`, without a gradient, or `None` likewise.
-        start: `A0 (q, n)`, `B0 (m, q)` and the sign, or `None`.
+        start: A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     """
 
     coordinates: torch.Tensor | None

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lora_kernels as lk
-from lora_kernels.integrations.offset import base_weight
-from lora_kernels.training import base_weight as base_module
-from lora_kernels.training.base_weight import DEQUANTIZABLE, PLAIN, dense_weight, row_blocks, weight_kind
+from lora_kernels.adapters import base_weight as base_module
+from lora_kernels.adapters.base_weight import DEQUANTIZABLE, PLAIN, base_weight, dense_weight, row_blocks, weight_kind
 from tests.conftest import relative_error
 from tests.helpers import quantized as stand_ins
 from tests.helpers.quantized import bitsandbytes_linear

@@ -1,0 +1,222 @@
+"""The config of an adapter with parts, and what it writes. Imported only where PEFT is."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import LoraConfig
+from torch import nn
+
+from lora_kernels.adapters import parts
+from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, join_file
+from lora_kernels.adapters.names import config_name, patterns
+
+
+class Entry(NamedTuple):
+    """What a config knows of one layer: the layer's own containers, so that it knows what is there now.
+
+    Attributes:
+        r: ranks by adapter.
+        lora_alpha: alphas by adapter.
+        use_rslora: by adapter.
+        lora_start: frozen starts by adapter.
+        lora_dash: coordinates by adapter.
+        parameter_name: of the parameter that it adapts, if it is no module's weight.
+    """
+
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    use_rslora: dict[str, bool]
+    lora_start: Any
+    lora_dash: Any
+    parameter_name: str | None
+
+
+@dataclass
+class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
+    """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`.
+
+    What it saves is that of the stock adapter which `save_pretrained` writes beside it, all parts joined. Under
+    `auto_mapping`, which PEFT keeps and does not read, stands how `lora_kernels.load` takes them apart.
+    """
+
+    def __post_init__(self) -> None:
+        """A config that nobody has described, as `dataclasses.replace` makes it."""
+        super().__post_init__()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Attributes that are no fields, which would be saved."""
+        self.adapter = ""
+        self.entries: dict[str, Entry] = {}
+        self.dash: dict[str, Any] | None = None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, for the joined adapter.
+
+        Args:
+            save_directory: the folder. If PEFT has written tensors into it that are not joined (of a state dict that
+                was gathered from shards), they are joined now.
+            kwargs: as PEFT's.
+        """
+        stock, mark = self.joined()
+        mapping = kwargs.pop("auto_mapping_dict", None) or stock.auto_mapping or {}
+        if mark is not None:
+            mapping = {**mapping, MARK: mark}
+        LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
+        if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
+            scalings = {name: parts.nominal_scaling(entry, self.adapter) for name, entry in self.layers()}
+            join_file(Path(save_directory) / WEIGHTS, scalings)
+
+    def layers(self) -> list[tuple[str, Entry]]:
+        """The layers that have the adapter."""
+        return [(name, entry) for name, entry in self.entries.items() if self.adapter in entry.r]
+
+    def joined(self) -> tuple[LoraConfig, dict[str, Any] | None]:
+        """The config of the joined adapter, and what takes it apart (`None` if nothing is joined)."""
+        stock = plain_config(self)
+        starts = any(parts.start(entry, self.adapter) is not None for _, entry in self.layers())
+        if not starts and self.dash is None:
+            return stock, None
+        mark = {name: getattr(self, name) for name in OWN} | {"start": starts, "dash": self.dash}
+        shapes = {}
+        for name, entry in self.layers():
+            rank = entry.r[self.adapter] + _more(entry, self.adapter)
+            shapes[config_name(name, entry)] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
+        set_ranks(stock, shapes)
+        return stock, mark
+
+
+def plain_config(config: LoraConfig) -> LoraConfig:
+    """A copy of a config, of PEFT's own class and without a mark of ours."""
+    stock = copy.copy(config)
+    stock.auto_mapping = {key: value for key, value in (stock.auto_mapping or {}).items() if key != MARK} or None
+    if isinstance(stock, PartsLoraConfig):
+        _forget(stock)
+    return stock
+
+
+def _forget(config: LoraConfig) -> None:
+    for name in ("adapter", "entries", "dash"):
+        config.__dict__.pop(name, None)
+    config.__class__ = LoraConfig
+
+
+def _more(entry: Entry, adapter: str) -> int:
+    """The rank that the parts of a layer add."""
+    start, dash = parts.start(entry, adapter), parts.directions(entry, adapter)
+    return (0 if start is None else start.a.shape[0]) + (
+        dash.coordinates.numel() if dash is not None and dash.launched else 0
+    )
+
+
+def tidy(alpha: float) -> float:
+    """A whole number as an integer, which is what `lora_alpha` is declared to be."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def set_ranks(config: LoraConfig, shapes: dict[str, tuple[int, float]]) -> None:
+    """Make a config say ranks and alphas; the scaling is alpha / r, whatever it was made of.
+
+    Args:
+        config: changed in place.
+        shapes: rank and alpha by the layer's name in the base model.
+    """
+    config.use_rslora = False
+    config.r = max(rank for rank, _ in shapes.values())
+    config.lora_alpha = next(alpha for rank, alpha in shapes.values() if rank == config.r)
+    config.rank_pattern, config.alpha_pattern = patterns(shapes, config)
+
+
+def check(config: Any) -> None:
+    """Refuse a config of a class of its own.
+
+    Args:
+        config: of the adapter.
+
+    Raises:
+        TypeError: if it is no plain `LoraConfig`, nor one that `describe` has set up.
+    """
+    if type(config) not in (LoraConfig, PartsLoraConfig):
+        raise TypeError(f"the adapter's config is a {type(config).__name__}, but must be peft's LoraConfig")
+
+
+def changed_base(config: LoraConfig) -> str | None:
+    """Why the base weights under an adapter are not those of the unmodified model, or `None`."""
+    if getattr(config, "mutated", False):
+        return 'base="mutate" has taken its start off the base weights'
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+        return f"PEFT's init_lora_weights={config.init_lora_weights!r} has changed the base weights"
+    return None
+
+
+def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
+    """Let the layers of an adapter carry parts, and its config describe them when it is saved.
+
+    Args:
+        model: the PEFT model.
+        adapter: the adapter's name.
+
+    Returns:
+        The config: the same object, since others hold it.
+    """
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (slow to import)
+
+    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+    check(config)
+    if type(config) is LoraConfig:
+        config.__class__ = PartsLoraConfig
+        config.prepare()
+    config.adapter, config.entries = adapter, {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            if parts.refusal(module, adapter) is None:
+                parts.carry(module)
+            containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
+            parameter = getattr(module, "parameter_name", None)
+            entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, parameter)
+            config.entries[name] = entry
+    model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
+    found: PartsLoraConfig = config
+    return found
+
+
+def _add_weighted_adapter(
+    tuner: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    **kwargs: Any,
+) -> None:
+    """PEFT's, which combines A and B alone unless it decomposes the whole products."""
+    whole = combination_type.endswith("svd") and len(adapters) > 1
+    configs = (tuner.peft_config.get(name) for name in adapters)
+    if not whole and any(isinstance(config, PartsLoraConfig) and config.joined()[1] is not None for config in configs):
+        raise ValueError(
+            f"combination_type is {combination_type!r} for {len(adapters)} adapters, and one has more than A and B, "
+            'but must be "svd" or another that ends in it, for several adapters; or export the adapter and load that'
+        )
+    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, **kwargs)
+
+
+def tidy_up(model: nn.Module, adapter: str) -> None:
+    """After parts were added or taken off: what has none is PEFT's own again.
+
+    Args:
+        model: the PEFT model.
+        adapter: the adapter's name.
+    """
+    config: Any = model.peft_config.get(adapter)  # type: ignore[union-attr, operator]
+    if isinstance(config, PartsLoraConfig) and config.joined()[1] is None:
+        _forget(config)
+    if not any(isinstance(each, PartsLoraConfig) for each in model.peft_config.values()):  # type: ignore[union-attr, operator]
+        for module in model.modules():
+            parts.drop(module)
+        vars(model.base_model).pop("add_weighted_adapter", None)
+    parts.ignore_buffers(model)

@@ -1,0 +1,78 @@
+"""The names by which PEFT's configs speak of layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+PREFIX = "base_model.model."
+_Number = TypeVar("_Number", int, float)
+
+
+def config_name(name: str, module: Any = None) -> str:
+    """What the keys of a config's patterns are matched with.
+
+    Args:
+        name: of a LoRA layer in the PEFT model.
+        module: the layer. One that adapts a parameter (of many experts, say) goes by the parameter's path; where a
+            module has several such, PEFT nests them.
+
+    Returns:
+        The name in the base model.
+    """
+    name = name.removeprefix(PREFIX)
+    parameter = getattr(module, "parameter_name", None)
+    return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
+
+
+def matches(key: str, name: str) -> bool:
+    """PEFT's rule: the key, a regular expression, is all of the name or its tail after a dot."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error:
+        return False
+
+
+def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha patterns that give every layer its own values.
+
+    No layer matches two keys of different values: the first match would count, but files sort their keys. Keys that are
+    in the config stay where they are true of all layers that they match.
+
+    Args:
+        layers: rank and alpha by `config_name`.
+        config: with the values of all other layers, `r` and `lora_alpha`.
+
+    Returns:
+        `rank_pattern` and `alpha_pattern`.
+    """
+    ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
+    alphas = _pattern(
+        {name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha, config.alpha_pattern or ()
+    )
+    return ranks, alphas
+
+
+def _pattern(values: Mapping[str, _Number], default: _Number, keys: Iterable[str]) -> dict[str, _Number]:
+    pattern: dict[str, _Number] = {}
+    told: set[str] = set()
+    for key in keys:
+        matched = [name for name in values if matches(key, name)]
+        if len({values[name] for name in matched}) == 1:
+            told.update(matched)
+            if values[matched[0]] != default:
+                pattern[key] = values[matched[0]]
+    for name, value in values.items():
+        if name not in told and value != default:
+            pattern[_key(name, values)] = value
+    return pattern
+
+
+def _key(name: str, values: Mapping[str, Any]) -> str:
+    """The name itself, or where that would match another layer of another value, an expression of this one alone."""
+    if re.fullmatch(r"[\w.]+", name) and all(
+        values[name] == value for other, value in values.items() if matches(name, other)
+    ):
+        return name
+    return f"^{re.escape(name)}"

@@ -1,0 +1,435 @@
+"""What one adapter of a LoRA layer may have besides A and B: a frozen start, and LoRA-Dash's coordinates.
+
+    y = base(x) + s B A drop(x)  -  s B0 A0 x  +  sum_i c_i u_i (v_i^T x)
+
+All of it goes by the adapter's own name. PEFT hands forward, merging and unmerging of an adapter to what stands in
+`layer.lora_variant[adapter]`, which is a `PartsVariant`; the tensors lie in `layer.lora_start[adapter]` and
+`layer.lora_dash[adapter]`, so that PEFT moves, activates, deletes and saves them with the adapter.
+
+A layer's state dict has the parts as more rank of A and B: `[A; A0; V^T]` and `[B, -B0, U diag(c) / s]`. That is a
+stock adapter of the same function, whoever reads it. Loading takes them apart again, to the bit. Factors that are
+sharded (FSDP2) are left as they are in a state dict; `adapters.config` joins them in the file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.base_weight import whole
+from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.statistics.modes import is_sharded
+
+START, DASH = "lora_start", "lora_dash"
+_PARTS = (START, DASH)
+# PEFT's layers whose forward asks a variant.
+_CARRIERS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "GPTQLoraLinear", "HqqLoraLinear")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it when it wraps a module
+
+# Names the key of a tensor in a state dict, from the container of PEFT's that it lies in and the rest.
+Key = Callable[[str, str], str]
+
+
+class Start(nn.Module):
+    """Where an adapter started, frozen: `s B0 A0` is taken off.
+
+    Attributes:
+        a: A0 `(r, n)`.
+        b: B0 `(m, r)`.
+        sign: of the product.
+    """
+
+    sign = -1.0
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Take `(r, n)` and `(m, r)`, which must be no views of the adapter's own factors."""
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+
+
+class Directions(nn.Module):
+    """LoRA-Dash's coordinates, and the directions they belong to.
+
+    Attributes:
+        coordinates: c `(k,)`, trained; zero until the switch.
+        left: the `u_i` `(m, k)`, frozen; zero until the switch.
+        right: the `v_i^T` `(k, n)` likewise.
+        steps: optimizer steps counted so far.
+        launched: whether the switch has been made.
+    """
+
+    coordinates: nn.Parameter
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __init__(self, k: int, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
+        """Zeros, of the dtype and on the device of the adapter's factors `(r, n)` and `(m, r)`."""
+        super().__init__()
+        self.coordinates = nn.Parameter(weight_a.new_zeros(k), requires_grad=weight_a.requires_grad)
+        self.register_buffer("left", weight_b.new_zeros(weight_b.shape[0], k))
+        self.register_buffer("right", weight_a.new_zeros(k, weight_a.shape[1]))
+        self.steps, self.launched = 0, False
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Steps and switch, which are saved and loaded with the tensors."""
+        return torch.tensor([self.steps, int(self.launched)])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take over what was loaded."""
+        self.steps, launched = (int(number) for number in state.tolist()[:2])
+        self.launched = bool(launched)
+
+    def extension(self) -> Extension:
+        """The part that is added."""
+        return Extension(self.coordinates, self.left, self.right) if self.launched else Extension(self.coordinates)
+
+    @torch.no_grad()
+    def launch(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Take directions, at coordinates of zero: the function stays what it was.
+
+        Args:
+            left: `(m, k)`.
+            right: `(k, n)`.
+        """
+        self.left.copy_(left)
+        self.right.copy_(right)
+        self.coordinates.zero_()
+        self.launched = True
+
+
+class PartsVariant:
+    """PEFT's `LoraVariant` interface; it asks for nothing but these methods."""
+
+    def supports_lora_conversion(self) -> bool:
+        """Yes: `get_delta_weight` of the layer has all parts."""
+        return True
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing: the parts are there before the variant is."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        """`result` and the adapter with its parts, of which only `s B A` is dropped, and only c not scaled by s."""
+        factor, scaling = module.lora_A[active_adapter], module.scaling[active_adapter]
+        hidden = factor(module.lora_dropout[active_adapter](x))
+        if hidden.shape[-1] > module.r[active_adapter]:  # a state dict's factors (functional_call): joined already
+            return result + module.lora_B[active_adapter](hidden) * scaling  # type: ignore[no-any-return]
+        dash = directions(module, active_adapter)
+        if dash is not None and not dash.launched:
+            hidden = tied(hidden, dash.coordinates)
+        result = result + module.lora_B[active_adapter](hidden) * scaling
+        began, dtype = start(module, active_adapter), factor.weight.dtype
+        if began is not None:
+            hidden = nn.functional.linear(x, began.a.to(dtype))
+            result = result + nn.functional.linear(hidden, began.b.to(dtype)) * (began.sign * scaling)
+        if dash is not None and dash.launched:
+            dtype = dash.coordinates.dtype
+            hidden = nn.functional.linear(x, dash.right.to(dtype)) * dash.coordinates
+            result = result + nn.functional.linear(hidden, dash.left.to(dtype))
+        return result
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the adapter, a new tensor."""
+        return orig_weight + _delta_like(orig_weight, module, active_adapter)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """The same in place."""
+        orig_weight.data += _delta_like(orig_weight, module, active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """The weight without the adapter."""
+        return orig_weight.data - _delta_like(orig_weight, module, active_adapter)
+
+    @staticmethod
+    def fused(module: Any, adapter: str) -> Extension:
+        """What the fused forward adds (see `adapters.extension`)."""
+        if module.lora_A[adapter].weight.shape[0] > module.r[adapter]:
+            return Extension(None)  # a state dict's factors (functional_call): joined already
+        dash, began = directions(module, adapter), start(module, adapter)
+        extension = Extension(None) if dash is None else dash.extension()
+        return extension if began is None else extension._replace(start=(began.a, began.b, began.sign))
+
+
+def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
+    if not weight.is_floating_point():  # casting the sum to it would leave nothing of the adapter
+        raise ValueError(f"a base weight of {weight.dtype} cannot take an adapter up: merge on an unquantized base")
+    delta: torch.Tensor = layer.get_delta_weight(adapter)
+    return delta.to(weight.dtype)
+
+
+def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
+    """`get_delta_weight` of a layer that carries parts: all that merging, unmerging and conversion see of an adapter.
+
+    Args:
+        layer: the LoRA layer.
+        adapter: an adapter of it, with parts or without.
+
+    Returns:
+        `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is.
+    """
+    dash, began = directions(layer, adapter), start(layer, adapter)
+    if began is None and (dash is None or not dash.launched):
+        stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
+        return stock
+    weight_b = layer.lora_B[adapter].weight
+    wide = torch.promote_types(weight_b.dtype, torch.float32)
+    delta: torch.Tensor = weight_b.to(wide) @ layer.lora_A[adapter].weight.to(wide)
+    if began is not None:  # before scaling and rounding, so that nothing is left of the two at the start
+        delta = delta + began.sign * (began.b.to(wide) @ began.a.to(wide))
+    delta = delta * layer.scaling[adapter]
+    if dash is not None and dash.launched:
+        delta = delta + (dash.left.to(wide) * dash.coordinates.to(wide)) @ dash.right.to(wide)
+    delta = delta.mT if getattr(layer, "fan_in_fan_out", False) else delta
+    return delta.to(weight_b.dtype)
+
+
+def start(layer: Any, adapter: str) -> Start | None:
+    """The frozen start of an adapter of a layer, or `None`."""
+    found: Start | None = _part(layer, START, adapter)
+    return found
+
+
+def directions(layer: Any, adapter: str) -> Directions | None:
+    """The coordinates of an adapter of a layer, or `None`."""
+    found: Directions | None = _part(layer, DASH, adapter)
+    return found
+
+
+def _part(layer: Any, container: str, adapter: str) -> Any:
+    parts = getattr(layer, container, {})
+    return parts[adapter] if adapter in parts else None  # noqa: SIM401  (a ModuleDict has no get)
+
+
+def refusal(layer: Any, adapter: str) -> str | None:
+    """Why an adapter of a layer cannot have parts, or `None`.
+
+    Args:
+        layer: a PEFT LoRA layer.
+        adapter: the adapter's name.
+
+    Returns:
+        The reason, in words.
+    """
+    kind = next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("lora_kernels."))
+    if kind.__name__ not in _CARRIERS:
+        return f"a {kind.__name__} layer cannot carry anything besides A and B"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, PartsVariant):
+        return f"adapter {adapter!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
+    return None
+
+
+def carry(layer: Any) -> None:
+    """Let a layer have parts, and take those apart that a state dict has joined.
+
+    Args:
+        layer: a PEFT LoRA layer without a `refusal`.
+    """
+    if hasattr(layer, START):
+        return
+    for container in _PARTS:
+        setattr(layer, container, nn.ModuleDict().train(layer.training))
+    layer.adapter_layer_names = (*layer.adapter_layer_names, *_PARTS)
+    # On the instance: some layers merge by this method alone and do not ask a variant.
+    layer.get_delta_weight = functools.partial(delta_weight, layer)
+    layer.register_state_dict_post_hook(_join_layer)
+    layer.register_load_state_dict_pre_hook(_split_layer)
+
+
+def drop(layer: Any) -> None:
+    """Undo `carry`, if no adapter of the layer has a part.
+
+    Args:
+        layer: any LoRA layer.
+    """
+    if not hasattr(layer, START) or any(len(getattr(layer, container)) for container in _PARTS):
+        return
+    for container in _PARTS:
+        delattr(layer, container)
+    layer.adapter_layer_names = tuple(name for name in layer.adapter_layer_names if name not in _PARTS)
+    del layer.get_delta_weight
+    for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_join_layer, _split_layer):
+                del hooks[number]
+
+
+def add_start(layer: Any, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Give an adapter of a layer its frozen start, in place of the one that it has, if any.
+
+    Args:
+        layer: a layer that carries parts.
+        adapter: the adapter's name.
+        a: A0 `(r, n)`, whole.
+        b: B0 `(m, r)`, whole.
+    """
+    layer.lora_start[adapter] = Start(a, b)
+    layer.lora_start.train(layer.training)
+    _choose_variant(layer, adapter)
+
+
+def add_directions(layer: Any, adapter: str, k: int) -> Directions:
+    """Give an adapter of a layer LoRA-Dash's coordinates.
+
+    Args:
+        layer: a layer that carries parts.
+        adapter: the adapter's name.
+        k: how many.
+
+    Returns:
+        What was added.
+    """
+    weight_a, weight_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    made = Directions(k, weight_a.detach(), weight_b.detach())
+    made.coordinates.requires_grad_(weight_a.requires_grad)
+    layer.lora_dash[adapter] = made
+    layer.lora_dash.train(layer.training)
+    _choose_variant(layer, adapter)
+    return made
+
+
+def remove(layer: Any, adapter: str, container: str) -> None:
+    """Take a part off an adapter of a layer, if it has it.
+
+    Args:
+        layer: any LoRA layer.
+        adapter: the adapter's name.
+        container: `START` or `DASH`.
+    """
+    if _part(layer, container, adapter) is not None:
+        del getattr(layer, container)[adapter]
+        _choose_variant(layer, adapter)
+
+
+def _choose_variant(layer: Any, adapter: str) -> None:
+    if start(layer, adapter) is not None or directions(layer, adapter) is not None:
+        layer.lora_variant[adapter] = PartsVariant()
+    else:
+        layer.lora_variant.pop(adapter, None)
+
+
+def ignore_buffers(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending the frozen parts, equal on all processes, before every forward.
+
+    Args:
+        model: what will be wrapped, its parts in place or taken off.
+    """
+    frozen = {name for name, _ in model.named_buffers() if f".{START}." in name or f".{DASH}." in name}
+    others = (name for name in getattr(model, _IGNORED, []) if f".{START}." not in name and f".{DASH}." not in name)
+    setattr(model, _IGNORED, [*others, *sorted(frozen)])
+
+
+def columns(dash: Directions, scaling: float) -> torch.Tensor:
+    """The columns of B that coordinates are, `U diag(c) / s`.
+
+    Args:
+        dash: launched.
+        scaling: s, by which a reader multiplies them.
+
+    Returns:
+        `(m, k)`.
+    """
+    return _columns(dash.left, whole(dash.coordinates), scaling)
+
+
+def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> torch.Tensor:
+    if scaling == 0:
+        raise ValueError("an adapter of scaling 0 cannot express its coordinates, which are not scaled")
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) * (coordinates.to(wide) / scaling)
+
+
+def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float) -> None:
+    """Make the parts of one adapter of one layer more rank of its factors, in a state dict.
+
+    The bits of c and U, which the product with c / s has rounded away, stay in the state dict, also before the switch:
+    PEFT loads no entry that the model's own state dict has not.
+
+    Args:
+        state: changed in place.
+        key: names the entries.
+        scaling: s that a reader of the saved config finds.
+    """
+    key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
+    if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):
+        return
+    a, b = [state[key_a].detach()], [state[key_b].detach()]
+    if key(START, "a") in state:
+        a.append(state.pop(key(START, "a")))
+        b.append(Start.sign * state.pop(key(START, "b")))
+    flags = state.get(key(DASH, "_extra_state"))
+    if flags is not None and key(DASH, "right") in state:
+        right = state.pop(key(DASH, "right"))
+        if flags[1]:
+            a.append(right)
+            b.append(_columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
+            state[key(DASH, "_extra_state")] = torch.tensor([*flags.tolist()[:2], 1])  # and joined
+    if len(a) > 1:
+        state[key_a] = torch.cat([block.to(a[0]) for block in a])
+        state[key_b] = torch.cat([block.to(b[0]) for block in b], 1)
+
+
+def nominal_scaling(layer: Any, adapter: str) -> float:
+    """The scaling that follows from rank and alpha, which is what a saved config says."""
+    rank = layer.r[adapter]
+    scaling: float = layer.lora_alpha[adapter] / (rank**0.5 if layer.use_rslora.get(adapter, False) else rank)
+    return scaling
+
+
+def _join_layer(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for adapter in dict.fromkeys((*layer.lora_start, *layer.lora_dash)):
+        join(state, _key_of(prefix, adapter), nominal_scaling(layer, adapter))
+
+
+def _key_of(prefix: str, adapter: str) -> Key:
+    return lambda container, leaf: f"{prefix}{container}.{adapter}.{leaf}"
+
+
+def _split_layer(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for adapter in layer.lora_A:
+        _split(layer, adapter, state, _key_of(prefix, adapter))
+
+
+def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
+    """Undo `join` before the layer loads. Where the ranks do not add up, PyTorch is left to say so."""
+    key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
+    if key_a not in state or key_b not in state:
+        return
+    a, b, rank = state[key_a], state[key_b], layer.r[adapter]
+    flags = state.get(key(DASH, "_extra_state"))
+    joined = flags is not None and flags.numel() > 2 and bool(flags[2])
+    k = state[key(DASH, "coordinates")].numel() if joined else 0
+    more = a.shape[0] - rank - k
+    if more not in (0, rank) or b.dim() != 2 or b.shape[1] != a.shape[0]:
+        return
+    if more:
+        state[key(START, "a")] = a[rank : rank + more].clone()
+        state[key(START, "b")] = Start.sign * b[:, rank : rank + more]
+    if key(START, "a") not in state:  # a state without a start: the function is that of A and B
+        remove(layer, adapter, START)
+    elif start(layer, adapter) is None:
+        weight = layer.lora_A[adapter].weight
+        shapes = (rank, layer.in_features), (layer.out_features, rank)
+        add_start(layer, adapter, *(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes))
+    if joined:
+        state[key(DASH, "right")] = a[rank + more :].clone()
+        if directions(layer, adapter) is None:
+            add_directions(layer, adapter, k)
+    dash = directions(layer, adapter)
+    if dash is not None:
+        for name, value in (*dash.named_parameters(), *dash.named_buffers()):
+            state.setdefault(key(DASH, name), torch.zeros_like(value))
+        state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))
+    if more or joined:
+        state[key_a], state[key_b] = a[:rank].clone(), b[:, :rank].clone()
