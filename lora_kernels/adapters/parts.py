@@ -27,7 +27,9 @@ from lora_kernels.statistics.modes import is_sharded
 START, DASH = "lora_start", "lora_dash"
 _PARTS = (START, DASH)
 # PEFT's layers whose forward asks a variant.
-_CARRIERS = ("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "GPTQLoraLinear", "HqqLoraLinear")
+_CARRIERS = (
+    "Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "IncLoraLinear",
+)  # fmt: skip
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it when it wraps a module
 
 # Names the key of a tensor in a state dict, from the container of PEFT's that it lies in and the rest.
@@ -223,7 +225,7 @@ def refusal(layer: Any, adapter: str) -> str | None:
     """
     kind = next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("lora_kernels."))
     if kind.__name__ not in _CARRIERS:
-        return f"a {kind.__name__} layer cannot carry anything besides A and B"
+        return f"PEFT's {kind.__name__} layer cannot carry anything besides A and B"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, PartsVariant):
         return f"adapter {adapter!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"

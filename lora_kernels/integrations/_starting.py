@@ -52,13 +52,13 @@ def untrained_layers(
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
     _check_base(model, adapter_name)
-    if method.offsets_base:
-        _check_offset(model, layers, adapter_name, base)
     if getattr(method, "reads_base", False):
         for layer in layers.supported:
             check_readable(layer.target.module, layer.target.name)
         if world_size() > 1:
             _refuse_sharded(layers, method.name)
+    if method.offsets_base:
+        _check_offset(model, layers, adapter_name, base)
     return layers
 
 
