@@ -43,7 +43,7 @@ def make(tokens, height, width, same, left_dtype, right_dtype):
 
 
 def draws(kind, dtype):
-    """Error of Omega: float32 draws from the normal distribution are right to 1e-6 (tests/ops/test_random_matrix.py)."""
+    """Error of Omega: normal float32 draws are right to 1e-6, as tests/ops/test_random_matrix.py shows."""
     return 1e-6 if kind == "gaussian" and dtype == torch.float32 else 0.0
 
 
