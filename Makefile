@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ fuzz: $(VENV)/.dev ## search every public function for errors, for an hour (FUZZ
 
 asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-behaviour sanitizers
 	@$(BIN)/python tests/sanitized.py
+
+isa: $(VENV)/.dev ## the accuracy tests under every instruction set that this processor has, one and two threads
+	@$(BIN)/python tests/instruction_sets.py
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(PYTEST) -m 'not slow'

@@ -4,13 +4,7 @@
 #include <vector>
 
 #include "drivers.h"
-
-// One binary for every x86-64: the loader picks the widest version that the machine runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define LK_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LK_MULTIVERSION
-#endif
+#include "lanes.h"
 
 namespace lora_kernels {
 namespace {
@@ -28,9 +22,9 @@ inline float from_bits(uint32_t bits) {
   return value;
 }
 
-inline __attribute__((always_inline)) float widen(float x) { return x; }
-inline __attribute__((always_inline)) float widen(BFloat x) { return from_bits(uint32_t(x.bits) << 16); }
-inline __attribute__((always_inline)) float widen(Half x) {
+LK_HD float widen(float x) { return x; }
+LK_HD float widen(BFloat x) { return from_bits(uint32_t(x.bits) << 16); }
+LK_HD float widen(Half x) {
   // Exponent and mantissa as a float that is 2^112 too small: one product repairs normal and subnormal numbers alike.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const float value = from_bits(magnitude) * 0x1p112f;
@@ -41,8 +35,7 @@ inline __attribute__((always_inline)) float widen(Half x) {
 }
 
 template <typename X>
-inline __attribute__((always_inline)) void pack_row(const X* x, float weight, int64_t columns, float* panel,
-                                                    float* weighted, double* sum) {
+LK_HD void pack_row(const X* x, float weight, int64_t columns, float* panel, float* weighted, double* sum) {
   if (panel) {
 #pragma GCC ivdep
     for (int64_t c = 0; c < columns; ++c) panel[c] = widen(x[c]);
@@ -57,23 +50,12 @@ inline __attribute__((always_inline)) void pack_row(const X* x, float weight, in
   }
 }
 
-LK_MULTIVERSION void pack_one(const float* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
-  pack_row(x, w, n, panel, weighted, sum);
-}
-LK_MULTIVERSION void pack_one(const Half* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
-  pack_row(x, w, n, panel, weighted, sum);
-}
-LK_MULTIVERSION void pack_one(const BFloat* x, float w, int64_t n, float* panel, float* weighted, double* sum) {
-  pack_row(x, w, n, panel, weighted, sum);
-}
-
 // Rows squared together: the sums pass through the first-level cache once for all of them.
 constexpr int kSquareRows = 4;
 
 // sum[c] += sum over `count` (at most four) rows of v * x^2.
 template <typename X>
-inline __attribute__((always_inline)) void square_group(const X* const* x, const double* v, int count, int64_t columns,
-                                                        double* sum) {
+LK_HD void square_group(const X* const* x, const double* v, int count, int64_t columns, double* sum) {
   if (count < kSquareRows) {
     for (int r = 0; r < count; ++r) {
       const X* const row = x[r];
@@ -95,16 +77,6 @@ inline __attribute__((always_inline)) void square_group(const X* const* x, const
   }
 }
 
-LK_MULTIVERSION void square_rows(const float* const* x, const double* v, int count, int64_t n, double* sum) {
-  square_group(x, v, count, n, sum);
-}
-LK_MULTIVERSION void square_rows(const Half* const* x, const double* v, int count, int64_t n, double* sum) {
-  square_group(x, v, count, n, sum);
-}
-LK_MULTIVERSION void square_rows(const BFloat* const* x, const double* v, int count, int64_t n, double* sum) {
-  square_group(x, v, count, n, sum);
-}
-
 // Rows summed by one task. Fixed, so that the sum does not depend on the number of threads.
 constexpr int64_t kRowBlock = 256;
 
@@ -117,37 +89,47 @@ void add_partials(const std::vector<double>& partial, int64_t blocks, int64_t co
   }
 }
 
+// Packs and sums the rows of one block.
 template <typename X>
-void pack(const PackRows& job, int threads) {
-  const int64_t blocks = (job.rows + kRowBlock - 1) / kRowBlock;
-  const bool copies = job.panel || job.weighted || job.column_sum;
-  std::vector<double> sums(job.column_sum ? blocks * job.columns : 0, 0.0);
-  std::vector<double> squares(job.square_sum ? blocks * job.columns : 0, 0.0);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    double* const sum = job.column_sum ? sums.data() + block * job.columns : nullptr;
-    double* const square = job.square_sum ? squares.data() + block * job.columns : nullptr;
-    const X* group[kSquareRows];
-    double group_weight[kSquareRows];
+struct PackJob {
+  const PackRows& job;
+  double* sums;     // (blocks, columns) or null
+  double* squares;  // likewise
+  template <class L>
+  LK_HD void group(int64_t block, int, void*) const {
+    double* const sum = sums ? sums + block * job.columns : nullptr;
+    double* const square = squares ? squares + block * job.columns : nullptr;
+    const X* rows[kSquareRows];
+    double row_weight[kSquareRows];
     int waiting = 0;
     const int64_t last = std::min(job.rows, (block + 1) * kRowBlock);
     for (int64_t r = block * kRowBlock; r < last; ++r) {
       const int64_t row = job.index ? job.index[r] : r;
       const X* const x = static_cast<const X*>(job.x) + row * job.row_stride;
-      if (copies)
-        pack_one(x, job.weight ? job.weight[r] : 1.0f, job.columns, job.panel ? job.panel + r * job.columns : nullptr,
-                 job.weighted ? job.weighted + r * job.columns : nullptr, sum);
-      if (!square) continue;
-      const double v = job.square_weight ? job.square_weight[r] : 1.0f;
-      if (v == 0.0) continue;
-      group[waiting] = x;
-      group_weight[waiting++] = v;
-      if (waiting < kSquareRows) continue;
-      square_rows(group, group_weight, waiting, job.columns, square);
-      waiting = 0;
+      pack_row(x, job.weight ? job.weight[r] : 1.0f, job.columns, job.panel ? job.panel + r * job.columns : nullptr,
+               job.weighted ? job.weighted + r * job.columns : nullptr, sum);
+      const double v = !square ? 0.0 : job.square_weight ? job.square_weight[r] : 1.0f;
+      if (v != 0.0) {
+        rows[waiting] = x;
+        row_weight[waiting++] = v;
+      }
+      if (waiting == kSquareRows || (waiting && r + 1 == last)) {
+        square_group(rows, row_weight, waiting, job.columns, square);
+        waiting = 0;
+      }
     }
-    if (waiting) square_rows(group, group_weight, waiting, job.columns, square);
   }
+};
+
+template <typename X>
+void pack(const PackRows& job, int threads) {
+  const int64_t blocks = (job.rows + kRowBlock - 1) / kRowBlock;
+  std::vector<double> sums(job.column_sum ? blocks * job.columns : 0, 0.0);
+  std::vector<double> squares(job.square_sum ? blocks * job.columns : 0, 0.0);
+  const PackJob<X> work{job, job.column_sum ? sums.data() : nullptr, job.square_sum ? squares.data() : nullptr};
+  const int bytes = lane_bytes();
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) run_group(work, block, 1, nullptr, bytes);
   if (job.column_sum) add_partials(sums, blocks, job.columns, job.column_sum);
   if (job.square_sum) add_partials(squares, blocks, job.columns, job.square_sum);
 }

@@ -8,7 +8,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -131,6 +134,15 @@ class Arena {
   char* memory_;
 };
 
+// The most bytes that a vector may have: $LORA_KERNELS_LANE_BYTES, or 64. For tests of what other machines run.
+inline int lane_limit() {
+  const char* const limit = std::getenv("LORA_KERNELS_LANE_BYTES");
+  if (!limit) return 64;
+  for (const char* each : {"16", "32", "64"})
+    if (!std::strcmp(limit, each)) return std::atoi(limit);
+  throw std::invalid_argument(std::string("LORA_KERNELS_LANE_BYTES is '") + limit + "', but must be 16, 32 or 64");
+}
+
 // A job does `template <class L> void group(int64_t first, int count, typename L::V* scratch) const` on items
 // first .. first + count - 1, marked LK_HD so that it is compiled for each target.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -143,22 +155,24 @@ template <class Job>
 __attribute__((target("avx2,fma"))) void group_256(const Job& job, int64_t first, int count, void* scratch) {
   job.template group<Lanes<32>>(first, count, static_cast<Lanes<32>::V*>(scratch));
 }
+inline int widest_lane() {
+  const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool widest = wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  return widest ? 64 : wide ? 32 : 16;
+}
+#else
+inline int widest_lane() { return 16; }
+#endif
+
+// Bytes of the vectors of all kernels, read once. May throw: never first called inside a parallel region.
 inline int lane_bytes() {
   static const int bytes = [] {
-    const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool widest = wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    const int there = widest ? 64 : wide ? 32 : 16;
-    // For tests of what other machines run: at most this many bytes.
-    const char* const limit = std::getenv("LORA_KERNELS_LANE_BYTES");
-    const int wanted = limit ? std::atoi(limit) : there;
-    return wanted >= there ? there : wanted >= 32 ? 32 : 16;
+    const int limit = lane_limit(), widest = widest_lane();
+    return limit < widest ? limit : widest;
   }();
   return bytes;
 }
-#else
-inline int lane_bytes() { return 16; }
-#endif
 
 template <class Job>
 void group_128(const Job& job, int64_t first, int count, void* scratch) {

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "lanes.h"
 #include "linalg.h"
 
 namespace py = pybind11;
@@ -111,6 +112,7 @@ void singular_values_cuda(Address matrices, Address values, Address info, int64_
   m.def(#NAME "_float64", &NAME<double>);
 
 void bind_linalg(py::module_& m) {
+  m.def("lane_bytes", &lk::lane_bytes);
   LK_BIND(eigh)
   LK_BIND(cholesky)
   LK_BIND(cholesky_solve)

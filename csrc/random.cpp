@@ -5,14 +5,7 @@
 #include <cstring>
 
 #include "drivers.h"
-
-// One binary for every x86-64: the loader picks the widest version that the machine runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define LK_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LK_MULTIVERSION
-#endif
-#define LK_INLINE inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace lora_kernels {
 namespace {
@@ -25,7 +18,7 @@ struct Words {
 };
 
 // Turns counters into random words, in place.
-LK_INLINE void philox(Words& state, uint64_t seed) {
+LK_HD void philox(Words& state, uint64_t seed) {
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
     for (int l = 0; l < kLanes; ++l) {
@@ -41,24 +34,24 @@ LK_INLINE void philox(Words& state, uint64_t seed) {
   }
 }
 
-LK_INLINE float as_float(uint32_t bits) {
+LK_HD float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-LK_INLINE uint32_t as_bits(float value) {
+LK_HD uint32_t as_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 // word + 1/2. By halves, since only signed numbers convert to float in one vector instruction everywhere.
-LK_INLINE float half_above(uint32_t word) {
+LK_HD float half_above(uint32_t word) {
   return (float(int32_t(word >> 16)) * 65536.0f + float(int32_t(word & 0xffff))) + 0.5f;
 }
 
 // sqrt(-2 ln u), u = (word + 1/2) / 2^32, to 4e-7. The logarithm is that of 1 + f for f in [sqrt(1/2) - 1, sqrt(2) - 1]:
 // near u = 1, where float32 cannot tell u from 1, f is -(1 - u), which is known exactly from the complement of the word.
-LK_INLINE float radius(uint32_t word) {
+LK_HD float radius(uint32_t word) {
   const uint32_t bits = as_bits(half_above(word));
   const int32_t exponent = (int32_t(bits) - 0x3f3504f3) >> 23;
   const bool near_one = word >= 0xB504F334u;
@@ -79,7 +72,7 @@ LK_INLINE float radius(uint32_t word) {
 }
 
 // Cosine and sine of 2 pi (word + 1/2) / 2^32, to 1e-7: the nearest quarter turn, and polynomials for the rest.
-LK_INLINE void turn(uint32_t word, float& cosine, float& sine) {
+LK_HD void turn(uint32_t word, float& cosine, float& sine) {
   const uint32_t quarter = (word + 0x20000000u) >> 30;
   const float x = (float(int32_t(word - (quarter << 30))) + 0.5f) * 0x1p-32f;  // turns, at most 1/8
   const float square = x * x;
@@ -104,7 +97,7 @@ struct Block {
   int count;
 };
 
-LK_INLINE void draw(const RandomMatrix& job, int64_t first, int64_t groups, Block& block) {
+LK_HD void draw(const RandomMatrix& job, int64_t first, int64_t groups, Block& block) {
   block.count = int(std::min<int64_t>(kLanes, job.rows * groups - first));
   int64_t row = first / groups, group = first % groups;
   for (int l = 0; l < kLanes; ++l) {
@@ -119,7 +112,7 @@ LK_INLINE void draw(const RandomMatrix& job, int64_t first, int64_t groups, Bloc
   philox(block.words, job.seed);
 }
 
-LK_MULTIVERSION void normal_block(const RandomMatrix& job, int64_t first, int64_t groups) {
+LK_HD void normal_block(const RandomMatrix& job, int64_t first, int64_t groups) {
   Block block;
   draw(job, first, groups, block);
   float z[4][kLanes], four[kLanes][4];
@@ -140,7 +133,7 @@ LK_MULTIVERSION void normal_block(const RandomMatrix& job, int64_t first, int64_
   }
 }
 
-LK_MULTIVERSION void sign_block(const RandomMatrix& job, int64_t first, int64_t groups) {
+LK_HD void sign_block(const RandomMatrix& job, int64_t first, int64_t groups) {
   Block block;
   draw(job, first, groups, block);
   for (int l = 0; l < block.count; ++l)
@@ -153,6 +146,18 @@ LK_MULTIVERSION void sign_block(const RandomMatrix& job, int64_t first, int64_t 
     }
 }
 
+struct Draw {
+  const RandomMatrix& job;
+  int64_t groups;
+  template <class L>
+  LK_HD void group(int64_t block, int, void*) const {
+    if (job.gaussian)
+      normal_block(job, block * kLanes, groups);
+    else
+      sign_block(job, block * kLanes, groups);
+  }
+};
+
 }  // namespace
 
 void random_matrix(const RandomMatrix& job, int threads) {
@@ -161,13 +166,9 @@ void random_matrix(const RandomMatrix& job, int threads) {
   const int64_t blocks = (job.rows * groups + kLanes - 1) / kLanes;
   // Waking a thread takes longer than a few blocks do.
   const int wanted = int(std::min<int64_t>(threads, (blocks + 31) / 32));
+  const int bytes = lane_bytes();
 #pragma omp parallel for num_threads(std::max(wanted, 1)) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    if (job.gaussian)
-      normal_block(job, block * kLanes, groups);
-    else
-      sign_block(job, block * kLanes, groups);
-  }
+  for (int64_t block = 0; block < blocks; ++block) run_group(Draw{job, groups}, block, 1, nullptr, bytes);
 }
 
 }  // namespace lora_kernels

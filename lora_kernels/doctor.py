@@ -32,6 +32,12 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     module, reason = _ext.load()
     yield "extension", str(reason) if module is None else ", ".join(f"{k}={v}" for k, v in module.build_info().items())
+    if module is not None:
+        try:
+            vectors = f"{module.lane_bytes()} bytes in the extension"
+        except ValueError as error:  # of $LORA_KERNELS_LANE_BYTES
+            vectors = str(error)
+        yield "cpu vectors", f"{torch.backends.cpu.get_cpu_capability()} in torch, {vectors}"
 
 
 def _measured_forms() -> Table:

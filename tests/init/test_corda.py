@@ -10,6 +10,7 @@ from lora_kernels.init import resolve_method
 from lora_kernels.init.factors import BaseLayer
 from lora_kernels.statistics import InputMoments, LayerStatistics
 from lora_kernels.statistics.sketches import InputSketch
+from tests.helpers.accuracy import assert_accurate
 
 MODES = {"instruction_previewed": "ipm", "knowledge_preserved": "kpm"}
 
@@ -67,16 +68,21 @@ def test_equals_the_definition(mode, shape):
     m, n = shape
     weight, x, rank = torch.randn(m, n), data(n=n), 5
     found = CorDA(mode=mode, damping=0.1).factors({"l": layer("l", x, m)}, {"l": rank}, base=base_of(weight))["l"]
-    wide = x.double()
-    second = wide.mT @ wide / len(x)
-    second += 0.1 * second.diagonal().mean() * torch.eye(n)
-    u, s, vh = torch.linalg.svd(weight.double() @ second, full_matrices=False)
     part = slice(None, rank) if mode == "instruction_previewed" else slice(-rank, None)
-    expected = u[:, part] * s[part] @ vh[part] @ torch.linalg.inv(second)
+
+    def definition(second):
+        second = second / len(x) + 0.1 * second.diagonal().mean() / len(x) * torch.eye(n)
+        u, s, vh = torch.linalg.svd(weight.double() @ second, full_matrices=False)
+        return u[:, part] * s[part] @ vh[part] @ torch.linalg.inv(second), s
+
+    expected, s = definition(x.double().mT @ x.double())
+    # The moments are float32: at most twice the error that they make in the worst order.
+    moments = torch.zeros(n, n)
+    for row in x:
+        moments += torch.outer(row, row)
+    plain, _ = definition(moments.double())
     got = 1.5 * found.factors.B.double() @ found.factors.A.double()
-    # The moments are float32, and the smallest components feel their rounding most.
-    bound = 1e-5 if mode == "instruction_previewed" else 1e-4
-    assert float((got - expected).norm() / expected.norm()) < bound
+    assert_accurate(got, expected, torch.finfo(torch.float32).eps, plain=plain)
     split = (s[part] / 1.5).sqrt()
     torch.testing.assert_close(found.factors.B.norm(dim=0).double(), split, rtol=1e-4, atol=0)
     if mode == "instruction_previewed":

@@ -40,7 +40,8 @@ def test_equals_the_exact_decomposition(n, center):
     gaps = (values[:-1] - values[1:])[:8] / values[0]
     assert float(gaps.min()) > 1e-3, "the data must separate the eigenvalues"
     assert float(angles(found.factors.A, vectors[:, :8]).max()) < 1e-3
-    assert float((found.factors.A @ found.factors.A.mT - torch.eye(8)).abs().max()) < 1e-6
+    a = found.factors.A.double()  # orthonormal but for the rounding of its entries
+    assert float((a @ a.mT - torch.eye(8)).abs().max()) <= torch.finfo(torch.float32).eps
     assert found.factors.B.shape == (n, 8) and float(found.factors.B.abs().max()) == 0
     assert found.explained_variance == pytest.approx(float(values[:8].sum() / values.sum()), abs=1e-5)
     assert found.solver == ("direct" if n == 20 else "krylov") and found.residual <= 1e-7

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels.ops.lora_pro_adam import reference
-from tests.conftest import relative_error
+from tests.helpers.accuracy import assert_accurate, rounding
 
 SCALING, BETAS, EPS = 0.5, (0.8, 0.95), 1e-8
 
@@ -26,8 +26,25 @@ def whole_numbers(rows, columns, rank, state=torch.bfloat16):
 EXACT = {"scaling": 0.5, "betas": (0.5, 0.75)}
 
 
-def errors(found, truth):
-    return [relative_error(one, other) for one, other in zip(found, truth, strict=True)]
+def check(found, truth, rows, columns, rank, plain=None, state=None):
+    """Moments and results, of which `found` may be the last ones.
+
+    E is a sum of 2 rank products, the first moment of one more; the square of E errs twice as much, and the direction
+    by both roots. The results are sums over rows and columns of directions. A state in bfloat16 is rounded by up to an
+    eps of that.
+    """
+    dtype = found[-1].dtype
+    first = rounding(dtype, 2 * rank + 1)
+    bounds = [first, 2 * first, 2 * first + rounding(dtype, rows), 2 * first + rounding(dtype, columns)]
+    if dtype == torch.float64:  # the truth is rounded, too
+        bounds = [2 * bound for bound in bounds]
+    if state == torch.bfloat16:
+        bounds[:2] = [bound + torch.finfo(state).eps for bound in bounds[:2]]
+    names = ["exp_avg", "exp_avg_sq", "bt_h", "h_at"]
+    plain = plain or [None] * len(found)
+    groups = found, truth, plain, *(each[-len(found) :] for each in (bounds, names))
+    for one, exact, own, bound, name in zip(*groups, strict=True):
+        assert_accurate(one, exact, bound, plain=own, what=name)
 
 
 def trajectory(moments, factors, steps, run):

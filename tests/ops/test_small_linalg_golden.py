@@ -35,7 +35,7 @@ def test_eigh(case, dtype, run):
     assert float(((values.double() - golden["w"]).abs() / scale).max()) <= bound
     w, v = values.double(), vectors.double()
     assert float(((wide @ v - v * w.unsqueeze(-2)) / scale[..., None]).abs().max()) <= bound
-    assert float((v.mT @ v - torch.eye(n, device=device)).abs().max()) <= bound
+    assert float((v.mT @ v - torch.eye(n, device=device)).abs().max()) <= (20 + n) * EPSILON[dtype]  # n rotations each
     assert torch.equal(fix_signs(vectors), vectors)
 
 
@@ -79,12 +79,12 @@ def test_sylvester(case, dtype, run):
     a, b, c = (golden[name].double() for name in "ABC")
     p, q = b.mT @ b, a @ a.mT
     found = sylvester(p.to(dtype), q.to(dtype), c.to(dtype), backend=backend)
-    if dtype == torch.float64:
-        assert relative_error(found, golden["X"]) <= 1e-12
-    else:  # the rounding of P and Q alone moves the solution by the condition of the operator, up to 2e3 here
-        sums = torch.linalg.eigvalsh(p).unsqueeze(-1) + torch.linalg.eigvalsh(q).unsqueeze(-2)
-        condition = float((sums.amax((-2, -1)) / sums.amin((-2, -1))).max())
-        assert relative_error(found, golden["X"]) <= (10 + 2 * condition) * EPSILON[dtype]
+    # The rounding of P and Q alone moves the solution by the condition of the operator, up to 2e3 here; in float64 that
+    # of the golden one, too.
+    sums = torch.linalg.eigvalsh(p).unsqueeze(-1) + torch.linalg.eigvalsh(q).unsqueeze(-2)
+    condition = float((sums.amax((-2, -1)) / sums.amin((-2, -1))).max())
+    both = 2 if dtype == torch.float64 else 1
+    assert relative_error(found, golden["X"]) <= both * (10 + 2 * condition) * EPSILON[dtype]
     assert relative_error(0.5 * found, golden["X"]) > 0.4
 
 

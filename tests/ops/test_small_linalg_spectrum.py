@@ -5,6 +5,7 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops.small_linalg import drivers, factor_spectrum, reference
+from tests.helpers.accuracy import rounding
 from tests.ops.linalg_cases import BATCHES, DTYPES, EPSILON, ORDERS, RUNS, few, strided
 
 HAS_CPP = _ext.load()[0] is not None
@@ -51,7 +52,7 @@ def test_ranks_beyond_the_sizes(r, m, n, dtype, run):
     backend, device = run
     a, b = factors((3,), r, m, n, dtype, device)
     found = factor_spectrum(a, b, 2.0, backend=backend)
-    assert errors(found, a, b, 2.0)[0] <= allowed(dtype)
+    assert errors(found, a, b, 2.0)[0] <= allowed(dtype) + rounding(torch.float64, max(m, n))
     noise = 1e-7 if dtype == torch.float32 else 1e-14
     assert bool((found[:, min(r, m, n) :] <= noise * found[:, :1]).all())
 

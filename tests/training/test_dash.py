@@ -15,6 +15,7 @@ import lora_kernels as lk
 from lora_kernels.training.dash import report as dash_report
 from lora_kernels.training.dash.selection import Selection, along_directions, select
 from tests.conftest import relative_error
+from tests.helpers.accuracy import assert_accurate, rounding
 from tests.training.dash_models import (
     BATCHES,
     adam,
@@ -35,8 +36,11 @@ def golden(index, dtype, accelerated):
     """The layer of the papers' code as one of PEFT's."""
     given = {key.split(".")[-1]: value for key, value in DATA.items() if key.startswith(f"layer{index}.in.")}
     found = "f64" if dtype == torch.float64 else "f32"
-    start = f"layer{index}.official.{found}."
-    truth = {key.removeprefix(start): value for key, value in DATA.items() if key.startswith(start)}
+    start = f"layer{index}.official."
+    truth, plain = (
+        {key.removeprefix(start + which): value for key, value in DATA.items() if key.startswith(start + which)}
+        for which in ("f64.", found + ".")
+    )
     m, n = given["W"].shape
     base = nn.Sequential(nn.Linear(n, m, bias="bias" in given))
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0"])).to(dtype)
@@ -51,7 +55,7 @@ def golden(index, dtype, accelerated):
     run = lk.LoRADash(k=8, epsilon=0.0).attach(model)
     if accelerated:
         assert {each.path for each in lk.accelerate(model, strict=True, guard=False)} == {"fused"}
-    return model, layer, run, {key: value.to(dtype) for key, value in given.items()}, truth
+    return model, layer, run, {key: value.to(dtype) for key, value in given.items()}, truth, plain
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
@@ -59,29 +63,35 @@ def golden(index, dtype, accelerated):
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_papers_own_code(index, dtype, accelerated):
     assert DESCRIPTION["hyperparameters"]["scaling"] == 2.0
-    model, layer, run, given, truth = golden(index, dtype, accelerated)
+    model, layer, run, given, truth, plain = golden(index, dtype, accelerated)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    # Four products, of which the longest sums have 48 terms; their own float32 is worse where singular vectors enter.
+    bound = tolerance if dtype == torch.float64 else 4 * rounding(torch.float32, 48)
+
+    def check(found, name):
+        assert_accurate(found.detach(), truth[name], bound, plain=plain[name], what=name)
+
     x = given["x"].clone().requires_grad_(True)
-    assert relative_error(model(x), truth["y_before"]) < tolerance
+    check(model(x), "y_before")
     run.launch(torch.optim.SGD(trained(model), lr=0.1), progress=False)
-    assert relative_error(model(x), truth["y_switch"]) < tolerance
+    check(model(x), "y_switch")
     dash = layer.lora_dash["default"]
     entry = run.report().layers[0]
     assert entry.rates[0] == pytest.approx(float(truth["change_rate"].max()), rel=max(tolerance, 1e-9))
-    for place, (left, right) in enumerate(zip(truth["u"].mT, truth["vt"], strict=True)):
-        ours = torch.outer(dash.left[:, place], dash.right[place])
-        assert float((ours.double() - torch.outer(left, right).double()).norm()) < tolerance
+    for place in range(8):
+        exact, theirs = (torch.outer(each["u"][:, place], each["vt"][place]) for each in (truth, plain))
+        assert_accurate(torch.outer(dash.left[:, place], dash.right[place]), exact, bound, plain=theirs)
     # Coordinates are ordered by rate, and a sign turns both vectors: the given values fit as they are.
     with torch.no_grad():
         dash.coordinates.copy_(given["lora_index"])
     y = model(x)
-    assert relative_error(y, truth["y_after"]) < tolerance
+    check(y, "y_after")
     (y * given["dy"]).sum().backward()
     found = {"gA": layer.lora_A["default"].weight, "gB": layer.lora_B["default"].weight, "gx": x}
     for name, value in {**found, "gidx": dash.coordinates}.items():
-        assert relative_error(value.grad, truth[name]) < tolerance, name
+        check(value.grad, name)
     if "gbias" in truth:
-        assert relative_error(layer.base_layer.bias.grad, truth["gbias"]) < tolerance
+        check(layer.base_layer.bias.grad, "gbias")
     assert layer.base_layer.weight.grad is None and not dash.left.requires_grad
 
 

@@ -133,7 +133,8 @@ def test_ill_conditioned_float32_factors_keep_their_small_directions():
     set_gradients([(a, b)], 2.0, 1, [(200, 300, 8)])
     truth = adjusted(a, b, a.grad, b.grad, 2.0, damping=1e-8)
     for one, other in zip(adjust(a, b, 2.0, 1e-8), truth, strict=True):
-        assert relative_error(one, other) < 1e-4
+        # Float32 factors of this condition; its square, which Gram matrices have, would leave nothing.
+        assert relative_error(one, other) <= 10**3.5 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("mode", ["efficient", "full"])
