@@ -27,21 +27,21 @@ _TENSORS = (torch.Tensor, torch.Tensor | None)
 _NOTHING = contextlib.nullcontext()
 
 
+# Asked at every call of a layer.
+_compiling, _is_zeros = torch.compiler.is_compiling, torch._is_zerotensor
+_modes, _transforms, _tracing = (
+    torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch._C._is_tracing,
+)  # fmt: skip
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether memory can be worked on directly: ordinary tensors, and no compiler, mode or transform around."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
+    if _compiling() or _modes() or _transforms() or _tracing():
         return False
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-            or tensor.is_meta
-            or tensor.is_neg()
-            or torch._is_zerotensor(tensor)
+            type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or _is_zeros(tensor)
         ):
             return False
     return True

@@ -39,7 +39,7 @@ def ran(monkeypatch):
         return combine(*args, choice=choice, **kwargs)
 
     monkeypatch.setattr(forms, "combine", spy)
-    monkeypatch.setattr(forms, "is_default", lambda: False)  # else one call of C++ does it all on the CPU
+    monkeypatch.setattr(forms, "untuned", lambda: False)  # else one call of C++ does it all on the CPU
     return found
 
 

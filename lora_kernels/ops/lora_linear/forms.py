@@ -32,7 +32,7 @@ from lora_kernels.ops.skinny import _launch
 
 DEFAULT = "expand_first"
 
-_override: str | None = None
+override: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def use_form(name: str) -> Iterator[None]:
     Raises:
         ValueError: on another name.
     """
-    global _override
+    global override
     check_choice("form", name, ("auto", *FORMS))
-    before, _override = _override, None if name == "auto" else name
+    before, override = override, None if name == "auto" else name
     try:
         yield
     finally:
-        _override = before
+        override = before
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,15 +182,17 @@ def tables() -> Tables:
 _chosen: dict[tuple[object, ...], Choice] = {}
 
 
-def is_default() -> bool:
-    """Whether every product runs in the default form: none is forced, and no table has a record for this machine."""
-    return _override is None and not tables().entries
+@functools.cache
+def untuned() -> bool:
+    """Whether no table has a record for this machine, so that products have their default form unless one is forced."""
+    return not tables().entries
 
 
 def forget() -> None:
     """Read the tables again at the next use."""
     _chosen.clear()
     tables.cache_clear()
+    untuned.cache_clear()
 
 
 def choose(
@@ -219,11 +221,11 @@ def choose(
     Raises:
         RuntimeError: if a form was forced that cannot run; the message says why.
     """
-    if _override is not None:
-        reason = gemm_refuses(device, dtype, backend) if _override == "gemm" else None
+    if override is not None:
+        reason = gemm_refuses(device, dtype, backend) if override == "gemm" else None
         if reason is not None:
-            raise RuntimeError(f"the form {_override!r} cannot run: {reason}")
-        return Choice(_override, origin="forced")
+            raise RuntimeError(f"the form {override!r} cannot run: {reason}")
+        return Choice(override, origin="forced")
     tokens, n, m = sizes
     small = (product, device, dtype, table.bucket(tokens), n, m, table.pad_rank(rank), dropout, backend)
     choice = _chosen.get(small)
