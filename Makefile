@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan conformance bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,19 @@ fuzz: $(VENV)/.dev ## search every public function for errors, for an hour (FUZZ
 
 asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-behaviour sanitizers
 	@$(BIN)/python tests/sanitized.py
+
+CONFORMANCE_VENV := build/conformance/venv
+
+$(CONFORMANCE_VENV)/.installed: constraints.txt tests/conformance/requirements.txt pyproject.toml
+	@echo "installing what PEFT's tests need into $(CONFORMANCE_VENV)"
+	@$(PYTHON) -m venv $(CONFORMANCE_VENV)
+	@$(CONFORMANCE_VENV)/bin/pip install --quiet --disable-pip-version-check '$(TORCH_CPU)'
+	@$(CONFORMANCE_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r tests/conformance/requirements.txt -e '.[peft]'
+	@touch $@
+
+conformance: $(CONFORMANCE_VENV)/.installed ## PEFT's own tests, stock and on accelerated layers (CONFORMANCE=arguments of pytest)
+	@$(CONFORMANCE_VENV)/bin/python tests/conformance/run.py $(CONFORMANCE)
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(PYTEST) -m 'not slow'

@@ -2,8 +2,8 @@
 
     python tests/conformance/run.py [--out FOLDER] [--tests FOLDER] [--workers N] [arguments of pytest]
 
-The tests are those of the sdist of the installed PEFT. `--out` gets `summary.md`, `summary.json` and both logs. The exit
-status is 0 if no test passes stock and fails fused, twice in a row.
+The tests are those of the sdist of the installed PEFT. `--out` gets `summary.md`, `summary.json` and both logs. The
+exit status is 0 if no test passes stock and fails fused, twice in a row.
 """
 
 import argparse
@@ -21,7 +21,6 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 import selection
-import stand_ins
 
 
 def peft_tests(folder: Path) -> Path:
@@ -46,26 +45,29 @@ def files(tests: Path) -> list[str]:
     return [str(tests / name) for name in (*selection.FILES, *unknown) if (tests / name).exists()]
 
 
-def session(mode: str, tests: Path, out: Path, arguments: list[str]) -> dict[str, dict]:
-    """Run the tests, and return what came of each."""
-    record, log = out / f"{mode}.json", out / f"{mode}.log"
-    record.unlink(missing_ok=True)
-    environment = {
+def environment(out: Path) -> dict[str, str]:
+    """Of all processes: offline, with the stand-ins as the hub's cache."""
+    return {
         **os.environ,
-        "CONFORMANCE_MODE": mode,
-        "CONFORMANCE_RECORD": str(record),
         "PYTHONPATH": os.pathsep.join((str(HERE), str(ROOT), os.environ.get("PYTHONPATH", ""))),
-        "HF_HOME": str(out / "hub"),
+        "HF_HOME": str(out / "home"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "LORA_KERNELS_CACHE": str(out / "no-such-table.json"),
     }
+
+
+def session(mode: str, tests: Path, out: Path, arguments: list[str]) -> dict[str, dict]:
+    """Run the tests, and return what came of each."""
+    record, log = out / f"{mode}.json", out / f"{mode}.log"
+    record.unlink(missing_ok=True)
+    variables = {**environment(out), "CONFORMANCE_MODE": mode, "CONFORMANCE_RECORD": str(record)}
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "conformance_plugin", "-p", "no:cacheprovider", "-W", "ignore",
         "-c", os.devnull, "--rootdir", str(tests.parent), "-k", selection.EXPRESSION, *arguments,
     ]  # fmt: skip
     with log.open("w") as file:
-        done = subprocess.run(command, cwd=tests.parent, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=tests.parent, env=variables, stdout=file, stderr=subprocess.STDOUT)
     if not record.exists() or done.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with status {done.returncode}:\n{log.read_text()[-3000:]}")
     return json.loads(record.read_text())
@@ -94,8 +96,11 @@ def summary(stock: dict[str, dict], fused: dict[str, dict], broken: list[str], u
         "with_accelerated_layers": sum(each["accelerated"] > 0 for each in fused.values()),
         "pass_stock_fail_fused": {name: fused.get(name, {}).get("message", "did not run") for name in broken},
         "unsteady": unsteady,
-        "fail_stock": {name: each["message"] for name, each in stock.items() if not passed(stock, name)
-                       and each["outcome"] != "skipped"},  # fmt: skip
+        "fail_stock": {
+            name: each["message"]
+            for name, each in stock.items()
+            if not passed(stock, name) and each["outcome"] != "skipped"
+        },  # fmt: skip
         "not_run": {reason: list(names) for reason, names in selection.NOT_RUN.items()},
     }
 
@@ -141,7 +146,8 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     tests = options.tests.resolve() if options.tests else peft_tests(out)
     if not options.tests:
-        stand_ins.write(out / "hub" / "hub")
+        command = [sys.executable, "-W", "ignore", str(HERE / "stand_ins.py"), str(out / "home" / "hub")]
+        subprocess.run(command, env=environment(out), check=True)
     targets = [str(tests)] if options.tests else files(tests)
     workers = ["-n", str(options.workers), "--dist", "loadscope"] if options.workers > 1 else []
     stock, fused = (session(mode, tests, out, [*targets, *workers, *more]) for mode in ("stock", "fused"))

@@ -1,8 +1,8 @@
 """Tiny random models in place of those of the hub that PEFT's tests name, in a cache as huggingface_hub lays it out.
 
-Same architecture, few and narrow layers; vocabularies as large as the tests index. Tokenizers split bytes. Adapters are
-fresh LoRA adapters of a stand-in. What must be the very file of the hub (old formats, trained numbers) has none here, and
-its tests fail in both runs.
+Same architecture, few and narrow layers; vocabularies as large as the tests index. Tokenizers split bytes. Adapters
+are fresh LoRA adapters of a stand-in. What must be the very file of the hub (old formats, trained numbers) has none
+here, and its tests fail in both runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ OPT = {
     "max_position_embeddings": 128, "vocab_size": 50265,
 }  # fmt: skip
 OPT_DEEP = {**OPT, "hidden_size": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 12, "vocab_size": 50272}
-GPT2 = {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512, "vocab_size": 1000, "bos_token_id": 98, "eos_token_id": 98}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 5,
+    "n_head": 4,
+    "n_positions": 512,
+    "vocab_size": 1000,
+    "bos_token_id": 98,
+    "eos_token_id": 98,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 T5 = {
     "d_model": 32, "d_ff": 37, "d_kv": 8, "num_layers": 5, "num_heads": 4, "vocab_size": 1103,
@@ -112,7 +120,8 @@ ADAPTERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "peft-internal-testing/tiny-random-Whisper", "WhisperForConditionalGeneration", None, {
             "target_modules": ["q_proj", "v_proj"]}),
     "peft-internal-testing/gpt2-lora-random": ("openai-community/gpt2", "AutoModelForCausalLM", "CAUSAL_LM", {}),
-    "peft-internal-testing/opt-125m-dummy-lora": ("peft-internal-testing/opt-125m", "AutoModelForCausalLM", "CAUSAL_LM", {}),
+    "peft-internal-testing/opt-125m-dummy-lora": (
+        "peft-internal-testing/opt-125m", "AutoModelForCausalLM", "CAUSAL_LM", {}),
     "peft-internal-testing/tiny-random-BertModel-lora": (
         "peft-internal-testing/tiny-random-BertModel", "AutoModel", "FEATURE_EXTRACTION", {}),
 }  # fmt: skip
