@@ -902,6 +902,8 @@ SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @operation(lambda d: {"seed": d.seed(), "layer": d.layer(), "shape": d.choice(list(SHAPES)), "keyword": d.flag()}, 2)
 def call_layer(twin: Twin, seed: int, layer: str, shape: str, keyword: bool) -> dict[str, Any]:
     module = twin.model.get_submodule(layer)
+    if shape == "vector" and any(module.use_dora.values()):  # of which PEFT makes a matrix
+        shape = "one row"
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, module.in_features, generator=generator).to(module.base_layer.weight.dtype).requires_grad_()
     output = module(x=SHAPES[shape](x)) if keyword else module(SHAPES[shape](x))
