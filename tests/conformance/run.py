@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-W", "ignore", str(HERE / "stand_ins.py"), str(out / "home" / "hub")]
         subprocess.run(command, env=environment(out), check=True)
     targets = [str(tests)] if options.tests else files(tests)
-    workers = ["-n", str(options.workers), "--dist", "loadscope"] if options.workers > 1 else []
+    workers = ["-n", str(options.workers), "--dist", "worksteal"] if options.workers > 1 else []
     stock, fused = (session(mode, tests, out, [*targets, *workers, *more]) for mode in ("stock", "fused"))
     suspects = differing(stock, fused)
     unsteady = []

@@ -51,6 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", GPT2),
     "openai-community/gpt2": ("GPT2LMHeadModel", {**GPT2, "vocab_size": 50257}),
+    "gpt2": ("GPT2LMHeadModel", {**GPT2, "vocab_size": 50257}),
+    "bert-base-uncased": ("BertForMaskedLM", BERT),
+    "tiiuae/falcon-mamba-tiny-dev": ("FalconMambaForCausalLM", {
+        "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 1024}),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
     "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {
         "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024}),
@@ -166,6 +170,30 @@ def model(files: Path, architecture: str, settings: dict[str, Any]) -> None:
         tokenizer(files)
 
 
+def pipeline(files: Path) -> None:
+    """Stable Diffusion, tiny."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: PLC0415
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate([*ends, *(f"{chr(i)}</w>" for i in range(33, 127))])}
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SMALL, vocab_size=1000, bos_token_id=0, eos_token_id=1)),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
+        unet=UNet2DConditionModel(
+            block_out_channels=(32, 64), layers_per_block=2, sample_size=32, cross_attention_dim=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(files)  # fmt: skip
+
+
 def adapter(files: Path, base: str, loader: str, task: str | None, settings: dict[str, Any]) -> None:
     """A random one of a stand-in."""
     import transformers  # noqa: PLC0415
@@ -184,6 +212,7 @@ def write(folder: Path) -> None:
     """
     for repository, (architecture, settings) in MODELS.items():
         snapshot(folder, repository, lambda files, a=architecture, s=settings: model(files, a, s))
+    snapshot(folder, "hf-internal-testing/tiny-sd-pipe", pipeline)
     for repository, arguments in ADAPTERS.items():
         snapshot(folder, repository, lambda files, a=arguments: adapter(files, *a))
 
