@@ -246,7 +246,8 @@ class Prepared:
         variants = [(layer.lora_variant[adapter.name], adapter) for adapter in self.adapters if adapter.extension]
         self.trained, self.variants = trained, variants
         numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
-        self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
+        with torch.inference_mode(False):  # graphs are to keep it
+            self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
 
     def fits(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether nothing has changed that `run` depends on."""
