@@ -50,17 +50,11 @@ class Dropout:
 
 
 class Mask(NamedTuple):
-    """A dropout as kernels take it.
+    """A dropout as kernels take it."""
 
-    Attributes:
-        threshold: 16-bit numbers below it drop their element; at least 1.
-        seed: `(1,)` int64.
-        stream: which mask of that seed.
-    """
-
-    threshold: int
-    seed: torch.Tensor
-    stream: int
+    threshold: int  # 16-bit numbers below it drop their element; at least 1
+    seed: torch.Tensor  # `(1,)` int64
+    stream: int  # which mask of that seed
 
     @property
     def factor(self) -> float:
@@ -79,19 +73,7 @@ class Mask(NamedTuple):
 
 
 def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:
-    """A dropout as the arguments of a registered op.
-
-    Args:
-        dropout: checked here.
-        device: of the matrix it is applied to.
-
-    Returns:
-        Threshold (0: nothing is dropped), seed and stream.
-
-    Raises:
-        TypeError: on a wrong type.
-        ValueError: on a value out of range, or a seed on another device.
-    """
+    """A dropout as the arguments of a registered op: threshold (0: nothing is dropped), seed and stream."""
     if dropout is None:
         return 0, None, 0
     if not isinstance(dropout, Dropout):
@@ -109,19 +91,7 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
 
 
 def mask_of(threshold: int, seed: torch.Tensor | None, stream: int) -> Mask | None:
-    """The inverse of `lowered`, inside an op.
-
-    Args:
-        threshold: 0 for no dropout.
-        seed: `(1,)` int64; needed if the threshold is not 0.
-        stream: which mask.
-
-    Returns:
-        The mask, or `None`.
-
-    Raises:
-        ValueError: if there is no seed where one is needed.
-    """
+    """The inverse of `lowered`, inside an op."""
     if threshold == 0:
         return None
     if seed is None:
