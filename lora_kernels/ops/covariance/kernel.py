@@ -39,16 +39,9 @@ _SQUARE_FROM, _WIDE_FROM = 1024, 8192
 
 
 def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> TileConfig:
-    """The configuration for a shape; one table per platform until a measurement says otherwise.
+    """The configuration for x `(rows, features)`; one table per platform until a measurement says otherwise.
 
-    Args:
-        features: n.
-        dtype: of x.
-        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
     """
     platform = platform or build_platform()
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
@@ -64,15 +57,7 @@ def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platf
 
 
 def is_aligned(out: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Args:
-        out: `(n, n)`.
-        x: `(rows, n)`.
-
-    Returns:
-        True if all are.
-    """
+    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads."""
     return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), out.stride(0), x.data_ptr(), out.data_ptr()))
 
 
@@ -151,16 +136,9 @@ def covariance(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels.
+    """Launch the kernels; `out` and x have unit column stride, `weight` is real.
 
-    Args:
-        out: `(n, n)` float32 with unit column stride.
-        x: `(rows, n)` with unit column stride.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)`, or `None`.
-        column_sum: `(n,)` float32 contiguous, or `None`.
-        config: tile sizes; `config_for` by default.
-        least_chunk: tokens that a split has at least.
+    A split has at least `least_chunk` tokens.
     """
     features = x.shape[1]
     tokens = x.shape[0] if index is None else index.shape[0]
