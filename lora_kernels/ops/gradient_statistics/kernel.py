@@ -54,18 +54,9 @@ def config_for(
     aligned: bool = True,
     platform: str | None = None,
 ) -> TileConfig:
-    """The configuration for a shape; one table per platform until a measurement says otherwise.
+    """The configuration for G `(height, width)`; one table per platform until a measurement says otherwise.
 
-    Args:
-        height: m.
-        width: n.
-        dtype: of g and x.
-        weighted: whether rows carry weights.
-        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
     """
     platform = platform or build_platform()
 
@@ -86,16 +77,7 @@ def config_for(
 
 
 def is_aligned(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Args:
-        out: `(m, n)`.
-        g: `(rows, m)`.
-        x: `(rows, n)`.
-
-    Returns:
-        True if all are.
-    """
+    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads."""
     numbers = (g.shape[1], x.shape[1], g.stride(0), x.stride(0), out.stride(0))
     return all(each % 16 == 0 for each in (*numbers, g.data_ptr(), x.data_ptr(), out.data_ptr()))
 
@@ -234,16 +216,9 @@ def gradient_statistics(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels of the weight gradient.
+    """Launch the kernels of the weight gradient; all matrices have unit column stride.
 
-    Args:
-        gradient: `(m, n)` float32 with unit column stride.
-        g: `(rows, m)` with unit column stride.
-        x: `(rows, n)` with unit column stride. If its dtype is another than g's, a float32 copy is made of both.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)` float32, or `None`.
-        config: tile sizes; `config_for` by default.
-        least_chunk: tokens that a split has at least.
+    If the dtypes of g and x differ, a float32 copy is made of both. A split has at least `least_chunk` tokens.
     """
     height, width = gradient.shape
     tokens = x.shape[0] if index is None else index.shape[0]
@@ -304,15 +279,9 @@ def both(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    """Launch the kernels of the weight gradient, and of the Fisher diagonal; either may be `None`.
+    """Launch the kernels of the weight gradient, and of the Fisher diagonal `(m,)`; either may be `None`.
 
-    Args:
-        gradient: see `gradient_statistics`.
-        fisher: `(m,)` float32 contiguous.
-        g: see `gradient_statistics`.
-        x: see `gradient_statistics`; given if `gradient` is.
-        weight: `(...)` bool or real weights of g's rows for the gradient, or `None`.
-        fisher_weight: likewise for the Fisher diagonal.
+    x is given if the gradient is; weights are `(...)` bool or real.
     """
     if gradient is not None and x is not None:
         index, factor = selection(weight)
@@ -326,16 +295,7 @@ def both(
 def scale_rows(
     out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
 ) -> None:
-    """Launch the kernel of the Fisher scaling.
-
-    Args:
-        out: `(m, n)` float32 with unit column stride.
-        gradient: `(m, n)` float32; may be `out`.
-        fisher: `(m,)` float32.
-        scale: a factor.
-        damping: added to the Fisher diagonal.
-        power: of the damped diagonal.
-    """
+    """Launch the kernel of the Fisher scaling; `out` has unit column stride, and may be the gradient."""
     height, width = out.shape
     if height == 0 or width == 0:
         return
