@@ -169,17 +169,7 @@ def linear_kernel(
 
 
 def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:
-    """A configuration for these very tensors: the one that was measured, unless it was for others.
-
-    Args:
-        wanted: of a table, or `None`.
-        out: `(tokens, d)`.
-        x: `(tokens, k)`.
-        right: `(k, d)`.
-
-    Returns:
-        `wanted` if it is meant for such a chip, dtype and alignment, else that of `config_for`.
-    """
+    """A configuration for these very tensors: the one wanted, unless it was for another chip, dtype or alignment."""
     kind: dict[str, Any] = {"aligned": is_aligned((out, x, right)), "capability": capability_of(out.device)}
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
@@ -214,17 +204,9 @@ def linear(
     mask: Mask | None = None,
     config: GemmConfig | None = None,
 ) -> None:
-    """`out = bias + x right + drop(t b)`.
+    """`out = bias + x right + drop(t b)`, of one dtype, in the configuration of `fitting` by default.
 
-    Args:
-        out: `(tokens, d)` with unit column stride, filled.
-        x: `(tokens, k)` of the same dtype, with unit column stride.
-        right: `(k, d)` likewise; copied if neither stride is 1.
-        t: `(tokens, r)` likewise, any strides.
-        b: `(r, d)` likewise, any strides.
-        bias: `(d,)` likewise, contiguous, or `None`.
-        mask: of `t b`, or `None`.
-        config: tile sizes; those of `fitting` by default.
+    `out` and x have unit column stride; `right` is copied if neither of its strides is 1; t and b have any strides.
     """
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:

@@ -36,25 +36,15 @@ _THRESHOLD = round(0.1 * 65536)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One product of one shape.
-
-    Attributes:
-        key: what it holds for.
-        tokens: rows that were measured.
-        rank: of the low-rank term.
-        seconds: medians by candidate, and of the product alone (`mm`).
-        errors: relative errors against float64 by candidate, and of plain torch (`torch`).
-        refused: candidates that cannot run, or gave wrong numbers, and why.
-        choice: what is written down.
-    """
+    """One product of one shape."""
 
     key: Key
-    tokens: int
-    rank: int
-    seconds: Mapping[str, float]
-    errors: Mapping[str, float]
-    refused: Mapping[str, str]
-    choice: Choice
+    tokens: int  # rows that were measured
+    rank: int  # of the low-rank term
+    seconds: Mapping[str, float]  # medians by candidate, and of the product alone (`mm`)
+    errors: Mapping[str, float]  # relative, against float64, by candidate, and of plain torch (`torch`)
+    refused: Mapping[str, str]  # candidates that cannot run, or gave wrong numbers, and why
+    choice: Choice  # what is written down
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -182,15 +172,7 @@ def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
 
 
 def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
-    """The choice with the least time; the default unless it is beaten by more than noise.
-
-    Args:
-        seconds: by `Choice.name`.
-        choices: those that gave right numbers, the default among them.
-
-    Returns:
-        One of them.
-    """
+    """The quickest of the choices, which all gave right numbers; the default unless beaten by more than noise."""
     best = min(choices, key=lambda each: seconds[each.name])
     default = next(each for each in choices if each.form == DEFAULT)
     return best if seconds[best.name] < MARGIN * seconds[default.name] else default
@@ -199,21 +181,9 @@ def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
 def measure(
     key: Key, *, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, rounds: int = 20
 ) -> Measurement:
-    """Check and time all forms of one product.
+    """Check all forms of one product and time them, `rounds` calls of each.
 
-    Args:
-        key: what is measured.
-        tokens: rows.
-        rank: of the low-rank term.
-        device: where.
-        dtype: of the arithmetic.
-        rounds: timed calls of each form.
-
-    Returns:
-        The measurement.
-
-    Raises:
-        RuntimeError: if the default form gives wrong numbers or fails: nothing can be chosen then.
+    It is an error if the default form gives wrong numbers or fails: nothing can be chosen then.
     """
     problem = _Problem.draw(key, tokens, rank, device, dtype)
     with isolated(problem.out.device):

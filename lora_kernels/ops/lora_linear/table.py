@@ -31,46 +31,27 @@ MOST_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement holds for.
+    """What a measurement holds for."""
 
-    Attributes:
-        chip: as `forms.chip_name` gives it.
-        dtype: of the arithmetic.
-        tokens: the next power of two, at most `MOST_TOKENS`.
-        n: the layer's inputs.
-        m: its outputs.
-        rank: r, and that of a frozen pair, padded as `pad_rank` does.
-        dropout: whether the low-rank term is masked (in the backward pass; the forward one masks before).
-        product: `forward` (y) or `backward` (dx).
-    """
-
-    chip: str
+    chip: str  # as `forms.chip_name` gives it
     dtype: str
-    tokens: int
-    n: int
-    m: int
-    rank: int
-    dropout: bool
-    product: str
+    tokens: int  # the next power of two, at most `MOST_TOKENS`
+    n: int  # the layer's inputs
+    m: int  # its outputs
+    rank: int  # r, and that of a frozen pair, padded as `pad_rank` does
+    dropout: bool  # whether the low-rank term is masked (in the backward pass; the forward one masks before)
+    product: str  # `forward` (y) or `backward` (dx)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement.
-
-    Attributes:
-        key: what it holds for.
-        form: one of `FORMS`.
-        config: the name of a configuration, for `gemm`.
-        seconds: medians by candidate.
-        versions: of lora_kernels, torch and triton.
-    """
+    """One measurement."""
 
     key: Key
-    form: str
-    config: str | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str | None] = field(default_factory=dict)
+    form: str  # one of `FORMS`
+    config: str | None = None  # the name of a configuration, for `gemm`
+    seconds: Mapping[str, float] = field(default_factory=dict)  # medians by candidate
+    versions: Mapping[str, str | None] = field(default_factory=dict)  # of lora_kernels, torch and triton
 
 
 def pad_rank(rank: int) -> int:
@@ -150,17 +131,7 @@ def _record(number: int, entry: Any) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, current or not.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The records, in their order.
-
-    Raises:
-        ValueError: if it cannot be read or is malformed; the message names the file and the reason.
-    """
+    """All records of a file, current or not; the error names the file and what is wrong with it."""
     name = f"the table of measured forms {str(path)!r}"
     content = read_json(path, name)
     try:
@@ -174,13 +145,7 @@ def read(path: Path) -> list[Record]:
 
 
 def write(path: Path, records: Iterable[Record], note: str) -> None:
-    """Write a file, whole or not at all.
-
-    Args:
-        path: of the file; its folder is made.
-        records: one per line.
-        note: for people who read it.
-    """
+    """Write a file, whole or not at all, one record per line, with a note for people who read it."""
     rows = [
         json.dumps({**asdict(each.key), **{k: v for k, v in asdict(each).items() if k != "key"}}) for each in records
     ]
