@@ -190,17 +190,10 @@ def lora_pro_adam(
     config: ProConfig | None = None,
     parts: tuple[int, int] | None = None,
 ) -> None:
-    """Launch the kernels. No size may be zero.
+    """Launch the kernels on moments `(m, n)` with unit column stride, a, b, grad_a and grad_b; no size may be zero.
 
-    Args:
-        moments: `(m, n)` float32 or bfloat16 with unit column stride, changed in place.
-        factors: a `(r, n)`, b `(m, r)`, grad_a `(r, n)` and grad_b `(m, r)`.
-        numbers: of the step.
-        seed: `(1,)` int64, for bfloat16 moments.
-        bt_h: `(r, n)` float32 contiguous, filled.
-        h_at: `(m, r)` float32 contiguous, filled.
-        config: tile sizes; `config_for` by default.
-        parts: blocks of rows and steps of columns of a program; `parts_for` by default.
+    `bt_h` `(r, n)` and `h_at` `(m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the steps of
+    columns of a program.
     """
     (rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
     rank, stochastic = rank_for(a.shape[0]), moments[0].dtype == torch.bfloat16
