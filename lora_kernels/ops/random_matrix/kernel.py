@@ -20,16 +20,10 @@ from lora_kernels.ops._tl import gaussian_pair, philox
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """Tile and launch shape.
+    """Tile and launch shape."""
 
-    Attributes:
-        rows: rows per program.
-        groups: counters per row and program: 128 signs or 4 normal draws each.
-        warps: warps per program.
-    """
-
-    rows: int
-    groups: int
+    rows: int  # per program
+    groups: int  # counters per row and program: 128 signs or 4 normal draws each
     warps: int = 4
 
 
@@ -127,16 +121,9 @@ def random_matrix(
     step: int,
     config: RandomConfig | None = None,
 ) -> None:
-    """Launch the kernel.
+    """Launch the kernel that fills `out`, contiguous float16, bfloat16 or float32.
 
-    Args:
-        out: `(rows, columns)` contiguous float16, bfloat16 or float32 to be filled; `(2, rows, columns)` for gaussian
-            draws as a rounded part and the rest.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        step: which draw of that matrix.
-        config: tile sizes; `config_for` by default.
+    `(2, rows, columns)` takes gaussian draws as a rounded part and the rest.
     """
     rows, columns = out.shape[-2:]
     if out.numel() == 0:
