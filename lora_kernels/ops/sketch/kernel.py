@@ -364,21 +364,10 @@ def sketch(
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
-    """Launch the kernels.
+    """Launch the kernels; matrices have unit column stride, and `left` and `right` are one object for an input sketch.
 
-    Args:
-        out: `(p, k)` float32 with unit column stride.
-        left: `(rows, p)` with unit column stride.
-        right: `(rows, q)` with unit column stride; the same object as `left` for an input sketch.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)`, or `None`.
-        column_sum: `(p,)` float32 contiguous, or `None`.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        configs: tile sizes of both products; `config_for` by default.
-        chunk: tokens per chunk; by default from the cache.
-        least: tokens or features that a split has at least.
+    `configs` are those of both products. Tokens go by `chunk`, by default what the cache holds; a split has at least
+    `least` tokens or features.
     """
     tokens = left.shape[0] if index is None else index.shape[0]
     if tokens == 0 or left.shape[1] == 0:
@@ -421,17 +410,7 @@ def project(
     config: SketchConfig | None = None,
     least: int = 512,
 ) -> None:
-    """Launch the first product alone.
-
-    Args:
-        out: `(rows, k)` contiguous float32, filled.
-        a: `(rows, q)` with unit column stride, q at least 1.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        config: tile sizes; `config_for` by default.
-        least: features that a split has at least.
-    """
+    """Launch the first product alone, which fills `out` `(rows, k)`; a split has at least `least` features."""
     if out.numel() == 0:
         return
     omega = make_omega(a, out.shape[1], kind, seed, stream)
