@@ -150,19 +150,7 @@ def _expand_cpp(
 def shrink(
     out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str
 ) -> torch.Tensor:
-    """`out = scale * drop(x) a^T`.
-
-    Args:
-        out: `(tokens, r)` contiguous.
-        x: `(tokens, n)`.
-        a: `(r, n)`.
-        scale: a factor.
-        mask: of x, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `out`.
-    """
+    """`out = scale * drop(x) a^T`: `(tokens, n)` and `(r, n)` give `(tokens, r)`, contiguous."""
     if out.numel() == 0 or x.shape[1] == 0:
         return out.zero_()
     if backend == "torch":
@@ -178,17 +166,7 @@ def shrink(
 
 
 def tsreduce(t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str) -> torch.Tensor:
-    """`t^T drop(z)`.
-
-    Args:
-        t: `(tokens, r)`.
-        z: `(tokens, d)`.
-        mask: of z, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `(r, d)` float32, or float64 for float64.
-    """
+    """`t^T drop(z)`: `(tokens, r)` and `(tokens, d)` give `(r, d)` float32 (float64 for float64)."""
     out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     if out.numel() == 0 or z.shape[0] == 0:
         return out.zero_()
@@ -213,20 +191,7 @@ def expand(
     mask: Mask | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """`out = (base or bias) + drop(t b)`.
-
-    Args:
-        out: `(tokens, d)`.
-        t: `(tokens, r)`.
-        b: `(r, d)`.
-        base: `(tokens, d)`, or `None`; it may be `out`.
-        bias: `(d,)` contiguous, or `None`; not both.
-        mask: of the product, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `out`.
-    """
+    """`out = (base or bias) + drop(t b)`: `(tokens, r)` and `(r, d)` give `(tokens, d)`; the base may be `out`."""
     if out.numel() == 0:
         return out
     if t.shape[1] == 0:
