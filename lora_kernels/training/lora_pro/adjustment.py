@@ -47,13 +47,8 @@ class Adjustment:
     def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
         """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
 
-        Args:
-            buckets: of pairs of one rank and working dtype, on one device.
-            scaling: of all pairs, in their order, float64.
-            damping: added to the eigenvalues of both Grams in the inverses.
-
-        Raises:
-            ValueError: if factors are not finite, naming the pair.
+        The buckets hold pairs of one rank and working dtype, on one device; `scaling`, float64, is that of all pairs in
+        their order. The damping is added to the eigenvalues of both Grams in the inverses.
         """
         self.buckets, self._sizes = buckets, [len(each.indices) for each in buckets]
         values, vectors = _eigenpairs(torch.cat([each.grams for each in buckets], 1), buckets)
@@ -79,9 +74,8 @@ class Adjustment:
     def __call__(self, *, cross: bool) -> None:
         """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.
 
-        Args:
-            cross: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
-                divided between the factors.
+        `cross`: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
+        divided between the factors.
         """
         overlap = torch.cat([each.overlap for each in self.buckets])
         inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared

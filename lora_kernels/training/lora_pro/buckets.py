@@ -28,17 +28,7 @@ class Scratch:
         self._kept: dict[Any, torch.Tensor] = {}
 
     def take(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory that holds anything, the same again for the same key.
-
-        Args:
-            key: what it is for.
-            shape: of the tensor.
-            dtype: of the tensor.
-            device: of the tensor.
-
-        Returns:
-            The tensor.
-        """
+        """A tensor that holds anything, in the same memory again for the same key."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size, key = math.prod(shape), (key, dtype)
@@ -49,47 +39,26 @@ class Scratch:
 
 @dataclass
 class Bucket:
-    """L pairs of one shape, dtype, device and layout, with their gradients.
+    """L pairs of one shape, dtype, device and layout, with their gradients."""
 
-    Attributes:
-        indices: numbers of the pairs.
-        scaling: s of each.
-        parameters: A and B of each.
-        rows: layout of both.
-        a: values of A, `(L, r, n)`, whole.
-        b: values of B, `(L, m', r)`, the rows of this process.
-        grad_a: gradients of A, `(L, r, n)`, whole.
-        grad_b: gradients of B, `(L, m', r)`.
-        out_a: for the adjusted gradients of A.
-        out_b: for the adjusted gradients of B.
-        grams: `B^T B` and `A A^T`, `(2, L, r, r)` float64.
-        overlap: `B^T gB`, `(L, r, r)`.
-        inner: `gA A^T`, `(L, r, r)`.
-    """
-
-    indices: list[int]
-    scaling: list[float]
-    parameters: list[tuple[torch.Tensor, torch.Tensor]]
-    rows: Layout
-    a: torch.Tensor = field(init=False)
-    b: torch.Tensor = field(init=False)
-    grad_a: torch.Tensor = field(init=False)
-    grad_b: torch.Tensor = field(init=False)
-    out_a: torch.Tensor = field(init=False)
-    out_b: torch.Tensor = field(init=False)
-    grams: torch.Tensor = field(init=False)
-    overlap: torch.Tensor = field(init=False)
-    inner: torch.Tensor = field(init=False)
+    indices: list[int]  # numbers of the pairs
+    scaling: list[float]  # s of each
+    parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each
+    rows: Layout  # layout of both
+    a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
+    b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
+    grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
+    grad_b: torch.Tensor = field(init=False)  # `(L, m', r)`
+    out_a: torch.Tensor = field(init=False)  # for the adjusted gradients of A
+    out_b: torch.Tensor = field(init=False)  # of B
+    grams: torch.Tensor = field(init=False)  # `B^T B` and `A A^T`, `(2, L, r, r)` float64
+    overlap: torch.Tensor = field(init=False)  # `B^T gB`, `(L, r, r)`
+    inner: torch.Tensor = field(init=False)  # `gA A^T`, `(L, r, r)`
 
     def fill(self, scratch: Scratch, slot: int) -> Bucket:
         """Copy the factors and their gradients side by side, and contract their long axes.
 
-        Args:
-            scratch: gives the memory.
-            slot: number of the bucket among those that live at once.
-
-        Returns:
-            Itself.
+        `slot` is the number of the bucket among those that live at once.
         """
         count, first = len(self.indices), self.parameters[0][0]
         dtype, device = working_dtype(first.dtype), first.device

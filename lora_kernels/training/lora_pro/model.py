@@ -21,12 +21,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
 
 @dataclass(frozen=True)
 class LayerScaling:
-    """The scaling of an adapter on a layer, read whenever it is called.
-
-    Attributes:
-        layer: a LoRA layer.
-        adapter: the adapter's name.
-    """
+    """The scaling of an adapter on a layer, read whenever it is called."""
 
     layer: Any
     adapter: str
@@ -37,11 +32,7 @@ class LayerScaling:
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The factors of every adapter of a layer.
-
-    Yields:
-        Adapter, A and B.
-    """
+    # Adapter, A and B of every adapter.
     for adapter in getattr(layer, "lora_A", {}):
         yield adapter, getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
     for adapter in getattr(layer, "lora_embedding_A", {}):
@@ -60,21 +51,11 @@ def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
 
 
 def find_pairs(model: nn.Module) -> list[_Pair]:
-    """The LoRA pairs that a PEFT model trains.
+    """A, B and the scaling of each LoRA pair that a PEFT model trains; at least one.
 
     Every adapter of every LoRA layer on a linear layer or an embedding, where A and B are trained; DoRA and the other
     variants included, whose gradients of A and B come from one gradient of `W + s B A` too. Warns of trained factors
-    that are no pair; they get AdamW.
-
-    Args:
-        model: with PEFT's LoRA layers, bare or in DistributedDataParallel, or sharded by `fully_shard`.
-
-    Returns:
-        A, B and the scaling of each.
-
-    Raises:
-        TypeError: if it is no model.
-        ValueError: if there is none.
+    that are no pair; they get AdamW. The model may be in DistributedDataParallel, or sharded by `fully_shard`.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)

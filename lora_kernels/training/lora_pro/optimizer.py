@@ -186,12 +186,7 @@ class LoRAPro(Optimizer):
     def _state_of(self, parameter: torch.Tensor, columns: int | None = None) -> dict[str, Any]:
         """State of a parameter, made where it is missing.
 
-        Args:
-            parameter: whose state.
-            columns: of moments for B in `full` mode, n; 0 for A, which has none.
-
-        Returns:
-            The state.
+        `columns`, in `full` mode, is that of the moments: n for B, 0 for A, which has none.
         """
         state: dict[str, Any] = self.state[parameter]
         if not state:

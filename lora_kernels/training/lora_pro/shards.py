@@ -18,16 +18,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like_rows(parameter: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros with one row per row of a parameter, sharded as it is.
-
-    Args:
-        parameter: `(m, *)`.
-        columns: n.
-        dtype: of the zeros.
-
-    Returns:
-        `(m, n)`, each process holding the rows whose parameter rows it holds.
-    """
+    """Zeros `(m, columns)`, of the rows of a parameter `(m, *)` and sharded as it is."""
     part = local(parameter)
     zeros = torch.zeros(part.shape[0], columns, dtype=dtype, device=part.device)
     return wrap(zeros, parameter) if is_sharded(parameter) else zeros
@@ -45,29 +36,14 @@ def wrap(part: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How parameters are spread over processes.
+    """How parameters are spread over processes."""
 
-    Attributes:
-        mesh: device mesh of a sharded parameter, else `None`.
-        placements: of the parameter on the axes of the mesh.
-    """
-
-    mesh: Any = None
-    placements: tuple[Any, ...] = ()
+    mesh: Any = None  # of a sharded parameter
+    placements: tuple[Any, ...] = ()  # of the parameter on the axes of the mesh
 
     @classmethod
     def of(cls, parameter: Any) -> Layout:
-        """The layout of a parameter.
-
-        Args:
-            parameter: any tensor.
-
-        Returns:
-            Its layout.
-
-        Raises:
-            ValueError: if it is sharded otherwise than by rows along one axis of its mesh.
-        """
+        """The layout of a parameter, which may be sharded by rows along one axis of its mesh."""
         if not is_sharded(parameter):
             return cls()
         split = [each for each in parameter.placements if not each.is_replicate()]
@@ -101,15 +77,7 @@ class Layout:
         return slice(min(number * share, rows), min((number + 1) * share, rows))
 
     def whole(self, stack: torch.Tensor, rows: int) -> torch.Tensor:
-        """Rows of all processes, in one all-gather.
-
-        Args:
-            stack: `(L, own rows, n)`, this process's rows of L matrices.
-            rows: of each whole matrix.
-
-        Returns:
-            `(L, rows, n)`.
-        """
+        """`(L, rows, n)` from this process's rows of L matrices, `(L, own rows, n)`, in one all-gather."""
         if not self.sharded:
             return stack
         count, _, share = self._share(rows)

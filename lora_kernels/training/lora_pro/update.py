@@ -14,19 +14,12 @@ from lora_kernels.training.lora_pro.shards import local
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter to be moved, on this process.
+    """A parameter to be moved, on this process."""
 
-    Attributes:
-        group: number of its parameter group.
-        value: its own rows; shares the parameter's memory.
-        gradient: for these rows, float32 (float64).
-        state: of the parameter, moments included where AdamW makes the step.
-    """
-
-    group: int
-    value: torch.Tensor
-    gradient: torch.Tensor
-    state: dict[str, Any]
+    group: int  # number of its parameter group
+    value: torch.Tensor  # its own rows; shares the parameter's memory
+    gradient: torch.Tensor  # for these rows, float32 (float64)
+    state: dict[str, Any]  # of the parameter, moments included where AdamW makes the step
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,12 +50,7 @@ def _round_back(entries: list[Entry], wide: list[torch.Tensor]) -> None:
 
 
 def adamw_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
-    """One AdamW step, in float32 (float64), the result rounded to the parameters' dtype.
-
-    Args:
-        entries: parameters whose state holds step, exp_avg and exp_avg_sq.
-        groups: the optimizer's parameter groups.
-    """
+    """One AdamW step, in float32 (float64), the result rounded to the parameters' dtype."""
     for each in entries:
         if not each.value.numel():
             each.state["step"] += 1  # this process holds no row of it
@@ -89,12 +77,7 @@ def adamw_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
 
 
 def descend_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
-    """`p <- (1 - lr weight_decay) p - lr gradient`, in float32 (float64), rounded to the parameters' dtype.
-
-    Args:
-        entries: parameters with their directions.
-        groups: the optimizer's parameter groups.
-    """
+    """`p <- (1 - lr weight_decay) p - lr gradient`, in float32 (float64), rounded to the parameters' dtype."""
     for (number, _), found in _by_group(entries).items():
         lr, decay, wide = float(groups[number]["lr"]), groups[number]["weight_decay"], _wide(found)
         if decay:
