@@ -35,16 +35,7 @@ def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
 
 
 def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
-    """Why an adapter that is DoRA cannot run fused, or `None`.
-
-    Args:
-        layer: the LoRA layer.
-        adapter: its name.
-        active: the names of all active adapters of the layer.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why an adapter that is DoRA cannot run fused, or `None`; `active` are all active adapters of the layer."""
     if len(active) > 1:
         return "DoRA beside other adapters"
     if layer.lora_B[adapter].bias is not None or is_sharded(layer.lora_magnitude_vector[adapter].weight):
@@ -63,18 +54,10 @@ def _height(device: torch.device, columns: int, of_a_thread: int) -> int:
 def row_norms(
     weight: torch.Tensor | Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, scaling: Any
 ) -> torch.Tensor:
-    """`|W + s B A|` by row, from the sums themselves, a few rows at a time.
+    """`|W + s B A|` by row, `(m,)` float32 (float64 where one of the three is), without a graph.
 
-    (`|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is wrong where the two nearly cancel.)
-
-    Args:
-        weight: W `(m, n)`, or its rows, in order, in blocks of any height.
-        a: A `(r, n)`.
-        b: B `(m, r)`.
-        scaling: s: a number, or a tensor of one.
-
-    Returns:
-        `(m,)`, float32 (float64 where one of the three is), without a graph.
+    From the sums themselves, a few rows at a time: `|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is
+    wrong where the two nearly cancel. W is `(m, n)`, or its rows, in order, in blocks of any height.
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         if isinstance(weight, torch.Tensor):
@@ -101,23 +84,15 @@ def row_norms(
 
 
 def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
-    """`|W + s B A|` by row, of a layer as it is; of rows that are zero, infinity, so that their scale is zero.
+    """`|W + s B A|` by row, `(m,)` without a graph, of a layer as it is.
+
+    Rows that are zero are an error on a CPU; other devices would have to be waited for (see `check`), and there they
+    are infinite, so that their scale is zero.
 
     They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
     as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
     autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
-
-    Args:
-        layer: a LoRA layer.
-        adapter: its name.
-        cached: false where the layer's parameters are made anew for each pass (FSDP2).
-
-    Returns:
-        `(m,)`, without a graph.
-
-    Raises:
-        ValueError: if rows are zero, by which PEFT divides; on a CPU only, since other devices would have to be waited
-            for (see `check`).
+    `cached` is false where the layer's parameters are made anew for each pass (FSDP2).
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
@@ -144,16 +119,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
 
 
 def check(layer: Any, adapter: str, name: str) -> None:
-    """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT's output is NaN there); waits for the device.
-
-    Args:
-        layer: a LoRA layer.
-        adapter: its name.
-        name: the layer's name, for the message.
-
-    Raises:
-        ValueError: if it has some, naming them.
-    """
+    """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT gives NaN there); waits for the device."""
     found = row_norms(_rows(layer), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
     _refuse_zeros(found, layer, name)
 
@@ -220,15 +186,9 @@ def rescaled(
 ) -> torch.Tensor:
     """`m / norms * (product - inner) + outer`, in one pass over the product, and two in the backward.
 
-    Args:
-        product: `x W^T + s x A^T B^T + inner`, `(..., m)`; kept for the gradient of the magnitudes.
-        magnitudes: `(m,)`.
-        norms: `(m,)`, constants (section 4.3 of the paper).
-        inner: `(m,)`: the bias, where a base layer that computes its own product has added it already.
-        outer: `(m,)` or `(..., m)`: what is not scaled, such as the bias.
-
-    Returns:
-        `(..., m)`, of the product's dtype.
+    The product `x W^T + s x A^T B^T + inner`, `(..., m)`, is kept for the gradient of the magnitudes `(m,)`; norms
+    `(m,)` are constants (section 4.3 of the paper). `inner` `(m,)` is the bias, where a base layer that computes its
+    own product has added it already; `outer`, `(m,)` or `(..., m)`, is what is not scaled, such as the bias.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _rescaled(product, magnitudes, norms, inner, outer)
@@ -246,19 +206,9 @@ def rescaled_dropped(
     *,
     inner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DoRA's output where the adapter's input is dropped.
+    """DoRA's output `(..., m)` where the adapter's input is dropped.
 
-    Args:
-        base: the base layer, `z -> z W^T + bias`.
-        fused: `z -> z W^T + s z A^T B^T + inner`.
-        x: `(..., n)`.
-        dropped: x after dropout.
-        magnitudes: `(m,)`.
-        norms: `(m,)`, constants.
-        inner: `(m,)`: the bias, where `fused` adds it.
-
-    Returns:
-        `(..., m)`.
+    `base` is `z -> z W^T + bias` and `fused` is `z -> z W^T + s z A^T B^T + inner`, where `inner` `(m,)` is the bias.
     """
     return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
 

@@ -45,12 +45,9 @@ class Guard:
 
     @classmethod
     def watch(cls, model: nn.Module, layers: Sequence[tuple[str, Any]], *, strict: bool) -> None:
-        """Watch the next backward pass of a model.
+        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`.
 
-        Args:
-            model: keeps the guard.
-            layers: name and LoRA layer; sharded adapters, of which a process sees a part, are not watched.
-            strict: raise instead of warning.
+        Sharded adapters, of which a process sees a part, are not watched.
         """
         cls.stop(model)
         pairs = {}
