@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _SUPER = 8
+# The width of a tile of ranks (or of columns of a sketch), a power of two.
+LEAST_RANK, MOST_RANK = 16, 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class TileConfig:
     def two_slices(self) -> bool:
         """Whether the epilogue goes by halves."""
         return self.columns > 128
+
+    def constants(self, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "TOKENS": self.tokens}
+        return {**sizes, "TWO_SLICES": self.two_slices, "PRECISION": precision(dtype, platform)}
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,6 +66,15 @@ def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tup
     )
 
 
+@functools.lru_cache(maxsize=128)
+def tile_map(order: Callable[..., tuple[tuple[int, int], ...]], sizes: tuple[int, ...], device: Any) -> torch.Tensor:
+    """`order(*sizes)` as kernels read it: int32 `tile row << 16 | tile column`.
+
+    Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
+    """
+    return torch.tensor([i << 16 | j for i, j in order(*sizes)], dtype=torch.int32).to(device)
+
+
 def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024) -> int:
     """Into how many parts, of `least` tokens or more, the token loop is cut so that a small matrix fills the chip.
 
@@ -75,6 +93,23 @@ def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *,
     if splits > 1:  # whole steps: no part but the last has a ragged end
         chunk = -(-chunk // config.tokens) * config.tokens
     return -(-tokens // chunk), chunk
+
+
+def rank_for(rank: int) -> tuple[int, int]:
+    """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
+    width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
+    return width, -(-rank // width)
+
+
+def is_aligned(*matrices: torch.Tensor) -> bool:
+    """Whether Triton will find every width, stride and address to be a multiple of 16, and so vectorise loads."""
+    return all(n % 16 == 0 for matrix in matrices for n in (matrix.shape[1], matrix.stride(0), matrix.data_ptr()))
+
+
+def signed32(word: int) -> int:
+    """The low 32 bits of an integer as a signed one: Triton's type of an argument must not depend on its value."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
 
 
 def build_platform() -> str:

@@ -12,7 +12,6 @@ tensor-core pipeline (ptxas C7515).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +20,18 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
 from lora_kernels.ops._rows import selection, single
-from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
+from lora_kernels.ops._tiles import (
+    TileConfig,
+    build_platform,
+    grouped_tiles,
+    is_aligned,
+    processors,
+    tile_map,
+    token_parts,
+)
 from lora_kernels.ops._tl import add_tile, dot, halves, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
@@ -74,12 +80,6 @@ def config_for(
     if not large:
         return SMALL
     return WIDE if reaches(_WIDE_FROM) and not weighted else SQUARE
-
-
-def is_aligned(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads."""
-    numbers = (g.shape[1], x.shape[1], g.stride(0), x.stride(0), out.stride(0))
-    return all(each % 16 == 0 for each in (*numbers, g.data_ptr(), x.data_ptr(), out.data_ptr()))
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -188,13 +188,6 @@ def scale_rows_kernel(
         tl.store(out_ptr + place * out_stride + columns[None, :], values * factor[:, None], mask=mask)
 
 
-@functools.lru_cache(maxsize=64)
-def _tile_map(height: int, width: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    # Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
-    tiles = _tiles.grouped_tiles(height, width, rows, columns)
-    return torch.tensor([i << 16 | j for i, j in tiles], dtype=torch.int32).to(device)
-
-
 def _needs_scale(dtype: torch.dtype) -> bool:
     """Whether `w x` may leave the range of the dtype: weights then enter as fractions of their largest."""
     return dtype == torch.float16
@@ -231,8 +224,8 @@ def gradient_statistics(
         weight, scale = _fractions(weight)
     aligned = is_aligned(gradient, g, x)
     config = config or config_for(height, width, x.dtype, weighted=weight is not None, aligned=aligned)
-    tiles = _tile_map(height, width, config.rows, config.columns, x.device)
-    splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
+    tiles = tile_map(grouped_tiles, (height, width, config.rows, config.columns), x.device)
+    splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
     partial = gradient
     if splits > 1:
         area = tiles.numel() * config.rows * config.columns
@@ -254,18 +247,14 @@ def gradient_statistics(
         g.stride(0),
         x.stride(0),
         gradient.stride(0),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        TOKENS=config.tokens,
         HAS_INDEX=index is not None,
         HAS_WEIGHT=weight is not None,
         HAS_SCALE=scale is not None,
         SPLIT=splits > 1,
-        TWO_SLICES=config.two_slices,
-        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(x.dtype, build_platform()),
     )
     if splits > 1:
         add_tiles(gradient, partial, tiles, splits, config, lower=False)
@@ -335,18 +324,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 continue
             seen.add((config, dtype, weighted))
             for index, split in itertools.product((False, True), (False, True)):
-                constexprs = {
-                    "ROWS": config.rows,
-                    "COLUMNS": config.columns,
-                    "TOKENS": config.tokens,
-                    "HAS_INDEX": index,
-                    "HAS_WEIGHT": weighted,
-                    "HAS_SCALE": weighted and _needs_scale(dtype),
-                    "SPLIT": split,
-                    "TWO_SLICES": config.two_slices,
-                    "PRECISION": precision(dtype, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(dtype, platform), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
+                constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
                 label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
                 types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
                 launch = {"warps": config.warps, "stages": config.stages, "matrix": True}

@@ -276,7 +276,7 @@ scaling = Op(
     "fisher_scaled",
     _scale,
     writes=("out",),
-    check=lambda out, gradient, fisher, *_: _check_scaled(out, gradient, fisher),
+    check=_check_scaled,
     backends=(
         on_triton("gradient_statistics.kernel:scale_rows", lambda out, *_: no_float64(out)),
         on_torch(_scale_torch),

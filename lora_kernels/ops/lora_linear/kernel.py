@@ -22,10 +22,9 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision
+from lora_kernels.ops._tiles import build_platform, precision, signed32
 from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, capability_of, config_for, is_aligned
-from lora_kernels.ops.random_matrix.kernel import signed32
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
 

@@ -52,12 +52,6 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
     return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
 
 
-def is_aligned(*moments: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address of the moments to be a multiple of 16."""
-    numbers = (number for each in moments for number in (each.shape[1], each.stride(0), each.data_ptr()))
-    return all(number % 16 == 0 for number in numbers)
-
-
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
     """How many blocks of rows, and steps of columns, a program takes, of `tall` and `wide`.
 

@@ -29,7 +29,6 @@ TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps s
 TALL_RAGGED = SketchConfig(32, 64, 4, 3)
 TALL_AMD = SketchConfig(32, 64, 4, 2)
 
-LEAST_RANK, MOST_RANK = 16, 64
 ROWS = 16  # of the elementwise kernels
 
 
@@ -49,17 +48,6 @@ def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platfo
     if shrink:
         return SHRINK
     return TALL if dtype == torch.bfloat16 else TALL_SINGLE
-
-
-def rank_for(columns: int) -> tuple[int, int]:
-    """The width of a tile of Omega's columns, a power of two from 16 to 64, and the number of tiles."""
-    rank = min(max(LEAST_RANK, 1 << (columns - 1).bit_length()), MOST_RANK)
-    return rank, -(-columns // rank)
-
-
-def is_aligned(x: torch.Tensor) -> bool:
-    """Whether Triton will find the width, the stride and the address of rows to be multiples of 16."""
-    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), x.data_ptr()))
 
 
 def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:

@@ -31,11 +31,10 @@ from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
 from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import build_platform, precision, processors
+from lora_kernels.ops._tiles import build_platform, is_aligned, precision, processors, rank_for, signed32
 from lora_kernels.ops._tl import dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
-from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, is_aligned, rank_for, token_chunk
+from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
 
 
 @triton.jit

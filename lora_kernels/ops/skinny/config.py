@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops._tiles import build_platform, processors, token_splits
+from lora_kernels.ops import _tiles
+from lora_kernels.ops._tiles import LEAST_RANK, build_platform, processors, rank_for, token_splits
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,6 @@ class SkinnyConfig:
     warps: int
     stages: int  # depth of the load pipeline
 
-
-LEAST_RANK, MOST_RANK = 16, 64
 
 # (product, 32-bit numbers, platform): one table until a measurement says otherwise.
 _CONFIGS = {
@@ -53,12 +52,6 @@ def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform:
     return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
 
 
-def rank_for(rank: int) -> tuple[int, int]:
-    """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
-    width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
-    return width, -(-rank // width)
-
-
 def step_for(rank: int, dtype: torch.dtype) -> int:
     """The ranks that `expand_kernel` takes per step: float32's are split in three, so many would spill registers."""
     return LEAST_RANK if dtype == torch.float32 else rank_for(rank)[0]
@@ -66,8 +59,7 @@ def step_for(rank: int, dtype: torch.dtype) -> int:
 
 def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:
     """Whether loads can be vectorised: ranks and their strides in eights, all else of the wide matrices in sixteens."""
-    numbers = (number for each in wide for number in (each.shape[1], each.stride(0), each.data_ptr()))
-    return rank % 8 == 0 and t_stride % 8 == 0 and all(number % 16 == 0 for number in numbers)
+    return rank % 8 == 0 and t_stride % 8 == 0 and _tiles.is_aligned(*wide)
 
 
 def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:

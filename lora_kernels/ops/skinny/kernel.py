@@ -22,10 +22,9 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision
+from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import dot, keep_tile, load_key
-from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, step_for, tall_for
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
