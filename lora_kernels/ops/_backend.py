@@ -113,7 +113,8 @@ class Refused(RuntimeError):
 
 
 @functools.cache
-def _import(path: str) -> Callable[..., None]:
+def provider(path: str) -> Callable[..., None]:
+    """The function of `module:function` below `lora_kernels.ops`: without Triton the other backends still work."""
     module, _, name = path.partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(f"lora_kernels.ops.{module}"), name)
     return function
@@ -130,7 +131,7 @@ class Backend:
 
     def __call__(self, *args: Any) -> None:
         """Run the provider."""
-        (_import(self.provider) if isinstance(self.provider, str) else self.provider)(*args)
+        (provider(self.provider) if isinstance(self.provider, str) else self.provider)(*args)
 
 
 def choose(op: str, backends: Sequence[Backend], requested_by_call: str, args: Sequence[Any]) -> Backend:

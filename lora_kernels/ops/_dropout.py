@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels.ops._checks import check_number, shown
-from lora_kernels.ops._philox import keep_factor, keep_threshold, seed_tensor
+from lora_kernels.ops._philox import keep_factor, keep_mask, keep_threshold, seed_tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Mask(NamedTuple):
     def factor(self) -> float:
         """What kept elements are multiplied by."""
         return keep_factor(self.threshold)
+
+    def keep(self, rows: slice, columns: int, device: torch.device) -> torch.Tensor:
+        """Which elements of some rows, `(rows, columns)` bool, are kept; on the seed's device."""
+        height, p = rows.stop - rows.start, self.threshold / 65536
+        return keep_mask(height, columns, p=p, seed=self.seed, stream=self.stream, first_row=rows.start, device=device)
 
     def key(self) -> int:
         """The seed as an unsigned number. Waits for the device if it is not on the CPU."""

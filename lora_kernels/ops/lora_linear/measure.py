@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops import _philox
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._op import isolated
 from lora_kernels.ops.lora_linear import forms, table
@@ -123,9 +122,7 @@ class _Problem:
         t, mask = self.term.t[part].to(right.dtype), self.term.mask
         delta = t @ factor
         if mask is not None:
-            count = {"p": mask.threshold / 65536, "first_row": part.start, "device": t.device}
-            keep = _philox.keep_mask(*delta.shape, seed=mask.seed, stream=mask.stream, **count)
-            delta = torch.where(keep, delta, 0) * mask.factor
+            delta = torch.where(mask.keep(part, delta.shape[1], t.device), delta, 0) * mask.factor
         return self.left[part].to(right.dtype) @ right + delta
 
 
