@@ -36,7 +36,7 @@ def _freed(value: torch.Tensor) -> bool:
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
@@ -70,7 +70,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names([value.dtype])}, but must be one of {_names(dtypes)}")
     if shape is not None and not _fits(value.shape, shape):
-        expected = "(" + ", ".join("*" if each is None else str(each) for each in shape) + ")"
+        expected = "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
@@ -103,12 +103,12 @@ def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None)
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether two tensors surely share memory: where both are in one piece; columns of one matrix may lie apart."""
     plain = all(
-        type(each).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and each.device.type in ("cpu", "cuda")
-        and each.numel() > 0
+        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and tensor.device.type in ("cpu", "cuda")
+        and tensor.numel() > 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch._is_zerotensor(each)
-        for each in (one, two)
+        and not torch._is_zerotensor(tensor)
+        for tensor in (one, two)
     )
     if not plain or one.device != two.device:
         return False
@@ -161,7 +161,7 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise unless an argument is one of a closed list, which the message gives."""
     # By type first: what a tensor or an array makes of a comparison is no answer.
-    if not any(type(value) is type(each) and value == each for each in choices):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}")
 
 

@@ -30,8 +30,8 @@ def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
     name = getattr(variant, "__name__", type(variant).__name__)
     if name != "DoraLinearVariant":
         return None
-    found: nn.Parameter = layer.lora_magnitude_vector[adapter].weight
-    return found
+    magnitudes: nn.Parameter = layer.lora_magnitude_vector[adapter].weight
+    return magnitudes
 
 
 def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
@@ -63,10 +63,10 @@ def row_norms(
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
             if torch.compiler.is_compiling():
-                found: torch.Tensor = torch.linalg.vector_norm(
+                total: torch.Tensor = torch.linalg.vector_norm(
                     weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
                 )
-                return found
+                return total
             weight = weight.split(_height(a.device, a.shape[1], _NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)
@@ -106,39 +106,41 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
         if before is not None and _same(before[0], key):
             kept: torch.Tensor = before[1]
             return kept
-    found = row_norms(_rows(layer), a, b, s)
-    if found.device.type == "cpu" and type(found) is torch.Tensor and not torch._C._are_functorch_transforms_active():
-        _refuse_zeros(found, layer, "")
+    lengths = row_norms(_rows(layer), a, b, s)
+    plain = type(lengths) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    if plain and lengths.device.type == "cpu":
+        _refuse_zeros(lengths, layer, "")
     else:
-        found = _guarded(found)
+        lengths = _guarded(lengths)
     if key is not None and store is not None:
-        store[_CACHE_KEY] = (key, found)
+        store[_CACHE_KEY] = (key, lengths)
     elif store:
         store.pop(_CACHE_KEY, None)
-    return found
+    return lengths
 
 
 def check(layer: Any, adapter: str, name: str) -> None:
     """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT gives NaN there); waits for the device."""
-    found = row_norms(_rows(layer), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
-    _refuse_zeros(found, layer, name)
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    lengths = row_norms(_rows(layer), a, b, layer.scaling[adapter])
+    _refuse_zeros(lengths, layer, name)
 
 
-def _refuse_zeros(found: torch.Tensor, layer: Any, name: str) -> None:
+def _refuse_zeros(lengths: torch.Tensor, layer: Any, name: str) -> None:
     """Says which rows are zero."""
-    if bool(found.all()):
+    if bool(lengths.all()):
         return
-    rows = (found == 0).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    rows = (lengths == 0).nonzero().flatten().tolist()
+    numbers = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     where = name or f"of shape ({layer.out_features}, {layer.in_features})"
     raise ValueError(
         f"DoRA divides by the norms of the rows of W + s B A, but {len(rows)} of layer {where} are zero "
-        f"(rows {shown}): leave the layer out of target_modules, or set use_dora=False"
+        f"(rows {numbers}): leave the layer out of target_modules, or set use_dora=False"
     )
 
 
-def _guarded(found: torch.Tensor) -> torch.Tensor:
-    return found.masked_fill(found == 0, math.inf)
+def _guarded(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.masked_fill(lengths == 0, math.inf)
 
 
 def _rows(layer: Any) -> Any:
@@ -162,7 +164,7 @@ def _key(base: Any, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> tuple[Any
     """What norms depend on: tensors with the versions and places of their values, and the scaling."""
     weight = getattr(base, "weight", None)
     tensors = (base.W_q if weight is None else weight, a, b)
-    traces = tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in tensors)
+    traces = tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors)
     if isinstance(scaling, torch.Tensor):
         return (*tensors, scaling), (*traces, scaling._version)
     return tensors, (*traces, float(scaling))
@@ -192,8 +194,8 @@ def rescaled(
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _rescaled(product, magnitudes, norms, inner, outer)
-    found: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
-    return found
+    y: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
+    return y
 
 
 def rescaled_dropped(
@@ -236,19 +238,19 @@ class _Rescaled(torch.autograd.Function):
         outer: torch.Tensor | None,
     ) -> torch.Tensor:
         scale = magnitudes / norms
-        more = outer
+        shift = outer
         if inner is not None:
-            more = -scale * inner if outer is None else outer - scale * inner
+            shift = -scale * inner if outer is None else outer - scale * inner
         rows = product.reshape(-1, product.shape[-1])
-        each = more is not None and more.dim() == product.dim() > 1
-        more = more.reshape(rows.shape) if each else more  # type: ignore[union-attr]
+        by_element = shift is not None and shift.dim() == product.dim() > 1
+        shift = shift.reshape(rows.shape) if by_element else shift  # type: ignore[union-attr]
         y = torch.empty_like(rows)
         # Operands of one dtype need no copies; others are widened a block at a time.
         for cut in _cuts(rows, whole=rows.dtype == scale.dtype):
-            if more is None:
+            if shift is None:
                 torch.mul(rows[cut], scale, out=y[cut])
             else:
-                torch.addcmul(more[cut] if each else more, rows[cut], scale, out=y[cut])
+                torch.addcmul(shift[cut] if by_element else shift, rows[cut], scale, out=y[cut])
         return y.view(product.shape)
 
     @staticmethod

@@ -317,12 +317,12 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        seen = set()
+        configs = set()
         for (dtype, x), weighted, side in itertools.product(AOT_DTYPES.items(), (False, True), (64, 1024, 4096)):
             config = config_for(side, side, dtype, weighted=weighted, aligned=aligned, platform=platform)
-            if (config, dtype, weighted) in seen:
+            if (config, dtype, weighted) in configs:
                 continue
-            seen.add((config, dtype, weighted))
+            configs.add((config, dtype, weighted))
             for index, split in itertools.product((False, True), (False, True)):
                 constexprs = {**config.constants(dtype, platform), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
                 constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}

@@ -16,7 +16,7 @@ def weight_gradient(
 ) -> torch.Tensor:
     """`sum_t w_t g_t x_t^T` `(m, n)` of g `(..., m)`, x `(..., n)`, w `(...)`; rows of weight zero do not count."""
     keep, factor = _counted(g, weight, dtype)
-    left, right = (each.reshape(keep.numel(), each.shape[-1])[keep].to(dtype) for each in (g, x))
+    left, right = (side.reshape(keep.numel(), side.shape[-1])[keep].to(dtype) for side in (g, x))
     return left.mT @ (right * factor)
 
 

@@ -42,7 +42,9 @@ SINGLE = GemmConfig(64, 64, 32, 16, 4, 3)  # float32
 RAGGED = GemmConfig(64, 64, 32, 16, 8, 3)  # not aligned: every element's address takes registers
 AMD_SQUARE = GemmConfig(128, 128, 64, 32, 8, 2)  # 64 KB of local memory hold two stages
 AMD_SMALL = GemmConfig(64, 64, 32, 16, 4, 2)
-CONFIGS = {each.name: each for each in (WIDE, SQUARE, SQUARE_SHALLOW, SMALL, SINGLE, RAGGED, AMD_SQUARE, AMD_SMALL)}
+CONFIGS = {
+    config.name: config for config in (WIDE, SQUARE, SQUARE_SHALLOW, SMALL, SINGLE, RAGGED, AMD_SQUARE, AMD_SMALL)
+}
 
 # Fewer tiles than a large chip has multiprocessors (an H100's 132) leave it idle.
 _PROCESSORS = 132
@@ -88,11 +90,11 @@ def config_for(
     It is the largest tile that gives every processor one.
     """
     tokens, _, columns = shape
-    found = candidates(dtype, aligned=aligned, capability=capability)
-    for each in found:
-        if -(-tokens // each.tokens) * -(-columns // each.columns) >= _PROCESSORS:
-            return each
-    return found[-1]
+    configs = candidates(dtype, aligned=aligned, capability=capability)
+    for config in configs:
+        if -(-tokens // config.tokens) * -(-columns // config.columns) >= _PROCESSORS:
+            return config
+    return configs[-1]
 
 
 def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
@@ -102,11 +104,11 @@ def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
     """
     numbers = (
         number
-        for each in matrices
+        for matrix in matrices
         for number in (
-            each.data_ptr(),
-            *(size for size, stride in zip(each.shape, each.stride(), strict=True) if stride == 1),
-            *(stride for stride in each.stride() if stride != 1),
+            matrix.data_ptr(),
+            *(size for size, stride in zip(matrix.shape, matrix.stride(), strict=True) if stride == 1),
+            *(stride for stride in matrix.stride() if stride != 1),
         )
     )
     return all(number % 16 == 0 for number in numbers)

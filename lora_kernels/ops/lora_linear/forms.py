@@ -125,7 +125,7 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
 
 def _here() -> set[str]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {chip_name(each) for each in devices}
+    return {chip_name(device) for device in devices}
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def tables() -> Tables:
     A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
     """
     entries: dict[Key, tuple[Record, str]] = {}
-    found, problems, chips = {}, {}, _here()
+    counts, problems, chips = {}, {}, _here()
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
         if name == "tuned" and not path.exists():
             continue
@@ -145,11 +145,11 @@ def tables() -> Tables:
             problems[path] = str(error)
             warnings.warn(f"{error}; LoRA layers run in their default form", RuntimeWarning, stacklevel=2)
             continue
-        current = [each for each in records if table.is_current(each)]
-        usable = [each for each in current if each.key.chip in chips]
-        found[path] = len(usable), len(records) - len(current), len(current) - len(usable)
-        entries |= {each.key: (each, name) for each in usable}
-    return Tables(entries, found, problems)
+        current = [record for record in records if table.is_current(record)]
+        usable = [record for record in current if record.key.chip in chips]
+        counts[path] = len(usable), len(records) - len(current), len(current) - len(usable)
+        entries |= {record.key: (record, name) for record in usable}
+    return Tables(entries, counts, problems)
 
 
 _chosen: dict[tuple[object, ...], Choice] = {}

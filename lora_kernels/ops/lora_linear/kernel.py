@@ -248,10 +248,10 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
 # Which capability stands for which chip of the ahead-of-time check.
 _AOT_CHIPS = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": None}
 _AOT_FLAGS = tuple(
-    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), each, strict=True))
-    for each in itertools.product((False, True), repeat=4)
+    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), flags, strict=True))
+    for flags in itertools.product((False, True), repeat=4)
     # A bias goes with a forward, a mask with a backward.
-    if not (each[3] and (each[1] or each[2]))
+    if not (flags[3] and (flags[1] or flags[2]))
 )
 
 

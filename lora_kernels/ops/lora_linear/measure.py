@@ -126,8 +126,8 @@ class _Problem:
         return self.left[part].to(right.dtype) @ right + delta
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
+def _relative(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.linalg.norm(result.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
 
 
 def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
@@ -164,14 +164,14 @@ def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
     if reason is not None:
         return choices, {"gemm": reason}
     aligned = is_aligned((problem.out, problem.left, problem.right))
-    found = candidates(dtype, aligned=aligned, capability=capability_of(device))
-    return [*choices, *(Choice("gemm", each) for each in found)], {}
+    configs = candidates(dtype, aligned=aligned, capability=capability_of(device))
+    return [*choices, *(Choice("gemm", config) for config in configs)], {}
 
 
 def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
     """The quickest of the choices, which all gave right numbers; the default unless beaten by more than noise."""
-    best = min(choices, key=lambda each: seconds[each.name])
-    default = next(each for each in choices if each.form == DEFAULT)
+    best = min(choices, key=lambda choice: seconds[choice.name])
+    default = next(choice for choice in choices if choice.form == DEFAULT)
     return best if seconds[best.name] < MARGIN * seconds[default.name] else default
 
 

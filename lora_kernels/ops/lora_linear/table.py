@@ -66,13 +66,13 @@ def bucket(tokens: int) -> int:
 
 def versions() -> dict[str, str | None]:
     """Of what a measurement depends on, as installed."""
-    found: dict[str, str | None] = {"lora_kernels": __version__}
+    installed: dict[str, str | None] = {"lora_kernels": __version__}
     for name in ("torch", "triton"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def _minor(version: str | None) -> str | None:
@@ -81,16 +81,16 @@ def _minor(version: str | None) -> str | None:
 
 def is_current(record: Record) -> bool:
     """Whether a record was measured with this minor version of torch and Triton, and its configuration still ships."""
-    mine = versions()
-    same = all(_minor(record.versions.get(name)) == _minor(mine[name]) for name in ("torch", "triton"))
+    installed = versions()
+    same = all(_minor(record.versions.get(name)) == _minor(installed[name]) for name in ("torch", "triton"))
     return same and (record.config is None or record.config in CONFIGS)
 
 
 def cache_file() -> Path:
     """Where the user's table is: `$LORA_KERNELS_CACHE`, else `lora_kernels/tuned.json` in the user's cache folder."""
-    given = os.environ.get("LORA_KERNELS_CACHE")
-    if given:
-        return Path(given).expanduser()
+    path = os.environ.get("LORA_KERNELS_CACHE")
+    if path:
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tuned.json"
 
 
@@ -98,7 +98,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "chip": (str,), "dtype": (str,), "tokens": (int,), "n": (int,), "m": (int,), "rank": (int,), "dropout": (bool,),
     "product": (str,), "form": (str,), "config": (str, type(None)), "seconds": (dict,), "versions": (dict,),
 }  # fmt: skip
-_KEY_NAMES = tuple(each.name for each in fields(Key))
+_KEY_NAMES = tuple(part.name for part in fields(Key))
 
 
 def _record(number: int, entry: Any) -> Record:
@@ -146,9 +146,7 @@ def read(path: Path) -> list[Record]:
 
 def write(path: Path, records: Iterable[Record], note: str) -> None:
     """Write a file, whole or not at all, one record per line, with a note for people who read it."""
-    rows = [
-        json.dumps({**asdict(each.key), **{k: v for k, v in asdict(each).items() if k != "key"}}) for each in records
-    ]
+    rows = [json.dumps({**entry.pop("key"), **entry}) for entry in map(asdict, records)]
     body = "".join(f"\n  {row}{',' * (number + 1 < len(rows))}" for number, row in enumerate(rows))
     text = f'{{\n "format": {FORMAT},\n "note": {json.dumps(note)},\n "records": [{body}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,4 +166,4 @@ def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     def identity(record: Record) -> tuple[Any, ...]:
         return record.key, *(_minor(record.versions.get(name)) for name in ("torch", "triton"))
 
-    return list({identity(each): each for each in (*old, *new)}.values())
+    return list({identity(record): record for record in (*old, *new)}.values())

@@ -207,7 +207,7 @@ def lora_pro_adam(
     bt_slabs = bt_h.new_empty(grid[1], rank, wide * config.columns)
     ha_slabs = bt_h.new_empty(grid[0], tall * config.rows, rank)
     # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
-    states = [each.view(torch.int16) if stochastic else each for each in moments]
+    states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
     adam_kernel[grid](
         *states, left, right, bt_slabs, ha_slabs,
         # A pointer that a flag switches off must still be one.

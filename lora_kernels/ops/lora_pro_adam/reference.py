@@ -43,7 +43,7 @@ def lora_pro_adam(
     Returns the new moments `(m, n)`, neither of them rounded, `s B^T H` `(r, n)` and `s H A^T` `(m, r)`; what is given
     is not changed. `step` is counted from 1.
     """
-    a, b, grad_a, grad_b = (each.to(dtype) for each in (a, b, grad_a, grad_b))
+    a, b, grad_a, grad_b = (factor.to(dtype) for factor in (a, b, grad_a, grad_b))
     e = scaling * (b @ grad_a + grad_b @ a)
     exp_avg = betas[0] * exp_avg.to(dtype) + (1 - betas[0]) * e
     exp_avg_sq = betas[1] * exp_avg_sq.to(dtype) + (1 - betas[1]) * e * e

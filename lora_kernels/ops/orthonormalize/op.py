@@ -142,8 +142,8 @@ def _run(q: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
     if not _householder_is_faster(y):
         r.copy_(_cholesky(q, y))
         return
-    found, triangle = _householder(y)
-    q.copy_(found)
+    basis, triangle = _householder(y)
+    q.copy_(basis)
     r.copy_(triangle)
 
 

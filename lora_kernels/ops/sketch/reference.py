@@ -37,7 +37,7 @@ def sketch(
     Rows of weight zero do not count, whatever they hold.
     """
     tokens = left.shape[:-1].numel()
-    one, two = (each.reshape(tokens, each.shape[-1]).to(dtype) for each in (left, right))
+    one, two = (rows.reshape(tokens, rows.shape[-1]).to(dtype) for rows in (left, right))
     if weight is not None:
         flat = weight.reshape(-1)
         keep = flat != 0

@@ -101,9 +101,9 @@ def not_finite(*batches: torch.Tensor) -> torch.Tensor:
     """Status per matrix `(...)` of what the compiled drivers would find: 1 where an entry is not finite."""
     # A sum is finite only if all its terms are, and takes one read; looking at each makes copies. (Finite terms may sum
     # to what is not: then each is looked at.)
-    if all(bool(torch.isfinite(each.sum((-2, -1))).all()) for each in batches):
+    if all(bool(torch.isfinite(batch.sum((-2, -1))).all()) for batch in batches):
         return torch.zeros(batches[0].shape[:-2], dtype=torch.int32, device=batches[0].device)
-    return torch.stack([(~torch.isfinite(each)).flatten(-2).any(-1) for each in batches]).any(0).int() * _NOT_FINITE
+    return torch.stack([(~torch.isfinite(batch)).flatten(-2).any(-1) for batch in batches]).any(0).int() * _NOT_FINITE
 
 
 def not_positive(info: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def room(out: torch.Tensor) -> torch.Tensor:
 
 
 def _arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    return [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+    return [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
 
 
 def _entry(name: str, dtype: torch.dtype) -> Any:

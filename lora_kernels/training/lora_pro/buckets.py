@@ -65,9 +65,9 @@ class Bucket:
         stacks = []
         for which in range(2):
             factors = [pair[which] for pair in self.parameters]
-            tensors = [local(each) for each in (*factors, *(each.grad for each in factors))]  # type: ignore[arg-type]
+            tensors = [local(tensor) for tensor in (*factors, *(tensor.grad for tensor in factors))]  # type: ignore[arg-type]
             stack = scratch.take((slot, "in", which), (2 * count, *tensors[0].shape), dtype, device)
-            if all(each.dtype == dtype for each in tensors):
+            if all(tensor.dtype == dtype for tensor in tensors):
                 torch.stack(tensors, out=stack)
             else:
                 torch._foreach_copy_(list(stack.unbind(0)), tensors)
@@ -82,14 +82,14 @@ class Bucket:
         return self
 
     def _grams(self, scratch: Scratch) -> torch.Tensor:
-        found = []
+        grams = []
         for factor in (self.b, self.a):
             wide = factor
             if factor.dtype != torch.float64:
                 wide = scratch.take("wide", factor.shape, torch.float64, factor.device).copy_(factor)
-            found.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
-        self.rows.add_up(found[0])
-        return torch.stack(found)
+            grams.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
+        self.rows.add_up(grams[0])
+        return torch.stack(grams)
 
     def contract(self) -> None:
         """Contract the long axes of the gradients with the factors: again, whenever the gradients are others."""

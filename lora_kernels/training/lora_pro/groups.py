@@ -61,26 +61,26 @@ def check_options(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}, but must be two numbers")
-    for index, each in enumerate(betas):
-        check_range(f"betas[{index}]", each, low=0.0, high=1.0)
-        if each == 1.0:
-            raise ValueError(f"betas[{index}] is {each!r}, but must be below 1")
+    for index, beta in enumerate(betas):
+        check_range(f"betas[{index}]", beta, low=0.0, high=1.0)
+        if beta == 1.0:
+            raise ValueError(f"betas[{index}] is {beta!r}, but must be below 1")
     check_range("eps", group["eps"], low=0.0, high=sys.float_info.max)
     check_range("weight_decay", group["weight_decay"], low=0.0, high=sys.float_info.max)
 
 
 def check_scalings(scaling: Any, count: int) -> list[Scaling]:
     """One scaling per pair, from one, or a sequence of them."""
-    found = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
-    if len(found) != count:
-        raise ValueError(f"scaling has {len(found)} entries, but must be one number or one per pair ({count})")
-    for each in found:
-        if callable(each):
+    scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
+    if len(scalings) != count:
+        raise ValueError(f"scaling has {len(scalings)} entries, but must be one number or one per pair ({count})")
+    for value in scalings:
+        if callable(value):
             continue
-        check_range("scaling", each, low=-sys.float_info.max, high=sys.float_info.max)
-        if each == 0:
+        check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
+        if value == 0:
             raise ValueError("scaling is 0, but must not be: such a pair never learns")
-    return found
+    return scalings
 
 
 def check_gradient(name: str, gradient: torch.Tensor) -> None:

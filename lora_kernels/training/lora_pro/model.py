@@ -40,7 +40,7 @@ def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
-    """Why trained factors are no pair whose product is added to one weight, if they are none."""
+    """Why trained factors are no pair whose product is added to one weight, or `None` if they are."""
     if not (a.requires_grad and b.requires_grad):
         return "one factor is frozen"
     if a.dim() != 2 or b.dim() != 2:
@@ -66,7 +66,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
         if not isinstance(layer, LoraLayer):
             continue
         for adapter, a, b in _factors(layer):
-            if not any(isinstance(each, torch.Tensor) and each.requires_grad for each in (a, b)):
+            if not any(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in (a, b)):
                 continue
             reason = _no_pair(layer, a, b)
             if reason is None:
@@ -115,11 +115,11 @@ def create_lorapro_optimizer(
         ValueError: if the model trains no LoRA pair, or a number is out of range.
     """
     pairs = find_pairs(model)
-    paired = {id(each) for a, b, _ in pairs for each in (a, b)}
-    others = [each for each in model.parameters() if each.requires_grad and id(each) not in paired]
+    paired = {id(factor) for a, b, _ in pairs for factor in (a, b)}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in paired]
     groups: list[dict[str, Any]] = [{"pairs": [(a, b) for a, b, _ in pairs], "scaling": [s for _, _, s in pairs]}]
-    matrices = [each for each in others if each.dim() > 1]
-    vectors = [each for each in others if each.dim() <= 1]
+    matrices = [parameter for parameter in others if parameter.dim() > 1]
+    vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
     return LoRAPro(
         groups,

@@ -46,9 +46,9 @@ class Layout:
         """The layout of a parameter, which may be sharded by rows along one axis of its mesh."""
         if not is_sharded(parameter):
             return cls()
-        split = [each for each in parameter.placements if not each.is_replicate()]
+        split = [placement for placement in parameter.placements if not placement.is_replicate()]
         # (A strided shard, as FSDP2 makes it on top of tensor parallelism, is no plain one: its rows are interleaved.)
-        if len(split) > 1 or any(type(each).__name__ != "Shard" or each.dim != 0 for each in split):
+        if len(split) > 1 or any(type(placement).__name__ != "Shard" or placement.dim != 0 for placement in split):
             raise ValueError(
                 f"a factor has the placements {tuple(parameter.placements)}, but LoRAPro needs factors that are whole "
                 "or sharded along their first axis over one axis of the mesh (as fully_shard does)"
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def _axis(self) -> int | None:
-        return next((axis for axis, each in enumerate(self.placements) if not each.is_replicate()), None)
+        return next((axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()), None)
 
     @property
     def sharded(self) -> bool:
@@ -83,9 +83,9 @@ class Layout:
         count, _, share = self._share(rows)
         padded = stack.new_zeros(stack.shape[0], share, stack.shape[2])
         padded[:, : stack.shape[1]] = stack
-        found = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
-        distributed.all_gather_into_tensor(found, padded, group=self.mesh.get_group(self._axis))
-        by_matrix = found.view(count, *padded.shape).transpose(0, 1)
+        gathered = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
+        distributed.all_gather_into_tensor(gathered, padded, group=self.mesh.get_group(self._axis))
+        by_matrix = gathered.view(count, *padded.shape).transpose(0, 1)
         return by_matrix.reshape(stack.shape[0], count * share, stack.shape[2])[:, :rows].contiguous()
 
     def add_up(self, partial: torch.Tensor) -> torch.Tensor:
