@@ -30,7 +30,7 @@ from lora_kernels.ops._tiles import (
     tile_map,
     token_parts,
 )
-from lora_kernels.ops._tl import add_lower, dot, halves, token_rows
+from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)
@@ -108,17 +108,7 @@ def syrk_kernel(
             weight = tl.load(weight_ptr + token, mask=token < last, other=0.0)
             right = (right.to(tl.float32) * weight[:, None]).to(right.dtype)
         acc = dot(left, right, acc, PRECISION, UPCAST)
-    if SPLIT:
-        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
-    elif TWO_SLICES:
-        low, high = halves(acc, ROWS, COLUMNS)
-        half = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS // 2)
-        add_lower(out_ptr, rows, half, size, out_stride, low)
-        add_lower(out_ptr, rows, half + COLUMNS // 2, size, out_stride, high)
-    else:
-        add_lower(out_ptr, rows, columns, size, out_stride, acc)
+    finish_tile(out_ptr, partial_ptr, packed, acc, size, size, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, True)
 
 
 def covariance(

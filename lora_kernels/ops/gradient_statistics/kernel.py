@@ -32,7 +32,7 @@ from lora_kernels.ops._tiles import (
     tile_map,
     token_parts,
 )
-from lora_kernels.ops._tl import add_tile, dot, halves, token_rows
+from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
@@ -137,17 +137,7 @@ def gradient_kernel(
         acc = dot(left, right, acc, PRECISION, UPCAST)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr)
-    if SPLIT:
-        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
-    elif TWO_SLICES:
-        low, high = halves(acc, ROWS, COLUMNS)
-        half = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS // 2)
-        add_tile(out_ptr, rows, half, height, width, out_stride, low, False)
-        add_tile(out_ptr, rows, half + COLUMNS // 2, height, width, out_stride, high, False)
-    else:
-        add_tile(out_ptr, rows, columns, height, width, out_stride, acc, False)
+    finish_tile(out_ptr, partial_ptr, packed, acc, height, width, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, False)
 
 
 @triton.jit

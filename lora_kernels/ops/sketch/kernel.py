@@ -5,7 +5,7 @@
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
 between the two kernels. Signs are made in the loop of `shrink_kernel`; gaussian draws would cost more there than the
-product (KERNELS F9), so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
+product, so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
 a larger Omega has the smaller one as its corner.
 
 P keeps float32's accuracy, as reconstructions from sketches need it. Where the rows are bfloat16, P is a pair, rounded

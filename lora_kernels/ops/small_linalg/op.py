@@ -287,7 +287,7 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor, *, backend: s
     """Solutions of `P X + X Q = R` with symmetric P and Q, for a batch of problems.
 
     With `P = U_p diag(p) U_p^T` and `Q = U_q diag(q) U_q^T`,
-    `X = U_p [ (U_p^T R U_q)_ij / (p_i + q_j) ] U_q^T` (METHODS.md, LoRA-Pro). Where
+    `X = U_p [ (U_p^T R U_q)_ij / (p_i + q_j) ] U_q^T` (docs/methods/lora_pro.md). Where
     `|p_i + q_j| <= eps * max(r, k) * (max |p| + max |q|)`, eps that of the dtype, the equation does not determine the
     coefficient, and it is zero: of all X with the least residual, this is the one of least Frobenius norm. A zero P or
     Q is therefore fine, and P = Q = 0 gives X = 0. Not differentiable.

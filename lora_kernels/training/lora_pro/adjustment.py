@@ -1,4 +1,4 @@
-"""The adjusted gradients of many pairs at once, in closed form (METHODS.md, LoRA-Pro).
+"""The adjusted gradients of many pairs at once, in closed form (docs/methods/lora_pro.md).
 
 With `S = B^T B = P diag(p) P^T` and `T = A A^T = Q diag(q) Q^T`, every inverse and the Sylvester equation share one
 eigendecomposition of S and one of T:
