@@ -114,7 +114,7 @@ class Refused(RuntimeError):
 
 @functools.cache
 def provider(path: str) -> Callable[..., None]:
-    """The function of `module:function` below `lora_kernels.ops`: without Triton the other backends still work."""
+    """The function `module:function` below `lora_kernels.ops`, imported when used: Triton may be missing."""
     module, _, name = path.partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(f"lora_kernels.ops.{module}"), name)
     return function
@@ -135,7 +135,7 @@ class Backend:
 
 
 def choose(op: str, backends: Sequence[Backend], requested_by_call: str, args: Sequence[Any]) -> Backend:
-    """The first of the backends, best first, that takes a call; one that the call or the user asks for must."""
+    """The first backend (best first) that takes a call, or the one asked for; `Refused` says why none can."""
     wanted = requested(requested_by_call)
     reasons: dict[str, str] = {}
     for backend in backends:

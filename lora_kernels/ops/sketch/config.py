@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lora_kernels.ops._tiles import build_platform
+from lora_kernels.ops._tiles import build_platform, precision
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class SketchConfig:
     features: int  # per step (`shrink_kernel`) or per tile (`tall_kernel`)
     warps: int
     stages: int  # depth of the load pipeline
+
+    def constants(self, rank: int, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles, `rank` columns of Omega wide."""
+        sizes = {"TOKENS": self.tokens, "FEATURES": self.features, "RANK": rank}
+        return {**sizes, "PRECISION": precision(dtype, platform)}
 
 
 SHRINK = SketchConfig(64, 64, 4, 4)

@@ -31,7 +31,7 @@ from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
 from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import build_platform, is_aligned, precision, processors, rank_for, signed32
+from lora_kernels.ops._tiles import build_platform, is_aligned, processors, rank_for, signed32
 from lora_kernels.ops._tl import dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
 from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
@@ -281,16 +281,13 @@ def _shrink(
         signed32(omega.seed),
         signed32(omega.seed >> 32),
         signed32(omega.stream),
-        TOKENS=config.tokens,
-        FEATURES=config.features,
-        RANK=rank,
         HAS_INDEX=index is not None,
         SIGNS=omega.scratch is None,
         PAIR=omega.scratch is not None and omega.scratch.dim() == 3,
-        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(rank, x.dtype, build_platform()),
     )
     if not direct:
         combine_kernel[(blocks, -(-tokens // ROWS))](
@@ -328,15 +325,12 @@ def _add_tall(
         tokens,
         chunk,
         x.stride(0),
-        TOKENS=config.tokens,
-        FEATURES=config.features,
-        RANK=rank,
         HAS_INDEX=index is not None,
         PAIR=p.dtype != torch.float32,
-        PRECISION=precision(p.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(rank, p.dtype, build_platform()),
     )
     add_kernel[(blocks, -(-features // ROWS))](
         out, partial, features, out.shape[1], splits, out.stride(0), ROWS=ROWS, RANK=rank
@@ -434,16 +428,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             config = config_for("shrink", dtype, aligned=aligned, platform=platform)
             products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             for index, signs in itertools.product((False, True), repeat=2):
-                constexprs = {
-                    "TOKENS": config.tokens,
-                    "FEATURES": config.features,
-                    "RANK": rank,
-                    "HAS_INDEX": index,
-                    "SIGNS": signs,
-                    "PAIR": not signs and dtype != torch.float32,
-                    "PRECISION": precision(dtype, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
+                constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
                 types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
                 yield aot_case(shrink_kernel, label, constexprs, types, **products)
@@ -452,15 +438,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             pair = dtype == torch.bfloat16
             p = dtype if pair else torch.float32
             for index in (False, True):
-                constexprs = {
-                    "TOKENS": config.tokens,
-                    "FEATURES": config.features,
-                    "RANK": rank,
-                    "HAS_INDEX": index,
-                    "PAIR": pair,
-                    "PRECISION": precision(p, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
                 yield aot_case(tall_kernel, label, constexprs, types, **products)

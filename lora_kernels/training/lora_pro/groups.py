@@ -70,7 +70,7 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def check_scalings(scaling: Any, count: int) -> list[Scaling]:
-    """One scaling per pair, from one, or a sequence of them."""
+    """One scaling (a number, or a function that returns one) per pair, from one or a sequence of them."""
     scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
     if len(scalings) != count:
         raise ValueError(f"scaling has {len(scalings)} entries, but must be one number or one per pair ({count})")
