@@ -8,18 +8,7 @@ from typing import Any
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """The value of a JSON text in UTF-8.
-
-    Args:
-        text: the text.
-        where: the place it is from, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it is none; the message names the place and the reason.
-    """
+    """The value of a JSON text in UTF-8; the error names `where` it is from."""
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
@@ -29,18 +18,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def read_json(file: Path, what: str | None = None) -> Any:
-    """The value in a JSON file.
-
-    Args:
-        file: the file.
-        what: what the message calls it; its path by default.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it cannot be read or is no JSON; the message names the file and the reason.
-    """
+    """The value in a JSON file; the error calls it `what`, by default its path."""
     try:
         text = file.read_bytes()
     except OSError as error:

@@ -37,17 +37,11 @@ override: str | None = None
 
 @dataclass(frozen=True)
 class Choice:
-    """A form.
+    """A form, and where the choice is from."""
 
-    Attributes:
-        form: one of `FORMS`.
-        config: of the Triton kernel; `None` for its default.
-        origin: `default`, `forced`, or the table it is from.
-    """
-
-    form: str
-    config: GemmConfig | None = None
-    origin: str = "default"
+    form: str  # one of `FORMS`
+    config: GemmConfig | None = None  # of the Triton kernel; `None` for its default
+    origin: str = "default"  # `default`, `forced`, or the table it is from
 
     @property
     def name(self) -> str:
@@ -56,32 +50,20 @@ class Choice:
 
 
 class Term(NamedTuple):
-    """A low-rank matrix: `drop(t b)`.
+    """A low-rank matrix: `drop(t b)`."""
 
-    Attributes:
-        t: `(tokens, r)`.
-        b: `(r, d)`.
-        mask: of the product, or `None`.
-    """
-
-    t: torch.Tensor
-    b: torch.Tensor
-    mask: Mask | None = None
+    t: torch.Tensor  # `(tokens, r)`
+    b: torch.Tensor  # `(r, d)`
+    mask: Mask | None = None  # of the product
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What was found in the tables.
+    """The records of the tables."""
 
-    Attributes:
-        entries: by key, with the table's name.
-        found: per table file, the numbers of records that are used, of other versions, and of other chips.
-        problems: per table file that cannot be read, why.
-    """
-
-    entries: dict[Key, tuple[Record, str]]
-    found: dict[Path, tuple[int, int, int]]
-    problems: dict[Path, str]
+    entries: dict[Key, tuple[Record, str]]  # with the table's name
+    found: dict[Path, tuple[int, int, int]]  # per file: records used, of other versions, of other chips
+    problems: dict[Path, str]  # per file that cannot be read, why
 
 
 @contextlib.contextmanager
@@ -128,13 +110,7 @@ def chip_name(device: torch.device) -> str:
 def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
     """Why the Triton kernel cannot take a product, or `None` if it can.
 
-    Args:
-        device: of the operands.
-        dtype: of the operands.
-        backend: of the call's skinny products; the kernel stays away from calls that another backend was chosen for.
-
-    Returns:
-        The reason.
+    It stays away from calls whose skinny products run on another backend.
     """
     missing = triton_refuses(device)
     if missing is not None:
@@ -149,20 +125,17 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
 
 def _here() -> set[str]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {chip_name(each) for each in devices}
+    return {chip_name(device) for device in devices}
 
 
 @functools.cache
 def tables() -> Tables:
-    """The tables, read at first use. `forget` makes the next use read them again.
+    """The tables, read at first use; where both know a key, the user's counts. `forget` makes them be read again.
 
     A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
-
-    Returns:
-        What was found; where both tables know a key, the user's counts.
     """
     entries: dict[Key, tuple[Record, str]] = {}
-    found, problems, chips = {}, {}, _here()
+    counts, problems, chips = {}, {}, _here()
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
         if name == "tuned" and not path.exists():
             continue
@@ -172,11 +145,11 @@ def tables() -> Tables:
             problems[path] = str(error)
             warnings.warn(f"{error}; LoRA layers run in their default form", RuntimeWarning, stacklevel=2)
             continue
-        current = [each for each in records if table.is_current(each)]
-        usable = [each for each in current if each.key.chip in chips]
-        found[path] = len(usable), len(records) - len(current), len(current) - len(usable)
-        entries |= {each.key: (each, name) for each in usable}
-    return Tables(entries, found, problems)
+        current = [record for record in records if table.is_current(record)]
+        usable = [record for record in current if record.key.chip in chips]
+        counts[path] = len(usable), len(records) - len(current), len(current) - len(usable)
+        entries |= {record.key: (record, name) for record in usable}
+    return Tables(entries, counts, problems)
 
 
 _chosen: dict[tuple[object, ...], Choice] = {}
@@ -204,22 +177,10 @@ def choose(
     dropout: bool,
     backend: str,
 ) -> Choice:
-    """The form of a product.
+    """The form of a product: what was forced, or measured, or the default.
 
-    Args:
-        product: `forward` or `backward`.
-        device: of the operands.
-        dtype: of the operands.
-        sizes: tokens, n and m of the layer.
-        rank: of the low-rank term.
-        dropout: whether that is masked.
-        backend: of the skinny products.
-
-    Returns:
-        What was forced, or measured, or the default. A measured form that cannot run on this backend is the default.
-
-    Raises:
-        RuntimeError: if a form was forced that cannot run; the message says why.
+    `sizes` are tokens, n and m of the layer; rank and dropout (whether it is masked) are those of the low-rank term. A
+    measured form that cannot run on this backend is the default; a forced one raises.
     """
     if override is not None:
         reason = gemm_refuses(device, dtype, backend) if override == "gemm" else None
@@ -251,17 +212,10 @@ def combine(
     backend: str,
     choice: Choice,
 ) -> None:
-    """`out = (base or bias) + left right + the terms`.
+    """`out = (base or bias) + left right + the terms`, of one dtype.
 
-    Args:
-        out: `(tokens, d)` with unit column stride, filled.
-        left: `(tokens, k)` of the same dtype, with unit column stride.
-        right: `(k, d)` likewise, any strides; or `None` for the terms alone, which have but one form.
-        terms: at least one.
-        bias: `(d,)` likewise, contiguous, or `None`.
-        base: `(tokens, d)` with unit column stride where `right` is `None`, or `None`; not both.
-        backend: of the skinny products.
-        choice: of `choose`.
+    `out` and `base` `(tokens, d)` and `left` `(tokens, k)` have unit column stride, `right` `(k, d)` any strides,
+    `bias` is `(d,)` contiguous. Without `right`, which alone may have a base, the terms have but one form.
     """
     if right is None or choice.form == "expand_first":
         for number, (t, b, mask) in enumerate(terms):

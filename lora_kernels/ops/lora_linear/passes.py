@@ -32,21 +32,13 @@ _WORD, _FLOAT = 2**64 - 1, torch.float32
 
 
 class Scalars(NamedTuple):
-    """What a layer is besides its tensors.
+    """What a layer is besides its tensors."""
 
-    Attributes:
-        scaling: s.
-        frozen_scaling: e, of the frozen pair.
-        threshold: of dropout; 0 for none.
-        stream: of dropout.
-        backend: of the skinny products: `triton`, `cpp` or `torch`.
-    """
-
-    scaling: float
-    frozen_scaling: float
-    threshold: int
-    stream: int
-    backend: str
+    scaling: float  # s
+    frozen_scaling: float  # e, of the frozen pair
+    threshold: int  # of dropout; 0 for none
+    stream: int  # of dropout
+    backend: str  # of the skinny products: `triton`, `cpp` or `torch`
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,16 +62,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(tokens, m)`, contiguous, and t `(tokens, r + q)`.
 
-    Args:
-        x: `(tokens, n)` with contiguous rows.
-        weight: `(m, n)` of any dtype, or `None`.
-        start: the bias `(m,)`, or a base result `(tokens, m)` with contiguous rows of x's dtype, or `None`.
-        a: A `(r, n)` of any dtype, as are the other factors.
-        b: B `(m, r)`.
-        a0: A0 `(q, n)`, or `None`.
-        b0: B0 `(m, q)`, or `None`.
-        seed: of dropout, `(1,)` int64, or `None`.
-        scalars: see there.
+    x is `(tokens, n)` with contiguous rows, W `(m, n)`, A `(r, n)`, B `(m, r)`, A0 `(q, n)` and B0 `(m, q)`, each of
+    any dtype; `start` is the bias `(m,)`, or a base result `(tokens, m)` of x's dtype with contiguous rows.
     """
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = x.dtype, x.shape[0]
@@ -138,18 +122,8 @@ def backward(
 ) -> tuple[_Optional, _Optional, _Optional]:
     """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` in float32 (float64 for float64).
 
-    Args:
-        g: of y, `(tokens, m)` with contiguous rows.
-        x: `(tokens, n)` likewise, or `None` where dA is not needed.
-        t: as `forward` returned it, or `None` where dB is not needed.
-        weight: `(m, n)`, or `None` where dx has no such part.
-        a: as in `forward`, and so are the others.
-        b: likewise.
-        a0: likewise.
-        b0: likewise.
-        seed: likewise.
-        scalars: likewise.
-        need_x: whether dx is needed.
+    g is `(tokens, m)` with contiguous rows, t as `forward` returned it. x is `None` where dA is not needed, t where dB
+    is not, W where dx has no such part.
     """
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = g.dtype, g.shape[0]
@@ -231,11 +205,7 @@ def _combine(
 
 
 def _refuse(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """As after `parameter.data = ...`: a prepared layer does not check what it has checked.
-
-    Raises:
-        ValueError: always.
-    """
+    """As after `parameter.data = ...`: a prepared layer does not check what it has checked."""
     raise ValueError(
         f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be (r, n) "
         f"and (m, r) on the CPU for rows of {rows.shape[1]}"
