@@ -98,7 +98,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "chip": (str,), "dtype": (str,), "tokens": (int,), "n": (int,), "m": (int,), "rank": (int,), "dropout": (bool,),
     "product": (str,), "form": (str,), "config": (str, type(None)), "seconds": (dict,), "versions": (dict,),
 }  # fmt: skip
-_KEY_NAMES = tuple(part.name for part in fields(Key))
 
 
 def _record(number: int, entry: Any) -> Record:
@@ -126,8 +125,8 @@ def _record(number: int, entry: Any) -> Record:
             raise ValueError(f"record {number}: seconds of {name} are {value!r}, but must be a number from 0 on")
     if not all(isinstance(value, (str, type(None))) for value in entry["versions"].values()):
         raise ValueError(f"record {number}: versions must be texts")
-    rest = {name: value for name, value in entry.items() if name not in _KEY_NAMES}
-    return Record(Key(**{name: entry[name] for name in _KEY_NAMES}), **rest)
+    key = Key(**{part.name: entry.pop(part.name) for part in fields(Key)})
+    return Record(key, **entry)
 
 
 def read(path: Path) -> list[Record]:
