@@ -182,6 +182,8 @@ def run_forward(
     if start is not None and weight is None:
         start = rows_of(start)
     if not is_plain(x, start):
+        if not torch.compiler.is_compiling() and torch._is_zerotensor(rows):
+            rows = rows.clone()  # zeros without memory
         y, t = layer.overload(rows, weight, start, a, b, a0, b0, seed, *scalars)
     elif x.is_cpu and not _casts("cpu"):
         y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
