@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, whole, why_unreadable
-from lora_kernels.init import InitMethod, LayerFactors, Redistribution
+from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance
 from lora_kernels.integrations import peft as peft_layers
@@ -40,17 +40,18 @@ def untrained_layers(
         force: also where `lora_B` is not zero.
 
     Returns:
-        The layers.
+        The layers; those that are too narrow for their rank are not supported, and keep their values.
 
     Raises:
-        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset, or if the method reads
-            base weights that cannot be read or are sharded over processes.
+        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, cannot be offset, or has no layer that is
+            wide enough, or if the method reads base weights that cannot be read or are sharded over processes.
     """
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if any(parts.directions(each.target.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
+    layers = _wide_enough(layers)
     _check_base(model, adapter_name)
     if getattr(method, "reads_base", False):
         for layer in layers.supported:
@@ -60,6 +61,38 @@ def untrained_layers(
     if method.offsets_base:
         _check_offset(model, layers, adapter_name, base)
     return layers
+
+
+def _wide_enough(layers: peft_layers.LoraLayers) -> peft_layers.LoraLayers:
+    """The layers, those whose rank exceeds min(m, n) (heads, routers, gates) among the unsupported ones."""
+    narrow = [layer for layer in layers.supported if layer.rank > layer.limit]
+    if len(narrow) == len(layers.supported):
+        names = ", ".join(f"{layer.target.name} (r = {layer.rank}, min(m, n) = {layer.limit})" for layer in narrow)
+        raise ValueError(
+            "no layer has room for its rank, which must be at most min(m, n): lower r or set ranks by rank_pattern, "
+            f"or leave layers out by exclude_modules: {names}"
+        )
+    why = "rank {} exceeds min(m, n) = {}: it keeps its values (rank_pattern gives it a rank of its own)"
+    reasons = [(layer.target.name, layer.rank, why.format(layer.rank, layer.limit)) for layer in narrow]
+    wide = tuple(layer for layer in layers.supported if layer not in narrow)
+    return replace(layers, supported=wide, unsupported=(*reasons, *layers.unsupported))
+
+
+def check_ranks(layers: peft_layers.LoraLayers, method: InitMethod, ranks: Redistribution | None) -> None:
+    """Refuse a redistribution of ranks that cannot be met, before any data is read.
+
+    Args:
+        layers: of the adapter.
+        method: the method.
+        ranks: a redistribution.
+
+    Raises:
+        ValueError: if so.
+    """
+    rule = method.redistribution if ranks is None and isinstance(method, EVA) and method.redistributes else ranks
+    if rule is not None:
+        asked = {layer.target.name: layer.rank for layer in layers.supported}
+        rule.check(asked, {layer.target.name: layer.limit for layer in layers.supported})
 
 
 def _norm(target: Target) -> float:

@@ -38,6 +38,11 @@ class LoraTarget:
     rslora: bool
 
     @property
+    def limit(self) -> int:
+        """The largest rank that `B A` can have: min(m, n)."""
+        return min(self.target.in_features, self.target.out_features)
+
+    @property
     def scaling(self) -> float:
         """S, by which PEFT multiplies `B A`."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
