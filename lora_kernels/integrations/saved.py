@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import whole
-from lora_kernels.adapters.files import MARK, OWN, mark_of
+from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX, config_name
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
@@ -194,7 +195,7 @@ def export(
 
     Args:
         model: the PEFT model.
-        path: a folder.
+        path: a folder. If it is there, its adapter is replaced in one step and its other files stay.
         rank: `"exact"`, or the rank to cut every layer to.
         adapter_name: the adapter.
 
@@ -207,7 +208,6 @@ def export(
         TypeError: if the model is no PEFT model.
     """
     from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
-    from safetensors.torch import save_file  # noqa: PLC0415
 
     from lora_kernels.adapters.config import changed_base, plain_config, set_ranks, tidy  # noqa: PLC0415  (imports peft)
 
@@ -234,7 +234,7 @@ def export(
         scaling = peft_layers.plain_number(module.scaling[adapter_name])
         dtype = module.lora_A[adapter_name].weight.dtype
         for key, value in (("lora_A", a), ("lora_B", b)):
-            state[f"{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
+            state[f"{name}.{key}.weight"] = value.detach().to(dtype)
         found[name] = ExportedLayer(a.shape[0], error)
         shapes[config_name(name)] = (a.shape[0], tidy(scaling * a.shape[0]))
     for name, old, _why in layers.unsupported:
@@ -244,12 +244,11 @@ def export(
     if isinstance(config.target_modules, str):  # servers want a list
         peft_layers.list_modules(model, adapter_name, config)
     config.init_lora_weights, config.inference_mode = True, True
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if peft_layers.is_wrapped(model) else PREFIX
-    tensors = {prefix + key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    tensors = {prefix + key: value.clone() for key, value in state.items()}  # some share their memory
+    with replacing_folder(path) as folder:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        config.save_pretrained(folder)
     return found
 
 

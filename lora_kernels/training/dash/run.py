@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -228,6 +229,8 @@ def begin(model: nn.Module, config: DashSettings) -> DashRun:
         if parts.directions(layer, adapter) is None:
             parts.add_directions(layer, adapter, config.k)
     parts.ignore_buffers(model)
+    if config.cache_dir is not None:  # also after a change of directory
+        config = replace(config, cache_dir=os.path.abspath(config.cache_dir))
     return DashRun(config, model, adapter, layers, refused)
 
 
