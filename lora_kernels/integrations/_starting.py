@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, whole, why_unreadable
+from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, why_unreadable
+from lora_kernels.adapters.view import LoraView
 from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance
@@ -234,18 +235,18 @@ def write(
         with torch.no_grad():
             for name, each in factors.items():
                 if each.rank:
-                    _take_off(model.get_submodule(name), adapter_name, base)
+                    _take_off(LoraView(name, model.get_submodule(name)), adapter_name, base)
         if base == "mutate":
             model.peft_config[adapter_name].mutated = True  # type: ignore[index, union-attr, operator]
     tidy_up(model, adapter_name)
 
 
-def _take_off(module: Any, adapter: str, base: str) -> None:
+def _take_off(layer: LoraView, adapter: str, base: str) -> None:
     """Take what the factors of a layer are now off its function."""
     if base == "intact":
-        a, b = (whole(getattr(module, part)[adapter].weight) for part in ("lora_A", "lora_B"))
-        parts.add_start(module, adapter, a.clone(), b.clone())
+        parts.add_start(layer.module, adapter, *(factor.clone() for factor in layer.factors(adapter)))
     else:
+        module = layer.module
         weight, delta = module.get_base_layer().weight, module.get_delta_weight(adapter)
         weight.copy_(weight.to(delta.dtype) - delta)
 
@@ -316,7 +317,7 @@ def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
     return BaseLayer(
         functools.partial(base_weight, module, layer.target.name),
         layer.scaling,
-        functools.partial(peft_layers.read_factors, module, adapter),
+        lambda: LoraFactors(*(factor.to(torch.float32, copy=True) for factor in layer.view.factors(adapter))),
     )
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
-from lora_kernels.adapters.names import PREFIX, config_name
+from lora_kernels.adapters.names import PREFIX
+from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -85,15 +85,12 @@ def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[s
     Yields:
         Name, module, rank and alpha.
     """
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
     from peft.utils.other import get_pattern_key  # noqa: PLC0415
 
     ranks, alphas = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            short = config_name(name, module)
-            rank = ranks.get(get_pattern_key(ranks, short), own["r"])
-            yield name, module, rank, alphas.get(get_pattern_key(alphas, short), own["lora_alpha"])
+    for view in lora_layers(model, adapter):
+        rank = ranks.get(get_pattern_key(ranks, view.config_name), own["r"])
+        yield *view, rank, alphas.get(get_pattern_key(alphas, view.config_name), own["lora_alpha"])
 
 
 def _check_ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> None:
@@ -230,16 +227,15 @@ def export(
     for each in layers.supported:
         name = each.target.name
         module: Any = each.target.module
-        a, b, error = _product(module, adapter_name, rank)
-        scaling = peft_layers.plain_number(module.scaling[adapter_name])
+        a, b, error = _product(each.view, adapter_name, rank)
         dtype = module.lora_A[adapter_name].weight.dtype
         for key, value in (("lora_A", a), ("lora_B", b)):
             state[f"{name}.{key}.weight"] = value.detach().to(dtype)
         found[name] = ExportedLayer(a.shape[0], error)
-        shapes[config_name(name)] = (a.shape[0], tidy(scaling * a.shape[0]))
+        shapes[each.view.config_name] = (a.shape[0], tidy(each.view.scaling(adapter_name) * a.shape[0]))
     for name, old, _why in layers.unsupported:
-        other: Any = model.get_submodule(name)
-        shapes[config_name(name, other)] = (old, tidy(peft_layers.plain_number(other.scaling[adapter_name]) * old))
+        other = LoraView(name, model.get_submodule(name))
+        shapes[other.config_name] = (old, tidy(other.scaling(adapter_name) * old))
     set_ranks(config, shapes)
     if isinstance(config.target_modules, str):  # servers want a list
         peft_layers.list_modules(model, adapter_name, config)
@@ -252,9 +248,9 @@ def export(
     return found
 
 
-def _product(module: Any, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The factors to write for one layer."""
-    a, b = whole(module.lora_A[adapter].weight), whole(module.lora_B[adapter].weight)
+    (a, b), module = layer.factors(adapter), layer.module
     start, dash = parts.start(module, adapter), parts.directions(module, adapter)
     if start is not None:
         a, b = torch.cat((a, start.a.to(a))), torch.cat((b, start.sign * start.b.to(b)), dim=1)
