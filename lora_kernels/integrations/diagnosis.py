@@ -117,7 +117,7 @@ def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
     """
     found: dict[str, WeightNorms | None] = {}
     for each in layers.supported:
-        name, module = each.target.name, each.target.module
+        name, module = each.view
         found[name] = None if _why_no_weight(module) else weight_norms(*_rows(module))
     return found
 
@@ -202,7 +202,7 @@ def diagnose(
         statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
     found = [
-        _layer(each.target.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
+        _layer(each.view.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for each, adapter in zip(layers.supported, adapters, strict=True)
     ]
     return Diagnosis(
@@ -230,10 +230,10 @@ def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_ou
 
 def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
     for each in layers.supported:
-        module: Any = each.target.module
+        module: Any = each.view.module
         if module.disable_adapters or adapter not in module.active_adapters:
             raise ValueError(
-                f"adapter {adapter!r} is not active in layer {each.target.name}: its gradient would be that of another "
+                f"adapter {adapter!r} is not active in layer {each.view.name}: its gradient would be that of another "
                 "point; call model.set_adapter, or enable the adapters"
             )
 
@@ -251,7 +251,7 @@ def _gain(
     `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
     a mean over samples is not that over batches.
     """
-    modules: list[Any] = [each.target.module for each in layers.supported]
+    modules: list[Any] = [each.view.module for each in layers.supported]
     if (
         isinstance(loader, Iterator)
         or world_size() > 1

@@ -262,9 +262,9 @@ def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: s
     """The parameters that `write` replaces for the given ranks (the others are written in place)."""
     found: list[nn.Parameter] = []
     for each in layers.supported:
-        module: Any = each.target.module
+        module = each.view.module
         pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-        if ranks.get(each.target.name, each.rank) != each.rank or pair[0].device.type == "meta":
+        if ranks.get(each.view.name, each.rank) != each.rank or pair[0].device.type == "meta":
             found += pair
     return found
 
@@ -290,7 +290,7 @@ def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
 
 
 def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter: str) -> None:
-    module: Any = layer.target.module
+    module = layer.view.module
     device = next((p.device for p in module.get_base_layer().parameters()), torch.device("cpu"))
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
@@ -325,11 +325,11 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
 
 
 def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
-    module: Any = layer.target.module
+    name, module = layer.view
     if len(module.r) > 1:  # other adapters live on this layer: only ours goes
         module.delete_adapter(adapter)
         return
-    parent, _, child = layer.target.name.rpartition(".")
+    parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
@@ -406,7 +406,7 @@ def write(
             or no layer would keep an adapter.
     """
     ranks = {name: each.rank for name, each in factors.items()}
-    if not any(ranks.get(each.target.name, each.rank) for each in layers.supported):
+    if not any(ranks.get(each.view.name, each.rank) for each in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")
     replaced = replaced_parameters(layers, ranks, adapter)
     if any(is_sharded(each) for each in replaced):
@@ -417,7 +417,7 @@ def write(
     check_no_optimizer(replaced, "the new ranks")
     removed = False
     for layer in layers.supported:
-        found = factors.get(layer.target.name)
+        found = factors.get(layer.view.name)
         if found is None:
             continue
         if found.rank == 0:
@@ -425,5 +425,5 @@ def write(
             removed = True
             continue
         _write_layer(layer, found, new_alpha(layer, found.rank, adjust=adjust_scaling_factors), adapter)
-    if removed or any(ranks.get(layer.target.name, layer.rank) != layer.rank for layer in layers.supported):
+    if removed or any(ranks.get(layer.view.name, layer.rank) != layer.rank for layer in layers.supported):
         update_config(model, adapter, removed=removed)

@@ -79,29 +79,28 @@ def load(
     return model  # type: ignore[no-any-return]
 
 
-def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[str, Any, int, float]]:
+def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[LoraView, int, float]]:
     """What a config's values mean for every layer of an adapter.
 
     Yields:
-        Name, module, rank and alpha.
+        The layer, its rank and alpha.
     """
     from peft.utils.other import get_pattern_key  # noqa: PLC0415
 
     ranks, alphas = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
     for view in lora_layers(model, adapter):
         rank = ranks.get(get_pattern_key(ranks, view.config_name), own["r"])
-        yield *view, rank, alphas.get(get_pattern_key(alphas, view.config_name), own["lora_alpha"])
+        yield view, rank, alphas.get(get_pattern_key(alphas, view.config_name), own["lora_alpha"])
 
 
 def _check_ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> None:
-    for name, module, rank, alpha in _ranks(model, adapter, own):
-        rslora = bool(own.get("use_rslora"))
-        if (module.r[adapter], module.use_rslora.get(adapter, False)) != (rank, rslora) or not math.isclose(
-            module.lora_alpha[adapter], alpha
-        ):
+    rslora = bool(own.get("use_rslora"))
+    for view, rank, alpha in _ranks(model, adapter, own):
+        has = view.rank(adapter), view.alpha(adapter)
+        if (has[0], view.rslora(adapter)) != (rank, rslora) or not math.isclose(has[1], alpha):
             raise ValueError(
-                f"layer {name} has rank {module.r[adapter]} and alpha {module.lora_alpha[adapter]}, but the file was "
-                f"made for {rank} and {alpha}{' with rsLoRA' * rslora}"
+                f"layer {view.name} has rank {has[0]} and alpha {has[1]}, but the file was made for {rank} and {alpha}"
+                f"{' with rsLoRA' * rslora}"
             )
 
 
@@ -111,8 +110,8 @@ def _cut(model: Any, adapter: str, mark: Mapping[str, Any]) -> None:
     for name in OWN:
         setattr(config, name, mark[name])
     config.auto_mapping = {key: value for key, value in config.auto_mapping.items() if key != MARK} or None
-    for _, module, rank, alpha in list(_ranks(model, adapter, mark)):
-        peft_layers.set_rank(module, adapter, rank, alpha, rslora=mark["use_rslora"])
+    for view, rank, alpha in _ranks(model, adapter, mark):
+        peft_layers.set_rank(view.module, adapter, rank, alpha, rslora=mark["use_rslora"])
 
 
 def _fill(model: Any, adapter: str, coordinates: LoRADash | None, tensors: dict[str, torch.Tensor]) -> None:
@@ -225,8 +224,7 @@ def export(
     found: dict[str, ExportedLayer] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for each in layers.supported:
-        name = each.target.name
-        module: Any = each.target.module
+        name, module = each.view
         a, b, error = _product(each.view, adapter_name, rank)
         dtype = module.lora_A[adapter_name].weight.dtype
         for key, value in (("lora_A", a), ("lora_B", b)):
