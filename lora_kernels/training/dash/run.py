@@ -205,7 +205,7 @@ def begin(model: nn.Module, config: DashSettings) -> DashRun:
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     adapter = _adapter(model, every, config.adapter_name)
     layers: dict[str, Any] = dict(lora_layers(model, adapter))
-    refused = {name: why for name, layer in layers.items() if (why := _refusal(layer, adapter)) is not None}
+    refused = {name: why for name, layer in layers.items() if (why := _refusal(layer, adapter, config.k)) is not None}
     layers = {name: layer for name, layer in layers.items() if name not in refused}
     if not layers:
         first = next(iter(refused.items()), None)
@@ -242,9 +242,12 @@ def _adapter(model: nn.Module, layers: list[LoraView], name: str | None) -> str:
     return name
 
 
-def _refusal(layer: Any, adapter: str) -> str | None:
+def _refusal(layer: Any, adapter: str, k: int) -> str | None:
     if stock_class(layer).__name__ not in KINDS:
         return f"a {stock_class(layer).__name__} layer: only linear layers have core directions here"
+    limit = min(layer.in_features, layer.out_features)
+    if k > limit:
+        return f"k is {k}, but it has only min(m, n) = {limit} core directions"
     return parts.refusal(layer, adapter)
 
 
@@ -256,9 +259,6 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
         raise ValueError(f"layer {name} is on the meta device: attach after its weights are loaded")
     if layer.merged:
         raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
-    limit = min(layer.in_features, layer.out_features)
-    if k > limit:
-        raise ValueError(f"k is {k}, but layer {name} has only min(m, n) = {limit} core directions")
     there = parts.directions(layer, adapter)
     if there is not None and there.coordinates.numel() != k:
         raise ValueError(f"k is {k}, but layer {name} has {there.coordinates.numel()} coordinates already")
