@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan isa bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,19 @@ asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-be
 
 isa: $(VENV)/.dev ## the accuracy tests under every instruction set that this processor has, one and two threads
 	@$(BIN)/python tests/instruction_sets.py
+
+CONFORMANCE_VENV := build/conformance/venv
+
+$(CONFORMANCE_VENV)/.installed: constraints.txt tests/conformance/requirements.txt pyproject.toml
+	@echo "installing what PEFT's tests need into $(CONFORMANCE_VENV)"
+	@$(PYTHON) -m venv $(CONFORMANCE_VENV)
+	@$(CONFORMANCE_VENV)/bin/pip install --quiet --disable-pip-version-check '$(TORCH_CPU)'
+	@$(CONFORMANCE_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r tests/conformance/requirements.txt -e '.[peft]'
+	@touch $@
+
+conformance: $(CONFORMANCE_VENV)/.installed ## PEFT's own tests, stock and on accelerated layers (CONFORMANCE=arguments of pytest)
+	@$(CONFORMANCE_VENV)/bin/python tests/conformance/run.py $(CONFORMANCE)
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(PYTEST) -m 'not slow'

@@ -22,18 +22,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """The value of a JSON text in UTF-8.
-
-    Args:
-        text: the text.
-        where: the place it is from, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it is none; the message names the place and the reason.
-    """
+    """The value of a JSON text in UTF-8; the error names `where` it is from."""
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
@@ -43,18 +32,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def read_json(file: Path, what: str | None = None) -> Any:
-    """The value in a JSON file.
-
-    Args:
-        file: the file.
-        what: what the message calls it; its path by default.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it cannot be read or is no JSON; the message names the file and the reason.
-    """
+    """The value in a JSON file; the error calls it `what`, by default its path."""
     try:
         text = file.read_bytes()
     except OSError as error:
@@ -64,14 +42,9 @@ def read_json(file: Path, what: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file so that at any moment there is the old one or the new one, whole.
+    """A path to write to that takes the place of a file when the block ends: at any moment there is one of both, whole.
 
-    Args:
-        path: the file; a symbolic link stays, and what it leads to is replaced. Its folder is made.
-
-    Yields:
-        The path to write to, of the same suffix. It takes the place of the file when the block ends, and is removed if
-        the block fails.
+    A symbolic link stays, and what it leads to is replaced. The folder is made.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,16 +71,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, as `replacing` does.
-
-    Args:
-        path: the file.
-        tensors: on any device.
-        metadata: of its header.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a safetensors file, as `replacing` does; an OSError if it cannot be written."""
     from safetensors import SafetensorError  # noqa: PLC0415  (slow to import)
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -120,17 +84,11 @@ def write_tensors(
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Write files of a folder so that at any moment it has all of the old ones or all of the new ones.
+    """A folder to write to whose files take their place in another when the block ends; the other's other files stay.
 
-    Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is moved to a hidden name
+    At any moment there are all of the old files or all of the new ones. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is moved to a hidden name
     beside it first. A folder that cannot be moved (a mount, the working directory) gets the files one by one, and is
     without the first of them meanwhile: it cannot be read as a mixture.
-
-    Args:
-        path: the folder; a symbolic link stays. Its other files stay, too.
-
-    Yields:
-        The folder to write to.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

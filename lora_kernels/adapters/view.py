@@ -60,15 +60,7 @@ def _number(value: Any) -> float:
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LoraView]:
-    """The LoRA layers of a model, in its order.
-
-    Args:
-        model: any model, wrapped in DistributedDataParallel or not.
-        adapter: only those that have it.
-
-    Returns:
-        The layers, of all kinds.
-    """
+    """The LoRA layers of a model, of all kinds and in its order; with an adapter's name, those that have it."""
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
     return [

@@ -10,11 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Arithmetic in the dtypes of its operands, whatever autocast the caller is under; also a decorator.
-
-    Yields:
-        Nothing.
-    """
+    """Arithmetic in the dtypes of its operands, whatever autocast the caller is under; also a decorator."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", "cuda", *_accelerators()}:
             if torch.is_autocast_enabled(kind):

@@ -35,17 +35,7 @@ def _validated(name: str, origin: str) -> str:
 
 
 def requested(backend: str = "auto") -> str:
-    """The backend that a call asks for: its own argument, else `use_backend`, else `LORA_KERNELS_BACKEND`, else auto.
-
-    Args:
-        backend: what the caller passed.
-
-    Returns:
-        One of `BACKENDS`.
-
-    Raises:
-        ValueError: if a name is not one of `BACKENDS`.
-    """
+    """The backend asked for: by the call, else by `use_backend`, else by `LORA_KERNELS_BACKEND`, else auto."""
     if _validated(backend, "backend") != "auto":
         return backend
     if _override is not None:
@@ -114,11 +104,7 @@ def _warn_once(message: str) -> None:
 
 
 class Refused(RuntimeError):
-    """No backend that was asked for can take a call.
-
-    Attributes:
-        reasons: by backend, why it cannot.
-    """
+    """No backend that was asked for can take a call; `reasons` says by backend why it cannot."""
 
     def __init__(self, message: str, reasons: dict[str, str]) -> None:
         """Keep the reasons beside the message."""
@@ -127,7 +113,8 @@ class Refused(RuntimeError):
 
 
 @functools.cache
-def _import(path: str) -> Callable[..., None]:
+def provider(path: str) -> Callable[..., None]:
+    """The function `module:function` below `lora_kernels.ops`, imported when used: Triton may be missing."""
     module, _, name = path.partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(f"lora_kernels.ops.{module}"), name)
     return function
@@ -135,41 +122,20 @@ def _import(path: str) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op.
+    """One way to run an op."""
 
-    Attributes:
-        name: `triton`, `cpp` or `torch`.
-        refuses: given the op's arguments, the reason why this backend cannot take them, or `None`.
-        slower: given the op's arguments, whether `auto` passes over this backend although it could take them.
-        provider: what runs: a function, or `module:function` below `lora_kernels.ops`, imported at the first call.
-    """
-
-    name: str
-    refuses: Callable[..., str | None]
-    slower: Callable[..., bool] = lambda *_: False
-    provider: str | Callable[..., Any] = ""
+    name: str  # `triton`, `cpp` or `torch`
+    refuses: Callable[..., str | None]  # given the op's arguments: why it cannot take them, or `None`
+    slower: Callable[..., bool] = lambda *_: False  # likewise: whether `auto` passes over it though it could
+    provider: str | Callable[..., Any] = ""  # a name: `module:function` below `lora_kernels.ops`, imported when used
 
     def __call__(self, *args: Any) -> None:
         """Run the provider."""
-        (_import(self.provider) if isinstance(self.provider, str) else self.provider)(*args)
+        (provider(self.provider) if isinstance(self.provider, str) else self.provider)(*args)
 
 
 def choose(op: str, backends: Sequence[Backend], requested_by_call: str, args: Sequence[Any]) -> Backend:
-    """The backend that runs a call.
-
-    Args:
-        op: the op's name, for messages.
-        backends: the candidates, best first.
-        requested_by_call: what the caller passed; see `requested`.
-        args: what the candidates are asked about.
-
-    Returns:
-        One of the candidates.
-
-    Raises:
-        ValueError: if the backend is unknown.
-        Refused: if the backend asked for cannot take the call, or none can; the message lists the reasons.
-    """
+    """The first backend (best first) that takes a call, or the one asked for; `Refused` says why none can."""
     wanted = requested(requested_by_call)
     reasons: dict[str, str] = {}
     for backend in backends:

@@ -36,7 +36,7 @@ def _freed(value: torch.Tensor) -> bool:
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
@@ -57,19 +57,9 @@ def check_tensor(
     device: torch.device | None = None,
     numbers: bool = False,
 ) -> None:
-    """Check that an argument is a dense tensor of the given shape, dtype and device.
+    """Raise unless an argument is a dense tensor; sizes that are `None` are free.
 
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-        shape: expected sizes, `None` for a free one; unchecked if `None`.
-        dtypes: the dtypes allowed.
-        device: expected device; unchecked if `None`.
-        numbers: whether its entries decide what is done, so that the meta device will not do.
-
-    Raises:
-        TypeError: if it is no tensor, is sparse or nested, or has another dtype.
-        ValueError: if its shape or device is another, or its memory was freed.
+    `numbers`: its entries decide what is done, so that the meta device will not do.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -80,7 +70,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names([value.dtype])}, but must be one of {_names(dtypes)}")
     if shape is not None and not _fits(value.shape, shape):
-        expected = "(" + ", ".join("*" if each is None else str(each) for each in shape) + ")"
+        expected = "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
@@ -91,16 +81,7 @@ def check_tensor(
 
 
 def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """Check that a tensor can be written in place: no two elements in one place, and no input there.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument, a tensor of the right shape.
-        inputs: what is read meanwhile, by name.
-
-    Raises:
-        ValueError: if elements share memory, if it overlaps an input, or if a gradient is to flow into it.
-    """
+    """Raise unless a tensor can be written in place: no two elements in one place, no input there, no gradient."""
     if torch.compiler.is_compiling():
         return
     if value.requires_grad and torch.is_grad_enabled():
@@ -122,12 +103,12 @@ def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None)
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether two tensors surely share memory: where both are in one piece; columns of one matrix may lie apart."""
     plain = all(
-        type(each).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and each.device.type in ("cpu", "cuda")
-        and each.numel() > 0
+        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and tensor.device.type in ("cpu", "cuda")
+        and tensor.numel() > 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch._is_zerotensor(each)
-        for each in (one, two)
+        and not torch._is_zerotensor(tensor)
+        for tensor in (one, two)
     )
     if not plain or one.device != two.device:
         return False
@@ -139,19 +120,7 @@ def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def as_device(name: str, value: object) -> torch.device:
-    """A device that exists here.
-
-    Args:
-        name: the argument's name, for the message.
-        value: a device, or the name of one.
-
-    Returns:
-        The device.
-
-    Raises:
-        TypeError: if it is neither.
-        ValueError: if there is none of that name.
-    """
+    """A device that exists here, from a `torch.device` or a name."""
     if not isinstance(value, (str, torch.device)):
         raise TypeError(f"{name} must be a torch.device or the name of one, got {type(value).__name__} {shown(value)}")
     try:
@@ -172,19 +141,7 @@ def _too_large(value: float) -> bool:
 def check_range(
     name: str, value: object, *, low: float | None = None, high: float | None = None, integer: bool = False
 ) -> None:
-    """Check that a number lies in a closed interval.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-        low: smallest allowed value, or `None`.
-        high: largest allowed value, or `None`.
-        integer: whether it must be an `int`.
-
-    Raises:
-        TypeError: if it is no number (a bool is none), or no integer where one is needed.
-        ValueError: if it is NaN or outside the interval.
-    """
+    """Raise unless an argument is a number (not a bool, not NaN) in a closed interval."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(
             f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {shown(value)}"
@@ -196,48 +153,20 @@ def check_range(
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Check that an argument is of a type.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-        kinds: the types allowed.
-        expected: what it must be, in words.
-
-    Raises:
-        TypeError: if it is of another type.
-    """
+    """Raise unless an argument is of a type; `expected` says in words what it must be."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Check that an argument is one of a closed list.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-        choices: what is allowed.
-
-    Raises:
-        ValueError: if it is something else; the message lists the choices.
-    """
+    """Raise unless an argument is one of a closed list, which the message gives."""
     # By type first: what a tensor or an array makes of a comparison is no answer.
-    if not any(type(value) is type(each) and value == each for each in choices):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: object) -> None:
-    """Check that an argument is a number and not NaN, also while `torch.compile` traces one that it keeps symbolic.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the argument.
-
-    Raises:
-        TypeError: if it is no number (a bool is none).
-        ValueError: if it is NaN.
-    """
+    """Raise unless an argument is a number and not NaN, also where `torch.compile` keeps it symbolic."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {shown(value)}")
     if value != value or _too_large(value):

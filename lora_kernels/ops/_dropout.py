@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels.ops._checks import check_number, shown
-from lora_kernels.ops._philox import keep_factor, keep_threshold, seed_tensor
+from lora_kernels.ops._philox import keep_factor, keep_mask, keep_threshold, seed_tensor
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,21 @@ class Dropout:
 
 
 class Mask(NamedTuple):
-    """A dropout as kernels take it.
+    """A dropout as kernels take it."""
 
-    Attributes:
-        threshold: 16-bit numbers below it drop their element; at least 1.
-        seed: `(1,)` int64.
-        stream: which mask of that seed.
-    """
-
-    threshold: int
-    seed: torch.Tensor
-    stream: int
+    threshold: int  # 16-bit numbers below it drop their element; at least 1
+    seed: torch.Tensor  # `(1,)` int64
+    stream: int  # which mask of that seed
 
     @property
     def factor(self) -> float:
         """What kept elements are multiplied by."""
         return keep_factor(self.threshold)
+
+    def keep(self, rows: slice, columns: int, device: torch.device) -> torch.Tensor:
+        """Which elements of some rows, `(rows, columns)` bool, are kept; on the seed's device."""
+        height, p = rows.stop - rows.start, self.threshold / 65536
+        return keep_mask(height, columns, p=p, seed=self.seed, stream=self.stream, first_row=rows.start, device=device)
 
     def key(self) -> int:
         """The seed as an unsigned number. Waits for the device if it is not on the CPU."""
@@ -79,19 +78,7 @@ class Mask(NamedTuple):
 
 
 def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:
-    """A dropout as the arguments of a registered op.
-
-    Args:
-        dropout: checked here.
-        device: of the matrix it is applied to.
-
-    Returns:
-        Threshold (0: nothing is dropped), seed and stream.
-
-    Raises:
-        TypeError: on a wrong type.
-        ValueError: on a value out of range, or a seed on another device.
-    """
+    """A dropout as the arguments of a registered op: threshold (0: nothing is dropped), seed and stream."""
     if dropout is None:
         return 0, None, 0
     if not isinstance(dropout, Dropout):
@@ -109,19 +96,7 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
 
 
 def mask_of(threshold: int, seed: torch.Tensor | None, stream: int) -> Mask | None:
-    """The inverse of `lowered`, inside an op.
-
-    Args:
-        threshold: 0 for no dropout.
-        seed: `(1,)` int64; needed if the threshold is not 0.
-        stream: which mask.
-
-    Returns:
-        The mask, or `None`.
-
-    Raises:
-        ValueError: if there is no seed where one is needed.
-    """
+    """The inverse of `lowered`, inside an op."""
     if threshold == 0:
         return None
     if seed is None:

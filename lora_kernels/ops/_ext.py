@@ -12,11 +12,7 @@ import torch
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """Import `lora_kernels._C`.
-
-    Returns:
-        `(module, None)` when the extension was built, else `(None, reason)`.
-    """
+    """`lora_kernels._C` and `None`, or `None` and the reason why it was not built."""
     # The extension brings the system's OpenMP, torch its own. Idle threads of ours would spin on the cores that torch's
     # next matrix product needs (5 ms a call on 2 cores): they must sleep. The runtime reads this when it is loaded.
     before = os.environ.get("GOMP_SPINCOUNT")
@@ -37,14 +33,7 @@ def missing() -> str | None:
 
 
 def extension() -> ModuleType:
-    """The extension module.
-
-    Returns:
-        `lora_kernels._C`.
-
-    Raises:
-        RuntimeError: if it was not built; the message says why.
-    """
+    """`lora_kernels._C`, or a `RuntimeError` that says why it was not built."""
     module, reason = load()
     if module is None:
         raise RuntimeError(reason)

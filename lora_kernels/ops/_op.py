@@ -27,21 +27,21 @@ _TENSORS = (torch.Tensor, torch.Tensor | None)
 _NOTHING = contextlib.nullcontext()
 
 
+# Asked at every call of a layer.
+_compiling, _is_zeros = torch.compiler.is_compiling, torch._is_zerotensor
+_modes, _transforms, _tracing = (
+    torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch._C._is_tracing,
+)  # fmt: skip
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether memory can be worked on directly: ordinary tensors, and no compiler, mode or transform around."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
+    if _compiling() or _modes() or _transforms() or _tracing():
         return False
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-            or tensor.is_meta
-            or tensor.is_neg()
-            or torch._is_zerotensor(tensor)
+            type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or _is_zeros(tensor)
         ):
             return False
     return True
@@ -107,19 +107,10 @@ def on_torch(provider: str | Callable[..., Any]) -> Backend:
 
 
 class Op:
-    """One operation on all backends.
+    """One operation on all backends."""
 
-    Attributes:
-        name: that of its public function in `lora_kernels.ops`, and of the operation in `torch.ops.lora_kernels`.
-        writes: the names of the arguments that are written.
-        backends: best first.
-        overload: the registered operation: the body's arguments, and last the name of a backend.
-        example: makes, on a device, keyword arguments of the public function and the error of its result.
-        bound: what that error may be, on every backend and processor.
-    """
-
-    example: Callable[[torch.device], Example]
-    bound: float
+    example: Callable[[torch.device], Example]  # keyword arguments of the public function, and the error of its result
+    bound: float  # of that error, on every backend and processor
 
     def __init__(
         self,
@@ -132,10 +123,10 @@ class Op:
         fake: Callable[..., Any] | None = None,
         listed: bool = True,
     ) -> None:
-        """Register an op.
+        """Register an op under its public function's name.
 
         Args:
-            name: see the attribute.
+            name: that of its public function in `lora_kernels.ops`, and of the operation in `torch.ops.lora_kernels`.
             body: called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
                 optional tensors, ints, floats, bools and strings.
             writes: the arguments, tensors, that are written; they may be optional.
@@ -166,7 +157,7 @@ class Op:
         operation = torch.library.custom_op(f"lora_kernels::{name}", registered, mutates_args=writes)
         if fake is not None:
             operation.register_fake(fake)
-        self.overload = operation._opoverload
+        self.overload = operation._opoverload  # takes the body's arguments, and last the name of a backend
         if listed:
             OPS[name] = self
 
@@ -204,14 +195,9 @@ class Op:
         return {backend.name: backend.refuses(*args) for backend in self.backends}
 
     def self_test(self, terms: int, dtype: torch.dtype = torch.float32) -> Callable[[Any], Any]:
-        """Decorates the function that makes the example of a self-test.
+        """Decorates the function that makes the self-test's example.
 
-        Args:
-            terms: how many roundings of the dtype a result may take; about the length of the sums.
-            dtype: of the arithmetic.
-
-        Returns:
-            The decorator.
+        A result may be wrong by `terms` roundings of the dtype of the arithmetic: about the length of the sums.
         """
 
         def keep(example: Callable[[torch.device], Example]) -> Callable[[torch.device], Example]:

@@ -42,18 +42,9 @@ def _mul_hi_lo(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch
 def philox4x32(
     seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, ...]:
-    """Four random 32-bit words per counter.
+    """Four random 32-bit words per counter, as int64 like the counter's four words, which are in [0, 2^32).
 
-    Args:
-        seed: the 64-bit key; an int64 tensor of one element is read where it lies.
-        counter: four int64 tensors of one shape, values in [0, 2^32).
-        rounds: number of rounds.
-
-    Returns:
-        Four int64 tensors of that shape, values in [0, 2^32).
-
-    Raises:
-        ValueError: if `counter` does not hold four tensors or `seed` is no 64-bit number.
+    A seed that is an int64 tensor of one element is read where it lies.
     """
     if len(counter) != 4:
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
@@ -80,19 +71,7 @@ def _words(rows: int, groups: int, seed: int, stream: int, step: int) -> torch.T
 def normal(
     rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """A matrix of standard normal draws, by Box-Muller on pairs of words.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        seed: 64-bit key.
-        stream: which matrix (a layer, say), 32 bits.
-        step: which draw of that matrix, 32 bits.
-        dtype: dtype of the result; the arithmetic is float64.
-
-    Returns:
-        `(rows, columns)` on the CPU, the same on every machine.
-    """
+    """`(rows, columns)` standard normal draws on the CPU, by Box-Muller on pairs of words, in float64 arithmetic."""
     words = _words(rows, -(-columns // 4), seed, stream, step).to(torch.float64)
     uniform = (words + 0.5) * 2.0**-32  # open interval (0, 1)
     radius = (-2.0 * uniform[..., 0::2].log()).sqrt()
@@ -104,19 +83,7 @@ def normal(
 def signs(
     rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """A matrix of Rademacher draws: each bit of the words is one, 0 for 1 and 1 for -1.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        seed: 64-bit key.
-        stream: which matrix (a layer, say), 32 bits.
-        step: which draw of that matrix, 32 bits.
-        dtype: dtype of the result.
-
-    Returns:
-        `(rows, columns)` of 1 and -1 on the CPU, the same on every machine.
-    """
+    """`(rows, columns)` Rademacher draws on the CPU: each bit of the words is one, 0 for 1 and 1 for -1."""
     words = _words(rows, -(-columns // 128), seed, stream, step)
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
     return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)
@@ -142,19 +109,9 @@ def halves(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """A matrix of random 16-bit numbers, by 7 rounds: what dropout and stochastic rounding take.
+    """`(rows, columns)` int64 in [0, 2^16), by 7 rounds: what dropout and stochastic rounding take.
 
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        seed: 64-bit key; a tensor of one element must be on `device`.
-        stream: which matrix of that key, 32 bits.
-        step: which draw of that matrix, 32 bits.
-        first_row: the number of the first row, for a matrix that is made in parts.
-        device: where it is made; by default on the CPU.
-
-    Returns:
-        `(rows, columns)` int64 in [0, 2^16), the same on every machine.
+    A seed that is a tensor of one element must be on `device`. `first_row` is for a matrix that is made in parts.
     """
     groups = -(-columns // 8)
     column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
@@ -176,38 +133,15 @@ def keep_mask(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Which elements of a matrix dropout keeps. The kept ones are to be multiplied by `keep_factor`.
+    """Which elements of a matrix dropout keeps, `(rows, columns)` bool; these are to be multiplied by `keep_factor`.
 
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        p: the probability to be dropped, in [0, 1); kernels round it to a multiple of 2^-16.
-        seed: 64-bit key; a tensor of one element must be on `device`.
-        stream: which mask of that key, 32 bits.
-        first_row: the number of the first row, for a mask that is made in parts.
-        device: where it is made; by default on the CPU.
-
-    Returns:
-        `(rows, columns)` bool, the same on every machine.
+    p is rounded to a multiple of 2^-16; see `halves` for the rest.
     """
     return halves(rows, columns, seed=seed, stream=stream, first_row=first_row, device=device) >= keep_threshold(p)
 
 
 def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
-    """A seed as the argument of a registered op, where kernels read it.
-
-    Args:
-        name: the argument's name, for messages.
-        seed: a 64-bit integer, or an int64 tensor of one element on the CPU or on `device`.
-        device: of the matrix that it is for.
-
-    Returns:
-        `(1,)` int64; a number is put on `device`, a tensor stays where it is.
-
-    Raises:
-        TypeError: if it is neither.
-        ValueError: if it is out of range, has several elements or is on another device.
-    """
+    """A seed as the argument of a registered op: `(1,)` int64, from a number on `device`, a tensor where it is."""
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"{name} has dtype {str(seed.dtype).removeprefix('torch.')}, but must be int64")

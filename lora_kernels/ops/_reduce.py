@@ -109,16 +109,7 @@ def add_rows_kernel(
 def add_tiles(
     out: torch.Tensor, partial: torch.Tensor, tiles: torch.Tensor, splits: int, config: TileConfig, *, lower: bool
 ) -> None:
-    """Add partial tiles to a matrix.
-
-    Args:
-        out: `(height, width)` float32 with unit column stride.
-        partial: `(splits, tiles, config.rows, config.columns)` float32.
-        tiles: `(tiles,)` int32, `tile row << 16 | tile column`.
-        splits: how many partial sums there are.
-        config: tile sizes.
-        lower: whether only the lower triangle of `out` is touched.
-    """
+    """Add partial tiles to a matrix with unit column stride, or to its lower triangle only."""
     add_tiles_kernel[(tiles.numel(), config.rows // _STRIP)](
         out, partial, tiles, out.shape[0], out.shape[1], splits, out.stride(0),
         ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP, LOWER=lower,
@@ -134,16 +125,7 @@ def column_sums(
     square: bool = False,
     least_chunk: int = 256,
 ) -> None:
-    """`total += sum_t w_t x_t`, or `sum_t w_t x_t^2`.
-
-    Args:
-        total: `(n,)` float32 contiguous.
-        x: `(rows, n)` with unit column stride.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)` float32, or `None`; where it is zero the row is not read.
-        square: whether the entries are squared.
-        least_chunk: tokens that a part has at least.
-    """
+    """`total += sum_t w_t x_t`, or `sum_t w_t x_t^2`; x has unit column stride, and the sums are contiguous."""
     features = x.shape[1]
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
@@ -174,17 +156,9 @@ _AOT_TYPES = {
 def aot_case(
     kernel: Any, label: str, constexprs: dict[str, Any], types: dict[str, str] | None = None, **rest: Any
 ) -> dict[str, Any]:
-    """Describe a launch for the ahead-of-time compile check.
+    """Describe a launch for the ahead-of-time compile check; see `aot_cases` for the fields.
 
-    Args:
-        kernel: the jit function.
-        label: what its name is followed by, besides the flags that are set.
-        constexprs: its constants.
-        types: types of arguments that are not the usual ones.
-        rest: the other fields; by default 4 warps, 3 stages and no need for matrix instructions.
-
-    Returns:
-        The description; see `aot_cases`.
+    The name is the kernel's, the label and the flags that are set. `types` are those that are not the usual ones.
     """
     known = {**_AOT_TYPES, **(types or {})}
     signature = {name: known[name] for name in kernel.arg_names if name in known}

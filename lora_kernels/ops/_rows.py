@@ -19,13 +19,9 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The rows that count and their weights; rows of weight zero are never read.
+    """The `(rows,)` int64 that count (`None`: all) and their `(rows,)` real weights (`None`: ones), by `(...)` weights.
 
-    Args:
-        weight: `(...)` bool or real, or `None` for ones.
-
-    Returns:
-        `(rows,)` int64, or `None` for all, and their `(rows,)` real weights, or `None` for ones.
+    Rows of weight zero are never read.
     """
     if weight is None:
         return None, None
@@ -60,17 +56,9 @@ def pack_rows(
 ) -> None:
     """One C++ pass over the rows that count at places `low` to `low + count`: widen, weigh, sum, square.
 
-    Args:
-        rows: `(tokens, n)` float16, bfloat16 or float32, rows contiguous.
-        index: `(places,)` int64 rows that count, or `None` for all.
-        low: the first place.
-        count: how many places.
-        weight: `(places,)` float32, w, or `None` for ones.
-        panel: `(>= count, n)` float32: becomes x.
-        weighted: `(>= count, n)` float32: becomes `w x`.
-        column_sum: `(n,)` float32: `+= sum w x`.
-        square_weight: `(places,)` float32, v, or `None` for ones; rows where it is zero are not read for the squares.
-        square_sum: `(n,)` float32: `+= sum v x^2`.
+    `panel`, `(>= count, n)` float32, becomes x, `weighted` likewise `w x`; `column_sum += sum w x` and
+    `square_sum += sum v x^2`, both `(n,)` float32. w (`weight`) and v (`square_weight`) are `(places,)` float32, or
+    `None` for ones; rows where v is zero are not read for the squares.
     """
     source = rows[low : low + count] if index is None else rows
     _ext.extension().pack_rows(

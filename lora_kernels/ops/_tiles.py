@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _SUPER = 8
+# The width of a tile of ranks (or of columns of a sketch), a power of two.
+LEAST_RANK, MOST_RANK = 16, 64
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and launch shape of a matrix product over tokens.
-
-    Attributes:
-        rows: tile rows.
-        columns: tile columns; a tile of 256 is written in two halves, as one would spill registers.
-        tokens: tokens per step of the loop.
-        warps: warps per program.
-        stages: depth of the load pipeline.
-    """
+    """Tile sizes and launch shape of a matrix product over tokens."""
 
     rows: int
-    columns: int
-    tokens: int
+    columns: int  # a tile of 256 is written in two halves, as one would spill registers
+    tokens: int  # per step of the loop
     warps: int
-    stages: int
+    stages: int  # depth of the load pipeline
 
     @property
     def two_slices(self) -> bool:
         """Whether the epilogue goes by halves."""
         return self.columns > 128
 
+    def constants(self, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "TOKENS": self.tokens}
+        return {**sizes, "TWO_SLICES": self.two_slices, "PRECISION": precision(dtype, platform)}
+
 
 @functools.lru_cache(maxsize=256)
 def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """The tiles that cover the lower triangle (diagonal included) of a square matrix.
+    """Pairs `(tile row, tile column)` that cover the lower triangle (diagonal included) of a square matrix.
 
     Neighbours in the list share operands: the order is by super-blocks of 8 x 8 tiles, which keeps both operands of a
-    block in the second-level cache (KERNELS: 14336 columns read 3.1 instead of 7.7 GB).
-
-    Args:
-        size: order of the matrix.
-        rows: rows of a tile.
-        columns: columns of a tile.
-
-    Returns:
-        Pairs `(tile row, tile column)`; tile `(i, j)` starts at element `(i * rows, j * columns)`.
+    block in the second-level cache (14336 columns read 3.1 instead of 7.7 GB).
     """
     tall, wide = -(-size // rows), -(-size // columns)
     tiles = []
@@ -63,16 +56,9 @@ def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ..
 
 @functools.lru_cache(maxsize=256)
 def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """The tiles that cover a matrix, in groups of 8 tile rows, column by column: neighbours share operands.
+    """Pairs `(tile row, tile column)` that cover a matrix, in groups of 8 tile rows, column by column.
 
-    Args:
-        height: rows of the matrix.
-        width: its columns.
-        rows: rows of a tile.
-        columns: columns of a tile.
-
-    Returns:
-        Pairs `(tile row, tile column)`; tile `(i, j)` starts at element `(i * rows, j * columns)`.
+    Neighbours in the list share operands.
     """
     tall, wide = -(-height // rows), -(-width // columns)
     return tuple(
@@ -80,17 +66,19 @@ def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tup
     )
 
 
+@functools.lru_cache(maxsize=128)
+def tile_map(order: Callable[..., tuple[tuple[int, int], ...]], sizes: tuple[int, ...], device: Any) -> torch.Tensor:
+    """`order(*sizes)` as kernels read it: int32 `tile row << 16 | tile column`.
+
+    Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
+    """
+    return torch.tensor([i << 16 | j for i, j in order(*sizes)], dtype=torch.int32).to(device)
+
+
 def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024) -> int:
-    """Into how many parts the token loop is cut so that a small matrix still fills the chip.
+    """Into how many parts, of `least` tokens or more, the token loop is cut so that a small matrix fills the chip.
 
-    Args:
-        tiles: programs per part.
-        tokens: length of the loop.
-        processors: multiprocessors of the chip.
-        least: tokens that a part has at least.
-
-    Returns:
-        The number of parts, at least 1. More than one needs a second, ordered stage that adds them up.
+    More than one part needs a second, ordered stage that adds them up.
     """
     if tiles >= 2 * processors:
         return 1
@@ -99,23 +87,29 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
 
 
 def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
-    """How a product's token loop is cut.
-
-    Args:
-        tiles: programs per part.
-        tokens: length of the loop, at least 1.
-        config: tile sizes.
-        processors: multiprocessors of the chip.
-        least: tokens that a part has at least, about.
-
-    Returns:
-        The number of parts and the tokens of each; the last may have fewer.
-    """
+    """The number of parts of a product's token loop and the tokens of each; the last may have fewer."""
     splits = token_splits(tiles, tokens, processors, least=least)
     chunk = -(-tokens // splits)
     if splits > 1:  # whole steps: no part but the last has a ragged end
         chunk = -(-chunk // config.tokens) * config.tokens
     return -(-tokens // chunk), chunk
+
+
+def rank_for(rank: int) -> tuple[int, int]:
+    """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
+    width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
+    return width, -(-rank // width)
+
+
+def is_aligned(*matrices: torch.Tensor) -> bool:
+    """Whether Triton will find every width, stride and address to be a multiple of 16, and so vectorise loads."""
+    return all(n % 16 == 0 for matrix in matrices for n in (matrix.shape[1], matrix.stride(0), matrix.data_ptr()))
+
+
+def signed32(word: int) -> int:
+    """The low 32 bits of an integer as a signed one: Triton's type of an argument must not depend on its value."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
 
 
 def build_platform() -> str:

@@ -16,14 +16,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def add_lower(out_ptr, rows, columns, size, stride, tile):
-    """Add a tile to the lower triangle of a matrix in memory."""
-    mask = (rows[:, None] < size) & (columns[None, :] <= rows[:, None])
-    pointers = out_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tile, mask=mask)
-
-
-@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and right half of a tile, without a trip through memory."""
     parts = tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
@@ -133,8 +125,29 @@ def token_rows(index_ptr, token, last, HAS_INDEX: tl.constexpr):
 def add_tile(out_ptr, rows, columns, height, width, stride, tile, LOWER: tl.constexpr):
     """Add a tile to a matrix in memory, or to the lower triangle of a square one."""
     if LOWER:
-        add_lower(out_ptr, rows, columns, height, stride, tile)
+        mask = (rows[:, None] < height) & (columns[None, :] <= rows[:, None])
     else:
         mask = (rows[:, None] < height) & (columns[None, :] < width)
-        pointers = out_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
-        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tile, mask=mask)
+    pointers = out_ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + tile, mask=mask)
+
+
+@triton.jit
+def finish_tile(
+    out_ptr, partial_ptr, packed, acc, height, width, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, TWO_SLICES: tl.constexpr, LOWER: tl.constexpr,
+):  # fmt: skip
+    """Add the sum of a tile `packed` (row << 16 | column) to `out`, or store that of a part in `partial` if SPLIT."""
+    rows = (packed >> 16) * ROWS + tl.arange(0, ROWS)
+    columns = (packed & 0xFFFF) * COLUMNS
+    if SPLIT:
+        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
+    elif TWO_SLICES:
+        low, high = halves(acc, ROWS, COLUMNS)
+        half = columns + tl.arange(0, COLUMNS // 2)
+        add_tile(out_ptr, rows, half, height, width, stride, low, LOWER)
+        add_tile(out_ptr, rows, half + COLUMNS // 2, height, width, stride, high, LOWER)
+    else:
+        add_tile(out_ptr, rows, columns + tl.arange(0, COLUMNS), height, width, stride, acc, LOWER)

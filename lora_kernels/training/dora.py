@@ -30,21 +30,12 @@ def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
     name = getattr(variant, "__name__", type(variant).__name__)
     if name != "DoraLinearVariant":
         return None
-    found: nn.Parameter = layer.lora_magnitude_vector[adapter].weight
-    return found
+    magnitudes: nn.Parameter = layer.lora_magnitude_vector[adapter].weight
+    return magnitudes
 
 
 def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
-    """Why an adapter that is DoRA cannot run fused, or `None`.
-
-    Args:
-        layer: the LoRA layer.
-        adapter: its name.
-        active: the names of all active adapters of the layer.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why an adapter that is DoRA cannot run fused, or `None`; `active` are all active adapters of the layer."""
     if len(active) > 1:
         return "DoRA beside other adapters"
     if layer.lora_B[adapter].bias is not None or is_sharded(layer.lora_magnitude_vector[adapter].weight):
@@ -63,27 +54,19 @@ def _height(device: torch.device, columns: int, of_a_thread: int) -> int:
 def row_norms(
     weight: torch.Tensor | Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, scaling: Any
 ) -> torch.Tensor:
-    """`|W + s B A|` by row, from the sums themselves, a few rows at a time.
+    """`|W + s B A|` by row, `(m,)` float32 (float64 where one of the three is), without a graph.
 
-    (`|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is wrong where the two nearly cancel.)
-
-    Args:
-        weight: W `(m, n)`, or its rows, in order, in blocks of any height.
-        a: A `(r, n)`.
-        b: B `(m, r)`.
-        scaling: s: a number, or a tensor of one.
-
-    Returns:
-        `(m,)`, float32 (float64 where one of the three is), without a graph.
+    From the sums themselves, a few rows at a time: `|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is
+    wrong where the two nearly cancel. W is `(m, n)`, or its rows, in order, in blocks of any height.
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
             if torch.compiler.is_compiling():
-                found: torch.Tensor = torch.linalg.vector_norm(
+                total: torch.Tensor = torch.linalg.vector_norm(
                     weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
                 )
-                return found
+                return total
             weight = weight.split(_height(a.device, a.shape[1], _NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)
@@ -101,23 +84,15 @@ def row_norms(
 
 
 def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
-    """`|W + s B A|` by row, of a layer as it is; of rows that are zero, infinity, so that their scale is zero.
+    """`|W + s B A|` by row, `(m,)` without a graph, of a layer as it is.
+
+    Rows that are zero are an error on a CPU; other devices would have to be waited for (see `check`), and there they
+    are infinite, so that their scale is zero.
 
     They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
     as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
     autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
-
-    Args:
-        layer: a LoRA layer.
-        adapter: its name.
-        cached: false where the layer's parameters are made anew for each pass (FSDP2).
-
-    Returns:
-        `(m,)`, without a graph.
-
-    Raises:
-        ValueError: if rows are zero, by which PEFT divides; on a CPU only, since other devices would have to be waited
-            for (see `check`).
+    `cached` is false where the layer's parameters are made anew for each pass (FSDP2).
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
@@ -131,48 +106,41 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
         if before is not None and _same(before[0], key):
             kept: torch.Tensor = before[1]
             return kept
-    found = row_norms(_rows(layer), a, b, s)
-    if found.device.type == "cpu" and type(found) is torch.Tensor and not torch._C._are_functorch_transforms_active():
-        _refuse_zeros(found, layer, "")
+    lengths = row_norms(_rows(layer), a, b, s)
+    plain = type(lengths) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    if plain and lengths.device.type == "cpu":
+        _refuse_zeros(lengths, layer, "")
     else:
-        found = _guarded(found)
+        lengths = _guarded(lengths)
     if key is not None and store is not None:
-        store[_CACHE_KEY] = (key, found)
+        store[_CACHE_KEY] = (key, lengths)
     elif store:
         store.pop(_CACHE_KEY, None)
-    return found
+    return lengths
 
 
 def check(layer: Any, adapter: str, name: str) -> None:
-    """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT's output is NaN there); waits for the device.
-
-    Args:
-        layer: a LoRA layer.
-        adapter: its name.
-        name: the layer's name, for the message.
-
-    Raises:
-        ValueError: if it has some, naming them.
-    """
-    found = row_norms(_rows(layer), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
-    _refuse_zeros(found, layer, name)
+    """Refuse a layer with rows of zero norm, by which DoRA divides (PEFT gives NaN there); waits for the device."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    lengths = row_norms(_rows(layer), a, b, layer.scaling[adapter])
+    _refuse_zeros(lengths, layer, name)
 
 
-def _refuse_zeros(found: torch.Tensor, layer: Any, name: str) -> None:
+def _refuse_zeros(lengths: torch.Tensor, layer: Any, name: str) -> None:
     """Says which rows are zero."""
-    if bool(found.all()):
+    if bool(lengths.all()):
         return
-    rows = (found == 0).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    rows = (lengths == 0).nonzero().flatten().tolist()
+    numbers = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     where = name or f"of shape ({layer.out_features}, {layer.in_features})"
     raise ValueError(
         f"DoRA divides by the norms of the rows of W + s B A, but {len(rows)} of layer {where} are zero "
-        f"(rows {shown}): leave the layer out of target_modules, or set use_dora=False"
+        f"(rows {numbers}): leave the layer out of target_modules, or set use_dora=False"
     )
 
 
-def _guarded(found: torch.Tensor) -> torch.Tensor:
-    return found.masked_fill(found == 0, math.inf)
+def _guarded(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.masked_fill(lengths == 0, math.inf)
 
 
 def _rows(layer: Any) -> Any:
@@ -196,7 +164,7 @@ def _key(base: Any, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> tuple[Any
     """What norms depend on: tensors with the versions and places of their values, and the scaling."""
     weight = getattr(base, "weight", None)
     tensors = (base.W_q if weight is None else weight, a, b)
-    traces = tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in tensors)
+    traces = tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors)
     if isinstance(scaling, torch.Tensor):
         return (*tensors, scaling), (*traces, scaling._version)
     return tensors, (*traces, float(scaling))
@@ -220,20 +188,14 @@ def rescaled(
 ) -> torch.Tensor:
     """`m / norms * (product - inner) + outer`, in one pass over the product, and two in the backward.
 
-    Args:
-        product: `x W^T + s x A^T B^T + inner`, `(..., m)`; kept for the gradient of the magnitudes.
-        magnitudes: `(m,)`.
-        norms: `(m,)`, constants (section 4.3 of the paper).
-        inner: `(m,)`: the bias, where a base layer that computes its own product has added it already.
-        outer: `(m,)` or `(..., m)`: what is not scaled, such as the bias.
-
-    Returns:
-        `(..., m)`, of the product's dtype.
+    The product `x W^T + s x A^T B^T + inner`, `(..., m)`, is kept for the gradient of the magnitudes `(m,)`; norms
+    `(m,)` are constants (section 4.3 of the paper). `inner` `(m,)` is the bias, where a base layer that computes its
+    own product has added it already; `outer`, `(m,)` or `(..., m)`, is what is not scaled, such as the bias.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _rescaled(product, magnitudes, norms, inner, outer)
-    found: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
-    return found
+    y: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
+    return y
 
 
 def rescaled_dropped(
@@ -246,19 +208,9 @@ def rescaled_dropped(
     *,
     inner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DoRA's output where the adapter's input is dropped.
+    """DoRA's output `(..., m)` where the adapter's input is dropped.
 
-    Args:
-        base: the base layer, `z -> z W^T + bias`.
-        fused: `z -> z W^T + s z A^T B^T + inner`.
-        x: `(..., n)`.
-        dropped: x after dropout.
-        magnitudes: `(m,)`.
-        norms: `(m,)`, constants.
-        inner: `(m,)`: the bias, where `fused` adds it.
-
-    Returns:
-        `(..., m)`.
+    `base` is `z -> z W^T + bias` and `fused` is `z -> z W^T + s z A^T B^T + inner`, where `inner` `(m,)` is the bias.
     """
     return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
 
@@ -286,19 +238,19 @@ class _Rescaled(torch.autograd.Function):
         outer: torch.Tensor | None,
     ) -> torch.Tensor:
         scale = magnitudes / norms
-        more = outer
+        shift = outer
         if inner is not None:
-            more = -scale * inner if outer is None else outer - scale * inner
+            shift = -scale * inner if outer is None else outer - scale * inner
         rows = product.reshape(-1, product.shape[-1])
-        each = more is not None and more.dim() == product.dim() > 1
-        more = more.reshape(rows.shape) if each else more  # type: ignore[union-attr]
+        by_element = shift is not None and shift.dim() == product.dim() > 1
+        shift = shift.reshape(rows.shape) if by_element else shift  # type: ignore[union-attr]
         y = torch.empty_like(rows)
         # Operands of one dtype need no copies; others are widened a block at a time.
         for cut in _cuts(rows, whole=rows.dtype == scale.dtype):
-            if more is None:
+            if shift is None:
                 torch.mul(rows[cut], scale, out=y[cut])
             else:
-                torch.addcmul(more[cut] if each else more, rows[cut], scale, out=y[cut])
+                torch.addcmul(shift[cut] if by_element else shift, rows[cut], scale, out=y[cut])
         return y.view(product.shape)
 
     @staticmethod

@@ -39,18 +39,15 @@ class Guard:
         factors = [factor for pair in pairs.values() for factor in pair]
         self.expected = len({id(factor) for factor in factors})
         self._handles = [
-            *(each.register_post_accumulate_grad_hook(self._receive) for each in factors),  # type: ignore[no-untyped-call]
+            *(factor.register_post_accumulate_grad_hook(self._receive) for factor in factors),  # type: ignore[no-untyped-call]
             model.register_forward_pre_hook(self._called),
         ]
 
     @classmethod
     def watch(cls, model: nn.Module, layers: Sequence[tuple[str, Any]], *, strict: bool) -> None:
-        """Watch the next backward pass of a model.
+        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`.
 
-        Args:
-            model: keeps the guard.
-            layers: name and LoRA layer; sharded adapters, of which a process sees a part, are not watched.
-            strict: raise instead of warning.
+        Sharded adapters, of which a process sees a part, are not watched.
         """
         cls.stop(model)
         pairs = {}
@@ -59,8 +56,8 @@ class Guard:
                 if adapter not in getattr(layer, "lora_A", {}):
                     continue
                 pair = (getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None))
-                trained = [each for each in pair if isinstance(each, nn.Parameter) and each.requires_grad]
-                if len(trained) == 2 and not any(is_sharded(each) for each in trained):
+                trained = [factor for factor in pair if isinstance(factor, nn.Parameter) and factor.requires_grad]
+                if len(trained) == 2 and not any(is_sharded(factor) for factor in trained):
                     pairs[f"{name}, adapter {adapter!r}"] = (trained[0], trained[1])
         if pairs:
             model.__dict__[cls._ATTRIBUTE] = cls(model, pairs, strict=strict)
@@ -96,18 +93,17 @@ class Guard:
             self._judge()
 
     def _judge(self) -> None:
-        found = {
-            name: _problem([float(self.seen[id(each)]) for each in pair if id(each) in self.seen])
+        problems = {
+            name: _problem([float(self.seen[id(factor)]) for factor in pair if id(factor) in self.seen])
             for name, pair in self.pairs.items()
         }
         self.close()
-        bad = {name: problem for name, problem in found.items() if problem is not None}
+        bad = {name: problem for name, problem in problems.items() if problem is not None}
         if not bad:
             return
         name, problem = next(iter(bad.items()))
-        message = (
-            f"{len(bad)} of {len(found)} adapters learn nothing in the first backward pass (first: {name}: {problem})"
-        )
+        message = f"{len(bad)} of {len(problems)} adapters learn nothing in the first backward pass"
+        message += f" (first: {name}: {problem})"
         if self.strict:
             raise RuntimeError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -218,7 +218,7 @@ class Prepared:
         cells: list[tuple[Any, Any]] = [
             (own, "training"), (own, "_disable_adapters"), (own, "merged_adapters"), (own, "scaling"),
             (own, "lora_variant"), (modules, "base_layer"), (modules, "lora_A"), (modules, "lora_B"),
-            (modules, "lora_dropout"), (modules, "lora_magnitude_vector"),
+            (modules, "lora_dropout"),
         ]  # fmt: skip
         for name in names:
             cells += [(layer.scaling, name), (layer.lora_variant, name)]
@@ -226,9 +226,12 @@ class Prepared:
                 part = modules[group]._modules[name]
                 cells.append((modules[group]._modules, name))
                 parts.append(part)
-            cells += [(part.__dict__, "p"), (part.__dict__, "training")]
+            if isinstance(part, nn.Dropout):
+                cells += [(part.__dict__, "p"), (part.__dict__, "training")]
         for part in parts:
-            cells += [(part.__dict__, "forward"), (part._parameters, "weight"), (part._parameters, "bias")]
+            cells.append((part.__dict__, "forward"))
+            if not isinstance(part, (nn.Dropout, nn.Identity)):
+                cells += [(part._parameters, "weight"), (part._parameters, "bias")]
         self.cells = tuple((cell, key, cell.get(key)) for cell, key in cells)
         # What must be empty: looked at all at once.
         hooked = parts if self.base is None else parts[1:]
@@ -243,13 +246,15 @@ class Prepared:
         variants = [(layer.lora_variant[adapter.name], adapter) for adapter in self.adapters if adapter.extension]
         self.trained, self.variants = trained, variants
         numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
-        self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
+        with torch.inference_mode(False):  # graphs are to keep it
+            self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
 
     def fits(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether nothing has changed that `run` depends on."""
         own, kind = layer.__dict__, self.kind
         if (
-            type(x) is not self.type
+            layer is not self.layer  # a copy with the same parts
+            or type(x) is not self.type
             or x.dtype is not self.dtype
             or x.device != self.device
             or x.dim() == 0
@@ -292,8 +297,11 @@ class Prepared:
         if self.state is not None and torch._C._are_functorch_transforms_active():
             raise RuntimeError(TRANSFORMED)
         seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
-        if self.simple:
-            return self._product(x, self.bias, self.a, self.b, seed)
+        if self.simple and torch.is_grad_enabled():
+            y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
+                x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, seed, self.state, self.scalars
+            )
+            return y
         first, *others = self.adapters
         if first.magnitude is not None:  # of a layer with no other adapter
             return self._scaled(x, first, first.magnitude)

@@ -5,6 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.covariance import covariance_, kernel, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -115,12 +116,12 @@ def test_configuration_depends_on_shape_dtype_alignment_and_platform():
 def test_alignment_is_that_of_every_size_stride_and_address():
     wide = torch.zeros(40, 64, dtype=torch.float16)
     out = torch.zeros(32, 32)
-    assert kernel.is_aligned(out, wide[:, :32])
-    assert kernel.is_aligned(out, wide[:, 8:40])  # 8 elements are 16 bytes
-    assert not kernel.is_aligned(out, wide[:, 4:36])
-    assert not kernel.is_aligned(out, torch.zeros(40, 33, dtype=torch.float16)[:, :32])
-    assert not kernel.is_aligned(torch.zeros(32, 33)[:, :32], wide[:, :32])
-    assert not kernel.is_aligned(torch.zeros(31, 31), wide[:, :31])
+    assert is_aligned(out, wide[:, :32])
+    assert is_aligned(out, wide[:, 8:40])  # 8 elements are 16 bytes
+    assert not is_aligned(out, wide[:, 4:36])
+    assert not is_aligned(out, torch.zeros(40, 33, dtype=torch.float16)[:, :32])
+    assert not is_aligned(torch.zeros(32, 33)[:, :32], wide[:, :32])
+    assert not is_aligned(torch.zeros(31, 31), wide[:, :31])
 
 
 def test_ahead_of_time_cases_cover_every_launch():

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _reduce, fisher_scaled, gradient_statistics_
 from lora_kernels.ops._rows import selection
+from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.gradient_statistics import kernel, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -195,13 +196,13 @@ def test_configuration_depends_on_shape_dtype_weights_alignment_and_platform():
 def test_alignment_is_that_of_every_size_stride_and_address():
     wide, out = torch.zeros(40, 64, dtype=torch.float16), torch.zeros(32, 48)
     odd = torch.zeros(40, 65, dtype=torch.float16)
-    assert kernel.is_aligned(out, wide[:, :32], wide[:, 8:56])  # 8 elements are 16 bytes
-    assert not kernel.is_aligned(out, wide[:, 4:36], wide[:, :48])
-    assert not kernel.is_aligned(out, wide[:, :32], wide[:, 4:52])
-    assert not kernel.is_aligned(out, odd[:, :32], wide[:, :48])
-    assert not kernel.is_aligned(out, wide[:, :32], odd[:, :48])
-    assert not kernel.is_aligned(torch.zeros(32, 49)[:, :48], wide[:, :32], wide[:, :48])
-    assert not kernel.is_aligned(torch.zeros(31, 48), wide[:, :31], wide[:, :48])
+    assert is_aligned(out, wide[:, :32], wide[:, 8:56])  # 8 elements are 16 bytes
+    assert not is_aligned(out, wide[:, 4:36], wide[:, :48])
+    assert not is_aligned(out, wide[:, :32], wide[:, 4:52])
+    assert not is_aligned(out, odd[:, :32], wide[:, :48])
+    assert not is_aligned(out, wide[:, :32], odd[:, :48])
+    assert not is_aligned(torch.zeros(32, 49)[:, :48], wide[:, :32], wide[:, :48])
+    assert not is_aligned(torch.zeros(31, 48), wide[:, :31], wide[:, :48])
 
 
 def test_ahead_of_time_cases_cover_every_launch():

@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -181,8 +182,8 @@ def test_ahead_of_time_cases_cover_every_launch():
 
 def test_alignment_and_refusals():
     wide = torch.zeros(40, 64)
-    assert config.is_aligned(wide, wide[:, :32]) and not config.is_aligned(wide, wide[:, :31])
-    assert not config.is_aligned(wide[:, 1:33]) and not config.is_aligned(torch.zeros(4, 33)[:, :32])
+    assert is_aligned(wide, wide[:, :32]) and not is_aligned(wide, wide[:, :31])
+    assert not is_aligned(wide[:, 1:33]) and not is_aligned(torch.zeros(4, 33)[:, :32])
     if DEVICE == "cpu":
         assert op.adam.choose("auto", wide, wide, wide[:4]) != "triton"
     with pytest.raises(RuntimeError, match="triton: takes no float64"):

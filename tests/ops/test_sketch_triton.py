@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _philox, project, random_matrix, sketch_
 from lora_kernels.ops._rows import selection
+from lora_kernels.ops._tiles import is_aligned, rank_for
 from lora_kernels.ops.sketch import config as tiles
 from lora_kernels.ops.sketch import kernel, reference
 from tests.conftest import relative_error
@@ -258,15 +259,15 @@ def test_configuration_depends_on_product_dtype_alignment_and_platform():
 
 
 def test_tiling_of_columns():
-    assert tiles.rank_for(1) == (16, 1) and tiles.rank_for(17) == (32, 1) and tiles.rank_for(64) == (64, 1)
-    assert tiles.rank_for(65) == (64, 2) and tiles.rank_for(300) == (64, 5)
+    assert rank_for(1) == (16, 1) and rank_for(17) == (32, 1) and rank_for(64) == (64, 1)
+    assert rank_for(65) == (64, 2) and rank_for(300) == (64, 5)
 
 
 def test_alignment_is_that_of_width_stride_and_address():
     wide = torch.zeros(40, 64, dtype=torch.float16)
-    assert tiles.is_aligned(wide[:, :32]) and tiles.is_aligned(wide[:, 8:56])  # 8 elements are 16 bytes
-    assert not tiles.is_aligned(wide[:, 4:36]) and not tiles.is_aligned(wide[:, :33])
-    assert not tiles.is_aligned(torch.zeros(40, 65)[:, :32])
+    assert is_aligned(wide[:, :32]) and is_aligned(wide[:, 8:56])  # 8 elements are 16 bytes
+    assert not is_aligned(wide[:, 4:36]) and not is_aligned(wide[:, :33])
+    assert not is_aligned(torch.zeros(40, 65)[:, :32])
 
 
 def test_chunks_of_tokens_fit_the_cache():
@@ -290,7 +291,7 @@ def test_ahead_of_time_cases_cover_every_launch():
     for platform, aligned, index, k in itertools.product(
         ("cuda", "hip"), (True, False), (True, False), (1, 16, 24, 300)
     ):
-        rank, _ = tiles.rank_for(k)
+        rank, _ = rank_for(k)
         for dtype, name in names.items():
             for product, signs in itertools.product(("shrink", "tall"), (True, False)):
                 each = tiles.config_for(product, dtype, aligned=aligned, platform=platform)

@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 from lora_kernels.ops import Dropout
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._philox import keep_mask, keep_threshold
+from lora_kernels.ops._tiles import rank_for
 from lora_kernels.ops.skinny import config, kernel, reference
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -123,8 +124,8 @@ def test_bfloat16_within_its_precision():
 
 
 def test_ranks_are_tiled():
-    assert config.rank_for(1) == (16, 1) and config.rank_for(16) == (16, 1) and config.rank_for(17) == (32, 1)
-    assert config.rank_for(64) == (64, 1) and config.rank_for(65) == (64, 2)
+    assert rank_for(1) == (16, 1) and rank_for(16) == (16, 1) and rank_for(17) == (32, 1)
+    assert rank_for(64) == (64, 1) and rank_for(65) == (64, 2)
     assert config.step_for(40, torch.float32) == 16 and config.step_for(40, torch.float16) == 64
 
 

@@ -63,7 +63,7 @@ def test_least_tokens_of_a_part():
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from lora_kernels.ops._tl import add_lower, dot, halves
+from lora_kernels.ops._tl import add_tile, dot, halves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,7 +81,7 @@ def _halves_kernel(low_ptr, high_ptr, tile_ptr, ROWS: tl.constexpr, COLUMNS: tl.
 def _add_lower_kernel(out_ptr, tile_ptr, size, stride, first_row, first_column, SIDE: tl.constexpr):
     inner = tl.arange(0, SIDE)
     tile = tl.load(tile_ptr + inner[:, None] * SIDE + inner[None, :])
-    add_lower(out_ptr, first_row + inner, first_column + inner, size, stride, tile)
+    add_tile(out_ptr, first_row + inner, first_column + inner, size, size, stride, tile, True)
 
 
 @triton.jit

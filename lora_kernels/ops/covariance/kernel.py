@@ -10,7 +10,6 @@ over programs, whose partial tiles a second kernel adds in fixed order: same inp
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +18,19 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
 from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
-from lora_kernels.ops._tl import add_lower, dot, halves, token_rows
+from lora_kernels.ops._tiles import (
+    TileConfig,
+    build_platform,
+    is_aligned,
+    lower_tiles,
+    processors,
+    tile_map,
+    token_parts,
+)
+from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)
@@ -39,16 +45,9 @@ _SQUARE_FROM, _WIDE_FROM = 1024, 8192
 
 
 def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> TileConfig:
-    """The configuration for a shape; one table per platform until a measurement says otherwise.
+    """The configuration for x `(rows, features)`; one table per platform until a measurement says otherwise.
 
-    Args:
-        features: n.
-        dtype: of x.
-        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
     """
     platform = platform or build_platform()
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
@@ -61,19 +60,6 @@ def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platf
     if not large:
         return SMALL
     return WIDE if features >= _WIDE_FROM else SQUARE
-
-
-def is_aligned(out: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Args:
-        out: `(n, n)`.
-        x: `(rows, n)`.
-
-    Returns:
-        True if all are.
-    """
-    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), out.stride(0), x.data_ptr(), out.data_ptr()))
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -122,24 +108,7 @@ def syrk_kernel(
             weight = tl.load(weight_ptr + token, mask=token < last, other=0.0)
             right = (right.to(tl.float32) * weight[:, None]).to(right.dtype)
         acc = dot(left, right, acc, PRECISION, UPCAST)
-    if SPLIT:
-        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
-    elif TWO_SLICES:
-        low, high = halves(acc, ROWS, COLUMNS)
-        half = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS // 2)
-        add_lower(out_ptr, rows, half, size, out_stride, low)
-        add_lower(out_ptr, rows, half + COLUMNS // 2, size, out_stride, high)
-    else:
-        add_lower(out_ptr, rows, columns, size, out_stride, acc)
-
-
-@functools.lru_cache(maxsize=64)
-def _tile_map(features: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    # Kept: a model calls with a handful of widths, and the copy to the device would stall every call.
-    tiles = _tiles.lower_tiles(features, rows, columns)
-    return torch.tensor([i << 16 | j for i, j in tiles], dtype=torch.int32).to(device)
+    finish_tile(out_ptr, partial_ptr, packed, acc, size, size, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, True)
 
 
 def covariance(
@@ -151,16 +120,9 @@ def covariance(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels.
+    """Launch the kernels; `out` and x have unit column stride, `weight` is real.
 
-    Args:
-        out: `(n, n)` float32 with unit column stride.
-        x: `(rows, n)` with unit column stride.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)`, or `None`.
-        column_sum: `(n,)` float32 contiguous, or `None`.
-        config: tile sizes; `config_for` by default.
-        least_chunk: tokens that a split has at least.
+    A split has at least `least_chunk` tokens.
     """
     features = x.shape[1]
     tokens = x.shape[0] if index is None else index.shape[0]
@@ -168,35 +130,32 @@ def covariance(
         return
     weight = single(weight)
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
-    tiles = _tile_map(features, config.rows, config.columns, x.device)
-    splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
+    tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
+    splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
     partial = out
     if splits > 1:
         area = tiles.numel() * config.rows * config.columns
         partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
-    # A pointer that a flag switches off must still be one.
-    operands = (x, x if index is None else index, x if weight is None else weight)
-    flags = {"HAS_INDEX": index is not None, "HAS_WEIGHT": weight is not None}
     syrk_kernel[(tiles.numel(), splits)](
         out,
         partial,
-        *operands,
+        x,
+        # A pointer that a flag switches off must still be one.
+        x if index is None else index,
+        x if weight is None else weight,
         tiles,
         features,
         tokens,
         chunk,
         x.stride(0),
         out.stride(0),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        TOKENS=config.tokens,
+        HAS_INDEX=index is not None,
+        HAS_WEIGHT=weight is not None,
         SPLIT=splits > 1,
-        TWO_SLICES=config.two_slices,
-        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
-        **flags,
+        **config.constants(x.dtype, build_platform()),
     )
     if splits > 1:
         add_tiles(out, partial, tiles, splits, config, lower=True)
@@ -220,20 +179,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                     continue
                 configs.add((config, dtype))
                 for index, weight, split in itertools.product((0, 1), (0, 1), (0, 1)):
-                    yield aot_case(
-                        syrk_kernel,
-                        f"{x} {config.rows}x{config.columns}x{config.tokens}",
-                        {
-                            "ROWS": config.rows,
-                            "COLUMNS": config.columns,
-                            "TOKENS": config.tokens,
-                            "HAS_INDEX": bool(index),
-                            "HAS_WEIGHT": bool(weight),
-                            "SPLIT": bool(split),
-                            "TWO_SLICES": config.two_slices,
-                            "PRECISION": precision(dtype, platform),
-                            "UPCAST": False,
-                        },
-                        {"x_ptr": f"*{x}"},
-                        **{**where, "warps": config.warps, "stages": config.stages, "matrix": True},
-                    )
+                    constexprs = {**config.constants(dtype, platform), "HAS_INDEX": bool(index)}
+                    constexprs |= {"HAS_WEIGHT": bool(weight), "SPLIT": bool(split), "UPCAST": False}
+                    label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
+                    launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
+                    yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, **where, **launch)

@@ -8,15 +8,9 @@ import torch
 def covariance(
     x: torch.Tensor, weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t x_t x_t^T` and `sum_t w_t x_t`. Rows of weight zero do not count, whatever they hold.
+    """`sum_t w_t x_t x_t^T` `(n, n)`, both triangles, and `sum_t w_t x_t` `(n,)`, of x `(..., n)` and w `(...)`.
 
-    Args:
-        x: `(..., n)`.
-        weight: `(...)` bool or real, or `None` for ones.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        The second moment `(n, n)`, both triangles, and the sum `(n,)`.
+    Rows of weight zero do not count, whatever they hold.
     """
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     if weight is None:

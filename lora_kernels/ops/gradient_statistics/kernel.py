@@ -12,7 +12,6 @@ tensor-core pipeline (ptxas C7515).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -21,12 +20,19 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
 from lora_kernels.ops._rows import selection, single
-from lora_kernels.ops._tiles import TileConfig, build_platform, precision, processors
-from lora_kernels.ops._tl import add_tile, dot, halves, token_rows
+from lora_kernels.ops._tiles import (
+    TileConfig,
+    build_platform,
+    grouped_tiles,
+    is_aligned,
+    processors,
+    tile_map,
+    token_parts,
+)
+from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
@@ -54,18 +60,9 @@ def config_for(
     aligned: bool = True,
     platform: str | None = None,
 ) -> TileConfig:
-    """The configuration for a shape; one table per platform until a measurement says otherwise.
+    """The configuration for G `(height, width)`; one table per platform until a measurement says otherwise.
 
-    Args:
-        height: m.
-        width: n.
-        dtype: of g and x.
-        weighted: whether rows carry weights.
-        aligned: whether loads can be vectorised; the larger tiles spill registers where they cannot.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
     """
     platform = platform or build_platform()
 
@@ -83,21 +80,6 @@ def config_for(
     if not large:
         return SMALL
     return WIDE if reaches(_WIDE_FROM) and not weighted else SQUARE
-
-
-def is_aligned(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Args:
-        out: `(m, n)`.
-        g: `(rows, m)`.
-        x: `(rows, n)`.
-
-    Returns:
-        True if all are.
-    """
-    numbers = (g.shape[1], x.shape[1], g.stride(0), x.stride(0), out.stride(0))
-    return all(each % 16 == 0 for each in (*numbers, g.data_ptr(), x.data_ptr(), out.data_ptr()))
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -155,17 +137,7 @@ def gradient_kernel(
         acc = dot(left, right, acc, PRECISION, UPCAST)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr)
-    if SPLIT:
-        slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        inner = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(partial_ptr + slot * (ROWS * COLUMNS) + inner, acc)
-    elif TWO_SLICES:
-        low, high = halves(acc, ROWS, COLUMNS)
-        half = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS // 2)
-        add_tile(out_ptr, rows, half, height, width, out_stride, low, False)
-        add_tile(out_ptr, rows, half + COLUMNS // 2, height, width, out_stride, high, False)
-    else:
-        add_tile(out_ptr, rows, columns, height, width, out_stride, acc, False)
+    finish_tile(out_ptr, partial_ptr, packed, acc, height, width, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, False)
 
 
 @triton.jit
@@ -206,13 +178,6 @@ def scale_rows_kernel(
         tl.store(out_ptr + place * out_stride + columns[None, :], values * factor[:, None], mask=mask)
 
 
-@functools.lru_cache(maxsize=64)
-def _tile_map(height: int, width: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    # Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
-    tiles = _tiles.grouped_tiles(height, width, rows, columns)
-    return torch.tensor([i << 16 | j for i, j in tiles], dtype=torch.int32).to(device)
-
-
 def _needs_scale(dtype: torch.dtype) -> bool:
     """Whether `w x` may leave the range of the dtype: weights then enter as fractions of their largest."""
     return dtype == torch.float16
@@ -234,16 +199,9 @@ def gradient_statistics(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels of the weight gradient.
+    """Launch the kernels of the weight gradient; all matrices have unit column stride.
 
-    Args:
-        gradient: `(m, n)` float32 with unit column stride.
-        g: `(rows, m)` with unit column stride.
-        x: `(rows, n)` with unit column stride. If its dtype is another than g's, a float32 copy is made of both.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)` float32, or `None`.
-        config: tile sizes; `config_for` by default.
-        least_chunk: tokens that a split has at least.
+    If the dtypes of g and x differ, a float32 copy is made of both. A split has at least `least_chunk` tokens.
     """
     height, width = gradient.shape
     tokens = x.shape[0] if index is None else index.shape[0]
@@ -256,8 +214,8 @@ def gradient_statistics(
         weight, scale = _fractions(weight)
     aligned = is_aligned(gradient, g, x)
     config = config or config_for(height, width, x.dtype, weighted=weight is not None, aligned=aligned)
-    tiles = _tile_map(height, width, config.rows, config.columns, x.device)
-    splits, chunk = _tiles.token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
+    tiles = tile_map(grouped_tiles, (height, width, config.rows, config.columns), x.device)
+    splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
     partial = gradient
     if splits > 1:
         area = tiles.numel() * config.rows * config.columns
@@ -279,18 +237,14 @@ def gradient_statistics(
         g.stride(0),
         x.stride(0),
         gradient.stride(0),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        TOKENS=config.tokens,
         HAS_INDEX=index is not None,
         HAS_WEIGHT=weight is not None,
         HAS_SCALE=scale is not None,
         SPLIT=splits > 1,
-        TWO_SLICES=config.two_slices,
-        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(x.dtype, build_platform()),
     )
     if splits > 1:
         add_tiles(gradient, partial, tiles, splits, config, lower=False)
@@ -304,15 +258,9 @@ def both(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    """Launch the kernels of the weight gradient, and of the Fisher diagonal; either may be `None`.
+    """Launch the kernels of the weight gradient, and of the Fisher diagonal `(m,)`; either may be `None`.
 
-    Args:
-        gradient: see `gradient_statistics`.
-        fisher: `(m,)` float32 contiguous.
-        g: see `gradient_statistics`.
-        x: see `gradient_statistics`; given if `gradient` is.
-        weight: `(...)` bool or real weights of g's rows for the gradient, or `None`.
-        fisher_weight: likewise for the Fisher diagonal.
+    x is given if the gradient is; weights are `(...)` bool or real.
     """
     if gradient is not None and x is not None:
         index, factor = selection(weight)
@@ -326,16 +274,7 @@ def both(
 def scale_rows(
     out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
 ) -> None:
-    """Launch the kernel of the Fisher scaling.
-
-    Args:
-        out: `(m, n)` float32 with unit column stride.
-        gradient: `(m, n)` float32; may be `out`.
-        fisher: `(m,)` float32.
-        scale: a factor.
-        damping: added to the Fisher diagonal.
-        power: of the damped diagonal.
-    """
+    """Launch the kernel of the Fisher scaling; `out` has unit column stride, and may be the gradient."""
     height, width = out.shape
     if height == 0 or width == 0:
         return
@@ -368,25 +307,15 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        seen = set()
+        configs = set()
         for (dtype, x), weighted, side in itertools.product(AOT_DTYPES.items(), (False, True), (64, 1024, 4096)):
             config = config_for(side, side, dtype, weighted=weighted, aligned=aligned, platform=platform)
-            if (config, dtype, weighted) in seen:
+            if (config, dtype, weighted) in configs:
                 continue
-            seen.add((config, dtype, weighted))
+            configs.add((config, dtype, weighted))
             for index, split in itertools.product((False, True), (False, True)):
-                constexprs = {
-                    "ROWS": config.rows,
-                    "COLUMNS": config.columns,
-                    "TOKENS": config.tokens,
-                    "HAS_INDEX": index,
-                    "HAS_WEIGHT": weighted,
-                    "HAS_SCALE": weighted and _needs_scale(dtype),
-                    "SPLIT": split,
-                    "TWO_SLICES": config.two_slices,
-                    "PRECISION": precision(dtype, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(dtype, platform), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
+                constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
                 label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
                 types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
                 launch = {"warps": config.warps, "stages": config.stages, "matrix": True}

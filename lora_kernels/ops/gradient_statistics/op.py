@@ -50,9 +50,9 @@ def _check(
         check_tensor("fisher", fisher, shape=(height,), dtypes=sums, device=g.device)
         if not fisher.is_contiguous():
             raise ValueError(f"fisher has strides {fisher.stride()}, but must be contiguous")
-    for name, each in (("weight", weight), ("fisher_weight", fisher_weight)):
-        if each is not None:
-            check_tensor(name, each, shape=leading, dtypes=WEIGHTS, device=g.device)
+    for name, rows in (("weight", weight), ("fisher_weight", fisher_weight)):
+        if rows is not None:
+            check_tensor(name, rows, shape=leading, dtypes=WEIGHTS, device=g.device)
 
 
 def _takes(
@@ -150,17 +150,17 @@ def _run_cpp(
     weights = (factor if weighs_g else None, None if weighs_g else factor)
     copies = [
         None
-        if index is None and each is None and rows.dtype == torch.float32
+        if index is None and row_weight is None and rows.dtype == torch.float32
         else torch.empty(min(CHUNK, tokens), rows.shape[1], dtype=torch.float32)
-        for rows, each in zip((g, x), weights, strict=True)
+        for rows, row_weight in zip((g, x), weights, strict=True)
     ]
     for low, count in _parts(tokens, g.device):
         operands = []
-        for rows, each, copy, total in zip((g, x), weights, copies, (fisher, None), strict=True):
+        for rows, row_weight, copy, total in zip((g, x), weights, copies, (fisher, None), strict=True):
             if copy is not None or total is not None:
                 pack_rows(
-                    rows, index, low, count, weight=each,
-                    panel=copy if each is None else None, weighted=None if each is None else copy,
+                    rows, index, low, count, weight=row_weight,
+                    panel=copy if row_weight is None else None, weighted=None if row_weight is None else copy,
                     square_weight=None if total is None else squared, square_sum=total,
                 )  # fmt: skip
             operands.append(rows[low : low + count] if copy is None else copy[:count])
@@ -276,7 +276,7 @@ scaling = Op(
     "fisher_scaled",
     _scale,
     writes=("out",),
-    check=lambda out, gradient, fisher, *_: _check_scaled(out, gradient, fisher),
+    check=_check_scaled,
     backends=(
         on_triton("gradient_statistics.kernel:scale_rows", lambda out, *_: no_float64(out)),
         on_torch(_scale_torch),
@@ -311,7 +311,7 @@ def fisher_scaled(
         The result, `(m, n)`: `out` if given.
 
     Raises:
-        TypeError: on a wrong dtype, or where a number is none.
+        TypeError: on a wrong dtype, or if a numeric argument is not a number.
         ValueError: on a wrong shape, device, stride or range.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """

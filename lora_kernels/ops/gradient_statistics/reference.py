@@ -14,35 +14,16 @@ def _counted(rows: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype
 def weight_gradient(
     g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """`sum_t w_t g_t x_t^T`. Rows of weight zero do not count, whatever they hold.
-
-    Args:
-        g: `(..., m)`.
-        x: `(..., n)`.
-        weight: `(...)` bool or real, or `None` for ones.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        `(m, n)`.
-    """
+    """`sum_t w_t g_t x_t^T` `(m, n)` of g `(..., m)`, x `(..., n)`, w `(...)`; rows of weight zero do not count."""
     keep, factor = _counted(g, weight, dtype)
-    left, right = (each.reshape(keep.numel(), each.shape[-1])[keep].to(dtype) for each in (g, x))
+    left, right = (side.reshape(keep.numel(), side.shape[-1])[keep].to(dtype) for side in (g, x))
     return left.mT @ (right * factor)
 
 
 def fisher_diagonal(
     g: torch.Tensor, weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """`sum_t v_t g_t^2`. Rows of weight zero do not count, whatever they hold.
-
-    Args:
-        g: `(..., m)`.
-        weight: `(...)` bool or real, or `None` for ones.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        `(m,)`.
-    """
+    """`sum_t v_t g_t^2` `(m,)` of g `(..., m)`, v `(...)`; rows of weight zero do not count, whatever they hold."""
     keep, factor = _counted(g, weight, dtype)
     return (g.reshape(keep.numel(), g.shape[-1])[keep].to(dtype).square() * factor).sum(0)
 
@@ -56,17 +37,5 @@ def fisher_scaled(
     power: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """`scale * G[i, :] / (f[i] + damping)^power`.
-
-    Args:
-        gradient: `(m, n)`.
-        fisher: `(m,)`.
-        scale: a factor.
-        damping: added to the Fisher diagonal.
-        power: of the damped diagonal.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        `(m, n)`.
-    """
+    """`scale * G[i, :] / (f[i] + damping)^power` `(m, n)`."""
     return scale * gradient.to(dtype) / (fisher.to(dtype) + damping).pow(power).unsqueeze(-1)

@@ -13,23 +13,14 @@ from lora_kernels.ops._tiles import build_platform
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile sizes and launch shape.
+    """Tile sizes and launch shape."""
 
-    Attributes:
-        tokens: rows of a tile of the result.
-        columns: its columns; a multiple of 8.
-        step: how much of the inner size a step of the loop takes.
-        rank: how much of the rank a step takes.
-        warps: warps per program.
-        stages: depth of the load pipeline.
-    """
-
-    tokens: int
-    columns: int
-    step: int
-    rank: int
+    tokens: int  # rows of a tile of the result
+    columns: int  # its columns; a multiple of 8
+    step: int  # how much of the inner size a step of the loop takes
+    rank: int  # how much of the rank a step takes
     warps: int
-    stages: int
+    stages: int  # depth of the load pipeline
 
     @property
     def name(self) -> str:
@@ -51,7 +42,9 @@ SINGLE = GemmConfig(64, 64, 32, 16, 4, 3)  # float32
 RAGGED = GemmConfig(64, 64, 32, 16, 8, 3)  # not aligned: every element's address takes registers
 AMD_SQUARE = GemmConfig(128, 128, 64, 32, 8, 2)  # 64 KB of local memory hold two stages
 AMD_SMALL = GemmConfig(64, 64, 32, 16, 4, 2)
-CONFIGS = {each.name: each for each in (WIDE, SQUARE, SQUARE_SHALLOW, SMALL, SINGLE, RAGGED, AMD_SQUARE, AMD_SMALL)}
+CONFIGS = {
+    config.name: config for config in (WIDE, SQUARE, SQUARE_SHALLOW, SMALL, SINGLE, RAGGED, AMD_SQUARE, AMD_SMALL)
+}
 
 # Fewer tiles than a large chip has multiprocessors (an H100's 132) leave it idle.
 _PROCESSORS = 132
@@ -68,15 +61,9 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def candidates(
     dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
 ) -> tuple[GemmConfig, ...]:
-    """The configurations that are worth a measurement, largest tiles first.
+    """The configurations that are worth a measurement, largest tiles first; at least one.
 
-    Args:
-        dtype: of the operands.
-        aligned: whether loads of the wide operands can be vectorised.
-        capability: of an NVIDIA chip; `None` on AMD.
-
-    Returns:
-        At least one.
+    `aligned`: whether loads of the wide operands can be vectorised. `capability`: of an NVIDIA chip; `None` on AMD.
     """
     if capability is None:
         return (AMD_SQUARE, AMD_SMALL) if aligned and dtype != torch.float32 else (AMD_SMALL,)
@@ -98,41 +85,30 @@ def config_for(
     aligned: bool = True,
     capability: tuple[int, int] | None = (8, 0),
 ) -> GemmConfig:
-    """The configuration for a shape where nothing was measured: the largest tile that gives every processor one.
+    """The configuration for (tokens, inner size, columns) where nothing was measured; see `candidates`.
 
-    Args:
-        shape: tokens, inner size and columns.
-        dtype: of the operands.
-        aligned: whether loads of the wide operands can be vectorised.
-        capability: of an NVIDIA chip; `None` on AMD.
-
-    Returns:
-        The configuration.
+    It is the largest tile that gives every processor one.
     """
     tokens, _, columns = shape
-    found = candidates(dtype, aligned=aligned, capability=capability)
-    for each in found:
-        if -(-tokens // each.tokens) * -(-columns // each.columns) >= _PROCESSORS:
-            return each
-    return found[-1]
+    configs = candidates(dtype, aligned=aligned, capability=capability)
+    for config in configs:
+        if -(-tokens // config.tokens) * -(-columns // config.columns) >= _PROCESSORS:
+            return config
+    return configs[-1]
 
 
 def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
     """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
 
-    Args:
-        matrices: the wide ones, with a unit stride each.
-
-    Returns:
-        True if all are.
+    Of the wide matrices, with a unit stride each.
     """
     numbers = (
         number
-        for each in matrices
+        for matrix in matrices
         for number in (
-            each.data_ptr(),
-            *(size for size, stride in zip(each.shape, each.stride(), strict=True) if stride == 1),
-            *(stride for stride in each.stride() if stride != 1),
+            matrix.data_ptr(),
+            *(size for size, stride in zip(matrix.shape, matrix.stride(), strict=True) if stride == 1),
+            *(stride for stride in matrix.stride() if stride != 1),
         )
     )
     return all(number % 16 == 0 for number in numbers)

@@ -32,22 +32,16 @@ from lora_kernels.ops.skinny import _launch
 
 DEFAULT = "expand_first"
 
-_override: str | None = None
+override: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A form.
+    """A form, and where the choice is from."""
 
-    Attributes:
-        form: one of `FORMS`.
-        config: of the Triton kernel; `None` for its default.
-        origin: `default`, `forced`, or the table it is from.
-    """
-
-    form: str
-    config: GemmConfig | None = None
-    origin: str = "default"
+    form: str  # one of `FORMS`
+    config: GemmConfig | None = None  # of the Triton kernel; `None` for its default
+    origin: str = "default"  # `default`, `forced`, or the table it is from
 
     @property
     def name(self) -> str:
@@ -56,32 +50,20 @@ class Choice:
 
 
 class Term(NamedTuple):
-    """A low-rank matrix: `drop(t b)`.
+    """A low-rank matrix: `drop(t b)`."""
 
-    Attributes:
-        t: `(tokens, r)`.
-        b: `(r, d)`.
-        mask: of the product, or `None`.
-    """
-
-    t: torch.Tensor
-    b: torch.Tensor
-    mask: Mask | None = None
+    t: torch.Tensor  # `(tokens, r)`
+    b: torch.Tensor  # `(r, d)`
+    mask: Mask | None = None  # of the product
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What was found in the tables.
+    """The records of the tables."""
 
-    Attributes:
-        entries: by key, with the table's name.
-        found: per table file, the numbers of records that are used, of other versions, and of other chips.
-        problems: per table file that cannot be read, why.
-    """
-
-    entries: dict[Key, tuple[Record, str]]
-    found: dict[Path, tuple[int, int, int]]
-    problems: dict[Path, str]
+    entries: dict[Key, tuple[Record, str]]  # with the table's name
+    found: dict[Path, tuple[int, int, int]]  # per file: records used, of other versions, of other chips
+    problems: dict[Path, str]  # per file that cannot be read, why
 
 
 @contextlib.contextmanager
@@ -101,13 +83,13 @@ def use_form(name: str) -> Iterator[None]:
     Raises:
         ValueError: on another name.
     """
-    global _override
+    global override
     check_choice("form", name, ("auto", *FORMS))
-    before, _override = _override, None if name == "auto" else name
+    before, override = override, None if name == "auto" else name
     try:
         yield
     finally:
-        _override = before
+        override = before
 
 
 @functools.lru_cache(maxsize=64)
@@ -128,13 +110,7 @@ def chip_name(device: torch.device) -> str:
 def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
     """Why the Triton kernel cannot take a product, or `None` if it can.
 
-    Args:
-        device: of the operands.
-        dtype: of the operands.
-        backend: of the call's skinny products; the kernel stays away from calls that another backend was chosen for.
-
-    Returns:
-        The reason.
+    It stays away from calls whose skinny products run on another backend.
     """
     missing = triton_refuses(device)
     if missing is not None:
@@ -149,20 +125,17 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
 
 def _here() -> set[str]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {chip_name(each) for each in devices}
+    return {chip_name(device) for device in devices}
 
 
 @functools.cache
 def tables() -> Tables:
-    """The tables, read at first use. `forget` makes the next use read them again.
+    """The tables, read at first use; where both know a key, the user's counts. `forget` makes them be read again.
 
     A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
-
-    Returns:
-        What was found; where both tables know a key, the user's counts.
     """
     entries: dict[Key, tuple[Record, str]] = {}
-    found, problems, chips = {}, {}, _here()
+    counts, problems, chips = {}, {}, _here()
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
         if name == "tuned" and not path.exists():
             continue
@@ -172,25 +145,27 @@ def tables() -> Tables:
             problems[path] = str(error)
             warnings.warn(f"{error}; LoRA layers run in their default form", RuntimeWarning, stacklevel=2)
             continue
-        current = [each for each in records if table.is_current(each)]
-        usable = [each for each in current if each.key.chip in chips]
-        found[path] = len(usable), len(records) - len(current), len(current) - len(usable)
-        entries |= {each.key: (each, name) for each in usable}
-    return Tables(entries, found, problems)
+        current = [record for record in records if table.is_current(record)]
+        usable = [record for record in current if record.key.chip in chips]
+        counts[path] = len(usable), len(records) - len(current), len(current) - len(usable)
+        entries |= {record.key: (record, name) for record in usable}
+    return Tables(entries, counts, problems)
 
 
 _chosen: dict[tuple[object, ...], Choice] = {}
 
 
-def is_default() -> bool:
-    """Whether every product runs in the default form: none is forced, and no table has a record for this machine."""
-    return _override is None and not tables().entries
+@functools.cache
+def untuned() -> bool:
+    """Whether no table has a record for this machine, so that products have their default form unless one is forced."""
+    return not tables().entries
 
 
 def forget() -> None:
     """Read the tables again at the next use."""
     _chosen.clear()
     tables.cache_clear()
+    untuned.cache_clear()
 
 
 def choose(
@@ -202,28 +177,16 @@ def choose(
     dropout: bool,
     backend: str,
 ) -> Choice:
-    """The form of a product.
+    """The form of a product: what was forced, or measured, or the default.
 
-    Args:
-        product: `forward` or `backward`.
-        device: of the operands.
-        dtype: of the operands.
-        sizes: tokens, n and m of the layer.
-        rank: of the low-rank term.
-        dropout: whether that is masked.
-        backend: of the skinny products.
-
-    Returns:
-        What was forced, or measured, or the default. A measured form that cannot run on this backend is the default.
-
-    Raises:
-        RuntimeError: if a form was forced that cannot run; the message says why.
+    `sizes` are tokens, n and m of the layer; rank and dropout (whether it is masked) are those of the low-rank term. A
+    measured form that cannot run on this backend is the default; a forced one raises.
     """
-    if _override is not None:
-        reason = gemm_refuses(device, dtype, backend) if _override == "gemm" else None
+    if override is not None:
+        reason = gemm_refuses(device, dtype, backend) if override == "gemm" else None
         if reason is not None:
-            raise RuntimeError(f"the form {_override!r} cannot run: {reason}")
-        return Choice(_override, origin="forced")
+            raise RuntimeError(f"the form {override!r} cannot run: {reason}")
+        return Choice(override, origin="forced")
     tokens, n, m = sizes
     small = (product, device, dtype, table.bucket(tokens), n, m, table.pad_rank(rank), dropout, backend)
     choice = _chosen.get(small)
@@ -249,17 +212,10 @@ def combine(
     backend: str,
     choice: Choice,
 ) -> None:
-    """`out = (base or bias) + left right + the terms`.
+    """`out = (base or bias) + left right + the terms`, of one dtype.
 
-    Args:
-        out: `(tokens, d)` with unit column stride, filled.
-        left: `(tokens, k)` of the same dtype, with unit column stride.
-        right: `(k, d)` likewise, any strides; or `None` for the terms alone, which have but one form.
-        terms: at least one.
-        bias: `(d,)` likewise, contiguous, or `None`.
-        base: `(tokens, d)` with unit column stride where `right` is `None`, or `None`; not both.
-        backend: of the skinny products.
-        choice: of `choose`.
+    `out` and `base` `(tokens, d)` and `left` `(tokens, k)` have unit column stride, `right` `(k, d)` any strides,
+    `bias` is `(d,)` contiguous. Without `right`, which alone may have a base, the terms have but one form.
     """
     if right is None or choice.form == "expand_first":
         for number, (t, b, mask) in enumerate(terms):

@@ -22,10 +22,9 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision
+from lora_kernels.ops._tiles import build_platform, precision, signed32
 from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, capability_of, config_for, is_aligned
-from lora_kernels.ops.random_matrix.kernel import signed32
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
 
@@ -169,17 +168,7 @@ def linear_kernel(
 
 
 def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:
-    """A configuration for these very tensors: the one that was measured, unless it was for others.
-
-    Args:
-        wanted: of a table, or `None`.
-        out: `(tokens, d)`.
-        x: `(tokens, k)`.
-        right: `(k, d)`.
-
-    Returns:
-        `wanted` if it is meant for such a chip, dtype and alignment, else that of `config_for`.
-    """
+    """A configuration for these very tensors: the one wanted, unless it was for another chip, dtype or alignment."""
     kind: dict[str, Any] = {"aligned": is_aligned((out, x, right)), "capability": capability_of(out.device)}
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
@@ -214,17 +203,9 @@ def linear(
     mask: Mask | None = None,
     config: GemmConfig | None = None,
 ) -> None:
-    """`out = bias + x right + drop(t b)`.
+    """`out = bias + x right + drop(t b)`, of one dtype, in the configuration of `fitting` by default.
 
-    Args:
-        out: `(tokens, d)` with unit column stride, filled.
-        x: `(tokens, k)` of the same dtype, with unit column stride.
-        right: `(k, d)` likewise; copied if neither stride is 1.
-        t: `(tokens, r)` likewise, any strides.
-        b: `(r, d)` likewise, any strides.
-        bias: `(d,)` likewise, contiguous, or `None`.
-        mask: of `t b`, or `None`.
-        config: tile sizes; those of `fitting` by default.
+    `out` and x have unit column stride; `right` is copied if neither of its strides is 1; t and b have any strides.
     """
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:
@@ -267,10 +248,10 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
 # Which capability stands for which chip of the ahead-of-time check.
 _AOT_CHIPS = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": None}
 _AOT_FLAGS = tuple(
-    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), each, strict=True))
-    for each in itertools.product((False, True), repeat=4)
+    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), flags, strict=True))
+    for flags in itertools.product((False, True), repeat=4)
     # A bias goes with a forward, a mask with a backward.
-    if not (each[3] and (each[1] or each[2]))
+    if not (flags[3] and (flags[1] or flags[2]))
 )
 
 

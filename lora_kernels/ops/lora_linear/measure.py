@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops import _philox
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._op import isolated
 from lora_kernels.ops.lora_linear import forms, table
@@ -36,25 +35,15 @@ _THRESHOLD = round(0.1 * 65536)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One product of one shape.
-
-    Attributes:
-        key: what it holds for.
-        tokens: rows that were measured.
-        rank: of the low-rank term.
-        seconds: medians by candidate, and of the product alone (`mm`).
-        errors: relative errors against float64 by candidate, and of plain torch (`torch`).
-        refused: candidates that cannot run, or gave wrong numbers, and why.
-        choice: what is written down.
-    """
+    """One product of one shape."""
 
     key: Key
-    tokens: int
-    rank: int
-    seconds: Mapping[str, float]
-    errors: Mapping[str, float]
-    refused: Mapping[str, str]
-    choice: Choice
+    tokens: int  # rows that were measured
+    rank: int  # of the low-rank term
+    seconds: Mapping[str, float]  # medians by candidate, and of the product alone (`mm`)
+    errors: Mapping[str, float]  # relative, against float64, by candidate, and of plain torch (`torch`)
+    refused: Mapping[str, str]  # candidates that cannot run, or gave wrong numbers, and why
+    choice: Choice  # what is written down
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -133,14 +122,12 @@ class _Problem:
         t, mask = self.term.t[part].to(right.dtype), self.term.mask
         delta = t @ factor
         if mask is not None:
-            count = {"p": mask.threshold / 65536, "first_row": part.start, "device": t.device}
-            keep = _philox.keep_mask(*delta.shape, seed=mask.seed, stream=mask.stream, **count)
-            delta = torch.where(keep, delta, 0) * mask.factor
+            delta = torch.where(mask.keep(part, delta.shape[1], t.device), delta, 0) * mask.factor
         return self.left[part].to(right.dtype) @ right + delta
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.linalg.norm(found.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
+def _relative(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.linalg.norm(result.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
 
 
 def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
@@ -177,43 +164,23 @@ def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
     if reason is not None:
         return choices, {"gemm": reason}
     aligned = is_aligned((problem.out, problem.left, problem.right))
-    found = candidates(dtype, aligned=aligned, capability=capability_of(device))
-    return [*choices, *(Choice("gemm", each) for each in found)], {}
+    configs = candidates(dtype, aligned=aligned, capability=capability_of(device))
+    return [*choices, *(Choice("gemm", config) for config in configs)], {}
 
 
 def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
-    """The choice with the least time; the default unless it is beaten by more than noise.
-
-    Args:
-        seconds: by `Choice.name`.
-        choices: those that gave right numbers, the default among them.
-
-    Returns:
-        One of them.
-    """
-    best = min(choices, key=lambda each: seconds[each.name])
-    default = next(each for each in choices if each.form == DEFAULT)
+    """The quickest of the choices, which all gave right numbers; the default unless beaten by more than noise."""
+    best = min(choices, key=lambda choice: seconds[choice.name])
+    default = next(choice for choice in choices if choice.form == DEFAULT)
     return best if seconds[best.name] < MARGIN * seconds[default.name] else default
 
 
 def measure(
     key: Key, *, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, rounds: int = 20
 ) -> Measurement:
-    """Check and time all forms of one product.
+    """Check all forms of one product and time them, `rounds` calls of each.
 
-    Args:
-        key: what is measured.
-        tokens: rows.
-        rank: of the low-rank term.
-        device: where.
-        dtype: of the arithmetic.
-        rounds: timed calls of each form.
-
-    Returns:
-        The measurement.
-
-    Raises:
-        RuntimeError: if the default form gives wrong numbers or fails: nothing can be chosen then.
+    It is an error if the default form gives wrong numbers or fails: nothing can be chosen then.
     """
     problem = _Problem.draw(key, tokens, rank, device, dtype)
     with isolated(problem.out.device):

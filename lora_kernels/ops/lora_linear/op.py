@@ -21,6 +21,8 @@ from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
 from lora_kernels.ops.skinny._launch import cast
 from lora_kernels.ops.skinny.op import product_backends
 
+_casts = torch.is_autocast_enabled
+
 _TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
     "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
@@ -146,7 +148,7 @@ class LoraFunction(torch.autograd.Function):
             tensors = (rows, source if need_a else None, t, weight, a, b, a0, b0, seed)
             if not plain:
                 dx, da, db = layer_backward.overload(*tensors, *scalars[:4], need_x, scalars.backend)
-            elif g.is_cpu and not torch.is_autocast_enabled("cpu"):
+            elif g.is_cpu and not _casts("cpu"):
                 dx, da, db = passes.backward(*tensors, scalars, need_x)
             else:
                 with isolated(g.device):
@@ -176,19 +178,17 @@ def run_forward(
     scalars: Scalars,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(..., m)` and t `(tokens, r + q)` of arguments that are checked, without autograd."""
-    plain = is_plain(x) if start is None else is_plain(x, start)
-    flat = x.dim() == 2
-    rows = x if flat and x.is_contiguous() else rows_of(x)
+    rows = x if x.dim() == 2 and x.is_contiguous() else rows_of(x)
     if start is not None and weight is None:
         start = rows_of(start)
-    if not plain:
+    if not is_plain(x, start):
         y, t = layer.overload(rows, weight, start, a, b, a0, b0, seed, *scalars)
-    elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
+    elif x.is_cpu and not _casts("cpu"):
         y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     else:
         with isolated(x.device):
             y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
-    return y if flat else y.view(*x.shape[:-1], y.shape[1]), t
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), t
 
 
 def _checked_pair(

@@ -12,7 +12,8 @@ in the float32 sums. On the CPU the library makes the product with W and one cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,25 +28,17 @@ from lora_kernels.ops.skinny._launch import cast
 _Optional = torch.Tensor | None
 # Of a sum without a large product.
 _ONLY = forms.Choice(forms.DEFAULT)
-_WORD = 2**64 - 1
+_WORD, _FLOAT = 2**64 - 1, torch.float32
 
 
 class Scalars(NamedTuple):
-    """What a layer is besides its tensors.
+    """What a layer is besides its tensors."""
 
-    Attributes:
-        scaling: s.
-        frozen_scaling: e, of the frozen pair.
-        threshold: of dropout; 0 for none.
-        stream: of dropout.
-        backend: of the skinny products: `triton`, `cpp` or `torch`.
-    """
-
-    scaling: float
-    frozen_scaling: float
-    threshold: int
-    stream: int
-    backend: str
+    scaling: float  # s
+    frozen_scaling: float  # e, of the frozen pair
+    threshold: int  # of dropout; 0 for none
+    stream: int  # of dropout
+    backend: str  # of the skinny products: `triton`, `cpp` or `torch`
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,32 +62,26 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(tokens, m)`, contiguous, and t `(tokens, r + q)`.
 
-    Args:
-        x: `(tokens, n)` with contiguous rows.
-        weight: `(m, n)` of any dtype, or `None`.
-        start: the bias `(m,)`, or a base result `(tokens, m)` with contiguous rows of x's dtype, or `None`.
-        a: A `(r, n)` of any dtype, as are the other factors.
-        b: B `(m, r)`.
-        a0: A0 `(q, n)`, or `None`.
-        b0: B0 `(m, q)`, or `None`.
-        seed: of dropout, `(1,)` int64, or `None`.
-        scalars: see there.
+    x is `(tokens, n)` with contiguous rows, W `(m, n)`, A `(r, n)`, B `(m, r)`, A0 `(q, n)` and B0 `(m, q)`, each of
+    any dtype; `start` is the bias `(m,)`, or a base result `(tokens, m)` of x's dtype with contiguous rows.
     """
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = x.dtype, x.shape[0]
-    if backend == "cpp" and forms.is_default():
-        (rank, inputs), (outputs, columns) = a.shape, b.shape
-        if columns != rank or x.shape[1] != inputs:
+    if backend == "cpp" and forms.override is None and forms.untuned():
+        (rank, inputs), (outputs, columns), flags = a.shape, b.shape, 0
+        if columns != rank or x.shape[1] != inputs or not (a.is_cpu and b.is_cpu):
             _refuse(x, a, b)
-        a, b, a0, b0, flags = _readable(x, a, b, a0, b0)
-        frozen_rank = 0 if a0 is None else a0.shape[0]
-        if weight is not None:
-            y = linear(x, cast(weight, dtype), start if start is None else cast(start, dtype))
-        else:
+        if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
+            a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
+        ranks = rank if a0 is None else rank + a0.shape[0]
+        if weight is None:
             y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-        t = x.new_empty((tokens, rank + frozen_rank), dtype=None if flags == 0 else torch.float32)
-        _ext.extension().lora_forward(
-            flags, tokens, inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(),
+        else:
+            weight = weight if weight.dtype is dtype else weight.to(dtype)
+            y = linear(x, weight, start if start is None or start.dtype is dtype else start.to(dtype))
+        t = x.new_empty((tokens, ranks), dtype=None if flags == 0 else _FLOAT)
+        _calls()[0](
+            flags, tokens, inputs, outputs, rank, ranks - rank, a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
             x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(),
@@ -135,38 +122,32 @@ def backward(
 ) -> tuple[_Optional, _Optional, _Optional]:
     """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` in float32 (float64 for float64).
 
-    Args:
-        g: of y, `(tokens, m)` with contiguous rows.
-        x: `(tokens, n)` likewise, or `None` where dA is not needed.
-        t: as `forward` returned it, or `None` where dB is not needed.
-        weight: `(m, n)`, or `None` where dx has no such part.
-        a: as in `forward`, and so are the others.
-        b: likewise.
-        a0: likewise.
-        b0: likewise.
-        seed: likewise.
-        scalars: likewise.
-        need_x: whether dx is needed.
+    g is `(tokens, m)` with contiguous rows, t as `forward` returned it. x is `None` where dA is not needed, t where dB
+    is not, W where dx has no such part.
     """
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = g.dtype, g.shape[0]
     dx = da = db = None
-    if backend == "cpp" and forms.is_default():
-        (rank, inputs), (outputs, columns) = a.shape, b.shape
-        if columns != rank or g.shape[1] != outputs:
+    if backend == "cpp" and forms.override is None and forms.untuned():
+        (rank, inputs), (outputs, columns), flags = a.shape, b.shape, 0
+        if columns != rank or g.shape[1] != outputs or not (a.is_cpu and b.is_cpu):
             _refuse(g, a, b)
-        a, b, a0, b0, flags = _readable(g, a, b, a0, b0)
+        if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
+            a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
         x_at = x_stride = t_at = dx_at = da_at = db_at = 0
         if need_x:
-            dx = g.new_empty((tokens, inputs)) if weight is None else torch.mm(g, cast(weight, dtype))
+            if weight is None:
+                dx = g.new_empty((tokens, inputs))
+            else:
+                dx = torch.mm(g, weight if weight.dtype is dtype else weight.to(dtype))
             dx_at = dx.data_ptr()
         if x is not None:
-            da = torch.empty_like(a, dtype=None if flags & 2 == 0 else torch.float32)
+            da = torch.empty_like(a, dtype=None if flags & 2 == 0 else _FLOAT)
             x_at, x_stride, da_at = x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), da.data_ptr()
         if t is not None:
-            db = torch.empty_like(b, dtype=None if flags & 2 == 0 else torch.float32)
+            db = torch.empty_like(b, dtype=None if flags & 2 == 0 else _FLOAT)
             t_at, db_at = t.data_ptr(), db.data_ptr()
-        _ext.extension().lora_backward(
+        _calls()[1](
             flags, tokens, inputs, outputs, rank, 0 if a0 is None else a0.shape[0], a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
@@ -224,35 +205,33 @@ def _combine(
 
 
 def _refuse(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """As after `parameter.data = ...`: a prepared layer does not check what it has checked.
-
-    Raises:
-        ValueError: always.
-    """
+    """As after `parameter.data = ...`: a prepared layer does not check what it has checked."""
     raise ValueError(
         f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be (r, n) "
         f"and (m, r) on the CPU for rows of {rows.shape[1]}"
     )
 
 
+@functools.cache
+def _calls() -> tuple[Callable[..., None], Callable[..., None]]:
+    extension = _ext.extension()
+    return extension.lora_forward, extension.lora_backward
+
+
 def _readable(
-    rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, a0: _Optional, b0: _Optional
+    dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, a0: _Optional, b0: _Optional
 ) -> tuple[torch.Tensor, torch.Tensor, _Optional, _Optional, int]:
     """Factors as C++ reads them, dense and both of a pair float32 or bfloat16, and the flags that say which."""
-    if not (a.is_cpu and b.is_cpu):
-        _refuse(rows, a, b)
-    narrow = torch.bfloat16
-    flags = 1 if rows.dtype is narrow else 0
-    if a.dtype is not torch.float32 or b.dtype is not torch.float32:
-        wide = torch.float32 if a.dtype is not narrow or b.dtype is not narrow else narrow
-        a, b, flags = cast(a, wide), cast(b, wide), flags | (2 if wide is narrow else 0)
-    if not (a.is_contiguous() and b.is_contiguous()):
-        a, b = a.contiguous(), b.contiguous()
-    if a0 is not None and b0 is not None:
-        wide = torch.float32 if a0.dtype is not narrow or b0.dtype is not narrow else narrow
-        a0, b0 = cast(a0, wide).contiguous(), cast(b0, wide).contiguous()
-        flags |= 4 if wide is narrow else 0
-    return a, b, a0, b0, flags
+    flags = 1 if dtype is torch.bfloat16 else 0
+    pairs: list[tuple[_Optional, _Optional]] = [(a, b), (a0, b0)]
+    for i, (one, other) in enumerate(pairs):
+        if one is not None and other is not None:
+            narrow = one.dtype is other.dtype is torch.bfloat16
+            kind = torch.bfloat16 if narrow else _FLOAT
+            pairs[i] = cast(one, kind).contiguous(), cast(other, kind).contiguous()
+            flags |= (2 << i) if narrow else 0
+    (first, second), (third, fourth) = pairs
+    return first, second, third, fourth, flags  # type: ignore[return-value]
 
 
 def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:

@@ -19,20 +19,9 @@ def lora_linear(
     dropout: Dropout | None = None,
     extra: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """`x W^T + bias + s drop(x) A^T B^T + e x A0^T B0^T`.
+    """`x W^T + bias + s drop(x) A^T B^T + e x A0^T B0^T` `(..., m)`; without W, the adapter's part alone.
 
-    Args:
-        x: `(..., n)`.
-        weight: `(m, n)`, or `None` for the adapter's part alone.
-        bias: `(m,)`, or `None`.
-        a: `(r, n)`.
-        b: `(m, r)`.
-        scaling: s.
-        dropout: of the adapter's input; rows are counted over all leading sizes.
-        extra: `A0 (q, n)`, `B0 (m, q)` and e, which dropout leaves alone.
-
-    Returns:
-        `(..., m)`.
+    `extra` is A0 `(q, n)`, B0 `(m, q)` and e. Rows are counted, for dropout, over all leading sizes.
     """
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = scaling * (dropped(rows, dropout) @ a.mT @ b.mT)

@@ -30,46 +30,27 @@ MOST_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement holds for.
+    """What a measurement holds for."""
 
-    Attributes:
-        chip: as `forms.chip_name` gives it.
-        dtype: of the arithmetic.
-        tokens: the next power of two, at most `MOST_TOKENS`.
-        n: the layer's inputs.
-        m: its outputs.
-        rank: r, and that of a frozen pair, padded as `pad_rank` does.
-        dropout: whether the low-rank term is masked (in the backward pass; the forward one masks before).
-        product: `forward` (y) or `backward` (dx).
-    """
-
-    chip: str
+    chip: str  # as `forms.chip_name` gives it
     dtype: str
-    tokens: int
-    n: int
-    m: int
-    rank: int
-    dropout: bool
-    product: str
+    tokens: int  # the next power of two, at most `MOST_TOKENS`
+    n: int  # the layer's inputs
+    m: int  # its outputs
+    rank: int  # r, and that of a frozen pair, padded as `pad_rank` does
+    dropout: bool  # whether the low-rank term is masked (in the backward pass; the forward one masks before)
+    product: str  # `forward` (y) or `backward` (dx)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement.
-
-    Attributes:
-        key: what it holds for.
-        form: one of `FORMS`.
-        config: the name of a configuration, for `gemm`.
-        seconds: medians by candidate.
-        versions: of lora_kernels, torch and triton.
-    """
+    """One measurement."""
 
     key: Key
-    form: str
-    config: str | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str | None] = field(default_factory=dict)
+    form: str  # one of `FORMS`
+    config: str | None = None  # the name of a configuration, for `gemm`
+    seconds: Mapping[str, float] = field(default_factory=dict)  # medians by candidate
+    versions: Mapping[str, str | None] = field(default_factory=dict)  # of lora_kernels, torch and triton
 
 
 def pad_rank(rank: int) -> int:
@@ -84,13 +65,13 @@ def bucket(tokens: int) -> int:
 
 def versions() -> dict[str, str | None]:
     """Of what a measurement depends on, as installed."""
-    found: dict[str, str | None] = {"lora_kernels": __version__}
+    installed: dict[str, str | None] = {"lora_kernels": __version__}
     for name in ("torch", "triton"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def _minor(version: str | None) -> str | None:
@@ -99,16 +80,16 @@ def _minor(version: str | None) -> str | None:
 
 def is_current(record: Record) -> bool:
     """Whether a record was measured with this minor version of torch and Triton, and its configuration still ships."""
-    mine = versions()
-    same = all(_minor(record.versions.get(name)) == _minor(mine[name]) for name in ("torch", "triton"))
+    installed = versions()
+    same = all(_minor(record.versions.get(name)) == _minor(installed[name]) for name in ("torch", "triton"))
     return same and (record.config is None or record.config in CONFIGS)
 
 
 def cache_file() -> Path:
     """Where the user's table is: `$LORA_KERNELS_CACHE`, else `lora_kernels/tuned.json` in the user's cache folder."""
-    given = os.environ.get("LORA_KERNELS_CACHE")
-    if given:
-        return Path(given).expanduser()
+    path = os.environ.get("LORA_KERNELS_CACHE")
+    if path:
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tuned.json"
 
 
@@ -116,7 +97,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "chip": (str,), "dtype": (str,), "tokens": (int,), "n": (int,), "m": (int,), "rank": (int,), "dropout": (bool,),
     "product": (str,), "form": (str,), "config": (str, type(None)), "seconds": (dict,), "versions": (dict,),
 }  # fmt: skip
-_KEY_NAMES = tuple(each.name for each in fields(Key))
+_KEY_NAMES = tuple(part.name for part in fields(Key))
 
 
 def _record(number: int, entry: Any) -> Record:
@@ -149,17 +130,7 @@ def _record(number: int, entry: Any) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, current or not.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The records, in their order.
-
-    Raises:
-        ValueError: if it cannot be read or is malformed; the message names the file and the reason.
-    """
+    """All records of a file, current or not; the error names the file and what is wrong with it."""
     name = f"the table of measured forms {str(path)!r}"
     content = read_json(path, name)
     try:
@@ -173,16 +144,8 @@ def read(path: Path) -> list[Record]:
 
 
 def write(path: Path, records: Iterable[Record], note: str) -> None:
-    """Write a file, whole or not at all.
-
-    Args:
-        path: of the file; its folder is made.
-        records: one per line.
-        note: for people who read it.
-    """
-    rows = [
-        json.dumps({**asdict(each.key), **{k: v for k, v in asdict(each).items() if k != "key"}}) for each in records
-    ]
+    """Write a file, whole or not at all, one record per line, with a note for people who read it."""
+    rows = [json.dumps({**entry.pop("key"), **entry}) for entry in map(asdict, records)]
     body = "".join(f"\n  {row}{',' * (number + 1 < len(rows))}" for number, row in enumerate(rows))
     text = f'{{\n "format": {FORMAT},\n "note": {json.dumps(note)},\n "records": [{body}\n ]\n}}\n'
     write_text(path, text)
@@ -194,4 +157,4 @@ def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     def identity(record: Record) -> tuple[Any, ...]:
         return record.key, *(_minor(record.versions.get(name)) for name in ("torch", "triton"))
 
-    return list({identity(each): each for each in (*old, *new)}.values())
+    return list({identity(record): record for record in (*old, *new)}.values())

@@ -11,21 +11,13 @@ from lora_kernels.ops._tiles import build_platform, precision
 
 @dataclass(frozen=True)
 class ProConfig:
-    """Tile sizes and launch shape.
+    """Tile sizes and launch shape."""
 
-    Attributes:
-        rows: rows of a tile; at best 16 per warp, or warps repeat each other's work.
-        columns: columns of a tile, a multiple of 16.
-        warps: warps per program.
-        stages: depth of the load pipeline.
-        step: ranks per product: more would take more registers than there are.
-    """
-
-    rows: int
-    columns: int
+    rows: int  # of a tile; at best 16 per warp, or warps repeat each other's work
+    columns: int  # of a tile, a multiple of 16
     warps: int
-    stages: int
-    step: int = 16
+    stages: int  # depth of the load pipeline
+    step: int = 16  # ranks per product: more would take more registers than there are
 
 
 RANKS = (16, 32, 64, 128)  # to which ranks are padded
@@ -47,16 +39,9 @@ def rank_for(rank: int) -> int:
 
 
 def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str | None = None) -> ProConfig:
-    """The configuration of a call.
+    """The configuration of a call, for one of `RANKS`.
 
-    Args:
-        rank: one of `RANKS`.
-        stochastic: whether the moments are bfloat16.
-        aligned: whether loads of the moments can be vectorised.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `stochastic`: whether the moments are bfloat16; `aligned`: whether loads of them can be vectorised.
     """
     platform = platform or build_platform()
     if not aligned and platform == "cuda":
@@ -67,22 +52,10 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
     return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
 
 
-def is_aligned(*moments: torch.Tensor) -> bool:
-    """Whether Triton will find every size, stride and address of the moments to be a multiple of 16."""
-    numbers = (number for each in moments for number in (each.shape[1], each.stride(0), each.data_ptr()))
-    return all(number % 16 == 0 for number in numbers)
-
-
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
-    """How many tiles a program takes.
+    """How many blocks of rows, and steps of columns, a program takes, of `tall` and `wide`.
 
-    Args:
-        tall: blocks of rows of the matrix.
-        wide: steps of columns.
-        processors: multiprocessors of the chip, each of which shall have at least one program and a half.
-
-    Returns:
-        The blocks and the steps of a program.
+    Every multiprocessor of the chip shall have at least one program and a half.
     """
     blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
     while -(-tall // blocks) * -(-wide // steps) * 2 < 3 * processors and (blocks > 1 or steps > _LEAST_STEPS):

@@ -22,20 +22,19 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
-from lora_kernels.ops._tiles import build_platform, processors
+from lora_kernels.ops._reduce import aot_case
+from lora_kernels.ops._tiles import build_platform, is_aligned, processors, signed32
 from lora_kernels.ops._tl import dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import (
     RANKS,
     ProConfig,
     config_for,
-    is_aligned,
     parts_for,
     precision_for,
     precisions,
     rank_for,
 )
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
-from lora_kernels.ops.random_matrix.kernel import signed32
 
 _PART = 1024  # elements per program of `sum_slabs_kernel`
 
@@ -190,17 +189,10 @@ def lora_pro_adam(
     config: ProConfig | None = None,
     parts: tuple[int, int] | None = None,
 ) -> None:
-    """Launch the kernels. No size may be zero.
+    """Launch the kernels on moments `(m, n)` with unit column stride, a, b, grad_a and grad_b; no size may be zero.
 
-    Args:
-        moments: `(m, n)` float32 or bfloat16 with unit column stride, changed in place.
-        factors: a `(r, n)`, b `(m, r)`, grad_a `(r, n)` and grad_b `(m, r)`.
-        numbers: of the step.
-        seed: `(1,)` int64, for bfloat16 moments.
-        bt_h: `(r, n)` float32 contiguous, filled.
-        h_at: `(m, r)` float32 contiguous, filled.
-        config: tile sizes; `config_for` by default.
-        parts: blocks of rows and steps of columns of a program; `parts_for` by default.
+    `bt_h` `(r, n)` and `h_at` `(m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the steps of
+    columns of a program.
     """
     (rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
     rank, stochastic = rank_for(a.shape[0]), moments[0].dtype == torch.bfloat16
@@ -215,7 +207,7 @@ def lora_pro_adam(
     bt_slabs = bt_h.new_empty(grid[1], rank, wide * config.columns)
     ha_slabs = bt_h.new_empty(grid[0], tall * config.rows, rank)
     # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
-    states = [each.view(torch.int16) if stochastic else each for each in moments]
+    states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
     adam_kernel[grid](
         *states, left, right, bt_slabs, ha_slabs,
         # A pointer that a flag switches off must still be one.
@@ -234,7 +226,7 @@ def lora_pro_adam(
 _NUMBERS = ("scaling", "beta1", "rest1", "beta2", "rest2", "avg_factor", "root_factor", "eps")
 
 
-def _signature(kernel: Any, stochastic: bool) -> dict[str, str]:
+def _types(kernel: Any, stochastic: bool) -> dict[str, str]:
     state = "*i16" if stochastic else "*fp32"
     kinds = {"avg_ptr": state, "square_ptr": state, "seed_ptr": "*i64", **dict.fromkeys(_NUMBERS, "fp32")}
     return {
@@ -257,24 +249,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             fixed: dict[str, Any] = {"ROWS": config.rows, "COLUMNS": config.columns, "RANK": rank}
             fixed |= {"STEP": min(rank, config.step), "STOCHASTIC": stochastic}
             fixed |= {"PRECISION": precision, "UPCAST": False}
-            kind = "bf16" if stochastic else "fp32"
-            yield {
-                "name": f"adam {kind} {config.rows}x{config.columns}x{rank} {precision}",
-                "kernel": adam_kernel,
-                "signature": _signature(adam_kernel, stochastic),
-                "constexprs": fixed,
-                "warps": config.warps,
-                "stages": config.stages,
-                "matrix": platform == "hip",
-                **where,
-            }
-        yield {
-            "name": "sum_slabs",
-            "kernel": sum_slabs_kernel,
-            "signature": _signature(sum_slabs_kernel, False),
-            "constexprs": {"PART": _PART},
-            "warps": 4,
-            "stages": 3,
-            "matrix": False,
-            **where,
-        }
+            label = f"{'bf16' if stochastic else 'fp32'} {config.rows}x{config.columns}x{rank} {precision}"
+            launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip"}
+            yield aot_case(adam_kernel, label, fixed, _types(adam_kernel, stochastic), **where, **launch)
+        yield aot_case(sum_slabs_kernel, "", {"PART": _PART}, _types(sum_slabs_kernel, False), **where)

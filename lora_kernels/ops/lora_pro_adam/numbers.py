@@ -8,23 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Adam:
-    """The numbers of a step.
+    """The numbers of a step."""
 
-    Attributes:
-        scaling: s.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        step: counted from 1.
-        row_offset: the number of the first row, for the random bits.
-    """
-
-    scaling: float
+    scaling: float  # s
     beta1: float
     beta2: float
-    eps: float
-    step: int
-    row_offset: int
+    eps: float  # added to the root of the second moment
+    step: int  # counted from 1
+    row_offset: int  # the number of the first row, for the random bits
 
     @property
     def avg_factor(self) -> float:

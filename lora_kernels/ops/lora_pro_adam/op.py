@@ -58,7 +58,7 @@ def _run_torch(
 ) -> None:
     """By blocks of rows, whose gradient and direction are all that is ever stored."""
     wide, device, (rows, columns) = bt_h.dtype, bt_h.device, moments[0].shape
-    a, b, grad_a, grad_b = (each.to(wide) for each in factors)
+    a, b, grad_a, grad_b = (factor.to(wide) for factor in factors)
     most = _CPU_MOST if device.type == "cpu" else _GPU_MOST
     block = max(1, min(max(rows * columns // _SHARE, _LEAST), most) // columns)
     seed = None if seed is None else seed.to(device)
@@ -67,7 +67,7 @@ def _run_torch(
         part = slice(low, min(low + block, rows))
         e = torch.mm(b[part], grad_a).addmm_(grad_b[part], a).mul_(numbers.scaling)
         # A view where the moments are of the dtype of the arithmetic: then they are updated in place.
-        avg, square = (each[part].to(wide) for each in moments)
+        avg, square = (moment[part].to(wide) for moment in moments)
         avg.mul_(numbers.beta1).add_(e, alpha=1 - numbers.beta1)
         square.mul_(numbers.beta2).addcmul_(e, e, value=1 - numbers.beta2)
         if seed is not None:
@@ -88,10 +88,10 @@ def _run_cpp(
     bt_h: torch.Tensor,
     h_at: torch.Tensor,
 ) -> None:
-    wide = [each.to(bt_h.dtype) for each in factors]
-    a, b, grad_a, grad_b = (each if each.stride(1) == 1 else each.contiguous() for each in wide)
+    wide = [factor.to(bt_h.dtype) for factor in factors]
+    a, b, grad_a, grad_b = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in wide)
     operands = (*moments, a, grad_a, b, grad_b)
-    places = [(each.data_ptr(), each.stride(0)) for each in operands]
+    places = [(operand.data_ptr(), operand.stride(0)) for operand in operands]
     _ext.extension().lora_pro_adam(
         *places[0], *places[1], STATES[moments[0].dtype], *places[2], *places[3], *places[4], *places[5],
         bt_h.data_ptr(), h_at.data_ptr(), *moments[0].shape, a.shape[0],

@@ -14,17 +14,9 @@ FIRST_MOMENT, SECOND_MOMENT = 0, 1  # streams of the random bits
 def stochastic_round(
     x: torch.Tensor, *, seed: int | torch.Tensor, stream: int, step: int, first_row: int = 0
 ) -> torch.Tensor:
-    """Round to bfloat16, up with the probability of what is cut off, so that the mean is kept. A NaN stays one.
+    """Round `(rows, columns)` to bfloat16, up with the probability of what is cut off, so that the mean is kept.
 
-    Args:
-        x: `(rows, columns)` float32.
-        seed: 64-bit key; a tensor of one element must be on the device of x.
-        stream: which matrix of that key.
-        step: which draw of that matrix.
-        first_row: the number of the first row.
-
-    Returns:
-        `(rows, columns)` bfloat16.
+    A NaN stays one. A seed that is a tensor of one element must be on the device of x.
     """
     random = _philox.halves(*x.shape, seed=seed, stream=stream, step=step, first_row=first_row, device=x.device)
     # Sign and magnitude: what is added to the bits adds to the magnitude.
@@ -48,23 +40,10 @@ def lora_pro_adam(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of Adam on `E = s (B dA + dB A)`, and the products of its direction with the factors.
 
-    Args:
-        exp_avg: `(m, n)`, not changed.
-        exp_avg_sq: `(m, n)`, not changed.
-        a: `(r, n)`, A.
-        b: `(m, r)`, B.
-        grad_a: `(r, n)`, dA.
-        grad_b: `(m, r)`, dB.
-        scaling: s.
-        betas: decay of both moments.
-        eps: added to the root of the second moment.
-        step: counted from 1.
-        dtype: of the arithmetic and the results.
-
-    Returns:
-        The new moments, neither of them rounded, `s B^T H` `(r, n)` and `s H A^T` `(m, r)`.
+    Returns the new moments `(m, n)`, neither of them rounded, `s B^T H` `(r, n)` and `s H A^T` `(m, r)`; what is given
+    is not changed. `step` is counted from 1.
     """
-    a, b, grad_a, grad_b = (each.to(dtype) for each in (a, b, grad_a, grad_b))
+    a, b, grad_a, grad_b = (factor.to(dtype) for factor in (a, b, grad_a, grad_b))
     e = scaling * (b @ grad_a + grad_b @ a)
     exp_avg = betas[0] * exp_avg.to(dtype) + (1 - betas[0]) * e
     exp_avg_sq = betas[1] * exp_avg_sq.to(dtype) + (1 - betas[1]) * e * e

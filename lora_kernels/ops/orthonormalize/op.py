@@ -42,15 +42,7 @@ def _row_step(y: torch.Tensor) -> int:
 
 
 def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-    """`y^T other` (or `y^T y`) accumulated in float64.
-
-    Args:
-        y: `(..., n, k)`.
-        other: `(..., n, l)`, or `None` for y.
-
-    Returns:
-        `(..., k, l)` float64.
-    """
+    """`y^T other` (or `y^T y`), `(..., k, l)`, accumulated in float64."""
     right = y if other is None else other
     total = y.new_zeros((*y.shape[:-2], y.shape[-1], right.shape[-1]), dtype=torch.float64)
     step = _row_step(y)
@@ -69,16 +61,7 @@ def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def times(y: torch.Tensor, small: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`y small` with float64 arithmetic, rounded to y's own dtype.
-
-    Args:
-        y: `(..., n, k)`.
-        small: `(..., k, l)` float64.
-        out: `(..., n, l)` of y's dtype, for the result; by default new, of y's layout.
-
-    Returns:
-        `(..., n, l)`.
-    """
+    """`y small`, `(..., n, k)` by `(..., k, l)` float64, in float64 arithmetic, rounded to y's dtype, in y's layout."""
     if y.dtype == torch.float64:
         return torch.matmul(y, small, out=out)
     # With columns in one piece the product from the left is several times faster on the CPU.
@@ -159,8 +142,8 @@ def _run(q: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
     if not _householder_is_faster(y):
         r.copy_(_cholesky(q, y))
         return
-    found, triangle = _householder(y)
-    q.copy_(found)
+    basis, triangle = _householder(y)
+    q.copy_(basis)
     r.copy_(triangle)
 
 

@@ -6,15 +6,9 @@ import torch
 
 
 def orthonormalize(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The QR decomposition with a nonnegative diagonal of R, by Householder reflections in float64.
+    """Q `(..., n, k)` and R `(..., k, k)` with a nonnegative diagonal, by Householder reflections in float64.
 
     Q is orthonormal whatever the rank of y; where R has a zero on its diagonal the column of Q is one of many.
-
-    Args:
-        y: `(..., n, k)` with n >= k.
-
-    Returns:
-        Q `(..., n, k)` and the upper triangular R `(..., k, k)`, both float64.
     """
     return householder(y.to(torch.float64))
 

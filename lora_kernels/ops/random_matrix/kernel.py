@@ -15,21 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.ops._reduce import aot_case
+from lora_kernels.ops._tiles import signed32
 from lora_kernels.ops._tl import gaussian_pair, philox
 
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """Tile and launch shape.
+    """Tile and launch shape."""
 
-    Attributes:
-        rows: rows per program.
-        groups: counters per row and program: 128 signs or 4 normal draws each.
-        warps: warps per program.
-    """
-
-    rows: int
-    groups: int
+    rows: int  # per program
+    groups: int  # counters per row and program: 128 signs or 4 normal draws each
     warps: int = 4
 
 
@@ -67,9 +63,9 @@ def signs_kernel(
     )
     bit = tl.arange(0, 32)
     pointers = out_ptr + row[:, None].to(tl.int64) * columns
-    for each in tl.static_range(4):
-        column = group * 128 + each * 32 + bit
-        minus = (words[each][:, None] >> bit[None, :].to(tl.uint32)) & 1
+    for number in tl.static_range(4):
+        column = group * 128 + number * 32 + bit
+        minus = (words[number][:, None] >> bit[None, :].to(tl.uint32)) & 1
         sign = tl.where(minus != 0, -1.0, 1.0).to(out_ptr.dtype.element_ty)
         tl.store(pointers + column[None, :], sign, mask=(row[:, None] < size) & (column[None, :] < columns))
 
@@ -113,12 +109,6 @@ def normal_kernel(
         tl.store(pointers + tl.cast(size, tl.int64) * columns, low, mask=mask)
 
 
-def signed32(word: int) -> int:
-    """The low 32 bits of an integer as a signed one: Triton's type of an argument must not depend on its value."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
-
-
 def random_matrix(
     out: torch.Tensor,
     kind: str,
@@ -127,16 +117,9 @@ def random_matrix(
     step: int,
     config: RandomConfig | None = None,
 ) -> None:
-    """Launch the kernel.
+    """Launch the kernel that fills `out`, contiguous float16, bfloat16 or float32.
 
-    Args:
-        out: `(rows, columns)` contiguous float16, bfloat16 or float32 to be filled; `(2, rows, columns)` for gaussian
-            draws as a rounded part and the rest.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        step: which draw of that matrix.
-        config: tile sizes; `config_for` by default.
+    `(2, rows, columns)` takes gaussian draws as a rounded part and the rest.
     """
     rows, columns = out.shape[-2:]
     if out.numel() == 0:
@@ -157,28 +140,17 @@ _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may 
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `random_matrix` launches; see `covariance.kernel.aot_cases`.
+    """Every combination that `random_matrix` launches, for the ahead-of-time compile check.
 
     Yields:
-        Keyword descriptions.
+        Descriptions as in `ops/_reduce.py`.
     """
     integers = ("size", "columns", "seed_low", "seed_high", "stream", "step")
     for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
-        signature = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}
-        case: dict[str, Any] = {"signature": signature, "stages": 3, "matrix": False}
-        case |= {"platform": platform, "aligned": aligned}
-        yield {
-            **case,
-            "name": f"signs {dtype}",
-            "kernel": signs_kernel,
-            "constexprs": {"ROWS": SIGNS.rows},
-            "warps": SIGNS.warps,
-        }
+        types = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        yield aot_case(signs_kernel, dtype, {"ROWS": SIGNS.rows}, types, warps=SIGNS.warps, **where)
         for pair in (False, True) if _AOT_DTYPES[dtype] else (False,):
-            yield {
-                **case,
-                "name": f"normal {dtype}" + " pair" * pair,
-                "kernel": normal_kernel,
-                "constexprs": {"ROWS": NORMAL.rows, "GROUPS": NORMAL.groups, "PAIR": pair},
-                "warps": NORMAL.warps,
-            }
+            constexprs = {"ROWS": NORMAL.rows, "GROUPS": NORMAL.groups, "PAIR": pair}
+            label = dtype + " pair" * pair
+            yield aot_case(normal_kernel, label, constexprs, types, warps=NORMAL.warps, **where)

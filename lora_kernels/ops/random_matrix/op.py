@@ -15,20 +15,7 @@ from lora_kernels.ops.random_matrix.reference import KINDS
 
 
 def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
-    """Check what addresses a matrix of random numbers.
-
-    Args:
-        seed: 64-bit key, signed or unsigned.
-        stream: 32 bits.
-        step: 32 bits.
-
-    Returns:
-        The seed as a signed number, which is what an op's argument can hold.
-
-    Raises:
-        TypeError: if one is no integer.
-        ValueError: if one is out of range.
-    """
+    """Check a 64-bit seed, a 32-bit stream and step; returns the seed signed, as an op's argument can hold it."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {type(seed).__name__} {shown(seed)}")
     if not -(2**63) <= seed < 2**64:

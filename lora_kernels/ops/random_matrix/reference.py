@@ -19,19 +19,9 @@ def random_matrix(
     step: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Independent draws of mean 0 and variance 1, each a function of the seed and its position.
+    """`(rows, columns)` draws of mean 0 and variance 1 on the CPU, each a function of the seed and its position.
 
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        kind: `rademacher` (1 or -1) or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix, 32 bits.
-        step: which draw of that matrix, 32 bits.
-        dtype: of the result; the arithmetic is that of integers or of float64.
-
-    Returns:
-        `(rows, columns)` on the CPU.
+    `kind` is `rademacher` (1 or -1) or `gaussian`. The arithmetic is that of integers or of float64.
     """
     draw = _philox.signs if kind == "rademacher" else _philox.normal
     return draw(rows, columns, seed=seed, stream=stream, step=step, dtype=dtype)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lora_kernels.ops._tiles import build_platform
+from lora_kernels.ops._tiles import build_platform, precision
 
 
 @dataclass(frozen=True)
 class SketchConfig:
-    """Tile sizes and launch shape of one of the two products.
+    """Tile sizes and launch shape of one of the two products."""
 
-    Attributes:
-        tokens: tokens per tile (`shrink_kernel`) or per step (`tall_kernel`).
-        features: features per step (`shrink_kernel`) or per tile (`tall_kernel`).
-        warps: warps per program.
-        stages: depth of the load pipeline.
-    """
-
-    tokens: int
-    features: int
+    tokens: int  # per tile (`shrink_kernel`) or per step (`tall_kernel`)
+    features: int  # per step (`shrink_kernel`) or per tile (`tall_kernel`)
     warps: int
-    stages: int
+    stages: int  # depth of the load pipeline
+
+    def constants(self, rank: int, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles, `rank` columns of Omega wide."""
+        sizes = {"TOKENS": self.tokens, "FEATURES": self.features, "RANK": rank}
+        return {**sizes, "PRECISION": precision(dtype, platform)}
 
 
 SHRINK = SketchConfig(64, 64, 4, 4)
@@ -36,21 +35,13 @@ TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps s
 TALL_RAGGED = SketchConfig(32, 64, 4, 3)
 TALL_AMD = SketchConfig(32, 64, 4, 2)
 
-LEAST_RANK, MOST_RANK = 16, 64
 ROWS = 16  # of the elementwise kernels
 
 
 def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
-    """The configuration of a product; one table per platform until a measurement says otherwise.
+    """The configuration of `shrink` or `tall`; one table per platform until a measurement says otherwise.
 
-    Args:
-        product: `shrink` or `tall`.
-        dtype: of the rows.
-        aligned: whether loads can be vectorised.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
+    `aligned`: whether loads can be vectorised.
     """
     shrink = product == "shrink"
     single = dtype == torch.float32
@@ -63,31 +54,6 @@ def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platfo
     if shrink:
         return SHRINK
     return TALL if dtype == torch.bfloat16 else TALL_SINGLE
-
-
-def rank_for(columns: int) -> tuple[int, int]:
-    """How the columns of Omega are tiled.
-
-    Args:
-        columns: k.
-
-    Returns:
-        The width of a tile (a power of two from 16 to 64) and the number of tiles.
-    """
-    rank = min(max(LEAST_RANK, 1 << (columns - 1).bit_length()), MOST_RANK)
-    return rank, -(-columns // rank)
-
-
-def is_aligned(x: torch.Tensor) -> bool:
-    """Whether Triton will find the width, the stride and the address of rows to be multiples of 16.
-
-    Args:
-        x: `(rows, n)`.
-
-    Returns:
-        True if all are.
-    """
-    return all(each % 16 == 0 for each in (x.shape[1], x.stride(0), x.data_ptr()))
 
 
 def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:

@@ -5,7 +5,7 @@
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
 between the two kernels. Signs are made in the loop of `shrink_kernel`; gaussian draws would cost more there than the
-product (KERNELS F9), so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
+product, so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
 a larger Omega has the smaller one as its corner.
 
 P keeps float32's accuracy, as reconstructions from sketches need it. Where the rows are bfloat16, P is a pair, rounded
@@ -31,11 +31,10 @@ from lora_kernels.ops import _tiles
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
 from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import build_platform, precision, processors
+from lora_kernels.ops._tiles import build_platform, is_aligned, processors, rank_for, signed32
 from lora_kernels.ops._tl import dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
-from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, is_aligned, rank_for, token_chunk
+from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
 
 
 @triton.jit
@@ -282,16 +281,13 @@ def _shrink(
         signed32(omega.seed),
         signed32(omega.seed >> 32),
         signed32(omega.stream),
-        TOKENS=config.tokens,
-        FEATURES=config.features,
-        RANK=rank,
         HAS_INDEX=index is not None,
         SIGNS=omega.scratch is None,
         PAIR=omega.scratch is not None and omega.scratch.dim() == 3,
-        PRECISION=precision(x.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(rank, x.dtype, build_platform()),
     )
     if not direct:
         combine_kernel[(blocks, -(-tokens // ROWS))](
@@ -329,15 +325,12 @@ def _add_tall(
         tokens,
         chunk,
         x.stride(0),
-        TOKENS=config.tokens,
-        FEATURES=config.features,
-        RANK=rank,
         HAS_INDEX=index is not None,
         PAIR=p.dtype != torch.float32,
-        PRECISION=precision(p.dtype, build_platform()),
         UPCAST=interpreting(),
         num_warps=config.warps,
         num_stages=config.stages,
+        **config.constants(rank, p.dtype, build_platform()),
     )
     add_kernel[(blocks, -(-features // ROWS))](
         out, partial, features, out.shape[1], splits, out.stride(0), ROWS=ROWS, RANK=rank
@@ -364,21 +357,10 @@ def sketch(
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
-    """Launch the kernels.
+    """Launch the kernels; matrices have unit column stride, and `left` and `right` are one object for an input sketch.
 
-    Args:
-        out: `(p, k)` float32 with unit column stride.
-        left: `(rows, p)` with unit column stride.
-        right: `(rows, q)` with unit column stride; the same object as `left` for an input sketch.
-        index: `(tokens,)` int64 rows that count, or `None` for all.
-        weight: `(tokens,)`, or `None`.
-        column_sum: `(p,)` float32 contiguous, or `None`.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        configs: tile sizes of both products; `config_for` by default.
-        chunk: tokens per chunk; by default from the cache.
-        least: tokens or features that a split has at least.
+    `configs` are those of both products. Tokens go by `chunk`, by default what the cache holds; a split has at least
+    `least` tokens or features.
     """
     tokens = left.shape[0] if index is None else index.shape[0]
     if tokens == 0 or left.shape[1] == 0:
@@ -421,17 +403,7 @@ def project(
     config: SketchConfig | None = None,
     least: int = 512,
 ) -> None:
-    """Launch the first product alone.
-
-    Args:
-        out: `(rows, k)` contiguous float32, filled.
-        a: `(rows, q)` with unit column stride, q at least 1.
-        kind: `rademacher` or `gaussian`.
-        seed: 64-bit key.
-        stream: which matrix.
-        config: tile sizes; `config_for` by default.
-        least: features that a split has at least.
-    """
+    """Launch the first product alone, which fills `out` `(rows, k)`; a split has at least `least` features."""
     if out.numel() == 0:
         return
     omega = make_omega(a, out.shape[1], kind, seed, stream)
@@ -456,16 +428,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             config = config_for("shrink", dtype, aligned=aligned, platform=platform)
             products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             for index, signs in itertools.product((False, True), repeat=2):
-                constexprs = {
-                    "TOKENS": config.tokens,
-                    "FEATURES": config.features,
-                    "RANK": rank,
-                    "HAS_INDEX": index,
-                    "SIGNS": signs,
-                    "PAIR": not signs and dtype != torch.float32,
-                    "PRECISION": precision(dtype, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
+                constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
                 types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
                 yield aot_case(shrink_kernel, label, constexprs, types, **products)
@@ -474,15 +438,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             pair = dtype == torch.bfloat16
             p = dtype if pair else torch.float32
             for index in (False, True):
-                constexprs = {
-                    "TOKENS": config.tokens,
-                    "FEATURES": config.features,
-                    "RANK": rank,
-                    "HAS_INDEX": index,
-                    "PAIR": pair,
-                    "PRECISION": precision(p, platform),
-                    "UPCAST": False,
-                }
+                constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
                 yield aot_case(tall_kernel, label, constexprs, types, **products)

@@ -69,7 +69,7 @@ def _draw(x: torch.Tensor, k: int, dtype: torch.dtype, kind: str, seed: int, str
 def _chunk_for(tokens: int, *tensors: torch.Tensor) -> int:
     if tensors[0].device.type != "cpu":
         return max(tokens, 1)
-    widest = max(each.shape[1] for each in tensors)
+    widest = max(tensor.shape[1] for tensor in tensors)
     return max(min(_CHUNK, _CHUNK_BYTES // (4 * max(widest, 1))), 256)
 
 

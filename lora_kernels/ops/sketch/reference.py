@@ -16,19 +16,7 @@ def project(
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """`a @ Omega`.
-
-    Args:
-        a: `(..., q)`.
-        k: columns of Omega, `(q, k)`.
-        seed: of Omega.
-        stream: of Omega.
-        kind: of Omega.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        `(..., k)`.
-    """
+    """`a @ Omega` `(..., k)`."""
     omega = random_reference.random_matrix(a.shape[-1], k, kind, seed=seed, stream=stream, dtype=dtype)
     return a.to(dtype) @ omega.to(a.device)
 
@@ -44,25 +32,12 @@ def sketch(
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t left_t (right_t^T Omega)` and `sum_t w_t left_t`.
+    """`sum_t w_t left_t (right_t^T Omega)` `(p, k)` and `sum_t w_t left_t` `(p,)`.
 
     Rows of weight zero do not count, whatever they hold.
-
-    Args:
-        left: `(..., p)`.
-        right: `(..., q)`.
-        k: columns of Omega, `(q, k)`.
-        weight: `(...)` bool or real, or `None` for ones.
-        seed: of Omega.
-        stream: of Omega.
-        kind: of Omega.
-        dtype: of the arithmetic and the result.
-
-    Returns:
-        The sketch `(p, k)` and the sum `(p,)`.
     """
     tokens = left.shape[:-1].numel()
-    one, two = (each.reshape(tokens, each.shape[-1]).to(dtype) for each in (left, right))
+    one, two = (rows.reshape(tokens, rows.shape[-1]).to(dtype) for rows in (left, right))
     if weight is not None:
         flat = weight.reshape(-1)
         keep = flat != 0

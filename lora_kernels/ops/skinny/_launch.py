@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from lora_kernels.ops import _ext, _philox
+from lora_kernels.ops import _ext
+from lora_kernels.ops._backend import provider
 from lora_kernels.ops._dropout import Mask
 
 # Elements per chunk where a mask, or a wider copy, is made on the way: a chunk of float32 fits a CPU's cache.
@@ -27,18 +29,6 @@ def _chunks(wide: torch.Tensor) -> Iterator[slice]:
         yield slice(low, min(low + step, tokens))
 
 
-def _keep(mask: Mask, part: slice, columns: int, device: torch.device) -> torch.Tensor:
-    return _philox.keep_mask(
-        part.stop - part.start,
-        columns,
-        p=mask.threshold / 65536,
-        seed=mask.seed,
-        stream=mask.stream,
-        first_row=part.start,
-        device=device,
-    )
-
-
 def _shrink_torch(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
     # The scale goes along with the product, which rounds once.
     if mask is None:
@@ -46,7 +36,7 @@ def _shrink_torch(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: fl
         return
     mask = mask.on(x.device)
     for part in _chunks(x):
-        kept = torch.where(_keep(mask, part, x.shape[1], x.device), x[part], 0)
+        kept = torch.where(mask.keep(part, x.shape[1], x.device), x[part], 0)
         out[part].addmm_(kept, a.mT, beta=0, alpha=scale * mask.factor)
 
 
@@ -59,7 +49,7 @@ def _tsreduce_torch(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: M
     for part in _chunks(z):
         rows = z[part]
         if mask is not None:
-            rows = torch.where(_keep(mask, part, z.shape[1], z.device), rows, 0)
+            rows = torch.where(mask.keep(part, z.shape[1], z.device), rows, 0)
         out.addmm_(t[part].to(out.dtype).mT, rows.to(out.dtype), alpha=1.0 if mask is None else mask.factor)
 
 
@@ -84,7 +74,7 @@ def _expand_torch(
     mask, right = mask.on(out.device), b.to(wide)
     for part in _chunks(out):
         delta = torch.mm(t[part].to(wide), right).mul_(mask.factor)
-        delta.masked_fill_(~_keep(mask, part, out.shape[1], out.device), 0)
+        delta.masked_fill_(~mask.keep(part, out.shape[1], out.device), 0)
         if start is not None:
             delta += start if base is None else base[part]
         out[part].copy_(delta)
@@ -98,8 +88,8 @@ def _cpp_mask(mask: Mask | None) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _cpp(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    found: Callable[..., None] = getattr(_ext.extension(), f"{name}{CPP_NAMES[dtype]}")
-    return found
+    function: Callable[..., None] = getattr(_ext.extension(), f"{name}{CPP_NAMES[dtype]}")
+    return function
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -147,59 +137,29 @@ def _expand_cpp(
     )  # fmt: skip
 
 
+def _run(product: str, backend: str, *args: Any) -> None:
+    provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")(*args)
+
+
 def shrink(
     out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str
 ) -> torch.Tensor:
-    """`out = scale * drop(x) a^T`.
-
-    Args:
-        out: `(tokens, r)` contiguous.
-        x: `(tokens, n)`.
-        a: `(r, n)`.
-        scale: a factor.
-        mask: of x, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `out`.
-    """
+    """`out = scale * drop(x) a^T`: `(tokens, n)` and `(r, n)` give `(tokens, r)`, contiguous."""
     if out.numel() == 0 or x.shape[1] == 0:
         return out.zero_()
-    if backend == "torch":
-        _shrink_torch(out, x, a, scale, mask)
-    elif backend == "cpp":
-        _shrink_cpp(out, x, a, scale, mask)
-    else:
-        # Imported here: without Triton the other backends still work.
-        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
-
-        kernel.shrink(out, x, a, scale, mask)
+    _run("shrink", backend, out, x, a, scale, mask)
     return out
 
 
-def tsreduce(t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str) -> torch.Tensor:
-    """`t^T drop(z)`.
-
-    Args:
-        t: `(tokens, r)`.
-        z: `(tokens, d)`.
-        mask: of z, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `(r, d)` float32, or float64 for float64.
-    """
-    out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+def tsreduce(
+    t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`t^T drop(z)`: `(tokens, r)` and `(tokens, d)` give `(r, d)` float32 (float64 for float64), new by default."""
+    if out is None:
+        out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     if out.numel() == 0 or z.shape[0] == 0:
         return out.zero_()
-    if backend == "torch":
-        _tsreduce_torch(out, t, z, mask)
-    elif backend == "cpp":
-        _tsreduce_cpp(out, t, z, mask)
-    else:
-        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
-
-        kernel.tsreduce(out, t, z, mask)
+    _run("tsreduce", backend, out, t, z, mask)
     return out
 
 
@@ -213,31 +173,11 @@ def expand(
     mask: Mask | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """`out = (base or bias) + drop(t b)`.
-
-    Args:
-        out: `(tokens, d)`.
-        t: `(tokens, r)`.
-        b: `(r, d)`.
-        base: `(tokens, d)`, or `None`; it may be `out`.
-        bias: `(d,)` contiguous, or `None`; not both.
-        mask: of the product, or `None`.
-        backend: `triton`, `cpp` or `torch`.
-
-    Returns:
-        `out`.
-    """
+    """`out = (base or bias) + drop(t b)`: `(tokens, r)` and `(r, d)` give `(tokens, d)`; the base may be `out`."""
     if out.numel() == 0:
         return out
     if t.shape[1] == 0:
         start = bias if base is None else base
         return out.zero_() if start is None else out if start is out else out.copy_(start.expand_as(out))
-    if backend == "torch":
-        _expand_torch(out, t, b, base, bias, mask)
-    elif backend == "cpp":
-        _expand_cpp(out, t, b, base, bias, mask)
-    else:
-        from lora_kernels.ops.skinny import kernel  # noqa: PLC0415
-
-        kernel.expand(out, t, b, base, bias, mask)
+    _run("expand", backend, out, t, b, base, bias, mask)
     return out

@@ -6,27 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops._tiles import build_platform, processors, token_splits
+from lora_kernels.ops import _tiles
+from lora_kernels.ops._tiles import LEAST_RANK, build_platform, processors, rank_for, token_splits
 
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Tile sizes and launch shape.
+    """Tile sizes and launch shape."""
 
-    Attributes:
-        tokens: tokens per tile, or per step (`reduce_kernel`).
-        columns: columns of the wide operand per tile, or per step (`shrink_kernel`); a multiple of 8.
-        warps: warps per program.
-        stages: depth of the load pipeline.
-    """
-
-    tokens: int
-    columns: int
+    tokens: int  # per tile, or per step (`reduce_kernel`)
+    columns: int  # of the wide operand per tile, or per step (`shrink_kernel`); a multiple of 8
     warps: int
-    stages: int
+    stages: int  # depth of the load pipeline
 
-
-LEAST_RANK, MOST_RANK = 16, 64
 
 # (product, 32-bit numbers, platform): one table until a measurement says otherwise.
 _CONFIGS = {
@@ -55,25 +47,9 @@ _RAGGED = {
 
 
 def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform: str | None = None) -> SkinnyConfig:
-    """The configuration of a product.
-
-    Args:
-        product: `shrink`, `reduce` or `expand`.
-        dtype: of the operands.
-        aligned: whether loads can be vectorised.
-        platform: `cuda` or `hip`; by default what this torch was built for.
-
-    Returns:
-        The configuration.
-    """
+    """The configuration of `shrink`, `reduce` or `expand`; `aligned` says whether loads can be vectorised."""
     single = dtype == torch.float32
     return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
-
-
-def rank_for(rank: int) -> tuple[int, int]:
-    """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
-    width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)
-    return width, -(-rank // width)
 
 
 def step_for(rank: int, dtype: torch.dtype) -> int:
@@ -82,32 +58,14 @@ def step_for(rank: int, dtype: torch.dtype) -> int:
 
 
 def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:
-    """Whether loads can be vectorised.
-
-    Args:
-        rank: r, a multiple of 8 if they can.
-        t_stride: row stride of the `(tokens, r)` matrix, likewise.
-        wide: matrices whose width, row stride and address are multiples of 16 if they can.
-
-    Returns:
-        True if all are.
-    """
-    numbers = (number for each in wide for number in (each.shape[1], each.stride(0), each.data_ptr()))
-    return rank % 8 == 0 and t_stride % 8 == 0 and all(number % 16 == 0 for number in numbers)
+    """Whether loads can be vectorised: ranks and their strides in eights, all else of the wide matrices in sixteens."""
+    return rank % 8 == 0 and t_stride % 8 == 0 and _tiles.is_aligned(*wide)
 
 
 def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
-    """How a sum is cut.
+    """The number of parts, of `least` or more, that a sum is cut into, and their length, a multiple of the step.
 
-    Args:
-        tiles: programs per part.
-        length: of the sum, at least 1.
-        step: of the loop over it.
-        device: whose processors are to be filled.
-        least: length that a part has at least, about.
-
-    Returns:
-        The number of parts and the length of each, a multiple of the step; the last may have less.
+    The last part may have less; `tiles` is the number of programs per part.
     """
     chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
     chunk = -(-chunk // step) * step
@@ -115,18 +73,7 @@ def parts_for(tiles: int, length: int, step: int, device: torch.device, least: i
 
 
 def tall_for(tokens: int, config: SkinnyConfig) -> int:
-    """How many tiles of tokens there are.
-
-    Args:
-        tokens: rows of the matrix.
-        config: tile sizes.
-
-    Returns:
-        Their number, the second axis of a grid.
-
-    Raises:
-        ValueError: if that is more than the hardware takes.
-    """
+    """How many tiles of tokens there are: the second axis of a grid, which the hardware limits."""
     tiles = -(-tokens // config.tokens)
     if tiles > 65535:
         raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")

@@ -22,10 +22,9 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision
+from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import dot, keep_tile, load_key
-from lora_kernels.ops.random_matrix.kernel import signed32
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, rank_for, step_for, tall_for
+from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
@@ -252,17 +251,7 @@ def shrink(
     config: SkinnyConfig | None = None,
     least: int = 512,
 ) -> None:
-    """Launch `shrink_kernel`. No size may be zero.
-
-    Args:
-        out: `(tokens, r)` contiguous.
-        x: `(tokens, n)` with unit column stride.
-        a: `(r, n)` of the same dtype.
-        scale: a factor.
-        mask: of x, or `None`.
-        config: tile sizes; `config_for` by default.
-        least: columns that a part has at least.
-    """
+    """Launch `shrink_kernel`; x has unit column stride, no size is zero, a part has `least` columns or more."""
     (tokens, size), rank = x.shape, a.shape[0]
     aligned = is_aligned(rank, rank, x)
     config = config or config_for("shrink", x.dtype, aligned)
@@ -291,16 +280,7 @@ def tsreduce(
     config: SkinnyConfig | None = None,
     least: int = 256,
 ) -> None:
-    """Launch `reduce_kernel`. No size may be zero.
-
-    Args:
-        out: `(r, d)` float32 contiguous.
-        t: `(tokens, r)` with unit column stride.
-        z: `(tokens, d)` with unit column stride, of the same dtype.
-        mask: of z, or `None`.
-        config: tile sizes; `config_for` by default.
-        least: tokens that a part has at least.
-    """
+    """Launch `reduce_kernel`; t and z have unit column stride, no size is zero, a part has `least` tokens or more."""
     (tokens, size), rank = z.shape, t.shape[1]
     aligned = is_aligned(rank, t.stride(0), z)
     config = config or config_for("reduce", z.dtype, aligned)
@@ -329,17 +309,7 @@ def expand(
     mask: Mask | None,
     config: SkinnyConfig | None = None,
 ) -> None:
-    """Launch `expand_kernel`. No size may be zero.
-
-    Args:
-        out: `(tokens, d)` with unit column stride, filled.
-        t: `(tokens, r)` with unit column stride.
-        b: `(r, d)` of the same dtype.
-        base: `(tokens, d)` with unit column stride, or `None`; it may be `out`.
-        bias: `(d,)` contiguous, or `None`.
-        mask: of the product, or `None`.
-        config: tile sizes; `config_for` by default.
-    """
+    """Launch `expand_kernel`; `out`, t and base (which may be `out`) have unit column stride, no size is zero."""
     (tokens, size), rank = out.shape, t.shape[1]
     aligned = is_aligned(rank, t.stride(0), out, *(() if base is None else (base,)))
     config = config or config_for("expand", out.dtype, aligned)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
 from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, relative_error
 from lora_kernels.ops.skinny import _launch, reference
 
 
@@ -20,32 +23,26 @@ def _not_built(name: str) -> str | None:
     return None if hasattr(module, name) else f"not built: the compiled extension has no {name}"
 
 
-def _no_cpp(dtype: torch.dtype) -> str | None:
-    name = _launch.CPP_NAMES.get(dtype)
-    missing: str | None = f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}")
-    return missing
+def _no_triton(device: torch.device, dtype: torch.dtype, _: bool) -> str | None:
+    return triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None)
 
 
-def _library_wins(dtype: torch.dtype, drops: bool) -> bool:
+def _no_cpp(device: torch.device, dtype: torch.dtype, _: bool) -> str | None:
+    name, refusal = _launch.CPP_NAMES.get(dtype), cpp_refuses(device)
+    return refusal or (f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}"))
+
+
+def _library_wins(_: torch.device, dtype: torch.dtype, drops: bool) -> bool:
     # Without a mask the three are plain matrix products: in float32 ours are made for few columns, in bfloat16 the
     # library may have instructions of the processor that ours do not use.
     return not drops and dtype != torch.float32
 
 
-def product_backends(kernel: str) -> tuple[Backend, ...]:
-    """Of what is made of skinny products; asked about a device, a dtype and whether anything is dropped."""
+def product_backends(kernel: str, ask: Callable[..., Any] = lambda *args: args) -> tuple[Backend, ...]:
+    """Of what is made of skinny products; `ask` finds a device, a dtype and whether anything is dropped in the args."""
     return (
-        Backend(
-            "triton",
-            lambda device, dtype, _: triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None),
-            lambda device, *_: device.type == "cpu",
-            kernel,
-        ),
-        Backend(
-            "cpp",
-            lambda device, dtype, _: cpp_refuses(device) or _no_cpp(dtype),
-            lambda _, dtype, drops: _library_wins(dtype, drops),
-        ),
+        Backend("triton", lambda *args: _no_triton(*ask(*args)), lambda *args: ask(*args)[0].type == "cpu", kernel),
+        Backend("cpp", lambda *args: _no_cpp(*ask(*args)), lambda *args: _library_wins(*ask(*args))),
         Backend("torch", lambda *_: None),
     )
 
@@ -63,15 +60,9 @@ def _check_pair(names: tuple[str, str], first: torch.Tensor, second: torch.Tenso
 
 
 def _backends(product: str) -> tuple[Backend, ...]:
-    """The backends of a product whose arguments begin with the result and an operand, and end in a dropout."""
-    return (
-        on_triton(f"skinny.kernel:{product}", lambda _, operand, *__: no_float64(operand)),
-        on_cpp(
-            f"skinny._launch:_{product}_cpp",
-            lambda _, operand, *__: _no_cpp(operand.dtype),
-            lambda _, operand, *rest: _library_wins(operand.dtype, rest[-3] > 0),
-        ),
-        on_torch(f"skinny._launch:_{product}_torch"),
+    # The arguments begin with the result and an operand, and end in a threshold, a seed and a stream.
+    return product_backends(
+        f"skinny.kernel:{product}", lambda _, operand, *rest: (operand.device, operand.dtype, rest[-3] > 0)
     )
 
 
@@ -85,10 +76,7 @@ def _shrink(
     seed: torch.Tensor | None,
     stream: int,
 ) -> None:
-    if out.numel() == 0 or x.shape[1] == 0:
-        out.zero_()
-    else:
-        backend(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream))
+    _launch.shrink(out, unit_columns(x), a, scale, mask_of(threshold, seed, stream), backend.name)
 
 
 def _tsreduce(
@@ -100,10 +88,7 @@ def _tsreduce(
     seed: torch.Tensor | None,
     stream: int,
 ) -> None:
-    if out.numel() == 0 or z.shape[0] == 0:
-        out.zero_()
-    else:
-        backend(out, unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream))
+    _launch.tsreduce(unit_columns(t), unit_columns(z), mask_of(threshold, seed, stream), backend.name, out)
 
 
 def _expand(
@@ -117,15 +102,9 @@ def _expand(
     seed: torch.Tensor | None,
     stream: int,
 ) -> None:
-    row = None if bias is None else bias.contiguous()
-    if out.numel() == 0:
-        return
-    if t.shape[1] > 0:
-        backend(out, unit_columns(t), b, out if accumulate else None, row, mask_of(threshold, seed, stream))
-    elif row is not None:
-        out.copy_(row.expand_as(out))
-    elif not accumulate:
-        out.zero_()
+    base, row = out if accumulate else None, None if bias is None else bias.contiguous()
+    mask = mask_of(threshold, seed, stream)
+    _launch.expand(out, unit_columns(t), b, base=base, bias=row, mask=mask, backend=backend.name)
 
 
 shrinking = Op("shrink", _shrink, writes=("out",), backends=_backends("shrink"))

@@ -9,15 +9,7 @@ from lora_kernels.ops._dropout import Dropout
 
 
 def dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """A matrix after dropout.
-
-    Args:
-        x: `(tokens, n)`.
-        dropout: what to drop, or `None`.
-
-    Returns:
-        `(tokens, n)`: zero where dropped, else scaled by one over the share that is kept. Differentiable.
-    """
+    """`(tokens, n)` after dropout: zero where dropped, else scaled by one over the share kept. Differentiable."""
     if dropout is None:
         return x
     keep = _philox.keep_mask(*x.shape, p=dropout.p, seed=dropout.seed, stream=dropout.stream, device=x.device)

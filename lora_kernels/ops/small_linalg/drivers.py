@@ -60,15 +60,9 @@ def on_compiled(
 ) -> Backend:
     """The backend `cpp` of an op on small matrices: C++ on CPU tensors, CUDA on those of a GPU.
 
-    Args:
-        provider: what runs.
-        problem: given the op's arguments, a batch `(..., rows, columns)` and the order of the matrices worked on.
-        kernels: the CUDA kernels needed, whose limits hold.
-        op: the name in the table of measured orders above; without one C++ always wins.
-        dtype: that the kernels work in; by default that of the batch.
-
-    Returns:
-        The backend.
+    `problem` finds a batch `(..., rows, columns)` and the order of the matrices worked on among the op's arguments.
+    `kernels` are the CUDA kernels, whose limits hold, and `dtype` what they work in, by default the batch's. `op` is
+    the name in the table of measured orders above; without one C++ always wins.
     """
 
     def refuses(*args: Any) -> str | None:
@@ -104,19 +98,12 @@ def raise_first(status: torch.Tensor) -> None:
 
 
 def not_finite(*batches: torch.Tensor) -> torch.Tensor:
-    """Status per matrix of what the compiled drivers would find: 1 where an entry is not finite.
-
-    Args:
-        batches: each `(..., rows, columns)`, of one batch shape.
-
-    Returns:
-        `(...)`, integers.
-    """
+    """Status per matrix `(...)` of what the compiled drivers would find: 1 where an entry is not finite."""
     # A sum is finite only if all its terms are, and takes one read; looking at each makes copies. (Finite terms may sum
     # to what is not: then each is looked at.)
-    if all(bool(torch.isfinite(each.sum((-2, -1))).all()) for each in batches):
+    if all(bool(torch.isfinite(batch.sum((-2, -1))).all()) for batch in batches):
         return torch.zeros(batches[0].shape[:-2], dtype=torch.int32, device=batches[0].device)
-    return torch.stack([(~torch.isfinite(each)).flatten(-2).any(-1) for each in batches]).any(0).int() * _NOT_FINITE
+    return torch.stack([(~torch.isfinite(batch)).flatten(-2).any(-1) for batch in batches]).any(0).int() * _NOT_FINITE
 
 
 def not_positive(info: torch.Tensor) -> torch.Tensor:
@@ -135,7 +122,7 @@ def room(out: torch.Tensor) -> torch.Tensor:
 
 
 def _arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    return [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+    return [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
 
 
 def _entry(name: str, dtype: torch.dtype) -> Any:

@@ -22,9 +22,9 @@ def _eigenpairs_cuda(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Te
 
 def _eigh_torch(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
     drivers.raise_first(drivers.not_finite(flat.tril()))
-    found = reference.eigh(flat)  # where it does not converge, torch's error names the matrix
-    values.copy_(found[0])
-    vectors.copy_(found[1])
+    pairs = reference.eigh(flat)  # where it does not converge, torch's error names the matrix
+    values.copy_(pairs[0])
+    vectors.copy_(pairs[1])
 
 
 def _eigh_compiled(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
@@ -165,7 +165,7 @@ def definite(device: torch.device) -> list[torch.Tensor]:
 @factor.self_test(terms=12 * 12, dtype=torch.float64)
 def _cholesky_example(device: torch.device) -> Example:
     p = definite(device)[0]
-    return {"matrices": p}, lambda found: float(torch.linalg.norm(found @ found.mT - p) / torch.linalg.norm(p))
+    return {"matrices": p}, lambda factors: float(torch.linalg.norm(factors @ factors.mT - p) / torch.linalg.norm(p))
 
 
 def _solve_torch(out: torch.Tensor, flat: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -227,16 +227,16 @@ def cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor, *, backend: str = 
     return out
 
 
-def _residual(product: torch.Tensor, rhs: torch.Tensor, size: torch.Tensor, found: torch.Tensor) -> float:
+def _residual(product: torch.Tensor, rhs: torch.Tensor, size: torch.Tensor, x: torch.Tensor) -> float:
     """Backward error of solutions, which does not depend on the condition."""
-    return float(torch.linalg.norm(product - rhs) / (size * torch.linalg.norm(found)))
+    return float(torch.linalg.norm(product - rhs) / (size * torch.linalg.norm(x)))
 
 
 @solution.self_test(terms=12 * 12, dtype=torch.float64)
 def _solve_example(device: torch.device) -> Example:
     p, _, rhs = definite(device)
     size = torch.linalg.matrix_norm(p, 2).max()
-    return {"matrices": p, "rhs": rhs}, lambda found: _residual(p @ found, rhs, size, found)
+    return {"matrices": p, "rhs": rhs}, lambda x: _residual(p @ x, rhs, size, x)
 
 
 def _check_sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -257,10 +257,10 @@ def _sylvester_compiled(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs
         drivers.run_cpu("sylvester", rhs.dtype, p, q, rhs, out, *rhs.shape)
         return
     pairs = [(flat.new_empty(flat.shape[:-1]), torch.empty_like(flat)) for flat in (p, q)]
-    found = [_eigenpairs_cuda(*pair, flat) for pair, flat in zip(pairs, (p, q), strict=True)]
+    infos = [_eigenpairs_cuda(*pair, flat) for pair, flat in zip(pairs, (p, q), strict=True)]
     info = drivers.new_info(rhs)
     drivers.run_cuda("sylvester_rotate", rhs.dtype, *pairs[0], *pairs[1], rhs, out, info, *rhs.shape)
-    drivers.raise_first(torch.stack([*found, info]).amax(0))
+    drivers.raise_first(torch.stack([*infos, info]).amax(0))
 
 
 def _sylvester(backend: Backend, out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -287,7 +287,7 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor, *, backend: s
     """Solutions of `P X + X Q = R` with symmetric P and Q, for a batch of problems.
 
     With `P = U_p diag(p) U_p^T` and `Q = U_q diag(q) U_q^T`,
-    `X = U_p [ (U_p^T R U_q)_ij / (p_i + q_j) ] U_q^T` (METHODS.md, LoRA-Pro). Where
+    `X = U_p [ (U_p^T R U_q)_ij / (p_i + q_j) ] U_q^T` (docs/methods/lora_pro.md). Where
     `|p_i + q_j| <= eps * max(r, k) * (max |p| + max |q|)`, eps that of the dtype, the equation does not determine the
     coefficient, and it is zero: of all X with the least residual, this is the one of least Frobenius norm. A zero P or
     Q is therefore fine, and P = Q = 0 gives X = 0. Not differentiable.
@@ -317,4 +317,4 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor, *, backend: s
 def _sylvester_example(device: torch.device) -> Example:
     p, q, rhs = definite(device)
     size = torch.linalg.matrix_norm(p, 2).max() + torch.linalg.matrix_norm(q, 2).max()
-    return {"p": p, "q": q, "rhs": rhs}, lambda found: _residual(p @ found + found @ q, rhs, size, found)
+    return {"p": p, "q": q, "rhs": rhs}, lambda x: _residual(p @ x + x @ q, rhs, size, x)

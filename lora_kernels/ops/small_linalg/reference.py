@@ -9,14 +9,7 @@ _SIGN_TIE = 0.999
 
 
 def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """Make one entry of each column positive: the first of at least 0.999 times the largest magnitude in it.
-
-    Args:
-        vectors: `(..., n, k)`.
-
-    Returns:
-        The columns, each multiplied by 1 or -1.
-    """
+    """Make one entry of each column positive: the first of at least 0.999 times the largest magnitude in it."""
     if vectors.numel() == 0:
         return vectors
     magnitudes = vectors.abs()
@@ -26,55 +19,24 @@ def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenpairs of symmetric matrices, of which the lower triangle is read.
-
-    Args:
-        matrices: `(..., n, n)` float32 or float64.
-
-    Returns:
-        Values `(..., n)`, ascending, and vectors `(..., n, n)` as columns, signs fixed.
-    """
+    """Ascending eigenvalues `(..., n)`, and eigenvectors `(..., n, n)` as columns, of the lower triangle."""
     values, vectors = torch.linalg.eigh(matrices)
     return values, fix_signs(vectors)
 
 
 def cholesky(matrices: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factors of symmetric positive definite matrices.
-
-    Args:
-        matrices: `(..., r, r)` float32 or float64.
-
-    Returns:
-        `(..., r, r)`.
-    """
+    """Lower Cholesky factors of symmetric positive definite matrices."""
     factors: torch.Tensor = torch.linalg.cholesky(matrices)
     return factors
 
 
 def cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """X of `matrices X = rhs`.
-
-    Args:
-        matrices: `(..., r, r)`, symmetric positive definite.
-        rhs: `(..., r, c)`.
-
-    Returns:
-        `(..., r, c)`.
-    """
+    """X of `matrices X = rhs`, of symmetric positive definite matrices."""
     return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrices))
 
 
 def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """X of least norm with the least residual of `P X + X Q = R`, P and Q symmetric.
-
-    Args:
-        p: `(..., r, r)`.
-        q: `(..., k, k)`.
-        rhs: `(..., r, k)`.
-
-    Returns:
-        `(..., r, k)`.
-    """
+    """X `(..., r, k)` of least norm with the least residual of `P X + X Q = R`, P and Q symmetric."""
     p_values, p_vectors = torch.linalg.eigh(p)
     q_values, q_vectors = torch.linalg.eigh(q)
     sums = p_values.unsqueeze(-1) + q_values.unsqueeze(-2)
@@ -87,15 +49,6 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torch.Tens
 
 
 def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The first r singular values of `scaling * B A`, by forming it.
-
-    Args:
-        a: `(..., r, n)`.
-        b: `(..., m, r)`.
-        scaling: a number.
-
-    Returns:
-        `(..., r)`, descending, zeros behind the min(m, n)-th.
-    """
+    """The first r singular values of `scaling * B A`, descending, by forming it; zeros behind the min(m, n)-th."""
     values = torch.linalg.svdvals(scaling * (b @ a))[..., : a.shape[-2]]
     return torch.nn.functional.pad(values, (0, a.shape[-2] - values.shape[-1]))

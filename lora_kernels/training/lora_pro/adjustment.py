@@ -1,4 +1,4 @@
-"""The adjusted gradients of many pairs at once, in closed form (METHODS.md, LoRA-Pro).
+"""The adjusted gradients of many pairs at once, in closed form (docs/methods/lora_pro.md).
 
 With `S = B^T B = P diag(p) P^T` and `T = A A^T = Q diag(q) Q^T`, every inverse and the Sylvester equation share one
 eigendecomposition of S and one of T:
@@ -30,7 +30,7 @@ def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.T
     try:
         values, vectors = eigh(grams)
     except ValueError as error:
-        indices = [index for each in buckets for index in each.indices]
+        indices = [index for bucket in buckets for index in bucket.indices]
         broken = [index for index, pair in zip(indices, grams.unbind(1), strict=True) if not pair.isfinite().all()]
         if not broken:
             raise
@@ -47,16 +47,11 @@ class Adjustment:
     def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
         """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
 
-        Args:
-            buckets: of pairs of one rank and working dtype, on one device.
-            scaling: of all pairs, in their order, float64.
-            damping: added to the eigenvalues of both Grams in the inverses.
-
-        Raises:
-            ValueError: if factors are not finite, naming the pair.
+        The buckets hold pairs of one rank and working dtype, on one device; `scaling`, float64, is that of all pairs in
+        their order. The damping is added to the eigenvalues of both Grams in the inverses.
         """
-        self.buckets, self._sizes = buckets, [len(each.indices) for each in buckets]
-        values, vectors = _eigenpairs(torch.cat([each.grams for each in buckets], 1), buckets)
+        self.buckets, self._sizes = buckets, [len(bucket.indices) for bucket in buckets]
+        values, vectors = _eigenpairs(torch.cat([bucket.grams for bucket in buckets], 1), buckets)
         self._squared = scaling.square().view(-1, 1, 1)
         epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
         largest = values.amax(-1, keepdim=True)
@@ -79,23 +74,22 @@ class Adjustment:
     def __call__(self, *, cross: bool) -> None:
         """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.
 
-        Args:
-            cross: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
-                divided between the factors.
+        `cross`: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
+        divided between the factors.
         """
-        overlap = torch.cat([each.overlap for each in self.buckets])
+        overlap = torch.cat([bucket.overlap for bucket in self.buckets])
         inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared
         if cross:
-            inner = torch.cat([each.inner for each in self.buckets]).to(torch.float64)
+            inner = torch.cat([bucket.inner for bucket in self.buckets]).to(torch.float64)
             rotated = self._p_inverse * (self._p_vectors.mT @ inner @ self._q_vectors)
             x = self._p_vectors @ (rotated * self._over_sums) @ self._q_vectors.mT  # -X
             inside -= x
-        parts = [torch.split(each, self._sizes) for each in (self._s_inverse, self._t_inverse, inside)]
+        parts = [torch.split(matrices, self._sizes) for matrices in (self._s_inverse, self._t_inverse, inside)]
         crosses = torch.split(x, self._sizes) if cross else [None] * len(self.buckets)
-        for each, left, right, middle, minus_x in zip(self.buckets, *parts, crosses, strict=True):
-            work = each.a.dtype
-            torch.bmm(left.to(work), each.grad_a, out=each.out_a)
+        for bucket, left, right, middle, minus_x in zip(self.buckets, *parts, crosses, strict=True):
+            work = bucket.a.dtype
+            torch.bmm(left.to(work), bucket.grad_a, out=bucket.out_a)
             if minus_x is not None:
-                each.out_a.baddbmm_(minus_x.to(work), each.a, alpha=-1)
-            torch.bmm(each.grad_b, right.to(work), out=each.out_b)
-            each.out_b.baddbmm_(each.b, middle.to(work), alpha=-1)
+                bucket.out_a.baddbmm_(minus_x.to(work), bucket.a, alpha=-1)
+            torch.bmm(bucket.grad_b, right.to(work), out=bucket.out_b)
+            bucket.out_b.baddbmm_(bucket.b, middle.to(work), alpha=-1)

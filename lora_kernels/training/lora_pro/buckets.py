@@ -28,17 +28,7 @@ class Scratch:
         self._kept: dict[Any, torch.Tensor] = {}
 
     def take(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory that holds anything, the same again for the same key.
-
-        Args:
-            key: what it is for.
-            shape: of the tensor.
-            dtype: of the tensor.
-            device: of the tensor.
-
-        Returns:
-            The tensor.
-        """
+        """A tensor that holds anything, in the same memory again for the same key."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size, key = math.prod(shape), (key, dtype)
@@ -49,56 +39,35 @@ class Scratch:
 
 @dataclass
 class Bucket:
-    """L pairs of one shape, dtype, device and layout, with their gradients.
+    """L pairs of one shape, dtype, device and layout, with their gradients."""
 
-    Attributes:
-        indices: numbers of the pairs.
-        scaling: s of each.
-        parameters: A and B of each.
-        rows: layout of both.
-        a: values of A, `(L, r, n)`, whole.
-        b: values of B, `(L, m', r)`, the rows of this process.
-        grad_a: gradients of A, `(L, r, n)`, whole.
-        grad_b: gradients of B, `(L, m', r)`.
-        out_a: for the adjusted gradients of A.
-        out_b: for the adjusted gradients of B.
-        grams: `B^T B` and `A A^T`, `(2, L, r, r)` float64.
-        overlap: `B^T gB`, `(L, r, r)`.
-        inner: `gA A^T`, `(L, r, r)`.
-    """
-
-    indices: list[int]
-    scaling: list[float]
-    parameters: list[tuple[torch.Tensor, torch.Tensor]]
-    rows: Layout
-    a: torch.Tensor = field(init=False)
-    b: torch.Tensor = field(init=False)
-    grad_a: torch.Tensor = field(init=False)
-    grad_b: torch.Tensor = field(init=False)
-    out_a: torch.Tensor = field(init=False)
-    out_b: torch.Tensor = field(init=False)
-    grams: torch.Tensor = field(init=False)
-    overlap: torch.Tensor = field(init=False)
-    inner: torch.Tensor = field(init=False)
+    indices: list[int]  # numbers of the pairs
+    scaling: list[float]  # s of each
+    parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each
+    rows: Layout  # layout of both
+    a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
+    b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
+    grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
+    grad_b: torch.Tensor = field(init=False)  # `(L, m', r)`
+    out_a: torch.Tensor = field(init=False)  # for the adjusted gradients of A
+    out_b: torch.Tensor = field(init=False)  # of B
+    grams: torch.Tensor = field(init=False)  # `B^T B` and `A A^T`, `(2, L, r, r)` float64
+    overlap: torch.Tensor = field(init=False)  # `B^T gB`, `(L, r, r)`
+    inner: torch.Tensor = field(init=False)  # `gA A^T`, `(L, r, r)`
 
     def fill(self, scratch: Scratch, slot: int) -> Bucket:
         """Copy the factors and their gradients side by side, and contract their long axes.
 
-        Args:
-            scratch: gives the memory.
-            slot: number of the bucket among those that live at once.
-
-        Returns:
-            Itself.
+        `slot` is the number of the bucket among those that live at once.
         """
         count, first = len(self.indices), self.parameters[0][0]
         dtype, device = working_dtype(first.dtype), first.device
         stacks = []
         for which in range(2):
             factors = [pair[which] for pair in self.parameters]
-            tensors = [local(each) for each in (*factors, *(each.grad for each in factors))]  # type: ignore[arg-type]
+            tensors = [local(tensor) for tensor in (*factors, *(tensor.grad for tensor in factors))]  # type: ignore[arg-type]
             stack = scratch.take((slot, "in", which), (2 * count, *tensors[0].shape), dtype, device)
-            if all(each.dtype == dtype for each in tensors):
+            if all(tensor.dtype == dtype for tensor in tensors):
                 torch.stack(tensors, out=stack)
             else:
                 torch._foreach_copy_(list(stack.unbind(0)), tensors)
@@ -113,14 +82,14 @@ class Bucket:
         return self
 
     def _grams(self, scratch: Scratch) -> torch.Tensor:
-        found = []
+        grams = []
         for factor in (self.b, self.a):
             wide = factor
             if factor.dtype != torch.float64:
                 wide = scratch.take("wide", factor.shape, torch.float64, factor.device).copy_(factor)
-            found.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
-        self.rows.add_up(found[0])
-        return torch.stack(found)
+            grams.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
+        self.rows.add_up(grams[0])
+        return torch.stack(grams)
 
     def contract(self) -> None:
         """Contract the long axes of the gradients with the factors: again, whenever the gradients are others."""

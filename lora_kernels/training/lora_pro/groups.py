@@ -23,29 +23,14 @@ class Pair:
     """Where a pair stands in an optimizer's groups.
 
     By place and not by identity: wrappers (accelerate with FSDP2) exchange the parameters of a finished optimizer.
-
-    Attributes:
-        a: place of A.
-        b: place of B.
-        scaling: s, or a function that says what it is now.
     """
 
     a: Place
     b: Place
-    scaling: Scaling
+    scaling: Scaling  # s, or a function that says what it is now
 
     def current_scaling(self, name: str) -> float:
-        """The scaling as it is now.
-
-        Args:
-            name: of the pair, for the message.
-
-        Returns:
-            s.
-
-        Raises:
-            ValueError: if it is zero or not finite.
-        """
+        """The scaling as it is now, finite and not zero."""
         value = float(self.scaling() if callable(self.scaling) else self.scaling)
         if value == 0.0 or not math.isfinite(value):
             raise ValueError(f"scaling of {name} is {value!r}, but must be finite and not zero")
@@ -53,17 +38,7 @@ class Pair:
 
 
 def check_pair(name: str, a: Any, b: Any) -> None:
-    """Check that two parameters can be the factors of a pair.
-
-    Args:
-        name: of the pair, for the message.
-        a: `(r, n)`.
-        b: `(m, r)`.
-
-    Raises:
-        TypeError: if one is no tensor, or no floating-point one.
-        ValueError: if shapes, devices or the way they are sharded do not match.
-    """
+    """Check that two parameters, A `(r, n)` and B `(m, r)`, can be the factors of a pair."""
     check_tensor(f"A of {name}", a, shape=(None, None))
     check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
     if a is b:
@@ -75,15 +50,7 @@ def check_pair(name: str, a: Any, b: Any) -> None:
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Check the numbers of a parameter group.
-
-    Args:
-        group: with the keys lr, betas, eps and weight_decay.
-
-    Raises:
-        TypeError: if one is no number.
-        ValueError: if one is out of range.
-    """
+    """Check lr, betas, eps and weight_decay of a parameter group."""
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
         check_tensor("lr", lr, numbers=True)
@@ -94,49 +61,29 @@ def check_options(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}, but must be two numbers")
-    for index, each in enumerate(betas):
-        check_range(f"betas[{index}]", each, low=0.0, high=1.0)
-        if each == 1.0:
-            raise ValueError(f"betas[{index}] is {each!r}, but must be below 1")
+    for index, beta in enumerate(betas):
+        check_range(f"betas[{index}]", beta, low=0.0, high=1.0)
+        if beta == 1.0:
+            raise ValueError(f"betas[{index}] is {beta!r}, but must be below 1")
     check_range("eps", group["eps"], low=0.0, high=sys.float_info.max)
     check_range("weight_decay", group["weight_decay"], low=0.0, high=sys.float_info.max)
 
 
 def check_scalings(scaling: Any, count: int) -> list[Scaling]:
-    """One scaling per pair.
-
-    Args:
-        scaling: a number, a function without arguments that returns one, or a sequence of these.
-        count: of pairs.
-
-    Returns:
-        As many.
-
-    Raises:
-        TypeError: if one is neither.
-        ValueError: if their number is another, or one is zero or not finite.
-    """
-    found = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
-    if len(found) != count:
-        raise ValueError(f"scaling has {len(found)} entries, but must be one number or one per pair ({count})")
-    for each in found:
-        if callable(each):
+    """One scaling (a number, or a function that returns one) per pair, from one or a sequence of them."""
+    scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
+    if len(scalings) != count:
+        raise ValueError(f"scaling has {len(scalings)} entries, but must be one number or one per pair ({count})")
+    for value in scalings:
+        if callable(value):
             continue
-        check_range("scaling", each, low=-sys.float_info.max, high=sys.float_info.max)
-        if each == 0:
+        check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
+        if value == 0:
             raise ValueError("scaling is 0, but must not be: such a pair never learns")
-    return found
+    return scalings
 
 
 def check_gradient(name: str, gradient: torch.Tensor) -> None:
-    """Check that a gradient is dense.
-
-    Args:
-        name: of the parameter, for the message.
-        gradient: its gradient.
-
-    Raises:
-        ValueError: if it is sparse.
-    """
+    """Check that a gradient is dense."""
     if gradient.layout != torch.strided:
         raise ValueError(f"the gradient of {name} has layout {gradient.layout}, but LoRAPro needs dense gradients")

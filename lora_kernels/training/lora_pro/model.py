@@ -21,12 +21,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
 
 @dataclass(frozen=True)
 class LayerScaling:
-    """The scaling of an adapter on a layer, read whenever it is called.
-
-    Attributes:
-        layer: a LoRA layer.
-        adapter: the adapter's name.
-    """
+    """The scaling of an adapter on a layer, read whenever it is called."""
 
     layer: Any
     adapter: str
@@ -37,11 +32,7 @@ class LayerScaling:
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The factors of every adapter of a layer.
-
-    Yields:
-        Adapter, A and B.
-    """
+    # Adapter, A and B of every adapter.
     for adapter in getattr(layer, "lora_A", {}):
         yield adapter, getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
     for adapter in getattr(layer, "lora_embedding_A", {}):
@@ -49,7 +40,7 @@ def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
-    """Why trained factors are no pair whose product is added to one weight, if they are none."""
+    """Why trained factors are no pair whose product is added to one weight, or `None` if they are."""
     if not (a.requires_grad and b.requires_grad):
         return "one factor is frozen"
     if a.dim() != 2 or b.dim() != 2:
@@ -60,28 +51,18 @@ def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
 
 
 def find_pairs(model: nn.Module) -> list[_Pair]:
-    """The LoRA pairs that a PEFT model trains.
+    """A, B and the scaling of each LoRA pair that a PEFT model trains; at least one.
 
     Every adapter of every LoRA layer on a linear layer or an embedding, where A and B are trained; DoRA and the other
     variants included, whose gradients of A and B come from one gradient of `W + s B A` too. Warns of trained factors
-    that are no pair; they get AdamW.
-
-    Args:
-        model: with PEFT's LoRA layers, bare or in DistributedDataParallel, or sharded by `fully_shard`.
-
-    Returns:
-        A, B and the scaling of each.
-
-    Raises:
-        TypeError: if it is no model.
-        ValueError: if there is none.
+    that are no pair; they get AdamW. The model may be in DistributedDataParallel, or sharded by `fully_shard`.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     pairs: list[_Pair] = []
     without: Counter[str] = Counter()
     for _, layer in lora_layers(model):
         for adapter, a, b in _factors(layer):
-            if not any(isinstance(each, torch.Tensor) and each.requires_grad for each in (a, b)):
+            if not any(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in (a, b)):
                 continue
             reason = _no_pair(layer, a, b)
             if reason is None:
@@ -130,11 +111,11 @@ def create_lorapro_optimizer(
         ValueError: if the model trains no LoRA pair, or a number is out of range.
     """
     pairs = find_pairs(model)
-    paired = {id(each) for a, b, _ in pairs for each in (a, b)}
-    others = [each for each in model.parameters() if each.requires_grad and id(each) not in paired]
+    paired = {id(factor) for a, b, _ in pairs for factor in (a, b)}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in paired]
     groups: list[dict[str, Any]] = [{"pairs": [(a, b) for a, b, _ in pairs], "scaling": [s for _, _, s in pairs]}]
-    matrices = [each for each in others if each.dim() > 1]
-    vectors = [each for each in others if each.dim() <= 1]
+    matrices = [parameter for parameter in others if parameter.dim() > 1]
+    vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
     return LoRAPro(
         groups,

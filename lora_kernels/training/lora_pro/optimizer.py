@@ -133,14 +133,14 @@ class LoRAPro(Optimizer):
             raise ValueError("a group has pairs or params, but this one has both")
         if "scaling" not in group:
             raise ValueError("a group with pairs needs its scaling")
-        pairs, number = [tuple(each) for each in group.pop("pairs")], len(self.param_groups)
+        pairs, number = [tuple(pair) for pair in group.pop("pairs")], len(self.param_groups)
         scalings = check_scalings(group.pop("scaling"), len(pairs))
         for index, pair in enumerate(pairs):
             if len(pair) != 2:
                 raise ValueError(f"pairs[{index}] has {len(pair)} entries, but must be (A, B)")
             self._check_pair(f"pairs[{index}]", *pair)
-        group["params"] = [each for pair in pairs for each in pair]
-        if len({id(each) for each in group["params"]}) != len(group["params"]):
+        group["params"] = [parameter for pair in pairs for parameter in pair]
+        if len({id(parameter) for parameter in group["params"]}) != len(group["params"]):
             raise ValueError("pairs holds a parameter twice")
         super().add_param_group(group)
         self._pairs += [
@@ -154,24 +154,24 @@ class LoRAPro(Optimizer):
 
     def _find(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
         places = {
-            id(each): (number, index)
+            id(parameter): (number, index)
             for number, group in enumerate(self.param_groups)
-            for index, each in enumerate(group["params"])
+            for index, parameter in enumerate(group["params"])
         }
-        taken = {place for each in self._pairs for place in (each.a, each.b)}
+        paired = {place for pair in self._pairs for place in (pair.a, pair.b)}
         for index, (a, b, scaling) in enumerate(pairs):
             name = f"pairs[{index}]"
             self._check_pair(name, a, b)
-            found = []
-            for each, factor in ((a, "A"), (b, "B")):
-                place = places.get(id(each))
+            pair_places = []
+            for parameter, factor in ((a, "A"), (b, "B")):
+                place = places.get(id(parameter))
                 if place is None:
                     raise ValueError(f"{factor} of {name} is in no parameter group")
-                if place in taken:
+                if place in paired:
                     raise ValueError(f"{factor} of {name} is in two pairs")
-                taken.add(place)
-                found.append(place)
-            self._pairs.append(Pair(found[0], found[1], check_scalings(scaling, 1)[0]))
+                paired.add(place)
+                pair_places.append(place)
+            self._pairs.append(Pair(pair_places[0], pair_places[1], check_scalings(scaling, 1)[0]))
 
     def _at(self, place: tuple[int, int]) -> torch.Tensor:
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
@@ -186,12 +186,7 @@ class LoRAPro(Optimizer):
     def _state_of(self, parameter: torch.Tensor, columns: int | None = None) -> dict[str, Any]:
         """State of a parameter, made where it is missing.
 
-        Args:
-            parameter: whose state.
-            columns: of moments for B in `full` mode, n; 0 for A, which has none.
-
-        Returns:
-            The state.
+        `columns`, in `full` mode, is that of the moments: n for B, 0 for A, which has none.
         """
         state: dict[str, Any] = self.state[parameter]
         if not state:
@@ -233,8 +228,8 @@ class LoRAPro(Optimizer):
         try:
             super().load_state_dict(state_dict)
         finally:
-            for each in handles:
-                each.remove()
+            for handle in handles:
+                handle.remove()
 
     def _matched(self, saved: dict[str, Any]) -> list[tuple[tuple[int, int], Any]]:
         """Place and saved key of each parameter; of all groups that both have."""
@@ -245,21 +240,21 @@ class LoRAPro(Optimizer):
         ]
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
-        full = {each.b: each for each in self._pairs} if self.mode == "full" else {}
+        full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
         for place, key in self._matched(saved):
-            found = saved["state"].get(key, {}).get("exp_avg")
+            moment = saved["state"].get(key, {}).get("exp_avg")
             parameter = self._at(place)
             expected = tuple(parameter.shape)
             if place in full:
                 expected = (parameter.shape[0], self._at(full[place].a).shape[1])
-            if isinstance(found, torch.Tensor) and tuple(found.shape) != expected:
+            if isinstance(moment, torch.Tensor) and tuple(moment.shape) != expected:
                 raise ValueError(
-                    f"state_dict holds moments of shape {tuple(found.shape)} where mode={self.mode!r} has {expected}: "
+                    f"state_dict holds moments of shape {tuple(moment.shape)} where mode={self.mode!r} has {expected}: "
                     "it was saved in another mode, or for other parameters"
                 )
 
     def _put_back(self, saved: dict[str, Any]) -> None:
-        full = {each.b for each in self._pairs} if self.mode == "full" else set()
+        full = {pair.b for pair in self._pairs} if self.mode == "full" else set()
         for place, key in self._matched(saved):
             parameter = self._at(place)
             for name, value in saved["state"].get(key, {}).items():
@@ -298,7 +293,7 @@ class LoRAPro(Optimizer):
         return loss
 
     def _plain_entries(self) -> list[Entry]:
-        paired = {place for each in self._pairs for place in (each.a, each.b)}
+        paired = {place for pair in self._pairs for place in (pair.a, pair.b)}
         entries = []
         for number, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
@@ -317,7 +312,7 @@ class LoRAPro(Optimizer):
         kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(self._pairs):
             a, b = self._at(pair.a), self._at(pair.b)
-            missing = [name for name, each in (("A", a), ("B", b)) if each.grad is None]
+            missing = [name for name, factor in (("A", a), ("B", b)) if factor.grad is None]
             if len(missing) == 2:
                 continue
             if missing:
@@ -325,8 +320,8 @@ class LoRAPro(Optimizer):
                     f"pair {index} has a gradient for one factor only ({missing[0]} has none): a pair is trained as "
                     "one; give a factor whose partner is frozen to an ordinary group"
                 )
-            for name, each in (("A", a), ("B", b)):
-                check_gradient(f"{name} of pair {index}", each.grad)  # type: ignore[arg-type]
+            for name, parameter in (("A", a), ("B", b)):
+                check_gradient(f"{name} of pair {index}", parameter.grad)  # type: ignore[arg-type]
             kinds[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
         waves: list[list[Bucket]] = []
         open_waves: dict[tuple[Any, ...], tuple[list[Bucket], int]] = {}  # with the elements that are still free
@@ -336,7 +331,7 @@ class LoRAPro(Optimizer):
             for low in range(0, len(indices), size):
                 part = indices[low : low + size]
                 scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in part]
-                parameters = [(self._at(self._pairs[each].a), self._at(self._pairs[each].b)) for each in part]
+                parameters = [(self._at(self._pairs[index].a), self._at(self._pairs[index].b)) for index in part]
                 needed = len(part) * rank * (m + n)
                 wave, room = open_waves.get(key, ([], 0))
                 if needed > room:
@@ -347,21 +342,21 @@ class LoRAPro(Optimizer):
         return waves
 
     def _step_pairs(self, wave: list[Bucket]) -> None:
-        scaling = tuple(value for each in wave for value in each.scaling)
+        scaling = tuple(value for bucket in wave for value in bucket.scaling)
         device = wave[0].parameters[0][0].device
         if (scaling, device) not in self._scalings:
             if len(self._scalings) > 64:  # scalings that change at every step
                 self._scalings.clear()
             self._scalings[scaling, device] = torch.tensor(scaling, dtype=torch.float64, device=device)
-        for slot, each in enumerate(wave):
-            each.fill(self._scratch, slot)
+        for slot, bucket in enumerate(wave):
+            bucket.fill(self._scratch, slot)
         adjust = Adjustment(wave, self._scalings[scaling, device], self.damping)
         if self.mode == "full":
             adjust(cross=False)
-            for each in wave:
-                self._project(each)
+            for bucket in wave:
+                self._project(bucket)
         adjust(cross=True)
-        entries = [entry for each in wave for entry in self._entries(each)]
+        entries = [entry for bucket in wave for entry in self._entries(bucket)]
         (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups)
 
     def _project(self, bucket: Bucket) -> None:
@@ -371,8 +366,8 @@ class LoRAPro(Optimizer):
         for row, index in enumerate(bucket.indices):
             a, b = bucket.parameters[row]
             group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
-            for each in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
-                each["step"] += 1
+            for factor_state in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
+                factor_state["step"] += 1
             bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
                 local(state["exp_avg"]),
                 local(state["exp_avg_sq"]),

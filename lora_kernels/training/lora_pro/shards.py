@@ -18,16 +18,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like_rows(parameter: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros with one row per row of a parameter, sharded as it is.
-
-    Args:
-        parameter: `(m, *)`.
-        columns: n.
-        dtype: of the zeros.
-
-    Returns:
-        `(m, n)`, each process holding the rows whose parameter rows it holds.
-    """
+    """Zeros `(m, columns)`, of the rows of a parameter `(m, *)` and sharded as it is."""
     part = local(parameter)
     zeros = torch.zeros(part.shape[0], columns, dtype=dtype, device=part.device)
     return wrap(zeros, parameter) if is_sharded(parameter) else zeros
@@ -45,34 +36,19 @@ def wrap(part: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How parameters are spread over processes.
+    """How parameters are spread over processes."""
 
-    Attributes:
-        mesh: device mesh of a sharded parameter, else `None`.
-        placements: of the parameter on the axes of the mesh.
-    """
-
-    mesh: Any = None
-    placements: tuple[Any, ...] = ()
+    mesh: Any = None  # of a sharded parameter
+    placements: tuple[Any, ...] = ()  # of the parameter on the axes of the mesh
 
     @classmethod
     def of(cls, parameter: Any) -> Layout:
-        """The layout of a parameter.
-
-        Args:
-            parameter: any tensor.
-
-        Returns:
-            Its layout.
-
-        Raises:
-            ValueError: if it is sharded otherwise than by rows along one axis of its mesh.
-        """
+        """The layout of a parameter, which may be sharded by rows along one axis of its mesh."""
         if not is_sharded(parameter):
             return cls()
-        split = [each for each in parameter.placements if not each.is_replicate()]
+        split = [placement for placement in parameter.placements if not placement.is_replicate()]
         # (A strided shard, as FSDP2 makes it on top of tensor parallelism, is no plain one: its rows are interleaved.)
-        if len(split) > 1 or any(type(each).__name__ != "Shard" or each.dim != 0 for each in split):
+        if len(split) > 1 or any(type(placement).__name__ != "Shard" or placement.dim != 0 for placement in split):
             raise ValueError(
                 f"a factor has the placements {tuple(parameter.placements)}, but LoRAPro needs factors that are whole "
                 "or sharded along their first axis over one axis of the mesh (as fully_shard does)"
@@ -81,7 +57,7 @@ class Layout:
 
     @property
     def _axis(self) -> int | None:
-        return next((axis for axis, each in enumerate(self.placements) if not each.is_replicate()), None)
+        return next((axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()), None)
 
     @property
     def sharded(self) -> bool:
@@ -101,23 +77,15 @@ class Layout:
         return slice(min(number * share, rows), min((number + 1) * share, rows))
 
     def whole(self, stack: torch.Tensor, rows: int) -> torch.Tensor:
-        """Rows of all processes, in one all-gather.
-
-        Args:
-            stack: `(L, own rows, n)`, this process's rows of L matrices.
-            rows: of each whole matrix.
-
-        Returns:
-            `(L, rows, n)`.
-        """
+        """`(L, rows, n)` from this process's rows of L matrices, `(L, own rows, n)`, in one all-gather."""
         if not self.sharded:
             return stack
         count, _, share = self._share(rows)
         padded = stack.new_zeros(stack.shape[0], share, stack.shape[2])
         padded[:, : stack.shape[1]] = stack
-        found = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
-        distributed.all_gather_into_tensor(found, padded, group=self.mesh.get_group(self._axis))
-        by_matrix = found.view(count, *padded.shape).transpose(0, 1)
+        gathered = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
+        distributed.all_gather_into_tensor(gathered, padded, group=self.mesh.get_group(self._axis))
+        by_matrix = gathered.view(count, *padded.shape).transpose(0, 1)
         return by_matrix.reshape(stack.shape[0], count * share, stack.shape[2])[:, :rows].contiguous()
 
     def add_up(self, partial: torch.Tensor) -> torch.Tensor:

@@ -14,19 +14,12 @@ from lora_kernels.training.lora_pro.shards import local
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter to be moved, on this process.
+    """A parameter to be moved, on this process."""
 
-    Attributes:
-        group: number of its parameter group.
-        value: its own rows; shares the parameter's memory.
-        gradient: for these rows, float32 (float64).
-        state: of the parameter, moments included where AdamW makes the step.
-    """
-
-    group: int
-    value: torch.Tensor
-    gradient: torch.Tensor
-    state: dict[str, Any]
+    group: int  # number of its parameter group
+    value: torch.Tensor  # its own rows; shares the parameter's memory
+    gradient: torch.Tensor  # for these rows, float32 (float64)
+    state: dict[str, Any]  # of the parameter, moments included where AdamW makes the step
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,45 +29,40 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _by_group(entries: list[Entry]) -> dict[tuple[int, bool], list[Entry]]:
     """Entries by group, and by whether torch's fused kernel for the CPU can take them (it looks at no strides)."""
-    found: dict[tuple[int, bool], list[Entry]] = defaultdict(list)
-    for each in entries:
-        if each.value.numel():
+    groups: dict[tuple[int, bool], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.value.numel():
             # (Moments are made in the order of their parameter's memory.)
-            dense = each.value.is_contiguous() and each.gradient.is_contiguous()
-            found[each.group, dense and each.value.device.type == "cpu"].append(each)
-    return found
+            dense = entry.value.is_contiguous() and entry.gradient.is_contiguous()
+            groups[entry.group, dense and entry.value.device.type == "cpu"].append(entry)
+    return groups
 
 
 def _wide(entries: list[Entry]) -> list[torch.Tensor]:
     """Values in the working dtype: themselves, or copies."""
-    return [each.value.to(working_dtype(each.value.dtype)) for each in entries]
+    return [entry.value.to(working_dtype(entry.value.dtype)) for entry in entries]
 
 
 def _round_back(entries: list[Entry], wide: list[torch.Tensor]) -> None:
-    narrow = [(each.value, value) for each, value in zip(entries, wide, strict=True) if value is not each.value]
+    narrow = [(entry.value, value) for entry, value in zip(entries, wide, strict=True) if value is not entry.value]
     if narrow:
         torch._foreach_copy_([value for value, _ in narrow], [value for _, value in narrow])
 
 
 def adamw_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
-    """One AdamW step, in float32 (float64), the result rounded to the parameters' dtype.
-
-    Args:
-        entries: parameters whose state holds step, exp_avg and exp_avg_sq.
-        groups: the optimizer's parameter groups.
-    """
-    for each in entries:
-        if not each.value.numel():
-            each.state["step"] += 1  # this process holds no row of it
-    for (number, fused), found in _by_group(entries).items():
-        group, wide = groups[number], _wide(found)
+    """One AdamW step, in float32 (float64), the result rounded to the parameters' dtype."""
+    for entry in entries:
+        if not entry.value.numel():
+            entry.state["step"] += 1  # this process holds no row of it
+    for (number, fused), members in _by_group(entries).items():
+        group, wide = groups[number], _wide(members)
         adamw(
             wide,
-            [each.gradient for each in found],
-            [local(each.state["exp_avg"]) for each in found],
-            [local(each.state["exp_avg_sq"]) for each in found],
+            [entry.gradient for entry in members],
+            [local(entry.state["exp_avg"]) for entry in members],
+            [local(entry.state["exp_avg_sq"]) for entry in members],
             [],
-            [each.state["step"] for each in found],
+            [entry.state["step"] for entry in members],
             foreach=not fused,
             fused=fused,
             amsgrad=False,
@@ -85,19 +73,14 @@ def adamw_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
             eps=group["eps"],
             maximize=False,
         )
-        _round_back(found, wide)
+        _round_back(members, wide)
 
 
 def descend_(entries: list[Entry], groups: list[dict[str, Any]]) -> None:
-    """`p <- (1 - lr weight_decay) p - lr gradient`, in float32 (float64), rounded to the parameters' dtype.
-
-    Args:
-        entries: parameters with their directions.
-        groups: the optimizer's parameter groups.
-    """
-    for (number, _), found in _by_group(entries).items():
-        lr, decay, wide = float(groups[number]["lr"]), groups[number]["weight_decay"], _wide(found)
+    """`p <- (1 - lr weight_decay) p - lr gradient`, in float32 (float64), rounded to the parameters' dtype."""
+    for (number, _), members in _by_group(entries).items():
+        lr, decay, wide = float(groups[number]["lr"]), groups[number]["weight_decay"], _wide(members)
         if decay:
             torch._foreach_mul_(wide, 1.0 - lr * decay)
-        torch._foreach_add_(wide, [each.gradient for each in found], alpha=-lr)
-        _round_back(found, wide)
+        torch._foreach_add_(wide, [entry.gradient for entry in members], alpha=-lr)
+        _round_back(members, wide)
