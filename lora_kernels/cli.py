@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
 
 
@@ -123,8 +124,9 @@ def _init(options: argparse.Namespace) -> int:
             f"{options.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
             "no loss: --label-column names the labels, or --task another head"
         ) from error
-    peft_model.save_pretrained(options.out)
-    (options.out / "report.json").write_text(report.to_json() + "\n")
+    with replacing_folder(options.out) as folder:
+        peft_model.save_pretrained(folder)
+        write_text(folder / "report.json", report.to_json() + "\n")
     how = (
         "lora_kernels.load to train it (its start is frozen), or by stock PEFT" if method.offsets_base else "stock PEFT"
     )

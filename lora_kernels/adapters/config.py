@@ -14,6 +14,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, join_file
 from lora_kernels.adapters.names import config_name, patterns
+from lora_kernels.adapters.view import lora_layers
 
 
 class Entry(NamedTuple):
@@ -165,22 +166,19 @@ def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
     Returns:
         The config: the same object, since others hold it.
     """
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (slow to import)
-
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
     check(config)
     if type(config) is LoraConfig:
         config.__class__ = PartsLoraConfig
         config.prepare()
     config.adapter, config.entries = adapter, {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            if parts.refusal(module, adapter) is None:
-                parts.carry(module)
-            containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
-            parameter = getattr(module, "parameter_name", None)
-            entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, parameter)
-            config.entries[name] = entry
+    for view in lora_layers(model, adapter):
+        module = view.module
+        if parts.refusal(module, adapter) is None:
+            parts.carry(module)
+        containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
+        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name)
+        config.entries[view.name] = entry
     model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
     found: PartsLoraConfig = config
     return found

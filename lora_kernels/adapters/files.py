@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lora_kernels._files import write_tensors
 from lora_kernels.adapters import parts
 from lora_kernels.ops._checks import shown
 
@@ -57,7 +58,7 @@ def join_file(path: Path, scalings: Mapping[str, float]) -> None:
         scalings: of the saved config, by layer.
     """
     from safetensors import safe_open  # noqa: PLC0415  (slow to import)
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
 
     with safe_open(path, "pt") as file:
         there = set(file.keys())  # noqa: SIM118  (a file cannot be iterated over)
@@ -67,6 +68,4 @@ def join_file(path: Path, scalings: Mapping[str, float]) -> None:
     state: dict[str, torch.Tensor] = load_file(path)
     for name in layers:
         parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", scalings[name])  # type: ignore[misc]
-    temporary = path.with_name(f"{path.name}.partial")
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    write_tensors(path, state, {"format": "pt"})

@@ -22,6 +22,7 @@ from torch import nn
 
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.adapters.view import stock_class
 from lora_kernels.statistics.modes import is_sharded
 
 START, DASH = "lora_start", "lora_dash"
@@ -223,9 +224,9 @@ def refusal(layer: Any, adapter: str) -> str | None:
     Returns:
         The reason, in words.
     """
-    kind = next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("lora_kernels."))
-    if kind.__name__ not in _CARRIERS:
-        return f"PEFT's {kind.__name__} layer cannot carry anything besides A and B"
+    kind = stock_class(layer).__name__
+    if kind not in _CARRIERS:
+        return f"PEFT's {kind} layer cannot carry anything besides A and B"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, PartsVariant):
         return f"adapter {adapter!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"

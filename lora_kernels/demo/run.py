@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_kernels._files import write_text
 from lora_kernels._version import __version__
 from lora_kernels.demo import plots, report
 from lora_kernels.demo.batches import MODEL_PACKAGE, Batches, load_tokenizer, model_folder
@@ -78,7 +79,7 @@ def _run(config: DemoConfig, console: Console, started: float) -> int:
     record = _record(config, task, records, verdict)
     record["round_trip"] = asdict(outcome)
     record["total_seconds"] = time.perf_counter() - started
-    _write_json(config.out / "demo.json", record)
+    write_text(config.out / "demo.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     for path in [config.out / "demo.json", *written, adapter]:
         console.print(f"wrote {path}", style="dim", highlight=False)
     console.print(f"Adapter: {outcome.message}.", style=None if outcome.ok else "bold red", highlight=False)
@@ -186,13 +187,6 @@ def _record(config: DemoConfig, task: TextTask, records: list[RunRecord], verdic
         "verdict": verdict,
         "runs": [asdict(record) for record in records],
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes under another name first, so that a reader never sees half a file."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

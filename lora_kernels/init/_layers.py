@@ -17,21 +17,19 @@ _BATCH_BYTES = {"cpu": 2**22}
 _BATCH_BYTES_ELSEWHERE = 2**28
 
 
-def check_rank(name: str, rank: int, limit: int, per_rank: int = 1) -> None:
+def check_rank(name: str, rank: int, limit: int) -> None:
     """Check that a matrix has the singular triplets that a rank needs.
 
     Args:
         name: the layer.
         rank: r.
         limit: `min(m, n)`.
-        per_rank: triplets needed per component.
 
     Raises:
         ValueError: if it has not.
     """
-    if not 1 <= rank <= limit // per_rank:
-        bound = "min(m, n)" if per_rank == 1 else f"min(m, n) / {per_rank}"
-        raise ValueError(f"layer {name} has rank {rank}, but must be between 1 and {bound} = {limit // per_rank}")
+    if not 1 <= rank <= limit:
+        raise ValueError(f"layer {name} has rank {rank}, but must be between 1 and min(m, n) = {limit}")
 
 
 def base_layer(base: Mapping[str, BaseLayer] | None, name: str, method: str) -> BaseLayer:

@@ -53,12 +53,17 @@ class EVA:
 
     def __post_init__(self) -> None:
         """Check the ranges that need no model."""
-        Redistribution("explained_variance", self.rho, self.min_rank, self.max_rank, self.multiple_of)
+        assert self.redistribution  # checks itself
 
     @property
     def redistributes(self) -> bool:
         """Whether it may change ranks."""
         return self.rho != 1.0 or self.max_rank is not None or self.multiple_of != 1
+
+    @property
+    def redistribution(self) -> Redistribution:
+        """How it does."""
+        return Redistribution("explained_variance", self.rho, self.min_rank, self.max_rank, self.multiple_of)
 
     def keeping_ranks(self) -> EVA:
         """The same method with the ranks as they are asked for."""

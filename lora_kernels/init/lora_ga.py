@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from lora_kernels.init._layers import base_layer, by_shape, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
@@ -31,7 +32,8 @@ class LoraGA:
 
     Args:
         direction: which triplets (numbered from 1) A and B get: `ArB2r` the first r and the second r, `A2rBr` the other
-            way round, `ArBr` the even and the odd ones, `random` the same r random ones.
+            way round, `ArBr` the even and the odd ones, `random` the same r random ones. Of a layer with fewer than 2r
+            all are given away, and the last rows of A or columns of B are zero.
         scale: `stable` multiplies B by `m^(1/4) / sqrt(gamma)`; `weight_svd` makes the first column of B as long as the
             base weight's largest singular value; `gd` divides both factors by s; `unit` leaves them.
         gamma: of `stable`.
@@ -92,8 +94,8 @@ class LoraGA:
             Per layer its factors.
 
         Raises:
-            ValueError: if a layer has no gradient or a gradient that is not finite, 2r exceeds min(m, n) or the size of
-                the sketch, no loss was counted, or a base layer is needed and missing.
+            ValueError: if a layer has no gradient or a gradient that is not finite, a rank is outside [1, min(m, n)] or
+                2r exceeds the size of the sketch, no loss was counted, or a base layer is needed and missing.
         """
         mean = 1.0
         if isinstance(statistics, Statistics):
@@ -106,7 +108,7 @@ class LoraGA:
             sums = statistics[name].output if name in statistics else None
             if sums is None or (sums.gradient is None and sums.sketch is None):
                 raise ValueError(f'layer {name} has no weight gradient: collect it with wants=("gradient",)')
-            check_rank(name, rank, min(statistics[name].in_features, statistics[name].out_features), 2)
+            check_rank(name, rank, min(statistics[name].in_features, statistics[name].out_features))
             if self.scale in ("weight_svd", "gd"):
                 base_layer(base, name, "LoRA-GA with this scale")
             (exact if sums.gradient is not None else sketched).append(name)
@@ -115,7 +117,7 @@ class LoraGA:
             return finite("weight gradient", name, statistics[name].output.gradient) * mean  # type: ignore[union-attr, arg-type]
 
         def solve(names: Sequence[str], gradients: torch.Tensor, rank: int) -> list[LayerFactors]:
-            found = randomized_svd(gradients, 2 * rank, n_iter=4, seed=self.seed)
+            found = randomized_svd(gradients, min(2 * rank, *gradients.shape[-2:]), n_iter=4, seed=self.seed)
             return [self._layer(name, _part(found, index), rank, base) for index, name in enumerate(names)]
 
         done = by_shape(exact, matrix, ranks, solve, lambda: matrix(exact[0]).device, progress) if exact else {}
@@ -124,13 +126,15 @@ class LoraGA:
             assert sketch is not None
             for side in (sketch.left, sketch.right):
                 finite("gradient sketch", name, side)
-            done[name] = self._layer(name, sketch.svd(2 * ranks[name], scale=mean), ranks[name], base)
+            count = min(2 * ranks[name], statistics[name].in_features, statistics[name].out_features)
+            done[name] = self._layer(name, sketch.svd(count, scale=mean), ranks[name], base)
         return {name: done[name] for name in ranks}
 
     def _layer(
         self, name: str, triplets: RandomizedSVD, rank: int, base: Mapping[str, BaseLayer] | None
     ) -> LayerFactors:
-        rows, columns = self._chosen(name, rank)
+        count = triplets.S.shape[0]
+        rows, columns = self._chosen(name, rank, count)
         kept = triplets.S[columns]
         a, b = triplets.Vh[rows], triplets.U[:, columns] * kept
         if self.scale == "stable":
@@ -138,23 +142,27 @@ class LoraGA:
         elif self.scale == "gd":
             scaling = base_layer(base, name, self.name).scaling
             a, b = a / scaling, b / scaling
-        elif self.scale == "weight_svd" and kept[0] > 0:
+        elif self.scale == "weight_svd" and kept.numel() and kept[0] > 0:
             weight = finite("base weight", name, base_layer(base, name, self.name).weight())
             b = b * float(randomized_svd(weight, 1, n_iter=6, probes=0, seed=self.seed).S[0] / kept[0])
         top = float(triplets.S[0])
         assert triplets.error is not None  # probes are drawn
         residual = float(triplets.error) / top if top > 0 else 0.0
         notes = () if top > 0 else ("the gradient is zero: all directions are arbitrary, and B is zero",)
+        if min(len(rows), len(columns)) < rank:
+            notes = (*notes, f"min(m, n) = {count} directions for the 2r = {2 * rank} of A and B: the last are zero")
+        a = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
+        b = nn.functional.pad(b, (0, rank - b.shape[1]))
         factors = LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
         return LayerFactors(factors, math.nan, residual, triplets.method, notes)
 
-    def _chosen(self, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Triplets of A and of B, from 0."""
-        every = torch.arange(2 * rank)
+    def _chosen(self, name: str, rank: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Triplets of A and of B, from 0; of a layer with fewer than 2r one of both gets less than r."""
+        every = torch.arange(count)
         if self.direction == "random":
             # The generator reads no more than 32 bits of a seed.
             generator = torch.Generator().manual_seed(stream_of(f"{self.seed} {name}"))
-            some = torch.randperm(2 * rank, generator=generator)[:rank]
+            some = torch.randperm(count, generator=generator)[:rank]
             return some, some
         if self.direction == "ArBr":
             return every[1::2], every[::2]

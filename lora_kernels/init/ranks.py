@@ -138,6 +138,20 @@ class Redistribution:
         """Columns that a sketch should have: twice the components that the widest layer may offer."""
         return 2 * round(self.rho * max(ranks, default=1))
 
+    def check(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
+        """Refuse what no scores could meet, before there are any.
+
+        Args:
+            ranks: the rank each layer asked for; their sum is the budget.
+            limits: the largest rank each layer can have, `min(m, n)`.
+
+        Raises:
+            ValueError: if a rank is outside [1, min(m, n)] or `min_rank` cannot be met.
+        """
+        counts = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
+        scores = {name: [0.0] * count for name, count in counts.items()}
+        redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
+
     def assign(self, statistics: Statistics, ranks: Mapping[str, int], *, progress: bool = False) -> dict[str, int]:
         """The new ranks.
 

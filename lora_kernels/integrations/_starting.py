@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, whole, why_unreadable
-from lora_kernels.init import InitMethod, LayerFactors, Redistribution
+from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, why_unreadable
+from lora_kernels.adapters.view import LoraView
+from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance
 from lora_kernels.integrations import peft as peft_layers
@@ -40,26 +41,59 @@ def untrained_layers(
         force: also where `lora_B` is not zero.
 
     Returns:
-        The layers.
+        The layers; those that are too narrow for their rank are not supported, and keep their values.
 
     Raises:
-        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, or cannot be offset, or if the method reads
-            base weights that cannot be read or are sharded over processes.
+        ValueError: if the adapter is trained, has LoRA-Dash's coordinates, cannot be offset, or has no layer that is
+            wide enough, or if the method reads base weights that cannot be read or are sharded over processes.
     """
     layers = peft_layers.find_lora_layers(model, adapter_name)
-    if any(parts.directions(each.target.module, adapter_name) is not None for each in layers.supported):
+    if any(parts.directions(each.view.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
+    layers = _wide_enough(layers)
     _check_base(model, adapter_name)
     if getattr(method, "reads_base", False):
         for layer in layers.supported:
-            check_readable(layer.target.module, layer.target.name)
+            check_readable(layer.view.module, layer.view.name)
         if world_size() > 1:
             _refuse_sharded(layers, method.name)
     if method.offsets_base:
         _check_offset(model, layers, adapter_name, base)
     return layers
+
+
+def _wide_enough(layers: peft_layers.LoraLayers) -> peft_layers.LoraLayers:
+    """The layers, those whose rank exceeds min(m, n) (heads, routers, gates) among the unsupported ones."""
+    narrow = [layer for layer in layers.supported if layer.rank > layer.limit]
+    if len(narrow) == len(layers.supported):
+        names = ", ".join(f"{layer.view.name} (r = {layer.rank}, min(m, n) = {layer.limit})" for layer in narrow)
+        raise ValueError(
+            "no layer has room for its rank, which must be at most min(m, n): lower r or set ranks by rank_pattern, "
+            f"or leave layers out by exclude_modules: {names}"
+        )
+    why = "rank {} exceeds min(m, n) = {}: it keeps its values (rank_pattern gives it a rank of its own)"
+    reasons = [(layer.view.name, layer.rank, why.format(layer.rank, layer.limit)) for layer in narrow]
+    wide = tuple(layer for layer in layers.supported if layer not in narrow)
+    return replace(layers, supported=wide, unsupported=(*reasons, *layers.unsupported))
+
+
+def check_ranks(layers: peft_layers.LoraLayers, method: InitMethod, ranks: Redistribution | None) -> None:
+    """Refuse a redistribution of ranks that cannot be met, before any data is read.
+
+    Args:
+        layers: of the adapter.
+        method: the method.
+        ranks: a redistribution.
+
+    Raises:
+        ValueError: if so.
+    """
+    rule = method.redistribution if ranks is None and isinstance(method, EVA) and method.redistributes else ranks
+    if rule is not None:
+        asked = {layer.view.name: layer.rank for layer in layers.supported}
+        rule.check(asked, {layer.view.name: layer.limit for layer in layers.supported})
 
 
 def _norm(target: Target) -> float:
@@ -87,7 +121,7 @@ def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str
         raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
     counts = peft_layers.places(model)
     for layer in layers.supported:
-        name, module = layer.target.name, layer.target.module
+        name, module = layer.view
         why = parts.refusal(module, adapter)
         if why is not None:
             raise ValueError(f"layer {name} cannot start away from zero and keep the function: {why}")
@@ -105,10 +139,10 @@ def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str
 def _refuse_sharded(layers: peft_layers.LoraLayers, method: str) -> None:
     """Layers are shared out over the processes, but a shard is only gathered by all of them together."""
     for each in layers.supported:
-        weight = getattr(each.target.module.get_base_layer(), "weight", None)  # type: ignore[operator]
+        weight = getattr(each.view.module.get_base_layer(), "weight", None)  # type: ignore[operator]
         if weight is not None and is_sharded(weight):
             raise ValueError(
-                f"the base weight of layer {each.target.name} is sharded (FSDP), and {method} reads it: initialise "
+                f"the base weight of layer {each.view.name} is sharded (FSDP), and {method} reads it: initialise "
                 "before sharding, for instance from statistics that were collected on the sharded model"
             )
 
@@ -157,7 +191,7 @@ def solve(
     assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
     adjust = (method if ranks is None else ranks).adjust_scaling_factors
     kept = {name: rank for name, rank in assigned.items() if rank > 0}
-    by_name = {each.target.name: each for each in layers.supported}
+    by_name = {each.view.name: each for each in layers.supported}
     # The scaling that a layer will have is what its factors are made for.
     under = {
         name: _under(peft_layers.with_rank(by_name[name], rank, adjust=adjust), adapter_name)
@@ -193,7 +227,7 @@ def write(
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
     for layer in layers.supported:
-        parts.remove(layer.target.module, adapter_name, parts.START)
+        parts.remove(layer.view.module, adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
     if method.offsets_base:
@@ -201,18 +235,18 @@ def write(
         with torch.no_grad():
             for name, each in factors.items():
                 if each.rank:
-                    _take_off(model.get_submodule(name), adapter_name, base)
+                    _take_off(LoraView(name, model.get_submodule(name)), adapter_name, base)
         if base == "mutate":
             model.peft_config[adapter_name].mutated = True  # type: ignore[index, union-attr, operator]
     tidy_up(model, adapter_name)
 
 
-def _take_off(module: Any, adapter: str, base: str) -> None:
+def _take_off(layer: LoraView, adapter: str, base: str) -> None:
     """Take what the factors of a layer are now off its function."""
     if base == "intact":
-        a, b = (whole(getattr(module, part)[adapter].weight) for part in ("lora_A", "lora_B"))
-        parts.add_start(module, adapter, a.clone(), b.clone())
+        parts.add_start(layer.module, adapter, *(factor.clone() for factor in layer.factors(adapter)))
     else:
+        module = layer.module
         weight, delta = module.get_base_layer().weight, module.get_delta_weight(adapter)
         weight.copy_(weight.to(delta.dtype) - delta)
 
@@ -279,11 +313,11 @@ def _no_adapter(target: Target) -> LayerFactors:
 
 
 def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
-    module = layer.target.module
+    name, module = layer.view
     return BaseLayer(
-        functools.partial(base_weight, module, layer.target.name),
+        functools.partial(base_weight, module, name),
         layer.scaling,
-        functools.partial(peft_layers.read_factors, module, adapter),
+        lambda: LoraFactors(*(factor.to(torch.float32, copy=True) for factor in layer.view.factors(adapter))),
     )
 
 
@@ -328,10 +362,10 @@ def reached_ranks(
         ValueError: if the statistics are of another model, or a layer was not reached and `unreached` says so.
     """
     if not wants:
-        return {each.target.name: each.rank for each in layers.supported}
+        return {each.view.name: each.rank for each in layers.supported}
     ranks, missed = {}, []
     for each in layers.supported:
-        name = each.target.name
+        name = each.view.name
         if name not in statistics:
             raise ValueError(f"statistics have no entry for layer {name}: they come from another model or adapter")
         seen = statistics[name]
@@ -360,7 +394,7 @@ def factor_sizes(layers: peft_layers.LoraLayers, ranks: dict[str, int]) -> int:
         The number.
     """
     return sum(
-        ranks.get(each.target.name, each.rank) * (each.target.in_features + each.target.out_features)
+        ranks.get(each.view.name, each.rank) * (each.target.in_features + each.target.out_features)
         for each in layers.supported
     )
 
@@ -394,7 +428,7 @@ def layer_reports(
     """
     reports = []
     for each in layers.supported:
-        name = each.target.name
+        name = each.view.name
         seen = statistics.get(name)
         notes = () if seen is None else seen.notes
         if name not in found:
@@ -406,7 +440,7 @@ def layer_reports(
             scaling = peft_layers.with_rank(each, answer.factors.rank, adjust=adjust).scaling
             view = guidance.outlook(answer.factors, scaling, statistics, name, offset=offset_base)
             start = _product_norm(answer.factors, scaling)
-        unreadable = why_unreadable(each.target.module) if start > 0 else None
+        unreadable = why_unreadable(each.view.module) if start > 0 else None
         if unreadable is not None:
             notes = (*notes, f"start not compared with the weight: {unreadable}")
         share = start / _norm(each.target) if start > 0 and unreadable is None else 0.0

@@ -11,12 +11,12 @@ from typing import Any, TypeGuard
 
 import torch
 
+from lora_kernels._files import read_json
 from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.parts import Start
 from lora_kernels.landscape import Adapter
 from lora_kernels.ops._checks import check_number, shown
-from lora_kernels.ops._files import read_json
 
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"

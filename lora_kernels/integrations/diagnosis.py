@@ -38,7 +38,7 @@ from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.distributed import unwrap, world_size
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import loss_items, model_loss
-from lora_kernels.statistics.modes import is_sharded, observation_mode
+from lora_kernels.statistics.modes import observation_mode
 from lora_kernels.statistics.options import read_options
 from lora_kernels.statistics.wants import GRADIENT
 
@@ -62,15 +62,8 @@ def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Facto
         ValueError: if there is no such adapter.
     """
     layers = peft_layers.find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
-    found = {each.target.name: _factors(each.target.module, adapter_name) for each in layers.supported}
+    found = {layer.view.name: layer.view.factors(adapter_name) for layer in layers.supported}
     return {name: (a.clone(), b.clone()) for name, (a, b) in found.items()}
-
-
-def _factors(module: Any, adapter: str) -> Factors:
-    """The factors of a layer, whole where they are sharded, in their own dtype."""
-    parts = [getattr(module, name)[adapter].weight.detach() for name in ("lora_A", "lora_B")]
-    a, b = (each.full_tensor() if is_sharded(each) else each for each in parts)
-    return a, b
 
 
 def find_adapters(
@@ -96,8 +89,8 @@ def find_adapters(
     """
     found = []
     for each in layers.supported:
-        name, module = each.target.name, each.target.module
-        a, b = _factors(module, adapter_name)
+        name, module = each.view
+        a, b = each.view.factors(adapter_name)
         if a.is_meta or b.is_meta:
             raise ValueError(f"layer {name} has factors on the meta device: load their values first")
         origin = None if start is None else start.get(name)
@@ -109,8 +102,7 @@ def find_adapters(
                 f"start has factors of shapes {tuple(origin[0].shape)} and {tuple(origin[1].shape)} for layer {name}, "
                 f"but must fit {tuple(a.shape)} and {tuple(b.shape)}"
             )
-        scaling = float(module.scaling[adapter_name])  # type: ignore[index, operator]
-        found.append(Adapter(name, a, b, scaling, (weights or {}).get(name), origin))
+        found.append(Adapter(name, a, b, float(each.view.scaling(adapter_name)), (weights or {}).get(name), origin))
     return found
 
 
@@ -125,7 +117,7 @@ def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
     """
     found: dict[str, WeightNorms | None] = {}
     for each in layers.supported:
-        name, module = each.target.name, each.target.module
+        name, module = each.view
         found[name] = None if _why_no_weight(module) else weight_norms(*_rows(module))
     return found
 
@@ -210,7 +202,7 @@ def diagnose(
         statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
     found = [
-        _layer(each.target.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
+        _layer(each.view.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for each, adapter in zip(layers.supported, adapters, strict=True)
     ]
     return Diagnosis(
@@ -238,10 +230,10 @@ def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_ou
 
 def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
     for each in layers.supported:
-        module: Any = each.target.module
+        module: Any = each.view.module
         if module.disable_adapters or adapter not in module.active_adapters:
             raise ValueError(
-                f"adapter {adapter!r} is not active in layer {each.target.name}: its gradient would be that of another "
+                f"adapter {adapter!r} is not active in layer {each.view.name}: its gradient would be that of another "
                 "point; call model.set_adapter, or enable the adapters"
             )
 
@@ -259,7 +251,7 @@ def _gain(
     `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
     a mean over samples is not that over batches.
     """
-    modules: list[Any] = [each.target.module for each in layers.supported]
+    modules: list[Any] = [each.view.module for each in layers.supported]
     if (
         isinstance(loader, Iterator)
         or world_size() > 1

@@ -41,9 +41,12 @@ def _targets(
     model: nn.Module, targets: Sequence[str] | None, adapter_name: str
 ) -> tuple[Sequence[Target], Mapping[str, str]]:
     if targets is None and peft_layers.is_peft_model(model):
-        layers = peft_layers.find_lora_layers(model, adapter_name)
-        return [each.target for each in layers.supported], {name: why for name, _, why in layers.unsupported}
+        return _observed(peft_layers.find_lora_layers(model, adapter_name))
     return find_linear_layers(model, targets), skipped_modules(model) if targets is None else {}
+
+
+def _observed(layers: peft_layers.LoraLayers) -> tuple[Sequence[Target], Mapping[str, str]]:
+    return [each.target for each in layers.supported], {name: why for name, _, why in layers.unsupported}
 
 
 def collect(
@@ -210,8 +213,9 @@ def initialize(
 
     Raises:
         TypeError: on an argument of another type, or an unknown option.
-        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates, an optimizer that
-            holds parameters to be replaced, or base weights that the method reads and that are sharded over processes.
+        ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates or whose ranks exceed
+            min(m, n) in all layers, an optimizer that holds parameters to be replaced, or base weights that the method
+            reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
     started = time.perf_counter()
@@ -232,12 +236,16 @@ def initialize(
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
     layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
+    _starting.check_ranks(layers, resolved, ranks)
     if not wants:
         statistics = statistics or Statistics({}, 0, 0.0, 0.0)
     elif statistics is None:
         assert loader is not None  # one of both was given
         defaults = _starting.defaults(resolved, ranks, layers)
-        statistics = collect(model, loader, wants, adapter_name=adapter_name, **{**defaults, **options})
+        observed, skipped = _observed(layers)
+        chosen = read_options({**defaults, **options})
+        with peft_layers.base_model_only(model):
+            statistics = collect_targets(model, loader, observed, wants, chosen, skipped_modules=skipped)
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))
         raise TypeError(f"{names}: options of a collection, but statistics are given")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_kernels._files import replacing, write_text
 from lora_kernels.adapters.names import PREFIX
 from lora_kernels.integrations.adapter_files import AdapterFolder, read_adapter
 from lora_kernels.integrations.monitor import read_log
@@ -115,18 +116,18 @@ def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[
     from lora_kernels.landscape import page, plots  # noqa: PLC0415
 
     log = None if monitor is None else read_log(monitor)
-    out.mkdir(parents=True, exist_ok=True)
     pictures = {"spectra": out / "spectra.png", "ranks": out / "ranks.png"}
-    plots.plot_spectra(diagnosis, pictures["spectra"])
-    plots.plot_ranks(diagnosis, pictures["ranks"])
+    with replacing(pictures["spectra"]) as file:
+        plots.plot_spectra(diagnosis, file)
+    with replacing(pictures["ranks"]) as file:
+        plots.plot_ranks(diagnosis, file)
     if log is not None:
         pictures["training"] = out / "training.png"
-        plots.plot_training(log, pictures["training"])
+        with replacing(pictures["training"]) as file:
+            plots.plot_training(log, file)
     data, page_file = out / "diagnosis.json", out / "inspect.html"
-    for file, text in ((data, diagnosis.to_json() + "\n"), (page_file, page.render(diagnosis, pictures))):
-        temporary = file.with_name(f"{file.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+    write_text(data, diagnosis.to_json() + "\n")
+    write_text(page_file, page.render(diagnosis, pictures))
     return [data, *pictures.values(), page_file]
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels._files import parse_json
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._checks import check_range
-from lora_kernels.ops._files import parse_json
 from lora_kernels.reports import plain
 from lora_kernels.statistics.distributed import unwrap
 
@@ -110,7 +110,7 @@ class LandscapeMonitor:
         check_range("every", every, low=1, integer=True)
         check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
         self.every, self.adapter_name = every, adapter_name
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).absolute()  # also after a change of directory
         self.count = 0
         self.latest: dict[str, Spectrum] = {}
         self._weights, self._drift, self._rank_tolerance = weights, drift, rank_tolerance

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.names import config_name, patterns
+from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
@@ -26,16 +27,27 @@ class LoraTarget:
     """A LoRA layer of a PEFT model.
 
     Attributes:
-        target: name, module and features for the collector.
+        view: the layer.
         rank: r of the adapter.
         alpha: its `lora_alpha`.
         rslora: whether the scaling is `alpha / sqrt(r)` instead of `alpha / r`.
     """
 
-    target: Target
+    view: LoraView
     rank: int
     alpha: float
     rslora: bool
+
+    @property
+    def target(self) -> Target:
+        """Name, module and features for the collector."""
+        name, module = self.view
+        return Target(name, module, module.in_features, module.out_features)
+
+    @property
+    def limit(self) -> int:
+        """The largest rank that `B A` can have: min(m, n)."""
+        return min(self.target.in_features, self.target.out_features)
 
     @property
     def scaling(self) -> float:
@@ -68,11 +80,6 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, PeftMixedModel))
 
 
-def plain_number(value: Any) -> Any:
-    """A scaling or alpha as Python's own number: PEFT keeps tensors of one for hot-swapping, and what users give."""
-    return value.item() if hasattr(value, "item") else value
-
-
 def places(model: nn.Module) -> Counter[int]:
     """By how many parameters each storage is held, those counted twice that two modules hold."""
     return Counter(map(_storage, (each for _, each in model.named_parameters(remove_duplicate=False))))
@@ -89,14 +96,15 @@ def is_tied(parameter: torch.Tensor, counts: Mapping[int, int]) -> bool:
     return storage != 0 and counts[storage] > 1
 
 
-def _reason_unsupported(module: Any, adapter: str, counts: Mapping[int, int]) -> str | None:
+def _reason_unsupported(view: LoraView, adapter: str, counts: Mapping[int, int]) -> str | None:
+    module = view.module
     if isinstance(module.get_base_layer(), nn.MultiheadAttention):
         return "MultiheadAttention: its factors are those of three products, of inputs that are not the module's alone"
     lora_a = module.lora_A[adapter] if adapter in module.lora_A else None  # noqa: SIM401  (older ModuleDicts have no get)
     if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
-    if getattr(module, "parameter_name", None) is not None:
-        return f"target_parameters ({module.parameter_name}): its input is not the module's input"
+    if view.parameter_name is not None:
+        return f"target_parameters ({view.parameter_name}): its input is not the module's input"
     if any(is_tied(part[adapter].weight, counts) for part in (module.lora_A, module.lora_B)):
         return "its factors are those of another layer, too (ensure_weight_tying)"
     return None
@@ -119,8 +127,6 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
     """
     if not is_peft_model(model):
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
-
     check_type("adapter_name", adapter, str, "a name")
     configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     if adapter not in configs:
@@ -129,24 +135,21 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
         raise TypeError(f"adapter {adapter!r} is of type {configs[adapter].peft_type}, but must be LORA")
     supported, unsupported = [], []
     counts = places(model)
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in module.r:
-            continue
-        reason = _reason_unsupported(module, adapter, counts) if hasattr(module, "lora_A") else "no lora_A"
+    for view in lora_layers(model, adapter):
+        (name, module), rank = view, view.rank(adapter)
+        reason = _reason_unsupported(view, adapter, counts) if hasattr(module, "lora_A") else "no lora_A"
         if reason is not None:
-            unsupported.append((name, module.r[adapter], reason))
+            unsupported.append((name, rank, reason))
             continue
         if module.merged and not allow_merged:
             raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
-        rank, shape = module.r[adapter], tuple(module.lora_A[adapter].weight.shape)
+        shape = tuple(module.lora_A[adapter].weight.shape)
         if shape != (rank, module.in_features):
             raise ValueError(
                 f"layer {name} has lora_A of shape {shape}, but must be {(rank, module.in_features)}: sharded weights "
                 "(ZeRO-3, FSDP) must be initialised before they are sharded"
             )
-        target = Target(name, module, module.in_features, module.out_features)
-        alpha, rslora = plain_number(module.lora_alpha[adapter]), bool(module.use_rslora.get(adapter, False))
-        supported.append(LoraTarget(target, rank, alpha, rslora))
+        supported.append(LoraTarget(view, rank, view.alpha(adapter), view.rslora(adapter)))
     if not supported:
         raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
     return LoraLayers(tuple(supported), tuple(unsupported))
@@ -199,12 +202,11 @@ def check_untrained(layers: LoraLayers, adapter: str) -> None:
     Raises:
         ValueError: if a `lora_B` is not zero: it was trained, or initialised by a method that starts elsewhere.
     """
-    for each in layers.supported:
-        weight = each.target.module.lora_B[adapter].weight  # type: ignore[index, union-attr, operator]
-        whole = weight.full_tensor() if is_sharded(weight) else weight
-        if whole.device.type != "meta" and bool((whole != 0).any()):
+    for layer in layers.supported:
+        _, b = layer.view.factors(adapter)
+        if b.device.type != "meta" and bool((b != 0).any()):
             raise ValueError(
-                f"layer {each.target.name} has a lora_B that is not zero: the adapter {adapter!r} is trained or was "
+                f"layer {layer.view.name} has a lora_B that is not zero: the adapter {adapter!r} is trained or was "
                 "initialised already; force=True overwrites it"
             )
 
@@ -260,18 +262,11 @@ def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: s
     """The parameters that `write` replaces for the given ranks (the others are written in place)."""
     found: list[nn.Parameter] = []
     for each in layers.supported:
-        module: Any = each.target.module
+        module = each.view.module
         pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-        if ranks.get(each.target.name, each.rank) != each.rank or pair[0].device.type == "meta":
+        if ranks.get(each.view.name, each.rank) != each.rank or pair[0].device.type == "meta":
             found += pair
     return found
-
-
-def read_factors(module: Any, adapter: str) -> LoraFactors:
-    """The factors of a LoRA layer as they are now, float32 copies, whole where they are sharded."""
-    weights = [getattr(module, name)[adapter].weight.detach() for name in ("lora_A", "lora_B")]
-    whole = [each.full_tensor() if is_sharded(each) else each for each in weights]
-    return LoraFactors(*(each.to(torch.float32, copy=True) for each in whole))
 
 
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
@@ -295,7 +290,7 @@ def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
 
 
 def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter: str) -> None:
-    module: Any = layer.target.module
+    module = layer.view.module
     device = next((p.device for p in module.get_base_layer().parameters()), torch.device("cpu"))
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
@@ -330,11 +325,11 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
 
 
 def _remove(model: nn.Module, layer: LoraTarget, adapter: str) -> None:
-    module: Any = layer.target.module
+    name, module = layer.view
     if len(module.r) > 1:  # other adapters live on this layer: only ours goes
         module.delete_adapter(adapter)
         return
-    parent, _, child = layer.target.name.rpartition(".")
+    parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
@@ -346,17 +341,11 @@ def _matches(config: Any, name: str) -> bool:
 
 def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
     """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
-
-    with_adapter, modules, without = {}, [], []
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            with_adapter[config_name(name, module)] = (module.r[adapter], plain_number(module.lora_alpha[adapter]))
-            if getattr(module, "parameter_name", None) is None:
-                modules.append(config_name(name))
-        elif ".base_layer" not in name and ".lora_" not in name:
-            without.append(config_name(name))
-    return with_adapter, modules, without
+    views = lora_layers(model, adapter)
+    with_adapter = {view.config_name: (view.rank(adapter), view.alpha(adapter)) for view in views}
+    modules = [view.config_name for view in views if view.parameter_name is None]
+    names = {name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name}
+    return with_adapter, modules, [config_name(name) for name in names - {view.name for view in views}]
 
 
 def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
@@ -417,7 +406,7 @@ def write(
             or no layer would keep an adapter.
     """
     ranks = {name: each.rank for name, each in factors.items()}
-    if not any(ranks.get(each.target.name, each.rank) for each in layers.supported):
+    if not any(ranks.get(each.view.name, each.rank) for each in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")
     replaced = replaced_parameters(layers, ranks, adapter)
     if any(is_sharded(each) for each in replaced):
@@ -428,7 +417,7 @@ def write(
     check_no_optimizer(replaced, "the new ranks")
     removed = False
     for layer in layers.supported:
-        found = factors.get(layer.target.name)
+        found = factors.get(layer.view.name)
         if found is None:
             continue
         if found.rank == 0:
@@ -436,5 +425,5 @@ def write(
             removed = True
             continue
         _write_layer(layer, found, new_alpha(layer, found.rank, adjust=adjust_scaling_factors), adapter)
-    if removed or any(ranks.get(layer.target.name, layer.rank) != layer.rank for layer in layers.supported):
+    if removed or any(ranks.get(layer.view.name, layer.rank) != layer.rank for layer in layers.supported):
         update_config(model, adapter, removed=removed)

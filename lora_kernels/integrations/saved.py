@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import whole
-from lora_kernels.adapters.files import MARK, OWN, mark_of
-from lora_kernels.adapters.names import PREFIX, config_name
+from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
+from lora_kernels.adapters.names import PREFIX
+from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -78,32 +79,28 @@ def load(
     return model  # type: ignore[no-any-return]
 
 
-def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[str, Any, int, float]]:
+def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> Iterator[tuple[LoraView, int, float]]:
     """What a config's values mean for every layer of an adapter.
 
     Yields:
-        Name, module, rank and alpha.
+        The layer, its rank and alpha.
     """
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
     from peft.utils.other import get_pattern_key  # noqa: PLC0415
 
     ranks, alphas = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            short = config_name(name, module)
-            rank = ranks.get(get_pattern_key(ranks, short), own["r"])
-            yield name, module, rank, alphas.get(get_pattern_key(alphas, short), own["lora_alpha"])
+    for view in lora_layers(model, adapter):
+        rank = ranks.get(get_pattern_key(ranks, view.config_name), own["r"])
+        yield view, rank, alphas.get(get_pattern_key(alphas, view.config_name), own["lora_alpha"])
 
 
 def _check_ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> None:
-    for name, module, rank, alpha in _ranks(model, adapter, own):
-        rslora = bool(own.get("use_rslora"))
-        if (module.r[adapter], module.use_rslora.get(adapter, False)) != (rank, rslora) or not math.isclose(
-            module.lora_alpha[adapter], alpha
-        ):
+    rslora = bool(own.get("use_rslora"))
+    for view, rank, alpha in _ranks(model, adapter, own):
+        has = view.rank(adapter), view.alpha(adapter)
+        if (has[0], view.rslora(adapter)) != (rank, rslora) or not math.isclose(has[1], alpha):
             raise ValueError(
-                f"layer {name} has rank {module.r[adapter]} and alpha {module.lora_alpha[adapter]}, but the file was "
-                f"made for {rank} and {alpha}{' with rsLoRA' * rslora}"
+                f"layer {view.name} has rank {has[0]} and alpha {has[1]}, but the file was made for {rank} and {alpha}"
+                f"{' with rsLoRA' * rslora}"
             )
 
 
@@ -113,8 +110,8 @@ def _cut(model: Any, adapter: str, mark: Mapping[str, Any]) -> None:
     for name in OWN:
         setattr(config, name, mark[name])
     config.auto_mapping = {key: value for key, value in config.auto_mapping.items() if key != MARK} or None
-    for _, module, rank, alpha in list(_ranks(model, adapter, mark)):
-        peft_layers.set_rank(module, adapter, rank, alpha, rslora=mark["use_rslora"])
+    for view, rank, alpha in _ranks(model, adapter, mark):
+        peft_layers.set_rank(view.module, adapter, rank, alpha, rslora=mark["use_rslora"])
 
 
 def _fill(model: Any, adapter: str, coordinates: LoRADash | None, tensors: dict[str, torch.Tensor]) -> None:
@@ -194,7 +191,7 @@ def export(
 
     Args:
         model: the PEFT model.
-        path: a folder.
+        path: a folder. If it is there, its adapter is replaced in one step and its other files stay.
         rank: `"exact"`, or the rank to cut every layer to.
         adapter_name: the adapter.
 
@@ -207,7 +204,6 @@ def export(
         TypeError: if the model is no PEFT model.
     """
     from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
-    from safetensors.torch import save_file  # noqa: PLC0415
 
     from lora_kernels.adapters.config import changed_base, plain_config, set_ranks, tidy  # noqa: PLC0415  (imports peft)
 
@@ -228,34 +224,31 @@ def export(
     found: dict[str, ExportedLayer] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for each in layers.supported:
-        name = each.target.name
-        module: Any = each.target.module
-        a, b, error = _product(module, adapter_name, rank)
-        scaling = peft_layers.plain_number(module.scaling[adapter_name])
+        name, module = each.view
+        a, b, error = _product(each.view, adapter_name, rank)
         dtype = module.lora_A[adapter_name].weight.dtype
         for key, value in (("lora_A", a), ("lora_B", b)):
-            state[f"{name}.{key}.weight"] = value.detach().to("cpu", dtype).contiguous()
+            state[f"{name}.{key}.weight"] = value.detach().to(dtype)
         found[name] = ExportedLayer(a.shape[0], error)
-        shapes[config_name(name)] = (a.shape[0], tidy(scaling * a.shape[0]))
+        shapes[each.view.config_name] = (a.shape[0], tidy(each.view.scaling(adapter_name) * a.shape[0]))
     for name, old, _why in layers.unsupported:
-        other: Any = model.get_submodule(name)
-        shapes[config_name(name, other)] = (old, tidy(peft_layers.plain_number(other.scaling[adapter_name]) * old))
+        other = LoraView(name, model.get_submodule(name))
+        shapes[other.config_name] = (old, tidy(other.scaling(adapter_name) * old))
     set_ranks(config, shapes)
     if isinstance(config.target_modules, str):  # servers want a list
         peft_layers.list_modules(model, adapter_name, config)
     config.init_lora_weights, config.inference_mode = True, True
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if peft_layers.is_wrapped(model) else PREFIX
-    tensors = {prefix + key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    tensors = {prefix + key: value.clone() for key, value in state.items()}  # some share their memory
+    with replacing_folder(path) as folder:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        config.save_pretrained(folder)
     return found
 
 
-def _product(module: Any, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The factors to write for one layer."""
-    a, b = whole(module.lora_A[adapter].weight), whole(module.lora_B[adapter].weight)
+    (a, b), module = layer.factors(adapter), layer.module
     start, dash = parts.start(module, adapter), parts.directions(module, adapter)
     if start is not None:
         a, b = torch.cat((a, start.a.to(a))), torch.cat((b, start.sign * start.b.to(b)), dim=1)

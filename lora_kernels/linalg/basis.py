@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from lora_kernels._files import write_tensors
 from lora_kernels.ops._checks import check_tensor
 
 # Below this share of the largest singular value, the squares in the Gram matrix have lost what tells directions apart.
@@ -59,7 +57,7 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
         )
     u, s, vh = (each.to(dtype) for each in _decompose(weight.to(torch.float64)))
     if file is not None:
-        _write(file, {"u": u, "s": s, "vh": vh})
+        write_tensors(file, {"u": u, "s": s, "vh": vh})
     return u, s, vh
 
 
@@ -96,7 +94,7 @@ def _read(file: Path, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         with safe_open(str(file), framework="pt", device=str(weight.device)) as opened:
             u, s, vh = (opened.get_tensor(name) for name in ("u", "s", "vh"))
     except (SafetensorError, OSError):
-        return None  # cut off while it was written by something else than `_write`, which renames
+        return None  # cut off while it was written by something else
     m, n = weight.shape
     k, dtype = min(m, n), torch.promote_types(weight.dtype, torch.float32)
     if (u.shape, s.shape, vh.shape) != ((m, k), (k,), (k, n)) or u.dtype != dtype:
@@ -108,15 +106,3 @@ def _read(file: Path, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     if not float(error) <= _ROUNDINGS * torch.finfo(dtype).eps * float(s[0]) * float(probe.norm()):
         raise ValueError(f"{file} holds a decomposition of another weight: delete it")
     return u, s, vh
-
-
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lora_kernels.ops._files import parse_json
+from lora_kernels._files import parse_json, write_tensors
 from lora_kernels.statistics.moments import InputMoments, pack_lower, unpack_lower_
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sketches import InputSketch
@@ -110,17 +107,7 @@ def write(path: Path, held: Iterable[Held], progress: Progress, identity: Mappin
     document = {"format": _FORMAT, "fingerprint": dict(identity), "progress": asdict(progress), "sums": specs}
     document = json.loads(json.dumps(document))
     metadata = {_KEY: json.dumps({**document, "digest": _digest(tensors, document)})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_tensors(path, tensors, metadata)
 
 
 def read(path: Path, device: torch.device) -> tuple[list[Held], Progress, dict[str, Any]]:

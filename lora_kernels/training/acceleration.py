@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lora_kernels.adapters.view import lora_layers, stock_class
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training import dora
 from lora_kernels.training.description import base_is_fused, eager_reason
 from lora_kernels.training.guard import Guard
-from lora_kernels.training.lora_layer import FusedForward, class_of, stock_class, supported
+from lora_kernels.training.lora_layer import FusedForward, class_of, supported
 
 PATHS = ("fused", "delta", "eager")
 
@@ -78,13 +79,6 @@ class AccelerateReport(Printed):
             table.add_row(each.name, each.kind, each.path, each.reason)
         yield table
         yield Text(self.summary())
-
-
-def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of every LoRA layer of a model, in its order."""
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
-
-    return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]
 
 
 def _gathered(model: nn.Module) -> set[str]:

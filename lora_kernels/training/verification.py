@@ -14,12 +14,13 @@ from rich.text import Text
 from torch import nn
 
 from lora_kernels.adapters.base_weight import dense_weight
+from lora_kernels.adapters.view import lora_layers
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.feed import call_model, model_device, to_device
 from lora_kernels.statistics.loss import model_loss
 from lora_kernels.statistics.modes import evaluation_mode
-from lora_kernels.training.acceleration import lora_layers, reference_mode
+from lora_kernels.training.acceleration import reference_mode
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 from lora_kernels.training.lora_layer import FusedForward
 

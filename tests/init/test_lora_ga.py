@@ -123,6 +123,31 @@ def test_a_zero_gradient_is_said():
     assert torch.isfinite(found.factors.A).all() and float(found.factors.B.abs().max()) == 0
 
 
+@pytest.mark.parametrize("form", ["exact", "sketch"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_fewer_than_2r_directions_are_all_given_away(rank, direction, form):
+    g, x = torch.randn(50, 3), torch.randn(50, 15)
+    statistics = layer("l", g.mT @ x) if form == "exact" else sketched(g, x, 8)
+    found = LoraGA(direction=direction, scale="weight_svd").factors(
+        {"l": statistics}, {"l": rank}, base=base_of(torch.randn(3, 15))
+    )["l"]
+    a, b = found.factors.A, found.factors.B
+    assert a.shape == (rank, 15) and b.shape == (3, rank) and torch.isfinite(b).all()
+    if direction == "random":  # A and B have the same r
+        assert torch.linalg.matrix_rank(b @ a) == rank and not found.notes
+        return
+    # What neither A's rows nor B's columns reach of the gradient, which is what the first step of LoRA leaves.
+    gradient = g.mT @ x
+    ranks = torch.linalg.matrix_rank(b), torch.linalg.matrix_rank(a)
+    left, right = torch.linalg.svd(b).U[:, : ranks[0]], torch.linalg.svd(a).Vh[: ranks[1]]
+    assert left.shape[1] + right.shape[0] == 3
+    rest = gradient - left @ (left.mT @ gradient)
+    rest = rest - (rest @ right.mT) @ right
+    assert rest.norm() < 1e-4 * gradient.norm()
+    assert f"min(m, n) = 3 directions for the 2r = {2 * rank}" in found.notes[0]
+
+
 def test_errors():
     statistics = {"l": layer("l", matrix(12, 15))}
     empty = LayerStatistics("l", 15, 12, None, output=OutputStatistics(12, 15, CPU, forms={"fisher": "exact"}))
@@ -131,8 +156,8 @@ def test_errors():
             LoraGA().factors(missing, {"l": 2})
     with pytest.raises(ValueError, match="hold no loss"):
         LoraGA().factors(Statistics(statistics, 1, 1.0, 0.0), {"l": 2})
-    with pytest.raises(ValueError, match=r"layer l has rank 7, but must be between 1 and min\(m, n\) / 2 = 6"):
-        LoraGA().factors(statistics, {"l": 7})
+    with pytest.raises(ValueError, match=r"layer l has rank 13, but must be between 1 and min\(m, n\) = 12"):
+        LoraGA().factors(statistics, {"l": 13})
     for scale in ("weight_svd", "gd"):
         with pytest.raises(ValueError, match="base has no layer l"):
             LoraGA(scale=scale).factors(statistics, {"l": 2})

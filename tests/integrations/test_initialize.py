@@ -230,13 +230,19 @@ def test_merged_adapters_are_refused():
         run(model)
 
 
+def unread():
+    raise AssertionError("the data was read")
+    yield
+
+
 def test_failure_before_writing_leaves_the_model_as_it_was():
     model = adapted()
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="must be between 1 and min"):
+    with pytest.raises(ValueError, match="must be at most min"):
         run(adapted(rank=40))
-    with pytest.raises(ValueError, match="budget"):
-        run(model, method=lk.EVA(rho=2.0, min_rank=5))
+    for options in ({"method": lk.EVA(min_rank=5)}, {"method": "lora_ga", "ranks": lk.Redistribution(min_rank=5)}):
+        with pytest.raises(ValueError, match="budget"):
+            lk.initialize(model, unread(), progress=False, **options)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
 

@@ -8,8 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import lora_kernels as lk
+from lora_kernels.integrations import entry
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
@@ -78,7 +80,7 @@ def test_scalings_that_are_tensors_or_numpy_numbers(method, scaling, tmp_path):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attn, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 6)
+        self.attn, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 3)
 
     def forward(self, x, memory):
         return self.head(self.attn(x, memory, memory)[0]).pow(2).mean()
@@ -93,6 +95,56 @@ def test_an_attention_module_is_no_linear_layer(method):
     found = {layer.name.removeprefix("base_model.model."): layer for layer in report}
     assert found["head"].status == "initialised" and found["attn"].status == "unsupported"
     assert "MultiheadAttention" in found["attn"].notes[0]
+
+
+METHODS = ["eva", "lora_da", "lora_ga", "corda", "pissa", "task_directions"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_narrower_than_the_rank_keeps_its_values(method, monkeypatch):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    head = model.base_model.model.classifier
+    before = head.lora_A["default"].weight.clone()
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+    observed = []
+
+    def collect(model, loader, targets, *rest, **options):
+        observed.extend(target.name for target in targets)
+        return collect_targets(model, loader, targets, *rest, **options)
+
+    collect_targets = entry.collect_targets
+    monkeypatch.setattr(entry, "collect_targets", collect)
+    report = lk.initialize(model, [batch], method, progress=False)
+    *others, last = report
+    assert {layer.status for layer in others} == {"initialised"} and len(others) == 12
+    assert (last.name, last.status, last.rank) == ("base_model.model.classifier", "unsupported", 8)
+    assert "rank 8 exceeds min(m, n) = 3" in last.notes[0] and "rank 8 exceeds" in str(report)
+    assert torch.equal(head.lora_A["default"].weight, before) and not head.lora_B["default"].weight.any()
+    assert observed == ([] if method == "pissa" else [layer.name for layer in others])
+
+
+def test_ranks_that_no_layer_has_room_for_are_refused_before_the_data():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 3), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.one(x).sum() + self.two(x).sum()
+
+    def batches():
+        raise AssertionError("the data was read")
+        yield
+
+    model = get_peft_model(Heads(), LoraConfig(r=4, target_modules=["one", "two"]))
+    for method in METHODS:
+        with pytest.raises(
+            ValueError, match=r"rank_pattern.*exclude_modules: base.*one \(r = 4, min.* = 3\), base.*two"
+        ):
+            lk.initialize(model, batches(), method, progress=False)
 
 
 def added():

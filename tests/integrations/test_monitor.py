@@ -55,6 +55,16 @@ def test_every_so_many_steps_into_the_file_and_back(tmp_path):
     assert now["entropy_rank"] == pytest.approx(sum(each.entropy_rank for each in spectra.values()) / 4)
 
 
+def test_a_relative_path_holds_after_a_change_of_directory(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    monitor = lk.LandscapeMonitor(1, "log.jsonl")
+    monkeypatch.chdir(tmp_path / "two")
+    monitor.step(wrapped())
+    assert len(read_log(tmp_path / "one" / "log.jsonl")) == 1 and not list((tmp_path / "two").iterdir())
+
+
 def test_norms_of_weights_are_taken_once(monkeypatch):
     from lora_kernels.integrations import monitor as module
 

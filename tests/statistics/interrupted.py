@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.statistics import storage
 
 
 def model():
@@ -65,7 +64,7 @@ def main():
         if kind == "after" and len(writes) == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    storage.os.replace = replace
+    os.replace = replace
     data = Data(int(number) if kind == "batch" else -1)
     gather(data, checkpoint, int(budget) or None).save(out)
 

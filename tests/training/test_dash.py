@@ -320,7 +320,9 @@ def test_adapters_that_have_changed_nothing_are_said():
 
 def test_prepared_bases_are_read_at_the_switch(tmp_path, monkeypatch):
     model = wrapped()
-    run = lk.LoRADash(k=3, cache_dir=str(tmp_path)).attach(model)
+    monkeypatch.chdir(tmp_path.parent)
+    run = lk.LoRADash(k=3, cache_dir=tmp_path.name).attach(model)
+    monkeypatch.chdir("/")
     run.prepare(progress=False)
     assert len(list(tmp_path.iterdir())) == 6
     expected = wrapped()
@@ -333,6 +335,16 @@ def test_prepared_bases_are_read_at_the_switch(tmp_path, monkeypatch):
         assert torch.equal(value, other[name])
     with pytest.raises(ValueError, match="cache_dir is None"):
         lk.LoRADash(k=3).attach(wrapped()).prepare()
+
+
+def test_a_layer_with_fewer_directions_is_refused_with_a_line():
+    model = wrapped()
+    with pytest.warns(RuntimeWarning, match=r"2 LoRA layers get no coordinates .*v_proj: k is 13, .* min.m, n. = 12"):
+        run = lk.LoRADash(k=13).attach(model)
+    run.launch(adam(model), progress=False)
+    status = {entry.name: entry.status for entry in run.report()}
+    assert sorted(status.values()) == ["launched"] * 4 + ["refused"] * 2
+    assert all((value == "refused") == name.endswith("v_proj") for name, value in status.items())
 
 
 def test_a_layer_is_refused_with_a_line():
@@ -353,8 +365,8 @@ def test_a_layer_is_refused_with_a_line():
 
 def test_errors():
     model = wrapped()
-    with pytest.raises(ValueError, match=r"k is 13, but layer .*v_proj has only min.m, n. = 12"):
-        lk.LoRADash(k=13).attach(model)
+    with pytest.raises(ValueError, match=r"no layer of adapter.*q_proj.*k is 1000, but it has only min.m, n. = "):
+        lk.LoRADash(k=1000).attach(model)
     assert not any(hasattr(each, "lora_dash") for each in model.modules())
     with pytest.raises(ValueError, match="no layer of adapter 'default' can have coordinates.*DoraLinearVariant"):
         lk.LoRADash(k=2).attach(wrapped(use_dora=True))

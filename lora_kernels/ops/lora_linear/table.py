@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lora_kernels._files import read_json, write_text
 from lora_kernels._version import __version__
-from lora_kernels.ops._files import read_json
 from lora_kernels.ops.lora_linear.config import CONFIGS
 
 FORMAT = 1
@@ -152,15 +151,7 @@ def write(path: Path, records: Iterable[Record], note: str) -> None:
     rows = [json.dumps({**entry.pop("key"), **entry}) for entry in map(asdict, records)]
     body = "".join(f"\n  {row}{',' * (number + 1 < len(rows))}" for number, row in enumerate(rows))
     text = f'{{\n "format": {FORMAT},\n "note": {json.dumps(note)},\n "records": [{body}\n ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, text)
 
 
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:

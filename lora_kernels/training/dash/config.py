@@ -57,6 +57,6 @@ class LoRADash(DashSettings):
         Raises:
             TypeError: if the adapter's config is no plain `LoraConfig`.
             ValueError: if the model is wrapped, sharded or merged, has no such adapter or several active ones, no
-                layer with core directions, a layer with fewer than k of them, or coordinates of another number.
+                layer with k core directions, or coordinates of another number.
         """
         return begin(model, self)

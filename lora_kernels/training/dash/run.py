@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.parts import Directions
+from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
 from lora_kernels.linalg import core_basis
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.statistics.modes import is_sharded
-from lora_kernels.training.acceleration import lora_layers
 from lora_kernels.training.dash import optimizer as optimizers
 from lora_kernels.training.dash import selection
 from lora_kernels.training.dash.report import DashLayer, DashReport, launched
 from lora_kernels.training.dash.settings import DashSettings
-from lora_kernels.training.lora_layer import KINDS, FusedForward
+from lora_kernels.training.lora_layer import KINDS
 
 
 @dataclass
@@ -203,15 +204,9 @@ def begin(model: nn.Module, config: DashSettings) -> DashRun:
     if not every:
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     adapter = _adapter(model, every, config.adapter_name)
-    layers: dict[str, Any] = {}
-    refused: dict[str, str] = {}
-    for name, layer in every:
-        if adapter in layer.r:
-            why = _refusal(layer, adapter)
-            if why is None:
-                layers[name] = layer
-            else:
-                refused[name] = why
+    layers: dict[str, Any] = dict(lora_layers(model, adapter))
+    refused = {name: why for name, layer in layers.items() if (why := _refusal(layer, adapter, config.k)) is not None}
+    layers = {name: layer for name, layer in layers.items() if name not in refused}
     if not layers:
         first = next(iter(refused.items()), None)
         raise ValueError(f"no layer of adapter {adapter!r} can have coordinates" + (f" (first: {first})" * bool(first)))
@@ -228,10 +223,12 @@ def begin(model: nn.Module, config: DashSettings) -> DashRun:
         if parts.directions(layer, adapter) is None:
             parts.add_directions(layer, adapter, config.k)
     parts.ignore_buffers(model)
+    if config.cache_dir is not None:  # also after a change of directory
+        config = replace(config, cache_dir=os.path.abspath(config.cache_dir))
     return DashRun(config, model, adapter, layers, refused)
 
 
-def _adapter(model: nn.Module, layers: list[tuple[str, Any]], name: str | None) -> str:
+def _adapter(model: nn.Module, layers: list[LoraView], name: str | None) -> str:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         raise ValueError(f"model ({type(model).__name__}) has no peft_config: pass the PEFT model itself")
@@ -245,10 +242,12 @@ def _adapter(model: nn.Module, layers: list[tuple[str, Any]], name: str | None) 
     return name
 
 
-def _refusal(layer: Any, adapter: str) -> str | None:
-    kind = type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
-    if kind.__name__ not in KINDS:
-        return f"a {kind.__name__} layer: only linear layers have core directions here"
+def _refusal(layer: Any, adapter: str, k: int) -> str | None:
+    if stock_class(layer).__name__ not in KINDS:
+        return f"a {stock_class(layer).__name__} layer: only linear layers have core directions here"
+    limit = min(layer.in_features, layer.out_features)
+    if k > limit:
+        return f"k is {k}, but it has only min(m, n) = {limit} core directions"
     return parts.refusal(layer, adapter)
 
 
@@ -260,9 +259,6 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
         raise ValueError(f"layer {name} is on the meta device: attach after its weights are loaded")
     if layer.merged:
         raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
-    limit = min(layer.in_features, layer.out_features)
-    if k > limit:
-        raise ValueError(f"k is {k}, but layer {name} has only min(m, n) = {limit} core directions")
     there = parts.directions(layer, adapter)
     if there is not None and there.coordinates.numel() != k:
         raise ValueError(f"k is {k}, but layer {name} has {there.coordinates.numel()} coordinates already")

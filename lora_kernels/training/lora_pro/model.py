@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.view import lora_layers
 from lora_kernels.ops._checks import check_type
-from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.training.lora_pro.groups import Scaling
 from lora_kernels.training.lora_pro.optimizer import LoRAPro
 
@@ -58,13 +58,9 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
     that are no pair; they get AdamW. The model may be in DistributedDataParallel, or sharded by `fully_shard`.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
-
     pairs: list[_Pair] = []
     without: Counter[str] = Counter()
-    for layer in unwrap(model).modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    for _, layer in lora_layers(model):
         for adapter, a, b in _factors(layer):
             if not any(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in (a, b)):
                 continue

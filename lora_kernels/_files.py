@@ -1,0 +1,207 @@
+"""Files: JSON that others may have written, changed or cut off; and writes that are whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import itertools
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_NUMBERS = itertools.count()
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text in UTF-8; the error names `where` it is from."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError(f"{where} cannot be read: its JSON is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+
+
+def read_json(file: Path, what: str | None = None) -> Any:
+    """The value in a JSON file; the error calls it `what`, by default its path."""
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{what or file} cannot be read: {error.strerror or error}") from error
+    return parse_json(text, what or file)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to that takes the place of a file when the block ends: at any moment there is one of both, whole.
+
+    A symbolic link stays, and what it leads to is replaced. The folder is made.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _temporary(target)
+    try:
+        fresh.touch()
+        mode = (target if target.exists() else fresh).stat().st_mode
+        yield fresh
+        fresh.chmod(mode)  # safetensors' files are for their owner alone
+        _flush(fresh)
+        os.replace(fresh, target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    _flush(target.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, as `replacing` does."""
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, as `replacing` does; an OSError if it cannot be written."""
+    from safetensors import SafetensorError  # noqa: PLC0415  (slow to import)
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    with replacing(path) as fresh:
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, fresh, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write to whose files take their place in another when the block ends; the other's other files stay.
+
+    At any moment there are all of the old files or all of the new ones. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is moved to a hidden name
+    beside it first. A folder that cannot be moved (a mount, the working directory) gets the files one by one, and is
+    without the first of them meanwhile: it cannot be read as a mixture.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _temporary(target)
+    try:
+        try:
+            fresh.mkdir()
+        except OSError:
+            if not target.is_dir():
+                raise
+            fresh = _temporary(target / "files")
+            fresh.mkdir()
+        yield fresh
+        for file in fresh.iterdir():
+            if file.is_file():
+                file.chmod(fresh.stat().st_mode & 0o666)
+            _flush(file)
+        _flush(fresh)
+        _take_place(fresh, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _take_place(fresh: Path, target: Path) -> None:
+    """Give a folder the files of another, which is then the old one, or empty."""
+    names = sorted(os.listdir(fresh))
+    if fresh.parent == target.parent and not _is_current(target):
+        with contextlib.suppress(OSError):
+            return os.rename(fresh, target)  # there is none yet, or an empty one
+        _keep_others(target, fresh)
+        with contextlib.suppress(OSError):
+            return _exchange(fresh, target)
+        old = fresh.with_suffix(".old")
+        with contextlib.suppress(OSError):
+            os.rename(target, old)
+            os.rename(fresh, target)
+            return shutil.rmtree(old, ignore_errors=True)
+    if not names:
+        return None
+    (target / names[0]).unlink(missing_ok=True)
+    for name in (*names[1:], names[0]):
+        os.replace(fresh / name, target / name)
+    return None
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether the working directory is a folder or in it."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path.cwd().is_relative_to(folder)
+    return False
+
+
+def _keep_others(old: Path, fresh: Path) -> None:
+    shutil.copymode(old, fresh)
+    for entry in old.iterdir():
+        other = fresh / entry.name
+        if other.exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, other, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, other)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange what two paths name, in one step."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _temporary(target: Path) -> Path:
+    """A hidden name beside a path that tells whose it is; those of processes that are no more are removed."""
+    host = socket.gethostname()
+    for stale in target.parent.glob(f".{_escaped(target.stem)}.{_escaped(host)}-*.part{_escaped(target.suffix)}"):
+        process = stale.name.removeprefix(f".{target.stem}.{host}-").partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    return target.with_name(f".{target.stem}.{host}-{os.getpid()}-{next(_NUMBERS)}.part{target.suffix}")
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

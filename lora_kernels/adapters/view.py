@@ -1,0 +1,75 @@
+"""What a LoRA layer is, whatever class of PEFT's carries it: the one place that looks for them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.base_weight import whole
+from lora_kernels.adapters.names import config_name
+from lora_kernels.statistics.distributed import unwrap
+
+
+class LoraView(NamedTuple):
+    """A LoRA layer of a model.
+
+    Attributes:
+        name: in the model.
+        module: PEFT's layer, accelerated or not.
+    """
+
+    name: str
+    module: Any
+
+    @property
+    def config_name(self) -> str:
+        """What the keys of a config's patterns are matched with."""
+        return config_name(self.name, self.module)
+
+    @property
+    def parameter_name(self) -> str | None:
+        """The parameter (of many experts, say) that it adapts, if that is no linear layer's weight."""
+        return getattr(self.module, "parameter_name", None)
+
+    def rank(self, adapter: str) -> int:
+        """R of an adapter."""
+        return self.module.r[adapter]  # type: ignore[no-any-return]
+
+    def alpha(self, adapter: str) -> float:
+        """Its `lora_alpha`."""
+        return _number(self.module.lora_alpha[adapter])
+
+    def rslora(self, adapter: str) -> bool:
+        """Whether its scaling was made as `alpha / sqrt(r)` instead of `alpha / r`."""
+        return bool(self.module.use_rslora.get(adapter, False))
+
+    def scaling(self, adapter: str) -> float:
+        """S as it is now, by which PEFT multiplies `B A`."""
+        return _number(self.module.scaling[adapter])
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A `(r, n)` and B `(m, r)` without their graphs, whole where they are sharded (all processes must ask)."""
+        return whole(self.module.lora_A[adapter].weight), whole(self.module.lora_B[adapter].weight)
+
+
+def _number(value: Any) -> float:
+    """Python's own number: PEFT keeps tensors of one for hot-swapping, and what users give."""
+    return value.item() if hasattr(value, "item") else value  # type: ignore[no-any-return]
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LoraView]:
+    """The LoRA layers of a model, of all kinds and in its order; with an adapter's name, those that have it."""
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    return [
+        LoraView(name, module)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.r)
+    ]
+
+
+def stock_class(layer: Any) -> type:
+    """PEFT's class of a LoRA layer, accelerated or not."""
+    return next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("lora_kernels."))

@@ -1,0 +1,94 @@
+"""Adapters on the experts of every mixture that PEFT converts: what is saved and exported is the same function."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import lora_kernels as lk
+from lora_kernels.adapters.view import lora_layers
+from lora_kernels.init import METHODS
+from tests.adapters.start_models import nudge
+from tests.conftest import relative_error
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MODELS = {
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "Mixtral": {"num_local_experts": 4},
+    "DeepseekV3": {**ROUTED, **LATENT, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4},
+    "Glm4Moe": {**ROUTED, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "MiniMax": {
+        "num_local_experts": 4, "head_dim": 8, "block_size": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "Llama4Text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
+}  # fmt: skip
+PARAMETERS = {"GptOss": "mlp.experts", "Llama4Text": "feed_forward.experts"}  # `all-linear` leaves them out
+IDS = torch.randint(3, 61, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def make(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS[name]})
+    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+def adapted(name):
+    """Ranks and alphas of some experts' own, by keys that are tails of names; rsLoRA where parameters are named."""
+    if name not in PARAMETERS:
+        return get_peft_model(make(name), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    experts = PARAMETERS[name]
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=[f"{experts}.gate_up_proj", f"{experts}.down_proj"],
+        rank_pattern={f"{experts}.down_proj": 2},
+        alpha_pattern={f"layers.1.{experts}.gate_up_proj": 3},
+    )
+    return get_peft_model(make(name), config)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method):
+    model = adapted(name)
+    before = logits(model)
+    data = None if method == "pissa" else [{"input_ids": IDS, "labels": IDS}] * 2
+    report = lk.initialize(model, data, method, progress=False)
+    if method != "lora_da":  # it is to change the function
+        assert relative_error(logits(model), before) < 1e-5
+    experts = [view for view in lora_layers(model) if view.parameter_name is not None]
+    status = {layer.name: layer.status for layer in report}
+    assert len(experts) >= 2 and {status[view.name] for view in experts} == {"unsupported"}
+    assert "initialised" in status.values()
+    nudge(model)
+    expected = logits(model)
+    assert relative_error(expected, before) > 0.02
+    model.save_pretrained(tmp_path / "saved")
+    lk.export(model, tmp_path / "exported")
+    for folder in ("saved", "exported"):
+        assert relative_error(logits(PeftModel.from_pretrained(make(name), tmp_path / folder)), expected) < 1e-5
+    assert torch.equal(logits(lk.load(make(name), tmp_path / "saved")), expected)
+    # Every expert's part is in the file, and moves the function by far more than files may.
+    tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert config["target_parameters"] and all(f"{view.name}.lora_B.weight" in tensors for view in experts)
+    for view in experts:
+        view.module.lora_B["default"].weight.data.zero_()
+    assert relative_error(logits(model), expected) > 1e-3
