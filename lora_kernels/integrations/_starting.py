@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, whole, why_unreadable
-from lora_kernels.init import InitMethod, LayerFactors, Redistribution
+from lora_kernels.init import InitMethod, LayerFactors, LoraDA, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance
 from lora_kernels.integrations import peft as peft_layers
@@ -59,6 +59,10 @@ def untrained_layers(
             _refuse_sharded(layers, method.name)
     if method.offsets_base:
         _check_offset(model, layers, adapter_name, base)
+    elif force or method.name == LoraDA.name:
+        for layer in layers.supported:
+            if peft_layers.magnitudes(layer.target.module, adapter_name) is not None:  # anew, from the weight
+                check_readable(layer.target.module, layer.target.name)
     return layers
 
 
@@ -178,6 +182,7 @@ def write(
     base: str,
     *,
     adjust: bool,
+    force: bool = False,
 ) -> None:
     """Put factors into the adapter, and take off again what the start must not change.
 
@@ -189,6 +194,7 @@ def write(
         adapter_name: the adapter.
         base: as for `initialize`.
         adjust: whether alpha follows the rank.
+        force: the adapter may have been trained: DoRA's magnitudes are made anew.
     """
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
@@ -196,6 +202,10 @@ def write(
         parts.remove(layer.target.module, adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
+    for name, each in factors.items():
+        # A fresh magnitude is |W| already, to the bits by which PEFT divides it.
+        if each.rank and (force or bool(each.B.any())):
+            peft_layers.reset_magnitudes(model.get_submodule(name), adapter_name)
     if method.offsets_base:
         describe(model, adapter_name)
         with torch.no_grad():
