@@ -51,6 +51,8 @@ def untrained_layers(
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
+    else:
+        _check_biases(model, layers, adapter_name)
     _check_base(model, adapter_name)
     if getattr(method, "reads_base", False):
         for layer in layers.supported:
@@ -79,6 +81,30 @@ def _check_base(model: nn.Module, adapter: str) -> None:
             f"adapter {adapter!r} cannot start again: {why}, which would stay changed; make the model anew, with "
             "init_lora_weights=True"
         )
+
+
+def _check_biases(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str) -> None:
+    """Refuse to overwrite a trained adapter whose `bias=` has trained biases of the base, too: those are gone."""
+    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+    if config.bias == "none":
+        return
+    if config.bias == "all":
+        names = [name for name, _ in model.named_parameters() if name.endswith("bias") and ".lora_" not in name]
+    else:
+        names = [
+            f"{layer.target.name}.bias"
+            for layer in layers.supported
+            if getattr(layer.target.module.get_base_layer(), "bias", None) is not None  # type: ignore[operator]
+        ]
+    if not names:
+        return
+    try:
+        peft_layers.check_untrained(layers, adapter)
+    except ValueError as error:
+        raise ValueError(
+            f"adapter {adapter!r} cannot start again: it was trained with bias={config.bias!r}, and what {names[0]} "
+            f"was before ({len(names)} such) is not known; make the model anew"
+        ) from error
 
 
 def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str, base: str) -> None:

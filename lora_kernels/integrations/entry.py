@@ -202,7 +202,7 @@ def initialize(
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
             (they keep their stock values) or `raise`.
         force: overwrite an adapter whose `lora_B` is not zero; DoRA's magnitudes become |W + s B A| of the new start,
-            and a `lora_bias` zero. Trained biases of base layers (`bias=`) and `modules_to_save` stay.
+            and a `lora_bias` zero. What `modules_to_save` trained stays; with `bias=` it is refused.
         options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
             default `sketch_size` follows the ranks, and the method sets others (its `collect_options`).
 

@@ -282,6 +282,31 @@ def test_lora_da_on_dora_computes_what_it_says(trained):
             torch.testing.assert_close(merged, total)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_force_over_trained_biases_of_the_base_is_refused(bias):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+
+        def forward(self, x):
+            return self.norm(self.q(x))
+
+    data = [torch.randn(9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model = get_peft_model(Biased(), LoraConfig(r=2, target_modules=["q"], bias=bias))
+    run(model, loader=data, method=lk.EVA(rho=1.0), force=True)  # of an adapter that is as it was made
+    scatter(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"trained with bias='{bias}'.*make the model anew"):
+        run(model, loader=data, method=lk.EVA(rho=1.0), force=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    unbiased = adapted(bias=bias)  # a Llama has none
+    scatter(unbiased)
+    run(unbiased, method=lk.EVA(rho=1.0), force=True)
+    torch.testing.assert_close(batch_logits(unbiased), batch_logits(llama()), rtol=1e-5, atol=2e-6)
+
+
 def test_a_fresh_magnitude_keeps_its_bits():
     model = adapted(use_dora=True)
     before = {name: value.clone() for name, value in model.named_parameters() if "magnitude" in name}
