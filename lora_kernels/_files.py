@@ -45,6 +45,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to that takes the place of a file when the block ends: at any moment there is one of both, whole.
 
     A symbolic link stays, and what it leads to is replaced. The folder is made.
+
+    Yields:
+        The path.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,13 @@ def write_tensors(
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write to whose files take their place in another when the block ends; the other's other files stay.
 
-    At any moment there are all of the old files or all of the new ones. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is moved to a hidden name
-    beside it first. A folder that cannot be moved (a mount, the working directory) gets the files one by one, and is
-    without the first of them meanwhile: it cannot be read as a mixture.
+    At any moment there are all of the old files or all of the new ones. Linux exchanges two folders in one step, on most
+    file systems. Elsewhere the old folder is moved to a hidden name beside it first. A folder that cannot be moved (a
+    mount, the working directory) gets the files one by one, and is without the first of them meanwhile: it cannot be read
+    as a mixture.
+
+    Yields:
+        The folder.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

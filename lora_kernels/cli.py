@@ -64,12 +64,12 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         metavar="SCORE",
-        help="redistribute ranks by explained_variance (EVA's default), gradient_energy or fisher_energy; or keep",
+        help="redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (the default)",
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank)")
-    parser.add_argument("--rho", type=float, default=2.0, help="how far a redistributed rank may grow")
-    parser.add_argument("--min-rank", type=int, default=0)
+    parser.add_argument("--rho", type=float, help="how far a redistributed rank may grow (default: 2)")
+    parser.add_argument("--min-rank", type=int, default=1)
     parser.add_argument("--max-rank", type=int)
     parser.add_argument("--multiple-of", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, help="that you will train with; the report judges it")
@@ -94,12 +94,13 @@ def _init(options: argparse.Namespace) -> int:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
     method = method_from_text(options.method, options.set)
-    score = options.ranks or ("explained_variance" if options.method == lk.EVA.name else "keep")
+    limits = (options.min_rank, options.max_rank, options.multiple_of)
+    moves = isinstance(method, lk.EVA) and (options.rho is not None or limits != (1, None, 1))
+    score = options.ranks or ("explained_variance" if moves else None)
     ranks = None
-    if score != "keep":
-        limits = (options.rho, options.min_rank, options.max_rank, options.multiple_of)
-        ranks = lk.Redistribution(score, *limits)
-    elif isinstance(method, lk.EVA):
+    if score is not None and score != "keep":
+        ranks = lk.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
+    elif score == "keep" and isinstance(method, lk.EVA):
         method = method.keeping_ranks()
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     task = transformers.task_for(options.model, options.task, labels)

@@ -45,7 +45,10 @@ def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, ca
     report = json.loads((out / "report.json").read_text())
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out)
     found = {name: module.r["default"] for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
-    assert found == {each["name"]: each["rank"] for each in report["layers"] if each["rank"]}
+    assert found == {each["name"]: each["rank"] for each in report["layers"]} and set(found.values()) == {4}
+    other = tmp_path / "moved"
+    assert cli.main([*command[:6], str(other), *command[7:], "--rho", "2"]) == 0
+    assert len({each["rank"] for each in json.loads((other / "report.json").read_text())["layers"]}) > 1
     assert cli.main(command) == 2  # never over something that is there
     assert "must be a new or empty folder" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ class Arm:
 # Variants, such as {"eva_rho1": Arm(EVA(rho=1.0))}, are added here.
 ARMS: dict[str, Arm] = {
     BASELINE: Arm(),
-    "eva": Arm(EVA()),
+    "eva": Arm(EVA(rho=2.0, min_rank=0)),
     "lora_da": Arm(LoraDA()),
     "lora_ga": Arm(LoraGA()),
     "corda": Arm(CorDA()),

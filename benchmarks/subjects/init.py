@@ -60,7 +60,8 @@ def ours(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
     from peft import get_peft_model
 
     name, options = VARIANTS.get(method, (method, {}))
-    config = lk.init.METHODS[name]()
+    # As PEFT's EVA does it: ranks move, and layers may lose their adapter.
+    config = lk.EVA(rho=2.0, min_rank=0) if name == "eva" else lk.init.METHODS[name]()
     adapter = get_peft_model(model, _config(model))  # type: ignore[arg-type]
     lk.initialize(adapter, batches if config.wants else None, config, progress=False, **options)
 

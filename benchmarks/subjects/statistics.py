@@ -80,7 +80,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         adapters[:] = [models.wrap(model, "stock")]
 
     def sketched_eva() -> None:
-        results["report"] = lk.initialize(adapters[0], batches, lk.EVA(rho=models.RHO), form="sketch", progress=False)
+        results["report"] = lk.initialize(
+            adapters[0], batches, lk.EVA(rho=models.RHO, min_rank=0), form="sketch", progress=False
+        )
 
     clear()
     training()

@@ -19,13 +19,17 @@ from lora_kernels.statistics.wants import METHOD_WANTS
 
 @dataclass(frozen=True)
 class EVA:
-    """A = the leading principal components of each layer's inputs, B = 0; ranks follow the explained variance.
+    """A = the leading principal components of each layer's inputs, B = 0; with `rho`, ranks follow the variance.
+
+    By default every layer keeps the rank that it was made with: what is saved then is right in every server as it is.
 
     Args:
-        rho: a layer's rank may grow to `round(rho * r)`; 1 keeps every rank.
+        rho: a layer's rank may grow to `round(rho * r)`, at the same sum of ranks (2 in the paper); 1
+            keeps every rank.
         center: subtract the mean input (as PEFT does); otherwise the raw second moment is decomposed.
         whiten: divide row i of A by the square root of its singular value (that of the centred token matrix).
-        min_rank: smallest rank of a layer; with 0 a layer without a winning component loses its adapter.
+        min_rank: smallest rank of a layer where ranks change; with 0 a layer without a winning component loses its
+            adapter.
         max_rank: largest rank of a layer (serving engines allocate for it).
         multiple_of: every rank is a multiple of this.
         adjust_scaling_factors: where a rank changes, alpha follows so that the scaling s stays the same.
@@ -42,10 +46,10 @@ class EVA:
     full_rate: ClassVar[bool] = False
     collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    rho: float = 2.0
+    rho: float = 1.0
     center: bool = True
     whiten: bool = False
-    min_rank: int = 0
+    min_rank: int = 1
     max_rank: int | None = None
     multiple_of: int = 1
     adjust_scaling_factors: bool = True
@@ -67,7 +71,7 @@ class EVA:
 
     def keeping_ranks(self) -> EVA:
         """The same method with the ranks as they are asked for."""
-        return replace(self, rho=1.0, min_rank=0, max_rank=None, multiple_of=1)
+        return replace(self, rho=1.0, min_rank=1, max_rank=None, multiple_of=1)
 
     def sketch_size(self, ranks: Sequence[int]) -> int:
         """Columns that a sketch should have: twice the components that the widest layer may offer."""

@@ -114,7 +114,7 @@ class Redistribution:
 
     score: str = "explained_variance"
     rho: float = 2.0
-    min_rank: int = 0
+    min_rank: int = 1
     max_rank: int | None = None
     multiple_of: int = 1
     adjust_scaling_factors: bool = True

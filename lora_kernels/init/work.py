@@ -70,12 +70,11 @@ def _eva_work(n: int, rank: int, form: str, sketch_size: int) -> Work:
     if form == "sketch":
         columns = sketch_size + PROBES
         return Work(double=2 * n * sketch_size**2, bytes=_SINGLE * n * columns + 2 * _WIDE * n * columns)
-    asked = 2 * rank  # EVA's rho
-    depth = krylov_depth(n, asked, _EXTRA)
+    depth = krylov_depth(n, rank, _EXTRA)
     if depth is None:
         return Work(double=4 * n**3 / 3, bytes=2 * _WIDE * n * n)
     products = 2 + depth
-    return Work(double=2 * n * n * (asked + _EXTRA) * products, bytes=_WIDE * n * n * (products + 1))
+    return Work(double=2 * n * n * (rank + _EXTRA) * products, bytes=_WIDE * n * n * (products + 1))
 
 
 def _task_work(m: int, n: int) -> Work:

@@ -15,7 +15,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, why_unreadable
 from lora_kernels.adapters.view import LoraView
-from lora_kernels.init import EVA, InitMethod, LayerFactors, Redistribution
+from lora_kernels.init import EVA, InitMethod, LayerFactors, LoraDA, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.integrations import guidance
 from lora_kernels.integrations import peft as peft_layers
@@ -52,6 +52,8 @@ def untrained_layers(
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
+    else:
+        _check_biases(model, layers, adapter_name)
     layers = _wide_enough(layers)
     _check_base(model, adapter_name)
     if getattr(method, "reads_base", False):
@@ -61,6 +63,10 @@ def untrained_layers(
             _refuse_sharded(layers, method.name)
     if method.offsets_base:
         _check_offset(model, layers, adapter_name, base)
+    elif force or method.name == LoraDA.name:
+        for layer in layers.supported:
+            if peft_layers.magnitudes(layer.target.module, adapter_name) is not None:  # anew, from the weight
+                check_readable(layer.target.module, layer.target.name)
     return layers
 
 
@@ -109,6 +115,30 @@ def _check_base(model: nn.Module, adapter: str) -> None:
             f"adapter {adapter!r} cannot start again: {why}, which would stay changed; make the model anew, with "
             "init_lora_weights=True"
         )
+
+
+def _check_biases(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str) -> None:
+    """Refuse to overwrite a trained adapter whose `bias=` has trained biases of the base, too: those are gone."""
+    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+    if config.bias == "none":
+        return
+    if config.bias == "all":
+        names = [name for name, _ in model.named_parameters() if name.endswith("bias") and ".lora_" not in name]
+    else:
+        names = [
+            f"{layer.target.name}.bias"
+            for layer in layers.supported
+            if getattr(layer.target.module.get_base_layer(), "bias", None) is not None  # type: ignore[operator]
+        ]
+    if not names:
+        return
+    try:
+        peft_layers.check_untrained(layers, adapter)
+    except ValueError as error:
+        raise ValueError(
+            f"adapter {adapter!r} cannot start again: it was trained with bias={config.bias!r}, and what {names[0]} "
+            f"was before ({len(names)} such) is not known; make the model anew"
+        ) from error
 
 
 def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str, base: str) -> None:
@@ -212,6 +242,7 @@ def write(
     base: str,
     *,
     adjust: bool,
+    force: bool = False,
 ) -> None:
     """Put factors into the adapter, and take off again what the start must not change.
 
@@ -223,6 +254,7 @@ def write(
         adapter_name: the adapter.
         base: as for `initialize`.
         adjust: whether alpha follows the rank.
+        force: the adapter may have been trained: DoRA's magnitudes are made anew.
     """
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
@@ -230,6 +262,10 @@ def write(
         parts.remove(layer.view.module, adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
+    for name, each in factors.items():
+        # A fresh magnitude is |W| already, to the bits by which PEFT divides it.
+        if each.rank and (force or bool(each.B.any())):
+            peft_layers.reset_magnitudes(model.get_submodule(name), adapter_name)
     if method.offsets_base:
         describe(model, adapter_name)
         with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 
 from lora_kernels._files import read_json
+from lora_kernels.adapters import servers
 from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.parts import Start
@@ -36,7 +37,7 @@ class AdapterFolder:
         config: its adapter_config.json.
         adapters: the linear layers, what is trained of them; the drift is measured from the frozen start, if any.
         unsupported: other LoRA layers, and why.
-        notes: facts about the whole.
+        notes: facts about the whole, such as what servers need or refuse.
     """
 
     path: Path
@@ -211,7 +212,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
                 unsupported.append((key.partition(part)[0], why))
     if not adapters:
         raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B})")
-    notes = ["the base model was not read: nothing is compared with its weights"]
+    notes = []
     if config.get("use_dora"):
         notes.append("DoRA: the update is more than s B A, whose spectrum is shown")
+    notes += servers.notes(config, {key: tuple(value.shape) for key, value in tensors.items()})
     return AdapterFolder(folder, config, tuple(adapters), tuple(unsupported), tuple(notes))

@@ -199,12 +199,13 @@ def initialize(
             are (`save_pretrained` and `export` write both as one stock adapter). `mutate`: it is taken off the base
             weights, as PEFT does; not possible on quantized ones.
         ranks: redistribute the ranks by a score of their components, whatever the method (EVA's own redistribution
-            then rests). By default the method decides: all but EVA keep them.
+            then rests). By default they are kept, unless the method's config says otherwise.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
             start.
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
             (they keep their stock values) or `raise`.
-        force: overwrite an adapter whose `lora_B` is not zero.
+        force: overwrite an adapter whose `lora_B` is not zero; DoRA's magnitudes become |W + s B A| of the new start,
+            and a `lora_bias` zero. What `modules_to_save` trained stays; with `bias=` it is refused.
         options: fields of `statistics.CollectOptions` for the collection; `progress` also for the decompositions. The
             default `sketch_size` follows the ranks, and the method sets others (its `collect_options`).
 
@@ -257,7 +258,7 @@ def initialize(
     reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
     before = _starting.factor_sizes(layers, {})
-    _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust)
+    _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
     written = time.perf_counter()
     advice = _starting.advice(resolved, found, reports, learning_rate)
     for sentence in filter(guidance.is_warning, advice):

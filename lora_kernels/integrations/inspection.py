@@ -29,7 +29,8 @@ def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) 
     spectra = measure(folder.adapters, rank_tolerance=limits.rank_tolerance)
     layers = tuple(LayerDiagnosis(name, each, judge(each, None, limits)) for name, each in spectra.items())
     verdict = overall(each.verdict for each in layers)
-    return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=folder.notes)
+    notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
+    return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=notes)
 
 
 def inspect(
@@ -99,7 +100,8 @@ def inspect(
     if texts is not None:
         batches = transformers.task_batches(bare, tokenizer, task, texts, labels, batch_size, max_length)
         settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
-    return replace(diagnose(model, **settings), adapter=str(adapter))
+    found = diagnose(model, **settings)
+    return replace(found, adapter=str(adapter), notes=(*found.notes, *folder.notes))
 
 
 def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.base_weight import row_blocks, whole
 from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.init.factors import LoraFactors
@@ -204,11 +205,13 @@ def check_untrained(layers: LoraLayers, adapter: str) -> None:
     """
     for layer in layers.supported:
         _, b = layer.view.factors(adapter)
-        if b.device.type != "meta" and bool((b != 0).any()):
-            raise ValueError(
-                f"layer {layer.view.name} has a lora_B that is not zero: the adapter {adapter!r} is trained or was "
-                "initialised already; force=True overwrites it"
-            )
+        bias = layer.view.module.lora_B[adapter].bias
+        for kind, value in (("", b), (" bias", None if bias is None else whole(bias))):
+            if value is not None and value.device.type != "meta" and bool((value != 0).any()):
+                raise ValueError(
+                    f"layer {layer.view.name} has a lora_B{kind} that is not zero: the adapter {adapter!r} is trained "
+                    "or was initialised already; force=True overwrites it"
+                )
 
 
 def new_alpha(layer: LoraTarget, rank: int, *, adjust: bool) -> float:
@@ -269,18 +272,23 @@ def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: s
     return found
 
 
+def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Write all of a parameter in place, sharded or not."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (needs torch.distributed)
+
+        # Every process holds all of the value, the same bits: no process has to send anything.
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        value = distribute_tensor(value.to(parameter.device, parameter.dtype), mesh, placements, src_data_rank=None)
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
     """Write a weight in place where the shape allows, else as a new parameter of the same dtype and flag."""
     old = linear.weight
     if old.shape == value.shape and old.device.type != "meta":
-        if is_sharded(old):
-            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (needs torch.distributed)
-
-            # Every process holds all of the value, the same bits: no process has to send anything.
-            mesh, placements = old.device_mesh, old.placements  # type: ignore[attr-defined]
-            value = distribute_tensor(value.to(old.device, old.dtype), mesh, placements, src_data_rank=None)
-        with torch.no_grad():
-            old.copy_(value)
+        _copy(old, value)
         return
     where = device if old.device.type == "meta" else old.device
     linear.weight = nn.Parameter(value.to(where, old.dtype, copy=True), requires_grad=old.requires_grad)
@@ -294,8 +302,36 @@ def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter:
     device = next((p.device for p in module.get_base_layer().parameters()), torch.device("cpu"))
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
+    bias = module.lora_B[adapter].bias
+    if bias is not None:  # lora_bias, which is part of the adapter's output
+        _copy(bias, torch.zeros_like(bias) if not is_sharded(bias) else torch.zeros(bias.shape))
     if factors.rank != layer.rank:
         _set_scaling(module, adapter, factors.rank, alpha, rslora=layer.rslora)
+
+
+def magnitudes(module: Any, adapter: str) -> Any:
+    """The module that holds DoRA's magnitudes `(m,)` of an adapter of a linear layer, or `None`."""
+    held = getattr(module, "lora_magnitude_vector", {})
+    return held[adapter] if adapter in held else None  # noqa: SIM401  (a ModuleDict has no get)
+
+
+def reset_magnitudes(module: Any, adapter: str) -> None:
+    """Make DoRA's m the row norms of W + s B A as they are now, so that the layer computes W + s B A.
+
+    Args:
+        module: the LoRA layer; one that is not DoRA stays as it is.
+        adapter: the adapter's name.
+    """
+    held = magnitudes(module, adapter)
+    if held is None:
+        return
+    from lora_kernels.training.dora import row_norms  # noqa: PLC0415  (for DoRA alone)
+
+    view = LoraView("", module)
+    a, b = view.factors(adapter)
+    blocks = (rows.to(a.device) for rows in row_blocks(module)())
+    _copy(held.weight, row_norms(blocks, a.to(torch.float32), b.to(torch.float32), view.scaling(adapter)))
+    getattr(held, "_dora_cache", {}).clear()
 
 
 def _set_scaling(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
@@ -356,20 +392,26 @@ def update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
         adapter: the adapter's name.
         removed: whether layers lost their adapter, so that `target_modules` must name those left.
     """
+    from lora_kernels.adapters.config import tidy  # noqa: PLC0415  (imports peft)
+
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
     layers, _, _ = _config_names(model, adapter)
+    # Servers allocate for r, and take `lora_alpha / r` for the scaling: the largest rank, and its alpha.
+    config.r = max(rank for rank, _ in layers.values())
+    config.lora_alpha = next(tidy(alpha) for rank, alpha in layers.values() if rank == config.r)
     config.rank_pattern, config.alpha_pattern = patterns(layers, config)
     if removed:
         list_modules(model, adapter, config)
 
 
-def list_modules(model: nn.Module, adapter: str, config: Any) -> None:
+def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
     """Make a config name the modules that have an adapter, and no others.
 
     Args:
         model: the PEFT model.
         adapter: the adapter's name.
         config: changed in place.
+        always: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
     """
     _, modules, without = _config_names(model, adapter)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
@@ -378,6 +420,10 @@ def list_modules(model: nn.Module, adapter: str, config: Any) -> None:
         if not any(_matches(config, name) for name in without):
             return
     # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
+    if always:  # of what the list matches too much
+        others = [name for name in without if _matches(config, name)]
+        config.exclude_modules = "|".join(re.escape(name) for name in sorted(others))
+        return
     config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 

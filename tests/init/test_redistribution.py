@@ -104,7 +104,7 @@ def test_any_method_takes_any_score(method, score):
 def test_a_layer_may_lose_its_adapter():
     model = wrapped(r=1, lora_alpha=2)
     report = lk.initialize(
-        model, padded(samples(), 4), "pissa", ranks=lk.Redistribution("gradient_energy", rho=4.0), progress=False
+        model, padded(samples(), 4), "pissa", ranks=lk.Redistribution("gradient_energy", 4.0, 0), progress=False
     )
     assert {each.status for each in report} == {"initialised", "removed"}
     assert sum(each.rank for each in report) == len(report.layers)
@@ -114,7 +114,8 @@ def test_a_layer_may_lose_its_adapter():
 
 def test_evas_own_redistribution_is_the_general_one(stats):
     own, general = wrapped(), wrapped()
-    first = lk.initialize(own, statistics=stats, method="eva", progress=False)
+    first = lk.initialize(own, statistics=stats, method=lk.EVA(rho=2.0), progress=False)
+    assert len({each.rank for each in first}) > 1
     second = lk.initialize(
         general, statistics=stats, method=lk.EVA(rho=1.5, multiple_of=3), ranks=lk.Redistribution(), progress=False
     )

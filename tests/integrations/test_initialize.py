@@ -44,7 +44,7 @@ def adapted(rank=4, model=None, **options):
 
 
 def run(model, loader=None, method=None, **options):
-    return lk.initialize(model, loader or text(), method or lk.EVA(), progress=False, **options)
+    return lk.initialize(model, loader or text(), method or lk.EVA(rho=2.0), progress=False, **options)
 
 
 def ranks(model, adapter="default"):
@@ -73,9 +73,24 @@ def test_function_is_kept_ranks_move_and_the_adapter_loads_in_stock_peft(tmp_pat
     assert torch.equal(logits(loaded, text(1)[0]), trained)
 
 
+def test_by_default_every_layer_keeps_its_rank_and_no_adapter_is_removed_unless_asked():
+    model = adapted(rank=8)
+    assert {each.rank for each in lk.initialize(model, text(), progress=False)} == {8}
+    assert model.peft_config["default"].rank_pattern == {} and set(ranks(model).values()) == {8}
+    for options in ({"method": lk.EVA(rho=4.0)}, {"method": "eva", "ranks": lk.Redistribution(rho=4.0)}):
+        model = adapted(rank=1)
+        found = [each.rank for each in lk.initialize(model, text(), progress=False, **options)]
+        assert set(found) == {1}  # as many ranks as layers, one for each
+        model = adapted(rank=2)
+        found = [each.rank for each in lk.initialize(model, text(), progress=False, **options)]
+        assert min(found) == 1 and max(found) > 2 and sum(found) == 2 * 14
+        config = model.peft_config["default"]
+        assert config.r == max(found) and config.lora_alpha / config.r == pytest.approx(8 / 2)
+
+
 def test_rank_zero_removes_the_adapter_and_the_config_says_so(tmp_path):
     model = adapted(rank=1)
-    report = run(model, method=lk.EVA(rho=4.0))
+    report = run(model, method=lk.EVA(rho=4.0, min_rank=0))
     removed = {each.name for each in report if each.status == "removed"}
     assert removed and all(type(model.get_submodule(name)) is nn.Linear for name in removed)
     assert {each.name for each in report if each.rank} == set(ranks(model))
@@ -93,7 +108,7 @@ def test_alpha_follows_the_rank(rslora):
     assert all(m.scaling["default"] == pytest.approx(scaling) for m in model.modules() if hasattr(m, "lora_A"))
     assert len({m.lora_alpha["default"] for m in model.modules() if hasattr(m, "lora_A")}) > 1
     fixed = adapted(lora_alpha=10)
-    run(fixed, method=lk.EVA(adjust_scaling_factors=False))
+    run(fixed, method=lk.EVA(rho=2.0, adjust_scaling_factors=False))
     assert {m.lora_alpha["default"] for m in fixed.modules() if hasattr(m, "lora_A")} == {10}
 
 
@@ -168,7 +183,7 @@ def test_other_adapters_and_other_state_survive():
 def test_removing_a_layer_keeps_the_other_adapter_on_it():
     model = adapted(rank=1)
     model.add_adapter("second", LoraConfig(r=1, target_modules="all-linear"))
-    report = run(model, adapter_name="second", method=lk.EVA(rho=4.0))
+    report = run(model, adapter_name="second", method=lk.EVA(rho=4.0, min_rank=0))
     gone = next(each.name for each in report if each.status == "removed")
     module = model.get_submodule(gone)
     assert "default" in module.r and "second" not in module.r
@@ -210,6 +225,100 @@ def test_an_optimizer_that_would_go_stale_is_refused():
     gc.collect()
     run(model)
     assert ranks(model) != before
+
+
+def batch_logits(model):
+    return logits(model, text(1)[0])
+
+
+def scatter(model):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"use_dora": True, "use_rslora": True}])
+def test_force_over_a_trained_magnitude_or_bias_gives_the_function_of_the_base(settings, rho):
+    model, base = adapted(**settings), batch_logits(llama())
+    scatter(model)
+    assert (batch_logits(model) - base).abs().max() > 0.01
+    run(model, method=lk.EVA(rho=rho), force=True)
+    torch.testing.assert_close(batch_logits(model), base, rtol=1e-5, atol=2e-6)
+    scatter(model)  # what the start left is still trained
+    assert (batch_logits(model) - base).abs().max() > 0.01
+
+
+def test_force_leaves_no_norms_of_before_in_peft_s_cache():
+    from peft.helpers import DoraCaching
+
+    model, base = adapted(use_dora=True), batch_logits(llama())
+    scatter(model)
+    with DoraCaching():
+        batch_logits(model)
+        run(model, method=lk.EVA(rho=1.0), force=True)
+        torch.testing.assert_close(batch_logits(model), base, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_lora_da_on_dora_computes_what_it_says(trained):
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in text()]
+    model = adapted(use_dora=True)
+    if trained:
+        scatter(model)
+    run(model, batches, lk.LoraDA(gamma=1.0), force=trained)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            total = module.get_base_layer().weight + module.scaling["default"] * (
+                module.lora_B["default"].weight @ module.lora_A["default"].weight
+            )
+            magnitude = module.lora_magnitude_vector["default"].weight
+            assert magnitude.requires_grad
+            torch.testing.assert_close(magnitude, total.norm(dim=1), rtol=1e-5, atol=1e-7)
+            assert (magnitude - module.get_base_layer().weight.norm(dim=1)).abs().max() > 1e-3
+            merged = module.get_base_layer().weight + module.get_delta_weight("default")
+            torch.testing.assert_close(merged, total)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_force_over_trained_biases_of_the_base_is_refused(bias):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+
+        def forward(self, x):
+            return self.norm(self.q(x))
+
+    data = [torch.randn(9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    model = get_peft_model(Biased(), LoraConfig(r=2, target_modules=["q"], bias=bias))
+    run(model, loader=data, method=lk.EVA(rho=1.0), force=True)  # of an adapter that is as it was made
+    scatter(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"trained with bias='{bias}'.*make the model anew"):
+        run(model, loader=data, method=lk.EVA(rho=1.0), force=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    unbiased = adapted(bias=bias)  # a Llama has none
+    scatter(unbiased)
+    run(unbiased, method=lk.EVA(rho=1.0), force=True)
+    torch.testing.assert_close(batch_logits(unbiased), batch_logits(llama()), rtol=1e-5, atol=2e-6)
+
+
+def test_a_fresh_magnitude_keeps_its_bits():
+    model = adapted(use_dora=True)
+    before = {name: value.clone() for name, value in model.named_parameters() if "magnitude" in name}
+    run(model, method=lk.EVA(rho=1.0))
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
+
+
+def test_a_trained_bias_of_b_is_refused_unless_forced():
+    model = adapted(lora_bias=True)
+    nn.init.ones_(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_B["default"].bias)
+    with pytest.raises(ValueError, match="up_proj has a lora_B bias that is not zero.*force=True"):
+        run(model)
 
 
 def test_a_trained_adapter_is_refused_unless_forced():
@@ -303,7 +412,7 @@ def test_ambiguous_names_are_rebuilt_exactly(tmp_path):
     base = Outer()
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["proj"]))
     data = [torch.randn(50, 6) * torch.tensor([9.0, 4, 2, 1, 0.1, 0.1])]
-    run(model, loader=data, method=lk.EVA(rho=3.0))
+    run(model, loader=data, method=lk.EVA(rho=3.0, min_rank=0))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert ranks(loaded) == ranks(model)

@@ -271,3 +271,18 @@ def test_a_base_without_a_tokenizer_and_with_another_head(folder, base, tmp_path
     assert json.loads(capsys.readouterr().out)["layers"]
     assert cli.main(["inspect", str(folder), "--base", str(bare), "--task", "base"]) == 2
     assert "--task names another head" in capsys.readouterr().err
+
+
+def test_the_command_says_what_servers_need(tmp_path, capsys):
+    model = trained(alpha_pattern={"q_proj": 5})
+    model.save_pretrained(tmp_path / "saved")
+    lk.export(model, tmp_path / "served", serving=True)
+    cli.main(["inspect", str(tmp_path / "saved")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "vLLM: other numbers in 2 of 14 layers" in said and "serving=True" in said
+    cli.main(["inspect", str(tmp_path / "served")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "vLLM: --max-lora-rank 8" in said and "SGLang: --max-lora-rank 8" in said and "serving=True" not in said
+    trained(use_dora=True).save_pretrained(tmp_path / "dora")
+    cli.main(["inspect", str(tmp_path / "dora")])
+    assert "do not compute DoRA: merge the adapter" in " ".join(capsys.readouterr().out.split())

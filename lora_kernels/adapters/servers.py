@@ -1,0 +1,186 @@
+"""What servers of LoRA adapters read of a folder, and what they refuse: functions of its config and tensors alone.
+
+All of them read adapter_config.json and the tensors beside it, and PEFT's rules only in part:
+
+- vLLM (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`): one scaling for all layers, `lora_alpha / r` or
+  `lora_alpha / sqrt(r)` of the config's own values; patterns are dropped. It allocates for `--max-lora-rank`.
+- SGLang (`python/sglang/srt/lora/lora.py`, `mem_pool.py`): `lora_alpha / r`; no rsLoRA, and each tensor must be of the
+  config's r. (Its newest `lora_config.py` also reads patterns; what is said here holds for versions before that.)
+- llama.cpp (`convert_lora_to_gguf.py`, `src/llama-adapter.h`): `lora_alpha / rank` of each tensor; no rsLoRA, no
+  patterns, and an alpha of 0 means a scaling of 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_kernels.adapters.names import PREFIX, matches
+
+SERVERS = ("vllm", "sglang", "llama.cpp")
+_SHOWN = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
+# `MaxLoRARanks` of vLLM's vllm/config/lora.py, less 1, which no adapter of a useful rank fits.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_EXPORT = "write it with lora_kernels.export(model, path, serving=True)"
+MERGE = "merge the adapter instead (model.merge_and_unload()) and serve the merged model"
+# Settings of the config that make more of an adapter than s B A of linear layers.
+_SETTINGS = {
+    "modules_to_save": "modules_to_save",
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
+    "target_parameters": "target_parameters (experts)",
+    "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "layer_replication",
+    "arrow_config": "Arrow",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+
+
+def refusals(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What of an adapter vLLM, SGLang and llama.cpp do not compute.
+
+    Args:
+        config: adapter_config.json, or the fields of a `LoraConfig`.
+        shapes: of the tensors, by name.
+
+    Returns:
+        Names, in words; none if they compute all of it.
+    """
+    found = [word for name, word in _SETTINGS.items() if config.get(name)]
+    if (config.get("bias") or "none") != "none":
+        found.append(f"bias={config['bias']!r}")
+    if any(".lora_embedding_" in name for name in shapes):
+        found.append("embeddings")
+    if any(".lora_A." in name and len(shape) != 2 for name, shape in shapes.items()):
+        found.append("convolutions")
+    others = [name for name in shapes if ".lora_A.weight" not in name and ".lora_B.weight" not in name]
+    if others and not found:
+        found.append(f"the tensor {others[0]}")
+    return found
+
+
+def slot(rank: int, server: str) -> int:
+    """The rank to write an adapter with.
+
+    Args:
+        rank: the largest of its layers.
+        server: one of `SERVERS`.
+
+    Returns:
+        The smallest `--max-lora-rank` of vLLM that holds it; for others the rank itself.
+
+    Raises:
+        ValueError: if vLLM has none.
+    """
+    if server != "vllm":
+        return rank
+    found = next((each for each in VLLM_RANKS if each >= rank), None)
+    if found is None:
+        raise ValueError(
+            f"the adapter has a layer of rank {rank}, but vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}: cut it "
+            f"(rank={VLLM_RANKS[-1]}), or {MERGE}"
+        )
+    return found
+
+
+def _scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:
+    return next((value for key, value in (pattern or {}).items() if matches(key, name)), default)
+
+
+def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, int]:
+    """In how many layers each server multiplies `B A` by another number than PEFT.
+
+    Args:
+        config: adapter_config.json.
+        ranks: of the tensors, by layer.
+
+    Returns:
+        Counts, by server.
+    """
+    r, alpha = config["r"], config["lora_alpha"]
+    counts = dict.fromkeys(SERVERS, 0)
+    for name, rank in ranks.items():
+        if not rank:
+            continue
+        own = _scaling(_of_pattern(config.get("alpha_pattern"), name.removeprefix(PREFIX), alpha), rank, config)
+        served = {
+            "vllm": _scaling(alpha, r, config),
+            "sglang": alpha / r,
+            "llama.cpp": alpha / rank if alpha else 1.0,
+        }
+        for server, scaling in served.items():
+            counts[server] += not math.isclose(own, scaling, rel_tol=1e-6, abs_tol=1e-12)
+    return counts
+
+
+def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What vLLM, SGLang and llama.cpp need of an adapter folder, get wrong, or refuse.
+
+    Args:
+        config: adapter_config.json.
+        shapes: of the tensors, by name.
+
+    Returns:
+        Sentences.
+    """
+    refused = refusals(config, {name: shape for name, shape in shapes.items() if ".lora_dash." not in name})
+    if refused:
+        return [f"servers (vLLM, SGLang, llama.cpp) do not compute {', '.join(refused)}: {MERGE}"]
+    if any(".lora_dash." in name for name in shapes):
+        return [f"servers (vLLM, SGLang, llama.cpp): refused, for what LoRA-Dash needs to go on training: {_EXPORT}"]
+    ranks = {name.partition(".lora_A.")[0]: shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    highest, wrong = max(ranks.values()), differences(config, ranks)
+    problems = {
+        server: [f"other numbers in {count} of {len(ranks)} layers"] for server, count in wrong.items() if count
+    }
+    if highest > config["r"]:
+        problems.setdefault("vllm", []).append(f"it takes r={config['r']} for the rank, but a layer has {highest}")
+    if any(rank != config["r"] for rank in ranks.values()):
+        problems.setdefault("sglang", []).append("it refuses layers of several ranks")
+    if isinstance(config.get("target_modules"), str):
+        problems.setdefault("sglang", []).append("it refuses an expression for target_modules")
+    why = {
+        "vllm": "one alpha/r, patterns are ignored",
+        "sglang": "one alpha/r, no rsLoRA",
+        "llama.cpp": "alpha / rank of each tensor, no rsLoRA or patterns",
+    }
+    found = []
+    for server in SERVERS:
+        if server in problems:
+            found.append(f"{_SHOWN[server]}: {'; '.join(problems[server])} ({why[server]}): {_EXPORT}")
+        elif server == "vllm" and highest > VLLM_RANKS[-1]:
+            found.append(
+                f"vLLM: rank {highest} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}: export(rank=...)"
+            )
+        elif server == "vllm":
+            found.append(f"vLLM: --max-lora-rank {slot(highest, server)}")
+        elif server == "sglang":
+            found.append(f"SGLang: --max-lora-rank {highest} or more")
+        else:
+            found.append("llama.cpp: convert_lora_to_gguf.py takes it as it is")
+    return found
+
+
+def common(scalings: Iterable[float]) -> float:
+    """The scaling to write for all layers: that of most of them, so that their B stays as it is to the bit.
+
+    Args:
+        scalings: of the layers.
+
+    Returns:
+        The scaling; 1 where it would be 0, by which B cannot be divided.
+    """
+    counts: dict[float, int] = {}
+    for scaling in scalings:
+        counts[scaling] = counts.get(scaling, 0) + (scaling != 0)
+    best = max(counts, key=lambda each: counts[each], default=0.0)
+    return best or 1.0
