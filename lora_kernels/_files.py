@@ -42,12 +42,12 @@ def read_json(file: Path, what: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to that takes the place of a file when the block ends: at any moment there is one of both, whole.
+    """Write a file so that at any moment there is the old one or the new one, whole.
 
     A symbolic link stays, and what it leads to is replaced. The folder is made.
 
     Yields:
-        The path.
+        The path to write to, of the same suffix.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,15 +87,14 @@ def write_tensors(
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write to whose files take their place in another when the block ends; the other's other files stay.
+    """Write files of a folder so that at any moment it has all of the old ones or all of the new ones.
 
-    At any moment there are all of the old files or all of the new ones. Linux exchanges two folders in one step, on most
-    file systems. Elsewhere the old folder is moved to a hidden name beside it first. A folder that cannot be moved (a
-    mount, the working directory) gets the files one by one, and is without the first of them meanwhile: it cannot be read
-    as a mixture.
+    Its other files stay. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is
+    moved to a hidden name beside it first. A folder that cannot be moved (a mount, the working directory) gets the
+    files one by one, and is without the first of them meanwhile: it cannot be read as a mixture.
 
     Yields:
-        The folder.
+        The folder to write to.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
