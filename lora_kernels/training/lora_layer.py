@@ -77,11 +77,6 @@ class FusedForward:
         return result
 
 
-def stock_class(layer: Any) -> type:
-    """PEFT's class of a LoRA layer, accelerated or not."""
-    return type(layer).__mro__[2] if isinstance(layer, FusedForward) else type(layer)
-
-
 def class_of(kind: type) -> type:
     """The accelerated subclass of a layer's class; the same one every time, so that layers can be pickled.
 

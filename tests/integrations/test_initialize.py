@@ -349,7 +349,10 @@ def test_failure_before_writing_leaves_the_model_as_it_was():
     weights = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match="must be at most min"):
         run(adapted(rank=40))
-    for options in ({"method": lk.EVA(min_rank=5)}, {"method": "lora_ga", "ranks": lk.Redistribution(min_rank=5)}):
+    for options in (
+        {"method": lk.EVA(rho=2.0, min_rank=5)},
+        {"method": "lora_ga", "ranks": lk.Redistribution(min_rank=5)},
+    ):
         with pytest.raises(ValueError, match="budget"):
             lk.initialize(model, unread(), progress=False, **options)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
