@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan isa bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa peft-matrix bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ asan: $(VENV)/.dev ## tests of the C++ part, built with address and undefined-be
 
 isa: $(VENV)/.dev ## the accuracy tests under every instruction set that this processor has, one and two threads
 	@$(BIN)/python tests/instruction_sets.py
+
+peft-matrix: $(VENV)/.dev ## the adapter tests under every supported version of PEFT, and their files under all others
+	@$(BIN)/python tests/peft_matrix.py
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(PYTEST) -m 'not slow'

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.names import config_name, patterns
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.modes import is_sharded
@@ -119,6 +120,7 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
     """
     if not is_peft_model(model):
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
+    require_peft()
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
     check_type("adapter_name", adapter, str, "a name")

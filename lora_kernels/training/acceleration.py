@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.modes import is_sharded
@@ -82,6 +83,7 @@ class AccelerateReport(Printed):
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Name and module of every LoRA layer of a model, in its order."""
+    require_peft()
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
     return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.ops._checks import check_type
 from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.training.lora_pro.groups import Scaling
@@ -77,6 +78,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
         ValueError: if there is none.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
+    require_peft()
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
     pairs: list[_Pair] = []
