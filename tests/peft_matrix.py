@@ -41,16 +41,13 @@ class Environment:
         """Into the folder, unless that is done already."""
         done = self.folder / "installed"
         wanted = "\n".join((f"peft=={self.peft}", *self.others))
-        if done.is_file() and done.read_text() == wanted:
-            return
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run(
-            [*command, "--no-deps", "--upgrade", "--target", str(self.folder), *wanted.split("\n")], check=True
-        )
+        if not done.is_file() or done.read_text() != wanted:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*command, "--upgrade", "--target", str(self.folder), *wanted.split("\n")], check=True)
+            done.write_text(wanted)
         # Python runs this first, in every process: a package that is None cannot be imported or found.
         lines = ("import sys", *(f"sys.modules[{name!r}] = None" for name in self.hidden))
         (self.folder / "sitecustomize.py").write_text("\n".join(lines) + "\n")
-        done.write_text(wanted)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Python in this environment."""

@@ -86,8 +86,8 @@ class FusedForward:
             if joined and factor is not None and factor.shape[0] != rank and not hasattr(self, "lora_start"):
                 raise RuntimeError(
                     f"{prefix[:-1]} was saved with rank {factor.shape[0]} but is of rank {rank} here: a frozen start "
-                    "or coordinates were saved as rank with it; lora_kernels.load(model, folder) takes them apart, also "
-                    "before transformers' Trainer resumes"
+                    "or coordinates were saved as rank with it; lora_kernels.load(model, folder) takes them apart, "
+                    "also before transformers' Trainer resumes"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""Adapters that one version of PEFT writes and another reads: `peft_files.py write|read FOLDER ...`; see peft_matrix.py."""
+"""Adapters that one version of PEFT writes and another reads: `peft_files.py write|read FOLDER ...`."""
 
 import shutil
 import sys
