@@ -152,6 +152,8 @@ def test_experts_go_by_the_paths_of_their_parameters(tmp_path, kind, method):
     make, settings = EXPERTS[kind]
     model = get_peft_model(make(), LoraConfig(r=4, lora_alpha=8, **copy.deepcopy(settings)))
     names = [config_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if method == "lora_ga" and any(name.endswith("block_sparse_moe.gate") for name in names):
+        pytest.skip("transformers 4 has routers as linear layers, of fewer outputs than LoRA-GA needs")
     assert len(set(names)) == len(names) and not any("base_layer" in name for name in names)
     before = logits(model)
     lk.initialize(model, [BATCH] * 2, method=method, progress=False)
