@@ -58,15 +58,14 @@ class Environment:
         )
 
 
-# The newest of each minor version, from `adapters.versions.MINIMUM` on.
+TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+NEED_NEWER = ("sentence_transformers", "datasets")
+# The newest of each minor version, from `adapters.versions.MINIMUM` on. The first two know torchao in older versions
+# only; 0.19 converts mixtures of experts as the first transformers 5 did, and so gets transformers 4.
 ENVIRONMENTS = (
-    Environment(
-        "0.18.1",
-        ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"),
-        ("torchao", "sentence_transformers", "datasets"),  # they need newer ones
-    ),
-    Environment("0.18.1", hidden=("torchao",)),  # which it knows in older versions only
-    Environment("0.19.1"),
+    Environment("0.18.1", TRANSFORMERS_4, ("torchao", *NEED_NEWER)),
+    Environment("0.18.1", hidden=("torchao",)),
+    Environment("0.19.1", TRANSFORMERS_4, ("torchao", *NEED_NEWER)),
     Environment("0.20.0"),
     Environment("0.21.2"),
 )
