@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance peft-matrix bench micro figures gpu aot docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ $(CONFORMANCE_VENV)/.installed: constraints.txt tests/conformance/requirements.t
 
 conformance: $(CONFORMANCE_VENV)/.installed ## PEFT's own tests, stock and on accelerated layers (CONFORMANCE=arguments of pytest)
 	@$(CONFORMANCE_VENV)/bin/python tests/conformance/run.py $(CONFORMANCE)
+
+peft-matrix: $(VENV)/.dev ## the adapter tests under every supported version of PEFT, and their files under all others
+	@$(BIN)/python tests/peft_matrix.py
 
 test-quick: $(VENV)/.dev ## the tests without the slow ones
 	@$(PYTEST) -m 'not slow'

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
+from lora_kernels.adapters.versions import require_peft
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +85,7 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
+    require_peft()
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
@@ -206,6 +208,7 @@ def _mean_square(outputs: Any, _batch: Any) -> Any:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    require_peft()
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415

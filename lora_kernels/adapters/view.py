@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.names import config_name
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.statistics.distributed import unwrap
 
 
@@ -61,6 +62,7 @@ def _number(value: Any) -> float:
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LoraView]:
     """The LoRA layers of a model, of all kinds and in its order; with an adapter's name, those that have it."""
+    require_peft()
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415  (peft is an optional dependency)
 
     return [

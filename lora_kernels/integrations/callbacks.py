@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from lora_kernels.integrations.monitor import LandscapeMonitor
@@ -23,7 +24,9 @@ class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
 
     The coordinates are parameters before the Trainer makes its optimizer, loads a checkpoint or wraps the model; its
     checkpoints hold coordinates, directions and the count, and `resume_from_checkpoint` goes on from them, before the
-    switch or after it.
+    switch or after it. An optimizer of your own (`optimizers=(optimizer, None)`) should be made after
+    `LoRADash(k=8).attach(model)`; one that does not hold the coordinates gets them, at the end of its group of the
+    factors, when the Trainer is made.
 
     Args:
         config: by default `LoRADash()`.
@@ -41,15 +44,26 @@ class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
         self.config = LoRADash() if config is None else config
         self.run: DashRun | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Add the coordinates."""
-        self.run = self.config.attach(model)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """See that the model in training is the one that has them.
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Add the coordinates, and give them to an optimizer that is there already.
 
         Raises:
-            RuntimeError: if it is not.
+            TypeError: if that is no optimizer.
+            ValueError: if it holds none of the adapter's factors.
+        """
+        self.run = self.config.attach(model)
+        if optimizer is not None:
+            self.run.join(optimizer)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """See that model and optimizer of the training are those that have them.
+
+        Raises:
+            RuntimeError: if they are not.
         """
         held = {id(each) for each in unwrap(model).parameters()}
         if self.run is None or not all(id(each) in held for each in self.run.coordinates()):
@@ -57,6 +71,22 @@ class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
                 "the model in training has no coordinates of this callback: pass it to Trainer(callbacks=[...]), not "
                 "to add_callback, and a model, not model_init"
             )
+        trained = {id(each) for group in getattr(optimizer, "param_groups", ()) for each in group["params"]}
+        if optimizer is not None and any(
+            each.requires_grad and id(each) not in trained for each in self.run.coordinates()
+        ):
+            raise RuntimeError(
+                "the optimizer does not hold the coordinates of LoRA-Dash, which are parameters of the model since the "
+                "Trainer was made: create_optimizer must take all parameters that require gradients (ZeRO, which "
+                "keeps flat shards, is not supported)"
+            )
+        for each in self.run.coordinates():
+            saved = getattr(optimizer, "state", {}).get(each, {}).values()
+            if any(isinstance(value, torch.Tensor) and value.shape not in ((), each.shape) for value in saved):
+                raise RuntimeError(
+                    "the optimizer's parameters are in another order than they were in the checkpoint: in both runs, "
+                    "attach LoRADash to the model before you make the optimizer"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Count the step, and make the switch when it is time."""

@@ -15,6 +15,7 @@ from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.integrations import peft as peft_layers
 from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
@@ -46,7 +47,9 @@ def load(
         ValueError: if the folder is missing, malformed or of another method, or does not fit the model: a factor of
             another shape, or one that only the file or only the model has.
         TypeError: on settings for a PEFT model, which is there already.
+        ImportError: if PEFT is missing or too old.
     """
+    require_peft()
     from peft import PeftModel  # noqa: PLC0415  (peft is an optional dependency)
 
     folder = Path(path)
@@ -134,7 +137,9 @@ def _check_complete(model: Any, adapter: str, folder: Path, tensors: Iterable[st
     def factors(names: Iterable[str]) -> set[str]:
         return {name for name in names if ".lora_A" in name or ".lora_B" in name or ".lora_embedding_" in name}
 
-    written, wanted = factors(tensors), factors(get_peft_model_state_dict(model, adapter_name=adapter))
+    # Without embeddings: whether they have changed, older versions look up in the base model's folder, and warn.
+    held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    written, wanted = factors(tensors), factors(held)
     for missing, where, other in (
         (wanted - written, "the model", "the file"),
         (written - wanted, "the file", "the model"),

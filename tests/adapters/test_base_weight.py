@@ -217,6 +217,8 @@ def test_codes_are_never_taken_for_the_weight(kind):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         for method in ("eva", "lora_da", *["lora_ga"] * carries):
             model = stand_ins.wrapped(kind)
+            if model.base_model.model.lin.lora_A["default"].weight.dtype == torch.float8_e4m3fn:
+                pytest.skip("this PEFT makes factors of 8-bit floats on such a base")
             layer = model.base_model.model.lin.base_layer
             (report,) = lk.initialize(model, batches, method, loss=loss, reduction="samples", progress=False)
             assert report.status == "initialised" and report.start_share == 0

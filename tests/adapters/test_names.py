@@ -21,6 +21,7 @@ from transformers import (
 
 import lora_kernels as lk
 from lora_kernels.adapters.names import config_name, matches, patterns
+from lora_kernels.integrations.peft import is_tied, places
 from tests.adapters.start_models import nudge
 
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -151,6 +152,8 @@ def test_experts_go_by_the_paths_of_their_parameters(tmp_path, kind, method):
     make, settings = EXPERTS[kind]
     model = get_peft_model(make(), LoraConfig(r=4, lora_alpha=8, **copy.deepcopy(settings)))
     names = [config_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if method == "lora_ga" and any(name.endswith("block_sparse_moe.gate") for name in names):
+        pytest.skip("transformers 4 has routers as linear layers, of fewer outputs than LoRA-GA needs")
     assert len(set(names)) == len(names) and not any("base_layer" in name for name in names)
     before = logits(model)
     lk.initialize(model, [BATCH] * 2, method=method, progress=False)
@@ -193,6 +196,9 @@ def test_an_export_lists_its_modules(tmp_path):
 def test_tied_factors_are_left_as_they_are(tmp_path, method):
     targets = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
     model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(r=4, **targets))
+    head = model.base_model.model.lm_head
+    if not is_tied(head.lora_B["default"].weight, places(model)):
+        pytest.skip("this PEFT ties no factors")
     report = lk.initialize(model, [BATCH], method=method, progress=False)
     head = next(layer for layer in report.layers if layer.name.endswith("lm_head"))
     assert head.status == "unsupported" and "those of another layer" in head.notes[0]

@@ -4,20 +4,20 @@ import copy
 import io
 import json
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from transformers import Trainer, TrainingArguments
 
 import lora_kernels as lk
 from lora_kernels.adapters import parts
 from tests.adapters.start_models import (
     BATCH,
-    BATCHES,
     TARGETS,
     assert_same_bits,
     layers,
@@ -27,6 +27,9 @@ from tests.adapters.start_models import (
     wrapped,
 )
 from tests.statistics.models import tiny_llama
+
+# The weights of PEFT's svd combination before 0.21 have the scaling that the products have as well.
+SCALES_TWICE = metadata.version("peft").startswith(("0.18.", "0.19.", "0.20."))
 
 
 def logits(model, **more):
@@ -42,6 +45,7 @@ def assert_close(one, other):
 def stock(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # PEFT before 0.20, of any head that is trained
         return PeftModel.from_pretrained(tiny_llama(), folder)
 
 
@@ -208,7 +212,8 @@ def test_several_adapters(tmp_path):
             model.add_weighted_adapter(kinds[0], [1.0] * len(kinds[0]), "bad", combination_type=kinds[1])
     assert "bad" not in model.peft_config
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    total = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    again = [layer.scaling[name] if SCALES_TWICE else 1.0 for name in ("default", "second")]
+    total = layer.get_delta_weight("default") * again[0] + layer.get_delta_weight("second") * again[1]
     assert_close(layer.get_delta_weight("both"), total)
     model.delete_adapter("default")
     model.set_adapter("second")
@@ -225,7 +230,7 @@ def test_deleted_alone():
     model.set_adapter("other")
     model.delete_adapter("default")
     assert torch.equal(logits(model), logits(tiny_llama()))
-    assert not any(layer.lora_variant for layer in layers(model))
+    assert not any(len(layer.lora_start) for layer in layers(model))
     assert not any(each.requires_grad for name, each in model.named_parameters() if ".other." not in name)
 
 
@@ -329,21 +334,17 @@ def test_accelerated_models_keep_it(path):
     assert torch.equal(logits(model), expected)
 
 
-def kinds_that_are_more_than_a_product():
-    from peft import MontecloraConfig
-    from peft.tuners.lora.config import KasaConfig
-
-    return {
-        "dora": {"use_dora": True},
-        "kasa": {"kasa_config": KasaConfig()},
-        "monteclora": {"monteclora_config": MontecloraConfig()},
-        "alora": {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
-    }
+def more_than_a_product(kind):
+    simple = {"dora": {"use_dora": True}, "alora": {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}}
+    if kind in simple:
+        return simple[kind]
+    config = getattr(lora_config, {"kasa": "KasaConfig", "monteclora": "MontecloraConfig"}[kind], None)
+    return {f"{kind}_config": config()} if config else pytest.skip(f"this PEFT has no {kind}")
 
 
 @pytest.mark.parametrize("kind", ["dora", "kasa", "monteclora", "alora"])
 def test_what_cannot_have_a_start_is_refused_before_anything_changes(kind):
-    model = wrapped(**kinds_that_are_more_than_a_product()[kind])
+    model = wrapped(**more_than_a_product(kind))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def loader():
@@ -367,59 +368,3 @@ def test_a_base_that_a_start_has_changed_is_named(tmp_path):
         with pytest.raises(ValueError, match="cannot start again"):
             lk.initialize(model, method="pissa", force=True, progress=False)
         assert torch.equal(logits(model), before) and not (tmp_path / "stock").exists()
-
-
-# transformers' Trainer
-
-
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, index):
-        ids = torch.randint(0, 61, (7,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
-
-
-def trainer(model, folder, kind):
-    more = {}
-    if kind == "dash":
-        more["callbacks"] = [lk.LoRADashCallback(lk.LoRADash(k=3, pre_launch=3))]
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=5,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        save_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=5,
-    )
-    if kind == "lora_pro":
-        more["optimizer_cls_and_kwargs"] = lk.lorapro_cls_and_kwargs(model, lr=1e-2)
-    return Trainer(model, arguments, train_dataset=Data(), **more)
-
-
-def begun(method):
-    model = wrapped(lora_dropout=0.1)
-    lk.initialize(model, BATCHES if method == "lora_ga" else None, method=method, progress=False)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["adamw", "lora_pro", "dash"])
-@pytest.mark.parametrize("method", ["lora_ga", "pissa"])
-def test_the_trainer_resumes_to_the_bit(tmp_path, method, kind):
-    whole = begun(method)
-    trainer(whole, tmp_path / "whole", kind).train()
-    saved = tmp_path / "whole" / "checkpoint-5"
-    assert_close(logits(stock(saved)), logits(whole))
-    for step in (2, 4):  # before LoRA-Dash's switch, and after it
-        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        other = begun("pissa" if method == "lora_ga" else "lora_ga")  # of another start
-        loaded = lk.load(tiny_llama(), checkpoint), lk.load(wrapped(lora_dropout=0.1), checkpoint)
-        for again in (begun(method), other, *loaded):
-            trainer(again, tmp_path / "again", kind).train(resume_from_checkpoint=str(checkpoint))
-            assert_same_bits(again, whole)
-            assert torch.equal(logits(again), logits(whole))

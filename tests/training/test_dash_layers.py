@@ -312,7 +312,8 @@ def test_coordinates_of_a_second_adapter_that_is_not_scaled():
 def test_conversion_sees_the_coordinates():
     model, layer = linear()
     dashed(model, k=4)
-    assert layer.supports_lora_conversion("default")
+    if hasattr(layer, "supports_lora_conversion"):  # from PEFT 0.19 on
+        assert layer.supports_lora_conversion("default")
     delta = effective(layer) - layer.base_layer.weight.double()
     torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=0, atol=1e-12)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,27 +52,34 @@ def _group_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[str, A
     return None
 
 
+def hold(optimizer: Any, coordinates: Sequence[nn.Parameter], factors: Sequence[nn.Parameter]) -> None:
+    """Put coordinates that an optimizer does not hold into the group of the factors.
+
+    A group of their own would have to be known to the learning rate schedule, which may have been made before.
+
+    Args:
+        optimizer: that of `check`.
+        coordinates: what it is to train.
+        factors: A and B.
+    """
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    missing = [each for each in coordinates if id(each) not in held and each.requires_grad]
+    group = _group_of(optimizer, factors)
+    if not missing or group is None:
+        return
+    if "param_names" in group:  # an optimizer of named parameters; it wants all to have a name
+        group["param_names"] += [f"lora_dash.{index}" for index in range(len(missing))]
+    group["params"] += missing
+
+
 def start_afresh(optimizer: Any, coordinates: Sequence[nn.Parameter], factors: Sequence[nn.Parameter]) -> None:
     """Forget the state of the coordinates, so that Adam corrects its moments from here; add those that are missing.
 
     Args:
         optimizer: that of `check`.
         coordinates: what it is to train from now on.
-        factors: A and B, whose group's settings a new group takes over.
+        factors: A and B.
     """
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    missing = [each for each in coordinates if id(each) not in held and each.requires_grad]
-    if missing:
-        like = _group_of(optimizer, factors)
-        assert like is not None  # checked before
-        settings = {name: value for name, value in like.items() if name not in ("params", "param_names")}
-        optimizer.add_param_group({**settings, "params": missing})
-        if "initial_lr" in settings:
-            warnings.warn(
-                "the coordinates of LoRA-Dash were not in the optimizer: they have a parameter group of their own now, "
-                "which a learning rate schedule made before does not know; make the optimizer after attach instead",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+    hold(optimizer, coordinates, factors)
     for each in coordinates:
         optimizer.state.pop(each, None)

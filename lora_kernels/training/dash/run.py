@@ -63,6 +63,21 @@ class DashRun:
         """The coordinates of all layers."""
         return [each.coordinates for each in self.directions().values()]
 
+    def join(self, optimizer: Any) -> None:
+        """Give the coordinates to an optimizer that was made without them, in the group of the adapter's factors.
+
+        Call it before the optimizer loads a state; `step` does it at the switch.
+
+        Args:
+            optimizer: of the adapter's factors.
+
+        Raises:
+            TypeError: if it is no optimizer.
+            ValueError: if it holds none of the factors.
+        """
+        optimizers.check(optimizer, self._factors())
+        optimizers.hold(optimizer, self.coordinates(), self._factors())
+
     def step(self, optimizer: Any) -> bool:
         """Count an optimizer step, and make the switch when it is time; call it after every `optimizer.step()`.
 
@@ -70,8 +85,8 @@ class DashRun:
         processes must call it.
 
         Args:
-            optimizer: whose state of the coordinates starts anew at the switch. If it does not hold them, they become
-                a parameter group of it then, with the settings of the adapter's own.
+            optimizer: whose state of the coordinates starts anew at the switch. If it does not hold them, they join the
+                parameter group of the adapter's factors then.
 
         Returns:
             Whether this call made the switch.
