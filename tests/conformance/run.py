@@ -57,9 +57,9 @@ def environment(out: Path) -> dict[str, str]:
     }
 
 
-def session(mode: str, tests: Path, out: Path, arguments: list[str]) -> dict[str, dict]:
+def session(mode: str, tests: Path, out: Path, arguments: list[str], name: str = "") -> dict[str, dict]:
     """Run the tests, and return what came of each."""
-    record, log = out / f"{mode}.json", out / f"{mode}.log"
+    record, log = out / f"{mode}{name}.json", out / f"{mode}{name}.log"
     record.unlink(missing_ok=True)
     variables = {**environment(out), "CONFORMANCE_MODE": mode, "CONFORMANCE_RECORD": str(record)}
     command = [
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     suspects = differing(stock, fused)
     unsteady = []
     if suspects:  # once more, by themselves
-        again = [session(mode, tests, out, [*suspects, *more]) for mode in ("stock", "fused")]
+        again = [session(mode, tests, out, [*suspects, *more], "-again") for mode in ("stock", "fused")]
         unsteady = [name for name in suspects if not passed(again[0], name) or passed(again[1], name)]
     broken = [name for name in suspects if name not in unsteady]
     found = summary(stock, fused, broken, unsteady)
