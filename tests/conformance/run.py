@@ -147,7 +147,8 @@ def main(arguments: list[str]) -> int:
     tests = options.tests.resolve() if options.tests else peft_tests(out)
     if not options.tests:
         command = [sys.executable, "-W", "ignore", str(HERE / "stand_ins.py"), str(out / "home" / "hub")]
-        subprocess.run(command, env=environment(out), check=True)
+        with (out / "stand_ins.log").open("w") as log:
+            subprocess.run(command, env=environment(out), check=True, stdout=log, stderr=subprocess.STDOUT)
     targets = [str(tests)] if options.tests else files(tests)
     workers = ["-n", str(options.workers), "--dist", "worksteal"] if options.workers > 1 else []
     stock, fused = (session(mode, tests, out, [*targets, *workers, *more]) for mode in ("stock", "fused"))
