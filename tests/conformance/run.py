@@ -57,9 +57,9 @@ def environment(out: Path) -> dict[str, str]:
     }
 
 
-def session(mode: str, tests: Path, out: Path, arguments: list[str]) -> dict[str, dict]:
+def session(mode: str, tests: Path, out: Path, arguments: list[str], name: str = "") -> dict[str, dict]:
     """Run the tests, and return what came of each."""
-    record, log = out / f"{mode}.json", out / f"{mode}.log"
+    record, log = out / f"{mode}{name}.json", out / f"{mode}{name}.log"
     record.unlink(missing_ok=True)
     variables = {**environment(out), "CONFORMANCE_MODE": mode, "CONFORMANCE_RECORD": str(record)}
     command = [
@@ -147,14 +147,15 @@ def main(arguments: list[str]) -> int:
     tests = options.tests.resolve() if options.tests else peft_tests(out)
     if not options.tests:
         command = [sys.executable, "-W", "ignore", str(HERE / "stand_ins.py"), str(out / "home" / "hub")]
-        subprocess.run(command, env=environment(out), check=True)
+        with (out / "stand_ins.log").open("w") as log:
+            subprocess.run(command, env=environment(out), check=True, stdout=log, stderr=subprocess.STDOUT)
     targets = [str(tests)] if options.tests else files(tests)
     workers = ["-n", str(options.workers), "--dist", "worksteal"] if options.workers > 1 else []
     stock, fused = (session(mode, tests, out, [*targets, *workers, *more]) for mode in ("stock", "fused"))
     suspects = differing(stock, fused)
     unsteady = []
     if suspects:  # once more, by themselves
-        again = [session(mode, tests, out, [*suspects, *more]) for mode in ("stock", "fused")]
+        again = [session(mode, tests, out, [*suspects, *more], "-again") for mode in ("stock", "fused")]
         unsteady = [name for name in suspects if not passed(again[0], name) or passed(again[1], name)]
     broken = [name for name in suspects if name not in unsteady]
     found = summary(stock, fused, broken, unsteady)

@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", {
         "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024}),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", {**SMALL, "vocab_size": 1024}),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {**GROUPED, "vocab_size": 32000}),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {**SMALL, "vocab_size": 32000}),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {**GROUPED, "vocab_size": 32000}),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {**GROUPED, "vocab_size": 32000}),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", {
