@@ -125,9 +125,8 @@ def test_exported_as_a_stock_adapter(tmp_path, settings):
     assert not any("dash" in name for name in loaded.state_dict())
     assert not any("dash" in name for name in load_file(str(tmp_path / "adapter_model.safetensors")))
     assert "lora_dash" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    for name, module in loaded.named_modules():
-        if isinstance(module, LoraLayer):
-            assert module.scaling["default"] == pytest.approx(model.get_submodule(name).scaling["default"])
+    scalings = {module.scaling["default"] for module in loaded.modules() if isinstance(module, LoraLayer)}
+    assert len(scalings) == 1  # the rest of each layer's own is in B
     expected = logits(model)
     assert relative_error(logits(loaded), expected) < 1e-5
     assert relative_error(logits(loaded.merge_and_unload()), expected) < 1e-5
