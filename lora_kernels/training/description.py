@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.adapters.view import stock_class
 from lora_kernels.ops._backend import requested
 from lora_kernels.ops._checks import FLOATS
 from lora_kernels.ops.lora_linear import op as lora_op
@@ -15,7 +16,7 @@ from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.training import dora
 
 # A library that replaces these for all layers expects its own to be called.
-_LINEAR_FORWARD, _DROPOUT_FORWARD = nn.Linear.forward, nn.Dropout.forward
+LINEAR_FORWARD, DROPOUT_FORWARD = nn.Linear.forward, nn.Dropout.forward
 _NOTHING = Extension(None)
 
 
@@ -86,6 +87,12 @@ def is_replaced(module: nn.Module) -> bool:
     )
 
 
+def _is_patched(layer: Any) -> bool:
+    """Whether a library has put a forward of its own into PEFT's class."""
+    forward: Any = stock_class(layer).forward  # type: ignore[attr-defined]
+    return not forward.__module__.startswith("peft.") or hasattr(forward, "__wrapped__")
+
+
 def _whole(weight: Any, gathered: bool) -> bool:
     # Of two meshes one may be that of tensor parallelism, whose shards stay shards.
     return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
@@ -93,7 +100,7 @@ def _whole(weight: Any, gathered: bool) -> bool:
 
 def _plain_linear(module: Any, gathered: bool) -> bool:
     """Whether a module is `torch.nn.Linear` as torch has it, with a weight that is a matrix of floats."""
-    if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not _LINEAR_FORWARD:
+    if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not LINEAR_FORWARD:
         return False
     if "parametrizations" in module._modules or not _whole(module.weight, gathered):
         return False
@@ -129,6 +136,8 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
     names = [name for name in layer.active_adapters if name in factors]
     if not names:
         return "no active adapter"
+    if not torch.compiler.is_compiling() and _is_patched(layer):
+        return f"the forward of PEFT's {stock_class(layer).__name__} is replaced"
     for name in names:
         variant = layer.lora_variant.get(name)
         if dora.magnitude(layer, name) is not None:
@@ -142,7 +151,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
             return f"the factors of adapter {name!r} are sharded, hooked into or no plain linear layers"
         if type(dropout) not in (nn.Identity, nn.Dropout) or is_replaced(dropout):
             return f"adapter {name!r} has a {type(dropout).__name__} that is hooked into, or no plain dropout"
-        if nn.Dropout.forward is not _DROPOUT_FORWARD:
+        if nn.Dropout.forward is not DROPOUT_FORWARD:
             return "torch.nn.Dropout.forward is replaced"
         if isinstance(layer.scaling[name], torch.Tensor):
             return f"the scaling of adapter {name!r} is a tensor, which can change in place"

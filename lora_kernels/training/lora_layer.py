@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+from lora_kernels.adapters.view import stock_class
 from lora_kernels.ops import Dropout, _backend, lora_delta
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._dropout import lowered
@@ -27,7 +28,14 @@ from lora_kernels.ops.lora_linear import op as lora_op
 from lora_kernels.ops.lora_linear.op import TRANSFORMED, LoraFunction, run_forward
 from lora_kernels.ops.lora_linear.passes import Scalars
 from lora_kernels.training import dora
-from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
+from lora_kernels.training.description import (
+    DROPOUT_FORWARD,
+    LINEAR_FORWARD,
+    Adapter,
+    active,
+    base_is_fused,
+    eager_reason,
+)
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, and their modules below `peft.tuners.lora`. Some are there
 # only if their library is installed.
@@ -41,8 +49,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(
     hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and name.endswith("hooks")
 )
-_LINEAR_FORWARD = nn.Linear.forward
-_DROPOUT_FORWARD = nn.Dropout.forward
 _SEEDS = 2**63 - 1
 
 
@@ -238,11 +244,17 @@ class Prepared:
                 parts.append(part)
             if isinstance(part, nn.Dropout):
                 cells += [(part.__dict__, "p"), (part.__dict__, "training")]
+            magnitudes = layer.lora_magnitude_vector._modules
+            if name in magnitudes:
+                cells += [(magnitudes, name), (magnitudes[name]._parameters, "weight")]
         for part in parts:
             cells.append((part.__dict__, "forward"))
             if not isinstance(part, (nn.Dropout, nn.Identity)):
                 cells += [(part._parameters, "weight"), (part._parameters, "bias")]
         self.cells = tuple((cell, key, cell.get(key)) for cell, key in cells)
+        self.parts, self.classes = parts, tuple(map(type, parts))
+        self.stock: Any = stock_class(layer)
+        self.forward = self.stock.forward  # type: ignore[attr-defined]
         # What must be empty: looked at all at once.
         hooked = parts if self.base is None else parts[1:]
         self.empty = (
@@ -273,8 +285,10 @@ class Prepared:
             or any(self.empty)
             or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None) is not self.cast
             or _backend._override is not self.override
-            or nn.Linear.forward is not _LINEAR_FORWARD
-            or nn.Dropout.forward is not _DROPOUT_FORWARD
+            or tuple(map(type, self.parts)) != self.classes
+            or self.stock.forward is not self.forward
+            or nn.Linear.forward is not LINEAR_FORWARD
+            or nn.Dropout.forward is not DROPOUT_FORWARD
             or not FusedForward.fused
             or "fused" in own
         ):

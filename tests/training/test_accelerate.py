@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.training import lora_layer
 from lora_kernels.training.lora_layer import FusedForward
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
@@ -524,3 +525,83 @@ def test_bias_and_dtype_where_the_base_makes_its_own_product():
         layer.base_layer.register_forward_hook(cast)
     assert fused(x).dtype == stock(x).dtype == torch.float64
     assert torch.allclose(fused(x), stock(x), atol=1e-5)
+
+
+def one_layer(**settings):
+    """An accelerated layer that was called before, and an input."""
+    lora_layer._warn_once.cache_clear()
+    torch.manual_seed(0)
+    model = wrapped(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], r=2, **settings)
+    lk.accelerate(model, strict=True, guard=False)
+    x = torch.randn(3, 6)
+    model(x)
+    return model, model.base_model.model[0], x
+
+
+def assert_pefts(model, x, before):
+    """The first call after a change gives what PEFT's forward gives, and not what was there before."""
+    y = model(x)
+    with lk.reference_mode(model):
+        torch.testing.assert_close(y, model(x))
+    assert relative_error(y, before) > 0.1
+
+
+def test_a_replaced_magnitude_is_seen():
+    model, layer, x = one_layer(use_dora=True)
+    before, holder = model(x), layer.lora_magnitude_vector["default"]
+    holder.weight = nn.Parameter(3 * holder.weight.detach())
+    assert_pefts(model, x, before)
+    layer.lora_magnitude_vector["default"] = copy.deepcopy(holder)
+    layer.lora_magnitude_vector["default"].weight.data *= 2
+    assert_pefts(model, x, before)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 7
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_another_class_of_a_part_is_seen(part):
+    model, layer, x = one_layer()
+    before, module = model(x), layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+    module.__class__ = Shifted
+    if part == "base_layer":
+        assert_pefts(model, x, before)
+    else:
+        with pytest.warns(RuntimeWarning, match="no plain linear layers"):
+            assert_pefts(model, x, before)
+
+
+def test_a_forward_put_into_pefts_class_is_called(monkeypatch):
+    model, _layer, x = one_layer()
+    before, real = model(x), Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x, *args, **kwargs: real(self, x, *args, **kwargs) + 1)
+    with pytest.warns(RuntimeWarning, match="forward of PEFT's Linear is replaced"):
+        assert torch.equal(model(x), real(_layer, x) + 1)
+    assert torch.allclose(model(x), before + 1)
+    report = lk.accelerate(model, guard=False)
+    assert paths(report) == {"eager"} and "is replaced" in report.layers[0].reason
+
+
+def test_sizes_changed_behind_the_layers_back_are_refused():
+    model, layer, x = one_layer()
+    layer.base_layer.weight.data, layer.base_layer.bias.data = torch.randn(4, 6), torch.randn(4)
+    with pytest.raises(ValueError, match=r"factors have shapes .2, 6. and .5, 2."):
+        model(x)
+    model, layer, x = one_layer()
+    y = model(x.requires_grad_())
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = torch.randn(1, 6), torch.randn(5, 1)
+    with pytest.raises(ValueError, match=r"factors have shapes .1, 6. and .5, 1."):
+        y.sum().backward()
+
+
+def test_batched_gradients_are_refused_and_zeros_without_memory_taken():
+    model, _layer, x = one_layer()
+    with pytest.raises(RuntimeError, match="batched gradients.*reference_mode"):
+        torch.autograd.functional.jacobian(model, x, vectorize=True)
+    with lk.reference_mode():
+        assert torch.autograd.functional.jacobian(model, x, vectorize=True).shape == (3, 5, 3, 6)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(model(x), x, torch._efficientzerotensor((3, 5)))
+    assert not bool(dx.any())

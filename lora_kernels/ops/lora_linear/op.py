@@ -28,7 +28,7 @@ _TWICE = (
     "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
 )
 TRANSFORMED = (
-    "a fused LoRA layer cannot run inside torch.func transforms: call them inside "
+    "a fused LoRA layer cannot run inside torch.func transforms, nor take batched gradients: call them inside "
     "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
 )
 _OTHER_ADAPTER = (
@@ -139,8 +139,12 @@ class LoraFunction(torch.autograd.Function):
         if plain:
             if torch.is_grad_enabled():
                 raise RuntimeError(_TWICE)
+            if torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched, jacobian(vectorize=True)
+                raise RuntimeError(TRANSFORMED)
             if state is not ctx.state and not torch.equal(state, ctx.state):
                 raise RuntimeError(_OTHER_ADAPTER)
+        else:
+            g = _with_memory(g)
         rows = g if g.dim() == 2 and g.is_contiguous() else rows_of(g)
         source = x if x is None or (x.dim() == 2 and x.is_contiguous()) else rows_of(x)
         dx = da = db = dw = start = None
@@ -166,6 +170,12 @@ class LoraFunction(torch.autograd.Function):
         return dx, dw, start, da, db, None, None, None, None, None
 
 
+def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """An argument of the registered operations: torch's zeros without memory become ordinary ones."""
+    zeros = not torch.compiler.is_compiling() and torch._is_zerotensor(tensor)
+    return tensor.clone() if zeros else tensor
+
+
 def run_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -182,9 +192,7 @@ def run_forward(
     if start is not None and weight is None:
         start = rows_of(start)
     if not is_plain(x, start):
-        if not torch.compiler.is_compiling() and torch._is_zerotensor(rows):
-            rows = rows.clone()  # zeros without memory
-        y, t = layer.overload(rows, weight, start, a, b, a0, b0, seed, *scalars)
+        y, t = layer.overload(_with_memory(rows), weight, start, a, b, a0, b0, seed, *scalars)
     elif x.is_cpu and not _casts("cpu"):
         y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     else:

@@ -79,6 +79,8 @@ def forward(
         else:
             weight = weight if weight.dtype is dtype else weight.to(dtype)
             y = linear(x, weight, start if start is None or start.dtype is dtype else start.to(dtype))
+        if y.shape[1] != outputs:
+            _refuse(y, a, b)
         t = x.new_empty((tokens, ranks), dtype=None if flags == 0 else _FLOAT)
         _calls()[0](
             flags, tokens, inputs, outputs, rank, ranks - rank, a.data_ptr(), b.data_ptr(),
@@ -132,6 +134,8 @@ def backward(
         (rank, inputs), (outputs, columns), flags = a.shape, b.shape, 0
         if columns != rank or g.shape[1] != outputs or not (a.is_cpu and b.is_cpu):
             _refuse(g, a, b)
+        if x is not None and x.shape[1] != inputs:
+            _refuse(x, a, b)
         if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
             a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
         x_at = x_stride = t_at = dx_at = da_at = db_at = 0
@@ -144,11 +148,14 @@ def backward(
         if x is not None:
             da = torch.empty_like(a, dtype=None if flags & 2 == 0 else _FLOAT)
             x_at, x_stride, da_at = x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), da.data_ptr()
+        frozen_rank = 0 if a0 is None else a0.shape[0]
+        if dx is not None and dx.shape[1] != inputs or t is not None and t.shape[1] != rank + frozen_rank:
+            _refuse(g, a, b)
         if t is not None:
             db = torch.empty_like(b, dtype=None if flags & 2 == 0 else _FLOAT)
             t_at, db_at = t.data_ptr(), db.data_ptr()
         _calls()[1](
-            flags, tokens, inputs, outputs, rank, 0 if a0 is None else a0.shape[0], a.data_ptr(), b.data_ptr(),
+            flags, tokens, inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
             g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
@@ -205,10 +212,10 @@ def _combine(
 
 
 def _refuse(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """As after `parameter.data = ...`: a prepared layer does not check what it has checked."""
+    """Refuse sizes that do not go together, as after `parameter.data = ...`: C++ would leave its memory."""
     raise ValueError(
         f"factors have shapes {tuple(a.shape)} and {tuple(b.shape)} on {a.device} and {b.device}, but must be (r, n) "
-        f"and (m, r) on the CPU for rows of {rows.shape[1]}"
+        f"and (m, r) on the CPU, as when the layer was prepared, for rows of {rows.shape[1]}"
     )
 
 
@@ -230,6 +237,8 @@ def _readable(
             kind = torch.bfloat16 if narrow else _FLOAT
             pairs[i] = cast(one, kind).contiguous(), cast(other, kind).contiguous()
             flags |= (2 << i) if narrow else 0
+    if a0 is not None and b0 is not None and (a0.shape[1] != a.shape[1] or b0.shape != (b.shape[0], a0.shape[0])):
+        _refuse(a0, a, b)
     (first, second), (third, fourth) = pairs
     return first, second, third, fourth, flags  # type: ignore[return-value]
 

@@ -103,7 +103,7 @@ def _single(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _shrink_cpp(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
-    a, t = _single(a), out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+    a, t = _single(a), out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     _cpp("lora_shrink", x.dtype)(
         x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), t.data_ptr(), t.stride(0),
         *x.shape, a.shape[0], scale, *_cpp_mask(mask),
