@@ -35,7 +35,7 @@ class LoraView(NamedTuple):
         return getattr(self.module, "parameter_name", None)
 
     def rank(self, adapter: str) -> int:
-        """R of an adapter."""
+        """Rank of an adapter."""
         return self.module.r[adapter]  # type: ignore[no-any-return]
 
     def alpha(self, adapter: str) -> float:
@@ -47,7 +47,7 @@ class LoraView(NamedTuple):
         return bool(self.module.use_rslora.get(adapter, False))
 
     def scaling(self, adapter: str) -> float:
-        """S as it is now, by which PEFT multiplies `B A`."""
+        """Scaling s as it is now, by which PEFT multiplies `B A`."""
         return _number(self.module.scaling[adapter])
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

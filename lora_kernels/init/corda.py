@@ -47,7 +47,7 @@ class CorDA:
         seed: of its random start.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range.
     """
 

@@ -36,7 +36,7 @@ class EVA:
         seed: of the random start of the eigensolver.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range.
     """
 

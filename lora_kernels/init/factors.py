@@ -25,7 +25,7 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
-        """R, the number of rows of A."""
+        """Rank: the number of rows of A."""
         return self.A.shape[0]
 
 

@@ -57,7 +57,7 @@ class LoraDA:
         balance_factors: split the singular values of B evenly between A and B; A's rows are then not orthogonal.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range.
     """
 

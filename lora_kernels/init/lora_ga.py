@@ -40,7 +40,7 @@ class LoraGA:
         seed: of the random start of the decomposition, and of `random`.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range.
     """
 

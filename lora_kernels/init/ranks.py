@@ -60,7 +60,7 @@ def redistribute(
         The rank of each layer; 0 means no adapter. The sum is the budget, or what the offers or the block size allow.
 
     Raises:
-        TypeError: if the scores are no mapping to sequences of numbers, or a number is none.
+        TypeError: if the scores are no mapping to sequences of numbers, or a numeric argument is not a number.
         ValueError: if an argument is out of range, or the offers or the budget cannot hold `min_rank`.
     """
     check_type("scores", scores, Mapping, "a mapping from layers to scores")
@@ -108,7 +108,7 @@ class Redistribution:
         seed: of random starts.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range or the score unknown.
     """
 

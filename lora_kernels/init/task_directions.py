@@ -42,7 +42,7 @@ class TaskDirections:
             do not depend on data.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
         ValueError: if a value is out of range.
     """
 

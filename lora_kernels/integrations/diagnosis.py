@@ -220,7 +220,7 @@ def diagnose(
 
 def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_out: bool) -> tuple[str, ...]:
     if left_out:
-        return ("the data was not read: with factors that are not finite the loss is none either",)
+        return ("the data was not read: with factors that are not finite the loss is not finite either",)
     if statistics is None:
         return ("no data was given: no certificates",)
     if not weight_decay:

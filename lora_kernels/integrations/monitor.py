@@ -104,7 +104,7 @@ class LandscapeMonitor:
             rank_tolerance: see `landscape.Spectrum`.
 
         Raises:
-            TypeError: if a number is none.
+            TypeError: if a numeric argument is not a number.
             ValueError: if one is out of range.
         """
         check_range("every", every, low=1, integer=True)
@@ -189,7 +189,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         a run that began anew, or was resumed at an earlier step, has measured again.
 
     Raises:
-        ValueError: if the file is missing, or a line is none of a monitor.
+        ValueError: if the file is missing, or a line was not written by a monitor.
     """
     if not path.is_file():
         raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")

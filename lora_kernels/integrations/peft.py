@@ -52,7 +52,7 @@ class LoraTarget:
 
     @property
     def scaling(self) -> float:
-        """S, by which PEFT multiplies `B A`."""
+        """Scaling s, by which PEFT multiplies `B A`."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

@@ -118,7 +118,7 @@ def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
 def _by_certificate(
     certificate: Certificate, limits: Thresholds, full: bool, share: float | None, seen: tuple[str, ...]
 ) -> Verdict | None:
-    """A minimum, or a stationary point of full rank that is none."""
+    """A minimum, or a stationary point of full rank that is not a minimum."""
     facts = _facts(certificate, limits)
     if not certificate.stationarity <= limits.stationarity:
         return None

@@ -79,7 +79,7 @@ def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if the shape is none, or there is no such device.
+        ValueError: if `shape` is not a shape, or there is no such device.
     """
     device = _checked(blocks, shape, device)
     frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
@@ -105,7 +105,7 @@ def leading_directions(
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if the shape is none, there is no such device, or the count is not positive.
+        ValueError: if `shape` is not a shape, there is no such device, or the count is not positive.
     """
     device = _checked(blocks, shape, device)
     check_range("count", count, low=1, integer=True)

@@ -124,7 +124,8 @@ def eigh_topk(
         The pairs in float64.
 
     Raises:
-        TypeError: if `matrices` is neither a float tensor nor a float64 operator, or a number is none.
+        TypeError: if `matrices` is neither a float tensor nor a float64 operator, or a numeric argument is not a
+            number.
         ValueError: if it is not square, k is out of range, or an entry is NaN or infinite.
     """
     if not isinstance(matrices, LinearOperator):

@@ -249,7 +249,7 @@ def randomized_svd(
         not fit `min(m, n)` the decomposition is complete and `method` says `direct`.
 
     Raises:
-        TypeError: if `a` is neither a float tensor nor an operator, or a number is none.
+        TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
         ValueError: if a number is out of range, or a matrix holds NaN or infinite entries; the message has its index.
     """
     if isinstance(a, LinearOperator):

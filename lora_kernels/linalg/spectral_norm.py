@@ -111,7 +111,7 @@ def spectral_norm(
         The bracket.
 
     Raises:
-        TypeError: if `a` is neither a float tensor nor an operator, or a number is none.
+        TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
         ValueError: if it is no matrix, a number is out of range, or an entry is NaN or infinite.
     """
     check_range("rounds", rounds, low=0, integer=True)

@@ -62,7 +62,7 @@ def parse_budget(budget: Budget, device: torch.device | None = None) -> int | No
         The bytes, or `None`.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is anything else.
         TypeError: if it is of another type.
     """
     if budget is None:

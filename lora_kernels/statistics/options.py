@@ -53,7 +53,7 @@ class CollectOptions:
 
     Raises:
         ValueError: if a value is out of range.
-        TypeError: if a number is none.
+        TypeError: if a numeric argument is not a number.
     """
 
     mask: Mask = "attention"

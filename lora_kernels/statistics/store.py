@@ -142,7 +142,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             The statistics.
 
         Raises:
-            TypeError: if the device is none.
+            TypeError: if `device` is neither a device nor the name of one.
             ValueError: if the file is missing, truncated, changed, or holds an unfinished run, or there is no such
                 device.
         """

@@ -84,7 +84,7 @@ def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: fl
     u, s, vh = core_basis(weight, cache)
     sizes = along_directions(u, vh, factors).abs()
     bottom = s.to(sizes) + epsilon * float(s[0])
-    # A direction that W has none of, and no eps: any change is infinite, and none is none.
+    # sigma = 0 and eps = 0: the rate is infinite for a nonzero change, and 0 otherwise.
     rates = torch.where(sizes > 0, sizes / bottom, torch.zeros_like(sizes))
     chosen = rates.argsort(descending=True, stable=True)[:k]
     left, right = fix_pair(u[:, chosen], vh[chosen].mT)

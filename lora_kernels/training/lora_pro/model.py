@@ -27,7 +27,7 @@ class LayerScaling:
     adapter: str
 
     def __call__(self) -> float:
-        """S as it is now."""
+        """Scaling s, as it is now."""
         return float(self.layer.scaling[self.adapter])
 
 
