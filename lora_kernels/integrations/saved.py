@@ -212,8 +212,8 @@ def export(
         By layer, the rank written and the error of cutting.
 
     Raises:
-        ValueError: if `rank` is neither `"exact"` nor a positive number, `serving` is not one of its values, the adapter
-            is missing, its start has changed the base weights, its coordinates cannot be expressed because s is 0, or
+        ValueError: if `rank` is neither `"exact"` nor a positive number, `serving` is not one of its values, the
+            adapter is missing, its start has changed the base weights, its coordinates cannot be expressed because s is 0, or
             no server computes all of it. Nothing is written then.
         TypeError: if the model is no PEFT model.
     """

@@ -216,7 +216,7 @@ def label_ids(model: Any, labels: Sequence[str]) -> list[int]:
     known |= {str(index): index for index in range(model.config.num_labels)}
     for label in labels:
         if label not in known:
-            raise ValueError(f"label {label!r} is not one of the model's: {', '.join(list(known)[:8])}, ...")
+            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
     return [known[label] for label in labels]
 
 
