@@ -213,8 +213,8 @@ def export(
 
     Raises:
         ValueError: if `rank` is neither `"exact"` nor a positive number, `serving` is not one of its values, the
-            adapter is missing, its start has changed the base weights, its coordinates cannot be expressed because s is 0, or
-            no server computes all of it. Nothing is written then.
+            adapter is missing, its start has changed the base weights, its coordinates cannot be expressed because s
+            is 0, or no server computes all of it. Nothing is written then.
         TypeError: if the model is no PEFT model.
     """
     from peft import get_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)

@@ -605,3 +605,100 @@ def test_batched_gradients_are_refused_and_zeros_without_memory_taken():
     x.requires_grad_()
     (dx,) = torch.autograd.grad(model(x), x, torch._efficientzerotensor((3, 5)))
     assert not bool(dx.any())
+
+
+def _hook(where):
+    def change(_model, layer):
+        layer.get_submodule(where).register_forward_hook(lambda _module, _args, output: output + 1)
+
+    return change
+
+
+def _own_forward(where):
+    def change(_model, layer):
+        module = layer.get_submodule(where)
+        real = module.forward
+        module.forward = lambda x: real(x) + 1
+
+    return change
+
+
+def _second_adapter(model, _layer):
+    model.set_adapter("second")
+
+
+def _dropout_in_evaluation(_model, layer):
+    layer.lora_dropout["default"].eval()
+
+
+def _no_dropout(_model, layer):
+    layer.lora_dropout["default"].p = 0.0
+
+
+def _other_variant(_model, layer):
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+CHANGES = {
+    **{f"hook {where}": _hook(where) for where in ("base_layer", "lora_A.default", "lora_B.default")},
+    **{f"forward {where}": _own_forward(where) for where in ("base_layer", "lora_A.default", "lora_B.default")},
+    "hook dropout": _hook("lora_dropout.default"),
+    "forward dropout": _own_forward("lora_dropout.default"),
+    "scaling": lambda _model, layer: layer.set_scale("default", 5.0),
+    "scaling, replaced": lambda _model, layer: setattr(layer, "scaling", {**layer.scaling, "default": 9.0}),
+    "active adapter": _second_adapter,
+    "disabled": lambda _model, layer: layer.enable_adapters(False),
+    "factor": lambda _model, layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.randn(2, 6))),
+    "module": lambda _model, layer: layer.lora_B.update({"default": nn.Linear(2, 5, bias=False)}),
+    "base": lambda _model, layer: setattr(layer, "base_layer", nn.Linear(6, 5)),
+    "bias of B": _other_variant,
+    "base's bias": lambda _model, layer: setattr(layer.base_layer, "bias", None),
+    "data": lambda _model, layer: setattr(layer.lora_A["default"].weight, "data", torch.randn(2, 6)),
+    "in place": lambda _model, layer: layer.lora_A["default"].weight.data.mul_(4),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_after_a_call_is_seen_by_the_next(change):
+    model, layer, x = one_layer()
+    second = LoraConfig(r=3, lora_alpha=50, target_modules=["0"], init_lora_weights=False)
+    model.add_adapter("second", second)
+    before = model(x)
+    change(model, layer)
+    assert_pefts(model, x, before)
+
+
+@pytest.mark.parametrize("change", [_dropout_in_evaluation, _no_dropout], ids=["evaluation", "p"])
+def test_dropout_that_is_switched_off_is_seen_by_the_next_call(change):
+    model, layer, x = one_layer(lora_dropout=0.5)
+    assert not torch.equal(model(x), model(x))
+    change(model, layer)
+    y = model(x)
+    with lk.reference_mode(model):
+        torch.testing.assert_close(y, model(x))
+    layer.lora_dropout["default"].train().p = 0.5
+    assert not torch.equal(model(x), model(x))
+
+
+def test_a_global_hook_is_seen_by_the_next_call():
+    model, layer, x = one_layer()
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        model(x)
+    assert {layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]} <= set(seen)
+    count = len(seen)
+    model(x)
+    assert len(seen) == count
+
+
+@pytest.mark.parametrize("change", ["adapter", "scaling"])
+def test_recomputation_of_what_was_not_recorded_raises(change):
+    model, layer, x = one_layer()
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    model.set_adapter("second") if change == "adapter" else layer.set_scale("default", 9.0)
+    with pytest.raises(RuntimeError, match="recomputed with other adapters active, or another scaling"):
+        y.sum().backward()
+    fresh = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    fresh.sum().backward()  # the same as was recorded
