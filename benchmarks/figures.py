@@ -123,9 +123,9 @@ def init() -> Figure:
     return figure
 
 
-def lorapro() -> Figure:
+def lora_pro() -> Figure:
     """The full step by side, with its floor."""
-    entry = cases("lorapro")["full"]
+    entry = cases("lora_pro")["full"]
     titles = {"faithful": "the authors' procedure", "careful": "careful torch", "ours": "ours"}
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
@@ -181,7 +181,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
     "train": (("train",), train),
     "layers": (("linear",), layers),
     "init": (("init", "eva"), init),
-    "lorapro": (("lorapro",), lorapro),
+    "lora_pro": (("lora_pro",), lora_pro),
     "linalg": (("svd", "small_linalg", "spectrum"), linalg),
     "landscape": (("landscape",), landscape),
 }

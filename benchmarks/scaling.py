@@ -20,7 +20,7 @@ from typing import Any
 
 import lora_kernels as lk
 from benchmarks.records import RESULTS, environment
-from lora_kernels.integrations.transformers import empty_model, example_batch, linear_targets
+from lora_kernels.api.transformers import empty_model, example_batch, linear_targets
 from lora_kernels.statistics import H200, STATISTICS
 from lora_kernels.statistics.budget import AUTO_SHARE, show_bytes
 from lora_kernels.statistics.cost import Footprint

@@ -37,7 +37,7 @@ def summary() -> list[str]:
     ]
     for each in rows:
         count = f" (lowest of {each['lowest_of']})" if each["lowest_of"] > 1 else ""
-        case = "" if each["subject"] in ("spectrum", "lorapro", "llm") else f" {each['case']}"
+        case = "" if each["subject"] in ("spectrum", "lora_pro", "llm") else f" {each['case']}"
         target = "" if each["target"] is None else f"{each['target']:.3g}, {'met' if each['met'] else '**missed**'}"
         floor = "–" if each["ours_over_floor"] is None else f"{each['ours_over_floor']:.1f}"
         ratio = f"{each['peer_over_ours']:.2f}" if each["peer_over_ours"] < 100 else f"{each['peer_over_ours']:.0f}"
@@ -268,7 +268,7 @@ def language_model() -> list[str]:
 
 def lora_pro() -> list[str]:
     """LoRA-Pro's steps."""
-    record = cases("lorapro")
+    record = cases("lora_pro")
     full, efficient = record["full"], record["efficient"]
     floor, rates = full["floor"], full["rates"]
     times = {side: f"{1e3 * value['p50']:.0f} ms" for side, value in full["seconds"].items()}
@@ -281,8 +281,8 @@ def lora_pro() -> list[str]:
         f"version in torch ({full['careful_over_ours']:.1f} times); copying the moments' bytes and multiplying at this "
         f"machine's rates take {least:.0f} ms together. Extra memory at its peak: {share:.1%} of the moments. The "
         f"efficient step takes {efficient['ours_over_adamw']:.1f} times AdamW's on the same factors. Record: "
-        "`benchmarks/results/lorapro.json`.",
-        *_figure("lorapro", "A full LoRA-Pro step, ours and two ways in torch"),
+        "`benchmarks/results/lora_pro.json`.",
+        *_figure("lora_pro", "A full LoRA-Pro step, ours and two ways in torch"),
     ]
 
 

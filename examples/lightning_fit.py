@@ -48,7 +48,7 @@ class FineTuning(lightning.LightningModule):
             print(f"step {self.monitor.count}: rank {numbers['entropy_rank']:.1f}, share {numbers['share']:.3f}")
 
     def configure_optimizers(self):
-        """AdamW, or `lk.create_lorapro_optimizer(self.model, lr=self.rate)`."""
+        """AdamW, or `lk.create_lora_pro_optimizer(self.model, lr=self.rate)`."""
         return torch.optim.AdamW((each for each in self.model.parameters() if each.requires_grad), lr=self.rate)
 
 

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
+from lora_kernels.api.diagnosis import diagnose, snapshot
+from lora_kernels.api.entry import collect, initialize, plan
+from lora_kernels.api.monitor import LandscapeMonitor
+from lora_kernels.api.report import InitReport, LayerReport
+from lora_kernels.api.saved import export, load
+from lora_kernels.api.tsd import LoraTSD
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
-from lora_kernels.integrations.diagnosis import diagnose, snapshot
-from lora_kernels.integrations.entry import collect, initialize, plan
-from lora_kernels.integrations.monitor import LandscapeMonitor
-from lora_kernels.integrations.report import InitReport, LayerReport
-from lora_kernels.integrations.saved import export, load
-from lora_kernels.integrations.tsd import LoRATSD
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 from lora_kernels.training import (
     AccelerateReport,
-    LoRADash,
-    LoRAPro,
+    LoraDash,
+    LoraPro,
     accelerate,
-    create_lorapro_optimizer,
-    lorapro_cls_and_kwargs,
+    create_lora_pro_optimizer,
+    lora_pro_cls_and_kwargs,
     reference_mode,
     restore,
     verify,
@@ -34,7 +34,7 @@ from lora_kernels.training import (
 from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
-    from lora_kernels.integrations.callbacks import LandscapeCallback, LoRADashCallback
+    from lora_kernels.api.callbacks import LandscapeCallback, LoraDashCallback
 
 __all__ = [
     "EVA",
@@ -47,10 +47,10 @@ __all__ = [
     "LandscapeMonitor",
     "LayerDiagnosis",
     "LayerReport",
-    "LoRADash",
-    "LoRADashCallback",
-    "LoRAPro",
-    "LoRATSD",
+    "LoraDash",
+    "LoraDashCallback",
+    "LoraPro",
+    "LoraTSD",
     "LoraDA",
     "LoraGA",
     "PiSSA",
@@ -63,7 +63,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "collect",
-    "create_lorapro_optimizer",
+    "create_lora_pro_optimizer",
     "diagnose",
     "export",
     "init",
@@ -71,7 +71,7 @@ __all__ = [
     "landscape",
     "linalg",
     "load",
-    "lorapro_cls_and_kwargs",
+    "lora_pro_cls_and_kwargs",
     "ops",
     "plan",
     "reference_mode",
@@ -86,8 +86,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers is an optional dependency, and slow to import.
-    if name in ("LandscapeCallback", "LoRADashCallback"):
-        from lora_kernels.integrations import callbacks
+    if name in ("LandscapeCallback", "LoraDashCallback"):
+        from lora_kernels.api import callbacks
 
         return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -89,9 +89,9 @@ def _init(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.api import text_files, transformers  # noqa: PLC0415
     from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
-    from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.statistics.loss import MissingLossError  # noqa: PLC0415
+    from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
@@ -162,7 +162,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.integrations import transformers  # noqa: PLC0415
+    from lora_kernels.api import transformers  # noqa: PLC0415
     from lora_kernels.statistics import H200, Rates  # noqa: PLC0415
 
     model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
@@ -212,8 +212,8 @@ def _verify(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.integrations import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.integrations.adapter_files import read_adapter  # noqa: PLC0415
+    from lora_kernels.api import text_files, transformers  # noqa: PLC0415
+    from lora_kernels.api.adapter_files import read_adapter  # noqa: PLC0415
 
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     kind = None if options.adapter is None else read_adapter(options.adapter).config.get("task_type")
@@ -265,12 +265,12 @@ def _tune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.ops._checks import check_choice  # noqa: PLC0415
+    from lora_kernels._checks import check_choice  # noqa: PLC0415
 
     if options.shapes is not None:
         layers: Any = [_pair(each) for each in options.shapes.split(",")]
     else:
-        from lora_kernels.integrations import transformers  # noqa: PLC0415
+        from lora_kernels.api import transformers  # noqa: PLC0415
 
         task = transformers.task_for(options.model_config, options.task)
         layers = transformers.empty_model(options.model_config, task)
@@ -308,8 +308,8 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lora_kernels.integrations import inspection, text_files  # noqa: PLC0415
-    from lora_kernels.integrations.monitor import read_log  # noqa: PLC0415
+    from lora_kernels.api import inspection, text_files  # noqa: PLC0415
+    from lora_kernels.api.monitor import read_log  # noqa: PLC0415
 
     texts = labels = None
     if options.data is not None:

@@ -11,9 +11,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from lora_kernels.integrations.plain import linear_features
-from lora_kernels.integrations.transformers import linear_targets
-from lora_kernels.ops._checks import FLOATS, check_range
+from lora_kernels._checks import FLOATS, check_range
+from lora_kernels.api.plain import linear_features
+from lora_kernels.api.transformers import linear_targets
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
 from lora_kernels.ops.lora_linear.table import FORMS, Key

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "peft"
 TESTS = (
-    "tests/adapters", "tests/integrations",
+    "tests/adapters", "tests/api",
     *(f"tests/training/test_{name}.py" for name in ("accelerate", "dash", "dash_layers", "dash_saving", "verify")),
     "-m", "not slow",
 )  # fmt: skip

@@ -191,7 +191,7 @@ def test_labels_make_a_classifier_of_it(encoder, tmp_path, capsys):
     ],
 )
 def test_the_head_is_what_was_asked_for_or_the_adapters_or_of_the_labels_or_the_configs(architectures, task, tmp_path):
-    from lora_kernels.integrations.transformers import task_for
+    from lora_kernels.api.transformers import task_for
 
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"architectures": architectures}))

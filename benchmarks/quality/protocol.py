@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.report import BASELINE
+from lora_kernels.api.text_files import read_rows
 from lora_kernels.demo.data import TextTask, docstring_task, hold_out
 from lora_kernels.demo.recipe import Recipe
 from lora_kernels.demo.user_data import part_file, read_folder, read_task, stratified_split
 from lora_kernels.init import EVA, CorDA, InitMethod, LoraDA, LoraGA, PiSSA, TaskDirections
-from lora_kernels.integrations.text_files import read_rows
 
 
 @dataclass(frozen=True)

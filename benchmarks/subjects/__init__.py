@@ -7,7 +7,7 @@ from benchmarks.subjects import (
     landscape,
     linear,
     llm,
-    lorapro,
+    lora_pro,
     small_linalg,
     spectrum,
     statistics,
@@ -17,5 +17,5 @@ from benchmarks.subjects import (
 
 SUBJECTS: dict[str, Subject] = {
     each.SUBJECT.name: each.SUBJECT
-    for each in (eva, statistics, init, linear, train, llm, lorapro, svd, small_linalg, spectrum, landscape)
+    for each in (eva, statistics, init, linear, train, llm, lora_pro, svd, small_linalg, spectrum, landscape)
 }

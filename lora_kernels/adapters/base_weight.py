@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 
 PLAIN, DEQUANTIZABLE = "plain", "dequantizable"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import repr_short
 from lora_kernels._files import write_tensors
 from lora_kernels.adapters import parts
-from lora_kernels.ops._checks import shown
 
 WEIGHTS = "adapter_model.safetensors"
 # Under `auto_mapping` of adapter_config.json.
@@ -43,10 +43,10 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "dash": (dict, type(None)),
     }
     if not isinstance(mark, dict) or not set(OWN) <= set(mark):
-        raise ValueError(f"auto_mapping.{MARK} is {shown(mark)}, but must have {', '.join(OWN)}")
+        raise ValueError(f"auto_mapping.{MARK} is {repr_short(mark)}, but must have {', '.join(OWN)}")
     for name, kind in kinds.items():
         if not isinstance(mark.get(name), kind):
-            raise ValueError(f"auto_mapping.{MARK} has {name} {shown(mark.get(name))}, which is of a wrong type")
+            raise ValueError(f"auto_mapping.{MARK} has {name} {repr_short(mark.get(name))}, which is of a wrong type")
     return mark
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.extension import Extension, tied
 from lora_kernels.adapters.view import stock_class
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 
 START, DASH = "lora_start", "lora_dash"
 _PARTS = (START, DASH)

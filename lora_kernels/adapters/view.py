@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.names import config_name
 from lora_kernels.adapters.versions import require_peft
-from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.runtime.processes import unwrap
 
 
 class LoraView(NamedTuple):

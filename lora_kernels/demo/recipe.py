@@ -41,9 +41,9 @@ class Recipe:
         if self.dash is None:
             return None
         # Imported here: reading data and reports needs none of the kernels.
-        from lora_kernels import LoRADash
+        from lora_kernels import LoraDash
 
-        return LoRADash(k=self.directions, pre_launch=max(1, round(self.dash * steps))).attach(model)
+        return LoraDash(k=self.directions, pre_launch=max(1, round(self.dash * steps))).attach(model)
 
     def make(self, model: Any, adapter_rate: float, head_rate: float) -> torch.optim.Optimizer:
         """Makes the optimizer.
@@ -58,10 +58,10 @@ class Recipe:
         """
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameter_groups(model, adapter_rate, head_rate), weight_decay=0.0)
-        from lora_kernels import create_lorapro_optimizer
+        from lora_kernels import create_lora_pro_optimizer
 
         mode = "full" if self.optimizer == "lora_pro" else "efficient"
-        optimizer: torch.optim.Optimizer = create_lorapro_optimizer(model, lr=adapter_rate, mode=mode)
+        optimizer: torch.optim.Optimizer = create_lora_pro_optimizer(model, lr=adapter_rate, mode=mode)
         head = {id(parameter) for parameter in parameter_groups(model, adapter_rate, head_rate)[1]["params"]}
         for group in optimizer.param_groups:
             if all(id(parameter) in head for parameter in group["params"]):

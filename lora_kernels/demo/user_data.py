@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.api.text_files import read_rows
 from lora_kernels.demo.data import Example, TextTask
-from lora_kernels.integrations.text_files import read_rows
 
 USER_TEST_SHARE = 0.2
 

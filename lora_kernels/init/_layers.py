@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.statistics.distributed import share_out, world_size
+from lora_kernels.runtime.processes import share_out, world_size
 
 # Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
 _BATCH_BYTES = {"cpu": 2**22}

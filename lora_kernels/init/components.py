@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from lora_kernels.linalg import eigh_topk
-from lora_kernels.statistics.distributed import share_out, world_size
+from lora_kernels.runtime.processes import share_out, world_size
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.sharing import InputSums
 from lora_kernels.statistics.sketches import InputSketch

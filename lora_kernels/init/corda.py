@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init._layers import balanced, base_layer, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors
 from lora_kernels.init.work import corda_work
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
-from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics.distributed import share_out
+from lora_kernels.runtime.processes import share_out
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.store import LayerStatistics, Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS

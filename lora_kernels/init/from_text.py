@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from lora_kernels._checks import check_choice
 from lora_kernels.init import METHODS
-from lora_kernels.ops._checks import check_choice
 
 
 def method_from_text(name: str, settings: Sequence[str]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, check_layer, factorize
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
@@ -18,9 +19,8 @@ from lora_kernels.init.work import lora_da_work
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
-from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.ops.small_linalg import fix_signs
-from lora_kernels.statistics.distributed import share_out
+from lora_kernels.runtime.processes import share_out
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS

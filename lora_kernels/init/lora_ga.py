@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init._layers import base_layer, by_shape, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
-from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS

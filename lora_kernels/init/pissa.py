@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from lora_kernels._checks import check_range
 from lora_kernels.init._layers import balanced, base_layer, by_shape, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
-from lora_kernels.ops._checks import check_range
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS
 

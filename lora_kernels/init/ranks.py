@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_kernels._checks import check_choice, check_range, check_type
 from lora_kernels.init.scores import SCORES
-from lora_kernels.ops._checks import check_choice, check_range, check_type
 from lora_kernels.statistics.store import Statistics
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lora_kernels.init.components import input_components
 from lora_kernels.init.curvature import whitened_gradient
 from lora_kernels.linalg import randomized_svd
-from lora_kernels.statistics.distributed import share_out
+from lora_kernels.runtime.processes import share_out
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
 

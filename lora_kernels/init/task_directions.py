@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import descent_step
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
-from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics.distributed import share_out
+from lora_kernels.runtime.processes import share_out
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import METHOD_WANTS
 

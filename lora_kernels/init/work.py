@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_kernels.linalg.eigen import krylov_depth
 from lora_kernels.linalg.randomized_svd import block_plan
+from lora_kernels.runtime.processes import owners
 from lora_kernels.statistics.cost import Rates, Work, share_seconds
-from lora_kernels.statistics.distributed import owners
 from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sketches import PROBES
 from lora_kernels.statistics.store import Target

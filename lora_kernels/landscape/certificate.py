@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import check_number, check_range, check_type
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_number, check_range, check_type
 from lora_kernels.statistics.store import Statistics
 
 OBJECTIVE = (

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import check_number, check_range, check_tensor, check_type, repr_short
 from lora_kernels.landscape.weights import WeightNorms
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_type, shown
 from lora_kernels.ops.small_linalg import factor_spectrum
 
 # Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes the
@@ -55,7 +55,9 @@ class Adapter:
         """
         check_type("scaling", self.scaling, (int, float), "a number")
         if self.start is not None and (not isinstance(self.start, (tuple, list)) or len(self.start) != 2):
-            raise TypeError(f"start must be None or two factors, got {type(self.start).__name__} {shown(self.start)}")
+            raise TypeError(
+                f"start must be None or two factors, got {type(self.start).__name__} {repr_short(self.start)}"
+            )
         for a, b in ((self.a, self.b), *((self.start,) if self.start is not None else ())):
             check_tensor("a", a)
             check_tensor("b", b)
@@ -162,11 +164,11 @@ def factor_spectra(
         RuntimeError: if the backend asked for cannot take the call.
     """
     if not isinstance(factors, (tuple, list)):
-        raise TypeError(f"factors must be a sequence of pairs, got {type(factors).__name__} {shown(factors)}")
+        raise TypeError(f"factors must be a sequence of pairs, got {type(factors).__name__} {repr_short(factors)}")
     for index, each in enumerate(factors):
         _check_pair(f"factors[{index}]", each)
     if not isinstance(scalings, (int, float, tuple, list)):
-        raise TypeError(f"scalings must be a number or numbers, got {type(scalings).__name__} {shown(scalings)}")
+        raise TypeError(f"scalings must be a number or numbers, got {type(scalings).__name__} {repr_short(scalings)}")
     for scaling in scalings if isinstance(scalings, (tuple, list)) else (scalings,):
         check_number("scalings", scaling)
     each_scaling = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
@@ -182,7 +184,7 @@ def factor_spectra(
 
 def _check_pair(name: str, pair: object) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__} {shown(pair)}")
+        raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__} {repr_short(pair)}")
     check_tensor(f"{name}[0]", pair[0], shape=(None, None), numbers=True)
     check_tensor(f"{name}[1]", pair[1], shape=(None, pair[0].shape[0]), numbers=True)
 
@@ -260,7 +262,7 @@ def measure(
         RuntimeError: if the backend asked for cannot take the call.
     """
     if not isinstance(adapters, (tuple, list)):
-        raise TypeError(f"adapters must be a sequence of Adapter, got {type(adapters).__name__} {shown(adapters)}")
+        raise TypeError(f"adapters must be a sequence of Adapter, got {type(adapters).__name__} {repr_short(adapters)}")
     for each in adapters:
         check_type("adapters", each, Adapter, "a sequence of Adapter")
         _check_pair(each.name, (each.a, each.b))

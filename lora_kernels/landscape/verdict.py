@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from lora_kernels._checks import check_range, check_type, repr_short
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import RANK_TOLERANCE, Spectrum
-from lora_kernels.ops._checks import check_range, check_type, shown
 
 LOW_RANK_MINIMUM = "low_rank_minimum"
 STILL_TRAINING = "still_training"
@@ -163,7 +163,7 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """
     check_type("verdicts", verdicts, Iterable, "verdicts")
     if hasattr(verdicts, "dtype"):  # a tensor, or an array, calls itself iterable
-        raise TypeError(f"verdicts must be verdicts, got {type(verdicts).__name__} {shown(verdicts)}")
+        raise TypeError(f"verdicts must be verdicts, got {type(verdicts).__name__} {repr_short(verdicts)}")
     found = list(verdicts)
     for each in found:
         check_type("verdicts", each, Verdict, "verdicts")

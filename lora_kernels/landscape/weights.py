@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import as_device, check_range, check_tensor, check_type, repr_short
 from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
-from lora_kernels.ops._checks import as_device, check_range, check_tensor, check_type, shown
 
 # Called anew for every product with the weight: its rows, in order, in blocks of any height.
 RowBlocks = Callable[[], Iterable[torch.Tensor]]
@@ -57,7 +57,7 @@ def _checked(blocks: object, shape: object, device: object) -> torch.device:
     if not callable(blocks):
         raise TypeError(f"blocks must be a function that returns blocks of rows, got {type(blocks).__name__}")
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {shown(shape)}")
+        raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {repr_short(shape)}")
     for size in shape:
         check_range("shape", size, low=1, integer=True)
     found = as_device("device", device)
@@ -155,7 +155,7 @@ def overlap(
         ValueError: if shapes do not match.
     """
     if not isinstance(update, (tuple, list)) or len(update) != 3:
-        raise TypeError(f"update must be three tensors, got {type(update).__name__} {shown(update)}")
+        raise TypeError(f"update must be three tensors, got {type(update).__name__} {repr_short(update)}")
     check_type("weight", weight, RandomizedSVD, "a RandomizedSVD")
     u, s, v = update
     check_tensor("update[0]", u, shape=(weight.U.shape[-2], None), numbers=True)

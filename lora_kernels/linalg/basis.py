@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lora_kernels._checks import check_tensor
 from lora_kernels._files import write_tensors
-from lora_kernels.ops._checks import check_tensor
 
 # Below this share of the largest singular value, the squares in the Gram matrix have lost what tells directions apart.
 _TRAILING = 1e-3

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops import _philox
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.small_linalg import eigh as small_eigh
 from lora_kernels.ops.small_linalg import fix_signs

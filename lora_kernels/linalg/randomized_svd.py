@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import FLOATS, check_choice, check_range, check_tensor
 from lora_kernels.linalg._krylov import grow, ritz
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import FLOATS, check_choice, check_range, check_tensor
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.random_matrix.op import check_key
 

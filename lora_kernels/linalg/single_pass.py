@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import check_number, check_range, check_tensor, repr_short
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_number, check_range, check_tensor, shown
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.small_linalg import fix_signs
 
@@ -206,7 +206,7 @@ def two_sided(
     error = None
     if probe is not None:
         if not isinstance(probe, (tuple, list)) or len(probe) != 2:
-            raise TypeError(f"probe must be None or two tensors, got {type(probe).__name__} {shown(probe)}")
+            raise TypeError(f"probe must be None or two tensors, got {type(probe).__name__} {repr_short(probe)}")
         t, image = _check_sketch("probe[0]", probe[0], n), _check_sketch("probe[1]", probe[1], m)
         if t.shape[-1] != image.shape[-1] or t.shape[-1] < 1:
             raise ValueError(

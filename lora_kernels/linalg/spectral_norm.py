@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator, probe_bound, randomized_svd
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.random_matrix.op import check_key
 

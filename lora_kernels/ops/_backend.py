@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_choice
 from lora_kernels.ops import _ext
-from lora_kernels.ops._checks import check_choice
 
 BACKENDS = ("auto", "triton", "cpp", "torch")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_written
 from lora_kernels.ops import _backend
 from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import check_written
 
 OPS: dict[str, Op] = {}
 # The arguments of a small call, and the relative error of what it returned (and wrote) against float64.

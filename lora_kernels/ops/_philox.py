@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_kernels.ops._checks import shown
+from lora_kernels._checks import repr_short
 
 ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -151,7 +151,7 @@ def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
             raise ValueError(f"{name} is on {seed.device}, but must be on {device} or on the CPU")
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__} {shown(seed)}")
+        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__} {repr_short(seed)}")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} is {shown(seed)}, but must be a 64-bit integer")
+        raise ValueError(f"{name} is {repr_short(seed)}, but must be a 64-bit integer")
     return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels._checks import check_range
 
 # Of the free memory, what `auto` takes.
 AUTO_SHARE = 0.5

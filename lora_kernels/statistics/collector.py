@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lora_kernels.runtime import processes
+from lora_kernels.runtime.feed import Feed, call_model, model_device, to_device, trimmer
+from lora_kernels.runtime.loss import batch_size, loss_items, model_loss
+from lora_kernels.runtime.modes import is_sharded, observation_mode
 from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.budget import parse_budget
-from lora_kernels.statistics.feed import Feed, call_model, model_device, to_device, trimmer
 from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
-from lora_kernels.statistics.loss import batch_size, loss_items, model_loss
 from lora_kernels.statistics.masks import BatchWeights
-from lora_kernels.statistics.modes import is_sharded, observation_mode
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics
@@ -49,10 +50,10 @@ class Collection:
         """Check the arguments and take up the checkpoint, if there is one."""
         if not targets:
             raise ValueError("targets is empty: there is no layer to observe")
-        self.model, self.loader, self.targets = distributed.unwrap(model), loader, targets
+        self.model, self.loader, self.targets = processes.unwrap(model), loader, targets
         self.wants, self.options = wants, options
         self.device = model_device(self.model)
-        self.world = distributed.world_size() if options.distributed else 1
+        self.world = processes.world_size() if options.distributed else 1
         # The forward of a sharded model is a collective call: all processes must take the same number of steps.
         self.lockstep = self.world > 1 and any(is_sharded(each) for each in self.model.parameters())
         self.encoder_decoder = is_encoder_decoder(self.model)
@@ -68,7 +69,7 @@ class Collection:
 
     def _take_up(self, path: Path) -> None:
         if self.world > 1:
-            path = path.with_name(f"{path.name}.{distributed.rank()}-of-{self.world}")
+            path = path.with_name(f"{path.name}.{processes.rank()}-of-{self.world}")
         self.path = path
         self.identity["form"] = [self.options.form, str(self.options.budget)]
         if not path.exists():
@@ -136,7 +137,7 @@ class Collection:
             except Exception as caught:
                 error = caught
             if self.world > 1:
-                distributed.raise_together(error)
+                processes.raise_together(error)
             elif error is not None:
                 raise error
             self._next(plan)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels._checks import check_range
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels._checks import check_range
 from lora_kernels.statistics.cost import Cost, Footprint, Rates, Work, choose_layout
 from lora_kernels.statistics.plan import Entry, Plan, co_size
 from lora_kernels.statistics.sketches import PROBES

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lora_kernels.ops._checks import check_choice, shown
+from lora_kernels._checks import check_choice, repr_short
+from lora_kernels.runtime.loss import IGNORED_LABEL
 
 MASKS = ("attention", "labels", "next_labels")
-IGNORED_LABEL = -100
 
 Mask = str | Callable[[Any], torch.Tensor | None] | None
 
@@ -29,7 +29,7 @@ def check_mask(mask: Mask) -> None:
     if isinstance(mask, str):
         check_choice("mask", mask, MASKS)
     elif mask is not None and not callable(mask):
-        raise TypeError(f"mask must be a name, a function or None, got {type(mask).__name__} {shown(mask)}")
+        raise TypeError(f"mask must be a name, a function or None, got {type(mask).__name__} {repr_short(mask)}")
 
 
 def _tensor(batch: Any, key: str) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights
-from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics

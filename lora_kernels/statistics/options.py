@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.ops._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_range
+from lora_kernels.runtime.loss import REDUCTIONS, Loss, Reduction
 from lora_kernels.statistics.budget import Budget
-from lora_kernels.statistics.loss import REDUCTIONS, Loss, Reduction
 from lora_kernels.statistics.masks import Mask, check_mask
 from lora_kernels.statistics.plan import FORMS
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from lora_kernels.ops._checks import check_choice, check_range, check_type, shown
+from lora_kernels._checks import check_choice, check_range, check_type, repr_short
 from lora_kernels.reports import Printed
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.cost import Cost
@@ -298,7 +298,7 @@ def make_plan(
     check_type("targets", targets, Sequence, "a sequence of Target")
     for target in targets:
         if not all(hasattr(target, each) for each in ("name", "in_features", "out_features")):
-            raise TypeError(f"targets must be a sequence of Target, got {shown(target)} in it")
+            raise TypeError(f"targets must be a sequence of Target, got {repr_short(target)} in it")
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
         check_choice("wants", name, STATISTICS)
@@ -311,7 +311,7 @@ def make_plan(
         check_type("groups", group, (tuple, list), "lists of names")
         for name in group:
             if not isinstance(name, str) or name not in names:
-                raise ValueError(f"groups has {shown(name)}, but must have names of targets")
+                raise ValueError(f"groups has {repr_short(name)}, but must have names of targets")
     check_choice("form", form, FORMS)
     check_range("sketch_size", sketch_size, low=1, integer=True)
     check_range("world_size", world_size, low=1, integer=True)

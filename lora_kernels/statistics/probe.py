@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.statistics.feed import call_model
+from lora_kernels.runtime.feed import call_model
 from lora_kernels.statistics.sharing import InputIdentity
 from lora_kernels.statistics.store import Target
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.ops._checks import as_device
+from lora_kernels._checks import as_device
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sharing import InputSums

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, runtime_checkable
 
-from lora_kernels.ops._checks import check_choice, check_type, shown
+from lora_kernels._checks import check_choice, check_type, repr_short
 
 INPUT_SECOND = "input_second"
 OUTPUT_SECOND = "output_second"
@@ -75,5 +75,7 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     for name in found:
         check_choice("wants", name, STATISTICS)
     if not found:
-        raise ValueError(f"wants is {shown(wants)}, which needs no statistics of data: there is nothing to collect")
+        raise ValueError(
+            f"wants is {repr_short(wants)}, which needs no statistics of data: there is nothing to collect"
+        )
     return {name: bool(found[name]) for name in STATISTICS if name in found}

@@ -1,8 +1,8 @@
 """Floor 4: training. The fused forward of PEFT's LoRA layers, LoRA-Dash, and the LoRA-Pro optimizer."""
 
 from lora_kernels.training.acceleration import AccelerateReport, LayerPath, accelerate, reference_mode, restore
-from lora_kernels.training.dash import DashLayer, DashReport, DashRun, LoRADash
-from lora_kernels.training.lora_pro import LoRAPro, create_lorapro_optimizer, lorapro_cls_and_kwargs
+from lora_kernels.training.dash import DashLayer, DashReport, DashRun, LoraDash
+from lora_kernels.training.lora_pro import LoraPro, create_lora_pro_optimizer, lora_pro_cls_and_kwargs
 from lora_kernels.training.verification import LayerErrors, VerifyReport, verify
 
 __all__ = [
@@ -12,12 +12,12 @@ __all__ = [
     "DashRun",
     "LayerErrors",
     "LayerPath",
-    "LoRADash",
-    "LoRAPro",
+    "LoraDash",
+    "LoraPro",
     "VerifyReport",
     "accelerate",
-    "create_lorapro_optimizer",
-    "lorapro_cls_and_kwargs",
+    "create_lora_pro_optimizer",
+    "lora_pro_cls_and_kwargs",
     "reference_mode",
     "restore",
     "verify",

@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_kernels.adapters.view import lora_layers, stock_class
 from lora_kernels.reports import Printed
-from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
 from lora_kernels.training.description import base_is_fused, eager_reason
 from lora_kernels.training.guard import Guard

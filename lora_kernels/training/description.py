@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lora_kernels._checks import FLOATS
 from lora_kernels.adapters.extension import Extension, tied
 from lora_kernels.adapters.view import stock_class
 from lora_kernels.ops._backend import requested
-from lora_kernels.ops._checks import FLOATS
 from lora_kernels.ops.lora_linear import op as lora_op
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.training import dora
 
 # A library that replaces these for all layers expects its own to be called.

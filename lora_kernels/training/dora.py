@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.base_weight import row_blocks
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 
 # Entries that are computed at a time: on a CPU by each thread, few enough for its second-level cache.
 _NORM_BLOCK, _SCALE_BLOCK, _GPU_BLOCK = 2**17, 2**15, 2**24

@@ -16,10 +16,10 @@ from torch import nn
 from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.reports import Printed
-from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.statistics.feed import call_model, model_device, to_device
-from lora_kernels.statistics.loss import model_loss
-from lora_kernels.statistics.modes import evaluation_mode
+from lora_kernels.runtime.feed import call_model, model_device, to_device
+from lora_kernels.runtime.loss import model_loss
+from lora_kernels.runtime.modes import evaluation_mode
+from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.acceleration import reference_mode
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
 from lora_kernels.training.lora_layer import FusedForward

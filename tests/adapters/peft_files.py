@@ -24,7 +24,7 @@ def logits(model):
 
 def dashed():
     model = started("lora_ga")
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     run.launch(torch.optim.SGD(model.parameters(), lr=0.1), progress=False)
     nudge(model)
     return model

@@ -34,13 +34,13 @@ def begun(method):
 def trainer(model, folder, kind):
     more = {}
     if "dash" in kind:
-        more["callbacks"] = [lk.LoRADashCallback(lk.LoRADash(k=3, pre_launch=3))]
+        more["callbacks"] = [lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))]
         if "own" in kind:  # the optimizer is to hold the coordinates
-            lk.LoRADash(k=3, pre_launch=3).attach(model)
+            lk.LoraDash(k=3, pre_launch=3).attach(model)
     if kind == "lora_pro":
-        more["optimizer_cls_and_kwargs"] = lk.lorapro_cls_and_kwargs(model, lr=1e-2)
+        more["optimizer_cls_and_kwargs"] = lk.lora_pro_cls_and_kwargs(model, lr=1e-2)
     elif "lora_pro" in kind:
-        more["optimizers"] = (lk.create_lorapro_optimizer(model, lr=1e-2), None)
+        more["optimizers"] = (lk.create_lora_pro_optimizer(model, lr=1e-2), None)
     elif "adamw dash" in kind:
         trained = [each for each in model.parameters() if each.requires_grad]
         more["optimizers"] = (torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), None)

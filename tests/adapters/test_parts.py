@@ -278,7 +278,7 @@ def test_state_dicts():
 def test_tensors_that_were_gathered_elsewhere_are_joined_in_the_file(tmp_path):
     """DeepSpeed's ZeRO-3 gathers parameters and buffers without asking the layers."""
     model, _ = started(), None
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     run.launch(torch.optim.SGD(model.parameters(), lr=0.1), progress=False)
     nudge(model)
     gathered = tensors(model)

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.adapters import servers
-from lora_kernels.integrations.adapter_files import read_adapter
+from lora_kernels.api.adapter_files import read_adapter
 from tests.adapters.start_models import BATCH, BATCHES, TARGETS, nudge, wrapped
 from tests.helpers.readers import READERS, Refused, read
 from tests.statistics.models import tiny_llama
@@ -27,7 +27,7 @@ PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}
 
 def launched(model):
     """LoRA-Dash with coordinates that count."""
-    run = lk.LoRADash(k=2).attach(model)
+    run = lk.LoraDash(k=2).attach(model)
     run.launch(torch.optim.AdamW([each for each in model.parameters() if each.requires_grad]), progress=False)
     nudge(model, 0.5)
 

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_kernels as lk
+from lora_kernels.api.saved import compress
 from lora_kernels.init import LayerFactors, LoraFactors
-from lora_kernels.integrations.saved import compress
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 from tests.statistics.test_models import quantized

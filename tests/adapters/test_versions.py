@@ -42,8 +42,8 @@ CALLS = {
     "collect": lambda model: lk.collect(model, []),
     "export": lambda model: lk.export(model, "nowhere"),
     "load": lambda model: lk.load(tiny_llama(), "nowhere"),
-    "attach": lambda model: lk.LoRADash().attach(model),
-    "create_lorapro_optimizer": lambda model: lk.create_lorapro_optimizer(model, lr=1e-3),
+    "attach": lambda model: lk.LoraDash().attach(model),
+    "create_lora_pro_optimizer": lambda model: lk.create_lora_pro_optimizer(model, lr=1e-3),
     "diagnose": lk.diagnose,
 }
 

@@ -17,7 +17,7 @@ from benchmarks.subjects import (
     init,
     linear,
     llm,
-    lorapro,
+    lora_pro,
     small_linalg,
     spectrum,
     statistics,
@@ -30,7 +30,7 @@ from benchmarks.subjects import (
 def known_rates(monkeypatch):
     """The rates of some machine: measuring them takes seconds."""
     found = rates.Rates(1e10, {"bfloat16": 1e12, "float32": 1e11, "float64": 5e10})
-    for module in (rates, eva, init, linear, lorapro, small_linalg, spectrum, statistics, svd, train):
+    for module in (rates, eva, init, linear, lora_pro, small_linalg, spectrum, statistics, svd, train):
         monkeypatch.setattr(module, "here", lambda device="cpu": found)
 
 
@@ -339,12 +339,12 @@ def test_new_records_have_their_words_and_figures(stand_in, monkeypatch, tmp_pat
 
 
 def test_lora_pro(monkeypatch):
-    monkeypatch.setattr(lorapro, "LAYERS", ((48, 40),) * 5)
-    monkeypatch.setattr(lorapro, "peaks", lambda *_: {"ours": 1, "faithful": 2, "careful": 3})
-    entry, rows = measured("lorapro", "full", "--rank", "4", "--rounds", "1")
+    monkeypatch.setattr(lora_pro, "LAYERS", ((48, 40),) * 5)
+    monkeypatch.setattr(lora_pro, "peaks", lambda *_: {"ours": 1, "faithful": 2, "careful": 3})
+    entry, rows = measured("lora_pro", "full", "--rank", "4", "--rounds", "1")
     check_rows(rows, {"the authors' procedure", "careful torch"})
     assert entry["floor"]["bytes"] == 16 * 2 * 48 * 40 and entry["differences"]["ours"] < 1e-2
-    check_rows(measured("lorapro", "efficient", "--rank", "4", "--rounds", "1")[1], {"AdamW, no adjustment"})
+    check_rows(measured("lora_pro", "efficient", "--rank", "4", "--rounds", "1")[1], {"AdamW, no adjustment"})
 
 
 def test_init_methods_in_this_process(monkeypatch, tmp_path):

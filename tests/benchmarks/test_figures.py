@@ -32,9 +32,9 @@ def test_a_changed_record_is_seen(tmp_path, monkeypatch):
 
 
 def test_drawn_twice_the_bytes_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "sources", lambda: {"train": ("train",), "lorapro": ("lorapro",)})
+    monkeypatch.setattr(figures, "sources", lambda: {"train": ("train",), "lora_pro": ("lora_pro",)})
     for folder in ("one", "two"):
         figures.main(tmp_path / folder)
-    for name in ("train", "lorapro"):
+    for name in ("train", "lora_pro"):
         one, two = ((tmp_path / folder / f"{name}.svg").read_bytes() for folder in ("one", "two"))
         assert one == two and b"<dc:date>" not in one

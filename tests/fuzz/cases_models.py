@@ -68,10 +68,10 @@ case(lk.snapshot, model=lambda: adapted(False), adapter_name="default")
 case(lk.accelerate, model=adapted, strict=False, guard=False, corrupt=("model",))
 case(lk.restore, model=accelerated)
 case(lk.verify, model=accelerated, batch=lambda: torch.randn(3, 6), forward=None, loss=None, corrupt=("model",))
-case(lk.create_lorapro_optimizer, model=lambda: adapted(False), lr=1e-3)
-case(lk.lorapro_cls_and_kwargs, model=lambda: adapted(False), lr=1e-3)
+case(lk.create_lora_pro_optimizer, model=lambda: adapted(False), lr=1e-3)
+case(lk.lora_pro_cls_and_kwargs, model=lambda: adapted(False), lr=1e-3)
 case(
-    lk.LoRADash,
+    lk.LoraDash,
     k=4,
     pre_launch=10,
     epsilon=1e-6,

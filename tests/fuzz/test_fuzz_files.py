@@ -17,9 +17,9 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import cli
-from lora_kernels.integrations import monitor, text_files
-from lora_kernels.integrations.adapter_files import read_adapter
-from lora_kernels.integrations.transformers import empty_model
+from lora_kernels.api import monitor, text_files
+from lora_kernels.api.adapter_files import read_adapter
+from lora_kernels.api.transformers import empty_model
 from lora_kernels.ops.lora_linear import table
 
 DEEP = "[" * 100_000
@@ -357,7 +357,7 @@ def test_logs_of_a_monitor(tmp_path):
         file.write_bytes(content)
         worked, log = outcome(monitor.read_log, {"path": file})
         if worked:
-            from lora_kernels.integrations.inspection import log_summary
+            from lora_kernels.api.inspection import log_summary
 
             assert log_summary(log)
 

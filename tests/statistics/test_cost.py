@@ -10,9 +10,10 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.init.work import corda_work, decompose_seconds, lora_da_work
+from lora_kernels.runtime.processes import owners
 from lora_kernels.statistics import H200, Rates, make_plan
 from lora_kernels.statistics.cost import Footprint, Work, choose_layout, share_seconds
-from lora_kernels.statistics.distributed import buckets, owners
+from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.estimate import estimate, layer_work, statistic_work
 from lora_kernels.statistics.plan import Entry
 from lora_kernels.statistics.store import Target

@@ -6,8 +6,8 @@ import torch
 from rich.console import Console
 
 import lora_kernels as lk
+from lora_kernels.api.transformers import empty_model, example_batch, linear_targets
 from lora_kernels.cli import main
-from lora_kernels.integrations.transformers import empty_model, example_batch, linear_targets
 from lora_kernels.statistics import METHOD_WANTS, make_plan, parse_budget
 from tests.statistics.models import padded, samples, tiny_llama
 

@@ -21,7 +21,7 @@ def adam(model, lr=1e-2):
 def dashed(model=None, *, k=3, size=0.5, **settings):
     """A model after the switch, coordinates away from zero."""
     model = wrapped() if model is None else model
-    run = lk.LoRADash(k=k, **settings).attach(model)
+    run = lk.LoraDash(k=k, **settings).attach(model)
     run.launch(adam(model), progress=False)
     torch.manual_seed(8)
     with torch.no_grad():

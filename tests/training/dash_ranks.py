@@ -53,7 +53,7 @@ def main(out):
     kept = {}
     for name in ("eager", "accelerated", "compiled_graph"):
         model = wrapped()
-        run = lk.LoRADash(k=3, pre_launch=SWITCH).attach(model)
+        run = lk.LoraDash(k=3, pre_launch=SWITCH).attach(model)
         if name != "eager":
             lk.accelerate(model, strict=True)
         ddp = DistributedDataParallel(model, static_graph=name == "compiled_graph")  # no find_unused_parameters
@@ -65,14 +65,14 @@ def main(out):
         kept[name] = adapter(ddp)
         assert_alike(kept[name])
     try:
-        lk.LoRADash(k=3).attach(ddp)
+        lk.LoraDash(k=3).attach(ddp)
     except ValueError as error:
         assert "attach before wrapping" in str(error)
     else:
         raise AssertionError("attached to DistributedDataParallel")
 
     model = wrapped()
-    run = lk.LoRADash(k=3, pre_launch=SWITCH).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=SWITCH).attach(model)
     lk.accelerate(model, strict=True)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
@@ -85,7 +85,7 @@ def main(out):
     late = wrapped()
     fully_shard(late)
     try:
-        lk.LoRADash(k=3).attach(late)
+        lk.LoraDash(k=3).attach(late)
     except ValueError as error:
         assert "attach before sharding" in str(error)
     else:
@@ -93,7 +93,7 @@ def main(out):
 
     # A process that fails makes the others fail, too, instead of waiting.
     model = wrapped()
-    run = lk.LoRADash(k=3, pre_launch=1).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=1).attach(model)
     if rank == 0:
         with torch.no_grad():
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.fill_(float("nan"))

@@ -27,7 +27,7 @@ def model_and_optimizer(wrap, options, seed=10):
     model = wrapped(rank_pattern={"q_proj": 1, "down_proj": 3}, modules_to_save=["lm_head"])
     model = wrap(model)
     torch.manual_seed(seed)
-    return model, lk.create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, **options)
+    return model, lk.create_lora_pro_optimizer(model, lr=1e-2, weight_decay=0.1, **options)
 
 
 def train(model, optimizer, ids, steps=STEPS):
@@ -94,7 +94,7 @@ class Few(nn.Module):
 def few_rows(wrap, share, options):
     """Trained factors of a wrapped `Few`, on this process's share of the rows of a batch."""
     model = wrap(Few())
-    optimizer = lk.LoRAPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
+    optimizer = lk.LoraPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
     x = torch.randn(8, 7, generator=torch.Generator().manual_seed(4))[share]
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -52,7 +52,7 @@ def golden(index, dtype, accelerated):
         if "bias" in given:
             layer.base_layer.bias.copy_(given["bias"]).requires_grad_(True)
             layer.base_layer.bias.requires_grad_(True)
-    run = lk.LoRADash(k=8, epsilon=0.0).attach(model)
+    run = lk.LoraDash(k=8, epsilon=0.0).attach(model)
     if accelerated:
         assert {each.path for each in lk.accelerate(model, strict=True, guard=False)} == {"fused"}
     return model, layer, run, {key: value.to(dtype) for key, value in given.items()}, truth, plain
@@ -142,7 +142,7 @@ def test_the_rate_counts_what_the_frozen_start_takes_off():
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         layer.lora_B["default"].weight.add_(0.1 * torch.randn_like(layer.lora_B["default"].weight))
-    run = lk.LoRADash(k=3, epsilon=0.0).attach(model)
+    run = lk.LoraDash(k=3, epsilon=0.0).attach(model)
     run.launch(adam(model), progress=False)
     start, scaling = layer.lora_start["default"], layer.scaling["default"]
     product = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
@@ -158,7 +158,7 @@ def test_the_rate_counts_what_the_frozen_start_takes_off():
 def test_optimizer_steps_are_counted_and_nothing_else():
     """Evaluations and micro-batches between them are not; the function does not jump at the switch."""
     model = wrapped().train()
-    run = lk.LoRADash(k=3, pre_launch=3).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=3).attach(model)
     optimizer = adam(model)
     for number in range(1, 6):
         for _ in range(2):
@@ -186,7 +186,7 @@ def test_optimizer_steps_are_counted_and_nothing_else():
 
 def test_the_optimizer_starts_afresh_on_the_coordinates():
     model = wrapped().train()
-    run = lk.LoRADash(k=3, pre_launch=2).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=2).attach(model)
     optimizer = adam(model, lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
@@ -214,7 +214,7 @@ def test_an_optimizer_that_was_made_before():
     model = wrapped().train()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.5)  # (some other group first)
     optimizer.add_param_group(adam(model).param_groups[0])
-    run = lk.LoRADash(k=3, pre_launch=1).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=1).attach(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     model(**BATCHES[0]).loss.backward()
     optimizer.step()
@@ -224,7 +224,7 @@ def test_an_optimizer_that_was_made_before():
     before = adam(alone)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lk.LoRADash(k=3).attach(alone).launch(before, progress=False)
+        lk.LoraDash(k=3).attach(alone).launch(before, progress=False)
     assert not any(each.training for each in alone.modules())
     assert len(optimizer.param_groups) == 2 and optimizer.param_groups[1]["params"][-6:] == run.coordinates()
     model(**BATCHES[0]).loss.backward()
@@ -233,9 +233,9 @@ def test_an_optimizer_that_was_made_before():
     assert all(bool(each.any()) for each in run.coordinates())
     other = wrapped()
     with pytest.raises(ValueError, match="holds no factor of the adapter"):
-        lk.LoRADash(k=3, pre_launch=1).attach(other).step(optimizer)
+        lk.LoraDash(k=3, pre_launch=1).attach(other).step(optimizer)
     with pytest.raises(TypeError, match="Optimizer"):
-        lk.LoRADash(k=3, pre_launch=1).attach(other).step(None)
+        lk.LoraDash(k=3, pre_launch=1).attach(other).step(None)
 
 
 def test_steps_that_accelerate_left_out_are_not_counted():
@@ -247,7 +247,7 @@ def test_steps_that_accelerate_left_out_are_not_counted():
             sync_gradients = False
 
     model = wrapped()
-    run = lk.LoRADash(k=2, pre_launch=1).attach(model)
+    run = lk.LoraDash(k=2, pre_launch=1).attach(model)
     for kind in (Left, Accumulating):
         assert not run.step(kind(trained(model), lr=0.1)) and run.steps == 0
     assert run.step(torch.optim.SGD(trained(model), lr=0.1))
@@ -283,7 +283,7 @@ def test_coordinates_see_the_undropped_input(accelerated):
 
 def test_the_switch_sets_out_from_zero():
     model = wrapped()
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     with torch.no_grad():
         run.coordinates()[0].fill_(0.3)  # by noise on all parameters, say
         before = model(**BATCHES[0]).logits
@@ -293,7 +293,7 @@ def test_the_switch_sets_out_from_zero():
 
 def test_bad_factors_at_the_switch_name_the_layer():
     model = wrapped()
-    run = lk.LoRADash(k=3, pre_launch=1).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=1).attach(model)
     weight = model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight
     with torch.no_grad():
         weight[0, 0] = float("nan")
@@ -312,7 +312,7 @@ def test_adapters_that_have_changed_nothing_are_said():
     model = wrapped()
     with torch.no_grad():
         model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight.zero_()
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     with pytest.warns(RuntimeWarning, match=r"1 adapters have changed nothing .*layers.1.self_attn.v_proj"):
         report = run.launch(adam(model), progress=False)
     assert sum("arbitrary" in each.reason for each in report) == 1
@@ -321,7 +321,7 @@ def test_adapters_that_have_changed_nothing_are_said():
 def test_prepared_bases_are_read_at_the_switch(tmp_path, monkeypatch):
     model = wrapped()
     monkeypatch.chdir(tmp_path.parent)
-    run = lk.LoRADash(k=3, cache_dir=tmp_path.name).attach(model)
+    run = lk.LoraDash(k=3, cache_dir=tmp_path.name).attach(model)
     monkeypatch.chdir("/")
     run.prepare(progress=False)
     assert len(list(tmp_path.iterdir())) == 6
@@ -334,13 +334,13 @@ def test_prepared_bases_are_read_at_the_switch(tmp_path, monkeypatch):
     for name, value in model.named_buffers():
         assert torch.equal(value, other[name])
     with pytest.raises(ValueError, match="cache_dir is None"):
-        lk.LoRADash(k=3).attach(wrapped()).prepare()
+        lk.LoraDash(k=3).attach(wrapped()).prepare()
 
 
 def test_a_layer_with_fewer_directions_is_refused_with_a_line():
     model = wrapped()
     with pytest.warns(RuntimeWarning, match=r"2 LoRA layers get no coordinates .*v_proj: k is 13, .* min.m, n. = 12"):
-        run = lk.LoRADash(k=13).attach(model)
+        run = lk.LoraDash(k=13).attach(model)
     run.launch(adam(model), progress=False)
     status = {entry.name: entry.status for entry in run.report()}
     assert sorted(status.values()) == ["launched"] * 4 + ["refused"] * 2
@@ -350,7 +350,7 @@ def test_a_layer_with_fewer_directions_is_refused_with_a_line():
 def test_a_layer_is_refused_with_a_line():
     model = wrapped(target_modules=["q_proj", "embed_tokens"])
     with pytest.warns(RuntimeWarning, match=r"1 LoRA layers get no coordinates .*embed_tokens.*Embedding"):
-        run = lk.LoRADash(k=3).attach(model)
+        run = lk.LoraDash(k=3).attach(model)
     assert [each.status for each in run.report()].count("refused") == 1
     assert "refused" in run.report().summary()
 
@@ -360,32 +360,32 @@ def test_a_layer_is_refused_with_a_line():
             self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 4)
 
     with pytest.warns(RuntimeWarning, match="Conv2d"):
-        lk.LoRADash(k=2).attach(get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv", "out"])))
+        lk.LoraDash(k=2).attach(get_peft_model(Net(), LoraConfig(r=2, target_modules=["conv", "out"])))
 
 
 def test_errors():
     model = wrapped()
     with pytest.raises(ValueError, match=r"no layer of adapter.*q_proj.*k is 1000, but it has only min.m, n. = "):
-        lk.LoRADash(k=1000).attach(model)
+        lk.LoraDash(k=1000).attach(model)
     assert not any(hasattr(each, "lora_dash") for each in model.modules())
     with pytest.raises(ValueError, match="no layer of adapter 'default' can have coordinates.*DoraLinearVariant"):
-        lk.LoRADash(k=2).attach(wrapped(use_dora=True))
+        lk.LoraDash(k=2).attach(wrapped(use_dora=True))
     with pytest.raises(ValueError, match="the model has 'default'"):
-        lk.LoRADash(adapter_name="other").attach(model)
+        lk.LoraDash(adapter_name="other").attach(model)
     with pytest.raises(ValueError, match="no LoRA layer"):
-        lk.LoRADash().attach(nn.Linear(3, 3))
+        lk.LoraDash().attach(nn.Linear(3, 3))
     for bad in ({"k": 0}, {"pre_launch": 0}, {"epsilon": -1.0}, {"epsilon": float("inf")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            lk.LoRADash(**bad)
+            lk.LoraDash(**bad)
     with pytest.raises(TypeError, match="k must be an int"):
-        lk.LoRADash(k=2.0)
+        lk.LoraDash(k=2.0)
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
-        lk.LoRADash(k=2).attach(model)
+        lk.LoraDash(k=2).attach(model)
     model.unmerge_adapter()
-    run = lk.LoRADash(k=2).attach(model)
+    run = lk.LoraDash(k=2).attach(model)
     with pytest.raises(ValueError, match="has 2 coordinates already"):
-        lk.LoRADash(k=3).attach(model)
+        lk.LoraDash(k=3).attach(model)
     with pytest.raises(ValueError, match="initialise first"):
         lk.initialize(model, method="pissa", force=True)
     model.merge_adapter()

@@ -54,7 +54,7 @@ def test_accelerated_is_eager(settings, after):
         if after:
             dashed(model)
         else:
-            lk.LoRADash(k=3).attach(model)
+            lk.LoraDash(k=3).attach(model)
         if accelerated:
             assert {each.path for each in lk.accelerate(model, strict=True)} == {"fused"}
         models.append(model)
@@ -96,7 +96,7 @@ def test_verify(dropout):
         assert all(0 < value < 1e-4 for value in each.stock.values())
     assert "dc: fused / stock" in str(report)
     model = wrapped()
-    lk.LoRADash(k=3).attach(model)
+    lk.LoraDash(k=3).attach(model)
     lk.accelerate(model, strict=True)
     report = lk.verify(model, BATCH)
     assert report.ok and all(set(each.fused) == {"y", "dx", "dA", "dB"} for each in report)
@@ -147,7 +147,7 @@ def test_gradient_checkpointing(reentrant, accelerated):
     results = []
     for checkpointed in (False, True):
         model = wrapped(lora_dropout=0.3).train()
-        run = lk.LoRADash(k=3, pre_launch=2).attach(model)
+        run = lk.LoraDash(k=3, pre_launch=2).attach(model)
         if accelerated:
             lk.accelerate(model, strict=True)
         model.enable_input_require_grads()
@@ -168,7 +168,7 @@ def test_gradient_checkpointing(reentrant, accelerated):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiles_as_one_graph_before_and_after_the_switch(dropout):
     model = wrapped(lora_dropout=dropout).train()
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     lk.accelerate(model, strict=True)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     torch._dynamo.reset()
@@ -271,7 +271,7 @@ def test_several_adapters():
     model.set_adapter("second")
     assert not any(each.requires_grad for each in run.coordinates())
     second = model(**inputs).logits.detach()
-    other = lk.LoRADash(k=2, adapter_name="second").attach(model)
+    other = lk.LoraDash(k=2, adapter_name="second").attach(model)
     other.launch(adam(model), progress=False)
     with torch.no_grad():
         for each in other.coordinates():
@@ -286,7 +286,7 @@ def test_several_adapters():
         torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="must be one of the active adapters .'default', 'second'."):
-        lk.LoRADash(k=3).attach(model)
+        lk.LoraDash(k=3).attach(model)
     both = model(**inputs).logits
     lk.accelerate(model, strict=True)
     torch.testing.assert_close(model(**inputs).logits, both, rtol=1e-4, atol=1e-5)
@@ -341,7 +341,7 @@ def test_copies_and_pickles(accelerated):
     expected = step(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(step(other), expected)
-        taken = lk.LoRADash(k=3).attach(other)
+        taken = lk.LoraDash(k=3).attach(other)
         assert taken.launched and not any(
             one is two for one, two in zip(taken.coordinates(), run.coordinates(), strict=True)
         )
@@ -358,7 +358,7 @@ def test_copies_and_pickles(accelerated):
 
 def test_detach_gives_plain_lora_back():
     plain, model = wrapped(), wrapped()
-    run = lk.LoRADash(k=3).attach(model)
+    run = lk.LoraDash(k=3).attach(model)
     run.detach()
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert type(model.peft_config["default"]) is LoraConfig
@@ -379,7 +379,7 @@ def test_training_over_the_switch_is_pefts():
     results = []
     for accelerated in (False, True):
         model = wrapped().train()
-        run = lk.LoRADash(k=3, pre_launch=3).attach(model)
+        run = lk.LoraDash(k=3, pre_launch=3).attach(model)
         if accelerated:
             lk.accelerate(model, strict=True)
         optimizer = adam(model, lr=1e-3)

@@ -40,7 +40,7 @@ def test_saved_and_loaded_bit_by_bit(tmp_path, after, adapter):
     if adapter != "default":
         model.add_adapter(adapter, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         model.set_adapter(adapter)
-    run = lk.LoRADash(k=3, pre_launch=2).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=2).attach(model)
     optimizer = adam(model)
     for _ in range(4 if after else 1):
         model(**BATCH).loss.backward()
@@ -61,7 +61,7 @@ def test_saved_and_loaded_bit_by_bit(tmp_path, after, adapter):
     assert not [each for each in said if issubclass(each.category, UserWarning)]
     own = {name: value for name, value in state(model).items() if f".{adapter}" in name}
     assert_equal(state(loaded), own)
-    taken = lk.LoRADash(k=3, pre_launch=2).attach(loaded)
+    taken = lk.LoraDash(k=3, pre_launch=2).attach(loaded)
     assert taken.launched is after and taken.steps == run.steps == (2 if after else 1)
     assert torch.equal(logits(loaded), logits(model))
     assert all(each.requires_grad for each in taken.coordinates())
@@ -72,7 +72,7 @@ def test_saved_and_loaded_bit_by_bit(tmp_path, after, adapter):
     if adapter != "default":
         attached.add_adapter(adapter, LoraConfig(r=2, target_modules=["q_proj"]))
         attached.set_adapter(adapter)
-    again = lk.LoRADash(k=3, pre_launch=2).attach(attached)
+    again = lk.LoraDash(k=3, pre_launch=2).attach(attached)
     attached.load_adapter(str(folder), adapter, is_trainable=True)
     assert again.launched is after and again.steps == run.steps
     assert_equal({name: value for name, value in state(attached).items() if f".{adapter}" in name}, own)
@@ -82,11 +82,11 @@ def test_a_plain_state_dict_has_everything():
     model, run = dashed()
     run.directions()["base_model.model.model.layers.0.self_attn.q_proj"].steps = 7
     other = wrapped()
-    taken = lk.LoRADash(k=3).attach(other)
+    taken = lk.LoraDash(k=3).attach(other)
     other.load_state_dict(model.state_dict())
     assert taken.launched and taken.steps == 7
     assert torch.equal(logits(other), logits(model))
-    before = lk.LoRADash(k=3).attach(wrapped())
+    before = lk.LoraDash(k=3).attach(wrapped())
     other.load_state_dict(before.model.state_dict())  # back to before the switch
     assert not taken.launched and taken.steps == 0
 
@@ -108,7 +108,7 @@ def test_stock_peft_reads_the_coordinates_as_rank(tmp_path, settings):
     for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         assert getattr(again.peft_config["default"], name) == getattr(model.peft_config["default"], name)
     with pytest.raises(ValueError, match="3 coordinates already"):
-        lk.LoRADash(k=2).attach(lk.load(tiny_llama(), tmp_path))
+        lk.LoraDash(k=2).attach(lk.load(tiny_llama(), tmp_path))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "r": 8}, {"rank_pattern": {"q_proj": 2}}])
@@ -139,7 +139,7 @@ def test_exported_as_a_stock_adapter(tmp_path, settings):
 
 def test_before_the_switch_an_export_is_the_adapter(tmp_path):
     model = wrapped()
-    lk.LoRADash(k=3).attach(model)
+    lk.LoraDash(k=3).attach(model)
     assert {each.rank for each in lk.export(model, tmp_path).values()} == {4}
     assert relative_error(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model)) < 1e-6
 
@@ -162,7 +162,7 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
     batches = BATCHES
     before = logits(model)
     init = lk.TaskDirections(cache=str(tmp_path / "bases"))
-    tsd = lk.LoRATSD(init=init, dash=lk.LoRADash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")))
+    tsd = lk.LoraTSD(init=init, dash=lk.LoraDash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")))
     report, run = tsd.attach(model, batches, progress=False)
     assert all(each.status == "initialised" for each in report.layers) and run.adapter == "default"
     files = {each.name for each in (tmp_path / "bases").iterdir()}
@@ -194,7 +194,7 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
         warnings.simplefilter("ignore", RuntimeWarning)
         lk.accelerate(fused)
     assert relative_error(logits(fused), expected) < 1e-5
-    with pytest.raises(TypeError, match="settings of LoRATSD"):
+    with pytest.raises(TypeError, match="settings of LoraTSD"):
         tsd.attach(wrapped(), batches, method="eva")
     with pytest.raises(TypeError, match="init must be a TaskDirections"):
-        lk.LoRATSD(init="eva")
+        lk.LoraTSD(init="eva")

@@ -17,7 +17,7 @@ def trained(two_processes_ran):
 @pytest.mark.parametrize("name", ["eager", "accelerated", "compiled_graph", "fsdp"])
 def test_two_processes_train_what_one_does(trained, name):
     model = wrapped()
-    run = lk.LoRADash(k=3, pre_launch=SWITCH).attach(model)
+    run = lk.LoraDash(k=3, pre_launch=SWITCH).attach(model)
     train(model, run, batch())
     expected = adapter(model)
     assert trained[name].keys() == expected.keys() and sum("coordinates" in key for key in expected) == 6

@@ -37,7 +37,7 @@ def trained(model):
 def test_a_model_learns_and_every_trained_parameter_moves(mode):
     model = wrapped(modules_to_save=["lm_head", "norm"], target_modules=["q_proj", "embed_tokens"])
     before = trained(model)
-    optimizer = lk.create_lorapro_optimizer(model, lr=5e-3, mode=mode, weight_decay=0.1)
+    optimizer = lk.create_lora_pro_optimizer(model, lr=5e-3, mode=mode, weight_decay=0.1)
     losses = train(model, optimizer, 12)
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(before[name], each) for name, each in trained(model).items())
@@ -72,7 +72,7 @@ def test_the_step_uses_the_scaling_of_the_moment():
     results, gradients = [], {}
     for factor in (1.0, 3.0):
         model = wrapped()
-        optimizer = lk.create_lorapro_optimizer(model, lr=1e-3, mode="full")
+        optimizer = lk.create_lora_pro_optimizer(model, lr=1e-3, mode="full")
         for name, layer in model.named_modules():
             if name.endswith(("q_proj", "v_proj", "down_proj")):
                 layer.scale_layer(factor)
@@ -90,7 +90,7 @@ def test_the_step_uses_the_scaling_of_the_moment():
 
 def test_dora_magnitudes_get_adamw_and_factors_are_pairs():
     model = wrapped(use_dora=True)
-    optimizer = lk.create_lorapro_optimizer(model, lr=1e-3)
+    optimizer = lk.create_lora_pro_optimizer(model, lr=1e-3)
     assert len(optimizer.param_groups[0]["params"]) == 12 and len(optimizer.param_groups[1]["params"]) == 6
     train(model, optimizer, 1)
 
@@ -107,14 +107,14 @@ class Convolutions(nn.Module):
 def test_factors_that_are_no_pair_get_adamw_and_a_warning():
     model = get_peft_model(Convolutions(), LoraConfig(r=2, target_modules=["conv", "linear"]))
     with pytest.warns(RuntimeWarning, match=r"1 LoRA layers get plain AdamW: .*convolution.* \(1\)"):
-        optimizer = lk.create_lorapro_optimizer(model, lr=1e-2)
+        optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
     model = wrapped()
     for name, each in model.named_parameters():
         if "lora_A" in name and "v_proj" in name:
             each.requires_grad_(False)
     with pytest.warns(RuntimeWarning, match=r"2 LoRA layers get plain AdamW: one factor is frozen \(2\)"):
-        optimizer = lk.create_lorapro_optimizer(model, lr=1e-2)
+        optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
     assert [len(group["params"]) for group in optimizer.param_groups] == [8, 2]
     train(model, optimizer, 1)
 
@@ -141,7 +141,7 @@ def test_factors_of_several_experts_in_one_matrix_are_no_pair():
     config = LoraConfig(r=2, target_modules=["linear"], target_parameters=["experts.weight"])
     model = get_peft_model(Mixture(), config)
     with pytest.warns(RuntimeWarning, match=r"factors of all experts are in one matrix \(1\)"):
-        optimizer = lk.create_lorapro_optimizer(model, lr=1e-2)
+        optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
     assert [[tuple(each.shape) for each in group["params"]] for group in optimizer.param_groups] == [
         [(2, 6), (4, 2)],
         [(6, 5), (6, 6)],
@@ -151,14 +151,14 @@ def test_factors_of_several_experts_in_one_matrix_are_no_pair():
 def test_models_without_pairs_are_refused():
     for model in (tiny_llama(), wrapped()):
         model.requires_grad_(False)
-        for make in (partial(lk.create_lorapro_optimizer, lr=1e-3), partial(lk.lorapro_cls_and_kwargs, lr=1e-3)):
+        for make in (partial(lk.create_lora_pro_optimizer, lr=1e-3), partial(lk.lora_pro_cls_and_kwargs, lr=1e-3)):
             with warnings.catch_warnings(), pytest.raises(ValueError, match="trains no LoRA pair"):
                 warnings.simplefilter("error")
                 make(model)
     with pytest.raises(TypeError, match="got weight_decay"):
-        lk.lorapro_cls_and_kwargs(wrapped(), lr=1e-3, weight_decay=0.1)
+        lk.lora_pro_cls_and_kwargs(wrapped(), lr=1e-3, weight_decay=0.1)
     with pytest.raises(ValueError, match="mode is 'fast'"):
-        lk.create_lorapro_optimizer(wrapped(), lr=1e-3, mode="fast")
+        lk.create_lora_pro_optimizer(wrapped(), lr=1e-3, mode="fast")
 
 
 # -- transformers' Trainer ---------------------------------------------------------------------------------------------
@@ -183,9 +183,9 @@ def trainer(folder, way, mode, steps, **options):
     rows = [{"input_ids": ids[:4], "labels": labels[:4]} for ids, labels in samples(12)]
     options = {"mode": mode, **({"state_dtype": torch.bfloat16} if mode == "full" else {})}
     if way == "optimizers":
-        optimizer = lk.create_lorapro_optimizer(model, lr=7e-3, weight_decay=0.05, **options)
+        optimizer = lk.create_lora_pro_optimizer(model, lr=7e-3, weight_decay=0.05, **options)
         return Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
-    found = lk.lorapro_cls_and_kwargs(model, lr=7e-3, **options)
+    found = lk.lora_pro_cls_and_kwargs(model, lr=7e-3, **options)
     return Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=found)
 
 

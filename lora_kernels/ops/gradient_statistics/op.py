@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import FLOATS, WEIGHTS, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import FLOATS, WEIGHTS, check_range, check_tensor
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
 from lora_kernels.ops.gradient_statistics import reference

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels._checks import check_choice
 from lora_kernels.ops._backend import triton_refuses
-from lora_kernels.ops._checks import check_choice
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops.lora_linear import table
 from lora_kernels.ops.lora_linear.config import CONFIGS, GemmConfig, capability_of

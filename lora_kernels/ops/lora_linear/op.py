@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops import _backend
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops._dropout import Dropout, lowered
 from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, relative_error
 from lora_kernels.ops.lora_linear import passes, reference

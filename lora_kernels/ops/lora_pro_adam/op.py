@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_number, check_range, check_tensor, check_written, repr_short
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import check_number, check_range, check_tensor, check_written, shown
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops.lora_pro_adam.config import RANKS
@@ -211,7 +211,7 @@ def lora_pro_adam_(
     check_written("exp_avg_sq", exp_avg_sq, **factors)
     check_number("scaling", scaling)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas is {shown(betas)}, but must be two numbers")
+        raise ValueError(f"betas is {repr_short(betas)}, but must be two numbers")
     for index, beta in enumerate(betas):
         check_range(f"betas[{index}]", beta, low=0)
         if beta >= 1:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from lora_kernels._checks import check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import check_tensor
 from lora_kernels.ops._op import Example, Op, normal, on_torch
 from lora_kernels.ops.orthonormalize import reference
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import FLOATS, as_device, check_choice, check_range, repr_short
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import FLOATS, as_device, check_choice, check_range, shown
 from lora_kernels.ops._op import Example, Op, no_float64, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops.random_matrix import reference
 from lora_kernels.ops.random_matrix.reference import KINDS
@@ -17,9 +17,9 @@ from lora_kernels.ops.random_matrix.reference import KINDS
 def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
     """Check a 64-bit seed, a 32-bit stream and step; returns the seed signed, as an op's argument can hold it."""
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__} {shown(seed)}")
+        raise TypeError(f"seed must be an int, got {type(seed).__name__} {repr_short(seed)}")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {shown(seed)}, but must be a 64-bit integer")
+        raise ValueError(f"seed is {repr_short(seed)}, but must be a 64-bit integer")
     check_range("stream", stream, low=0, high=2**32 - 1, integer=True)
     check_range("step", step, low=0, high=2**32 - 1, integer=True)
     return seed - 2**64 if seed >= 2**63 else seed
@@ -101,7 +101,7 @@ def random_matrix(
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream, step)
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
-        raise TypeError(f"dtype is {shown(dtype)}, but must be one of float16, bfloat16, float32, float64")
+        raise TypeError(f"dtype is {repr_short(dtype)}, but must be one of float16, bfloat16, float32, float64")
     out = torch.empty(rows, columns, dtype=dtype, device=as_device("device", device))
     matrix(backend, out, kind, key, stream, step)
     return out

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_number, check_tensor, check_written
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
-from lora_kernels.ops._checks import check_number, check_tensor, check_written
 from lora_kernels.ops._dropout import Dropout, lowered, mask_of
 from lora_kernels.ops._op import Example, Op, normal, relative_error
 from lora_kernels.ops.skinny import _launch, reference

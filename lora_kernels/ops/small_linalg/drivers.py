@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_tensor
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend, cpp_refuses
-from lora_kernels.ops._checks import check_tensor
 
 DTYPES = (torch.float32, torch.float64)
 MAX_ORDER = 128

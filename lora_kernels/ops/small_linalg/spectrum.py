@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._checks import check_range, check_tensor
 from lora_kernels.ops._op import Example, Op, on_torch, relative_error
 from lora_kernels.ops.small_linalg import drivers
 from lora_kernels.ops.small_linalg.drivers import on_compiled

@@ -1,4 +1,4 @@
-"""`LoRADash`: where a run begins."""
+"""`LoraDash`: where a run begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_kernels.training.dash.settings import DashSettings
 
 
 @dataclass(frozen=True)
-class LoRADash(DashSettings):
+class LoraDash(DashSettings):
     """LoRA-Dash (arXiv 2409.01035): train LoRA, then also train one coordinate each along task-specific directions.
 
     After `pre_launch` optimizer steps, per layer with base weight `W = U diag(sigma) V^T` and adapter `s B A`, the k
@@ -19,13 +19,13 @@ class LoRADash(DashSettings):
     `y += sum_i c_i u_i (v_i^T x)` is trained beside A and B. The coordinates start at zero, so that the function does
     not jump; they are not multiplied by s (so `set_scale` leaves them alone), and x is not dropped.
 
-        run = lk.LoRADash(k=8).attach(model)      # before the optimizer, and before DDP or FSDP2
+        run = lk.LoraDash(k=8).attach(model)      # before the optimizer, and before DDP or FSDP2
         for batch in loader:
             ...
             optimizer.step()
             run.step(optimizer)
 
-    With transformers' Trainer: `callbacks=[lk.LoRADashCallback(lk.LoRADash(k=8))]`.
+    With transformers' Trainer: `callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]`.
 
     Args:
         k: directions per layer.

@@ -17,7 +17,7 @@ from lora_kernels.adapters.parts import Directions
 from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
 from lora_kernels.linalg import core_basis
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.training.dash import optimizer as optimizers
 from lora_kernels.training.dash import selection
 from lora_kernels.training.dash.report import DashLayer, DashReport, launched
@@ -27,7 +27,7 @@ from lora_kernels.training.lora_layer import KINDS
 
 @dataclass
 class DashRun:
-    """LoRA-Dash on one adapter of a model; made by `LoRADash.attach`.
+    """LoRA-Dash on one adapter of a model; made by `LoraDash.attach`.
 
     Attributes:
         config: the settings.
@@ -209,7 +209,7 @@ class DashRun:
 
 
 def begin(model: nn.Module, config: DashSettings) -> DashRun:
-    """See `LoRADash.attach`."""
+    """See `LoraDash.attach`."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model is wrapped in DistributedDataParallel, which averages no gradient of a parameter that comes later: "

@@ -13,8 +13,8 @@ from lora_kernels.adapters.base_weight import check_readable, dense_weight, whol
 from lora_kernels.adapters.parts import start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
-from lora_kernels.statistics.distributed import raise_together, rank, share_out, world_size
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.processes import raise_together, rank, share_out, world_size
 
 # A and B of an adapter `(r, n)`, `(m, r)`, and its scaling.
 Factors = tuple[torch.Tensor, torch.Tensor, float]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lora_kernels.ops._checks import check_range
+from lora_kernels._checks import check_range
 
 
 @dataclass(frozen=True)
 class DashSettings:
-    """What a run of LoRA-Dash depends on; `LoRADash` says what each is.
+    """What a run of LoRA-Dash depends on; `LoraDash` says what each is.
 
     Raises:
         TypeError: if a value is of a wrong type.

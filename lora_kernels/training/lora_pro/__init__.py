@@ -1,9 +1,9 @@
 """LoRA-Pro (arXiv 2407.18242) as a torch optimizer: LoRA pairs that follow the gradient of the full weight.
 
-    optimizer = lk.create_lorapro_optimizer(peft_model, lr=1e-4)                  # pairs found, scaling per layer
-    optimizer = lk.LoRAPro([{"pairs": [(A, B), ...], "scaling": 2.0}, {"params": head.parameters()}], lr=1e-4)
+    optimizer = lk.create_lora_pro_optimizer(peft_model, lr=1e-4)                  # pairs found, scaling per layer
+    optimizer = lk.LoraPro([{"pairs": [(A, B), ...], "scaling": 2.0}, {"params": head.parameters()}], lr=1e-4)
     Trainer(..., optimizers=(optimizer, None))
-    Trainer(..., optimizer_cls_and_kwargs=lk.lorapro_cls_and_kwargs(peft_model, lr=1e-4))
+    Trainer(..., optimizer_cls_and_kwargs=lk.lora_pro_cls_and_kwargs(peft_model, lr=1e-4))
 
 A step on A and B moves `W + s B A` by `E = s B dA + s dB A`, to first order. Of all `(dA, dB)`, LoRA-Pro takes those
 for which E is closest to the gradient of the full weight; they have a closed form in A, B and the gradients that
@@ -30,10 +30,10 @@ What to know:
 - State is keyed by parameter, as torch's optimizers do: `step`, `exp_avg`, `exp_avg_sq`; in `full` mode those of B are
   the moments of the full weight, `(m, n)`, and A has `step` alone. A run that is resumed from `state_dict` goes on to
   the same bits. The scaling is no state: it comes from the layers or from the constructor.
-- Processes: see `LoRAPro`. FSDP1 (flattened parameters) and DeepSpeed's own optimizers cannot hold pairs.
+- Processes: see `LoraPro`. FSDP1 (flattened parameters) and DeepSpeed's own optimizers cannot hold pairs.
 """
 
-from lora_kernels.training.lora_pro.model import create_lorapro_optimizer, lorapro_cls_and_kwargs
-from lora_kernels.training.lora_pro.optimizer import LoRAPro
+from lora_kernels.training.lora_pro.model import create_lora_pro_optimizer, lora_pro_cls_and_kwargs
+from lora_kernels.training.lora_pro.optimizer import LoraPro
 
-__all__ = ["LoRAPro", "create_lorapro_optimizer", "lorapro_cls_and_kwargs"]
+__all__ = ["LoraPro", "create_lora_pro_optimizer", "lora_pro_cls_and_kwargs"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lora_kernels.statistics.distributed import world_size
+from lora_kernels.runtime.processes import world_size
 from lora_kernels.training.lora_pro.shards import Layout, local
 from lora_kernels.training.lora_pro.update import working_dtype
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lora_kernels.ops._checks import check_range, check_tensor
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels._checks import check_range, check_tensor
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.training.lora_pro.shards import Layout
 
 Scaling = float | Callable[[], float]
@@ -86,4 +86,4 @@ def check_scalings(scaling: Any, count: int) -> list[Scaling]:
 def check_gradient(name: str, gradient: torch.Tensor) -> None:
     """Check that a gradient is dense."""
     if gradient.layout != torch.strided:
-        raise ValueError(f"the gradient of {name} has layout {gradient.layout}, but LoRAPro needs dense gradients")
+        raise ValueError(f"the gradient of {name} has layout {gradient.layout}, but LoraPro needs dense gradients")

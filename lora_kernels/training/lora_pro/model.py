@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_type
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.ops._checks import check_type
 from lora_kernels.training.lora_pro.groups import Scaling
-from lora_kernels.training.lora_pro.optimizer import LoRAPro
+from lora_kernels.training.lora_pro.optimizer import LoraPro
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
 
@@ -77,7 +77,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
     return pairs
 
 
-def create_lorapro_optimizer(
+def create_lora_pro_optimizer(
     model: nn.Module,
     *,
     lr: float,
@@ -87,7 +87,7 @@ def create_lorapro_optimizer(
     weight_decay: float = 0.0,
     damping: float = 1e-8,
     state_dtype: torch.dtype | None = None,
-) -> LoRAPro:
+) -> LoraPro:
     """LoRA-Pro for all that a PEFT model trains: pairs by LoRA-Pro, the rest (heads, biases, ...) by AdamW.
 
     Make it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of each
@@ -117,7 +117,7 @@ def create_lorapro_optimizer(
     matrices = [parameter for parameter in others if parameter.dim() > 1]
     vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
-    return LoRAPro(
+    return LoraPro(
         groups,
         lr,
         mode=mode,
@@ -129,7 +129,7 @@ def create_lorapro_optimizer(
     )
 
 
-def lorapro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tuple[type[LoRAPro], dict[str, Any]]:
+def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tuple[type[LoraPro], dict[str, Any]]:
     """For `Trainer(optimizer_cls_and_kwargs=...)` of transformers, which makes the groups itself.
 
     The pairs are found in the Trainer's groups by identity, whichever groups they are in. Weight decay is that of the
@@ -139,7 +139,7 @@ def lorapro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tu
     Args:
         model: the PEFT model that the Trainer gets.
         lr: learning rate.
-        options: mode, betas, eps, damping or state_dtype of `LoRAPro`.
+        options: mode, betas, eps, damping or state_dtype of `LoraPro`.
 
     Returns:
         The class, and the arguments to make it with.
@@ -151,4 +151,4 @@ def lorapro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tu
     unknown = sorted(set(options) - {"mode", "betas", "eps", "damping", "state_dtype"})
     if unknown:
         raise TypeError(f"options must be of mode, betas, eps, damping and state_dtype, got {', '.join(unknown)}")
-    return LoRAPro, {"pairs": find_pairs(model), "lr": lr, **options}
+    return LoraPro, {"pairs": find_pairs(model), "lr": lr, **options}

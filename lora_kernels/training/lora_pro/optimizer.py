@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_choice, check_range
 from lora_kernels.training.lora_pro.adjustment import Adjustment
 from lora_kernels.training.lora_pro.buckets import Bucket, Scratch, draw_seed, mix
 from lora_kernels.training.lora_pro.groups import (
@@ -30,7 +30,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
 
 
-class LoRAPro(Optimizer):
+class LoraPro(Optimizer):
     """LoRA-Pro (arXiv 2407.18242): gradients of LoRA pairs adjusted to follow the gradient of the full weight.
 
     The update that a step makes to the product `s B A` is, to first order, `E = s B dA + s dB A`. Of all `(dA, dB)` the

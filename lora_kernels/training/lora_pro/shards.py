@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Layout:
         # (A strided shard, as FSDP2 makes it on top of tensor parallelism, is no plain one: its rows are interleaved.)
         if len(split) > 1 or any(type(placement).__name__ != "Shard" or placement.dim != 0 for placement in split):
             raise ValueError(
-                f"a factor has the placements {tuple(parameter.placements)}, but LoRAPro needs factors that are whole "
+                f"a factor has the placements {tuple(parameter.placements)}, but LoraPro needs factors that are whole "
                 "or sharded along their first axis over one axis of the mesh (as fully_shard does)"
             )
         return cls(parameter.device_mesh, tuple(parameter.placements))

@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_choice, check_range, check_type
+from lora_kernels.api import _starting, guidance
+from lora_kernels.api import peft as peft_layers
+from lora_kernels.api.plain import find_linear_layers, skipped_modules
+from lora_kernels.api.report import InitReport
 from lora_kernels.init import EVA, InitMethod, Redistribution, resolve_method
 from lora_kernels.init.work import decompose_seconds
-from lora_kernels.integrations import _starting, guidance
-from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.plain import find_linear_layers, skipped_modules
-from lora_kernels.integrations.report import InitReport
-from lora_kernels.ops._checks import check_choice, check_range, check_type
+from lora_kernels.runtime import processes
+from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.runtime.processes import unwrap
 from lora_kernels.statistics import (
     Plan,
     Rates,
     Statistics,
     Target,
-    distributed,
     make_plan,
     parse_budget,
 )
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.cost import Footprint
-from lora_kernels.statistics.distributed import unwrap
 from lora_kernels.statistics.estimate import estimate
-from lora_kernels.statistics.modes import observation_mode
 from lora_kernels.statistics.options import Forward, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
@@ -154,7 +154,7 @@ def plan(
         budget=parse_budget(chosen.budget, device),
         form=chosen.form,
         sketch_size=chosen.sketch_size,
-        world_size=distributed.world_size() if world_size is None else world_size,
+        world_size=processes.world_size() if world_size is None else world_size,
         dtype=chosen.dtype,
     )
     if rates is None or tokens is None:

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lora_kernels.integrations.monitor import LandscapeMonitor
-from lora_kernels.statistics.distributed import unwrap
-from lora_kernels.training.dash import DashRun, LoRADash
+from lora_kernels.api.monitor import LandscapeMonitor
+from lora_kernels.runtime.processes import unwrap
+from lora_kernels.training.dash import DashRun, LoraDash
 
 PREFIX = "landscape/"
 
 
-class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
+class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches LoRA-Dash when a Trainer is made, and counts its optimizer steps.
 
-        Trainer(model, args, train_dataset=data, callbacks=[lk.LoRADashCallback(lk.LoRADash(k=8))]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]).train()
 
     The coordinates are parameters before the Trainer makes its optimizer, loads a checkpoint or wraps the model; its
     checkpoints hold coordinates, directions and the count, and `resume_from_checkpoint` goes on from them, before the
     switch or after it. An optimizer of your own (`optimizers=(optimizer, None)`) should be made after
-    `LoRADash(k=8).attach(model)`; one that does not hold the coordinates gets them, at the end of its group of the
+    `LoraDash(k=8).attach(model)`; one that does not hold the coordinates gets them, at the end of its group of the
     factors, when the Trainer is made.
 
     Args:
-        config: by default `LoRADash()`.
+        config: by default `LoraDash()`.
 
     Attributes:
         run: the run, once a Trainer was made with this callback.
@@ -38,10 +38,10 @@ class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
         TypeError: if `config` is something else.
     """
 
-    def __init__(self, config: LoRADash | None = None) -> None:
-        if config is not None and not isinstance(config, LoRADash):
-            raise TypeError(f"config must be a LoRADash, got {type(config).__name__}")
-        self.config = LoRADash() if config is None else config
+    def __init__(self, config: LoraDash | None = None) -> None:
+        if config is not None and not isinstance(config, LoraDash):
+            raise TypeError(f"config must be a LoraDash, got {type(config).__name__}")
+        self.config = LoraDash() if config is None else config
         self.run: DashRun | None = None
 
     def on_init_end(
@@ -85,7 +85,7 @@ class LoRADashCallback(TrainerCallback):  # type: ignore[misc]
             if any(isinstance(value, torch.Tensor) and value.shape not in ((), each.shape) for value in saved):
                 raise RuntimeError(
                     "the optimizer's parameters are in another order than they were in the checkpoint: in both runs, "
-                    "attach LoRADash to the model before you make the optimizer"
+                    "attach LoraDash to the model before you make the optimizer"
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:

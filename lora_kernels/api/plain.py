@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from lora_kernels.ops._checks import check_type, shown
+from lora_kernels._checks import check_type, repr_short
 from lora_kernels.statistics.store import Target
 
 
@@ -46,7 +46,7 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
     modules = dict(model.named_modules())
     if names is not None:
         if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
-            raise TypeError(f"targets must be module names, got {type(names).__name__} {shown(names)}")
+            raise TypeError(f"targets must be module names, got {type(names).__name__} {repr_short(names)}")
         listed = list(names)
         for name in listed:
             check_type("targets", name, str, "module names")

@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_kernels._files import replacing, write_text
 from lora_kernels.adapters.names import PREFIX
-from lora_kernels.integrations.adapter_files import AdapterFolder, read_adapter
-from lora_kernels.integrations.monitor import read_log
+from lora_kernels.api.adapter_files import AdapterFolder, read_adapter
+from lora_kernels.api.monitor import read_log
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 
 
@@ -75,9 +75,9 @@ def inspect(
         return inspect_folder(folder)
     if (texts is None) != (weight_decay is None):
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
-    from lora_kernels.integrations import transformers  # noqa: PLC0415  (an optional dependency)
-    from lora_kernels.integrations.diagnosis import diagnose  # noqa: PLC0415
-    from lora_kernels.integrations.saved import load  # noqa: PLC0415
+    from lora_kernels.api import transformers  # noqa: PLC0415  (an optional dependency)
+    from lora_kernels.api.diagnosis import diagnose  # noqa: PLC0415
+    from lora_kernels.api.saved import load  # noqa: PLC0415
 
     task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:

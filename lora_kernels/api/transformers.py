@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import read_json
-from lora_kernels.integrations.plain import linear_features
-from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.statistics.masks import IGNORED_LABEL
+from lora_kernels.api.plain import linear_features
+from lora_kernels.runtime.loss import IGNORED_LABEL
 
 TASKS = ("causal-lm", "sequence-classification", "base")
 # As PEFT calls them: their heads get no adapter.

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import lora_kernels as lk
 from lora_kernels import cli
-from lora_kernels.integrations.adapter_files import read_adapter
-from lora_kernels.integrations.inspection import inspect_folder, log_summary
-from lora_kernels.integrations.inspection import write as inspection_write
+from lora_kernels.api.adapter_files import read_adapter
+from lora_kernels.api.inspection import inspect_folder, log_summary
+from lora_kernels.api.inspection import write as inspection_write
 from lora_kernels.landscape import plots
 from tests.statistics.models import tiny_llama
 

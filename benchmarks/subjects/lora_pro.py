@@ -5,7 +5,7 @@ Adam on the full gradient of each layer, and the adjustment of the factors' grad
     faithful    what the authors do, in torch: pseudo-inverses, a Sylvester equation by the general (complex)
                 eigendecomposition, an m x m projector, a pass over memory for each operation on the moments
     careful     the same numbers by symmetric eigendecompositions, without the projector, operations in place
-    ours        `lk.LoRAPro`
+    ours        `lk.LoraPro`
     op          `lora_pro_adam_` alone, the part that is bound by memory and products
 
 All are checked against each other first and timed in turn. The floor: the bytes of the moments, and the FLOPs of their
@@ -153,12 +153,12 @@ def stepper(side: str, layers: list[Layer]) -> Callable[[], None]:
 
 # The one place where the optimizer comes in.
 def optimizer(layers: list[Layer], mode: str) -> Callable[[], None]:
-    """The step of `lk.LoRAPro`, whose parameters share the layers' memory."""
+    """The step of `lk.LoraPro`, whose parameters share the layers' memory."""
     pairs = [(torch.nn.Parameter(each.a), torch.nn.Parameter(each.b)) for each in layers]
     for (a, b), each in zip(pairs, layers, strict=True):
         a.grad, b.grad = each.grad_a, each.grad_b
     group = {"pairs": pairs, "scaling": SCALING}
-    made: Any = lk.LoRAPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
+    made: Any = lk.LoraPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
     return made.step
 
 
@@ -292,7 +292,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 SUBJECT = Subject(
-    name="lorapro",
+    name="lora_pro",
     about="A LoRA-Pro step against the authors' procedure and a careful version in torch, which must make the same "
     "step; the efficient one against AdamW on the same factors.",
     cases={"full": full, "efficient": efficient},

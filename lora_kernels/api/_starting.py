@@ -15,15 +15,15 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, why_unreadable
 from lora_kernels.adapters.view import LoraView
+from lora_kernels.api import guidance
+from lora_kernels.api import peft as peft_layers
+from lora_kernels.api.report import LayerReport
 from lora_kernels.init import EVA, InitMethod, LayerFactors, LoraDA, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
-from lora_kernels.integrations import guidance
-from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.report import LayerReport
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.processes import world_size
 from lora_kernels.statistics import Statistics, Target
-from lora_kernels.statistics.distributed import world_size
-from lora_kernels.statistics.modes import is_sharded
 from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import OF_GRADIENTS
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.ops._checks import check_choice
-from lora_kernels.statistics.feed import without_peft
-from lora_kernels.statistics.masks import IGNORED_LABEL
+from lora_kernels._checks import check_choice
+from lora_kernels.runtime.feed import without_peft
 
+IGNORED_LABEL = -100  # of labels that no loss counts, transformers' own
 Loss = Callable[[Any, Any], torch.Tensor]
 REDUCTIONS = ("auto", "next_tokens", "tokens", "samples", "sum")
 Reduction = str | Callable[[Any], torch.Tensor]

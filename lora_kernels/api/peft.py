@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import row_blocks, whole
 from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.init.factors import LoraFactors
-from lora_kernels.ops._checks import check_type
-from lora_kernels.statistics.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.store import Target
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import lora_kernels as lk
-from lora_kernels.integrations import entry
+from lora_kernels.api import entry
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 

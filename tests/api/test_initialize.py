@@ -420,8 +420,8 @@ def test_ambiguous_names_are_rebuilt_exactly(tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert ranks(loaded) == ranks(model)
     # Force every mixture of ranks and removals on names of which one is the tail of another.
+    from lora_kernels.api import peft as integration
     from lora_kernels.init import LoraFactors
-    from lora_kernels.integrations import peft as integration
 
     for wanted in ((1, 2, 3), (3, 1, 2), (0, 2, 1), (2, 0, 0), (0, 0, 1), (3, 0, 3)):
         model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["proj"]))

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels._checks import check_range
 from lora_kernels._files import parse_json
-from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.diagnosis import Factors, base_norms, find_adapters, snapshot
+from lora_kernels.api import peft as peft_layers
+from lora_kernels.api.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_range
 from lora_kernels.reports import plain
-from lora_kernels.statistics.distributed import unwrap
+from lora_kernels.runtime.processes import unwrap
 
 # What a line of the file has of each layer.
 LAYER_FIELDS = (

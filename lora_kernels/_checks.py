@@ -11,7 +11,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHTS = (torch.bool, *FLOATS)  # of rows: a selection, or real factors
 
 
-def shown(value: object) -> str:
+def repr_short(value: object) -> str:
     """A value in a message: short, and nothing that could itself fail (a number of 5000 digits, say) or take long."""
     if isinstance(value, torch.Tensor):
         return "a tensor"
@@ -122,14 +122,16 @@ def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
 def as_device(name: str, value: object) -> torch.device:
     """A device that exists here, from a `torch.device` or a name."""
     if not isinstance(value, (str, torch.device)):
-        raise TypeError(f"{name} must be a torch.device or the name of one, got {type(value).__name__} {shown(value)}")
+        raise TypeError(
+            f"{name} must be a torch.device or the name of one, got {type(value).__name__} {repr_short(value)}"
+        )
     try:
         device = torch.device(value)
         if not torch.compiler.is_compiling():
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"{name} is {shown(value)}, but must be a device of this machine: {reason}") from None
+        raise ValueError(f"{name} is {repr_short(value)}, but must be a device of this machine: {reason}") from None
     return device
 
 
@@ -144,30 +146,30 @@ def check_range(
     """Raise unless an argument is a number (not a bool, not NaN) in a closed interval."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(
-            f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {shown(value)}"
+            f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {repr_short(value)}"
         )
     inside = not math.isnan(value) if isinstance(value, float) else integer or not _too_large(value)
     if not (inside and (low is None or value >= low) and (high is None or value <= high)):
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
-        raise ValueError(f"{name} is {shown(value)}, but must be {' and '.join(bounds) or 'a number'}")
+        raise ValueError(f"{name} is {repr_short(value)}, but must be {' and '.join(bounds) or 'a number'}")
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
     """Raise unless an argument is of a type; `expected` says in words what it must be."""
     if not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {shown(value)}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {repr_short(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise unless an argument is one of a closed list, which the message gives."""
     # By type first: what a tensor or an array makes of a comparison is no answer.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {repr_short(value)}, but must be one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: object) -> None:
     """Raise unless an argument is a number and not NaN, also where `torch.compile` keeps it symbolic."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {shown(value)}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {repr_short(value)}")
     if value != value or _too_large(value):
-        raise ValueError(f"{name} is {shown(value)}, but must be a number that a float can hold")
+        raise ValueError(f"{name} is {repr_short(value)}, but must be a number that a float can hold")

@@ -39,7 +39,7 @@ def trainer(folder, *, steps=6, accelerated=False, dropout=0.0, callback=None, *
         seed=5,
         **settings,
     )
-    callback = callback or lk.LoRADashCallback(lk.LoRADash(k=3, pre_launch=3))
+    callback = callback or lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
     return Trainer(model, arguments, train_dataset=Data(), eval_dataset=Data(), callbacks=[callback]), callback
 
 
@@ -67,7 +67,7 @@ def test_resumed_before_the_switch_at_it_and_after_it(tmp_path, accelerated):
 
 
 def test_accumulation_and_evaluation_do_not_count(tmp_path):
-    run_of = lk.LoRADashCallback(lk.LoRADash(k=3, pre_launch=3))
+    run_of = lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
     made, _ = trainer(
         tmp_path, steps=4, callback=run_of, gradient_accumulation_steps=3, eval_strategy="steps", eval_steps=1
     )
@@ -86,18 +86,18 @@ def test_accumulation_and_evaluation_do_not_count(tmp_path):
 def test_a_callback_that_comes_too_late_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     made = Trainer(wrapped(), arguments, train_dataset=Data())
-    made.add_callback(lk.LoRADashCallback())
+    made.add_callback(lk.LoraDashCallback())
     with pytest.raises(RuntimeError, match=r"pass it to Trainer\(callbacks"):
         made.train()
-    with pytest.raises(TypeError, match="config must be a LoRADash"):
-        lk.LoRADashCallback(3)
+    with pytest.raises(TypeError, match="config must be a LoraDash"):
+        lk.LoraDashCallback(3)
 
 
 def test_an_optimizer_of_ones_own(tmp_path):
     model = wrapped()
-    lk.LoRADash(k=3, pre_launch=2).attach(model)  # again by the callback
+    lk.LoraDash(k=3, pre_launch=2).attach(model)  # again by the callback
     arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
-    callback = lk.LoRADashCallback(lk.LoRADash(k=3, pre_launch=2))
+    callback = lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=2))
     made = Trainer(model, arguments, train_dataset=Data(), callbacks=[callback], optimizers=(adam(model), None))
     made.train()
     assert all(bool(each.any()) for each in callback.run.coordinates())
@@ -106,7 +106,7 @@ def test_an_optimizer_of_ones_own(tmp_path):
 def test_importing_the_package_imports_no_transformers():
     code = "import sys, lora_kernels as lk; lk.LandscapeMonitor; "
     code += "assert 'transformers' not in sys.modules and 'peft' not in sys.modules; "
-    code += "lk.LoRADash(); assert 'peft' not in sys.modules; assert issubclass(lk.LoRADashCallback, object)"
+    code += "lk.LoraDash(); assert 'peft' not in sys.modules; assert issubclass(lk.LoraDashCallback, object)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lk.nothing

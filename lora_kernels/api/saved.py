@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers
-from lora_kernels.integrations import peft as peft_layers
-from lora_kernels.integrations.adapter_files import CONFIG, read_config, read_tensors
+from lora_kernels.api import peft as peft_layers
+from lora_kernels.api.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
-from lora_kernels.ops._checks import check_choice, check_range
-from lora_kernels.training.dash import LoRADash
+from lora_kernels.training.dash import LoraDash
 
 
 def load(
@@ -30,7 +30,7 @@ def load(
     """Load an adapter that `save_pretrained` wrote, to train on where it stood: frozen start and coordinates apart.
 
     (Stock `PeftModel.from_pretrained` loads the same function, all of it as factors of a larger rank.) A run of
-    LoRA-Dash goes on by `LoRADash(...).attach(model)`, transformers' Trainer by `train(resume_from_checkpoint=...)`.
+    LoRA-Dash goes on by `LoraDash(...).attach(model)`, transformers' Trainer by `train(resume_from_checkpoint=...)`.
 
     Args:
         base: the unmodified base model; or a PEFT model that has the adapter already, of the same ranks, as a script
@@ -57,7 +57,7 @@ def load(
     mark = mark_of(config)
     dash = None if mark is None else mark["dash"]
     try:
-        coordinates = None if dash is None else LoRADash(**dash, adapter_name=adapter_name)
+        coordinates = None if dash is None else LoraDash(**dash, adapter_name=adapter_name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} has wrong settings of LoRA-Dash: {error}") from error
     model: Any = base
@@ -117,7 +117,7 @@ def _cut(model: Any, adapter: str, mark: Mapping[str, Any]) -> None:
         peft_layers.set_rank(view.module, adapter, rank, alpha, rslora=mark["use_rslora"])
 
 
-def _fill(model: Any, adapter: str, coordinates: LoRADash | None, tensors: dict[str, torch.Tensor]) -> None:
+def _fill(model: Any, adapter: str, coordinates: LoraDash | None, tensors: dict[str, torch.Tensor]) -> None:
     """Load tensors into an adapter of its own ranks, taken apart into its parts."""
     from peft import set_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
 

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.api.entry import initialize
+from lora_kernels.api.report import InitReport
 from lora_kernels.init import TaskDirections
-from lora_kernels.integrations.entry import initialize
-from lora_kernels.integrations.report import InitReport
-from lora_kernels.training.dash import DashRun, LoRADash
+from lora_kernels.training.dash import DashRun, LoraDash
 
 
 @dataclass(frozen=True)
-class LoRATSD:
+class LoraTSD:
     """LoRA-TSD (arXiv 2409.01035): LoRA-Init, then LoRA-Dash.
 
     (TSD is short for task-specific directions here; an optimizer goes by the same letters.) What the adapter has
     changed at the switch is `s B A` less what it started from, which the frozen start of `base="intact"` holds.
 
-        report, run = lk.LoRATSD().attach(model, loader)
+        report, run = lk.LoraTSD().attach(model, loader)
 
     Args:
         init: where the adapter starts.
@@ -32,11 +32,11 @@ class LoRATSD:
     """
 
     init: TaskDirections = field(default_factory=TaskDirections)
-    dash: LoRADash = field(default_factory=LoRADash)
+    dash: LoraDash = field(default_factory=LoraDash)
 
     def __post_init__(self) -> None:
         """Check the types."""
-        for name, kind in (("init", TaskDirections), ("dash", LoRADash)):
+        for name, kind in (("init", TaskDirections), ("dash", LoraDash)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
 
@@ -57,7 +57,7 @@ class LoRATSD:
             TypeError: if an option names the method or another adapter than `dash.adapter_name`.
         """
         if "method" in options or "adapter_name" in options:
-            raise TypeError("method and adapter_name are settings of LoRATSD: init=... and dash=LoRADash(adapter_name)")
+            raise TypeError("method and adapter_name are settings of LoraTSD: init=... and dash=LoraDash(adapter_name)")
         adapter = self.dash.adapter_name or "default"
         report = initialize(model, loader, self.init, adapter_name=adapter, **options)
         return report, self.dash.attach(model)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_range, check_type
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import row_blocks, why_unreadable
-from lora_kernels.integrations import peft as peft_layers
+from lora_kernels.api import peft as peft_layers
 from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
@@ -32,13 +33,12 @@ from lora_kernels.landscape import (
     weight_norms,
 )
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops._checks import check_range, check_type
+from lora_kernels.runtime.feed import call_model, model_device, to_device
+from lora_kernels.runtime.loss import loss_items, model_loss
+from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.distributed import unwrap, world_size
-from lora_kernels.statistics.feed import call_model, model_device, to_device
-from lora_kernels.statistics.loss import loss_items, model_loss
-from lora_kernels.statistics.modes import observation_mode
 from lora_kernels.statistics.options import read_options
 from lora_kernels.statistics.wants import GRADIENT
 

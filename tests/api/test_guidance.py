@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
+from lora_kernels.api.guidance import advice, is_warning, outlook
 from lora_kernels.init.factors import LoraFactors
-from lora_kernels.integrations.guidance import advice, is_warning, outlook
 from lora_kernels.statistics import Statistics
 from tests.statistics.models import padded, samples, tiny_llama
 

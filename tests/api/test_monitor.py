@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.integrations.monitor import read_log, summarize
+from lora_kernels.api.monitor import read_log, summarize
 from tests.statistics.models import padded, samples, tiny_llama
 
 
@@ -66,7 +66,7 @@ def test_a_relative_path_holds_after_a_change_of_directory(tmp_path, monkeypatch
 
 
 def test_norms_of_weights_are_taken_once(monkeypatch):
-    from lora_kernels.integrations import monitor as module
+    from lora_kernels.api import monitor as module
 
     calls = []
     real = module.base_norms

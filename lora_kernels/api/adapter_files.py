@@ -11,13 +11,13 @@ from typing import Any, TypeGuard
 
 import torch
 
+from lora_kernels._checks import check_number, repr_short
 from lora_kernels._files import read_json
 from lora_kernels.adapters import servers
 from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.parts import Start
 from lora_kernels.landscape import Adapter
-from lora_kernels.ops._checks import check_number, shown
 
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -71,15 +71,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, least in (("r", 1), ("lora_alpha", 0)):
         value = config.get(name)
         if not _is_number(value) or not value >= least:
-            raise ValueError(f"{file} has {name} {shown(value)}, but must be a number of at least {least}")
+            raise ValueError(f"{file} has {name} {repr_short(value)}, but must be a number of at least {least}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{file} has {name} {shown(config[name])}, but must be a mapping")
+            raise ValueError(f"{file} has {name} {repr_short(config[name])}, but must be a mapping")
     for value in (config.get("alpha_pattern") or {}).values():
         if not _is_number(value):
-            raise ValueError(f"{file} has {shown(value)} in alpha_pattern, but must have numbers")
+            raise ValueError(f"{file} has {repr_short(value)} in alpha_pattern, but must have numbers")
     if not isinstance(config.get("target_parameters") or [], list):
-        raise ValueError(f"{file} has target_parameters {shown(config['target_parameters'])}, but must be a list")
+        raise ValueError(f"{file} has target_parameters {repr_short(config['target_parameters'])}, but must be a list")
     return config
 
 

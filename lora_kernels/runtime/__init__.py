@@ -1,0 +1,1 @@
+"""Processes, modes of a model, batches on their way to it, and its loss."""

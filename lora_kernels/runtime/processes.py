@@ -1,0 +1,113 @@
+"""Several processes: who computes what, and a failure on one is a failure on all. Plain torch.distributed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+from lora_kernels._checks import check_type
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 without a group."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel (whose own forward only serves training)."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks."""
+    found: list[Any] = [None] * world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Let a failure on one process be a failure on all, instead of a wait without end.
+
+    Args:
+        error: what went wrong here, or `None`.
+
+    Raises:
+        BaseException: this process's own error.
+        RuntimeError: if only others failed.
+    """
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    messages = gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [f"process {number}: {message}" for number, message in enumerate(messages) if message is not None]
+    if failed:
+        raise RuntimeError(f"the collection failed elsewhere; {'; '.join(failed)}")
+
+
+def owners(weights: Sequence[float], processes: int) -> list[int]:
+    """Who computes what: the heaviest first, each to the process that has the least to do so far.
+
+    Args:
+        weights: of every piece of work.
+        processes: how many share it.
+
+    Returns:
+        The process of every piece.
+    """
+    loads = [0.0] * processes
+    found = [0] * len(weights)
+    for index in sorted(range(len(weights)), key=lambda index: -weights[index]):
+        found[index] = loads.index(min(loads))
+        loads[found[index]] += weights[index]
+    return found
+
+
+def share_out(
+    keys: Iterable[Key],
+    compute: Callable[[Key], Any],
+    device: torch.device,
+    weigh: Callable[[Key], float] | None = None,
+) -> dict[Key, Any]:
+    """Compute a value per key, the keys shared out over the processes; every process gets all values, the same bits.
+
+    Args:
+        keys: the same on every process, in the same order.
+        compute: called for this process's keys; returns anything that can be pickled.
+        device: where the tensors of values that come from other processes are to live.
+        weigh: how long the value of a key takes, in any unit; all the same by default.
+
+    Returns:
+        The values by key.
+    """
+    ordered = list(keys)
+    if world_size() == 1:
+        return {key: compute(key) for key in ordered}
+    found: dict[Key, Any] = {}
+    error: BaseException | None = None
+    try:
+        who = owners([1.0 if weigh is None else weigh(key) for key in ordered], world_size())
+        mine = {key: compute(key) for key, owner in zip(ordered, who, strict=True) if owner == rank()}
+    except Exception as caught:
+        mine, error = {}, caught
+    raise_together(error)
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    for part in gather(buffer.getvalue()):
+        # Also this process's own values make the trip, so that all hold the same. They are pickles of this very run.
+        found.update(torch.load(io.BytesIO(part), map_location=device, weights_only=False))
+    return {key: found[key] for key in ordered}
