@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -106,6 +108,8 @@ def test_norms_of_every_kind(kind):
 def eight_bit_floats(block_size, sizes=(200, 72)):
     """transformers' FP8Linear, and the weight that it holds."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if block_size is None and Version(transformers.__version__).major < 5:
+        pytest.skip("this transformers scales by blocks only")
     torch.manual_seed(0)
     n, m = sizes
     layer = fp8.FP8Linear(n, m, block_size=block_size)

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -32,6 +33,10 @@ MODELS = {
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "Llama4Text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
 }  # fmt: skip
+# Before, `all-linear` leaves out the experts of all, or these are modules.
+CONVERTS = (
+    version.parse(peft.__version__) >= version.parse("0.20") and version.parse(transformers.__version__).major >= 5
+)
 PARAMETERS = {"GptOss": "mlp.experts", "Llama4Text": "feed_forward.experts"}  # `all-linear` leaves them out
 IDS = torch.randint(3, 61, (4, 16), generator=torch.Generator().manual_seed(1))
 
@@ -75,7 +80,8 @@ def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method
         assert relative_error(logits(model), before) < 1e-5
     experts = [view for view in lora_layers(model) if view.parameter_name is not None]
     status = {layer.name: layer.status for layer in report}
-    assert len(experts) >= 2 and {status[view.name] for view in experts} == {"unsupported"}
+    assert (len(experts) >= 2) == (CONVERTS or name in PARAMETERS)
+    assert {status[view.name] for view in experts} <= {"unsupported"}
     assert "initialised" in status.values()
     nudge(model)
     expected = logits(model)
@@ -88,7 +94,8 @@ def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method
     # Every expert's part is in the file, and moves the function by far more than files may.
     tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
-    assert config["target_parameters"] and all(f"{view.name}.lora_B.weight" in tensors for view in experts)
+    assert bool(config["target_parameters"]) == bool(experts)
+    assert all(f"{view.name}.lora_B.weight" in tensors for view in experts)
     for view in experts:
         view.module.lora_B["default"].weight.data.zero_()
-    assert relative_error(logits(model), expected) > 1e-3
+    assert not experts or relative_error(logits(model), expected) > 1e-3

@@ -252,7 +252,9 @@ def test_force_over_a_trained_magnitude_or_bias_gives_the_function_of_the_base(s
 
 
 def test_force_leaves_no_norms_of_before_in_peft_s_cache():
-    from peft.helpers import DoraCaching
+    DoraCaching = pytest.importorskip("peft.helpers").__dict__.get("DoraCaching")
+    if DoraCaching is None:
+        pytest.skip("this PEFT caches nothing")
 
     model, base = adapted(use_dora=True), batch_logits(llama())
     scatter(model)
