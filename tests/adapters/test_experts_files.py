@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -34,9 +35,7 @@ MODELS = {
     "Llama4Text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
 }  # fmt: skip
 # Before, `all-linear` leaves out the experts of all, or these are modules.
-CONVERTS = (
-    version.parse(peft.__version__) >= version.parse("0.20") and version.parse(transformers.__version__).major >= 5
-)
+CONVERTS = Version(peft.__version__) >= Version("0.20") and Version(transformers.__version__).major >= 5
 PARAMETERS = {"GptOss": "mlp.experts", "Llama4Text": "feed_forward.experts"}  # `all-linear` leaves them out
 IDS = torch.randint(3, 61, (4, 16), generator=torch.Generator().manual_seed(1))
 
