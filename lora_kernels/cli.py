@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
 from lora_kernels.adapters.versions import require_peft
+from lora_kernels.reports import console
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +138,7 @@ def _init(options: argparse.Namespace) -> int:
             f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
             f"in alphabetical order. Load the base with num_labels={model.config.num_labels}."
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(*lines, sep="\n")
+    console(140).print(*lines, sep="\n")
     return 0
 
 
@@ -186,7 +185,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(plan.to_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(plan)
+        console(140).print(plan)
     return 0
 
 
@@ -229,14 +228,14 @@ def _verify(options: argparse.Namespace) -> int:
     few = slice(0, options.batch_size)
     some = texts[few], None if labels is None else labels[few]
     (batch,) = transformers.task_batches(base, tokenizer, task, *some, options.batch_size, options.max_length)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(lk.accelerate(model, guard=False).summary())
+    output = console()
+    output.print(lk.accelerate(model, guard=False).summary())
     loss = None
     if "labels" not in batch:
-        console.print("no labels: the mean square of the model's first output stands for the loss")
+        output.print("no labels: the mean square of the model's first output stands for the loss")
         loss = _mean_square
     report = lk.verify(model, batch, loss=loss)
-    console.print(report)
+    output.print(report)
     return 0 if report.ok else 1
 
 
@@ -284,9 +283,9 @@ def _tune(options: argparse.Namespace) -> int:
         raise ValueError(f"device is {options.device!r}: {error}") from error
     names = ("tokens", "rank", "dropout", "rounds", "out")
     chosen = {name: getattr(options, name) for name in names}
-    progress = Console(stderr=True).print
+    progress = console(stderr=True).print
     report = lk.tune(layers, dtype=dtype, device=device, progress=progress, **chosen)
-    Console(width=None if sys.stdout.isatty() else 160).print(report)
+    console().print(report)
     return 0 if report.ok else 1
 
 
@@ -309,12 +308,12 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from lora_kernels.api import inspection, text_files  # noqa: PLC0415
-    from lora_kernels.api.monitor import read_log  # noqa: PLC0415
+    from lora_kernels.api.monitor import latest_run, read_log  # noqa: PLC0415
 
     texts = labels = None
     if options.data is not None:
         texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    log = None if options.monitor is None else read_log(options.monitor)
+    log = None if options.monitor is None else latest_run(read_log(options.monitor))
     names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
     chosen = {name: getattr(options, name) for name in names}
     diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
@@ -322,12 +321,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(diagnosis.to_json())
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(diagnosis)
+        output = console()
+        output.print(diagnosis)
         if log is not None:
-            console.print(inspection.log_summary(log), highlight=False, markup=False)
+            output.print(inspection.log_summary(log))
         for path in written:
-            console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+            output.print(f"wrote {path}", style="dim")
     return 1 if diagnosis.verdict.kind == "loud_failure" else 0
 
 
