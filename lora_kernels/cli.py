@@ -124,19 +124,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, default=1, help="number of processes")
     parser.add_argument("--form", default="auto", help="auto, exact or sketch")
     parser.add_argument("--sketch-size", type=int, default=64, help="columns of a sketch")
-    parser.add_argument(
-        "--rates", help="h200, or a .json file of rates (statistics.Rates): also what fits, and seconds"
-    )
-    parser.add_argument("--tokens", type=int, default=2**20, help="with --rates: read in each pass (default: 2^20)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="with --rates: per process and step")
-    parser.add_argument("--rank", type=int, default=16, help="with --rates: of the adapters")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def _plan(options: argparse.Namespace) -> int:
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.api import transformers  # noqa: PLC0415
-    from lora_kernels.statistics import H200, Rates  # noqa: PLC0415
 
     model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
     settings: dict[str, Any] = {
@@ -146,10 +139,6 @@ def _plan(options: argparse.Namespace) -> int:
         "form": options.form,
         "sketch_size": options.sketch_size,
     }
-    if options.rates is not None:
-        rates = H200 if options.rates.lower() == "h200" else Rates.read(options.rates)
-        names = ("tokens", "batch_tokens", "rank")
-        settings |= {"rates": rates, **{name: getattr(options, name) for name in names}}
     batch = transformers.example_batch(model)
     try:
         plan = lk.plan(model, options.method, batch=batch, **settings)
