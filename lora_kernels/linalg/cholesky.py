@@ -1,0 +1,36 @@
+"""Cholesky factors of matrices that are positive definite only up to rounding."""
+
+from __future__ import annotations
+
+import torch
+
+
+def damped_cholesky(
+    matrices: torch.Tensor, damping: torch.Tensor | float, *, least: float = 0.0, attempts: int = 16, what: str = "matrix"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Cholesky factors of `M + damping I`; where one fails, its damping is raised tenfold, to `least` at least.
+
+    Args:
+        matrices: `(..., n, n)` symmetric. The damping is added to their diagonals in place.
+        damping: a number, or one per matrix.
+        least: the smallest damping after a failure, above 0 if a damping may be 0.
+        attempts: factorisations before it gives up.
+        what: what the matrices are, for the message.
+
+    Returns:
+        The lower factors, and the damping of each matrix, `(...)`.
+
+    Raises:
+        ValueError: if no damping makes a matrix positive definite.
+    """
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    plain, damping = diagonal.clone(), torch.as_tensor(damping).to(matrices).expand(matrices.shape[:-2]).clone()
+    for attempt in range(attempts):
+        torch.add(plain, damping.unsqueeze(-1), out=diagonal)
+        lower, info = torch.linalg.cholesky_ex(matrices)
+        failed = info != 0
+        if not bool(failed.any()):
+            return lower, damping
+        if attempt + 1 < attempts:
+            damping = torch.where(failed, (10 * damping).clamp_min(least), damping)
+    raise ValueError(f"{what} is not positive definite, even with damping {float(damping[failed].max()):g}")
