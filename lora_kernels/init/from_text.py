@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from lora_kernels._checks import check_choice
-from lora_kernels.init import METHODS
+from lora_kernels.init import METHODS, InitMethod
 
 
-def method_from_text(name: str, settings: Sequence[str]) -> Any:
+def method_from_text(name: str, settings: Sequence[str]) -> InitMethod:
     """The config of a method.
 
     Args:
@@ -25,7 +25,7 @@ def method_from_text(name: str, settings: Sequence[str]) -> Any:
         ValueError: on an unknown method or setting, or a value that the method refuses.
     """
     check_choice("method", name, tuple(METHODS))
-    known = {each.name for each in fields(METHODS[name])}
+    known = {field.name for field in fields(METHODS[name])}
     values: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")

@@ -6,7 +6,12 @@ import torch
 
 
 def damped_cholesky(
-    matrices: torch.Tensor, damping: torch.Tensor | float, *, least: float = 0.0, attempts: int = 16, what: str = "matrix"
+    matrices: torch.Tensor,
+    damping: torch.Tensor | float,
+    *,
+    least: float = 0.0,
+    attempts: int = 16,
+    what: str = "matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Cholesky factors of `M + damping I`; where one fails, its damping is raised tenfold, to `least` at least.
 
@@ -24,7 +29,8 @@ def damped_cholesky(
         ValueError: if no damping makes a matrix positive definite.
     """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    plain, damping = diagonal.clone(), torch.as_tensor(damping).to(matrices).expand(matrices.shape[:-2]).clone()
+    plain = diagonal.clone()
+    damping = torch.as_tensor(damping, dtype=matrices.dtype, device=matrices.device).expand(matrices.shape[:-2])
     for attempt in range(attempts):
         torch.add(plain, damping.unsqueeze(-1), out=diagonal)
         lower, info = torch.linalg.cholesky_ex(matrices)

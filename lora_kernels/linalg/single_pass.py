@@ -116,7 +116,9 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     core = basis.mT @ wide
     noise = torch.linalg.matrix_norm(core - core.mT, keepdim=True)
     shift = torch.maximum(noise, torch.full_like(noise, _UNIT * n**0.5))
-    lower, raised = damped_cholesky((core + core.mT) / 2, shift[..., 0, 0], what="Omega^T y, as a sketch would make it,")
+    lower, raised = damped_cholesky(
+        (core + core.mT) / 2, shift[..., 0, 0], what="Omega^T y, as a sketch would make it,"
+    )
     shift = raised[..., None, None]
     factor = torch.linalg.solve_triangular(lower.mT, wide + shift * basis, upper=True, left=False)
     q, r = orthonormalize(factor)
