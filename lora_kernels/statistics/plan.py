@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.cost import Cost
 from lora_kernels.statistics.distributed import buckets

@@ -17,27 +17,28 @@ OTHER_RATE = 1e-3
 STARTS = ("random", *METHODS)
 
 
+ABOUT = {
+    "model": "folder of a transformers encoder with its tokenizer (default: the packaged MiniLM-L6)",
+    "data": "a .csv or .jsonl file (default: docstrings of the standard library)",
+    "text_column": "column of the text in the data",
+    "label_column": "column of the label in the data",
+    "rank": "LoRA rank per layer, before any redistribution",
+    "method": "initialisation to compare with random LoRA; random trains that one alone",
+    "steps": "optimizer steps per run",
+    "seeds": "number of seeds; they are 0, 1, ...",
+    "batch_size": "texts per step",
+    "learning_rate": "peak rate of both arms (default: each arm's own, from the study)",
+    "max_tokens": "texts are cut to this many tokens",
+    "out": "output folder",
+    "plots": "draw the two PNG files",
+    "threads": "CPU threads of torch (default: torch's own choice)",
+    "accelerate": "run the LoRA layers fused",
+}
+
+
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of one demo.
-
-    Attributes:
-        model: Folder of a transformers encoder with its tokenizer; the packaged MiniLM-L6 where None.
-        data: The user's `.csv` or `.jsonl` file; standard-library docstrings where None.
-        text_column: Column of the text in `data`.
-        label_column: Column of the label in `data`.
-        rank: LoRA rank per layer before any redistribution.
-        method: Initialisation that is compared with random LoRA; "random" trains that one alone.
-        steps: Optimizer steps per run.
-        seeds: Number of seeds; the seeds are 0, 1, ...
-        batch_size: Examples per step.
-        learning_rate: Peak rate of both arms; each arm's own studied rate where None.
-        max_tokens: Texts are cut to this many tokens.
-        out: Output folder, made where it is missing.
-        plots: Whether to draw the two PNG files.
-        threads: CPU threads for torch; torch's own choice where None.
-        accelerate: Whether the LoRA layers run through `lora_kernels.accelerate`.
-    """
+    """Settings of the demo; `ABOUT` says what each is."""
 
     model: Path | None = None
     data: Path | None = None

@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_kernels.demo import run as orchestration
-from lora_kernels.demo.config import DEFAULT_RATES, DEFAULT_STEPS, OTHER_RATE, DemoConfig
-from lora_kernels.demo.roundtrip import RoundTrip
-from lora_kernels.demo.run import run
+from benchmarks.demo import run as orchestration
+from benchmarks.demo.config import DEFAULT_RATES, DEFAULT_STEPS, OTHER_RATE, DemoConfig
+from benchmarks.demo.roundtrip import RoundTrip
+from benchmarks.demo.run import run
 
 
 @pytest.fixture
