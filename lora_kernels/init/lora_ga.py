@@ -17,8 +17,9 @@ from lora_kernels.statistics.sketches import stream_of
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd", "unit")
-# Columns of B outside these lengths say that the scale does not suit the gradients.
-_SHORT, _LONG = 1e-8, 1e3
+# Columns of B outside the first two lengths say that the scale does not suit the gradients; beyond the last one,
+# `W + s B A` would round W away, and the function could not be kept.
+_SHORT, _LONG, _TOO_LONG = 1e-8, 1e3, 1e6
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class LoraGA(GradientMethod):
             top = randomized_svd(layer.weight(), 1, n_iter=6, probes=0, seed=self.seed).S[0]
             b = b * float(top / kept[0])
         size = float(b.norm(dim=0).max()) if b.numel() else 0.0
-        if size > torch.finfo(torch.float32).max:
-            why = f"B would be as large as {size:.1e}, beyond float32"
+        if size > _TOO_LONG:
+            why = f"B would be as large as {size:.1e}: gradients of this size need another gamma, or scale='weight_svd'"
             return stock_start(layer.name, rank, layer.shape, layer.device, why)
         notes = triplets.notes(f"the 2r = {2 * rank} of A and B")
         if min(len(rows), len(columns)) < rank:

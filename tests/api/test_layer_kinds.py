@@ -200,3 +200,32 @@ def test_starts_away_from_zero_keep_the_function(make, base, tmp_path):
         again = tiny_llama()
         again.load_adapter(str(tmp_path))
         assert relative_error(logits(again), logits(model)) < 1e-5
+
+
+class Windows(nn.Module):
+    """The rows of `window` are not those of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.window = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        hidden = self.plain(x)
+        return self.window(hidden.reshape(-1, 2, 12)[:3]).square().mean() + hidden.square().mean()
+
+
+@pytest.mark.parametrize("method", ["lora_da", "task_directions"])
+def test_a_layer_whose_rows_are_no_samples_keeps_its_values_and_the_others_start(method):
+    model = get_peft_model(Windows(), LoraConfig(r=3, target_modules=["plain", "window"]))
+    before = model.base_model.model.window.lora_A["default"].weight.detach().clone()
+    batches = [torch.randn(4, 6, 12) for _ in range(3)]
+    call = {"forward": lambda model, batch: model(batch), "loss": lambda output, batch: output, "progress": False}
+    with (
+        pytest.warns(RuntimeWarning, match="does not reach 1 LoRA layers"),
+        pytest.warns(RuntimeWarning, match="no gradients of 1 layers .*window"),
+    ):
+        report = lk.initialize(model, batches, method, **call)
+    plain, window = report.layers
+    assert plain.status == "initialised" and window.status == "not_reached"
+    assert "rows (3, 2) cannot be assigned to the 4 samples of a batch" in " ".join(window.notes)
+    assert torch.equal(model.base_model.model.window.lora_A["default"].weight, before)
