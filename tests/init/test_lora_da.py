@@ -339,3 +339,14 @@ def test_initialize_by_name_and_the_users_options_win():
     assert all("taken as the 8 samples read" in each.notes[-1] for each in report)
     with pytest.warns(RuntimeWarning, match="weighting='token' instead of 'sample'"):
         lk.initialize(adapted(), padded(samples(), 4), "lora_da", weighting="token", progress=False)
+
+
+def test_the_population_is_that_of_the_loaders_dataset():
+    rows = [{name: value[0] for name, value in batch.items()} for batch in padded(samples(8), 1)]
+    rows = [row for row in rows if len(row["input_ids"]) == len(rows[0]["input_ids"])] * 5
+    loader = torch.utils.data.DataLoader(rows, batch_size=1)
+    report = lk.initialize(adapted(), loader, "lora_da", max_batches=2, progress=False)
+    assert report.settings["population_size"] == len(rows) > 2
+    assert not any("population_size was left open" in note for each in report for note in each.notes)
+    report = lk.initialize(adapted(), loader, LoraDA(population_size=77), max_batches=2, progress=False)
+    assert report.settings["population_size"] == 77
