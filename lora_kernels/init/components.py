@@ -50,19 +50,9 @@ class Components:
 def input_components(
     statistics: Mapping[str, LayerStatistics], wanted: Mapping[str, int], *, center: bool = True, seed: int = 0
 ) -> dict[str, Components]:
-    """The leading components of each layer's input; layers that read the same tensor share them.
+    """The leading components of the inputs of layers, of the covariance or (`center=False`) of the raw second moment.
 
-    Args:
-        statistics: of all layers named in `wanted`.
-        wanted: components by layer; a layer may get more than it asked for.
-        center: of the covariance; otherwise of the raw second moment.
-        seed: of the random start of the eigensolver.
-
-    Returns:
-        The components, by layer.
-
-    Raises:
-        ValueError: if a layer saw no token, or a sketch has fewer columns than components are asked for.
+    Layers that read the same tensor share them, and may get more than they asked for.
     """
     inputs: dict[int, tuple[InputSums, int]] = {}
     keys: dict[str, int] = {}

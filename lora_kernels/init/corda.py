@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init.factors import LayerFactors, balanced, stock_start
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod
+from lora_kernels.init.factors import LayerFactors, balanced
+from lora_kernels.init.method import LayerProblem, LayerwiseMethod, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
 from lora_kernels.statistics.wants import INPUT_SECOND
@@ -75,9 +75,7 @@ class CorDA(LayerwiseMethod):
         second = layers[0].second_moment()
         size = float(second.diagonal().mean())
         if size <= 0:
-            for layer in layers:
-                why = "its input is always zero, and its second moment says nothing"
-                yield stock_start(layer.name, layer.rank, layer.shape, second.device, why)
+            yield from (stock_start(layer, "its input is always zero") for layer in layers)
             return
         start = self.damping * size
         what = f"the second moment of the input of layer {layers[0].name}"

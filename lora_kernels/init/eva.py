@@ -10,10 +10,9 @@ from typing import ClassVar
 import torch
 
 from lora_kernels.init.components import Components, input_components
-from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors, stock_start
-from lora_kernels.init.method import InitMethod, LayerProblem, problems
+from lora_kernels.init.factors import LayerFactors, as_factors
+from lora_kernels.init.method import InitMethod, LayerProblem
 from lora_kernels.init.ranks import Redistribution, offers, redistribute
-from lora_kernels.statistics.store import LayerStatistics
 from lora_kernels.statistics.wants import INPUT_SECOND
 
 
@@ -75,33 +74,18 @@ class EVA(InitMethod):
         """Columns that a sketch should have: twice the components that the widest layer may offer."""
         return 2 * round(self.rho * max(ranks, default=1))
 
-    def factors(
-        self,
-        statistics: Mapping[str, LayerStatistics],
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,  # noqa: ARG002  (not needed)
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer; see `InitMethod.factors`. The sum of the ranks is kept."""
-        layers = problems(statistics, ranks, self.wants)
-        reasons = {name: layer.why_unusable(self.wants) for name, layer in layers.items()}
-        usable = {name: rank for name, rank in ranks.items() if reasons[name] is None}
-        offered = offers(
-            usable, {name: min(layers[name].shape) for name in usable}, rho=self.rho, max_rank=self.max_rank
-        )
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers, which share the sum of their ranks."""
+        winners = {name: layer.rank for name, layer in layers.items()}
+        limits = {name: min(layer.shape) for name, layer in layers.items()}
+        offered = offers(winners, limits, rho=self.rho, max_rank=self.max_rank)
+        statistics = next(iter(layers.values())).collection
         components = input_components(statistics, offered, center=self.center, seed=self.seed)
-        winners = usable
         if self.redistribution is not None:
-            scores = {name: components[name].ratios()[: offered[name]] for name in usable}
-            winners = redistribute(scores, sum(usable.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
-        answers = {}
-        for name, layer in layers.items():
-            why = reasons[name]
-            if why is None:
-                answers[name] = self._layer(components[name], winners[name], layer)
-            else:
-                answers[name] = stock_start(name, layer.rank, layer.shape, layer.device, why)
-        return answers
+            scores = {name: components[name].ratios()[: offered[name]] for name in layers}
+            budget = sum(winners.values())
+            winners = redistribute(scores, budget, min_rank=self.min_rank, multiple_of=self.multiple_of)
+        return {name: self._layer(components[name], winners[name], layer) for name, layer in layers.items()}
 
     def _layer(self, components: Components, rank: int, layer: LayerProblem) -> LayerFactors:
         a = components.vectors[:, :rank].mT

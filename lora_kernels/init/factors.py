@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.statistics.sketches import stream_of
-
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -70,15 +68,6 @@ class BaseLayer:
 def as_factors(a: torch.Tensor, b: torch.Tensor) -> LoraFactors:
     """The factors in float32."""
     return LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
-
-
-def stock_start(name: str, rank: int, shape: tuple[int, int], device: torch.device, why: str) -> LayerFactors:
-    """LoRA's own start, for a layer `(m, n)` that a method cannot start: A uniform in `1 / sqrt(n)`, B zero."""
-    m, n = shape
-    generator = torch.Generator().manual_seed(stream_of(name))
-    a = (2 * torch.rand(rank, n, generator=generator) - 1) / math.sqrt(n)
-    factors = as_factors(a.to(device), torch.zeros(m, rank, device=device))
-    return LayerFactors(factors, solver="stock", notes=(f"stock start: {why}",))
 
 
 def balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, scaling: float) -> tuple[LoraFactors, tuple[str, ...]]:

@@ -12,18 +12,7 @@ from lora_kernels.init import METHODS, InitMethod
 
 
 def method_from_text(name: str, settings: Sequence[str]) -> InitMethod:
-    """The config of a method.
-
-    Args:
-        name: one of `METHODS`.
-        settings: `NAME=VALUE` each; values are Python literals, anything else is taken as text.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: on an unknown method or setting, or a value that the method refuses.
-    """
+    """The config of the method of this name; `settings` are `NAME=VALUE`, with Python literals or else plain text."""
     check_choice("method", name, tuple(METHODS))
     known = {field.name for field in fields(METHODS[name])}
     values: dict[str, Any] = {}

@@ -27,7 +27,7 @@ class Triplets:
         vh: `(k, n)`.
         usable: how many are above that rounding.
         residual: bound on the spectral norm of what they leave, relative to that of the gradient.
-        solver: how they were found.
+        solver: how they were triplets.
     """
 
     u: torch.Tensor
@@ -42,8 +42,8 @@ class Triplets:
         count = self.s.numel()
         if self.usable == count:
             return ()
-        found = f"the gradient has {self.usable} directions above rounding for {use}"
-        return (f"{found}: the others are arbitrary in A, zero in B",)
+        said = f"the gradient has {self.usable} directions above rounding for {use}"
+        return (f"{said}: the others are arbitrary in A, zero in B",)
 
 
 class GradientMethod(LayerwiseMethod):
@@ -80,11 +80,14 @@ class GradientMethod(LayerwiseMethod):
         gradients = torch.stack([layer.gradient() for layer in layers])
         # By its largest entry, so that no product overflows or vanishes.
         scales = gradients.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gradients.dtype).tiny)
-        found = randomized_svd(gradients / scales, count, n_iter=4, seed=self.seed)
-        assert found.error is not None  # probes are drawn
-        for u, s, vh, error, scale in zip(found.U, found.S, found.Vh, found.error, scales.flatten(), strict=True):
+        gradients /= scales
+        triplets = randomized_svd(gradients, count, n_iter=4, seed=self.seed)
+        assert triplets.error is not None  # probes are drawn
+        for u, s, vh, error, scale in zip(
+            triplets.U, triplets.S, triplets.Vh, triplets.error, scales.flatten(), strict=True
+        ):
             residual = float(error / s[0])
-            yield _triplets(u, s.to(torch.float64) * scale, vh, residual, found.method, gradients.dtype)
+            yield _triplets(u, s.to(torch.float64) * scale, vh, residual, triplets.method, gradients.dtype)
 
     def _reconstruct(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
         for layer in layers:
@@ -92,10 +95,10 @@ class GradientMethod(LayerwiseMethod):
             assert isinstance(sketch, GradientSketch)
             for side in (sketch.left, sketch.right):
                 finite("gradient sketch", layer.name, side)
-            found = sketch.svd(count, scale=1.0 / layer.items)
-            assert found.error is not None  # a sketch has probes
-            residual = float(found.error / found.S[0])
-            yield _triplets(found.U, found.S, found.Vh, residual, found.method, sketch.left.dtype)
+            triplets = sketch.svd(count, scale=1.0 / layer.items)
+            assert triplets.error is not None  # a sketch has probes
+            residual = float(triplets.error / triplets.S[0])
+            yield _triplets(triplets.U, triplets.S, triplets.Vh, residual, triplets.method, sketch.left.dtype)
 
 
 def _triplets(

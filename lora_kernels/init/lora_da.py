@@ -12,13 +12,13 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
-from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
+from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import LayerProblem, LayerwiseMethod
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg import fix_signs
-from lora_kernels.statistics.store import LayerStatistics, Statistics
+from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
 
 # What a Fisher-preconditioned step reads.
@@ -97,25 +97,17 @@ class LoraDA(LayerwiseMethod):
         """The same method with this population size, if it has none."""
         return replace(self, population_size=count) if self.population_size is None else self
 
-    def factors(
-        self,
-        statistics: Mapping[str, LayerStatistics],
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer; see `InitMethod.factors`.
-
-        A warning says where statistics were not collected with `collect_options`.
-        """
-        if ranks and isinstance(statistics, Statistics):
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers; a warning says where statistics were not collected with `collect_options`."""
+        statistics = next(iter(layers.values())).collection
+        if isinstance(statistics, Statistics):
             self._warn_of_conventions(statistics)
-        if self.population_size is not None or not ranks:
-            return super().factors(statistics, ranks, base=base)
+        if self.population_size is not None:
+            return super().solve_all(layers)
         count = statistics.samples if isinstance(statistics, Statistics) else 0
         if count < 1:
             raise ValueError("statistics count no samples: give population_size, the size of the training set")
-        answers = super(LoraDA, self.for_samples(count)).factors(statistics, ranks, base=base)
+        answers = super(LoraDA, self.for_samples(count)).solve_all(layers)
         if self.variance_weight == 0 or self.normalize_variance:
             return answers
         note = f"population_size was left open: taken as the {count} samples read"
@@ -129,7 +121,7 @@ class LoraDA(LayerwiseMethod):
             if key in used and used[key] != value
         ]
         if other:
-            warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=4)
 
     def together(self, layer: LayerProblem) -> Hashable:
         """Layers that read the same tensor share C and its factor."""

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init.factors import LayerFactors, as_factors, stock_start
+from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
-from lora_kernels.init.method import LayerProblem
+from lora_kernels.init.method import LayerProblem, stock_start
 from lora_kernels.linalg.randomized_svd import randomized_svd
 from lora_kernels.statistics.sketches import stream_of
 
@@ -82,7 +82,7 @@ class LoraGA(GradientMethod):
         size = float(b.norm(dim=0).max()) if b.numel() else 0.0
         if size > _TOO_LONG:
             why = f"B would be as large as {size:.1e}: gradients of this size need another gamma, or scale='weight_svd'"
-            return stock_start(layer.name, rank, layer.shape, layer.device, why)
+            return stock_start(layer, why)
         notes = triplets.notes(f"the 2r = {2 * rank} of A and B")
         if min(len(rows), len(columns)) < rank:
             notes = (*notes, f"min(m, n) = {count} directions for the 2r = {2 * rank} of A and B: the last are zero")

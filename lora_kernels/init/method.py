@@ -14,10 +14,11 @@ import torch
 from typing_extensions import Self
 
 from lora_kernels._checks import check_choice
-from lora_kernels.init.factors import BaseLayer, LayerFactors, stock_start
+from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
 from lora_kernels.runtime.processes import share_out, world_size
 from lora_kernels.runtime.progress import progress_bar
 from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import LayerStatistics, Statistics
 from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND, STATISTICS, Wants
 
@@ -60,9 +61,18 @@ class LayerProblem:
 
     name: str
     rank: int
-    seen: LayerStatistics | None
-    items: float
+    collection: Mapping[str, LayerStatistics]
     base: BaseLayer | None
+
+    @property
+    def seen(self) -> LayerStatistics | None:
+        """What was collected of it."""
+        return self.collection.get(self.name)
+
+    @property
+    def items(self) -> float:
+        """By what its sum of gradients is divided; those of a plain mapping are means already."""
+        return self.collection.loss_items if isinstance(self.collection, Statistics) else 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,20 +178,24 @@ class LayerProblem:
         return [(_WORDS[name], sums) for name, sums in pairs if name in wants and sums is not None]
 
 
+def stock_start(layer: LayerProblem, why: str | None) -> LayerFactors:
+    """LoRA's own start, for a layer that a method cannot start: A uniform in `1 / sqrt(n)`, B zero."""
+    (m, n), device = layer.shape, layer.device
+    generator = torch.Generator().manual_seed(stream_of(layer.name))
+    a = (2 * torch.rand(layer.rank, n, generator=generator) - 1) / math.sqrt(n)
+    factors = as_factors(a.to(device), torch.zeros(m, layer.rank, device=device))
+    return LayerFactors(factors, solver="stock", notes=(f"stock start: {why}",))
+
+
 def problems(
     statistics: Mapping[str, LayerStatistics],
     ranks: Mapping[str, int],
     wants: Mapping[str, bool],
     base: Mapping[str, BaseLayer] | None = None,
 ) -> dict[str, LayerProblem]:
-    """The layers in `ranks`, checked for the statistics that are read; gradients of a plain mapping are means."""
-    items = statistics.loss_items if isinstance(statistics, Statistics) else 1.0
-    layers = {
-        name: LayerProblem(
-            name, rank, statistics.get(name) if wants else None, items, None if base is None else base.get(name)
-        )
-        for name, rank in ranks.items()
-    }
+    """The layers in `ranks`, checked for the statistics that are read."""
+    seen, bases = statistics if wants else {}, base or {}
+    layers = {name: LayerProblem(name, rank, seen, bases.get(name)) for name, rank in ranks.items()}
     for statistic, exact in wants.items():
         missing = [name for name, layer in layers.items() if not layer.has(statistic, exact=exact)]
         if missing:
@@ -190,7 +204,7 @@ def problems(
                 f"statistics hold no {what} of layer {', '.join(missing)}: collect with the method, or with "
                 f"wants={{{statistic!r}: {exact}}}"
             )
-    if GRADIENT in wants and layers and items <= 0:
+    if GRADIENT in wants and any(layer.items <= 0 for layer in layers.values()):
         raise ValueError("statistics hold no loss: there was no backward pass")
     check_ranks(ranks, {name: min(layer.shape) for name, layer in layers.items()})
     return layers
@@ -210,23 +224,20 @@ def solve_layers(
     title: str = "solving layers",
     unit: str = "layer",
     together: Callable[[Layer], Hashable] | None = None,
-    at_most: Callable[[Layer], int] | None = None,
+    at_most: Callable[[Layer], int | None] = lambda _: None,
     work: Callable[[Layer], float] = lambda _: 1.0,
 ) -> dict[str, Answer]:
     """Solve layers, group by group, with a progress bar; the processes of a distributed run share the groups.
 
     Args:
-        layers: by name.
+        layers: by name; the answers come back in their order.
         solve: the layers of a group to their answers.
         device: where the answers for a layer live.
-        title: of the progress bar.
-        unit: of the progress bar.
+        title: of the progress bar, which counts in `unit`.
+        unit: see there.
         together: layers of one key are solved together; by default each alone.
         at_most: how many of a group are solved at once, where the group is a batch and may be split.
         work: of a layer, in any unit.
-
-    Returns:
-        The answers, in the order of the layers.
     """
     if not layers:
         return {}
@@ -235,9 +246,9 @@ def solve_layers(
         groups[name if together is None else together(layer)].append(name)
     pieces: list[list[str]] = []
     for names in groups.values():
-        size = len(names)
-        if at_most is not None:  # no larger than what leaves every process a share
-            size = max(1, min(at_most(layers[names[0]]), -(-size // world_size())))
+        size, limit = len(names), at_most(layers[names[0]])
+        if limit is not None:  # no larger than what leaves every process a share
+            size = max(1, min(limit, -(-size // world_size())))
         pieces += [names[low : low + size] for low in range(0, len(names), size)]
     with progress_bar(len(layers), title, unit) as bar:
 
@@ -311,7 +322,6 @@ class InitMethod(ABC):
         """The same method for a training set of so many samples, if it depends on that and was not told."""
         return self
 
-    @abstractmethod
     def factors(
         self,
         statistics: Mapping[str, LayerStatistics],
@@ -326,7 +336,7 @@ class InitMethod(ABC):
         Args:
             statistics: of all layers named in `ranks`. Gradients are divided by `Statistics.loss_items`; those of a
                 plain mapping, which has no such count, are taken to be of the mean loss already.
-            ranks: the rank of each layer.
+            ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
             base: weight and scaling of each layer, for methods that start from them.
 
         Returns:
@@ -335,11 +345,20 @@ class InitMethod(ABC):
         Raises:
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
         """
+        layers = problems(statistics, ranks, self.wants, base)
+        reasons = {name: layer.why_unusable(self.wants) for name, layer in layers.items()} if self.wants else {}
+        usable = {name: layer for name, layer in layers.items() if reasons.get(name) is None}
+        answers = self.solve_all(usable) if usable else {}
+        return {name: answers[name] if name in usable else stock_start(layers[name], reasons[name]) for name in layers}
+
+    @abstractmethod
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of layers that have what is wanted."""
 
 
 @dataclass(frozen=True)
 class LayerwiseMethod(InitMethod):
-    """A method that solves layers apart from each other, or in groups; all but `wants` and `solve` has defaults."""
+    """A method that solves layers apart from each other, or in groups."""
 
     @abstractmethod
     def solve(self, layers: Sequence[LayerProblem]) -> Iterable[LayerFactors]:
@@ -349,38 +368,18 @@ class LayerwiseMethod(InitMethod):
         """Layers of one key are solved together; by default each alone."""
         return layer.name
 
-    def at_most(self, layer: LayerProblem) -> int:  # noqa: ARG002
-        """How many layers of one key are solved at once."""
-        return 2**31
+    def at_most(self, layer: LayerProblem) -> int | None:  # noqa: ARG002
+        """How many layers of one key are solved at once; all where it is `None`."""
+        return None
 
     def work(self, layer: LayerProblem) -> float:  # noqa: ARG002
         """How long a layer takes, in any unit."""
         return 1.0
 
-    def factors(
-        self,
-        statistics: Mapping[str, LayerStatistics],
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer; see `InitMethod.factors`."""
-        layers = problems(statistics, ranks, self.wants, base)
-        reasons = {name: layer.why_unusable(self.wants) if self.wants else None for name, layer in layers.items()}
-        usable = {name: layer for name, layer in layers.items() if reasons[name] is None}
-        answers = solve_layers(
-            usable,
-            self.solve,
-            device=lambda layer: layer.device,
-            together=self.together,
-            at_most=self.at_most,
-            work=self.work,
-        )
-        for name, why in reasons.items():
-            if why is not None:
-                layer = layers[name]
-                answers[name] = stock_start(name, layer.rank, layer.shape, layer.device, why)
-        return {name: answers[name] for name in ranks}
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers, group by group."""
+        keys = {"together": self.together, "at_most": self.at_most, "work": self.work}
+        return solve_layers(layers, self.solve, device=lambda layer: layer.device, **keys)  # type: ignore[arg-type]
 
 
 def resolve_method(method: str | InitMethod) -> InitMethod:

@@ -11,9 +11,9 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
-from lora_kernels.init.factors import LayerFactors, as_factors, stock_start
+from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.lora_da import WANTS
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod
+from lora_kernels.init.method import LayerProblem, LayerwiseMethod, stock_start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
 
@@ -79,8 +79,7 @@ class TaskDirections(LayerwiseMethod):
             if bool(update.any()):
                 yield self._chosen(layer, weight, update)
             else:
-                why = "its update is zero, so no direction changes more than another"
-                yield stock_start(layer.name, layer.rank, layer.shape, weight.device, why)
+                yield stock_start(layer, "its update is zero, so no direction changes more than another")
 
     def _update(self, layer: LayerProblem) -> torch.Tensor:
         if self.update == "gradient_step":

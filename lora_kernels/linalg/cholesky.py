@@ -13,20 +13,10 @@ def damped_cholesky(
     attempts: int = 16,
     what: str = "matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Cholesky factors of `M + damping I`; where one fails, its damping is raised tenfold, to `least` at least.
+    """The Cholesky factors of `M + damping I`, and the damping used, `(...)`.
 
-    Args:
-        matrices: `(..., n, n)` symmetric. The damping is added to their diagonals in place.
-        damping: a number, or one per matrix.
-        least: the smallest damping after a failure, above 0 if a damping may be 0.
-        attempts: factorisations before it gives up.
-        what: what the matrices are, for the message.
-
-    Returns:
-        The lower factors, and the damping of each matrix, `(...)`.
-
-    Raises:
-        ValueError: if no damping makes a matrix positive definite.
+    Where a factorisation of M `(..., n, n)` fails, its damping is raised tenfold, to `least` at least. It is added to
+    the diagonals in place. After so many attempts a ValueError says that `what` is not positive definite.
     """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     plain = diagonal.clone()

@@ -111,11 +111,11 @@ def test_a_method_is_one_class():
             name = "ones"
             wants = {}
 
-            def factors(self, statistics, ranks, *, base=None):
-                shapes = {name: (*base[name].shape, rank) for name, rank in ranks.items()}
+            def solve_all(self, layers):
+                sizes = {name: (layer.rank, *layer.shape) for name, layer in layers.items()}
                 return {
                     name: LayerFactors(LoraFactors(torch.ones(r, n), torch.zeros(m, r)))
-                    for name, (m, n, r) in shapes.items()
+                    for name, (r, m, n) in sizes.items()
                 }
 
         peft = pytest.importorskip("peft")
