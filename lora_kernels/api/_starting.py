@@ -301,6 +301,7 @@ def advice(
     method: InitMethod,
     found: Mapping[str, LayerFactors],
     reports: Sequence[LayerReport],
+    statistics: Statistics,
     learning_rate: float | None,
 ) -> tuple[str, ...]:
     """What is to be said about training from this start.
@@ -309,15 +310,14 @@ def advice(
         method: the method.
         found: the answers, by name.
         reports: of the layers.
+        statistics: that were read.
         learning_rate: that training will have.
 
     Returns:
         Sentences.
     """
-    moved = (
-        f"{method.name} moves the model's function at the start: the loss is predicted to change by "
-        f"{math.fsum(each.start_change or 0.0 for each in reports):.2g}"
-    )
+    change = math.fsum(layer.start_change or 0.0 for layer in reports)
+    moved = f"{method.name} moves the model's function at the start: the loss is predicted to change by {change:.2g}"
     said = guidance.advice(
         method.name,
         [each.step_ratio for each in reports if each.step_ratio is not None],
@@ -325,7 +325,7 @@ def advice(
         full_rate=method.full_rate,
         learning_rate=learning_rate,
     )
-    return (moved, *said) if method.moves_function else said
+    return (*([moved] if method.moves_function else []), *method.remarks(statistics), *said)
 
 
 def settings(method: InitMethod, ranks: Redistribution | None) -> dict[str, Any]:

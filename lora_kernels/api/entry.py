@@ -262,7 +262,7 @@ def initialize(
     before = _starting.factor_sizes(layers, {})
     _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
     written = time.perf_counter()
-    advice = _starting.advice(resolved, found, reports, learning_rate)
+    advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
     for sentence in filter(guidance.is_warning, advice):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(

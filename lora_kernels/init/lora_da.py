@@ -107,11 +107,13 @@ class LoraDA(LayerwiseMethod):
         count = statistics.samples if isinstance(statistics, Statistics) else 0
         if count < 1:
             raise ValueError("statistics count no samples: give population_size, the size of the training set")
-        answers = super(LoraDA, self.for_samples(count)).solve_all(layers)
-        if self.variance_weight == 0 or self.normalize_variance:
-            return answers
-        note = f"population_size was left open: taken as the {count} samples read"
-        return {name: replace(answer, notes=(*answer.notes, note)) for name, answer in answers.items()}
+        return super(LoraDA, self.for_samples(count)).solve_all(layers)
+
+    def remarks(self, statistics: Statistics) -> tuple[str, ...]:
+        """That the population was left open, where it counts."""
+        if self.population_size is not None or self.variance_weight == 0 or self.normalize_variance:
+            return ()
+        return (f"population_size was left open: taken as the {statistics.samples} samples read",)
 
     def _warn_of_conventions(self, statistics: Statistics) -> None:
         used = statistics.fingerprint.get("options", {})

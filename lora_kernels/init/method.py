@@ -322,6 +322,10 @@ class InitMethod(ABC):
         """The same method for a training set of so many samples, if it depends on that and was not told."""
         return self
 
+    def remarks(self, statistics: Statistics) -> tuple[str, ...]:  # noqa: ARG002
+        """What a user should know of the start as a whole."""
+        return ()
+
     def factors(
         self,
         statistics: Mapping[str, LayerStatistics],

@@ -218,8 +218,11 @@ def test_a_failed_cholesky_raises_the_damping_and_says_so():
 
 
 def test_open_population_and_useless_directions_are_said():
-    open_size, given = (LoraDA(population_size=size).factors(of(made()), {"l": 3})["l"] for size in (None, 12))
-    assert open_size.notes == ("population_size was left open: taken as the 12 samples read",) and not given.notes
+    stats = of(made())
+    open_size, given = (LoraDA(population_size=size).factors(stats, {"l": 3})["l"].factors for size in (None, 12))
+    assert torch.equal(open_size.A, given.A) and torch.equal(open_size.B, given.B)
+    assert LoraDA().remarks(stats) == ("population_size was left open: taken as the 12 samples read",)
+    assert not LoraDA(population_size=12).remarks(stats) and not LoraDA(variance_weight=0.0).remarks(stats)
     thin = made()
     thin.output.gradient = thin.output.gradient[:, :1] * torch.ones(30, dtype=torch.float64)
     for weight in (0.0, 0.03):
@@ -336,7 +339,7 @@ def test_initialize_collects_by_the_methods_conventions(mask):
 
 def test_initialize_by_name_and_the_users_options_win():
     report = lk.initialize(adapted(), padded(samples(), 4), "lora_da", progress=False)
-    assert all("taken as the 8 samples read" in each.notes[-1] for each in report)
+    assert sum("taken as the 8 samples read" in sentence for sentence in report.advice) == 1
     with pytest.warns(RuntimeWarning, match="weighting='token' instead of 'sample'"):
         lk.initialize(adapted(), padded(samples(), 4), "lora_da", weighting="token", progress=False)
 
@@ -347,6 +350,6 @@ def test_the_population_is_that_of_the_loaders_dataset():
     loader = torch.utils.data.DataLoader(rows, batch_size=1)
     report = lk.initialize(adapted(), loader, "lora_da", max_batches=2, progress=False)
     assert report.settings["population_size"] == len(rows) > 2
-    assert not any("population_size was left open" in note for each in report for note in each.notes)
+    assert not any("population_size was left open" in sentence for sentence in report.advice)
     report = lk.initialize(adapted(), loader, LoraDA(population_size=77), max_batches=2, progress=False)
     assert report.settings["population_size"] == 77
