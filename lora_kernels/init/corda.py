@@ -10,7 +10,8 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.factors import LayerFactors, balanced
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod, stock_start
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
 from lora_kernels.statistics.wants import INPUT_SECOND

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.init.method import LayerProblem
+from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg.cholesky import damped_cholesky
 
 

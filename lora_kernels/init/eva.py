@@ -11,7 +11,8 @@ import torch
 
 from lora_kernels.init.components import Components, input_components
 from lora_kernels.init.factors import LayerFactors, as_factors
-from lora_kernels.init.method import InitMethod, LayerProblem
+from lora_kernels.init.method import InitMethod
+from lora_kernels.init.problem import LayerProblem
 from lora_kernels.init.ranks import Redistribution, offers, redistribute
 from lora_kernels.statistics.wants import INPUT_SECOND
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 
 from lora_kernels.init.factors import LayerFactors
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod, batch_size, finite
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, batch_size
 from lora_kernels.linalg.randomized_svd import randomized_svd
-from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.wants import GRADIENT
 
 
@@ -63,7 +63,7 @@ class GradientMethod(LayerwiseMethod):
 
     def together(self, layer: LayerProblem) -> Hashable:
         """Exact gradients of one shape are decomposed in batches, sketches one by one."""
-        return (layer.shape, layer.rank) if layer.has(GRADIENT, exact=True) else layer.name
+        return (layer.shape, layer.rank, layer.device) if layer.has(GRADIENT, exact=True) else layer.name
 
     def at_most(self, layer: LayerProblem) -> int:
         """As many as a batch holds."""
@@ -91,10 +91,7 @@ class GradientMethod(LayerwiseMethod):
 
     def _reconstruct(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
         for layer in layers:
-            sketch = layer.seen.output.sketch if layer.seen is not None and layer.seen.output is not None else None
-            assert isinstance(sketch, GradientSketch)
-            for side in (sketch.left, sketch.right):
-                finite("gradient sketch", layer.name, side)
+            sketch = layer.sketch
             triplets = sketch.svd(count, scale=1.0 / layer.items)
             assert triplets.error is not None  # a sketch has probes
             residual = float(triplets.error / triplets.S[0])

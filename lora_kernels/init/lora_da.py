@@ -13,7 +13,8 @@ import torch
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair

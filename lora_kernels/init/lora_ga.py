@@ -11,7 +11,7 @@ from torch import nn
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
-from lora_kernels.init.method import LayerProblem, stock_start
+from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg.randomized_svd import randomized_svd
 from lora_kernels.statistics.sketches import stream_of
 

@@ -11,7 +11,7 @@ import torch
 from lora_kernels._checks import check_range
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
-from lora_kernels.init.method import LayerProblem
+from lora_kernels.init.problem import LayerProblem
 
 
 @dataclass(frozen=True)

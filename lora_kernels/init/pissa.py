@@ -10,7 +10,8 @@ import torch
 
 from lora_kernels._checks import check_range
 from lora_kernels.init.factors import LayerFactors, balanced
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod, batch_size
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
 
@@ -57,8 +58,9 @@ class PiSSA(LayerwiseMethod):
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from a batch of weights."""
         scalings = [layer.scaling for layer in layers]
-        weights = torch.stack([layer.weight().to(torch.float32) for layer in layers])
-        u, s, vh, left, solver = self._svd(weights, layers[0].rank)
+        weights = [layer.weight().to(torch.float32) for layer in layers]
+        batch = torch.stack([weight.to(weights[0].device) for weight in weights])
+        u, s, vh, left, solver = self._svd(batch, layers[0].rank)
         for index, scaling in enumerate(scalings):
             factors, notes = balanced(u[index], s[index], vh[index], scaling)
             residual = float(left[index] / s[index, 0]) if s[index, 0] > 0 else 0.0

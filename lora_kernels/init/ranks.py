@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_kernels._checks import check_choice, check_range, check_type
-from lora_kernels.init.method import check_ranks
+from lora_kernels.init.problem import check_ranks
 from lora_kernels.init.scores import SCORES
 from lora_kernels.statistics.store import Statistics
 

@@ -9,7 +9,8 @@ import torch
 from lora_kernels.init.components import input_components
 from lora_kernels.init.curvature import whitened_gradient
 from lora_kernels.init.lora_da import WANTS
-from lora_kernels.init.method import LayerProblem, problems, solve_layers
+from lora_kernels.init.method import solve_layers
+from lora_kernels.init.problem import LayerProblem, problems
 from lora_kernels.linalg import randomized_svd
 from lora_kernels.statistics.store import Statistics
 from lora_kernels.statistics.wants import GRADIENT, INPUT_SECOND
@@ -32,8 +33,7 @@ def gradient_energy(statistics: Statistics, offered: Mapping[str, int], *, seed:
     def energies(layer: LayerProblem) -> torch.Tensor:
         if layer.has(GRADIENT, exact=True):
             return _energies(layer.gradient(), layer.rank, seed)
-        assert layer.seen is not None and layer.seen.output is not None and layer.seen.output.sketch is not None
-        return layer.seen.output.sketch.svd(layer.rank, scale=1.0 / layer.items).S.square()
+        return layer.sketch.svd(layer.rank, scale=1.0 / layer.items).S.square()
 
     return _score(problems(statistics, offered, {GRADIENT: False}), energies)
 

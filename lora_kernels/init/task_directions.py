@@ -13,7 +13,8 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.lora_da import WANTS
-from lora_kernels.init.method import LayerProblem, LayerwiseMethod, stock_start
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
 
