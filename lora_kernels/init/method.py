@@ -100,8 +100,11 @@ class InitMethod(ABC):
     own_score: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
-        """Register the method."""
+        """Register the method; a ValueError if another class has its name."""
         if "name" in cls.__dict__:
+            other = METHODS.setdefault(cls.name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"name of {cls.__qualname__} is {cls.name!r}, which {other.__qualname__} has")
             METHODS[cls.name] = cls
 
     @property

@@ -127,6 +127,8 @@ def test_a_method_is_one_class():
         report = lk.initialize(model, method="ones", progress=False)
         assert report.method == "ones" and report.layers[0].status == "initialised"
         assert bool((model.get_submodule("base_model.model.0").lora_A["default"].weight == 1).all())
+        with pytest.raises(ValueError, match="name of Other is 'ones', which .*Ones has"):
+            type("Other", (InitMethod,), {"name": "ones"})
         with pytest.raises(TypeError, match="abstract"):
             type("Nothing", (InitMethod,), {})()
     finally:
