@@ -208,7 +208,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Memory counts weights and sums, not activations: what is said to fit may still not fit. Columns: *weights* "
         "lie whole on every device, or sharded over all (FSDP2, a unit per decoder layer); *per device* is weights and "
-        "the sums of the largest pass; *sums* is what every process holds in the end; *sent* is what each process sends in "
+        "the sums of the largest pass; *sums* is what every process holds in the end; *sent* is what each sends in "
         "a ring all-reduce of them, in so many *messages*.",
         "",
         "- Every process holds all sums, so a host holds them once per device: that is what keeps the exact methods "

@@ -26,12 +26,14 @@ def _task_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    from lora_kernels.init import METHODS  # noqa: PLC0415
+
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
     parser.add_argument("--text-column", default="text")
     _head_arguments(parser)
-    parser.add_argument("--method", default="eva", help="eva, lora_da, lora_ga, corda, pissa or task_directions")
+    parser.add_argument("--method", default="eva", help=", ".join(METHODS))
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as gamma=64"
     )
@@ -70,12 +72,14 @@ def _init(options: argparse.Namespace) -> int:
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
     method = method_from_text(options.method, options.set)
     limits = (options.min_rank, options.max_rank, options.multiple_of)
-    moves = isinstance(method, lk.EVA) and (options.rho is not None or limits != (1, None, 1))
-    score = options.ranks or ("explained_variance" if moves else None)
+    moves = options.rho is not None or limits != (1, None, 1)
+    score = options.ranks or (method.own_score if moves else None)
+    if moves and score is None:
+        raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
     ranks = None
     if score is not None and score != "keep":
         ranks = lk.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
-    elif score == "keep" and isinstance(method, lk.EVA):
+    elif score == "keep":
         method = method.keeping_ranks()
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     task = transformers.task_for(options.model, options.task, labels)

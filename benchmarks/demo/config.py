@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kernels.init import METHODS
+
 # The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
 DEFAULT_RATES = {"random": 3e-3, "eva": 1e-3}
 DEFAULT_STEPS = 100
 MAX_BATCHES = 16
 # Methods that study leaves out: the winners of `python -m benchmarks.quality` on another task, with another rate for
 # the head; a test compares them with its record.
-OTHER_RATES = dict.fromkeys(("lora_da", "lora_ga", "corda", "pissa", "task_directions"), 1e-3)
-METHODS = (*DEFAULT_RATES, *OTHER_RATES)
+OTHER_RATE = 1e-3
+STARTS = ("random", *METHODS)
 
 
 ABOUT = {
@@ -67,8 +69,8 @@ class DemoConfig:
                 raise ValueError(f"{name} was {value!r}, must be an integer of at least {least}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads was {self.threads}, must be at least 1")
-        if self.method not in METHODS:
-            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(METHODS)}")
+        if self.method not in STARTS:
+            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(STARTS)}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate was {self.learning_rate}, must be above 0 and below 1")
         if self.model is not None and not (self.model / "config.json").is_file():
@@ -92,7 +94,7 @@ class DemoConfig:
         Returns:
             `learning_rate` where given, else the studied rate.
         """
-        return {**DEFAULT_RATES, **OTHER_RATES}[arm] if self.learning_rate is None else self.learning_rate
+        return DEFAULT_RATES.get(arm, OTHER_RATE) if self.learning_rate is None else self.learning_rate
 
     def rate_source(self, arm: str) -> str:
         """Says where an arm's learning rate comes from, for the report.

@@ -15,10 +15,12 @@ from lora_kernels.api import _starting, guidance
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.plain import find_linear_layers, skipped_modules
 from lora_kernels.api.report import InitReport
-from lora_kernels.init import EVA, InitMethod, Redistribution, resolve_method
+from lora_kernels.init import InitMethod, Redistribution, resolve_method
+from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap
+from lora_kernels.runtime.progress import progress_bars
 from lora_kernels.statistics import (
     Plan,
     Statistics,
@@ -81,7 +83,7 @@ def collect(
     check_type("adapter_name", adapter_name, str, "a name")
     found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
-        return collect_targets(model, loader, found, wants, chosen, skipped_modules=skipped)
+        return collect_targets(model, loader, found, named_wants(wants), chosen, skipped_modules=skipped)
 
 
 def plan(
@@ -131,7 +133,7 @@ def plan(
     device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
     return make_plan(
         found,
-        resolve_wants(wants),
+        resolve_wants(named_wants(wants)),
         groups=groups,
         budget=parse_budget(chosen.budget, device),
         form=chosen.form,
@@ -198,12 +200,12 @@ def initialize(
     check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
     check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
     check_type("adapter_name", adapter_name, str, "a name")
-    resolved = _starting.with_population(resolve_method(method), loader)
+    resolved = _starting.for_dataset(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
     if learning_rate is not None:
         check_range("learning_rate", learning_rate, low=0.0)
-    if ranks is not None and isinstance(resolved, EVA):
+    if ranks is not None:
         resolved = resolved.keeping_ranks()
     wants = _starting.with_wants(resolved.wants, ranks)
     if wants and (loader is None) == (statistics is None):
@@ -225,15 +227,15 @@ def initialize(
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
     given = _starting.reached_ranks(layers, statistics, wants, unreached)
-    progress = bool(options.get("progress", True))
-    found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name, progress=progress)
+    with progress_bars(bool(options.get("progress", True))):
+        found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name)
     # Before the base weights may change: the report compares the start with what they were.
     reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
     before = _starting.factor_sizes(layers, {})
     _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
     written = time.perf_counter()
-    advice = _starting.advice(resolved, found, reports, learning_rate)
+    advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
     for sentence in filter(guidance.is_warning, advice):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(

@@ -19,8 +19,9 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        status: `initialised`, `removed` (rank 0), `unsupported` (no linear layer, or its rank exceeds min(m, n)), or
-            `not_reached` (never called); the last two keep their values.
+        status: `initialised`, `stock` (LoRA's own start, as the data says nothing of the layer), `removed` (rank 0),
+            `unsupported` (no linear layer, or its rank exceeds min(m, n)), or `not_reached` (never called); the last
+            two keep their values.
         rank_before: rank before.
         rank: rank now.
         explained_variance: share of the input variance that A captures, or `None`.

@@ -10,10 +10,9 @@ from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.sketches import GradientSketch, InputSketch
 from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
-from lora_kernels.statistics.wants import METHOD_WANTS, STATISTICS, resolve_wants
+from lora_kernels.statistics.wants import STATISTICS, resolve_wants
 
 __all__ = [
-    "METHOD_WANTS",
     "STATISTICS",
     "CollectOptions",
     "GradientSketch",

@@ -228,7 +228,7 @@ add(Case(init.resolve_method, st.sampled_from(sorted(init.METHODS)).map(lambda n
 add(
     Case(
         statistics.resolve_wants,
-        st.sampled_from((*statistics.STATISTICS, "eva", ("fisher", "gradient"), None, {"fisher": True})).map(
+        st.sampled_from((*statistics.STATISTICS, ("fisher", "gradient"), None, {"fisher": True})).map(
             lambda wants: {"wants": wants}
         ),
     )
