@@ -18,7 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks import sensing
-from benchmarks.quality import report as quality_report
+from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, ROOT, cases
 
 FOLDER = ROOT / "docs" / "figures"
@@ -217,7 +217,7 @@ def main(folder: Path = FOLDER) -> int:
             if name in FIGURES:
                 FIGURES[name][1]().savefig(file, metadata={"Date": None})
             else:
-                quality_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
+                study_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
             # Matplotlib leaves blanks at the ends of lines.
             file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
     (folder / INDEX).write_text(json.dumps(digests(), indent=1) + "\n")

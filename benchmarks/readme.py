@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from benchmarks import compare, sections
-from benchmarks.quality import report as quality_report
+from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -22,15 +22,15 @@ def _in_short(record: dict[str, Any]) -> str:
     """A study's end in a sentence or two.
 
     Args:
-        record: of `benchmarks.quality`.
+        record: of `benchmarks.demo.study`.
 
     Returns:
         Markdown.
     """
     found: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
-    for arm, measures in quality_report.compare_all(record).items():
+    for arm, measures in study_report.compare_all(record).items():
         verdict = "behind" if measures is None else measures["loss"][-1][1].verdict
-        found[verdict].append(quality_report.title(arm))
+        found[verdict].append(study_report.title(arm))
     data, protocol = record["data"], record["protocol"]
     said = {
         "ahead": "ahead of random LoRA",
@@ -55,7 +55,7 @@ def block() -> str:
         *(_in_short(record) for record in sections.studies().values()),
         "",
         *(sections.caution() if "quality_docstrings" in sections.studies() else ()),
-        "Their authors report gains on larger models and longer runs; `python -m benchmarks.quality --data FOLDER` "
+        "Their authors report gains on larger models and longer runs; `python -m benchmarks.demo.study --data FOLDER` "
         "asks the question of your own texts. All tables, curves and figures: [docs/results.md](docs/results.md).",
     ]
     return "\n".join([_MARKS[0], *parts, _MARKS[1]])

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks import compare
-from benchmarks.quality import report as quality_report
+from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, cases
 from benchmarks.subject import duration
 
@@ -375,7 +375,7 @@ def study(record: dict[str, Any], name: str) -> list[str]:
     """The study of what the initialisations do for a real task.
 
     Args:
-        record: of `benchmarks.quality`.
+        record: of `benchmarks.demo.study`.
         name: its file's, without suffix.
 
     Returns:
@@ -383,7 +383,7 @@ def study(record: dict[str, Any], name: str) -> list[str]:
     """
     data, protocol, machine = record["data"], record["protocol"], record["environment"]
     seeds = len(protocol["seeds"])
-    headings = quality_report.headings(record)
+    headings, *means = study_report.mean_rows(record)
     lines = [
         f"Which start, which way to train helps on a real task: {data['name']}; {data['train']} training and "
         f"{data['test']} test texts; "
@@ -395,7 +395,7 @@ def study(record: dict[str, Any], name: str) -> list[str]:
         "",
         f"| {' | '.join(headings)} |",
         "| --- |" + " --- |" * (len(headings) - 1),
-        *(f"| {' | '.join(row)} |" for row in quality_report.rows(record, spread=False)),
+        *(f"| {' | '.join(row)} |" for row in means),
         "",
         *(f"- {sentence}" for sentence in record["verdict"]),
     ]
@@ -403,7 +403,7 @@ def study(record: dict[str, Any], name: str) -> list[str]:
         *lines,
         *_figure(name, "Loss and accuracy by step, and the differences from random LoRA"),
         "",
-        f"Record: `benchmarks/results/{name}.json`, made by `python -m benchmarks.quality` on an "
+        f"Record: `benchmarks/results/{name}.json`, made by `python -m benchmarks.demo.study` on an "
         f"{machine['processor']} CPU.",
     ]
 
@@ -418,7 +418,7 @@ def caution() -> list[str]:
     demo, record = record_of("demo"), record_of("quality_docstrings")
     theirs, ours = demo["summary"]["random"], record["summary"]["random"]
     best = min(
-        (each["loss"][-1]["mean"], name) for name, each in record["summary"].items() if name != quality_report.BASELINE
+        (each["loss"][-1]["mean"], name) for name, each in record["summary"].items() if name != study_report.BASELINE
     )
     return [
         "A caution on the docstrings: one seed chose these rates. For random LoRA it chose "
@@ -426,7 +426,7 @@ def caution() -> list[str]:
         f"ends at a loss of {ours['loss'][-1]['mean']:.3f}; the demo, whose rate "
         f"{demo['learning_rates']['random']['rate']:g} was chosen by two seeds, ends at "
         f"{theirs['loss_mean'][-1]:.3f} on the same texts. Against that, what is left of the lead of "
-        f"{quality_report.title(best[1])} ({best[0]:.3f}) is {theirs['loss_mean'][-1] - best[0]:.3f}.",
+        f"{study_report.title(best[1])} ({best[0]:.3f}) is {theirs['loss_mean'][-1] - best[0]:.3f}.",
         "",
     ]
 

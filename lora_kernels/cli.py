@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | plan | verify | tune | inspect | doctor`."""
+"""The command line: `lora-kernels init | plan | verify | tune | inspect | doctor`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,6 @@ from rich.console import Console
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
 from lora_kernels.adapters.versions import require_peft
-
-
-def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="folder of a transformers encoder (default: the packaged MiniLM-L6)")
-    parser.add_argument("--data", type=Path, help=".csv or .jsonl file (default: docstrings of the standard library)")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--rank", type=int, help="LoRA rank per layer, before redistribution")
-    parser.add_argument("--method", help="initialisation to compare with random LoRA: eva, lora_da, pissa, ...")
-    parser.add_argument("--steps", type=int, help="optimizer steps per run")
-    parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float, help="of both arms (default: each arm's own, from the study)")
-    parser.add_argument("--max-tokens", type=int, help="texts are cut to this many tokens")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--accelerate", action="store_true", default=None, help="run the LoRA layers fused")
-    parser.add_argument("--out", type=Path, help="output folder")
-    parser.add_argument("--no-plots", dest="plots", action="store_false", default=None)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from lora_kernels.demo.config import DemoConfig  # noqa: PLC0415  (needs the demo extra)
-    from lora_kernels.demo.run import run  # noqa: PLC0415
-
-    given = {key: value for key, value in vars(options).items() if key not in ("command", "call") and value is not None}
-    return run(DemoConfig(**given))
 
 
 def _head_arguments(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +316,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     described: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[..., int]], ...] = (
-        ("demo", "fine-tune a real model with random and with data-aware LoRA, and compare", _demo_arguments, _demo),
         (
             "init",
             "make a PEFT adapter with a data-aware start from a model folder and a text file",
@@ -393,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.call(options))
     except ModuleNotFoundError as error:
-        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[demo]' has it", file=sys.stderr)
+        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft]' has it", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

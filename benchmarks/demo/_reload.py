@@ -1,0 +1,25 @@
+"""Load an adapter with stock PEFT and store its logits: a script for a process of its own, see roundtrip.py.
+
+It imports nothing of lora_kernels, since what it shows is that the saved folder needs nothing but PEFT.
+"""
+
+import json
+import sys
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+job = json.loads(sys.argv[1])
+torch.set_num_threads(job["threads"])
+base = AutoModelForSequenceClassification.from_pretrained(
+    job["base"], num_labels=job["classes"], ignore_mismatched_sizes=True, local_files_only=True
+).float()
+if base.config.pad_token_id is None:
+    base.config.pad_token_id = job["pad_token_id"]
+model = PeftModel.from_pretrained(base, job["adapter"]).eval()
+with torch.no_grad():
+    logits = model(**load_file(job["inputs"])).logits
+imported = torch.tensor(any(name.split(".")[0] == "lora_kernels" for name in sys.modules))
+save_file({"logits": logits.contiguous(), "imported_lora_kernels": imported}, job["outputs"])
