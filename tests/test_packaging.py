@@ -63,7 +63,14 @@ def test_sdist_builds_a_wheel_that_works(source, tmp_path):
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"csrc/cuda.cu", "benchmarks/demo/__main__.py", "benchmarks/results/demo.json", "csrc/small_linalg.h", "build_support.py", "LICENSE", "tests/conftest.py"} <= names
+    assert {
+        "csrc/cuda.cu",
+        "benchmarks/demo/__main__.py",
+        "csrc/small_linalg.h",
+        "build_support.py",
+        "LICENSE",
+        "tests/conftest.py",
+    } <= names
     packed = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("lora_kernels/_C") for name in packed) and "lora_kernels/py.typed" in packed
     assert {"lora_kernels/ops/covariance/kernel.py", "lora_kernels/statistics/collector.py"} <= set(packed)
