@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
 from lora_kernels.adapters.versions import require_peft
+from lora_kernels.reports import console
 
 
 def _head_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +112,7 @@ def _init(options: argparse.Namespace) -> int:
             f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
             f"in alphabetical order. Load the base with num_labels={model.config.num_labels}."
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(*lines, sep="\n")
+    console(140).print(*lines, sep="\n")
     return 0
 
 
@@ -125,19 +124,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, default=1, help="number of processes")
     parser.add_argument("--form", default="auto", help="auto, exact or sketch")
     parser.add_argument("--sketch-size", type=int, default=64, help="columns of a sketch")
-    parser.add_argument(
-        "--rates", help="h200, or a .json file of rates (statistics.Rates): also what fits, and seconds"
-    )
-    parser.add_argument("--tokens", type=int, default=2**20, help="with --rates: read in each pass (default: 2^20)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="with --rates: per process and step")
-    parser.add_argument("--rank", type=int, default=16, help="with --rates: of the adapters")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def _plan(options: argparse.Namespace) -> int:
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.api import transformers  # noqa: PLC0415
-    from lora_kernels.statistics import H200, Rates  # noqa: PLC0415
 
     model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
     settings: dict[str, Any] = {
@@ -147,10 +139,6 @@ def _plan(options: argparse.Namespace) -> int:
         "form": options.form,
         "sketch_size": options.sketch_size,
     }
-    if options.rates is not None:
-        rates = H200 if options.rates.lower() == "h200" else Rates.read(options.rates)
-        names = ("tokens", "batch_tokens", "rank")
-        settings |= {"rates": rates, **{name: getattr(options, name) for name in names}}
     batch = transformers.example_batch(model)
     try:
         plan = lk.plan(model, options.method, batch=batch, **settings)
@@ -160,7 +148,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(plan.to_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(plan)
+        console(140).print(plan)
     return 0
 
 
@@ -203,14 +191,14 @@ def _verify(options: argparse.Namespace) -> int:
     few = slice(0, options.batch_size)
     some = texts[few], None if labels is None else labels[few]
     (batch,) = transformers.task_batches(base, tokenizer, task, *some, options.batch_size, options.max_length)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(lk.accelerate(model, guard=False).summary())
+    output = console()
+    output.print(lk.accelerate(model, guard=False).summary())
     loss = None
     if "labels" not in batch:
-        console.print("no labels: the mean square of the model's first output stands for the loss")
+        output.print("no labels: the mean square of the model's first output stands for the loss")
         loss = _mean_square
     report = lk.verify(model, batch, loss=loss)
-    console.print(report)
+    output.print(report)
     return 0 if report.ok else 1
 
 
@@ -258,9 +246,9 @@ def _tune(options: argparse.Namespace) -> int:
         raise ValueError(f"device is {options.device!r}: {error}") from error
     names = ("tokens", "rank", "dropout", "rounds", "out")
     chosen = {name: getattr(options, name) for name in names}
-    progress = Console(stderr=True).print
+    progress = console(stderr=True).print
     report = lk.tune(layers, dtype=dtype, device=device, progress=progress, **chosen)
-    Console(width=None if sys.stdout.isatty() else 160).print(report)
+    console().print(report)
     return 0 if report.ok else 1
 
 
@@ -283,12 +271,12 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from lora_kernels.api import inspection, text_files  # noqa: PLC0415
-    from lora_kernels.api.monitor import read_log  # noqa: PLC0415
+    from lora_kernels.api.monitor import latest_run, read_log  # noqa: PLC0415
 
     texts = labels = None
     if options.data is not None:
         texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    log = None if options.monitor is None else read_log(options.monitor)
+    log = None if options.monitor is None else latest_run(read_log(options.monitor))
     names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
     chosen = {name: getattr(options, name) for name in names}
     diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
@@ -296,12 +284,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(diagnosis.to_json())
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(diagnosis)
+        output = console()
+        output.print(diagnosis)
         if log is not None:
-            console.print(inspection.log_summary(log), highlight=False, markup=False)
+            output.print(inspection.log_summary(log))
         for path in written:
-            console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+            output.print(f"wrote {path}", style="dim")
     return 1 if diagnosis.verdict.kind == "loud_failure" else 0
 
 
@@ -366,7 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.call(options))
     except ModuleNotFoundError as error:
-        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft]' has it", file=sys.stderr)
+        print(
+            f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft,plots]' has it", file=sys.stderr
+        )
         return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

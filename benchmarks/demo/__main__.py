@@ -167,9 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     try:
         return run(DemoConfig(**options))
+    except ModuleNotFoundError as error:
+        print(f"benchmarks.demo: {error}; `make demo` installs what it needs", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"benchmarks.demo: error: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

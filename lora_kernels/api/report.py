@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.reports import Report
+from lora_kernels.reports import Report, Table, short_name
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,8 @@ class InitReport(Report):
         Yields:
             What rich prints.
         """
-        table = Table(title=f"{self.method} initialisation of adapter {self.adapter!r}")
+        table = Table("layer", title=f"{self.method} initialisation of adapter {self.adapter!r}")
         for column, justify in (
-            ("layer", "left"),
             ("rank", "right"),
             ("explained", "right"),
             ("start", "right"),
@@ -118,7 +116,7 @@ class InitReport(Report):
             rank = f"{layer.rank}" if layer.rank == layer.rank_before else f"{layer.rank_before} -> {layer.rank}"
             status = () if layer.status == "initialised" else (layer.status.replace("_", " "),)
             table.add_row(
-                layer.name,
+                short_name(layer.name),
                 rank,
                 _percent(layer.explained_variance),
                 "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",

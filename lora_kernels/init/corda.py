@@ -15,7 +15,6 @@ from tqdm import tqdm
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init._layers import balanced, base_layer, check_rank, finite
 from lora_kernels.init.factors import BaseLayer, LayerFactors
-from lora_kernels.init.work import corda_work
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
 from lora_kernels.runtime.processes import share_out
 from lora_kernels.statistics.moments import InputMoments
@@ -128,7 +127,8 @@ class CorDA:
 
             def weigh(key: int) -> float:
                 outputs = [statistics[name].out_features for name in groups[key]]
-                return corda_work(statistics[groups[key][0]].in_features, outputs).double
+                size = statistics[groups[key][0]].in_features
+                return float(size * size * (size + sum(outputs)))
 
             # The processes of a distributed run share the inputs out and exchange the factors.
             parts = share_out(groups, solve, _moments(statistics[next(iter(ranks))]).second.device, weigh)

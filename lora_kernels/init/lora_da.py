@@ -15,7 +15,6 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.curvature import InputMetric, check_layer, factorize
 from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
 from lora_kernels.init.ranks import offers
-from lora_kernels.init.work import lora_da_work
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -151,7 +150,8 @@ class LoraDA:
 
             def weigh(number: int) -> float:
                 outputs = [statistics[name].out_features for name in members[number]]
-                return lora_da_work(statistics[members[number][0]].in_features, outputs).double
+                size = statistics[members[number][0]].in_features
+                return float(size * size * (size + sum(outputs)))
 
             # The processes of a distributed run share the inputs out and exchange the results.
             first = statistics[members[0][0]].input

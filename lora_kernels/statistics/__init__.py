@@ -3,7 +3,6 @@
 from lora_kernels.runtime.loss import loss_items
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.collector import collect
-from lora_kernels.statistics.cost import H200, Cost, Rates
 from lora_kernels.statistics.masks import token_weights
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.options import CollectOptions
@@ -14,18 +13,15 @@ from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
 from lora_kernels.statistics.wants import METHOD_WANTS, STATISTICS, resolve_wants
 
 __all__ = [
-    "H200",
     "METHOD_WANTS",
     "STATISTICS",
     "CollectOptions",
-    "Cost",
     "GradientSketch",
     "InputMoments",
     "InputSketch",
     "LayerStatistics",
     "OutputStatistics",
     "Plan",
-    "Rates",
     "Statistics",
     "Target",
     "collect",

@@ -277,15 +277,6 @@ add(
     )
 )
 
-RATES = ("matmul", "single", "double", "memory", "capacity", "link", "network", "host", "host_double", "host_capacity")
-add(
-    Case(
-        statistics.Rates,
-        st.builds(lambda: {"name": "chip", **dict.fromkeys(RATES, 1e12), "node": 8}),
-        corrupt=(*RATES, "node"),
-    )
-)
-
 
 @st.composite
 def batches(draw):
