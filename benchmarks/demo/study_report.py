@@ -75,7 +75,7 @@ def compare_all(record: Mapping[str, Any]) -> dict[str, Comparisons | None]:
 
 
 def short_verdict(comparisons: Sequence[tuple[int, Comparison]]) -> str:
-    """Such as "helps at 25 and 50"; "no difference" where the intervals of all steps hold zero."""
+    """Such as "helps at 25 and 50"; "not distinguishable" where the intervals of all steps hold zero."""
     if any(comparison.verdict == "one seed" for _, comparison in comparisons):
         return "one seed: no verdict"
     parts = []
@@ -83,7 +83,7 @@ def short_verdict(comparisons: Sequence[tuple[int, Comparison]]) -> str:
         steps = [str(step) for step, comparison in comparisons if comparison.verdict == verdict]
         if steps:
             parts.append(f"{word} at {' and '.join([', '.join(steps[:-1]), steps[-1]] if len(steps) > 1 else steps)}")
-    return "; ".join(parts) or "no difference"
+    return "; ".join(parts) or "not distinguishable"
 
 
 def findings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_equal_texts_are_used_once(tmp_path):
         ("a.csv", "text,kind\na,x\n", r"a\.csv: .*must include 'label'"),
         ("a.csv", "", r"a\.csv: .*must include 'text'"),
         ("a.csv", "text,label\na,x\n  ,y\n", r"a\.csv:3: 'text' is '  ', but must be a text that is not empty"),
-        ("a.csv", "text,label\na,x\nb\n", r"a\.csv:3: 'label' is None, but must be a string or an integer"),
+        ("a.csv", "text,label\na,x\nb\n", r"a\.csv:3 has fewer than 2 columns"),
         ("a.csv", "text,label\na,x\nb,x\n", r"has \['x'\], but must have at least two labels"),
         ("a.csv", "text,label\na,x\nb,x\nc,y\n", r"labels \['y'\] have one example, but must have"),
         ("a.csv", "text,label\na,x\nb,y\na,y\n", r"a\.csv:4: 'label' is 'y', but must be 'x' as in a\.csv:2"),

@@ -176,7 +176,7 @@ def made_up(losses, accuracies=None, diverged=()):
 
 def test_what_is_said_of_a_method_that_helps_and_then_does_not():
     record = made_up([(-0.2, 0.1), (-0.21, -0.1), (-0.19, 0.0)])
-    row = ["EVA", "+0.000 ± 0.248", "+0.0 ± 0.0 pp", "helps at 25", "no difference"]
+    row = ["EVA", "+0.000 ± 0.248", "+0.0 ± 0.0 pp", "helps at 25", "not distinguishable"]
     assert study_report.comparison_rows(record)[1] == row
     assert study_report.chance(record) == "3 seeds; of 4 comparisons at 95 %, 0.2 are expected to differ by chance."
     assert study_report.mean_rows(record)[2][:3] == ["EVA", "0.001", "2.800"]
@@ -190,7 +190,7 @@ def test_what_is_said_of_a_method_that_harms():
 
 def test_what_is_said_where_nothing_can_be_told_apart_or_a_seed_diverged():
     record = made_up([(0.2, -0.5), (-0.2, 0.5), (0.0, 0.1)])
-    assert study_report.comparison_rows(record)[1][3:] == ["no difference", "no difference"]
+    assert study_report.comparison_rows(record)[1][3:] == ["not distinguishable", "not distinguishable"]
     record = made_up([(-0.2, -0.5)] * 3, diverged=[("eva", 1)])
     assert record["comparisons"]["eva"] is None
     assert study_report.comparison_rows(record)[1] == ["EVA", *["diverged"] * 4]
