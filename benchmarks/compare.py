@@ -10,7 +10,7 @@ A subject checks its numbers first and stops if they are wrong. All sides are th
 process each), medians count, compilation is not timed. Every row says what a peer's time is over ours and what ours is
 over the floor: the least that bytes and FLOPs cost at the rates at which this machine copies and multiplies. A case
 replaces its entry in `results/<subject>.json`; `results/compare.json` is the summary of all records, which
-`python -m benchmarks.readme` puts into the README.
+`python -m benchmarks.pages` puts into docs/results.md.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks import sensing
-from benchmarks.quality import report as quality_report
+from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, ROOT, cases
 
 FOLDER = ROOT / "docs" / "figures"
@@ -123,6 +123,27 @@ def init() -> Figure:
     return figure
 
 
+def llm() -> Figure:
+    """Training steps of SmolLM2-135M over the passes of its base alone, rank 8 in float32."""
+    entries = [each for each in cases("llm").values() if each["rank"] == 8 and each["dtype"] == "float32"]
+    entries.sort(key=lambda entry: (entry["dropout"], entry["tokens"]))
+    names = [f"{entry['batch']} x {entry['length']} tokens, dropout {entry['dropout']:g}" for entry in entries]
+    titles = {"peft": ("PEFT", PEER), "hand_written": ("addmm by hand", FOURTH), "ours": ("ours", OURS)}
+    sides = [
+        (title, [entry["seconds"][side]["p50"] / entry["seconds"]["base"]["p50"] for entry in entries], colour)
+        for side, (title, colour) in titles.items()
+    ]
+    figure = Figure(figsize=(8, 0.55 * len(entries) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, names, sides, "time of a training step over forward and backward of the bare model", "{:.2f}")
+    axes.axvline(1, color=BOUND, linestyle="--", linewidth=1)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(
+        f"{entries[0]['model']}, LoRA on all {entries[0]['layers']} linear layers, rank 8, on a CPU", fontsize=9
+    )
+    return figure
+
+
 def lora_pro() -> Figure:
     """The full step by side, with its floor."""
     entry = cases("lora_pro")["full"]
@@ -179,6 +200,7 @@ def landscape() -> Figure:
 # By name: the records it is drawn from, and how.
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
     "train": (("train",), train),
+    "llm": (("llm",), llm),
     "layers": (("linear",), layers),
     "init": (("init", "eva"), init),
     "lora_pro": (("lora_pro",), lora_pro),
@@ -217,7 +239,7 @@ def main(folder: Path = FOLDER) -> int:
             if name in FIGURES:
                 FIGURES[name][1]().savefig(file, metadata={"Date": None})
             else:
-                quality_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
+                study_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
             # Matplotlib leaves blanks at the ends of lines.
             file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
     (folder / INDEX).write_text(json.dumps(digests(), indent=1) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
+from benchmarks.demo.config import DEFAULT_RATES
 from benchmarks.records import CONSOLE
 from benchmarks.sensing import PROBLEMS, sensing
 from benchmarks.subject import Subject, nothing
@@ -27,20 +28,14 @@ DEMO_STEPS, DEMO_FACTORS = 40, (1, 100)
 
 def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     """The demo's model with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
-    from benchmarks.demo.batches import Batches, load_tokenizer, model_folder
-    from benchmarks.demo.config import DemoConfig
     from benchmarks.demo.data import docstring_task
-    from benchmarks.demo.recipe import parameter_groups
-    from benchmarks.demo.run import quiet_transformers
-    from benchmarks.demo.task import build_model
+    from benchmarks.demo.model import model_folder, parameter_groups, quiet_transformers
+    from benchmarks.demo.training import Inputs, Run
 
     quiet_transformers()
-    config, data = DemoConfig(plots=False), docstring_task()
-    folder = model_folder(None)
-    tokenizer = load_tokenizer(folder)
-    model = build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
-    loader = Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
-    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    inputs, run = Inputs(model_folder(None), docstring_task()), Run("random", seed, DEFAULT_RATES["random"])
+    model = inputs.model(run)
+    endless = itertools.chain.from_iterable(itertools.repeat(inputs.loader(run)))
     return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
 
 
@@ -64,7 +59,6 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
     Returns:
         The entry.
     """
-    from benchmarks.demo.config import DEFAULT_RATES
     from lora_kernels import diagnose
 
     rows = []
