@@ -50,7 +50,7 @@ class Bench:
         with ops.use_backend(backend):
             found = self.call()
         if self.shown is not None:
-            found = self.repr_short(found)
+            found = self.shown(found)
         elif found is None:
             found = self.sums
         return [each.detach().double() for each in ((found,) if isinstance(found, torch.Tensor) else found)]
