@@ -148,7 +148,7 @@ def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
         ({"rank": 0}, "rank is 0, but must be an integer of at least 1"),
         ({"steps": 2.5}, r"steps is 2\.5, but must be an integer of at least 4"),
         ({"threads": 0}, "threads is 0, but must be an integer of at least 1"),
-        ({"method": "evil"}, "method is 'evil', but must be one of eva, "),
+        ({"method": "evil"}, "method is 'evil', but must be one of "),
         ({"learning_rate": 2.0}, r"learning_rate is 2\.0, but must be above 0 and below 1"),
         ({"model": "nowhere"}, "model is 'nowhere', but must be a folder"),
         ({"data": "nowhere.csv"}, r"data is 'nowhere\.csv', but must be an existing"),
