@@ -125,9 +125,7 @@ def test_the_mask_is_that_of_the_rows_of_x(backend):
     expected = keep_mask(30, 24, p=0.4, seed=dropout.seed, stream=3).float()
     eye = torch.eye(24).expand(4, 24, 24)
     x = torch.ones(30, 24, requires_grad=True)
-    out = grouped_lora(
-        torch.zeros(30, 24), x, offsets, eye, eye, scaling=1.0, dropout=dropout, backend=backend
-    )
+    out = grouped_lora(torch.zeros(30, 24), x, offsets, eye, eye, scaling=1.0, dropout=dropout, backend=backend)
     assert torch.equal((out != 0).float(), expected)
     (dx,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal((dx != 0).float(), expected)

@@ -142,7 +142,9 @@ def test_every_row_is_in_one_tile_of_its_expert(lanes):
             offsets = [0, *torch.tensor(sizes[:-1]).cumsum(0).tolist()]
             rows = offsets[-1] + sizes[-1]
             owners = [expert for expert, size in enumerate(sizes) for _ in range(size)]
-            found = sorted((row, expert) for expert, low, high in tiles_of(offsets, rows, lanes) for row in range(low, high))
+            found = sorted(
+                (row, expert) for expert, low, high in tiles_of(offsets, rows, lanes) for row in range(low, high)
+            )
             assert found == list(enumerate(owners))
 
 

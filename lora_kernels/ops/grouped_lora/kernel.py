@@ -327,7 +327,9 @@ def _aot_case(
     kernel: Any, rank: int, dtype: torch.dtype, out: str, offsets: str, flags: dict[str, bool], **where: Any
 ) -> dict[str, Any]:
     platform, x, drop = where["platform"], f"*{AOT_DTYPES[dtype]}", flags["HAS_DROPOUT"]
-    config = config_for(kernel.__name__.removeprefix("grouped_").removesuffix("_kernel"), dtype, where["aligned"], platform)
+    config = config_for(
+        kernel.__name__.removeprefix("grouped_").removesuffix("_kernel"), dtype, where["aligned"], platform
+    )
     fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "UPCAST": False}
     fixed |= {"ALIGNED": where["aligned"], "PRECISION": precision(dtype, platform), **flags}
     if kernel is not grouped_reduce_kernel:
@@ -338,7 +340,9 @@ def _aot_case(
     # As in `skinny.kernel`: where a mask meets the left operand, or rows are few, the older matrix instruction serves.
     older = (kernel is grouped_shrink_kernel and drop) or (kernel is grouped_reduce_kernel and rank < 64)
     launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
-    label = " ".join(name.removeprefix("HAS_").lower() for name in ("TRANSPOSED", "ADD", "HAS_DROPOUT") if flags.get(name))
+    label = " ".join(
+        name.removeprefix("HAS_").lower() for name in ("TRANSPOSED", "ADD", "HAS_DROPOUT") if flags.get(name)
+    )
     shape = f"{x[1:]} {out} {offsets} {config.tokens}x{config.columns}x{rank} {label}"
     return aot_case(kernel, shape, fixed, types, **where, **launch)
 

@@ -98,7 +98,7 @@ class GroupedLoraFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
         base, rows = rows_of(y), rows_of(x)
-        if not is_plain(y, x, offsets):
+        if not is_plain(y, x, offsets, a, b):
             out, t = experts.overload(with_memory(base), with_memory(rows), offsets, a, b, seed, *scalars)
         else:
             with isolated(x.device):
@@ -106,15 +106,15 @@ class GroupedLoraFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[3] else None, t if needs[4] else None, offsets, a, b, seed, state)
         ctx.scalars, ctx.state = scalars, state
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Of y, x, A and B."""
         x, t, offsets, a, b, seed, state = ctx.saved_tensors
         need_y, need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
-        plain = is_plain(g)
-        if plain:
+        plain = is_plain(g, offsets, a, b)
+        if is_plain(g):
             if torch.is_grad_enabled():
                 raise RuntimeError(TWICE)
             if torch._C._functorch.is_legacy_batchedtensor(g):
@@ -164,8 +164,8 @@ def grouped_lora(
 ) -> torch.Tensor:
     """`y + s drop(x) A_e^T B_e^T`: the low-rank part of the linear layers of many experts, added to their products.
 
-    Rows are sorted by expert: `offsets[e]` to `offsets[e + 1] - 1` are those of expert e, which may have none. Rows from
-    the last offset on belong to no expert, and keep their y. Nothing of the size of the experts' weights is made. The
+    Rows are sorted by expert: `offsets[e]` to `offsets[e + 1] - 1` are those of expert e, which may have none. Rows
+    from the last offset on belong to no expert, and keep their y. Nothing of the size of the experts' weights is made. The
     arithmetic is that of `lora_delta`: of x's dtype (or autocast's) with float32 sums; differentiable in y, x, A and B,
     once. On a GPU the offsets are not waited for, and so not checked: wrong ones give wrong numbers, but no access
     outside of the tensors.

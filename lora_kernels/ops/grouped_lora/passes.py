@@ -51,8 +51,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum `(rows, m)`, contiguous, and t `(rows, r)`.
 
-    y `(rows, m)` and x `(rows, n)` are of one dtype with contiguous rows, A `(experts, r, n)` and B `(experts, m, r)` of
-    any dtype, `offsets` is `(experts + 1,)`.
+    y `(rows, m)` and x `(rows, n)` are of one dtype with contiguous rows, A `(experts, r, n)` and B `(experts, m, r)`
+    of any dtype, `offsets` is `(experts + 1,)`.
     """
     scaling, threshold, stream, backend = scalars
     mask, rank = mask_of(threshold, seed, stream), a.shape[1]
