@@ -165,10 +165,10 @@ def grouped_lora(
     """`y + s drop(x) A_e^T B_e^T`: the low-rank part of the linear layers of many experts, added to their products.
 
     Rows are sorted by expert: `offsets[e]` to `offsets[e + 1] - 1` are those of expert e, which may have none. Rows
-    from the last offset on belong to no expert, and keep their y. Nothing of the size of the experts' weights is made. The
-    arithmetic is that of `lora_delta`: of x's dtype (or autocast's) with float32 sums; differentiable in y, x, A and B,
-    once. On a GPU the offsets are not waited for, and so not checked: wrong ones give wrong numbers, but no access
-    outside of the tensors.
+    from the last offset on belong to no expert, and keep their y. Nothing of the size of the experts' weights is made.
+    The arithmetic is that of `lora_delta`: of x's dtype (or autocast's) with float32 sums; differentiable, once, in y,
+    x, A and B. On a GPU the offsets are not waited for, and so not checked: wrong ones give wrong numbers, but touch no
+    memory outside of the tensors.
 
     Args:
         y: `(rows, m)`, the experts' own products; cast to x's dtype if it has another.
