@@ -121,7 +121,7 @@ def _paths(layers: Sequence[LoraView], gathered: set[str]) -> tuple[LayerPath, .
     for name, layer in layers:
         path, outer = _path(name, layer, name in gathered), paths.get(name.removesuffix(".base_layer"))
         # Of wrappers around each other the outer ones come first, and run as one with those inside.
-        if outer is not None and outer.path == "eager" and is_experts(stock_class(layer)):
+        if outer is not None and outer.path == "eager" != path.path and is_experts(stock_class(layer)):
             path = LayerPath(name, path.kind, "eager", OUTER)
         paths[name] = path
     return tuple(paths.values())

@@ -312,4 +312,4 @@ def experts_forward(
     # Back in the order of tokens, where their experts are summed up: in fixed order, unlike `index_add_`.
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return out[back].view(tokens, count, -1).sum(1).to(hidden_states.dtype)
+    return out[back].view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)

@@ -160,7 +160,8 @@ def test_shipped_configurations(dtype, aligned, platform):
     offsets, drop = [0, 30, 30, 66], mask(DROPOUTS[1])
     places = torch.tensor(offsets, device=DEVICE)
     x, a, t = draw(70, 150, dtype=dtype), draw(3, 20, 150, dtype=dtype), draw(70, 20, dtype=dtype)
-    shrink, reduce, expand = (config_for(name, dtype, aligned, platform) for name in ("shrink", "reduce", "expand"))
+    names = ("shrink", "reduce", "expand")
+    shrink, reduce, expand = (kernel.product_config(name, 20, dtype, aligned, platform) for name in names)
     low, y, total = torch.empty_like(t), torch.empty_like(x), torch.empty(3, 20, 150, device=DEVICE)
     kernel.shrink(low, x, places, a, 1.0, drop, shrink)
     kernel.reduce(total, t, x, places, drop, reduce)
@@ -177,6 +178,14 @@ def test_shipped_configurations(dtype, aligned, platform):
             lambda to, f=function, each=magnitudes: f(to, *each),
             length,
         )
+
+
+def test_configurations_are_those_of_one_layer_unless_they_spill():
+    others = ((8, torch.float16, True, "cuda"), (64, torch.float32, True, "cuda"), (64, torch.float16, False, "cuda"))
+    for rank, dtype, aligned, platform in (*others, (64, torch.float16, True, "hip")):
+        expected = config_for("reduce", dtype, aligned, platform)
+        assert kernel.product_config("reduce", rank, dtype, aligned, platform) == expected
+    assert kernel.product_config("reduce", 64, torch.float16, True, "cuda").warps == 8
 
 
 def test_too_many_rows_for_a_grid():

@@ -21,12 +21,13 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
+from lora_kernels.ops._tiles import MOST_RANK, build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
 from lora_kernels.ops.skinny.kernel import factor_offsets, known
 
 _LANES = 128  # offsets that are looked at in one go
+_WIDE_REDUCE = SkinnyConfig(64, 128, 8, 4)  # with 4 warps it spills registers
 
 
 @triton.jit
@@ -227,6 +228,16 @@ def grouped_expand_kernel(
         tl.store(out_ptr + token[:, None] * out_stride + column[None, :], result, mask=mask)
 
 
+def product_config(
+    product: str, rank: int, dtype: torch.dtype, aligned: bool, platform: str | None = None
+) -> SkinnyConfig:
+    """The configuration of `shrink`, `reduce` or `expand`: that of the products of one layer, unless it spills."""
+    wide = product == "reduce" and rank_for(rank)[0] == MOST_RANK and aligned and dtype != torch.float32
+    if wide and (platform or build_platform()) == "cuda":
+        return _WIDE_REDUCE
+    return config_for(product, dtype, aligned, platform)
+
+
 def slots_for(rows: int, experts: int, config: SkinnyConfig) -> int:
     """The slots of tiles of rows, see `find_tile`: the second axis of a grid, which the hardware limits."""
     slots = rows // config.tokens + experts + 1
@@ -269,7 +280,7 @@ def shrink(
     """Launch `grouped_shrink_kernel`; x has unit column stride, `out` is dense, no size is zero."""
     (rows, size), (experts, rank, _) = x.shape, factor.shape
     aligned = is_aligned(rank, rank, x)
-    config = config or config_for("shrink", x.dtype, aligned)
+    config = config or product_config("shrink", rank, x.dtype, aligned)
     factor, transposed = _oriented(factor, mask)
     seed, scale, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
@@ -290,7 +301,7 @@ def reduce(
     """Launch `grouped_reduce_kernel`; t and z have unit column stride, `out` or `out.mT` is dense, no size is zero."""
     (rows, size), (experts, rank, _) = z.shape, out.shape
     aligned = is_aligned(rank, t.stride(0), z)
-    config = config or config_for("reduce", z.dtype, aligned)
+    config = config or product_config("reduce", rank, z.dtype, aligned)
     seed, scale, threshold, stream = _drop(mask, z)
     width, blocks = rank_for(rank)
     grouped_reduce_kernel[(blocks, -(-size // config.columns), experts)](
@@ -312,7 +323,7 @@ def expand(
     (rows, size), (experts, rank, _) = out.shape, factor.shape
     source = out if base is None else base
     aligned = is_aligned(rank, t.stride(0), out, source)
-    config = config or config_for("expand", out.dtype, aligned)
+    config = config or product_config("expand", rank, out.dtype, aligned)
     factor, transposed = _oriented(factor, mask)
     seed, scale, threshold, stream = _drop(mask, out)
     grouped_expand_kernel[(-(-size // config.columns), slots_for(rows, experts, config))](
@@ -327,9 +338,8 @@ def _aot_case(
     kernel: Any, rank: int, dtype: torch.dtype, out: str, offsets: str, flags: dict[str, bool], **where: Any
 ) -> dict[str, Any]:
     platform, x, drop = where["platform"], f"*{AOT_DTYPES[dtype]}", flags["HAS_DROPOUT"]
-    config = config_for(
-        kernel.__name__.removeprefix("grouped_").removesuffix("_kernel"), dtype, where["aligned"], platform
-    )
+    product = kernel.__name__.removeprefix("grouped_").removesuffix("_kernel")
+    config = product_config(product, rank, dtype, where["aligned"], platform)
     fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "UPCAST": False}
     fixed |= {"ALIGNED": where["aligned"], "PRECISION": precision(dtype, platform), **flags}
     if kernel is not grouped_reduce_kernel:
