@@ -234,6 +234,24 @@ def _redirected(base: Any, terms: dict[str, list[Term]]) -> Iterator[_Call]:
         base.config = config
 
 
+class _Rows(torch.autograd.Function):
+    """`x[index]`, whose rows `inverse[i * count : (i + 1) * count]` are row i of x: gradients without atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.count = count
+        return x[index]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        rows = g[inverse]
+        if ctx.count > 1:
+            rows = rows.view(rows.shape[0] // ctx.count, ctx.count, rows.shape[1]).sum(1)
+        return rows, None, None, None
+
+
 def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
     """The products y `(rows, m)` of x `(rows, n)`, sorted by expert, with the low-rank parts of the adapters."""
     x = x if x.dtype == y.dtype else x.to(y.dtype)
@@ -301,7 +319,9 @@ def experts_forward(
     places = torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)
     offsets = torch.searchsorted(ids, places)
     product = _product(module, call.implementation, ids, offsets)
-    x = hidden_states[order // count]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    x = _Rows.apply(hidden_states, order // count, back, count)  # type: ignore[no-untyped-call]
     name = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _with_terms(product(x, name), x, offsets, terms.get(name, ()))
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -310,6 +330,5 @@ def experts_forward(
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     # Back in the order of tokens, where their experts are summed up: in fixed order, unlike `index_add_`.
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return out[back].view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)
+    out = _Rows.apply(out, back, order, 1)  # type: ignore[no-untyped-call]
+    return out.view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -439,3 +439,83 @@ def test_no_tokens():
     index, weights = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
     assert fused(x, index, weights).shape == stock(x, index, weights).shape == (0, SIZES["hidden_size"])
     assert isinstance(fused, nn.Module)
+
+
+def own_experts(**traits):
+    """A module of experts of a kind that few models have, as transformers would decorate it, and its model."""
+    gated, transposed = traits.get("has_gate", True), traits.get("is_transposed", False)
+    size, inner, count = SIZES["hidden_size"], 12, 4
+
+    @moe.use_experts_implementation(**traits)
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, self.act_fn = count, nn.functional.silu
+            first, shapes = (
+                ("gate_up_proj" if gated else "up_proj"),
+                ((2 * inner if gated else inner, size), (size, inner)),
+            )
+            for name, shape in zip((first, "down_proj"), shapes, strict=True):
+                weight = torch.randn(count, *shape) * shape[1] ** -0.5
+                self.register_parameter(name, nn.Parameter(weight.mT.contiguous() if transposed else weight))
+                if traits.get("has_bias"):
+                    self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(count, shape[0])))
+            if traits.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.LayerNorm(size)
+
+        if not traits.get("is_concatenated", True):
+
+            def _apply_gate(self, gate_up):
+                return torch.sigmoid(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+        def forward(self, *args):
+            return moe.batched_mm_experts_forward(self, *args)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.PretrainedConfig()
+            config._experts_implementation = "grouped_mm"
+            self.mlp = nn.Module()
+            self.mlp.experts = Experts(config)
+
+    return Model(), "gate_up_proj" if gated else "up_proj"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "traits",
+    [
+        {"has_gate": False},
+        {"has_post_expert_norm": True, "has_bias": True},
+        {"is_transposed": True},
+        {"is_transposed": True, "has_gate": False, "has_bias": True},
+        {"is_concatenated": False},
+    ],
+    ids=str,
+)
+def test_every_kind_of_experts(traits, implementation):
+    base, first = own_experts(**traits)
+    model = wrapped(base=base, targets=[f"mlp.experts.{first}", "mlp.experts.down_proj"], target_modules=[])
+    stock = experts_of(model)
+    fused = copy.deepcopy(stock)
+    report = lk.accelerate(fused, guard=False)
+    assert {path.path for path in report} == {"delta"}
+    for each in (stock, fused):
+        each.get_base_layer().config._experts_implementation = implementation
+    compare(stock, fused, routed(fused, 30, 2))
+
+
+@pytest.mark.parametrize("targets", [EXPERTS[:1], EXPERTS[1:]], ids=str)
+def test_one_parameter_alone(targets):
+    model = wrapped(targets=targets)
+    stock, fused = both(model)
+    assert len(chain_of(fused)) == 1
+    compare(stock, fused, routed(fused, 30, 2))
+
+
+def test_same_input_same_bits():
+    _, fused = both(wrapped())
+    inputs = routed(fused, 60, 4)
+    first, second = run(fused, *inputs), run(fused, *inputs)
+    assert all(torch.equal(first[part], second[part]) for part in first)
