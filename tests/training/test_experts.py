@@ -5,8 +5,10 @@ import copy
 import pickle
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +26,9 @@ from tests.adapters.test_experts_files import IDS, MODELS, SIZES
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
+TWO_ADAPTERS = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="this PEFT takes one adapter of parameters alone"
+)
 KINDS = ("Qwen3Moe", "GptOss", "Mixtral", "DeepseekV3")
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -202,6 +207,7 @@ def same(stock, fused, inputs, tolerance=1e-5):
     return expected["out"]
 
 
+@TWO_ADAPTERS
 def test_adapters_are_merged_disabled_switched_and_added_up():
     model = wrapped()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS))
@@ -238,6 +244,7 @@ def test_adapters_are_merged_disabled_switched_and_added_up():
     assert all(relative_error(one, two) > 1e-3 for i, one in enumerate(outputs) for two in outputs[:i])
 
 
+@TWO_ADAPTERS
 def test_a_checkpoint_recomputes_and_refuses_another_adapter():
     model = wrapped()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"], target_parameters=EXPERTS))
