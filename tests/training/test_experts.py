@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import random
 import warnings
 
 import peft
@@ -526,3 +527,53 @@ def test_same_input_same_bits():
     inputs = routed(fused, 60, 4)
     first, second = run(fused, *inputs), run(fused, *inputs)
     assert all(torch.equal(first[part], second[part]) for part in first)
+
+
+def _operation(draw, names):
+    """What a step of a random sequence does to a model with adapters of these names, and what is left of them."""
+    kind = draw.choice(("add", "set", "delete", "merge", "unmerge", "disable", "enable", "scale", "inner", "mode"))
+    if kind == "add" and len(names) < 4:
+        name, rank = f"more{draw.randrange(10**6)}", draw.choice((1, 2, 5))
+        settings = {"r": rank, "target_modules": ["q_proj"], "target_parameters": EXPERTS, "init_lora_weights": False}
+        return [*names, name], lambda model: (torch.manual_seed(rank), model.add_adapter(name, LoraConfig(**settings)))
+    if kind == "set":
+        chosen = draw.sample(names, draw.randint(1, len(names)))
+        return names, lambda model: model.base_model.set_adapter(chosen)
+    if kind == "delete" and len(names) > 1:
+        name = draw.choice(names)
+        left = [other for other in names if other != name]
+        steps = lambda model: (model.unmerge_adapter(), model.delete_adapter(name), model.base_model.set_adapter(left))  # noqa: E731
+        return left, steps
+    if kind == "merge":
+        return names, lambda model: model.merge_adapter()
+    if kind == "unmerge":
+        return names, lambda model: model.unmerge_adapter()
+    if kind in ("disable", "enable"):
+        return names, lambda model: getattr(model.base_model, f"{kind}_adapter_layers")()
+    if kind == "scale":
+        name, factor = draw.choice(names), draw.choice((0.0, -1.0, 0.5))
+        return names, lambda model: [wrapper.set_scale(name, factor) for wrapper in chain_of(experts_of(model))]
+    if kind == "inner":
+        step = draw.choice(("merge", "unmerge"))
+        return names, lambda model: getattr(chain_of(experts_of(model))[1], step)()
+    training = draw.random() < 0.5
+    return names, lambda model: model.train(training)
+
+
+@TWO_ADAPTERS
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sequences_of_adapter_operations(seed):
+    draw, model = random.Random(seed), wrapped(KINDS[seed % 2], IMPLEMENTATIONS[seed % 3])
+    fused, names = accelerated(model), ["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of merging what is merged
+        for _ in range(15):
+            names, operation = _operation(draw, names)
+            for each in (model, fused):
+                operation(each)
+            stock, mine = experts_of(model), experts_of(fused)
+            inputs = routed(stock, 12, 2)
+            expected, found = run(stock, *inputs), run(mine, *inputs)
+            assert expected.keys() == found.keys()
+            for part, value in expected.items():
+                assert torch.equal(value, found[part]) or relative_error(found[part], value) < 1e-4, part
