@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_kernels as lk
 from benchmarks import lora_layers, records
-from benchmarks.rates import Floor, here
+from benchmarks.rates import Floor, Rates, here
 from benchmarks.subject import Row, Subject
 
 # Experts, inputs, inner size, experts of a token, rank.
@@ -95,13 +95,13 @@ def peak(side: str, tokens: int, sizes: tuple[int, int, int, int, int], dtype: s
     return records.extra_peak(lambda: [step(), None][1])
 
 
-def floor(tokens: int, sizes: tuple[int, int, int, int, int], dtype: str) -> Floor:
+def floor(tokens: int, sizes: tuple[int, int, int, int, int], dtype: str, rates: Rates | None) -> Floor:
     """Two products of the base in each direction of x, six of rank r; weights and rows read once each way."""
     experts, size, inner, top, rank = sizes
     rows, width = tokens * top, getattr(torch, dtype).itemsize
     flops = rows * (4.0 * 3 * size * inner + 6.0 * rank * (2 * size + 3 * inner))
     moved = width * (2.0 * experts * 3 * size * inner + 5.0 * tokens * size + rows * (4.0 * size + 6 * inner))
-    return Floor(flops, moved, here(), dtype)
+    return Floor(flops, moved, rates, dtype)
 
 
 def layer(
@@ -145,7 +145,7 @@ def layer(
         "difference": difference,
         "seconds": times,
         "peft_over_ours": times["peft"]["p50"] / times["ours"]["p50"],
-        "floor": floor(tokens, sizes, dtype).record(),
+        "floor": floor(tokens, sizes, dtype, here()).record(),
         "peak_extra_bytes": records.peaks(programs),
         "weight_bytes": experts * 3 * size * inner * kind.itemsize,
     }
