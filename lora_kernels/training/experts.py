@@ -1,14 +1,16 @@
 """The fused forward of PEFT's LoRA on the parameters of many experts.
 
 PEFT wraps a module of experts once per adapted parameter, one wrapper around the other, and makes `W + dW` of all
-experts at every call. Here the outermost wrapper calls the module of experts with an implementation of its own,
-registered with transformers (`ALL_EXPERTS_FUNCTIONS`): it sorts the rows by expert, takes the products with the weights
-from the implementation that the user chose, and adds the low-rank parts of the rows that each expert has.
+experts at every call. Here the outermost wrapper runs an implementation of its own, as transformers' registry
+(`ALL_EXPERTS_FUNCTIONS`) has others: it sorts the rows by expert, takes the products with the weights from the
+implementation that the user chose, and adds the low-rank parts of the rows that each expert has. A module of experts
+that is hooked into is called, and asks the registry for that implementation by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +23,16 @@ from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
 from lora_kernels.training.description import is_patched, is_replaced, is_whole, plain_linear
-from lora_kernels.training.lora_layer import SEEDS, FusedForward, warn_once
+from lora_kernels.training.lora_layer import GLOBAL_HOOKS, SEEDS, FusedForward, warn_once
 
 NAME = "lora_kernels"  # of the implementation
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 _PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 OUTER = "another parameter of the same experts runs PEFT's own forward"
 _TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
+
+
+_thread = threading.local()  # `ran`: whether `experts_forward` did
 
 
 class Term(NamedTuple):
@@ -47,12 +52,12 @@ class Term(NamedTuple):
 
 
 class _Call:
-    """What a wrapper's call hands through the module of experts to `experts_forward`, in place of its config."""
+    """What a wrapper's call tells `experts_forward`; in place of the config where the module of experts is called."""
 
     _experts_implementation = NAME
 
     def __init__(self, config: Any, terms: dict[str, list[Term]]) -> None:
-        self.config, self.terms, self.ran = config, terms, False
+        self.config, self.terms = config, terms
         self.implementation: str = config._experts_implementation
 
     def __getattr__(self, name: str) -> Any:
@@ -75,11 +80,14 @@ class FusedExperts(FusedForward):
         """
         if self._runs_fused(x) and "adapter_names" not in kwargs:
             chain = chain_of(self)
-            terms = _terms(chain)
+            base, terms = chain[-1].base_layer, _terms(chain)
+            if terms and _asks_registry(type(base)) and not is_replaced(base):
+                return _forward(_Call(base.config, terms), base, x, *args, **kwargs)
             if terms:
-                with _redirected(chain[-1].base_layer, terms) as call:
-                    result: torch.Tensor = chain[-1].base_layer(x, *args, **kwargs)
-                if call.ran:
+                _thread.ran = False
+                with _redirected(base, terms):
+                    result: torch.Tensor = base(x, *args, **kwargs)
+                if _thread.ran:
                     return result
                 warn_once("the module of experts does not ask transformers' registry for its implementation")
         result = super(FusedForward, self).forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -88,7 +96,7 @@ class FusedExperts(FusedForward):
     def _runs_fused(self, x: torch.Tensor) -> bool:
         if not (self.fused and FusedForward.fused) or any(wrapper.disable_adapters for wrapper in chain_of(self)):
             return False
-        if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
+        if any(GLOBAL_HOOKS) or (type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor)):
             return False
         reason = experts_reason(self)
         if reason is not None and reason not in (self.__dict__.get("_eager_reason"), OUTER):
@@ -219,19 +227,27 @@ def factors_of(wrapper: Any, adapter: str, transposed: bool) -> tuple[torch.Tens
     return right.mT, left.mT
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _asks_registry(kind: type) -> bool:
+    """Whether a class of experts has the forward that transformers' decorator gives it."""
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+
+
 @contextlib.contextmanager
-def _redirected(base: Any, terms: dict[str, list[Term]]) -> Iterator[_Call]:
-    """Make a module of experts ask for `experts_forward`.
+def _redirected(base: Any, terms: dict[str, list[Term]]) -> Iterator[None]:
+    """Make a module of experts ask for `experts_forward`; other threads may be in it, with the same adapters.
 
     Yields:
-        What that is told.
+        Nothing.
     """
-    config = base.config
+    config = base.config.config if isinstance(base.config, _Call) else base.config
     base.config = call = _Call(config, terms)
     try:
-        yield call
+        yield
     finally:
-        base.config = config
+        if base.config is call:
+            base.config = config
 
 
 class _Rows(torch.autograd.Function):
@@ -308,12 +324,19 @@ def experts_forward(
     Returns:
         `(tokens, n)`.
     """
-    if not isinstance(module.config, _Call):
+    call = module.config
+    if not isinstance(call, _Call):
         raise ValueError(f"the implementation {NAME!r} of experts is for accelerated LoRA layers alone")
+    _thread.ran = True
+    return _forward(call, module, hidden_states, top_k_index, top_k_weights)
+
+
+def _forward(
+    call: _Call, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
-    call, terms = module.config, module.config.terms
-    call.ran = True
+    terms = call.terms
     tokens, count = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     places = torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)

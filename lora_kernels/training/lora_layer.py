@@ -46,7 +46,7 @@ KINDS = {
 }  # fmt: skip
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(
+GLOBAL_HOOKS = tuple(
     hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and name.endswith("hooks")
 )
 SEEDS = 2**63 - 1
@@ -174,7 +174,7 @@ def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
     """
     if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
         return None
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return None
     if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return None  # a DTensor, say, which the registered operations have no rule for
@@ -268,7 +268,7 @@ class Prepared:
         hooked = parts if self.base is None else parts[1:]
         self.empty = (
             *(getattr(part, name) for part in hooked for name in _HOOKS),
-            *_GLOBAL_HOOKS,
+            *GLOBAL_HOOKS,
             layer.merged_adapters,
         )
         self.active = own["_active_adapter"] if isinstance(own["_active_adapter"], str) else [*own["_active_adapter"]]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import random
+import threading
 import warnings
 
 import peft
@@ -419,6 +420,43 @@ def test_hooks_of_the_module_of_experts_run():
         experts_of(each).get_base_layer().register_forward_hook(lambda _m, _args, out: seen.append(1) or 2 * out)
     same(experts_of(model), experts_of(fused), routed(experts_of(fused), 10, 2))
     assert len(seen) == 2
+
+
+def test_threads_may_share_hooked_experts():
+    """Each call of the module of experts tells it what to do, while another is under way."""
+    _, fused = both(wrapped())
+    base, inputs = fused.get_base_layer(), routed(fused, 30, 2)
+    expected, found = fused(*inputs).detach(), []
+    barrier = threading.Barrier(2, timeout=30)
+    # All are told before one runs, and none goes before all have run.
+    handles = [
+        register(lambda *_: [barrier.wait(), None][1])
+        for register in (base.register_forward_pre_hook, base.register_forward_hook)
+    ]
+    threads = [threading.Thread(target=lambda: found.append(fused(*inputs).detach())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    assert len(found) == 2 and all(torch.equal(each, expected) for each in found)
+    assert base.config.__class__ is transformers.Qwen3MoeConfig
+    assert torch.equal(fused(*inputs).detach(), expected)
+
+
+def test_a_global_hook_is_seen():
+    stock, fused = both(wrapped())
+    inputs, seen = routed(fused, 10, 2), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        stock(*inputs)
+        expected = list(seen)
+        seen.clear()
+        fused(*inputs)
+        assert seen == expected
+    finally:
+        handle.remove()
 
 
 def test_second_derivatives_and_transforms_are_refused():
