@@ -32,9 +32,6 @@ OUTER = "another parameter of the same experts runs PEFT's own forward"
 _TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
 
 
-_thread = threading.local()  # `ran`: whether `experts_forward` did
-
-
 class Term(NamedTuple):
     """The low-rank part of a product, of one adapter.
 
@@ -52,13 +49,34 @@ class Term(NamedTuple):
 
 
 class _Call:
-    """What a wrapper's call tells `experts_forward`; in place of the config where the module of experts is called."""
+    """What a wrapper asks of `experts_forward`.
 
-    _experts_implementation = NAME
+    Attributes:
+        implementation: of the products with the weights.
+        terms: by parameter, the low-rank parts.
+        ran: whether it was done.
+    """
 
-    def __init__(self, config: Any, terms: dict[str, list[Term]]) -> None:
-        self.config, self.terms = config, terms
-        self.implementation: str = config._experts_implementation
+    def __init__(self, implementation: str, terms: dict[str, list[Term]]) -> None:
+        self.implementation, self.terms, self.ran = implementation, terms, False
+
+
+class _Thread(threading.local):
+    call: _Call | None = None  # under way through a module of experts
+
+
+_thread, _lock = _Thread(), threading.Lock()
+
+
+class _Routed:
+    """The config of a module of experts while wrappers call it: another implementation in the threads that do."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.users = config, 0
+
+    @property
+    def _experts_implementation(self) -> str:
+        return NAME if _thread.call is not None else self.config._experts_implementation  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)
@@ -81,13 +99,13 @@ class FusedExperts(FusedForward):
         if self._runs_fused(x) and "adapter_names" not in kwargs:
             chain = chain_of(self)
             base, terms = chain[-1].base_layer, _terms(chain)
+            call = _Call(base.config._experts_implementation, terms)
             if terms and _asks_registry(type(base)) and not is_replaced(base):
-                return _forward(_Call(base.config, terms), base, x, *args, **kwargs)
+                return _forward(call, base, x, *args, **kwargs)
             if terms:
-                _thread.ran = False
-                with _redirected(base, terms):
+                with _redirected(base, call):
                     result: torch.Tensor = base(x, *args, **kwargs)
-                if _thread.ran:
+                if call.ran:
                     return result
                 warn_once("the module of experts does not ask transformers' registry for its implementation")
         result = super(FusedForward, self).forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -235,19 +253,24 @@ def _asks_registry(kind: type) -> bool:
 
 
 @contextlib.contextmanager
-def _redirected(base: Any, terms: dict[str, list[Term]]) -> Iterator[None]:
-    """Make a module of experts ask for `experts_forward`; other threads may be in it, with the same adapters.
+def _redirected(base: Any, call: _Call) -> Iterator[None]:
+    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module.
 
     Yields:
         Nothing.
     """
-    config = base.config.config if isinstance(base.config, _Call) else base.config
-    base.config = call = _Call(config, terms)
+    with _lock:
+        routed = base.config if isinstance(base.config, _Routed) else _Routed(base.config)
+        base.config, routed.users = routed, routed.users + 1
+    before, _thread.call = _thread.call, call
     try:
         yield
     finally:
-        if base.config is call:
-            base.config = config
+        _thread.call = before
+        with _lock:
+            routed.users -= 1
+            if not routed.users:
+                base.config = routed.config
 
 
 class _Rows(torch.autograd.Function):
@@ -324,10 +347,10 @@ def experts_forward(
     Returns:
         `(tokens, n)`.
     """
-    call = module.config
-    if not isinstance(call, _Call):
+    call = _thread.call
+    if call is None:
         raise ValueError(f"the implementation {NAME!r} of experts is for accelerated LoRA layers alone")
-    _thread.ran = True
+    call.ran = True
     return _forward(call, module, hidden_states, top_k_index, top_k_weights)
 
 

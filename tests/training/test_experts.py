@@ -445,6 +445,23 @@ def test_threads_may_share_hooked_experts():
     assert torch.equal(fused(*inputs).detach(), expected)
 
 
+def test_a_thread_beside_a_call_runs_pefts_own():
+    """What one thread asks of a module of experts holds for that thread alone."""
+    _, fused = both(wrapped())
+    base, inputs, found = fused.get_base_layer(), routed(fused, 30, 2), []
+
+    def beside(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: found.append(base(*inputs).detach()))
+            thread.start()
+            thread.join()
+
+    expected = base(*inputs).detach()
+    base.register_forward_pre_hook(beside)
+    fused(*inputs)
+    assert len(found) == 1 and torch.equal(found[0], expected)
+
+
 def test_a_global_hook_is_seen():
     stock, fused = both(wrapped())
     inputs, seen = routed(fused, 10, 2), []
