@@ -31,6 +31,7 @@ PARTS = (
     Part("tests", "benchmarks.gpu.machine:tests", 30, 170),
     Part("tune", "benchmarks.gpu.layers:tune", 20, 90),
     Part("layers", "benchmarks.gpu.layers:layers", 20, 100),
+    Part("experts", "benchmarks.gpu.experts:experts", 20, 60),
     Part("statistics", "benchmarks.gpu.statistics:statistics", 15, 60),
     Part("lora_pro", "benchmarks.gpu.solvers:lora_pro", 15, 45),
     Part("training", "benchmarks.gpu.training:training", 20, 60),

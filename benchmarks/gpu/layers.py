@@ -72,7 +72,8 @@ def _truth(
     return gradients(y, leaves, g.double())
 
 
-def _worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+def worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """The largest relative error; NaN if one is."""
     errors = [relative_error(one, other) for one, other in zip(found, truth, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
@@ -115,14 +116,14 @@ def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> 
     for suffix in ("", "_float32"):
         factors = [getattr(sides[f"ours{suffix}"], f"lora_{which}")["default"].weight for which in "AB"]
         truth = _truth(x, weight, *factors, g, scaling, None)
-        errors |= {name + suffix: _worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
+        errors |= {name + suffix: worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
         if not suffix:
-            errors["hand_written"] = _worst(calls["hand_written"](), truth)
+            errors["hand_written"] = worst(calls["hand_written"](), truth)
     if dropout:  # with its mask, which PEFT cannot be given
         drop = lk.ops.Dropout(dropout, 1234, 5)
         truth = _truth(x, weight, a, b, g, scaling, drop)
         y = lk.ops.lora_linear(x, weight, None, a, b, scaling=scaling, dropout=drop)
-        errors["ours_dropped"] = _worst(gradients(y, [x, a, b], g), truth)
+        errors["ours_dropped"] = worst(gradients(y, [x, a, b], g), truth)
     for layer in sides.values():
         layer.train()
     del truth

@@ -148,6 +148,22 @@ def _lora_delta() -> Bench:
     return _layer(lambda x, w, a, b: ops.lora_delta(y, x, a, b, scaling=2.0))
 
 
+def _grouped_lora() -> Bench:
+    """Forward and backward over experts of unequal load, one of them without rows: all gradients."""
+    shares = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1])
+    offsets = torch.cat((torch.zeros(1), shares.cumsum(0) * TOKENS)).round().long().to(DEVICE)
+    experts = len(shares)
+    x, y = normal(TOKENS, N), normal(TOKENS, M)
+    a, b = normal(experts, RANK, N, scale=N**-0.5), normal(experts, M, RANK)
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b)]
+
+    def run() -> Sequence[torch.Tensor]:
+        out = ops.grouped_lora(y, x, offsets, a, b, scaling=2.0)
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return Bench(run)
+
+
 def _lora_pro_adam() -> Bench:
     (a, b), (grad_a, grad_b), avg, square = factors(), factors(), normal(M, N), normal(M, N)
     return Bench(
@@ -191,6 +207,7 @@ OPS: dict[str, Callable[[], Bench]] = {
     "factor_spectrum": _factor_spectrum,
     "fisher_scaled": _fisher_scaled,
     "gradient_statistics_": _gradient_statistics,
+    "grouped_lora": _grouped_lora,
     "lora_delta": _lora_delta,
     "lora_linear": _lora_linear,
     "lora_pro_adam_": _lora_pro_adam,

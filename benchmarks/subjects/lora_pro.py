@@ -16,11 +16,8 @@ the factors, is timed against `torch.optim.AdamW(foreach=True)` on the same fact
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,39 +186,17 @@ def check(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]
     }
 
 
-def _resident(most: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since `_forget_peak`."""
-    name = "VmHWM:" if most else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak(side: str, shapes: tuple[tuple[int, int], ...], rank: int) -> int:
     """Bytes that a side's second step takes beyond what is there before it, in this process."""
     step = stepper(side, make(shapes, rank))
     step()
-    before = _resident()
-    _forget_peak()
-    step()
-    return max(_resident(most=True) - before, 0)
+    return records.extra_peak(step)
 
 
 def peaks(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]) -> dict[str, int]:
     """The same of each side, in a process of its own; nothing where there is no Linux."""
-    found: dict[str, int] = {}
-    if not Path("/proc/self/clear_refs").exists():
-        return found
-    for side in sides:
-        code = f"from {__name__} import peak; print(peak({side!r}, {shapes!r}, {rank}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=records.ROOT
-        )
-        found[side] = int(done.stdout.split()[-1])
-    return found
+    calls = {side: f"from {__name__} import peak; print(peak({side!r}, {shapes!r}, {rank}))" for side in sides}
+    return records.peaks(calls)
 
 
 def floor(shapes: tuple[tuple[int, int], ...], rank: int) -> Floor:

@@ -14,6 +14,7 @@ from benchmarks.subject import Row, Subject
 from benchmarks.subjects import (
     SUBJECTS,
     eva,
+    experts,
     init,
     linear,
     llm,
@@ -30,7 +31,7 @@ from benchmarks.subjects import (
 def known_rates(monkeypatch):
     """The rates of some machine: measuring them takes seconds."""
     found = rates.Rates(1e10, {"bfloat16": 1e12, "float32": 1e11, "float64": 5e10})
-    for module in (rates, eva, init, linear, lora_pro, small_linalg, spectrum, statistics, svd, train):
+    for module in (rates, eva, experts, init, linear, lora_pro, small_linalg, spectrum, statistics, svd, train):
         monkeypatch.setattr(module, "here", lambda device="cpu": found)
 
 
@@ -82,6 +83,16 @@ def test_smallest_form(name, case, arguments, capsys):
     _, rows = measured(name, case, *arguments)
     check_rows(rows, PEERS[name])
     assert "peer / ours" in capsys.readouterr().out
+
+
+def test_experts_must_give_pefts_numbers(monkeypatch):
+    entry, rows = measured("experts", "layers", "--rounds", "1")
+    check_rows(rows, {"PEFT"})
+    extra = entry["entries"][0]["peak_extra_bytes"]
+    assert extra.keys() == {"peft", "ours"} and "extra memory" in experts.notes(entry)[0]
+    monkeypatch.setitem(experts.BOUNDS, "float32", 0.0)
+    with pytest.raises(SystemExit, match="relative difference from PEFT's numbers"):
+        experts.layers(compare.parse(SUBJECTS["experts"], ["--quick", "--rounds", "1"]))
 
 
 def test_eva_without_peft_has_no_rows():
