@@ -257,9 +257,10 @@ def compile_cuda() -> Iterator[Result]:
         One result per file and chip; none where there is no nvcc.
     """
     nvcc = build_support.find_nvcc()
-    general = [each for each in build_support.nvcc_compile_flags() if not each.startswith("-gencode")]
+    archs = build_support.supported_archs(nvcc) if nvcc else ()
+    general = [flag for flag in build_support.nvcc_compile_flags(archs or ("",)) if not flag.startswith("-gencode")]
     # The PTX for later chips is left out: nothing is assembled yet.
-    chips = {flag.rsplit("=", 1)[1]: flag for flag in build_support.nvcc_arch_flags() if "code=sm_" in flag}
+    chips = {f"sm_{arch}": f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
     for source in sorted(build_support.SOURCES.glob("*.cu")) if nvcc else ():
         for chip, flag in chips.items():
             with tempfile.TemporaryDirectory() as folder:

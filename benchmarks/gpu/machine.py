@@ -99,10 +99,10 @@ def _into_itself(run: Run, tokens: int, n: int, m: int) -> dict[str, Any]:
 def build(run: Run) -> None:
     """The extension in place, for this chip alone (a wheel has more), and what `doctor` says then."""
     started = time.monotonic()
-    chip = "90a"
+    chip = "90"
     if run.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        chip = f"{major}{minor}" + "a" * (major == 9)
+        chip = f"{major}{minor}"
     if run.rehearsal:
         print("not built in a rehearsal")
     else:
@@ -128,14 +128,13 @@ def build_extension(chip: str, work: Path, folder: Path) -> None:
     """What `setup.py build_ext` does, for one chip.
 
     Args:
-        chip: as in `sm_90a`.
+        chip: as in `sm_90`.
         work: for object files.
         folder: for the extension.
     """
     import build_support
 
-    build_support.CUDA_BINARIES = (chip,)  # type: ignore[assignment]
-    plan = build_support.make_plan()
+    plan = build_support.make_plan((chip,))
     if plan is None or plan.nvcc is None:
         raise RuntimeError(f"no compiler: {plan}")
     output = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
