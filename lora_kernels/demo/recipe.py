@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -60,7 +60,7 @@ class Recipe:
             return torch.optim.AdamW(parameter_groups(model, adapter_rate, head_rate), weight_decay=0.0)
         from lora_kernels import create_lora_pro_optimizer
 
-        mode = "full" if self.optimizer == "lora_pro" else "efficient"
+        mode: Literal["full", "efficient"] = "full" if self.optimizer == "lora_pro" else "efficient"
         optimizer: torch.optim.Optimizer = create_lora_pro_optimizer(model, lr=adapter_rate, mode=mode)
         head = {id(parameter) for parameter in parameter_groups(model, adapter_rate, head_rate)[1]["params"]}
         for group in optimizer.param_groups:
