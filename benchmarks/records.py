@@ -188,8 +188,8 @@ def cases(name: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
     file = (folder or RESULTS) / f"{name}.json"
     if not file.is_file():
         return {}
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["cases"]
-    return found
+    entries: dict[str, dict[str, Any]] = json.loads(file.read_text())["cases"]
+    return entries
 
 
 def put(name: str, case: str, entry: dict[str, Any], folder: Path | None = None) -> Path:

@@ -45,10 +45,10 @@ class Bench:
         Raises:
             RuntimeError: if the backend refuses.
         """
-        for each in self.sums:
-            each.zero_()
+        for tensor in self.sums:
+            tensor.zero_()
         with ops.use_backend(backend):
-            found = self.call()
+            outputs = self.call()
         if self.shown is not None:
             found = self.shown(found)
         elif found is None:
@@ -128,7 +128,7 @@ def _tsreduce() -> Bench:
 
 def _layer(call: Callable[..., Any]) -> Bench:
     """Forward and backward of a call of x, W, A and B: all gradients."""
-    leaves = [each.requires_grad_() for each in (normal(TOKENS, N), *factors())]
+    leaves = [tensor.requires_grad_() for tensor in (normal(TOKENS, N), *factors())]
     weight = normal(M, N, scale=N**-0.5)
 
     def run() -> Sequence[torch.Tensor]:
@@ -169,7 +169,7 @@ def _lora_pro_adam() -> Bench:
     return Bench(
         lambda: ops.lora_pro_adam_(avg, square, a, b, grad_a, grad_b, scaling=2.0, step=1),
         (avg, square),
-        lambda found: [avg, square, *found],
+        lambda outputs: [avg, square, *outputs],
     )
 
 
@@ -185,7 +185,7 @@ def _cholesky_solve() -> Bench:
 
 def _eigh() -> Bench:
     p = definite()
-    return Bench(lambda: ops.eigh(p), shown=lambda found: [found[0]])  # vectors have a sign of their own
+    return Bench(lambda: ops.eigh(p), shown=lambda outputs: [outputs[0]])  # vectors have a sign of their own
 
 
 def _factor_spectrum() -> Bench:
@@ -231,12 +231,12 @@ def test_op(benchmark: Any, name: str, backend: str) -> None:
     bench = OPS[name]()
     truth = bench.answer("torch")
     try:
-        found = bench.answer(backend)
+        answer = bench.answer(backend)
     except RuntimeError as error:
         if "cannot run on backend" in str(error) or "has no" in str(error):
             pytest.skip(str(error))
         raise
-    for one, other in zip(found, truth, strict=True):
+    for one, other in zip(answer, truth, strict=True):
         assert float((one - other).abs().max()) <= BOUND * float(other.abs().max()), name
 
     def run() -> None:

@@ -67,21 +67,21 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
         model, batches, groups = _demo_model(0)
         rate = factor * DEFAULT_RATES["random"]
         loss = _train(model, batches, torch.optim.AdamW(groups(rate), weight_decay=0.0), steps)
-        found = diagnose(model)
-        shares = sorted(each.spectrum.spectral_share or math.nan for each in found)
-        full = sum(each.spectrum.numerical_rank == each.spectrum.rank for each in found)
+        diagnosis = diagnose(model)
+        shares = sorted(layer.spectrum.spectral_share or math.nan for layer in diagnosis)
+        full = sum(layer.spectrum.numerical_rank == layer.spectrum.rank for layer in diagnosis)
         row = {
             "learning_rate": rate,
             "last_loss": loss if math.isfinite(loss) else None,
-            "verdict": found.verdict.kind,
-            "loud_layers": sum(each.verdict.kind == LOUD_FAILURE for each in found),
-            "layers": len(found.layers),
+            "verdict": diagnosis.verdict.kind,
+            "loud_layers": sum(layer.verdict.kind == LOUD_FAILURE for layer in diagnosis),
+            "layers": len(diagnosis.layers),
             "full_rank_layers": full,
             "share": {"smallest": shares[0], "median": shares[len(shares) // 2], "largest": shares[-1]},
         }
         rows.append(row)
         CONSOLE.print(
-            f"rate {rate:g}: last loss {loss:.3g}, {found.verdict.kind}, {row['loud_layers']} of {row['layers']} "
+            f"rate {rate:g}: last loss {loss:.3g}, {diagnosis.verdict.kind}, {row['loud_layers']} of {row['layers']} "
             f"layers loud, |sBA|/|W| from {shares[0]:.3g} to {shares[-1]:.3g}, {full} layers of full rank"
         )
     between = [rows[0]["share"]["largest"], rows[-1]["share"]["smallest"]]
@@ -120,8 +120,8 @@ def _notes(entry: Mapping[str, Any]) -> list[str]:
         share = f"{entry['share_of_training']:.3%} of the training time at every={entry['every']}"
         return [f"a step {times['step']}, a measurement {times['measurement']}: {share}"]
     return [
-        f"rate {each['learning_rate']:g}: {each['verdict']}, {each['loud_layers']} of {each['layers']} layers loud"
-        for each in entry["runs"]
+        f"rate {run['learning_rate']:g}: {run['verdict']}, {run['loud_layers']} of {run['layers']} layers loud"
+        for run in entry["runs"]
     ]
 
 
