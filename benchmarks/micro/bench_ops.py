@@ -50,10 +50,10 @@ class Bench:
         with ops.use_backend(backend):
             outputs = self.call()
         if self.shown is not None:
-            found = self.shown(found)
-        elif found is None:
-            found = self.sums
-        return [each.detach().double() for each in ((found,) if isinstance(found, torch.Tensor) else found)]
+            outputs = self.shown(outputs)
+        elif outputs is None:
+            outputs = self.sums
+        return [tensor.detach().double() for tensor in ((outputs,) if isinstance(outputs, torch.Tensor) else outputs)]
 
 
 def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
