@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import PLAIN, base_weight, weight_kind, why_unreadable
+from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.api import guidance
 from lora_kernels.api import peft as peft_layers
@@ -29,7 +31,13 @@ from lora_kernels.statistics.wants import OF_GRADIENTS
 
 
 def untrained_layers(
-    model: nn.Module, method: InitMethod, adapter_name: str, base: str, *, force: bool
+    model: nn.Module,
+    method: InitMethod,
+    adapter_name: str,
+    base: str,
+    *,
+    force: bool,
+    ranks: Redistribution | None = None,
 ) -> peft_layers.LoraLayers:
     """The layers of an adapter that may be given a start.
 
@@ -39,15 +47,17 @@ def untrained_layers(
         adapter_name: the adapter.
         base: as for `initialize`.
         force: also where `lora_B` is not zero.
+        ranks: a redistribution.
 
     Returns:
-        The layers; those that are too narrow for their rank are not supported, and keep their values.
+        The layers, experts one by one where the method can start them; those that are too narrow for their rank are
+        not supported, and keep their values.
 
     Raises:
         ValueError: if the adapter is trained, has LoRA-Dash's coordinates, cannot be offset, or has no layer that is
             wide enough, or if the method reads base weights that cannot be read or are sharded over processes.
     """
-    layers = peft_layers.find_lora_layers(model, adapter_name)
+    layers = peft_layers.find_lora_layers(model, adapter_name, without_experts=_why_no_experts(method, ranks))
     if any(parts.directions(each.view.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
@@ -69,6 +79,15 @@ def untrained_layers(
         )
         _check_readable(dora)
     return layers
+
+
+def _why_no_experts(method: InitMethod, ranks: Redistribution | None) -> str | None:
+    """Why experts keep stock LoRA's start, or `None`."""
+    if method.offsets_base:
+        return f"{method.name} starts away from zero, and factors of many experts cannot carry the frozen start beside"
+    if ranks is not None or method.redistribution is not None:
+        return "ranks are redistributed, and PEFT has one rank for all experts"
+    return None
 
 
 def _check_readable(layers: Iterable[peft_layers.LoraTarget]) -> None:
@@ -268,20 +287,21 @@ def write(
     """
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
+    modules = {layer.view.name: layer.view.module for layer in layers.supported}
     for name in found:  # a layer that keeps its values keeps its start
-        parts.remove(model.get_submodule(name), adapter_name, parts.START)
+        parts.remove(modules[name], adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
     for name, each in factors.items():
         # A fresh magnitude is |W| already, to the bits by which PEFT divides it.
         if each.rank and (force or bool(each.B.any())):
-            peft_layers.reset_magnitudes(model.get_submodule(name), adapter_name)
+            peft_layers.reset_magnitudes(modules[name], adapter_name)
     if method.offsets_base:
         describe(model, adapter_name)
         with torch.no_grad():
             for name, each in factors.items():
                 if each.rank:
-                    _take_off(LoraView(name, model.get_submodule(name)), adapter_name, base)
+                    _take_off(LoraView(name, modules[name]), adapter_name, base)
         if base == "mutate":
             model.peft_config[adapter_name].mutated = True  # type: ignore[index, union-attr, operator]
     tidy_up(model, adapter_name)
@@ -521,5 +541,58 @@ def layer_reports(
                 (*notes, *answer.notes, *((f"{skipped} non-finite rows skipped",) if skipped else ())),
             )
         )
+    reports = _experts_together(layers, reports)
     reports += [LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in layers.unsupported]
     return tuple(reports)
+
+
+def _experts_together(layers: peft_layers.LoraLayers, reports: Sequence[LayerReport]) -> list[LayerReport]:
+    """One report for all experts of a parameter, under the name of PEFT's layer."""
+    together: dict[str, list[LayerReport]] = {}
+    for layer, report in zip(layers.supported, reports, strict=True):
+        name = layer.view.name
+        if isinstance(layer.view.module, ExpertLayer):
+            name = layer.view.module.wrapper_name
+        together.setdefault(name, []).append(report)
+    return [members[0] if members[0].name == name else _of_experts(name, members) for name, members in together.items()]
+
+
+def _of_experts(name: str, members: Sequence[LayerReport]) -> LayerReport:
+    """The report of a parameter from those of its experts."""
+    started = [report for report in members if report.status == "initialised"]
+    counts = Counter(report.status for report in members)
+    status = "initialised" if started else counts.most_common(1)[0][0]
+    few = sum(report.tokens < report.rank for report in started)
+    notes = [f"{len(started)} of {len(members)} experts initialised"]
+    if counts["not_reached"]:
+        notes.append(f"{counts['not_reached']} that no counted token reaches keep their values")
+    if few:
+        notes.append(f"{few} saw fewer tokens than their rank")
+    said = Counter(note for report in members for note in report.notes)
+    notes += [f"{note} ({count} experts)" for note, count in said.most_common(3)]
+
+    def numbers(field: str) -> list[float]:
+        return [value for report in started if (value := getattr(report, field)) is not None]
+
+    tokens = math.fsum(report.tokens for report in members)
+    weight = math.fsum(report.tokens for report in started if report.explained_variance is not None)
+    explained = (
+        math.fsum(report.tokens * (report.explained_variance or 0.0) for report in started) / weight if weight else None
+    )
+    first = members[0]
+    return LayerReport(
+        name,
+        status,
+        first.rank_before,
+        first.rank,
+        explained,
+        None if explained is None else max(0.0, 1.0 - explained),
+        tokens,
+        eigen_residual=max(numbers("eigen_residual"), default=None),
+        solver=started[0].solver if started else "",
+        start_share=max(numbers("start_share"), default=0.0),
+        start_change=math.fsum(numbers("start_change")) if numbers("start_change") else None,
+        first_step=math.fsum(numbers("first_step")) if numbers("first_step") else None,
+        step_ratio=max(numbers("step_ratio"), default=None),
+        notes=tuple(notes),
+    )

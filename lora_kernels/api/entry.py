@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
+from lora_kernels.adapters.experts import observed as observed_experts
 from lora_kernels.api import _starting, guidance
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.plain import find_linear_layers, skipped_modules
@@ -38,7 +39,7 @@ def _targets(
     model: nn.Module, targets: Sequence[str] | None, adapter_name: str
 ) -> tuple[Sequence[Target], Mapping[str, str]]:
     if targets is None and peft_layers.is_peft_model(model):
-        return _observed(peft_layers.find_lora_layers(model, adapter_name))
+        return _observed(peft_layers.find_lora_layers(model, adapter_name, without_experts=None))
     return find_linear_layers(model, targets), skipped_modules(model) if targets is None else {}
 
 
@@ -82,7 +83,7 @@ def collect(
     check_type("loader", loader, Iterable, "an iterable of batches")
     check_type("adapter_name", adapter_name, str, "a name")
     found, skipped = _targets(model, targets, adapter_name)
-    with peft_layers.base_model_only(model):
+    with peft_layers.base_model_only(model), observed_experts(target.module for target in found):
         return collect_targets(model, loader, found, named_wants(wants), chosen, skipped_modules=skipped)
 
 
@@ -128,7 +129,8 @@ def plan(
     found, _ = _targets(model, targets, adapter_name)
     groups = None
     if batch is not None and share_inputs:
-        with peft_layers.base_model_only(model), observation_mode(model, gradients=False):
+        modules = (target.module for target in found)
+        with peft_layers.base_model_only(model), observed_experts(modules), observation_mode(model, gradients=False):
             groups = find_groups(model, found, batch, forward)
     device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
     return make_plan(
@@ -211,7 +213,7 @@ def initialize(
     if wants and (loader is None) == (statistics is None):
         raise ValueError("exactly one of loader and statistics must be given")
     model = unwrap(model)
-    layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
+    layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force, ranks=ranks)
     _starting.check_ranks(layers, resolved, ranks)
     if not wants:
         statistics = statistics or Statistics({}, 0, 0.0, 0.0)
@@ -220,7 +222,7 @@ def initialize(
         defaults = _starting.defaults(resolved, ranks, layers)
         observed, skipped = _observed(layers)
         chosen = read_options({**defaults, **options})
-        with peft_layers.base_model_only(model):
+        with peft_layers.base_model_only(model), observed_experts(target.module for target in observed):
             statistics = collect_targets(model, loader, observed, wants, chosen, skipped_modules=skipped)
     elif set(options) - {"progress"}:
         names = ", ".join(sorted(set(options) - {"progress"}))

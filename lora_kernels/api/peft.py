@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import row_blocks, whole
+from lora_kernels.adapters.experts import ExpertLayer, expert_layers, why_unseen
 from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.init.factors import LoraFactors
@@ -61,7 +62,7 @@ class LoraLayers:
     """All layers of one adapter.
 
     Attributes:
-        supported: linear layers.
+        supported: linear layers; of a parameter of experts, one for each expert, where they were asked for.
         unsupported: other LoRA layers (embeddings, convolutions, ...): name, rank, and why.
     """
 
@@ -97,7 +98,13 @@ def is_tied(parameter: torch.Tensor, counts: Mapping[int, int]) -> bool:
     return storage != 0 and counts[storage] > 1
 
 
-def _reason_unsupported(view: LoraView, adapter: str, counts: Mapping[int, int]) -> str | None:
+# Why a parameter of experts is not taken apart, where one call was not made for them.
+ONE_LAYER = "it is taken for one layer here, whose input is not the module's input"
+
+
+def _reason_unsupported(
+    view: LoraView, adapter: str, counts: Mapping[int, int], without_experts: str | None
+) -> str | None:
     module = view.module
     if isinstance(module.get_base_layer(), nn.MultiheadAttention):
         return "MultiheadAttention: its factors are those of three products, of inputs that are not the module's alone"
@@ -105,19 +112,28 @@ def _reason_unsupported(view: LoraView, adapter: str, counts: Mapping[int, int])
     if not isinstance(lora_a, nn.Linear) or not isinstance(module.lora_B[adapter], nn.Linear):
         return f"{type(module.get_base_layer()).__name__} base: only linear layers have an input covariance here"
     if view.parameter_name is not None:
-        return f"target_parameters ({view.parameter_name}): its input is not the module's input"
+        if without_experts is not None:
+            return f"target_parameters ({view.parameter_name}): {without_experts}"
+        return why_unseen(module, adapter)
     if any(is_tied(part[adapter].weight, counts) for part in (module.lora_A, module.lora_B)):
         return "its factors are those of another layer, too (ensure_weight_tying)"
     return None
 
 
-def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged: bool = False) -> LoraLayers:
+def find_lora_layers(
+    model: nn.Module,
+    adapter: str = "default",
+    *,
+    allow_merged: bool = False,
+    without_experts: str | None = ONE_LAYER,
+) -> LoraLayers:
     """The LoRA layers of an adapter.
 
     Args:
         model: a PEFT model.
         adapter: the adapter's name.
         allow_merged: take layers whose base weight holds their adapters, too.
+        without_experts: why parameters of experts are left out; with `None` each of their experts is a layer.
 
     Returns:
         The layers, in the model's order.
@@ -134,26 +150,39 @@ def find_lora_layers(model: nn.Module, adapter: str = "default", *, allow_merged
         raise ValueError(f"adapter_name is {adapter!r}, but the model has {', '.join(map(repr, configs))}")
     if str(getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)) != "LORA":
         raise TypeError(f"adapter {adapter!r} is of type {configs[adapter].peft_type}, but must be LORA")
-    supported, unsupported = [], []
+    supported: list[LoraTarget] = []
+    unsupported: list[tuple[str, int, str]] = []
     counts = places(model)
     for view in lora_layers(model, adapter):
         (name, module), rank = view, view.rank(adapter)
-        reason = _reason_unsupported(view, adapter, counts) if hasattr(module, "lora_A") else "no lora_A"
+        reason: str | None = "no lora_A"
+        if hasattr(module, "lora_A"):
+            reason = _reason_unsupported(view, adapter, counts, without_experts)
         if reason is not None:
             unsupported.append((name, rank, reason))
             continue
         if module.merged and not allow_merged:
             raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+        if view.parameter_name is not None:
+            supported += [
+                LoraTarget(LoraView(expert, layer), *_numbers(view, adapter))
+                for expert, layer in expert_layers(name, module).items()
+            ]
+            continue
         shape = tuple(module.lora_A[adapter].weight.shape)
         if shape != (rank, module.in_features):
             raise ValueError(
                 f"layer {name} has lora_A of shape {shape}, but must be {(rank, module.in_features)}: sharded weights "
                 "(ZeRO-3, FSDP) must be initialised before they are sharded"
             )
-        supported.append(LoraTarget(view, rank, view.alpha(adapter), view.rslora(adapter)))
+        supported.append(LoraTarget(view, *_numbers(view, adapter)))
     if not supported:
         raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
     return LoraLayers(tuple(supported), tuple(unsupported))
+
+
+def _numbers(view: LoraView, adapter: str) -> tuple[int, float, bool]:
+    return view.rank(adapter), view.alpha(adapter), view.rslora(adapter)
 
 
 @contextlib.contextmanager
@@ -266,6 +295,8 @@ def replaced_parameters(layers: LoraLayers, ranks: Mapping[str, int], adapter: s
     found: list[nn.Parameter] = []
     for each in layers.supported:
         module = each.view.module
+        if isinstance(module, ExpertLayer):
+            continue
         pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
         if ranks.get(each.view.name, each.rank) != each.rank or pair[0].device.type == "meta":
             found += pair
@@ -299,6 +330,9 @@ def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
 
 def _write_layer(layer: LoraTarget, factors: LoraFactors, alpha: float, adapter: str) -> None:
     module = layer.view.module
+    if isinstance(module, ExpertLayer):
+        module.put(adapter, factors.A, factors.B)
+        return
     device = next((p.device for p in module.get_base_layer().parameters()), torch.device("cpu"))
     _put(module.lora_A[adapter], factors.A, device)
     _put(module.lora_B[adapter], factors.B, device)
