@@ -57,7 +57,7 @@ def untrained_layers(
         ValueError: if the adapter is trained, has LoRA-Dash's coordinates, cannot be offset, or has no layer that is
             wide enough, or if the method reads base weights that cannot be read or are sharded over processes.
     """
-    layers = peft_layers.find_lora_layers(model, adapter_name, without_experts=_why_no_experts(method, ranks))
+    layers = peft_layers.find_lora_layers(model, adapter_name, without_experts=_why_no_experts(method, ranks, base))
     if any(parts.directions(each.view.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
     if not force:
@@ -81,10 +81,10 @@ def untrained_layers(
     return layers
 
 
-def _why_no_experts(method: InitMethod, ranks: Redistribution | None) -> str | None:
+def _why_no_experts(method: InitMethod, ranks: Redistribution | None, base: str) -> str | None:
     """Why experts keep stock LoRA's start, or `None`."""
-    if method.offsets_base:
-        return f"{method.name} starts away from zero, and factors of many experts cannot carry the frozen start beside"
+    if method.offsets_base and base == "mutate":
+        return 'base="mutate" changes the weights of linear layers alone'
     if ranks is not None or method.redistribution is not None:
         return "ranks are redistributed, and PEFT has one rank for all experts"
     return None
@@ -183,7 +183,7 @@ def _check_offset(model: nn.Module, layers: peft_layers.LoraLayers, adapter: str
     counts = peft_layers.places(model)
     for layer in layers.supported:
         name, module = layer.view
-        why = parts.refusal(module, adapter)
+        why = parts.refusal(_peft_layer(module), adapter)
         if why is not None:
             raise ValueError(f"layer {name} cannot start away from zero and keep the function: {why}")
         if base == "mutate" and weight_kind(module) != PLAIN:
@@ -288,8 +288,10 @@ def write(
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
     modules = {layer.view.name: layer.view.module for layer in layers.supported}
-    for name in found:  # a layer that keeps its values keeps its start
-        parts.remove(modules[name], adapter_name, parts.START)
+    # Experts of one parameter are one layer of PEFT's. A layer that keeps its values keeps its start.
+    carriers = {_peft_layer(modules[name]): found[name].factors.rank for name in found}
+    for module in carriers:
+        parts.remove(module, adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
     for name, each in factors.items():
@@ -299,12 +301,16 @@ def write(
     if method.offsets_base:
         describe(model, adapter_name)
         with torch.no_grad():
-            for name, each in factors.items():
-                if each.rank:
-                    _take_off(LoraView(name, modules[name]), adapter_name, base)
+            for module, rank in carriers.items():
+                if rank:
+                    _take_off(LoraView("", module), adapter_name, base)
         if base == "mutate":
             model.peft_config[adapter_name].mutated = True  # type: ignore[index, union-attr, operator]
     tidy_up(model, adapter_name)
+
+
+def _peft_layer(module: Any) -> Any:
+    return module.wrapper if isinstance(module, ExpertLayer) else module
 
 
 def _take_off(layer: LoraView, adapter: str, base: str) -> None:

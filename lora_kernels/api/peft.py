@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_type
+from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import row_blocks, whole
 from lora_kernels.adapters.experts import ExpertLayer, expert_layers, why_unseen
 from lora_kernels.adapters.names import config_name, patterns
@@ -388,9 +389,10 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
         rslora: whether the scaling is `alpha / sqrt(r)`.
     """
     if rank < module.r[adapter]:
-        for linear, rows in ((module.lora_A[adapter], True), (module.lora_B[adapter], False)):
-            value = linear.weight.detach()
-            _put(linear, (value[:rank] if rows else value[:, :rank]).clone(), value.device)
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        factors = parts.first_ranks(a.weight.detach(), b.weight.detach(), rank, getattr(module, "num_experts", 1))
+        for linear, value in zip((a, b), factors, strict=True):
+            _put(linear, value, value.device)
     _set_scaling(module, adapter, rank, alpha, rslora=rslora)
 
 

@@ -65,7 +65,7 @@ def load(
     if there:
         if settings:
             raise TypeError(f"{', '.join(sorted(settings))}: the model is a PEFT model already")
-        peft_layers.find_lora_layers(base, adapter_name)  # or an error
+        peft_layers.find_lora_layers(base, adapter_name, without_experts=None)  # or an error
         _check_ranks(model, adapter_name, config if mark is None else mark)
     try:
         if not there:
@@ -263,7 +263,9 @@ def export(
         shapes[views[name].config_name] = (a.shape[0], tidy(scaling * a.shape[0]))
     for name, old, _why in layers.unsupported:
         other = LoraView(name, model.get_submodule(name))
-        shapes[other.config_name] = (old, tidy(other.scaling(adapter_name) * old))
+        began = parts.start(other.module, adapter_name)  # (joined to the factors in the state dict)
+        joined = old + (0 if began is None else began.rank)
+        shapes[other.config_name] = (joined, tidy(other.scaling(adapter_name) * joined))
     set_ranks(config, shapes)
     if serving or isinstance(config.target_modules, str):  # servers want a list
         peft_layers.list_modules(model, adapter_name, config, always=bool(serving))

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
+from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import PRODUCTS, TRAITS, chain_of, first_meets_inputs
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
@@ -120,10 +121,6 @@ class FusedExperts(FusedForward):
             warn_once(reason)
         return reason is None
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # The factors of all experts in one matrix have no joined parts.
-        super(FusedForward, self)._load_from_state_dict(*args)  # type: ignore[misc]
-
 
 def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
     """Why a wrapper, and those inside of it, have to run PEFT's own forward as they are now, or `None`.
@@ -206,8 +203,11 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
                 if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                     with torch.inference_mode(False):  # graphs are to keep it
                         state = torch.tensor([hash((adapter, scaling)) & SEEDS])
-                term = Term(*factors_of(wrapper, adapter), scaling, state)
-                terms.setdefault(wrapper.parameter_name, []).append(term)
+                mine = terms.setdefault(wrapper.parameter_name, [])
+                mine.append(Term(*factors_of(wrapper, adapter), scaling, state))
+                began = parts.start(wrapper, adapter)
+                if began is not None:
+                    mine.append(Term(*_by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
     return terms
 
 
@@ -225,7 +225,11 @@ def factors_of(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Both factors.
     """
-    first, second, experts = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.num_experts
+    return _by_expert(wrapper, wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
+
+
+def _by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    experts = wrapper.num_experts
     rank = first.shape[0] // experts
     left = first.reshape(experts, rank, first.shape[1])
     right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)

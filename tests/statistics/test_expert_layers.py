@@ -155,13 +155,15 @@ def test_samples_may_count_alike():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["eva", "lora_da", "lora_one"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_expert_starts_as_a_layer_of_its_own(name, method):
     """The method on a plain layer with the statistics of one expert gives that expert's part of PEFT's matrices."""
     model = adapted(name)
-    statistics = lk.collect(model, [BATCH], wants=method, progress=False, sketch_size=64)
     chosen = METHODS[method]()
-    report = lk.initialize(model, None, chosen, statistics=statistics, progress=False)
+    wants = method if chosen.wants else "input_second"
+    statistics = lk.collect(model, [BATCH], wants=wants, progress=False, sketch_size=64)
+    given = statistics if chosen.wants else None
+    report = lk.initialize(model, None, chosen, statistics=given, progress=False)
     compared = 0
     for view in views(model):
         layers = expert_layers(view.name, view.module)
@@ -184,7 +186,11 @@ def test_every_expert_starts_as_a_layer_of_its_own(name, method):
             # What PEFT adds to the parameter is this product.
             delta = view.module.get_delta_weight("default")[layer.expert].double()
             delta = delta.mT if layer.transposed else delta
-            assert relative_error(delta, view.module.scaling["default"] * b @ a) < 1e-5 or not b.any()
+            scaling = view.module.scaling["default"]
+            if chosen.offsets_base:  # at the start the frozen part takes all of it off
+                assert delta.abs().max() < 1e-6 * scaling * (b @ a).abs().max()
+            elif b.any():
+                assert relative_error(delta, scaling * b @ a) < 1e-5
             compared += 1
     assert compared >= 6
 
@@ -224,15 +230,66 @@ def test_experts_that_no_token_reaches_keep_their_values():
         assert changed <= 2  # the experts of one token
 
 
-def test_methods_that_need_a_frozen_start_say_so_and_ranks_stay():
+def test_what_leaves_experts_as_they_are_is_said():
     model = adapted("Qwen3Moe")
-    report = lk.initialize(model, None, "pissa", progress=False)
+    report = lk.initialize(model, None, "pissa", base="mutate", progress=False)
     reasons = {layer.name: layer.notes for layer in report if layer.status == "unsupported"}
     assert set(reasons) == {view.name for view in views(model)}
-    assert all("frozen start" in notes[0] for notes in reasons.values())
+    assert all("mutate" in notes[0] for notes in reasons.values())
     model = adapted("Qwen3Moe")
     report = lk.initialize(model, [BATCH], lk.EVA(rho=2.0), progress=False)
-    assert all("one rank for all" in layer.notes[0] for layer in report if layer.status == "unsupported")
+    reasons = [layer.notes[0] for layer in report if layer.status == "unsupported"]
+    assert len(reasons) == 4 and all("one rank for all" in reason for reason in reasons)
+
+
+def nudge(model):
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_frozen_start_of_experts_is_one_with_the_adapter(name, implementation):
+    """Accelerated, merged, unmerged, scaled, disabled, copied and deleted, it is what PEFT's own layers compute."""
+    model = adapted(name)
+    before = logits(model)
+    lk.initialize(model, [BATCH] * 2, "lora_ga", progress=False)
+    assert relative_error(logits(model), before) < 1e-5
+    frozen = {key: value.clone() for key, value in model.named_buffers() if ".lora_start." in key}
+    assert len([key for key in frozen if ".experts." in key]) == 2 * len(views(model))
+    nudge(model)
+    fast = copy.deepcopy(model)
+    fast.get_base_model().config._experts_implementation = implementation
+    lk.accelerate(fast)
+    gradients = []
+    for each in (model, fast):
+        each.train()
+        each(**BATCH).loss.backward()
+        gradients.append({key: value.grad for key, value in each.named_parameters() if value.grad is not None})
+    assert set(gradients[0]) == set(gradients[1]) and any(".experts." in key for key in gradients[0])
+    for key, value in gradients[0].items():
+        assert relative_error(gradients[1][key], value) < 1e-4, key
+    expected = logits(model)
+    assert relative_error(logits(fast), expected) < 1e-5 < relative_error(expected, before)
+    for each in (model, fast):
+        each.merge_adapter()
+        assert relative_error(logits(each), expected) < 1e-5
+        each.unmerge_adapter()
+        assert relative_error(logits(each), expected) < 1e-5
+        with each.disable_adapter():
+            assert relative_error(logits(each), before) < 1e-5
+        for view in lora_layers(each):
+            view.module.set_scale("default", 2.0)
+    assert relative_error(logits(fast), logits(model)) < 1e-5 < relative_error(logits(model), expected)
+    for key, value in model.named_buffers():
+        assert key not in frozen or torch.equal(value, frozen[key])
+    model.add_adapter("other", model.peft_config["default"].__class__(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert relative_error(logits(model), before) < 1e-5
+    assert not any(".lora_start." in key for key, _ in model.named_buffers())
 
 
 def test_the_plan_counts_every_expert():
