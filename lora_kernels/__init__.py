@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
+from lora_kernels.adapters.export import export
 from lora_kernels.api.diagnosis import diagnose, snapshot
 from lora_kernels.api.entry import collect, initialize, plan
+from lora_kernels.api.loading import load
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.api.report import InitReport, LayerReport
-from lora_kernels.api.saved import export, load
 from lora_kernels.api.tsd import LoraTSD
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, LoraOne, PiSSA, Redistribution, TaskDirections
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds

@@ -178,8 +178,8 @@ def _verify(options: argparse.Namespace) -> int:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
 
     import lora_kernels as lk  # noqa: PLC0415
+    from lora_kernels.adapters.folders import read_adapter  # noqa: PLC0415
     from lora_kernels.api import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.api.adapter_files import read_adapter  # noqa: PLC0415
 
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     kind = None if options.adapter is None else read_adapter(options.adapter).config.get("task_type")

@@ -1,1 +1,1 @@
-"""Floor 5: where the maths meets models: finding layers, writing factors, the user's entry points."""
+"""The user's entry points: where the maths meets models."""

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import lora_kernels as lk
+from lora_kernels.adapters.layers import is_tied, places
 from lora_kernels.adapters.names import config_name, matches, patterns
-from lora_kernels.api.peft import is_tied, places
 from tests.adapters.start_models import nudge
 
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.adapters import servers
-from lora_kernels.api.adapter_files import read_adapter
+from lora_kernels.adapters.folders import read_adapter
 from tests.adapters.start_models import BATCH, BATCHES, TARGETS, nudge, wrapped
 from tests.helpers.readers import READERS, Refused, read
 from tests.statistics.models import tiny_llama

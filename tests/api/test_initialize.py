@@ -422,18 +422,15 @@ def test_ambiguous_names_are_rebuilt_exactly(tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert ranks(loaded) == ranks(model)
     # Force every mixture of ranks and removals on names of which one is the tail of another.
-    from lora_kernels.api import peft as integration
-    from lora_kernels.init import LoraFactors
+    from lora_kernels.adapters.layers import find_lora_layers
+    from lora_kernels.adapters.writing import write
 
     for wanted in ((1, 2, 3), (3, 1, 2), (0, 2, 1), (2, 0, 0), (0, 0, 1), (3, 0, 3)):
         model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["proj"]))
-        layers = integration.find_lora_layers(model)
-        names = [each.target.name for each in layers.supported]
-        factors = {
-            name: LoraFactors(torch.randn(rank, 6), torch.randn(6, rank))
-            for name, rank in zip(names, wanted, strict=True)
-        }
-        integration.write(model, layers, factors, "default", adjust_scaling_factors=True)
+        layers = find_lora_layers(model)
+        names = [layer.name for layer in layers.supported]
+        factors = {name: (torch.randn(rank, 6), torch.randn(6, rank)) for name, rank in zip(names, wanted, strict=True)}
+        write(model, layers, factors, "default", adjust_scaling_factors=True)
         model.save_pretrained(tmp_path / str(wanted))
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(wanted))
         assert ranks(loaded) == ranks(model), wanted

@@ -17,8 +17,8 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import cli
+from lora_kernels.adapters.folders import read_adapter
 from lora_kernels.api import monitor, text_files
-from lora_kernels.api.adapter_files import read_adapter
 from lora_kernels.api.transformers import empty_model
 from lora_kernels.ops.lora_linear import table
 
