@@ -78,7 +78,7 @@ def _init(options: argparse.Namespace) -> int:
         raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
     ranks = None
     if score is not None and score != "keep":
-        ranks = lk.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
+        ranks = lk.init.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
     elif score == "keep":
         method = method.keeping_ranks()
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)

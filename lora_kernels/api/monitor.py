@@ -66,7 +66,7 @@ def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
 class LandscapeMonitor:
     """Measures the adapters of a model every so many steps; for plain loops and for Lightning.
 
-        monitor = lk.LandscapeMonitor(every=50, path="landscape.jsonl")
+        monitor = lk.api.LandscapeMonitor(every=50, path="landscape.jsonl")
         for batch in loader:
             ...
             optimizer.step()

@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_fail_loudly(folder, capsys):
 
 
 def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
-    monitor = lk.LandscapeMonitor(1, tmp_path / "log.jsonl")
+    monitor = lk.api.LandscapeMonitor(1, tmp_path / "log.jsonl")
     for _ in range(2):
         monitor.step(trained())
     out = tmp_path / "<out>"
