@@ -28,3 +28,10 @@ def test_public_names_are_few_and_there():
     names = set(lk.__all__) - modules
     assert len(names) == 12 and all(callable(getattr(lk, name)) for name in names)
     assert set(lk.__all__) <= set(dir(lk)) and not hasattr(lk, "nothing")
+
+
+def test_help_is_quick():
+    """The commands whose options are their own show them, too; those with options of a config load it."""
+    cli = "from lora_kernels.cli import main\ntry:\n    main({})\nexcept SystemExit:\n    pass"
+    for words in (["--help"], ["--version"], ["verify", "--help"], ["tune", "--help"], ["inspect", "--help"]):
+        assert loaded_after(cli.format(words)) == set(), words

@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(
-            f"adapter was {str(folder)!r}, must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
+            f"adapter is {str(folder)!r}, but must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
         )
     config = read_json(file)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -102,7 +102,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         why = (
             f"; {other.name} is a pickle, which is not read: save the adapter as safetensors" if other.exists() else ""
         )
-        raise ValueError(f"adapter was {str(folder)!r}, must be a folder with {WEIGHTS}{why}")
+        raise ValueError(f"adapter is {str(folder)!r}, but must be a folder with {WEIGHTS}{why}")
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -149,7 +149,9 @@ def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tup
         if b is None:
             raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_B beside it")
         if not (a.is_floating_point() and b.is_floating_point()):
-            raise ValueError(f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, must be floats")
+            raise ValueError(
+                f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, but must be floats"
+            )
         if a.dim() == 2 and (b.dim() != 2 or a.shape[0] != b.shape[1]):
             raise ValueError(
                 f"layer {name} of {folder / WEIGHTS} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
@@ -172,7 +174,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"adapter was {str(folder)!r}, must be a folder")
+        raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")
     config, tensors = read_config(folder), read_tensors(folder)
     factors = _factors(folder, tensors)
     wrapped = {str(name).rpartition(".")[0] for name in config.get("target_parameters") or ()}

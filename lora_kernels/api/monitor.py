@@ -200,7 +200,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         ValueError: if the file is missing, or a line was not written by a monitor.
     """
     if not path.is_file():
-        raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
+        raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     found: list[dict[str, Any]] = []
     try:
         lines = path.read_bytes().splitlines()

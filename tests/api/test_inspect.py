@@ -189,8 +189,8 @@ def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
 def test_a_monitor_that_cannot_be_read_leaves_no_folder(folder, tmp_path, capsys):
     out, missing = tmp_path / "out", tmp_path / "log.jsonl"
     assert cli.main(["inspect", str(folder), "--out", str(out), "--monitor", str(missing)]) == 2
-    assert "monitor was" in capsys.readouterr().err and not out.exists()
-    with pytest.raises(ValueError, match="monitor was"):
+    assert "monitor is" in capsys.readouterr().err and not out.exists()
+    with pytest.raises(ValueError, match="monitor is"):
         inspection_write(inspect_folder(read_adapter(folder)), out, missing)
     assert not out.exists()
     said = log_summary([{"step": 3, "nuclear": 1.0}, {"step": 9, "nuclear": 2.5, "not_finite": 3.0}])
