@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import lora_kernels as lk
 from lora_kernels.adapters.experts import expert_layers, observed, why_unseen
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.init import METHODS
+from lora_kernels.init import EVA, METHODS
 from tests.adapters.test_experts_files import PARAMETERS, logits, make
 from tests.conftest import relative_error
 
@@ -237,7 +237,7 @@ def test_what_leaves_experts_as_they_are_is_said():
     assert set(reasons) == {view.name for view in views(model)}
     assert all("mutate" in notes[0] for notes in reasons.values())
     model = adapted("Qwen3Moe")
-    report = lk.initialize(model, [BATCH], lk.EVA(rho=2.0), progress=False)
+    report = lk.initialize(model, [BATCH], EVA(rho=2.0), progress=False)
     reasons = [layer.notes[0] for layer in report if layer.status == "unsupported"]
     assert len(reasons) == 4 and all("one rank for all" in reason for reason in reasons)
 

@@ -326,7 +326,7 @@ def test_unloaded_experts_are_stock_again():
 def test_reference_mode_runs_pefts_own():
     stock, fused = both(wrapped())
     inputs = routed(fused, 10, 2)
-    with lk.reference_mode():
+    with lk.training.reference_mode():
         expected, found = run(stock, *inputs), run(fused, *inputs)
     assert all(torch.equal(found[part], value) for part, value in expected.items())
 

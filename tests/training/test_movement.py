@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels.training.lora_pro import lora_pro_cls_and_kwargs
 from lora_kernels.training.lora_pro.update import Rounding
 from lora_kernels.training.movement import STEPS
 from tests.statistics.models import padded, samples
@@ -151,4 +152,4 @@ def test_a_resumed_run_rounds_to_the_same_bits():
 def test_rounding_is_checked():
     with pytest.raises(ValueError, match="rounding"):
         lk.create_lora_pro_optimizer(half(), lr=1e-3, rounding="up")
-    assert lk.lora_pro_cls_and_kwargs(half(), lr=1e-3, rounding="stochastic")[1]["rounding"] == "stochastic"
+    assert lora_pro_cls_and_kwargs(half(), lr=1e-3, rounding="stochastic")[1]["rounding"] == "stochastic"
