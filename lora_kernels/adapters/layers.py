@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import whole
-from lora_kernels.adapters.experts import expert_layers, why_unseen
+from lora_kernels.adapters.experts import ExpertLayer, expert_layers, why_unseen
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -200,7 +200,9 @@ def base_model_only(model: nn.Module) -> Iterator[None]:
 def check_untrained(layers: AdapterLayers, adapter: str) -> None:
     """Raise a ValueError if a `lora_B` is not zero: the adapter is trained, or was initialised already."""
     for layer in layers.supported:
-        _, b = layer.view.factors(adapter)
+        a, b = layer.view.factors(adapter)
+        if isinstance(layer.module, ExpertLayer) and not bool(a.any()):
+            continue  # PEFT before 0.20 has experts start with A at zero
         bias = layer.module.lora_B[adapter].bias
         for kind, value in (("", b), (" bias", None if bias is None else whole(bias))):
             if value is not None and value.device.type != "meta" and bool((value != 0).any()):
