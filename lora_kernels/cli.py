@@ -30,7 +30,7 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter, report.json and report.html")
     parser.add_argument("--text-column", default="text")
     _head_arguments(parser)
     parser.add_argument("--method", default="eva", help=", ".join(METHODS))
@@ -65,6 +65,7 @@ def _init(options: argparse.Namespace) -> int:
 
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.api import text_files, transformers  # noqa: PLC0415
+    from lora_kernels.api.init_page import init_page  # noqa: PLC0415
     from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
     from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
 
@@ -107,6 +108,7 @@ def _init(options: argparse.Namespace) -> int:
     with replacing_folder(options.out) as folder:
         peft_model.save_pretrained(folder)
         write_text(folder / "report.json", report.to_json() + "\n")
+        write_text(folder / "report.html", init_page(report).to_html())
     how = (
         "lora_kernels.load to train it (its start is frozen), or by stock PEFT" if method.offsets_base else "stock PEFT"
     )
@@ -269,7 +271,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batches", type=int)
     parser.add_argument("--intruders", action="store_true", help="compare directions with those of the base weights")
     parser.add_argument("--monitor", type=Path, help=".jsonl file of a LandscapeMonitor")
-    parser.add_argument("--out", type=Path, help="folder for inspect.html, pictures and diagnosis.json")
+    parser.add_argument("--out", type=Path, help="folder for inspect.html (grids of depth x module) and diagnosis.json")
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
 
 
@@ -280,17 +282,17 @@ def _inspect(options: argparse.Namespace) -> int:
     texts = labels = None
     if options.data is not None:
         texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    log = None if options.monitor is None else latest_run(read_log(options.monitor))
+    log = [] if options.monitor is None else latest_run(read_log(options.monitor))
     names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
     chosen = {name: getattr(options, name) for name in names}
     diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
-    written = [] if options.out is None else inspection.write(diagnosis, options.out, options.monitor)
+    written = [] if options.out is None else inspection.write(diagnosis, options.out, log)
     if options.json:
         print(diagnosis.to_json())
     else:
         output = console()
         output.print(diagnosis)
-        if log is not None:
+        if log:
             output.print(inspection.log_summary(log))
         for path in written:
             output.print(f"wrote {path}", style="dim")
@@ -358,9 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.call(options))
     except ModuleNotFoundError as error:
-        print(
-            f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft,plots]' has it", file=sys.stderr
-        )
+        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft]' has it", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -15,6 +15,8 @@ RANK_LIMITED = "rank_limited"
 LOUD_FAILURE = "loud_failure"
 NOT_JUDGED = "not_judged"
 KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE, NOT_JUDGED)
+# The verdict on a model is the first of these that one of its layers has.
+WORST_FIRST = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)
 
 
 @dataclass(frozen=True)
@@ -170,5 +172,4 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     kinds = [each.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
     reasons = (f"{len(kinds)} layers: {counts}",) if kinds else ("no layer",)
-    order = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)
-    return Verdict(next((kind for kind in order if kind in kinds), NOT_JUDGED), reasons)
+    return Verdict(next((kind for kind in WORST_FIRST if kind in kinds), NOT_JUDGED), reasons)
