@@ -13,14 +13,7 @@ _LOW_VARIANCE = 0.5
 
 
 def init_page(report: InitReport) -> Page:
-    """The page of an initialisation.
-
-    Args:
-        report: of `initialize`.
-
-    Returns:
-        The page; its `to_html` is complete.
-    """
+    """The page of what `initialize` reports."""
     ranks = {layer.name: float(layer.rank) for layer in report}
     grid = Grid(
         title="Rank",

@@ -12,14 +12,14 @@ from lora_kernels.landscape.findings import findings, size, usable_rank
 from lora_kernels.landscape.page import Curve, Grid, Page
 from lora_kernels.landscape.report import Diagnosis, number
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, STILL_TRAINING, WORST_FIRST
-from lora_kernels.reports import counted, printable
+from lora_kernels.reports import printable
 
 _COLOURS = {LOUD_FAILURE: "#b3261e", LOW_RANK_MINIMUM: "#1b7f3b", STILL_TRAINING: "#c98a00", NOT_JUDGED: "#8a8a8a"}
 _OTHER = "#6a4fb3"
 _SENTENCES = {
     LOUD_FAILURE: "Loud failure: training went wrong in the layers named below.",
     STILL_TRAINING: "Still training: the adapter is not at a stationary point yet.",
-    NOT_JUDGED: "Not judged: no layer fails loudly, and more cannot be told from what was given.",
+    NOT_JUDGED: "Not judged: no layer fails loudly; the data for more than that were not given.",
     LOW_RANK_MINIMUM: "Low-rank minimum: training ended well in every layer.",
 }
 _RANK_LIMITED = "Rank-limited: stationary, and a larger rank would go lower."
@@ -33,21 +33,9 @@ _CURVES = {
 
 
 def diagnosis_page(diagnosis: Diagnosis, log: Sequence[Mapping[str, Any]] = ()) -> Page:
-    """The page of a diagnosis.
-
-    Args:
-        diagnosis: what is shown.
-        log: the lines of a monitor.
-
-    Returns:
-        The page; its `to_html` is complete.
-    """
+    """The page of a diagnosis, with the lines of a monitor's log if there are any."""
     kind = diagnosis.verdict.kind
     certified = any(layer.certificate is not None for layer in diagnosis)
-    notes = [*diagnosis.notes, *counted((layer.name, note) for layer in diagnosis for note in layer.notes)]
-    notes += [f"{name}: {reason}" for name, reason in diagnosis.unsupported]
-    if certified:
-        notes.append(f"certified: {next(layer.certificate.objective for layer in diagnosis if layer.certificate)}")
     grids = [_used_rank(diagnosis), _size(diagnosis), _balance(diagnosis)]
     if any(layer.verdict.kind != NOT_JUDGED for layer in diagnosis):
         grids.append(_verdicts(diagnosis))
@@ -60,7 +48,7 @@ def diagnosis_page(diagnosis: Diagnosis, log: Sequence[Mapping[str, Any]] = ()) 
         hint=None if certified else _hint(diagnosis),
         findings=findings(diagnosis),
         history=_history(log) if log else None,
-        notes=[printable(note) for note in notes],
+        notes=[printable(note) for note in diagnosis.all_notes()],
     )
 
 
@@ -79,17 +67,19 @@ def _facts(diagnosis: Diagnosis) -> list[str]:
 
 
 def _hint(diagnosis: Diagnosis) -> tuple[str, str]:
-    """What to add so that the layers can be judged."""
+    """What to add for the layers to be judged, and the command that does it."""
     missing = {
         "--base (the model's folder)": all(layer.spectrum.spectral_share is None for layer in diagnosis),
         "--data (training text: .csv or .jsonl)": not diagnosis.batches,
         "--weight-decay (that of training, above 0)": not diagnosis.weight_decay,
     }
     needed = " and ".join(name for name, is_missing in missing.items() if is_missing)
-    told = f"Add {needed}." if needed else "No layer could be certified: see the notes below."
+    advice = f"Add {needed}." if needed else "No layer could be certified: see the notes below."
     options = "--base MODEL --data train.jsonl --weight-decay 0.01 --out PAGES"
     command = f"lora-kernels inspect {shlex.quote(diagnosis.adapter)} {options}"
-    return f"Minima are told from other points by the loss gradient beside the weight decay. {told}", printable(command)
+    return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", printable(
+        command
+    )
 
 
 def _used_rank(diagnosis: Diagnosis) -> Grid:
@@ -100,17 +90,19 @@ def _used_rank(diagnosis: Diagnosis) -> Grid:
         meaning=f"singular values above {diagnosis.thresholds.rank_tolerance:g} of the largest; colour: share of r",
         values={
             name: math.nan
-            if seen.status == "not_finite"
-            else seen.numerical_rank / usable[name]
+            if spectrum.status == "not_finite"
+            else spectrum.numerical_rank / usable[name]
             if usable[name]
             else None
-            for name, seen in spectra.items()
+            for name, spectrum in spectra.items()
         },
-        texts={name: str(seen.numerical_rank) for name, seen in spectra.items() if seen.status != "not_finite"},
+        texts={
+            name: str(spectrum.numerical_rank) for name, spectrum in spectra.items() if spectrum.status != "not_finite"
+        },
         tips={
-            name: f"rank {seen.numerical_rank} of {usable[name]}; "
-            + ", ".join(f"{value:.2g}" for value in seen.values[:8])
-            for name, seen in spectra.items()
+            name: f"rank {spectrum.numerical_rank} of {usable[name]}; "
+            + ", ".join(f"{value:.2g}" for value in spectrum.values[:8])
+            for name, spectrum in spectra.items()
         },
         hue=_HUE_RANK,
     )

@@ -54,7 +54,7 @@ class Grid:
         if math.isnan(mean):
             return _NOT_FINITE, "#fff"
         level = self._level(mean)
-        return self._colour(level), "#fff" if level > 0.65 else "#000"
+        return self._colour(level), "#fff" if level > 0.75 else "#000"
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
