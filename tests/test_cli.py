@@ -225,6 +225,61 @@ def test_bad_input_is_one_clear_line(change, message, folder, text, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_help_shows_every_option_with_its_default(capsys):
+    from dataclasses import fields
+
+    from lora_kernels.init import METHODS
+
+    for name, kind in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ended.value.code == 0
+        for option in fields(kind):
+            assert option.name.replace("_", "-") in printed, (name, option.name)
+        if name == "init":
+            assert "--rank RANK r of every layer (default: 16)" in printed
+            assert "read at most this many batches (per process) (default: 64)" in printed
+            assert "--progress, --no-progress show a progress bar" in printed and "(default: attention)" in printed
+            assert all(f"{method}: " in printed for method in METHODS) and "gamma=16.0" in printed
+
+
+def test_options_of_a_dataclass():
+    import argparse
+    from dataclasses import dataclass, field
+
+    from lora_kernels._options import add_options
+
+    @dataclass
+    class Options:
+        """Options.
+
+        Attributes:
+            first: 5 % of all
+            second_one: another text,
+                on two lines.
+            third: a switch
+            fourth: many
+            fifth: cannot be given as text
+        """
+
+        first: int | None
+        second_one: float = 2.5
+        third: bool = True
+        fourth: list[int] = field(default_factory=list)
+        fifth: object = None
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Options)
+    assert vars(parser.parse_args(["--first", "3"])) == {"first": 3}
+    given = parser.parse_args(
+        ["--first", "3", "--second-one", "1", "--no-third", "--fourth", "1", "2", "--fourth", "3"]
+    )
+    assert vars(given) == {"first": 3, "second_one": 1.0, "third": False, "fourth": [1, 2, 3]}
+    text = " ".join(parser.format_help().split())
+    assert "5 % of all" in text and "another text, on two lines (default: 2.5)" in text and "fifth" not in text
+
+
 def test_verify(folder, text, tmp_path, capsys, monkeypatch):
     command = ["verify", "--model", str(folder), "--data", str(text), "--rank", "4"]
     assert cli.main(command) == 0

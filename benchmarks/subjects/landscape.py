@@ -99,7 +99,7 @@ def monitor(rounds: int = 21, every: int = 50) -> dict[str, Any]:
     Returns:
         The entry.
     """
-    from lora_kernels import LandscapeMonitor
+    from lora_kernels.api import LandscapeMonitor
 
     model, batches, groups = _demo_model(0)
     optimizer = torch.optim.AdamW(groups(3e-3), weight_decay=0.0)

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
         lora_start: frozen starts by adapter.
         lora_dash: coordinates by adapter.
         parameter_name: of the parameter that it adapts, if it is no module's weight.
+        num_experts: how many have their factors in one.
     """
 
     r: dict[str, int]
@@ -35,6 +36,7 @@ class Entry(NamedTuple):
     lora_start: Any
     lora_dash: Any
     parameter_name: str | None
+    num_experts: int
 
 
 @dataclass
@@ -70,7 +72,9 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
-            scalings = {name: parts.nominal_scaling(entry, self.adapter) for name, entry in self.layers()}
+            scalings = {
+                name: (parts.nominal_scaling(entry, self.adapter), entry.num_experts) for name, entry in self.layers()
+            }
             join_file(Path(save_directory) / WEIGHTS, scalings)
 
     def layers(self) -> list[tuple[str, Entry]]:
@@ -110,7 +114,7 @@ def _forget(config: LoraConfig) -> None:
 def _more(entry: Entry, adapter: str) -> int:
     """The rank that the parts of a layer add."""
     start, dash = parts.start(entry, adapter), parts.directions(entry, adapter)
-    return (0 if start is None else start.a.shape[0]) + (
+    return (0 if start is None else start.rank) + (
         dash.coordinates.numel() if dash is not None and dash.launched else 0
     )
 
@@ -177,7 +181,8 @@ def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
         if parts.refusal(module, adapter) is None:
             parts.carry(module)
         containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
-        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name)
+        experts = getattr(module, "num_experts", 1)
+        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name, experts)
         config.entries[view.name] = entry
     model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
     found: PartsLoraConfig = config

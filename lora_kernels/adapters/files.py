@@ -50,12 +50,12 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return mark
 
 
-def join_file(path: Path, scalings: Mapping[str, float]) -> None:
+def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
     """Join the parts in a file that has them beside the factors.
 
     Args:
         path: adapter_model.safetensors.
-        scalings: of the saved config, by layer.
+        scalings: of the saved config, and the number of experts, by layer.
     """
     from safetensors import safe_open  # noqa: PLC0415  (slow to import)
     from safetensors.torch import load_file  # noqa: PLC0415
@@ -67,5 +67,5 @@ def join_file(path: Path, scalings: Mapping[str, float]) -> None:
         return
     state: dict[str, torch.Tensor] = load_file(path)
     for name in layers:
-        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", scalings[name])  # type: ignore[misc]
+        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
     write_tensors(path, state, {"format": "pt"})

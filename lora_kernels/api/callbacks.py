@@ -20,7 +20,7 @@ PREFIX = "landscape/"
 class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches LoRA-Dash when a Trainer is made, and counts its optimizer steps.
 
-        Trainer(model, args, train_dataset=data, callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[lk.api.LoraDashCallback(lk.LoraDash(k=8))]).train()
 
     The coordinates are parameters before the Trainer makes its optimizer, loads a checkpoint or wraps the model; its
     checkpoints hold coordinates, directions and the count, and `resume_from_checkpoint` goes on from them, before the
@@ -97,7 +97,7 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
 class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
     """Measures the adapters every so many steps and adds the numbers to the trainer's logs.
 
-        Trainer(model, args, train_dataset=data, callbacks=[lk.LandscapeCallback(every=50)]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[lk.api.LandscapeCallback(every=50)]).train()
 
     At a measured step the trainer is asked to log (unless `logging_strategy` is "no"), and the numbers go into that log
     under `landscape/`: into `state.log_history`, and to every callback that reports, such as TensorBoard's. A callback

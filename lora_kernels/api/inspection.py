@@ -1,4 +1,4 @@
-"""What `lora-kernels inspect` does: a folder in, a diagnosis, pictures and a page out."""
+"""What `lora-kernels inspect` does: a folder in, a diagnosis and a page out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels._files import write_text
-from lora_kernels.api.adapter_files import AdapterFolder, read_adapter
-from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+from lora_kernels.adapters.folders import AdapterFolder, read_adapter
+from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from lora_kernels.reports import PREFIX
 
@@ -26,7 +26,8 @@ def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) 
         Spectra and balance; no layer is compared with its weight.
     """
     limits = thresholds or Thresholds()
-    spectra = measure(folder.adapters, rank_tolerance=limits.rank_tolerance)
+    adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
+    spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
     layers = tuple(LayerDiagnosis(name, each, judge(each, None, limits)) for name, each in spectra.items())
     verdict = overall(each.verdict for each in layers)
     notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
@@ -77,7 +78,7 @@ def inspect(
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     from lora_kernels.api import transformers  # noqa: PLC0415  (an optional dependency)
     from lora_kernels.api.diagnosis import diagnose  # noqa: PLC0415
-    from lora_kernels.api.saved import load  # noqa: PLC0415
+    from lora_kernels.api.loading import load  # noqa: PLC0415
 
     task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:
@@ -85,7 +86,7 @@ def inspect(
     else:
         bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
-    names = (each.name.removeprefix(PREFIX) for each in folder.adapters)
+    names = (each.name.removeprefix(PREFIX) for each in folder.layers)
     strangers = [name for name in names if name not in layers]
     if strangers:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kernels._checks import check_range
 from lora_kernels._files import append_line, parse_json
-from lora_kernels.api import peft as peft_layers
+from lora_kernels.adapters.layers import find_lora_layers
 from lora_kernels.api.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
@@ -66,7 +66,7 @@ def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
 class LandscapeMonitor:
     """Measures the adapters of a model every so many steps; for plain loops and for Lightning.
 
-        monitor = lk.LandscapeMonitor(every=50, path="landscape.jsonl")
+        monitor = lk.api.LandscapeMonitor(every=50, path="landscape.jsonl")
         for batch in loader:
             ...
             optimizer.step()
@@ -125,7 +125,7 @@ class LandscapeMonitor:
             model: the PEFT model.
         """
         model = unwrap(model)
-        layers = peft_layers.find_lora_layers(model, self.adapter_name, allow_merged=True)
+        layers = find_lora_layers(model, self.adapter_name, allow_merged=True)
         self._norms = base_norms(layers) if self._weights else {}
         self._start = snapshot(model, self.adapter_name) if self._drift else None
         self._started = time.perf_counter()
@@ -157,7 +157,7 @@ class LandscapeMonitor:
         """
         if self._norms is None:
             self.begin(model)
-        layers = peft_layers.find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
+        layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
         adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         numbers = summarize(self.latest)
@@ -200,7 +200,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         ValueError: if the file is missing, or a line was not written by a monitor.
     """
     if not path.is_file():
-        raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
+        raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     found: list[dict[str, Any]] = []
     try:
         lines = path.read_bytes().splitlines()

@@ -31,7 +31,7 @@ class LayerReport:
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
         solver: how they were found.
         start_share: `|s B A| / |W|` (Frobenius) at the start.
-        start_change: predicted change of the mean loss by the start itself, or `None`; see `guidance.Outlook`.
+        start_change: predicted change of the mean loss by the start itself (first order), or `None`.
         first_step: predicted change of the mean loss by Adam's first step, per unit of learning rate, or `None`.
         step_ratio: how much farther a step moves the weight than from stock LoRA's start, or `None`.
         notes: facts a user should know.

@@ -24,10 +24,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
         ValueError: if the file is missing, of another kind or malformed, or a column is missing.
     """
     if not path.is_file():
-        raise ValueError(f"data was {str(path)!r}, must be an existing .csv or .jsonl file")
+        raise ValueError(f"data is {str(path)!r}, but must be an existing .csv or .jsonl file")
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"data was {str(path)!r}, must end in .csv or .jsonl")
+        raise ValueError(f"data is {str(path)!r}, but must end in .csv or .jsonl")
     try:
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
@@ -51,7 +51,7 @@ def read_texts(path: Path, column: str) -> list[str]:
     for place, row in read_rows(path, (column,)):
         value = row[column]
         if not isinstance(value, str):
-            raise ValueError(f"{place}: {column!r} was {value!r}, must be a text")
+            raise ValueError(f"{place}: {column!r} is {value!r}, but must be a text")
         if value.strip():
             texts.append(" ".join(value.split()))
     if not texts:
@@ -77,9 +77,9 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list
     for place, row in read_rows(path, (text_column, label_column)):
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: {text_column!r} was {text!r}, must be a text that is not empty")
+            raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be a text that is not empty")
         if not isinstance(label, (str, int)) or not str(label).strip():
-            raise ValueError(f"{place}: {label_column!r} was {label!r}, must be a string or an integer")
+            raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
         texts.append(" ".join(text.split()))
         labels.append(str(label).strip())
     if not texts:
@@ -113,7 +113,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
                 raise ValueError(f"{path.name}: the columns {twice} stand in the header twice")
             for column in columns:
                 if column not in header:
-                    raise ValueError(f"{path.name}: the columns were {header}, must include {column!r}")
+                    raise ValueError(f"{path.name}: the columns are {header}, but must include {column!r}")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(
@@ -136,8 +136,8 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[
             except ValueError as error:
                 raise ValueError(f"{error}; it must be one JSON object in UTF-8") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{place} was a {type(row).__name__}, must be a JSON object")
+                raise ValueError(f"{place} is a {type(row).__name__}, but must be a JSON object")
             for column in columns:
                 if column not in row:
-                    raise ValueError(f"{place}: the keys were {sorted(row)}, must include {column!r}")
+                    raise ValueError(f"{place}: the keys are {sorted(row)}, but must include {column!r}")
             yield place, row

@@ -120,7 +120,7 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
     """
     check_choice("task", task, TASKS)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
+        raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")
     head: dict[str, Any] = {}
     if labels is not None and task == "sequence-classification" and task_of(folder) != task:
         names = sorted(set(labels))

@@ -21,6 +21,12 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return not plain and hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds (for a plain tensor, itself); shares its memory."""
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
     """Evaluation mode for a while; every module's flag is restored at the end.

@@ -53,6 +53,12 @@ def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return x
 
 
+def _routed(target: Target, x: torch.Tensor) -> tuple[torch.Size, torch.Tensor | None]:
+    """The leading sizes of all rows, of which an expert (`adapters.experts.ExpertLayer`) gets those of some numbers."""
+    rows: torch.Tensor | None = getattr(target.module, "rows", None)
+    return (x.shape[:-1], None) if rows is None else (torch.Size([target.module.tokens]), rows)  # type: ignore[list-item]
+
+
 class Observer:
     """One pass: hooks on the layers whose turn it is, and their sums.
 
@@ -133,13 +139,14 @@ class Observer:
 
     def _rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         decoder = self._in_decoder and x.untyped_storage()._cdata not in self._encoder_storage
-        weight, fits = self.weights.rows(x.shape[:-1], decoder=decoder)
+        tokens, rows = _routed(self.targets[name], x)
+        weight, fits = self.weights.rows(tokens, decoder=decoder)
         if not fits:
             mask = self.weights.decoder if decoder else self.weights.tokens
             shape = None if mask is None else tuple(mask.shape)
             self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")
         self._aligned_once |= weight is not None
-        return weight
+        return weight if weight is None or rows is None else weight[rows]
 
     def _without_bad_rows(self, name: str, value: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
         if self.options.nonfinite != "skip":
@@ -197,7 +204,9 @@ class Observer:
             factors = None
             if sums is not None and target.name not in self.unassigned:
                 try:
-                    factors = self.weights.row_factors(x.shape[:-1])
+                    tokens, rows = _routed(target, x)
+                    factors = self.weights.row_factors(tokens)
+                    factors = factors if factors is None or rows is None else factors[rows]
                 except UnassignedRowsError as error:
                     self.unassigned[target.name] = str(error)
                     sums.clear()  # of earlier calls, too

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_kernels as lk
 from lora_kernels import cli
-from lora_kernels.api.adapter_files import read_adapter
+from lora_kernels.adapters.folders import read_adapter
 from lora_kernels.api.inspection import inspect_folder, log_summary
 from tests.statistics.models import tiny_llama
 
@@ -74,7 +74,7 @@ def test_a_frozen_start_is_told_from_what_is_trained(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
     lk.initialize(model, method="pissa", progress=False)
     model.save_pretrained(tmp_path)
-    for each in read_adapter(tmp_path).adapters:
+    for each in read_adapter(tmp_path).layers:
         assert each.start is not None and each.a.shape[0] == 4
     for each in inspect_folder(read_adapter(tmp_path)):
         assert each.spectrum.drift == pytest.approx(0, abs=1e-5) and each.spectrum.spectral > 0.1
@@ -83,10 +83,10 @@ def test_a_frozen_start_is_told_from_what_is_trained(tmp_path):
 def test_layers_that_are_not_linear_and_dora_are_named(tmp_path):
     trained(target_modules=["embed_tokens", "q_proj"], use_dora=False).save_pretrained(tmp_path / "one")
     found = read_adapter(tmp_path / "one")
-    assert len(found.adapters) == 2 and any("embed" in name for name, _ in found.unsupported)
+    assert len(found.layers) == 2 and any("embed" in name for name, _ in found.unsupported)
     trained(target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "two")
     found = read_adapter(tmp_path / "two")
-    assert any("DoRA" in note for note in found.notes) and len(found.adapters) == 2 and found.unsupported == ()
+    assert any("DoRA" in note for note in found.notes) and len(found.layers) == 2 and found.unsupported == ()
 
 
 def test_layers_come_in_their_natural_order(tmp_path):
@@ -95,7 +95,7 @@ def test_layers_come_in_their_natural_order(tmp_path):
         tensors[f"base_model.model.layers.{index}.lin.lora_A.weight"] = torch.randn(2, 5)
         tensors[f"base_model.model.layers.{index}.lin.lora_B.weight"] = torch.randn(6, 2)
     write(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2}, tensors)
-    assert [each.name.split(".")[3] for each in read_adapter(tmp_path).adapters] == ["0", "2", "10"]
+    assert [each.name.split(".")[3] for each in read_adapter(tmp_path).layers] == ["0", "2", "10"]
 
 
 def write(folder, config, tensors):
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_fail_loudly(folder, capsys):
 
 
 def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
-    monitor = lk.LandscapeMonitor(1, tmp_path / "log.jsonl")
+    monitor = lk.api.LandscapeMonitor(1, tmp_path / "log.jsonl")
     for _ in range(2):
         monitor.step(trained())
     out = tmp_path / "<out>"
@@ -184,7 +184,7 @@ def test_the_page_holds_everything_and_loads_nothing(folder, tmp_path, capsys):
 def test_a_monitor_that_cannot_be_read_leaves_no_folder(folder, tmp_path, capsys):
     out, missing = tmp_path / "out", tmp_path / "log.jsonl"
     assert cli.main(["inspect", str(folder), "--out", str(out), "--monitor", str(missing)]) == 2
-    assert "monitor was" in capsys.readouterr().err and not out.exists()
+    assert "monitor is" in capsys.readouterr().err and not out.exists()
     said = log_summary([{"step": 3, "nuclear": 1.0}, {"step": 9, "nuclear": 2.5, "not_finite": 3.0}])
     assert said == "2 measurements, steps 3 to 9: nuclear 1 -> 2.5, 3 layers not finite"
 

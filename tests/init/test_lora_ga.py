@@ -5,11 +5,10 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lora_kernels import LoraGA, Statistics
-from lora_kernels.init import resolve_method
+from lora_kernels.init import LoraGA, resolve_method
 from lora_kernels.init.factors import BaseLayer
 from lora_kernels.init.lora_ga import DIRECTIONS, SCALES
-from lora_kernels.statistics import LayerStatistics
+from lora_kernels.statistics import LayerStatistics, Statistics
 from lora_kernels.statistics.outputs import OutputStatistics
 
 CPU = torch.device("cpu")

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import LoraOne, Statistics
-from lora_kernels.init import METHODS, resolve_method
-from lora_kernels.statistics import LayerStatistics
+from lora_kernels.init import METHODS, LoraOne, resolve_method
+from lora_kernels.statistics import LayerStatistics, Statistics
 from lora_kernels.statistics.outputs import OutputStatistics
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
