@@ -73,7 +73,7 @@ class Init(_TextCommand):
     Attributes:
         model: folder of a transformers model
         data: .csv or .jsonl file with text
-        out: folder for the adapter and report.json, new or empty
+        out: folder for the adapter, report.json and report.html, new or empty
         method: name of the method; the names and their settings are listed below
         set: settings of the method, NAME=VALUE, such as gamma=64
         ranks: redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (default: keep)
@@ -124,6 +124,7 @@ class Init(_TextCommand):
         import lora_kernels as lk  # noqa: PLC0415
         from lora_kernels._files import replacing_folder, write_text  # noqa: PLC0415
         from lora_kernels.api import transformers  # noqa: PLC0415
+        from lora_kernels.api.init_page import init_page  # noqa: PLC0415
         from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
         from lora_kernels.reports import console  # noqa: PLC0415
         from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
@@ -163,6 +164,7 @@ class Init(_TextCommand):
         with replacing_folder(self.out) as folder:
             peft_model.save_pretrained(folder)
             write_text(folder / "report.json", report.to_json() + "\n")
+            write_text(folder / "report.html", init_page(report).to_html())
         frozen = "lora_kernels.load to train it (its start is frozen), or by stock PEFT"
         reader = frozen if method.offsets_base else "stock PEFT"
         lines = [report, f"adapter: {self.out} of the model loaded as {task}, to be loaded with {reader}"]
@@ -362,7 +364,7 @@ class Inspect(_TextCommand):
         max_batches: read at most so many batches
         intruders: compare directions with those of the base weights
         monitor: .jsonl file of a LandscapeMonitor
-        out: folder for inspect.html, pictures and diagnosis.json
+        out: folder for inspect.html (grids of module x block) and diagnosis.json
         json: print the diagnosis as JSON
     """
 
@@ -383,7 +385,7 @@ class Inspect(_TextCommand):
         from lora_kernels.reports import console  # noqa: PLC0415
 
         texts, labels = (None, None) if self.data is None else self.read(self.data)
-        log = None if self.monitor is None else latest_run(read_log(self.monitor))
+        log = [] if self.monitor is None else latest_run(read_log(self.monitor))
         diagnosis = inspection.inspect(
             self.adapter,
             base=self.base,
@@ -396,13 +398,13 @@ class Inspect(_TextCommand):
             max_length=self.max_length,
             max_batches=self.max_batches,
         )
-        written = [] if self.out is None else inspection.write(diagnosis, self.out, self.monitor)
+        written = [] if self.out is None else inspection.write(diagnosis, self.out, log)
         if self.json:
             print(diagnosis.to_json())
         else:
             output = console()
             output.print(diagnosis)
-            if log is not None:
+            if log:
                 output.print(inspection.log_summary(log))
             for path in written:
                 output.print(f"wrote {path}", style="dim")
@@ -471,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(COMMANDS[name](**given).run(*groups))
     except ModuleNotFoundError as error:
-        print(f"lora-kernels {name}: {error}; pip install 'lora_kernels[peft,plots]' has it", file=sys.stderr)
+        print(f"lora-kernels {name}: {error}; pip install 'lora_kernels[peft]' has it", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lora-kernels {name}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -16,7 +16,7 @@ from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.reports import Table, console
 from lora_kernels.self_tests import self_tests
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib", "rich", "tqdm")
+PACKAGES = ("torch", "triton", "peft", "transformers", "rich", "tqdm")
 
 
 def _versions() -> Iterator[tuple[str, str]]:

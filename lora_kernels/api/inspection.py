@@ -1,17 +1,17 @@
-"""What `lora-kernels inspect` does: a folder in, a diagnosis, pictures and a page out."""
+"""What `lora-kernels inspect` does: a folder in, a diagnosis and a page out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_kernels._files import replacing, write_text
+from lora_kernels._files import write_text
 from lora_kernels.adapters.folders import AdapterFolder, read_adapter
-from lora_kernels.api.monitor import latest_run, read_log
 from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from lora_kernels.reports import PREFIX
 
 
@@ -105,33 +105,21 @@ def inspect(
     return replace(found, adapter=str(adapter), notes=(*found.notes, *folder.notes))
 
 
-def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[Path]:
-    """Write diagnosis.json, the pictures and inspect.html.
+def write(diagnosis: Diagnosis, out: Path, log: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+    """Write diagnosis.json and inspect.html.
 
     Args:
         diagnosis: what to show.
         out: the folder; it is made.
-        monitor: a monitor's file, for the picture over training.
+        log: a monitor's lines, for the history of training.
 
     Returns:
         The files.
     """
-    from lora_kernels.landscape import page, plots  # noqa: PLC0415
-
-    log = None if monitor is None else latest_run(read_log(monitor))
-    pictures = {"spectra": out / "spectra.png", "ranks": out / "ranks.png"}
-    with replacing(pictures["spectra"]) as file:
-        plots.plot_spectra(diagnosis, file)
-    with replacing(pictures["ranks"]) as file:
-        plots.plot_ranks(diagnosis, file)
-    if log is not None:
-        pictures["training"] = out / "training.png"
-        with replacing(pictures["training"]) as file:
-            plots.plot_training(log, file)
-    data, page_file = out / "diagnosis.json", out / "inspect.html"
+    data, page = out / "diagnosis.json", out / "inspect.html"
     write_text(data, diagnosis.to_json() + "\n")
-    write_text(page_file, page.render(diagnosis, pictures))
-    return [data, *pictures.values(), page_file]
+    write_text(page, diagnosis_page(diagnosis, log).to_html())
+    return [data, page]
 
 
 def log_summary(log: Sequence[dict[str, Any]]) -> str:
