@@ -230,7 +230,7 @@ def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor,
     first, second = _side_by_side(firsts, seconds, layer.num_experts)
     a, b = first.view(layer.num_experts, -1, first.shape[1]), second.view(second.shape[0], -1, layer.num_experts)
     b = b.permute(2, 0, 1)
-    left, right = (b, a) if layer._did_swap_in_out_features else (a.mT, b.mT)
+    left, right = (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT)
     dtype = layer.get_param().dtype
     return left.to(dtype), right.to(dtype), layer.scaling[adapter]
 
