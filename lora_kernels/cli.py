@@ -217,7 +217,8 @@ class Plan(Command):
             plan = lk.plan(model, self.method, batch=transformers.example_batch(model), **collection)
         except Exception as error:  # noqa: BLE001  (some models cannot run without numbers, and fail in any way)
             plan = lk.plan(model, self.method, **collection)
-            print(f"a forward pass without weights failed ({error}): inputs are not shared here", file=sys.stderr)
+            reason = " ".join(str(error).split())
+            print(f"a forward pass without weights failed ({reason}): inputs are not shared here", file=sys.stderr)
         if self.json:
             print(plan.to_json())
         else:

@@ -280,6 +280,25 @@ def test_options_of_a_dataclass():
     assert "5 % of all" in text and "another text, on two lines (default: 2.5)" in text and "fifth" not in text
 
 
+@pytest.mark.parametrize(
+    "config, more, status, message",
+    [
+        ({"model_type": "clip"}, ["--task", "base"], 0, "a forward pass without weights failed"),
+        ({"model_type": "vit", "image_size": [1, 2, 3]}, ["--task", "base"], 0, "inputs are not shared here"),
+        ({"model_type": "llama", "num_attention_heads": 0}, [], 2, "cannot be made into a causal-lm model"),
+        ({"model_type": "vit", "image_size": [1, 2, 3]}, ["--task", "base", "--world", "0"], 2, "world_size is 0"),
+        ({"model_type": "resnet"}, ["--task", "base"], 2, "there is no layer"),
+        ([], [], 2, "holds no object with a model_type"),
+    ],
+)
+def test_plan_says_in_one_line_what_is_wrong(config, more, status, message, tmp_path, capfd):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert cli.main(["plan", "--config", str(file), "--method", "lora_ga", *more]) == status
+    lines = [line for line in capfd.readouterr().err.splitlines() if message in line]
+    assert len(lines) == 1 and (status == 0 or lines[0].startswith("lora-kernels plan: error: "))
+
+
 def test_verify(folder, text, tmp_path, capsys, monkeypatch):
     command = ["verify", "--model", str(folder), "--data", str(text), "--rank", "4"]
     assert cli.main(command) == 0

@@ -156,11 +156,13 @@ def reporter():
 def test_the_trainer_hands_the_numbers_to_every_callback(tmp_path):
     model, report, path = wrapped(), reporter(), tmp_path / "landscape.jsonl"
     callback = lk.api.LandscapeCallback(every=3, path=path)
-    training = trainer(model, tmp_path, [report, callback])
+    training = trainer(model, tmp_path, [report])
+    assert callback.attach(training) is callback.attach(training) and report in training.callback_handler.callbacks
     before = [type(each).__name__ for each in training.callback_handler.callbacks]
     training.train()
     after = [type(each).__name__ for each in training.callback_handler.callbacks]
     assert sorted(before) == sorted(after) and after[0] == "LandscapeCallback"
+    assert after.count("LandscapeCallback") == 1
     shown = {step: logs for step, logs in report.seen if "landscape/rank" in logs}
     assert sorted(shown) == [3, 6]
     history = {entry["step"]: entry for entry in training.state.log_history if "landscape/rank" in entry}
@@ -202,13 +204,13 @@ def test_the_callback_is_one_of_transformers_and_can_be_derived_from(tmp_path):
     assert training.callback_handler.callbacks.count(louder) == 1
 
 
-def test_outside_of_a_trainer_it_says_what_it_cannot_do():
+def test_a_callback_that_comes_after_the_reporting_ones_says_so():
     from types import SimpleNamespace
 
     callback, model = lk.api.LandscapeCallback(every=1), wrapped()
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, log_history=[])
-    with pytest.warns(RuntimeWarning, match="no callback that stands before"):
-        callback.on_train_begin(None, state, None, model=model)
+    with pytest.warns(RuntimeWarning, match=r"tensorboard gets the logs before .* use LandscapeCallback\(...\).attach"):
+        callback.on_train_begin(SimpleNamespace(report_to=["tensorboard"]), state, None, model=model)
     control = SimpleNamespace(should_log=False)
     callback.on_step_end(SimpleNamespace(logging_strategy="steps"), state, control, model=model)
     assert control.should_log
