@@ -13,6 +13,7 @@ from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
 from lora_kernels.api.diagnosis import diagnose, snapshot
 from lora_kernels.api.entry import collect, initialize, plan
+from lora_kernels.api.learning_rate import LearningRateAdvice, suggest_learning_rate
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.api.report import InitReport, LayerReport
 from lora_kernels.api.saved import export, load
@@ -34,7 +35,7 @@ from lora_kernels.training import (
 from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
-    from lora_kernels.api.callbacks import LandscapeCallback, LoraDashCallback
+    from lora_kernels.api.callbacks import LandscapeCallback, LearningRateCallback, LoraDashCallback
 
 __all__ = [
     "EVA",
@@ -47,6 +48,8 @@ __all__ = [
     "LandscapeMonitor",
     "LayerDiagnosis",
     "LayerReport",
+    "LearningRateAdvice",
+    "LearningRateCallback",
     "LoraDash",
     "LoraDashCallback",
     "LoraPro",
@@ -79,6 +82,7 @@ __all__ = [
     "restore",
     "snapshot",
     "statistics",
+    "suggest_learning_rate",
     "training",
     "tune",
     "verify",
@@ -87,7 +91,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers is an optional dependency, and slow to import.
-    if name in ("LandscapeCallback", "LoraDashCallback"):
+    if name in ("LandscapeCallback", "LearningRateCallback", "LoraDashCallback"):
         from lora_kernels.api import callbacks
 
         return getattr(callbacks, name)

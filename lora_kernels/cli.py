@@ -49,8 +49,10 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rank", type=int)
     parser.add_argument("--multiple-of", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, help="that you will train with; the report judges it")
+    parser.add_argument("--optimizer", default="adamw", help="adamw, lora_pro or lora_pro_full, for the rate suggested")
+    parser.add_argument("--no-rate", dest="suggest_rate", action="store_false", help="measure no learning rate")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="names as in PEFT")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="texts per batch; best that of training")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--max-batches", type=int, default=64)
     parser.add_argument("--max-tokens", type=int)
@@ -95,7 +97,8 @@ def _init(options: argparse.Namespace) -> int:
     peft_model = get_peft_model(model, config)
     sizes = options.batch_size, options.max_length
     batches = transformers.task_batches(model, tokenizer, task, texts, labels, *sizes)
-    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint", "learning_rate")
+    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint")
+    names += ("learning_rate", "suggest_rate", "optimizer")
     chosen = {name: getattr(options, name) for name in names}
     try:
         report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
 from lora_kernels.api import _starting, guidance
+from lora_kernels.api import learning_rate as rates
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.plain import find_linear_layers, skipped_modules
 from lora_kernels.api.report import InitReport
@@ -153,6 +154,8 @@ def initialize(
     base: str = "intact",
     ranks: Redistribution | None = None,
     learning_rate: float | None = None,
+    suggest_rate: bool = True,
+    optimizer: str = "adamw",
     unreached: str = "warn",
     force: bool = False,
     **options: Any,
@@ -177,6 +180,10 @@ def initialize(
             then rests). By default they are kept, unless the method's config says otherwise.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
             start.
+        suggest_rate: measure a learning rate from the new start on the loader's first batches, which are read again
+            (four batches: about forty forward and four to eight backward passes; see `suggest_learning_rate`). Without
+            a loss, a loader that can be read again, or memory for a backward pass the report says why there is none.
+        optimizer: that you are going to train with, for that rate: `adamw`, `lora_pro` or `lora_pro_full`.
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
             (they keep their stock values) or `raise`.
         force: overwrite an adapter whose `lora_B` is not zero; DoRA's magnitudes become |W + s B A| of the new start,
@@ -203,6 +210,8 @@ def initialize(
     resolved = _starting.for_dataset(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
+    check_type("suggest_rate", suggest_rate, bool, "true or false")
+    check_choice("optimizer", optimizer, rates.OPTIMIZERS)
     if learning_rate is not None:
         check_range("learning_rate", learning_rate, low=0.0)
     if ranks is not None:
@@ -236,6 +245,9 @@ def initialize(
     _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
     written = time.perf_counter()
     advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
+    rate = rates.advise(model, loader, optimizer, options) if suggest_rate else None
+    outside = None if rate is None or learning_rate is None else rate.judge(learning_rate)
+    measured = time.perf_counter()
     for sentence in filter(guidance.is_warning, advice):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(
@@ -247,11 +259,13 @@ def initialize(
             "collect": collected - started,
             "decompose": decomposed - collected,
             "write": written - decomposed,
-            "total": written - started,
+            "rate": measured - written,
+            "total": measured - started,
         },
         batches=statistics.batches,
         tokens=statistics.tokens,
         trainable_before=before,
         trainable=_starting.factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
-        advice=advice,
+        advice=(*advice, *([] if outside is None else [outside])),
+        learning_rate=rate,
     )

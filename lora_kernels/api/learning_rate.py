@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class _Share(NamedTuple):
 _SHARES = {"adamw": _Share(0.1, 0.33, 1.0), "lora_pro": _Share(0.1, 0.33, 1.0), "lora_pro_full": _Share(0.1, 0.33, 1.0)}
 OPTIMIZERS = tuple(_SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
-_FIRST, _DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 6
+_FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
 # A smaller fall of the loss, relative to it, is noise.
 _LEAST_FALL = 1e-4
 # How far the first step goes before the gradient of factors is asked for that had none (A, while B = 0).
@@ -59,7 +60,7 @@ class LearningRateAdvice(Report):
         turn: the rate at which the loss along the first step is lowest, or `None`.
         line: pairs of a rate and the mean loss there, in the order of the rates; the first rate is 0. Losses that
             overflow are infinite.
-        batches: number of batches whose loss is the line's, on all processes.
+        batches: number of batches whose loss this is, on all processes.
         forward_passes: forward passes of a batch, those with a backward pass included.
         backward_passes: backward passes.
         seconds: wall time.
@@ -131,38 +132,44 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
         start: the loss at 0.
 
     Returns:
-        The losses by rate, 0 included; the rate (a parabola's in the logarithm, through the lowest of the points and
-        its neighbours); or `None` and why there is none.
+        The losses by rate, 0 included; the rate (a parabola's, through the lowest of the points and its neighbours); or `None` and why there is none.
     """
     points: dict[float, float] = {}
 
     def measured(index: float) -> float:
-        rate = _FIRST * 10.0 ** (index / _DECADE)
+        rate = _rate(index)
         if rate not in points:
             loss = loss_at(rate)
             points[rate] = loss if math.isfinite(loss) else math.inf
         return points[rate]
 
-    def falls(index: float) -> bool:
-        return measured(index) < start - _LEAST_FALL * abs(start)
-
     best = 0
-    while best > _LOWEST and not falls(best):  # from where the loss has exploded down to where it falls
+    while best > _LOWEST and measured(best) > start:  # from where the loss has exploded down to where it falls
         best -= 1
-    if not falls(best):
-        return {0.0: start, **points}, None, "no rate lowers the loss of the batches that were measured"
     for way in (1, -1):
         while _LOWEST <= best + way <= _HIGHEST and measured(best + way) < measured(best):
             best += way
+    if not measured(best) < start - _LEAST_FALL * abs(start):
+        return {0.0: start, **points}, None, "no rate lowers the loss"
     if best in (_LOWEST, _HIGHEST):
-        rate = _FIRST * 10.0 ** (best / _DECADE)
-        return {0.0: start, **points}, None, f"the loss along the first step is lowest at the last rate tried, {rate:g}"
+        reason = f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
+        return {0.0: start, **points}, None, reason
     around = [best - 1.0, best - 0.5, float(best), best + 0.5, best + 1.0]
     place = min(around[1:-1], key=measured)
-    left, middle, right = (measured(place + step) for step in (-0.5, 0.0, 0.5))
-    bend = left - 2.0 * middle + right
-    shift = 0.25 * (left - right) / bend if math.isfinite(bend) and bend > 0 else 0.0
-    return {0.0: start, **points}, _FIRST * 10.0 ** ((place + shift) / _DECADE), None
+    left, middle, right = ((_rate(index), measured(index)) for index in (place - 0.5, place, place + 0.5))
+    return {0.0: start, **points}, _vertex(left, middle, right), None
+
+
+def _rate(index: float) -> float:
+    return _FIRST * 10.0 ** (index / _PER_DECADE)
+
+
+def _vertex(left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]) -> float:
+    """Where the parabola through three points is lowest, the middle one being the lowest of them."""
+    (x0, y0), (x1, y1), (x2, y2) = left, middle, right
+    rise, fall = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (fall - rise) / (x2 - x0)
+    return (x0 + x1) / 2 - rise / (2 * bend) if math.isfinite(bend) and bend > 0 else x1
 
 
 class _Probe:
@@ -306,12 +313,26 @@ def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Seq
     return [second if is_idle else first for first, second, is_idle in zip(steps, later, idle, strict=True)]
 
 
-def _read(data: Iterable[Any], step_batches: int, loss_batches: int) -> tuple[list[Any], list[Any]]:
-    """Batches for the step, and others for the loss; the same where there are no others."""
-    batches = list(itertools.islice(data, step_batches + loss_batches))
-    error = ValueError("data is empty: it yielded no batch") if not batches else None
-    raise_together(error)
-    return batches[:step_batches], batches[step_batches:] or batches
+def _read(data: Iterable[Any], count: int) -> list[Any]:
+    """The first batches."""
+    batches = list(itertools.islice(data, count))
+    raise_together(None if batches else ValueError("data is empty: it yielded no batch"))
+    return batches
+
+
+def advise(
+    model: nn.Module, data: Iterable[Any] | None, optimizer: str, settings: Mapping[str, Any]
+) -> LearningRateAdvice:
+    """`suggest_learning_rate` for a report that is complete without it: what fails is the advice's reason."""
+    if data is None or isinstance(data, Iterator):
+        reason = "no data was given" if data is None else "the data can be read once only"
+        return LearningRateAdvice(optimizer=optimizer, reason=reason)
+    names = ("forward", "loss", "reduction")
+    try:
+        given = {name: settings[name] for name in names if name in settings}
+        return suggest_learning_rate(model, data, optimizer=optimizer, **given)
+    except Exception as error:  # noqa: BLE001  (whatever a model does: the adapter has been started)
+        return LearningRateAdvice(optimizer=optimizer, reason=f"{error or type(error).__name__}")
 
 
 def suggest_learning_rate(
@@ -319,26 +340,25 @@ def suggest_learning_rate(
     data: Iterable[Any],
     *,
     optimizer: str = "adamw",
-    step_batches: int = 1,
-    loss_batches: int = 3,
+    batches: int = 4,
     forward: Forward | None = None,
     loss: Loss | None = None,
     reduction: Reduction = "auto",
 ) -> LearningRateAdvice:
     """Suggest a learning rate for what a model trains, from where it stands.
 
-    The optimizer's first step is computed from the gradient of the first batches, and the loss of others is measured
-    along it, at about ten rates. The rate is a share of that at which this line turns, one share for each optimizer
+    The optimizer's first step is computed from the gradient of the first batches, and their loss is measured along it,
+    at about eight rates. The suggestion is a share of the rate at which this line turns, one share for each optimizer
     (docs/learning_rate.md). The model runs in evaluation mode, and is left as it was to the bit.
 
     Args:
         model: with what it trains in place: every parameter that requires a gradient is moved, as in training
             (adapters of any kind, heads). DistributedDataParallel works: gradients and losses are those of all
             processes.
-        data: yields batches of the size that training has; only the first ones are read.
+        data: yields batches, of the size that training has; only the first ones are read.
         optimizer: `adamw`, `lora_pro` (mode `efficient`) or `lora_pro_full`.
-        step_batches: batches that a training step sees (more than one where gradients are accumulated).
-        loss_batches: further batches whose mean loss is measured.
+        batches: how many of them, on each process. The fewer there are, the more of the fall of the loss is these
+            batches' own, and the farther away is the turn.
         forward: as in `CollectOptions`.
         loss: as in `CollectOptions`.
         reduction: as in `CollectOptions`.
@@ -356,21 +376,22 @@ def suggest_learning_rate(
     model = unwrap(model)
     check_type("data", data, Iterable, "an iterable of batches")
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    check_range("step_batches", step_batches, low=1, integer=True)
-    check_range("loss_batches", loss_batches, low=1, integer=True)
+    check_range("batches", batches, low=1, integer=True)
+    if getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False):
+        raise ValueError("DoRA's norms are cached inside of peft.helpers.DoraCaching: ask for a learning rate outside")
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []
     with observation_mode(model, gradients=True):
         device = model_device(model)
-        of_step, of_loss = (to_device(part, device) for part in _read(data, step_batches, loss_batches))
-        start = probe.loss(of_loss)
+        read = [to_device(batch, device) for batch in _read(data, batches)]
+        start = probe.loss(read)
         if not math.isfinite(start):
             raise ValueError(f"the loss is {start} before any step, but must be finite")
-        direction = _direction(probe, optimizer, pairs, of_step)
+        direction = _direction(probe, optimizer, pairs, read)
 
         def loss_at(rate: float) -> float:
             with probe.moved(rate, direction):
-                return probe.loss(of_loss)
+                return probe.loss(read)
 
         points, turn, reason = find_turn(loss_at, start)
     share = _SHARES[optimizer]
@@ -382,7 +403,7 @@ def suggest_learning_rate(
         high=high,
         turn=turn,
         line=tuple(sorted(points.items())),
-        batches=len(of_loss) if world_size() == 1 else sum(gather(len(of_loss))),
+        batches=len(read) if world_size() == 1 else sum(gather(len(read))),
         forward_passes=probe.forward_passes,
         backward_passes=probe.backward_passes,
         seconds=time.perf_counter() - started,
