@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_kernels.adapters.export import export
     from lora_kernels.api.diagnosis import diagnose
     from lora_kernels.api.entry import collect, initialize, plan
+    from lora_kernels.api.learning_rate import suggest_learning_rate
     from lora_kernels.api.loading import load
     from lora_kernels.training import LoraDash, accelerate, create_lora_pro_optimizer, restore, verify
     from lora_kernels.tuning import tune
@@ -40,6 +41,7 @@ __all__ = [
     "plan",
     "restore",
     "statistics",
+    "suggest_learning_rate",
     "training",
     "tune",
     "verify",
@@ -57,6 +59,7 @@ _HOMES = {
     "load": "api.loading",
     "plan": "api.entry",
     "restore": "training",
+    "suggest_learning_rate": "api.learning_rate",
     "tune": "tuning",
     "verify": "training",
 }

@@ -80,6 +80,8 @@ class Init(_TextCommand):
         rank: r of every layer
         alpha: lora_alpha (default: the rank)
         learning_rate: that you will train with; the report judges it
+        optimizer: adamw, lora_pro or lora_pro_full, for the rate suggested
+        no_rate: measure no learning rate
         target_modules: names as in PEFT
     """
 
@@ -92,6 +94,8 @@ class Init(_TextCommand):
     rank: int = 16
     alpha: float | None = None
     learning_rate: float | None = None
+    optimizer: str = "adamw"
+    no_rate: bool = False
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
 
     @classmethod
@@ -154,7 +158,14 @@ class Init(_TextCommand):
         batches = transformers.task_batches(model, tokenizer, task, texts, labels, self.batch_size, self.max_length)
         try:
             report = lk.initialize(
-                peft_model, batches, method, ranks=ranks, learning_rate=self.learning_rate, **collection
+                peft_model,
+                batches,
+                method,
+                ranks=ranks,
+                learning_rate=self.learning_rate,
+                suggest_rate=not self.no_rate,
+                optimizer=self.optimizer,
+                **collection,
             )
         except MissingLossError as error:
             raise ValueError(

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels.adapters.export import ExportedLayer
 from lora_kernels.api.diagnosis import snapshot
+from lora_kernels.api.learning_rate import LearningRateAdvice
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.api.report import InitReport, LayerReport
 from lora_kernels.api.tsd import LoraTSD
 
 if TYPE_CHECKING:
-    from lora_kernels.api.callbacks import LandscapeCallback, LoraDashCallback
+    from lora_kernels.api.callbacks import LandscapeCallback, LearningRateCallback, LoraDashCallback
 
 __all__ = [
     "ExportedLayer",
@@ -17,6 +18,8 @@ __all__ = [
     "LandscapeCallback",
     "LandscapeMonitor",
     "LayerReport",
+    "LearningRateAdvice",
+    "LearningRateCallback",
     "LoraDashCallback",
     "LoraTSD",
     "snapshot",
@@ -25,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers is an optional dependency, and slow to import.
-    if name in ("LandscapeCallback", "LoraDashCallback"):
+    if name in ("LandscapeCallback", "LearningRateCallback", "LoraDashCallback"):
         from lora_kernels.api import callbacks  # noqa: PLC0415
 
         return getattr(callbacks, name)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from lora_kernels.api.learning_rate import LearningRateAdvice, advise
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.dash import DashRun, LoraDash
+from lora_kernels.training.lora_pro import LoraPro
 
 PREFIX = "landscape/"
 
@@ -165,3 +167,45 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(self._pending)
         self._pending = {}
+
+
+class LearningRateCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures a learning rate on the first training batches when training begins, and warns where yours is outside.
+
+        Trainer(model, args, train_dataset=data, callbacks=[lk.api.LearningRateCallback()]).train()
+
+    The Trainer's rate stays as it is, and training gives the same bits with the callback and without it. A resumed
+    training is not measured.
+
+    Attributes:
+        advice: what was measured; `None` before.
+    """
+
+    def __init__(self) -> None:
+        self.advice: LearningRateAdvice | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, print one line, and warn."""
+        if state.global_step > 0:
+            return
+        name, loader = _optimizer_name(kwargs.get("optimizer")), kwargs.get("train_dataloader")
+        if name is None:
+            kind = type(kwargs.get("optimizer")).__name__
+            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
+        else:
+            # (accelerate's loaders note that they are being read: what is inside does not.)
+            data = getattr(loader, "base_dataloader", loader)
+            self.advice = advise(kwargs["model"], data, name, {})
+        outside = self.advice.judge(args.learning_rate)
+        if state.is_world_process_zero:
+            print(self.advice.summary())
+            if outside is not None:
+                warnings.warn(outside, RuntimeWarning, stacklevel=2)
+
+
+def _optimizer_name(optimizer: Any) -> str | None:
+    """Its name for `suggest_learning_rate`; wrappers hold theirs in `optimizer`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, LoraPro):
+        return "lora_pro_full" if inner.mode == "full" else "lora_pro"
+    return "adamw" if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) else None

@@ -35,8 +35,8 @@ from lora_kernels.landscape import (
     weight_norms,
 )
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.runtime.feed import call_model, model_device, to_device
-from lora_kernels.runtime.loss import loss_items, model_loss
+from lora_kernels.runtime.feed import model_device, to_device
+from lora_kernels.runtime.loss import summed_loss
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
@@ -251,15 +251,11 @@ def _gain(
     with observation_mode(model, gradients=False):
         for batch in itertools.islice(loader, statistics.batches):
             batch = to_device(batch, device)
-            count = float(loss_items(model, batch, options.reduction).sum())
-            if count <= 0:
-                continue
-            items += count
             for place in (0, 1):
                 with _without_product(modules, adapter) if place == 0 else contextlib.nullcontext():
-                    outputs = (options.forward or call_model)(model, batch)
-                loss = float((options.loss or model_loss)(outputs, batch))
-                totals[place] += loss if options.reduction == "sum" else loss * count
+                    total, count = summed_loss(model, batch, options.forward, options.loss, options.reduction)
+                totals[place] += float(total)
+            items += count
     return (totals[0] - totals[1]) / items if items > 0 else None
 
 

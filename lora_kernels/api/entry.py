@@ -143,6 +143,8 @@ def initialize(
     base: str = "intact",
     ranks: Redistribution | None = None,
     learning_rate: float | None = None,
+    suggest_rate: bool = False,
+    optimizer: str = "adamw",
     unreached: str = "warn",
     force: bool = False,
     **options: Unpack[CollectKeywords],
@@ -167,6 +169,10 @@ def initialize(
             then rests). By default they are kept, unless the method's config says otherwise.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
             start.
+        suggest_rate: measure a learning rate from the new start on the loader's first batches, which are read again
+            (four batches: about forty forward and four to eight backward passes; see `suggest_learning_rate`). Without
+            a loss, a loader that can be read again, or memory for a backward pass the report says why there is none.
+        optimizer: that you are going to train with, for that rate: `adamw`, `lora_pro` or `lora_pro_full`.
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
             (they keep their stock values) or `raise`.
         force: overwrite an adapter whose `lora_B` is not zero; DoRA's magnitudes become |W + s B A| of the new start,
@@ -193,6 +199,8 @@ def initialize(
         base=base,
         ranks=ranks,
         learning_rate=learning_rate,
+        suggest_rate=suggest_rate,
+        optimizer=optimizer,
         unreached=unreached,
         force=force,
     )
@@ -202,4 +210,5 @@ def initialize(
     start.collect(loader, statistics, options)
     start.solve(progress=bool(options.get("progress", True)))
     start.write()
+    start.measure_rate(loader, options)
     return start.report()

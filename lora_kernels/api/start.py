@@ -20,6 +20,7 @@ from lora_kernels.adapters.dora import magnitudes, reset_magnitudes
 from lora_kernels.adapters.experts import observed as observed_experts
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, base_model_only
 from lora_kernels.api import guidance
+from lora_kernels.api.learning_rate import OPTIMIZERS, LearningRateAdvice, advise
 from lora_kernels.api.report import InitReport, LayerReport
 from lora_kernels.api.report_experts import experts_together
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
@@ -51,6 +52,8 @@ class Start:
     base: str = "intact"
     ranks: Redistribution | None = None
     learning_rate: float | None = None
+    suggest_rate: bool = False
+    optimizer: str = "adamw"
     unreached: str = "warn"
     force: bool = False
 
@@ -58,6 +61,7 @@ class Start:
     statistics: Statistics = field(init=False)
     answers: dict[str, LayerFactors] = field(init=False)  # by layer; empty factors where no component won a rank
     layer_reports: tuple[LayerReport, ...] = field(init=False)
+    rate_advice: LearningRateAdvice | None = field(init=False, default=None)
     seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +71,8 @@ class Start:
         check_type("ranks", self.ranks, (Redistribution, type(None)), "a Redistribution")
         check_type("adapter_name", self.adapter, str, "a name")
         check_choice("unreached", self.unreached, ("warn", "raise"))
+        check_type("suggest_rate", self.suggest_rate, bool, "true or false")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("base", self.base, ("intact", "mutate"))
         if self.learning_rate is not None:
             check_range("learning_rate", self.learning_rate, low=0.0)
@@ -255,6 +261,12 @@ class Start:
         tidy_up(self.model, self.adapter)
         self._clock("write")
 
+    def measure_rate(self, loader: Iterable[Any] | None, options: Mapping[str, Any]) -> None:
+        """Suggest a learning rate from the loss along the first step of training."""
+        if self.suggest_rate:
+            self.rate_advice = advise(self.model, loader, self.optimizer, options)
+        self._clock("rate")
+
     def report(self) -> InitReport:
         """What was done, with warnings about the learning rate."""
         advice = self._advice()
@@ -272,6 +284,7 @@ class Start:
             trainable_before=self._trainable({}),
             trainable=self._trainable({name: answer.factors.rank for name, answer in self.answers.items()}),
             advice=advice,
+            learning_rate=self.rate_advice,
         )
 
     def _advice(self) -> tuple[str, ...]:
@@ -285,7 +298,15 @@ class Start:
             full_rate=self.method.full_rate,
             learning_rate=self.learning_rate,
         )
-        return (*([moved] if self.method.moves_function else []), *self.method.remarks(self.statistics), *rates)
+        outside = None
+        if self.rate_advice is not None and self.learning_rate is not None:
+            outside = self.rate_advice.judge(self.learning_rate)
+        return (
+            *([] if outside is None else [outside]),
+            *([moved] if self.method.moves_function else []),
+            *self.method.remarks(self.statistics),
+            *rates,
+        )
 
     def _trainable(self, ranks: Mapping[str, int]) -> int:
         """Number of entries of all factors, with these ranks where they are not the layer's own."""

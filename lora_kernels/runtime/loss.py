@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice
-from lora_kernels.runtime.feed import without_peft
+from lora_kernels.runtime.feed import call_model, without_peft
 
 IGNORED_LABEL = -100  # of labels that no loss counts, transformers' own
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -111,3 +111,18 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
         counted = labels[:, 1:] if reduction == "next_tokens" else labels
         return (counted != IGNORED_LABEL).sum(1).to(torch.float64)
     return torch.ones(samples, dtype=torch.float64, device=device)
+
+
+def summed_loss(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    loss: Loss | None,
+    reduction: Reduction,
+) -> tuple[torch.Tensor, float]:
+    """The sum of the losses of a batch's items, and their number; the model is not called where that is 0."""
+    items = float(loss_items(model, batch, reduction).sum())
+    if items <= 0:
+        return torch.zeros(()), 0.0
+    value = (loss or model_loss)((forward or call_model)(model, batch), batch)
+    return value if reduction == "sum" else value * items, items
