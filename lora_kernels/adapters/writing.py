@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,35 +21,6 @@ from lora_kernels.runtime.modes import is_sharded
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
-def check_no_optimizer(parameters: Sequence[nn.Parameter], why: str) -> None:
-    """Raise a ValueError if a live optimizer holds parameters that are to be replaced: it would train the old ones."""
-    wanted = {id(parameter) for parameter in parameters}
-    if not wanted:
-        return
-    for candidate in gc.get_objects():
-        # `type` and not `isinstance`: the latter runs user code of proxies (lazy modules, weak proxies).
-        if not issubclass(type(candidate), torch.optim.Optimizer):
-            continue
-        for group in getattr(candidate, "param_groups", ()):
-            if any(id(parameter) in wanted for parameter in group["params"]):
-                raise ValueError(
-                    f"an optimizer ({type(candidate).__name__}) already holds parameters that {why} would replace: "
-                    "initialise first and create the optimizer afterwards, or keep the ranks (rho=1)"
-                )
-
-
-def _replaced_parameters(layers: AdapterLayers, ranks: Mapping[str, int], adapter: str) -> list[nn.Parameter]:
-    """The parameters that `write` replaces for the given ranks (the others are written in place)."""
-    replaced: list[nn.Parameter] = []
-    for layer in layers.supported:
-        if isinstance(layer.module, ExpertLayer):
-            continue
-        pair = (layer.module.lora_A[adapter].weight, layer.module.lora_B[adapter].weight)
-        if ranks.get(layer.name, layer.rank) != layer.rank or pair[0].device.type == "meta":
-            replaced += pair
-    return replaced
-
-
 def copy_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Write all of a parameter in place, sharded or not."""
     if is_sharded(parameter):
@@ -64,16 +34,25 @@ def copy_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
-    """Write a weight in place where the shape allows, else as a new parameter of the same dtype and flag."""
-    old = linear.weight
-    if old.shape == value.shape and old.device.type != "meta":
-        copy_whole(old, value)
-        return
-    where = device if old.device.type == "meta" else old.device
-    linear.weight = nn.Parameter(value.to(where, old.dtype, copy=True), requires_grad=old.requires_grad)
+    """Write a weight; `device` is for one on the meta device. The parameter stays the same object where it has memory.
+
+    So an optimizer that was created before trains the new values. One that has a state of another shape fails at its
+    next step.
+    """
+    weight = linear.weight
+    if weight.device.type == "meta":
+        linear.weight = nn.Parameter(value.to(device, weight.dtype, copy=True), requires_grad=weight.requires_grad)
+        if linear.bias is not None and linear.bias.device.type == "meta":
+            linear.bias = nn.Parameter(torch.zeros_like(linear.bias, device=device), linear.bias.requires_grad)
+    elif weight.shape == value.shape:
+        copy_whole(weight, value)
+    else:
+        weight.grad = None
+        # By way of another dtype, so that autograd forgets the old shape, which a live graph would keep.
+        dtype = weight.dtype
+        weight.data = value.to(weight.device, torch.float32 if dtype == torch.float64 else torch.float64)
+        weight.data = value.to(weight.device, dtype, copy=True)
     linear.out_features, linear.in_features = value.shape
-    if linear.bias is not None and linear.bias.device.type == "meta":
-        linear.bias = nn.Parameter(torch.zeros_like(linear.bias, device=where), linear.bias.requires_grad)
 
 
 def _write_layer(layer: AdapterLayer, factors: Factors, adapter: str, *, adjust: bool) -> None:
@@ -181,28 +160,26 @@ def write(
 ) -> None:
     """Write factors into an adapter, ranks and config included; layers without an entry stay as they are.
 
-    Weights whose shape stays are written in place; the others become new parameters. A layer of rank 0 loses its
-    adapter. `adjust_scaling_factors`: see `AdapterLayer.with_rank`.
+    A layer of rank 0 loses its adapter. `adjust_scaling_factors`: see `AdapterLayer.with_rank`.
 
     Raises:
-        ValueError: if an optimizer holds a parameter that would be replaced, ranks of a sharded adapter would change,
-            or no layer would keep an adapter. Nothing is written then.
+        ValueError: if ranks of a sharded adapter would change, or no layer would keep an adapter. Nothing is written
+            then.
     """
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     if not any(ranks.get(layer.name, layer.rank) for layer in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")
-    replaced = _replaced_parameters(layers, ranks, adapter)
-    if any(is_sharded(parameter) for parameter in replaced):
+    written = [layer for layer in layers.supported if layer.name in factors]
+    changed = [layer for layer in written if ranks[layer.name] != layer.rank]
+    if any(is_sharded(layer.module.lora_A[adapter].weight) for layer in changed):
         raise ValueError(
             "the adapter is sharded (FSDP), so its ranks cannot change: keep them (rho=1), or initialise before "
             "sharding, for instance from statistics that were collected on the sharded model"
         )
-    check_no_optimizer(replaced, "the new ranks")
-    written = [layer for layer in layers.supported if layer.name in factors]
     for layer in written:
         if ranks[layer.name] == 0:
             _remove(model, layer, adapter)
         else:
             _write_layer(layer, factors[layer.name], adapter, adjust=adjust_scaling_factors)
-    if any(ranks[layer.name] != layer.rank for layer in written):
+    if changed:
         _update_config(model, adapter, removed=0 in ranks.values())

@@ -186,8 +186,8 @@ def initialize(
     Raises:
         TypeError: on an argument of another type, or an unknown option.
         ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates or whose ranks exceed
-            min(m, n) in all layers, an optimizer that holds parameters to be replaced, or base weights that the method
-            reads and that are sharded over processes.
+            min(m, n) in all layers, a change of ranks under DistributedDataParallel or FSDP, or base weights that the
+            method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
     check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")

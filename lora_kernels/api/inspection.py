@@ -16,15 +16,7 @@ from lora_kernels.reports import PREFIX
 
 
 def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
-    """Diagnose an adapter from its files alone.
-
-    Args:
-        folder: from `read_adapter`.
-        thresholds: of the verdict.
-
-    Returns:
-        Spectra and balance; no layer is compared with its weight.
-    """
+    """Spectra and balance of an adapter from its files alone; no layer is compared with its weight."""
     limits = thresholds or Thresholds()
     adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
@@ -48,23 +40,7 @@ def inspect(
     max_batches: int | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Diagnose an adapter folder, with its base model and data if they are given.
-
-    Args:
-        adapter: a stock PEFT folder.
-        base: folder of the base model.
-        task: which head; by default what the adapter's config says, or else the base model's.
-        texts: data for the certificate; needs the base.
-        labels: of the texts, for a classifier.
-        weight_decay: lambda of training.
-        intruders: compare directions with those of the base weights.
-        batch_size: texts per batch.
-        max_length: tokens at which a text is cut.
-        max_batches: read at most so many.
-        progress: show a bar.
-
-    Returns:
-        The diagnosis.
+    """Diagnose an adapter folder, with its base model and data if they are given; see `lora-kernels inspect`.
 
     Raises:
         ValueError: if the folder is malformed, or data, intruders or a weight decay are given without what they need.
@@ -101,21 +77,12 @@ def inspect(
     if texts is not None:
         batches = transformers.task_batches(bare, tokenizer, task, texts, labels, batch_size, max_length)
         settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
-    found = diagnose(model, **settings)
-    return replace(found, adapter=str(adapter), notes=(*found.notes, *folder.notes))
+    diagnosis = diagnose(model, **settings)
+    return replace(diagnosis, adapter=str(adapter), notes=(*diagnosis.notes, *folder.notes))
 
 
 def write(diagnosis: Diagnosis, out: Path, log: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
-    """Write diagnosis.json and inspect.html.
-
-    Args:
-        diagnosis: what to show.
-        out: the folder; it is made.
-        log: a monitor's lines, for the history of training.
-
-    Returns:
-        The files.
-    """
+    """Write diagnosis.json and inspect.html (the history of training, too, from a monitor's lines) into a folder."""
     data, page = out / "diagnosis.json", out / "inspect.html"
     write_text(data, diagnosis.to_json() + "\n")
     write_text(page, diagnosis_page(diagnosis, log).to_html())

@@ -67,6 +67,7 @@ class Start:
     def __post_init__(self) -> None:
         """Check the arguments by themselves."""
         self._started = self._lap = time.perf_counter()
+        self._replicated = isinstance(self.model, nn.parallel.DistributedDataParallel)
         self.model = unwrap(self.model)
         check_type("ranks", self.ranks, (Redistribution, type(None)), "a Redistribution")
         check_type("adapter_name", self.adapter, str, "a name")
@@ -151,6 +152,11 @@ class Start:
             m, n = layers[name].shape
             empty = LoraFactors(torch.zeros(0, n), torch.zeros(m, 0))
             self.answers[name] = LayerFactors(empty, notes=("no component won a rank",))
+        if self._replicated and any(answer.factors.rank != reached[name] for name, answer in self.answers.items()):
+            raise ValueError(
+                "ranks of a model in DistributedDataParallel cannot change, since it averages no gradients of the "
+                "new factors: initialise before wrapping the model, or keep the ranks (rho=1)"
+            )
         # Before base weights may change: the start is compared with what they were.
         others = (
             LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in self.layers.unsupported

@@ -11,11 +11,7 @@ from lora_kernels._files import parse_json
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the rows of a file that must have certain columns.
-
-    Args:
-        path: a `.csv` file with a header row, or a `.jsonl` file with one object per line; UTF-8.
-        columns: columns (CSV) or keys (JSON Lines) that every row must have.
+    """Read a `.csv` file with a header row, or a `.jsonl` file with an object per line, that has certain columns.
 
     Yields:
         Pairs of a place (file and line, for messages) and the row.
@@ -35,14 +31,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """Read one column of texts.
-
-    Args:
-        path: see `read_rows`.
-        column: the column.
-
-    Returns:
-        The texts, white space collapsed, empty ones left out.
+    """One column of texts, white space collapsed, without empty ones.
 
     Raises:
         ValueError: as `read_rows`, or if a value is no text, or no text is left.
@@ -60,15 +49,7 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Read texts and their labels.
-
-    Args:
-        path: see `read_rows`.
-        text_column: the column of the text.
-        label_column: the column of the label.
-
-    Returns:
-        Texts and labels, in the file's order.
+    """Texts and their labels, in the file's order.
 
     Raises:
         ValueError: as `read_rows`, or if a text or label is missing or empty.
@@ -88,16 +69,7 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list
 
 
 def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
-    """`read_labelled`, or without a label column `read_texts`.
-
-    Args:
-        path: see there.
-        text_column: see there.
-        label_column: see there, or `None`.
-
-    Returns:
-        The texts, and their labels if a column was named.
-    """
+    """The texts, and their labels if a column of them is named."""
     if label_column is None:
         return read_texts(path, text_column), None
     return read_labelled(path, text_column, label_column)

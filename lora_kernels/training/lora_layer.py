@@ -248,7 +248,7 @@ class Prepared:
             (modules, "lora_dropout"),
         ]  # fmt: skip
         for name in names:
-            cells += [(layer.scaling, name), (layer.lora_variant, name)]
+            cells += [(layer.scaling, name), (layer.r, name), (layer.lora_variant, name)]
             for group in ("lora_A", "lora_B", "lora_dropout"):
                 part = modules[group]._modules[name]
                 cells.append((modules[group]._modules, name))

@@ -1,5 +1,4 @@
 import copy
-import gc
 import json
 import math
 
@@ -211,20 +210,53 @@ def test_adapter_on_the_meta_device_is_materialised():
     assert torch.isfinite(logits(model, text(1)[0])).all()
 
 
-def test_an_optimizer_that_would_go_stale_is_refused():
+def test_an_optimizer_made_before_trains_the_new_factors():
     model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = text(1)[0]
+    stale = model(**batch, labels=batch["input_ids"]).loss  # a graph of the old factors is still alive
     before = ranks(model)
-    weights = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"an optimizer \(AdamW\) already holds parameters"):
-        run(model)
-    assert ranks(model) == before
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    run(model, method=lk.init.EVA(rho=1.0))  # ranks stay, weights are written in place
-    del optimizer
-    gc.collect()
     run(model)
     assert ranks(model) != before
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(p, start[n]) for n, p in model.named_parameters() if n in start and "lora_B" in n)
+    assert model(**batch, labels=batch["input_ids"]).loss < loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+def test_ranks_of_an_accelerated_model_change():
+    model, batch = adapted(), text(1)[0]
+    lk.accelerate(model)
+    logits(model, batch)  # prepares the layers for the ranks that they have
+    before = ranks(model)
+    run(model)
+    assert ranks(model) != before
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    fused = logits(model, batch)
+    lk.restore(model)
+    torch.testing.assert_close(fused, logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_under_distributed_data_parallel_stay(tmp_path):
+    """It averages no gradient of factors whose shape it does not know."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(adapted())
+        before, weights = ranks(model.module), {n: p.detach().clone() for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="ranks of a model in DistributedDataParallel cannot change"):
+            run(model)
+        assert ranks(model.module) == before
+        assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+        run(model, method=lk.init.EVA(rho=1.0))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def batch_logits(model):

@@ -360,7 +360,10 @@ def test_the_report_says_it():
     once = lk.initialize(llama(), iter(batches()), "eva", progress=False, suggest_rate=True)
     assert once.learning_rate.rate is None and "read once" in once.learning_rate.reason
     no_labels = [{"input_ids": batch["input_ids"]} for batch in batches()]
-    assert "no scalar loss" in lk.initialize(llama(), no_labels, "eva", progress=False, suggest_rate=True).learning_rate.reason
+    assert (
+        "no scalar loss"
+        in lk.initialize(llama(), no_labels, "eva", progress=False, suggest_rate=True).learning_rate.reason
+    )
     statistics = lk.collect(llama(), batches(), "eva", progress=False)
     of_statistics = lk.initialize(llama(), statistics=statistics, method="eva", progress=False, suggest_rate=True)
     assert of_statistics.learning_rate.reason == "no data was given"
