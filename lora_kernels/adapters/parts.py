@@ -106,12 +106,7 @@ class Directions(nn.Module):
 
     @torch.no_grad()
     def launch(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Take directions, at coordinates of zero: the function stays what it was.
-
-        Args:
-            left: `(m, k)`.
-            right: `(k, n)`.
-        """
+        """Set directions `(m, k)` and `(k, n)`, with coordinates of zero: the function does not change."""
         self.left.copy_(left)
         self.right.copy_(right)
         self.coordinates.zero_()
@@ -265,14 +260,14 @@ def of_experts(layer: Any) -> bool:
 
 def start(layer: Any, adapter: str) -> Start | None:
     """The frozen start of an adapter of a layer, or `None`."""
-    found: Start | None = _part(layer, START, adapter)
-    return found
+    part: Start | None = _part(layer, START, adapter)
+    return part
 
 
 def directions(layer: Any, adapter: str) -> Directions | None:
     """The coordinates of an adapter of a layer, or `None`."""
-    found: Directions | None = _part(layer, DASH, adapter)
-    return found
+    part: Directions | None = _part(layer, DASH, adapter)
+    return part
 
 
 def _part(layer: Any, container: str, adapter: str) -> Any:
@@ -338,47 +333,25 @@ def drop(layer: Any) -> None:
 
 
 def add_start(layer: Any, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Give an adapter of a layer its frozen start, in place of the one that it has, if any.
-
-    Args:
-        layer: a layer that carries parts.
-        adapter: the adapter's name.
-        a: A0 `(r, n)`, whole.
-        b: B0 `(m, r)`, whole.
-    """
+    """Set the frozen start A0 `(r, n)`, B0 `(m, r)` (not sharded) of an adapter of a layer that carries parts."""
     layer.lora_start[adapter] = Start(a, b, getattr(layer, "num_experts", 1))
     layer.lora_start.train(layer.training)
     _choose_variant(layer, adapter)
 
 
 def add_directions(layer: Any, adapter: str, k: int) -> Directions:
-    """Give an adapter of a layer LoRA-Dash's coordinates.
-
-    Args:
-        layer: a layer that carries parts.
-        adapter: the adapter's name.
-        k: how many.
-
-    Returns:
-        What was added.
-    """
+    """Add k coordinates of LoRA-Dash to an adapter of a layer that carries parts."""
     weight_a, weight_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    made = Directions(k, weight_a.detach(), weight_b.detach())
-    made.coordinates.requires_grad_(weight_a.requires_grad)
-    layer.lora_dash[adapter] = made
+    dash = Directions(k, weight_a.detach(), weight_b.detach())
+    dash.coordinates.requires_grad_(weight_a.requires_grad)
+    layer.lora_dash[adapter] = dash
     layer.lora_dash.train(layer.training)
     _choose_variant(layer, adapter)
-    return made
+    return dash
 
 
 def remove(layer: Any, adapter: str, container: str) -> None:
-    """Take a part off an adapter of a layer, if it has it.
-
-    Args:
-        layer: any LoRA layer.
-        adapter: the adapter's name.
-        container: `START` or `DASH`.
-    """
+    """Remove a part, in the container `START` or `DASH`, from an adapter of a layer, if it has it."""
     if _part(layer, container, adapter) is not None:
         del getattr(layer, container)[adapter]
         _choose_variant(layer, adapter)
@@ -394,26 +367,14 @@ def _choose_variant(layer: Any, adapter: str) -> None:
 
 
 def ignore_buffers(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from sending the frozen parts, equal on all processes, before every forward.
-
-    Args:
-        model: what will be wrapped, its parts in place or taken off.
-    """
+    """Keep DistributedDataParallel from broadcasting the frozen parts, equal on all processes, before every forward."""
     frozen = {name for name, _ in model.named_buffers() if f".{START}." in name or f".{DASH}." in name}
     others = (name for name in getattr(model, _IGNORED, []) if f".{START}." not in name and f".{DASH}." not in name)
     setattr(model, _IGNORED, [*others, *sorted(frozen)])
 
 
 def columns(dash: Directions, scaling: float) -> torch.Tensor:
-    """The columns of B that coordinates are, `U diag(c) / s`.
-
-    Args:
-        dash: launched.
-        scaling: s, by which a reader multiplies them.
-
-    Returns:
-        `(m, k)`.
-    """
+    """Launched coordinates as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
     return _columns(dash.left, whole(dash.coordinates), scaling)
 
 
@@ -425,16 +386,16 @@ def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> t
 
 
 def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
-    """Make the parts of one adapter of one layer more rank of its factors, in a state dict.
+    """Join the parts of one adapter of one layer to its factors, as more rank, in a state dict.
 
-    The bits of c and U, which the product with c / s has rounded away, stay in the state dict, also before the switch:
-    PEFT loads no entry that the model's own state dict has not.
+    The exact c and U stay in the state dict, since U c / s is rounded, and also before the switch: PEFT only loads
+    entries that the model's own state dict has.
 
     Args:
         state: changed in place.
         key: names the entries.
         scaling: s that a reader of the saved config finds.
-        experts: how many have their factors in one.
+        experts: number of experts whose factors are one tensor.
     """
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from lora_kernels.reports import short_name
 
 # Columns up to which a cell is wide enough for a number.
 _WITH_TEXT = 48
+# Letters of a module that fit beside its row.
+_LABEL = 20
 _NO_VALUE, _NOT_FINITE = "#d9d9d9", "#000"
 
 
@@ -220,7 +223,12 @@ def _place(name: str) -> tuple[str, int | None]:
 
 
 def _labels(kinds: Sequence[str]) -> list[str]:
-    """For each kind the shortest tail of its dotted name that no other kind ends in, or all of it."""
+    """The shortest tail of each dotted name in which no other name ends; a long one without its middle."""
     tails = {kind: [kind.split(".", count)[-1] for count in range(kind.count("."), -1, -1)] for kind in kinds}
     counts = Counter(tail for kind in kinds for tail in tails[kind])
-    return [next((tail for tail in tails[kind] if counts[tail] == 1), kind) for kind in kinds]
+    labels = []
+    for kind in kinds:
+        usable = (tail for tail in tails[kind] if counts[tail] == 1 and not tail.startswith("*."))
+        labels.append(next(usable, kind))
+    short = [re.sub(r"\..*\.", "…", label) if len(label) > _LABEL else label for label in labels]
+    return [brief if short.count(brief) == 1 else label for brief, label in zip(short, labels, strict=True)]

@@ -30,13 +30,16 @@ def adapter(name, b=0.3, weight=None, rank=4, used=4):
     ("names", "blocks", "labels"),
     [
         ([f"model.layers.{i}.self_attn.{part}" for i in (0, 1) for part in "qk"], [0, 1], ["q", "k"]),
-        (["h.3.lin", "lin", "h.10.lin"], [3, 10], ["*.lin", "lin"]),
+        (["h.3.lin", "lin", "h.10.lin"], [3, 10], ["h.*.lin", "lin"]),
         (
             ["bert.0.attention.output.dense", "bert.0.output.dense", "pooler.dense"],
             [0],
-            ["attention.output.dense", "*.output.dense", "pooler.dense"],
+            ["attention…dense", "bert.*.output.dense", "pooler.dense"],
         ),
         (["vision.layers.0.q", "text.layers.0.q"], [0], ["vision.layers.*.q", "text.layers.*.q"]),
+        ([f"{part}.layers.0.self_attn.q" for part in ("vision", "text")], [0], ["vision…q", "text…q"]),
+        (["a.x.layers.0.self_attn.q", "a.y.layers.0.self_attn.q"], [0], ["x…q", "y…q"]),
+        (["l.0.mlp.up", "l.1.mlp.experts.3.up"], [0, 1], ["mlp.up", "experts.*.up"]),
         (["0", "2"], [0, 2], ["*"]),
         (["a." + 5000 * "9" + ".b"], [], ["b"]),
         ([], [], []),
