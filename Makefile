@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance peft-matrix bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance peft-matrix bench micro figures gpu aot aot-versions docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -103,6 +103,9 @@ gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot
+
+aot-versions: $(VENV)/.dev ## the same under older versions of Triton, which compile differently (TRITON=versions)
+	@$(BIN)/python -m benchmarks.aot --triton $(or $(TRITON),3.4.0 3.5.1 3.6.0)
 
 docs: $(VENV)/.dev ## the site, into build/site
 	@$(BIN)/python -m mkdocs build --strict
