@@ -24,7 +24,6 @@ from lora_kernels.landscape import (
     WeightNorms,
     certify,
     directions,
-    gradient_of,
     judge,
     leading_directions,
     measure,
@@ -308,15 +307,15 @@ def _layer(
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        gradient = gradient_of(statistics, adapter.name)
+        layer = statistics.get(adapter.name)
         if any(_is_more(module, name) for name in module.active_adapters):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
-        elif gradient is None:
+        elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
         elif adapter.scaling == 0:
             notes.append("no certificate: the scaling is zero")
         else:
-            certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
+            certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)

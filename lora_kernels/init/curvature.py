@@ -114,7 +114,7 @@ def _parts(statistics: Statistics, name: str, damping: float) -> tuple[InputMetr
     assert isinstance(layer.input, InputMoments) and layer.output is not None and layer.output.fisher is not None
     metric = factorize(layer.input, damping, name)
     inverse = 1.0 / (layer.output.fisher.to(metric.lower) / layer.output.tokens + damping)
-    return metric, inverse.unsqueeze(-1), statistics.mean_gradient(name).to(metric.lower)
+    return metric, inverse.unsqueeze(-1), statistics[name].gradient().to(metric.lower)
 
 
 def descent_step(statistics: Statistics, name: str, damping: float) -> torch.Tensor:

@@ -181,7 +181,7 @@ class LoraDA:
     ) -> LayerFactors:
         notes = list(metric.notes)
         inverse = self._inverse_fisher(statistics, name, notes).to(metric.lower.device)
-        gradient = statistics.mean_gradient(name).to(metric.lower)
+        gradient = statistics[name].gradient().to(metric.lower)
         step = metric.solve((gradient * inverse.unsqueeze(-1)).mT).neg_()
         variance = self._variance(step, inverse, metric, population)
         if variance > 0 and not self.normalize_variance and self.population_size is None:

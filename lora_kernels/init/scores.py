@@ -56,7 +56,7 @@ def gradient_energy(statistics: Statistics, offered: Mapping[str, int], *, seed:
         sums = statistics[name].output
         if sums is not None and sums.sketch is not None:
             return sums.sketch.svd(offered[name], scale=1.0 / statistics.loss_items).S.square()
-        return _energies(statistics.mean_gradient(name), offered[name], seed)
+        return _energies(statistics[name].gradient(), offered[name], seed)
 
     return _each(offered, energies, statistics, progress)
 

@@ -4,6 +4,7 @@ from lora_kernels.runtime.loss import loss_items
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.collector import collect
 from lora_kernels.statistics.cost import H200, Cost, Rates
+from lora_kernels.statistics.gradient import Gradient
 from lora_kernels.statistics.masks import token_weights
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.options import CollectOptions
@@ -19,6 +20,7 @@ __all__ = [
     "STATISTICS",
     "CollectOptions",
     "Cost",
+    "Gradient",
     "GradientSketch",
     "InputMoments",
     "InputSketch",

@@ -105,6 +105,11 @@ class InputSketch(Accumulator):
         raw = float(self.squares.sum(dtype=torch.float64)) / self.tokens
         return max(0.0, raw - float(self.mean().square().sum())) if center else raw
 
+    def covariance(self, *, center: bool = True) -> torch.Tensor:
+        """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
+        pairs, _ = self.components(min(self.size, self.features), center=center)
+        return (pairs.vectors * pairs.values) @ pairs.vectors.mT
+
     def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
 

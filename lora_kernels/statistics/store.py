@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import as_device
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
+from lora_kernels.statistics.gradient import Gradient
 from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.sharing import InputSums
 from lora_kernels.statistics.storage import Held, Progress
+
+_ROUNDS = 4  # of the randomized SVD of an exact gradient
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class LayerStatistics:
         shared_with: the other layers that share `input`.
         notes: facts a user should know, in words.
         output: the sums of its output gradients; `None` if the layer was never called, or they were not asked for.
+        loss_items: see `Statistics`, which sets it.
     """
 
     name: str
@@ -56,12 +61,109 @@ class LayerStatistics:
     shared_with: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     output: OutputStatistics | None = None
+    loss_items: float = 0.0
 
     @property
     def tokens(self) -> float:
         """Rows counted for this layer."""
         sums = self.input if self.input is not None else self.output
         return 0.0 if sums is None else sums.tokens
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a weight gradient was collected, exact or sketched, and the loss depends on the layer."""
+        output = self.output
+        collected = output is not None and (output.gradient is not None or output.sketch is not None)
+        return collected and self.loss_items > 0 and output is not None and float(output.calls) > 0
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the mean loss by the weight, `(m, n)`; of a sketch its reconstruction.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        return self.gradient_operator().dense()
+
+    def gradient_operator(self) -> Gradient:
+        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        output = self._output("gradient")
+        if output.gradient is not None:
+            return Gradient(output.gradient / self._items())
+        assert output.sketch is not None
+        triplets = self.gradient_svd(min(output.sketch.size, self.in_features, self.out_features))
+        assert triplets.error is not None  # sketches carry probes
+        return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
+
+    def gradient_svd(self, rank: int, *, seed: int = 0) -> RandomizedSVD:
+        """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
+
+        Args:
+            rank: number of triplets.
+            seed: of the random start, where the gradient is exact.
+
+        Raises:
+            ValueError: if the gradient was not collected, or its sketch has fewer columns.
+        """
+        output = self._output("gradient")
+        if output.sketch is not None:
+            return output.sketch.svd(rank, scale=1.0 / self._items())
+        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS, seed=seed)
+
+    def fisher(self) -> torch.Tensor:
+        """The mean squared output gradient over tokens, `(m,)` float64.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        output = self._output("fisher")
+        assert output.fisher is not None
+        return output.fisher.to(torch.float64) / _counted(self.name, output.tokens)
+
+    def output_second(self, *, center: bool = False) -> torch.Tensor:
+        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64.
+
+        Args:
+            center: whether to subtract the outer product of their mean.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        output = self._output("output_second")
+        assert output.second is not None
+        return output.second.covariance(center=center)
+
+    def input_covariance(self, *, center: bool = False) -> torch.Tensor:
+        """The mean of x x^T over the inputs of all tokens, `(n, n)` float64; of a sketch its reconstruction.
+
+        Args:
+            center: whether to subtract the outer product of the mean input.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        if self.input is None:
+            raise ValueError(f'layer {self.name} has no input_second: collect it with wants=("input_second",)')
+        return self.input.covariance(center=center)
+
+    def _output(self, statistic: str) -> OutputStatistics:
+        if self.output is None or statistic not in self.output.forms:
+            raise ValueError(f'layer {self.name} has no {statistic}: collect it with wants=("{statistic}",)')
+        return self.output
+
+    def _items(self) -> float:
+        if self.loss_items <= 0:
+            raise ValueError(f"layer {self.name} has loss_items 0: its mean gradient is not known")
+        return self.loss_items
+
+
+def _counted(name: str, tokens: float) -> float:
+    if tokens <= 0:
+        raise ValueError(f"layer {name} counted no token: it was never called, or every token was masked")
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -91,6 +193,11 @@ class Statistics(Mapping[str, LayerStatistics]):
     skipped_modules: dict[str, str] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Tell the layers how many items their gradients are sums over."""
+        layers = {name: replace(layer, loss_items=self.loss_items) for name, layer in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+
     def __getitem__(self, name: str) -> LayerStatistics:
         """The statistics of a layer."""
         return self.layers[name]
@@ -102,23 +209,6 @@ class Statistics(Mapping[str, LayerStatistics]):
     def __len__(self) -> int:
         """Number of layers."""
         return len(self.layers)
-
-    def mean_gradient(self, name: str) -> torch.Tensor:
-        """The gradient of the mean loss with respect to a layer's weight.
-
-        Args:
-            name: the layer.
-
-        Returns:
-            `(m, n)` in the dtype of the sums.
-
-        Raises:
-            ValueError: if the exact gradient was not collected.
-        """
-        sums = self.layers[name].output
-        if sums is None or sums.gradient is None:
-            raise ValueError(f'layer {name} has no exact weight gradient: collect it with wants=("gradient",)')
-        return sums.gradient / self.loss_items
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to one safetensors file, atomically.

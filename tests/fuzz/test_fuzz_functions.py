@@ -76,7 +76,6 @@ ELSEWHERE = {
     "InitMethod": "a protocol",
     "LandscapeCallback": "called by transformers",
     "LoraDashCallback": "called by transformers",
-    "gradient_of": "takes statistics, which have no other maker than collect",
     "LoraPro": "by create_lora_pro_optimizer",
     "LoraTSD": "by LoraDash and TaskDirections",
     "tune": "measures for seconds; tests/test_tuning.py",

@@ -41,7 +41,7 @@ def test_every_statistic_equals_single_sample_autograd_whatever_the_batch_size(s
     compare(stats, truth, 1e-12)
     assert stats.loss_items == items and stats.samples == len(made)
     expected = truth["lm_head"]["gradient"] / items
-    torch.testing.assert_close(stats.mean_gradient("lm_head"), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(stats["lm_head"].gradient(), expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -72,7 +72,7 @@ def test_the_mean_over_items_is_what_accumulated_training_steps_see():
     stats = gather(tiny_llama(torch.float64), batches, "gradient")
     for name, module in model.named_modules():
         if name in NAMES:
-            assert relative_error(stats.mean_gradient(name), module.weight.grad) < 1e-6  # a loss in float32
+            assert relative_error(stats[name].gradient(), module.weight.grad) < 1e-6  # a loss in float32
 
 
 def test_labels_mask_changes_the_fisher_and_second_moments_but_not_the_gradient():
