@@ -47,7 +47,7 @@ $(VENV)/.llm: $(VENV)/.torch constraints.txt
 	@touch $@
 
 demo: $(VENV)/.demo ## fine-tune a real model with random and with data-aware LoRA, and compare
-	@$(BIN)/lora-kernels demo
+	@$(BIN)/python -m benchmarks.demo
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -11,50 +11,16 @@ import argparse
 import json
 import os
 import platform
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.quality.choice import choose
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ARMS = ("random", "eva")
 SEEDS = (100, 101)
 RESULT = Path(__file__).parent / "results" / "demo_rates.json"
-
-
-def choose(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Chooses each arm's rate: the lowest mean held-out loss after the last step, of those that finished every seed.
-
-    Args:
-        runs: Entries with `arm`, `learning_rate` and `final_loss` (None where the run diverged).
-
-    Returns:
-        Per arm the `rate`, the mean `losses` by rate (None where a seed diverged) and whether the choice is `at_edge`
-        of the grid.
-
-    Raises:
-        ValueError: Every rate of an arm diverged.
-    """
-    choice: dict[str, dict[str, Any]] = {}
-    for arm in sorted({run["arm"] for run in runs}):
-        losses: dict[float, list[float | None]] = {}
-        for run in runs:
-            if run["arm"] == arm:
-                losses.setdefault(run["learning_rate"], []).append(run["final_loss"])
-        means = {
-            rate: None if None in values else statistics.fmean(value for value in values if value is not None)
-            for rate, values in sorted(losses.items())
-        }
-        finished = {rate: mean for rate, mean in means.items() if mean is not None}
-        if not finished:
-            raise ValueError(f"runs of arm {arm!r} all diverged, at least one rate must finish every seed")
-        best = min(finished, key=lambda rate: (finished[rate], rate))
-        choice[arm] = {
-            "rate": best,
-            "at_edge": best in {min(means), max(means)},
-            "losses": {f"{rate:g}": mean for rate, mean in means.items()},
-        }
-    return choice
 
 
 def main() -> int:
@@ -71,11 +37,11 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from lora_kernels.demo.batches import load_tokenizer, model_folder
-    from lora_kernels.demo.config import DemoConfig
-    from lora_kernels.demo.data import docstring_task, hold_out
-    from lora_kernels.demo.run import quiet_transformers, versions
-    from lora_kernels.demo.task import train_run
+    from benchmarks.demo.batches import load_tokenizer, model_folder
+    from benchmarks.demo.config import DemoConfig
+    from benchmarks.demo.data import docstring_task, hold_out
+    from benchmarks.demo.run import quiet_transformers, versions
+    from benchmarks.demo.task import train_run
 
     torch.set_num_threads(arguments.threads)
     quiet_transformers()

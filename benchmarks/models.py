@@ -55,8 +55,8 @@ def minilm() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """MiniLM-L6 and 16 batches of 32 docstrings of the standard library."""
     from transformers import AutoModel, AutoTokenizer
 
-    from lora_kernels.demo.batches import model_folder
-    from lora_kernels.demo.data import docstring_task
+    from benchmarks.demo.batches import model_folder
+    from benchmarks.demo.data import docstring_task
 
     folder = model_folder(None)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

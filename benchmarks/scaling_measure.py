@@ -1,8 +1,7 @@
 """Small collections on this CPU beside what their plan says: one process, or two under torchrun.
 
 `python -m benchmarks.scaling --measure` runs it; by itself: `torchrun --nproc-per-node 2 -m benchmarks.scaling_measure
-FILE`. Counted: bytes of sums, passes, all-reductions and their bytes. Timed: passes, reduction and decomposition,
-beside the least times at this machine's own rates, measured just before with as many processes.
+FILE`. Counted: bytes of sums, passes, all-reductions, their bytes, and small messages.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
 from lora_kernels.init import resolve_method
-from lora_kernels.statistics import Rates
 
 RANK, SKETCH = 8, 64
 # Name, method, options of the collection.
@@ -59,17 +54,15 @@ def batches(quick: bool, process: int) -> list[dict[str, torch.Tensor]]:
 
 
 class Counter:
-    """What goes through torch.distributed, and for how long the sums travel."""
+    """What goes through torch.distributed."""
 
     def __init__(self) -> None:
         self.reductions = self.bytes = self.objects = 0
-        self.seconds = 0.0
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Count while it lasts."""
-        ours = lk.statistics.distributed
-        real = distributed.all_reduce, distributed.all_gather_object, ours.all_reduce
+        real = distributed.all_reduce, distributed.all_gather_object
 
         def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self.reductions += 1
@@ -80,16 +73,11 @@ class Counter:
             self.objects += 1
             return real[1](*args, **kwargs)
 
-        def timed(*args: Any) -> None:
-            started = time.perf_counter()
-            real[2](*args)
-            self.seconds += time.perf_counter() - started
-
-        distributed.all_reduce, distributed.all_gather_object, ours.all_reduce = all_reduce, all_gather_object, timed
+        distributed.all_reduce, distributed.all_gather_object = all_reduce, all_gather_object
         try:
             yield
         finally:
-            distributed.all_reduce, distributed.all_gather_object, ours.all_reduce = real
+            distributed.all_reduce, distributed.all_gather_object = real
 
 
 class Loader(list):  # type: ignore[type-arg]
@@ -100,48 +88,6 @@ class Loader(list):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Any]:
         self.reads += 1
         return super().__iter__()
-
-
-def _best(call: Callable[[], Any], rounds: int) -> float:
-    call()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def measured_rates(world: int, quick: bool) -> Rates:
-    """What a process reaches here while all others do the same."""
-    order, size, rounds = (128, 2**18, 2) if quick else (1536, 2**25, 7)
-    flops = {}
-    for name, dtype in (("single", torch.float32), ("double", torch.float64)):
-        a, b = (torch.randn(order, order, dtype=dtype) for _ in range(2))
-        out = torch.empty(order, order, dtype=dtype)
-        flops[name] = 2 * order**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), rounds)
-    source, target = torch.ones(size), torch.empty(size)
-    memory = 8 * size / _best(lambda: target.copy_(source), rounds)
-    link = memory
-    if world > 1:
-        flat = torch.ones(size // 4)
-        seconds = _best(lambda: distributed.all_reduce(flat), rounds)
-        link = 2 * (world - 1) / world * flat.numel() * 4 / seconds
-    return Rates(
-        "this CPU",
-        matmul=flops["single"],
-        single=flops["single"],
-        double=flops["double"],
-        memory=memory,
-        capacity=1e12,
-        link=link,
-        network=link,
-        host=1e18,  # nothing moves: the host is the device
-        host_double=flops["double"],
-        host_capacity=1e12,
-        node=world,
-        source="the best of several calls: copies, products of one size, an all-reduction over gloo",
-    )
 
 
 def _held(found: Any) -> int:
@@ -155,34 +101,20 @@ def _held(found: Any) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
-def run_case(name: str, method: str, options: dict[str, Any], rates: Rates, world: int, quick: bool) -> dict[str, Any]:
-    """One collection and its decompositions, beside their plan."""
-    process = distributed.get_rank() if world > 1 else 0
-    loader = Loader(batches(quick, process))
-    per_step = loader[0]["input_ids"].numel()
-    tokens = {"tokens": per_step * len(loader) * world, "batch_tokens": per_step}
+def run_case(name: str, method: str, options: dict[str, Any], world: int, quick: bool) -> dict[str, Any]:
+    """One collection, beside its plan."""
+    loader = Loader(batches(quick, distributed.get_rank() if world > 1 else 0))
     config = resolve_method(method)
     settings = {"sketch_size": SKETCH if not quick else 32, **options}
     peft_model = model(quick)
     if "budget" in settings:
         whole = lk.plan(peft_model, config, batch=loader[0], world_size=world, form="exact").total_bytes
         settings["budget"] = int(settings["budget"] * whole)
-    plan = lk.plan(peft_model, config, batch=loader[0], world_size=world, rates=rates, rank=RANK, **tokens, **settings)
-    times: dict[str, list[float]] = {"passes": [], "reduce": [], "decompose": []}
-    for _ in range(1 if quick else 3):
-        counter, loader.reads = Counter(), 0
-        peft_model = model(quick)
-        with counter.watch():
-            started = time.perf_counter()
-            found = lk.collect(peft_model, loader, config, progress=False, **settings, **config.collect_options)
-            total = time.perf_counter() - started
-        report = lk.initialize(peft_model, None, config, statistics=found, progress=False)
-        times["passes"].append(total - counter.seconds)
-        times["reduce"].append(counter.seconds)
-        times["decompose"].append(report.seconds["decompose"])
+    plan = lk.plan(peft_model, config, batch=loader[0], world_size=world, **settings)
+    counter = Counter()
+    with counter.watch():
+        statistics = lk.collect(peft_model, loader, config, progress=False, **settings, **config.collect_options)
     probes = int("budget" in settings)  # a batch is read before, to find which layers share an input
-    cost = plan.cost
-    assert cost is not None  # rates were given
     return {
         "case": name,
         "world": world,
@@ -194,18 +126,12 @@ def run_case(name: str, method: str, options: dict[str, Any], rates: Rates, worl
             "objects": plan.passes + 3 if world > 1 else 0,
         },
         "found": {
-            "bytes": _held(found),
+            "bytes": _held(statistics),
             "passes": loader.reads - probes,
             "reductions": counter.reductions,
             "reduced_bytes": counter.bytes,
             "objects": counter.objects,
         },
-        "floor": {
-            "passes": cost.model_seconds + cost.statistics_seconds,
-            "reduce": cost.reduce_seconds,
-            "decompose": cost.decompose_seconds,
-        },
-        "seconds": {part: statistics.median(values[1:] or values) for part, values in times.items()},
     }
 
 
@@ -220,11 +146,10 @@ def main() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         distributed.init_process_group("gloo")
-    rates = measured_rates(world, options.quick)
-    rows = [run_case(*case, rates, world, options.quick) for case in CASES]
+    rows = [run_case(*case, world, options.quick) for case in CASES]
     size = sum(each.numel() for each in model(options.quick).parameters())
     if world == 1 or distributed.get_rank() == 0:
-        options.out.write_text(json.dumps({"parameters": size, "rates": asdict(rates), "rows": rows}))
+        options.out.write_text(json.dumps({"parameters": size, "rows": rows}))
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.api.report import InitReport, LayerReport
 from lora_kernels.api.saved import export, load
 from lora_kernels.api.tsd import LoraTSD
-from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, PiSSA, Redistribution, TaskDirections
+from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, LoraOne, PiSSA, Redistribution, TaskDirections
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
 from lora_kernels.statistics import CollectOptions, Plan, Statistics
 from lora_kernels.training import (
@@ -53,6 +53,7 @@ __all__ = [
     "LoraTSD",
     "LoraDA",
     "LoraGA",
+    "LoraOne",
     "PiSSA",
     "Plan",
     "Redistribution",

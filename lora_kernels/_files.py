@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 if TYPE_CHECKING:
     import torch
 
 _NUMBERS = itertools.count()
+_TAIL = 2**16  # bytes read at once from the end of a file
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -83,6 +86,34 @@ def write_tensors(
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, fresh, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[Path]:
+    """Keep other processes that ask likewise from a file, for what reads it and writes it again.
+
+    Yields:
+        The file's resolved path, whose folder is made.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        yield target
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line in UTF-8 to a file; a last line that was cut off (a killed process) is removed first."""
+    with locked(path) as target, target.open("ab+") as file:
+        size = file.tell()
+        while size > 0:
+            start = max(0, size - _TAIL)
+            file.seek(start)
+            end = start + file.read(size - start).rfind(b"\n") + 1
+            if end > start or start == 0:
+                file.truncate(end)
+                break
+            size = start
+        file.write(f"{line}\n".encode())
 
 
 @contextlib.contextmanager

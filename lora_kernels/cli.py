@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels demo | init | plan | verify | tune | inspect | doctor`."""
+"""The command line: `lora-kernels init | plan | verify | tune | inspect | doctor`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels._version import __version__
 from lora_kernels.adapters.versions import require_peft
-
-
-def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="folder of a transformers encoder (default: the packaged MiniLM-L6)")
-    parser.add_argument("--data", type=Path, help=".csv or .jsonl file (default: docstrings of the standard library)")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--rank", type=int, help="LoRA rank per layer, before redistribution")
-    parser.add_argument("--method", help="initialisation to compare with random LoRA: eva, lora_da, pissa, ...")
-    parser.add_argument("--steps", type=int, help="optimizer steps per run")
-    parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float, help="of both arms (default: each arm's own, from the study)")
-    parser.add_argument("--max-tokens", type=int, help="texts are cut to this many tokens")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--accelerate", action="store_true", default=None, help="run the LoRA layers fused")
-    parser.add_argument("--out", type=Path, help="output folder")
-    parser.add_argument("--no-plots", dest="plots", action="store_false", default=None)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from lora_kernels.demo.config import DemoConfig  # noqa: PLC0415  (needs the demo extra)
-    from lora_kernels.demo.run import run  # noqa: PLC0415
-
-    given = {key: value for key, value in vars(options).items() if key not in ("command", "call") and value is not None}
-    return run(DemoConfig(**given))
+from lora_kernels.reports import console
 
 
 def _head_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +26,14 @@ def _task_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    from lora_kernels.init import METHODS  # noqa: PLC0415
+
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
     parser.add_argument("--text-column", default="text")
     _head_arguments(parser)
-    parser.add_argument("--method", default="eva", help="eva, lora_da, lora_ga, corda, pissa or task_directions")
+    parser.add_argument("--method", default="eva", help=", ".join(METHODS))
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as gamma=64"
     )
@@ -97,12 +72,14 @@ def _init(options: argparse.Namespace) -> int:
         raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
     method = method_from_text(options.method, options.set)
     limits = (options.min_rank, options.max_rank, options.multiple_of)
-    moves = isinstance(method, lk.EVA) and (options.rho is not None or limits != (1, None, 1))
-    score = options.ranks or ("explained_variance" if moves else None)
+    moves = options.rho is not None or limits != (1, None, 1)
+    score = options.ranks or (method.own_score if moves else None)
+    if moves and score is None:
+        raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
     ranks = None
     if score is not None and score != "keep":
         ranks = lk.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
-    elif score == "keep" and isinstance(method, lk.EVA):
+    elif score == "keep":
         method = method.keeping_ranks()
     texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     task = transformers.task_for(options.model, options.task, labels)
@@ -139,7 +116,7 @@ def _init(options: argparse.Namespace) -> int:
             f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
             f"in alphabetical order. Load the base with num_labels={model.config.num_labels}."
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(*lines, sep="\n")
+    console(140).print(*lines, sep="\n")
     return 0
 
 
@@ -151,19 +128,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, default=1, help="number of processes")
     parser.add_argument("--form", default="auto", help="auto, exact or sketch")
     parser.add_argument("--sketch-size", type=int, default=64, help="columns of a sketch")
-    parser.add_argument(
-        "--rates", help="h200, or a .json file of rates (statistics.Rates): also what fits, and seconds"
-    )
-    parser.add_argument("--tokens", type=int, default=2**20, help="with --rates: read in each pass (default: 2^20)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="with --rates: per process and step")
-    parser.add_argument("--rank", type=int, default=16, help="with --rates: of the adapters")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def _plan(options: argparse.Namespace) -> int:
     import lora_kernels as lk  # noqa: PLC0415
     from lora_kernels.api import transformers  # noqa: PLC0415
-    from lora_kernels.statistics import H200, Rates  # noqa: PLC0415
 
     model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
     settings: dict[str, Any] = {
@@ -173,10 +143,6 @@ def _plan(options: argparse.Namespace) -> int:
         "form": options.form,
         "sketch_size": options.sketch_size,
     }
-    if options.rates is not None:
-        rates = H200 if options.rates.lower() == "h200" else Rates.read(options.rates)
-        names = ("tokens", "batch_tokens", "rank")
-        settings |= {"rates": rates, **{name: getattr(options, name) for name in names}}
     batch = transformers.example_batch(model)
     try:
         plan = lk.plan(model, options.method, batch=batch, **settings)
@@ -186,7 +152,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(plan.to_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(plan)
+        console(140).print(plan)
     return 0
 
 
@@ -229,14 +195,14 @@ def _verify(options: argparse.Namespace) -> int:
     few = slice(0, options.batch_size)
     some = texts[few], None if labels is None else labels[few]
     (batch,) = transformers.task_batches(base, tokenizer, task, *some, options.batch_size, options.max_length)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(lk.accelerate(model, guard=False).summary())
+    output = console()
+    output.print(lk.accelerate(model, guard=False).summary())
     loss = None
     if "labels" not in batch:
-        console.print("no labels: the mean square of the model's first output stands for the loss")
+        output.print("no labels: the mean square of the model's first output stands for the loss")
         loss = _mean_square
     report = lk.verify(model, batch, loss=loss)
-    console.print(report)
+    output.print(report)
     return 0 if report.ok else 1
 
 
@@ -284,9 +250,9 @@ def _tune(options: argparse.Namespace) -> int:
         raise ValueError(f"device is {options.device!r}: {error}") from error
     names = ("tokens", "rank", "dropout", "rounds", "out")
     chosen = {name: getattr(options, name) for name in names}
-    progress = Console(stderr=True).print
+    progress = console(stderr=True).print
     report = lk.tune(layers, dtype=dtype, device=device, progress=progress, **chosen)
-    Console(width=None if sys.stdout.isatty() else 160).print(report)
+    console().print(report)
     return 0 if report.ok else 1
 
 
@@ -309,12 +275,12 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from lora_kernels.api import inspection, text_files  # noqa: PLC0415
-    from lora_kernels.api.monitor import read_log  # noqa: PLC0415
+    from lora_kernels.api.monitor import latest_run, read_log  # noqa: PLC0415
 
     texts = labels = None
     if options.data is not None:
         texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    log = None if options.monitor is None else read_log(options.monitor)
+    log = None if options.monitor is None else latest_run(read_log(options.monitor))
     names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
     chosen = {name: getattr(options, name) for name in names}
     diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
@@ -322,12 +288,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(diagnosis.to_json())
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(diagnosis)
+        output = console()
+        output.print(diagnosis)
         if log is not None:
-            console.print(inspection.log_summary(log), highlight=False, markup=False)
+            output.print(inspection.log_summary(log))
         for path in written:
-            console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+            output.print(f"wrote {path}", style="dim")
     return 1 if diagnosis.verdict.kind == "loud_failure" else 0
 
 
@@ -342,7 +308,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     described: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[..., int]], ...] = (
-        ("demo", "fine-tune a real model with random and with data-aware LoRA, and compare", _demo_arguments, _demo),
         (
             "init",
             "make a PEFT adapter with a data-aware start from a model folder and a text file",
@@ -393,7 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.call(options))
     except ModuleNotFoundError as error:
-        print(f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[demo]' has it", file=sys.stderr)
+        print(
+            f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft,plots]' has it", file=sys.stderr
+        )
         return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from lora_kernels._version import __version__
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import cpp_refuses, triton_refuses
 from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.reports import Table, console
 from lora_kernels.self_tests import self_tests
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib", "rich", "tqdm")
@@ -62,23 +60,23 @@ def run() -> int:
     Returns:
         0 if every backend that says it can run gives right answers, else 1.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    output = console(140)
     versions = Table("what", "version", title="installation")
     for name, version in _versions():
         versions.add_row(name, version)
-    console.print(versions)
+    output.print(versions)
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     backends = Table("backend", *(f"on {device.type}" for device in devices), title="backends")
     backends.add_row("triton", *(triton_refuses(device) or "usable" for device in devices))
     backends.add_row("cpp", *(cpp_refuses(device) or "usable" for device in devices))
     backends.add_row("torch", *("usable" for _ in devices))
-    console.print(backends)
-    console.print(_measured_forms())
+    output.print(backends)
+    output.print(_measured_forms())
     outcomes = self_tests()
     tests = Table("op", "backend", "device", "error", "verdict", title="self-test against float64")
     for each in outcomes:
         verdict = "BROKEN" if each.broken else "ok" if each.error is not None else "not run"
         error = "" if each.error is None else f"{each.error:.1e}"
         tests.add_row(each.op, each.backend, each.device, error, f"{verdict} {each.reason}".strip())
-    console.print(tests)
+    output.print(tests)
     return 1 if any(each.broken for each in outcomes) else 0

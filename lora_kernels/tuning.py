@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import nn
 
 from lora_kernels._checks import FLOATS, check_range
+from lora_kernels._files import locked
 from lora_kernels.api.plain import linear_features
 from lora_kernels.api.transformers import linear_targets
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
 from lora_kernels.ops.lora_linear.table import FORMS, Key
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table
 
 _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA layer's large product, and the fastest."
 
@@ -172,8 +172,9 @@ def tune(
         ValueError: on a wrong number, or a file that is there and is no such table.
         RuntimeError: if the default form fails, or gives wrong numbers.
     """
-    path = table.cache_file() if out is None else Path(out)
-    known = table.read(path) if path.exists() else []
+    path = (table.cache_file() if out is None else Path(out)).resolve()
+    if path.exists():
+        table.read(path)  # before anything is measured
     where = _device(device)
     kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if kind not in FLOATS:
@@ -194,9 +195,10 @@ def tune(
                 progress(f"{product}: {count} tokens, {n} -> {m}, rank {width}")
             found = measure(key, tokens=count, rank=width, device=where, dtype=kind, rounds=rounds)
             measurements.append(found)
-            known = table.merged(known, [found.record()])
             try:
-                table.write(path, known, _NOTE)
+                with locked(path):
+                    known = table.read(path) if path.exists() else []
+                    table.write(path, table.merged(known, [found.record()]), _NOTE)
             except OSError as error:
                 raise ValueError(f"out was {str(path)!r}, which cannot be written: {error}") from error
             forms.forget()

@@ -209,7 +209,7 @@ def test_the_head_is_what_was_asked_for_or_the_adapters_or_of_the_labels_or_the_
         (["--ranks", "loss"], "score is 'loss'"),
         (["--data", "missing.csv"], "must be an existing .csv or .jsonl file"),
         (["--text-column", "body"], "must include 'body'"),
-        (["--method", "magic"], "method is 'magic', but must be one of 'eva'"),
+        (["--method", "magic"], "method is 'magic', but must be one of 'corda'"),
         (["--model", "nowhere"], "must be a folder with a transformers config.json"),
         (["--task", "vision"], "task is 'vision'"),
         (["--rho", "0.1"], "rho is 0.1, but must be >= 1"),

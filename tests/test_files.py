@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 import lora_kernels as lk
 from lora_kernels import _files
+from lora_kernels._files import append_line
+from lora_kernels.api.text_files import read_texts
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
@@ -204,3 +207,45 @@ def test_an_export_killed_at_any_step_is_the_old_or_the_new_adapter(tmp_path):
     assert seen == sorted(seen, reverse=True) and len(set(seen)) == 2
     assert relative_error(logits(PeftModel.from_pretrained(tiny_llama(), folder)), truth[1]) < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["adapter", "new"]
+
+
+APPEND = """
+import sys
+from lora_kernels._files import append_line
+for number in range(200):
+    append_line(sys.argv[1], f"{sys.argv[2]} {number} " + "x" * 100)
+"""
+
+
+def test_lines_of_two_processes_stay_whole(tmp_path):
+    path = tmp_path / "log"
+    runs = [subprocess.Popen([sys.executable, "-c", APPEND, str(path), name]) for name in "ab"]
+    assert not any(run.wait() for run in runs)
+    lines = [line.split() for line in path.read_text().splitlines()]
+    for name in "ab":
+        assert [int(number) for who, number, rest in lines if who == name and rest == "x" * 100] == list(range(200))
+
+
+@pytest.mark.parametrize("whole", ["", "one\n", "one\ntwo\n"])
+@pytest.mark.parametrize("cut", ["", "thr", "x" * 200_000])
+def test_a_line_that_was_cut_off_is_removed(tmp_path, whole, cut):
+    path = tmp_path / "log"
+    path.write_text(whole + cut)
+    append_line(path, "last")
+    assert path.read_text() == f"{whole}last\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("text,label\nhello, world,1\n", "more than 2 columns"),
+        ("text,label\nhello\n", "fewer than 2 columns"),
+        ('text,label\n"hello,1\n', "must be UTF-8 CSV"),
+        ("text,text\na,b\n", "twice"),
+    ],
+)
+def test_csv_that_would_lose_text_is_refused(tmp_path, text, said):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_texts(path, "text")

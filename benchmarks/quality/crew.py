@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.demo.batches import Batches, load_tokenizer, model_folder
+from benchmarks.demo.config import DemoConfig
+from benchmarks.demo.run import quiet_transformers
+from benchmarks.demo.task import DivergedError, RunRecord, train_run
 from benchmarks.quality.protocol import Job, Setup, read
-from lora_kernels.demo.batches import Batches, load_tokenizer, model_folder
-from lora_kernels.demo.config import DemoConfig
-from lora_kernels.demo.run import quiet_transformers
-from lora_kernels.demo.task import DivergedError, RunRecord, train_run
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 CURVE_EVERY = 10

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo.data import TextTask, docstring_task, hold_out
+from benchmarks.demo.recipe import Recipe
+from benchmarks.demo.user_data import part_file, read_folder, read_task, stratified_split
 from benchmarks.quality.report import BASELINE
 from lora_kernels.api.text_files import read_rows
-from lora_kernels.demo.data import TextTask, docstring_task, hold_out
-from lora_kernels.demo.recipe import Recipe
-from lora_kernels.demo.user_data import part_file, read_folder, read_task, stratified_split
 from lora_kernels.init import EVA, CorDA, InitMethod, LoraDA, LoraGA, PiSSA, TaskDirections
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_kernels.demo.report import Comparison, compare, format_difference, stages
+from benchmarks.demo.report import Comparison, compare, format_difference, stages
 
 BASELINE = "random"
 TITLES = {

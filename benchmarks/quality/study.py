@@ -11,16 +11,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.demo_rates import choose
+from benchmarks.demo.batches import load_tokenizer, model_folder
+from benchmarks.demo.config import MAX_BATCHES
+from benchmarks.demo.data import TextTask
+from benchmarks.demo.run import versions
+from benchmarks.demo.task import GRADIENT_CLIP, WARMUP_SHARE
 from benchmarks.quality import report
+from benchmarks.quality.choice import choose
 from benchmarks.quality.crew import CONSOLE, Crew, Partial
 from benchmarks.quality.protocol import Job, Setup, read
 from benchmarks.quality.report import BASELINE
-from lora_kernels.demo.batches import load_tokenizer, model_folder
-from lora_kernels.demo.config import MAX_BATCHES
-from lora_kernels.demo.data import TextTask
-from lora_kernels.demo.run import versions
-from lora_kernels.demo.task import GRADIENT_CLIP, WARMUP_SHARE
 
 Losses = dict[tuple[str, float], float | None]
 

@@ -27,12 +27,12 @@ DEMO_STEPS, DEMO_FACTORS = 40, (1, 100)
 
 def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     """The demo's model with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
-    from lora_kernels.demo.batches import Batches, load_tokenizer, model_folder
-    from lora_kernels.demo.config import DemoConfig
-    from lora_kernels.demo.data import docstring_task
-    from lora_kernels.demo.recipe import parameter_groups
-    from lora_kernels.demo.run import quiet_transformers
-    from lora_kernels.demo.task import build_model
+    from benchmarks.demo.batches import Batches, load_tokenizer, model_folder
+    from benchmarks.demo.config import DemoConfig
+    from benchmarks.demo.data import docstring_task
+    from benchmarks.demo.recipe import parameter_groups
+    from benchmarks.demo.run import quiet_transformers
+    from benchmarks.demo.task import build_model
 
     quiet_transformers()
     config, data = DemoConfig(plots=False), docstring_task()
@@ -64,8 +64,8 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
     Returns:
         The entry.
     """
+    from benchmarks.demo.config import DEFAULT_RATES
     from lora_kernels import diagnose
-    from lora_kernels.demo.config import DEFAULT_RATES
 
     rows = []
     for factor in DEMO_FACTORS:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-PREFIX = "base_model.model."
+from lora_kernels.reports import PREFIX
+
 _Number = TypeVar("_Number", int, float)
 
 

@@ -16,7 +16,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_kernels.adapters.names import PREFIX, matches
+from lora_kernels.adapters.names import matches
+from lora_kernels.reports import PREFIX
 
 SERVERS = ("vllm", "sglang", "llama.cpp")
 _SHOWN = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import PLAIN, base_weight, check_readable, weight_kind, why_unreadable
+from lora_kernels.adapters.base_weight import PLAIN, base_weight, weight_kind, why_unreadable
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.api import guidance
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.report import LayerReport
-from lora_kernels.init import EVA, InitMethod, LayerFactors, LoraDA, Redistribution
+from lora_kernels.init import InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
@@ -56,18 +56,30 @@ def untrained_layers(
         _check_biases(model, layers, adapter_name)
     layers = _wide_enough(layers)
     _check_base(model, adapter_name)
-    if getattr(method, "reads_base", False):
-        for layer in layers.supported:
-            check_readable(layer.view.module, layer.view.name)
+    if method.reads_base:
+        _check_readable(layers.supported)
         if world_size() > 1:
             _refuse_sharded(layers, method.name)
     if method.offsets_base:
         _check_offset(model, layers, adapter_name, base)
-    elif force or method.name == LoraDA.name:
-        for layer in layers.supported:
-            if peft_layers.magnitudes(layer.target.module, adapter_name) is not None:  # anew, from the weight
-                check_readable(layer.target.module, layer.target.name)
+    elif force or method.moves_function:
+        # DoRA's magnitudes are made anew, from the weight.
+        dora = (
+            layer for layer in layers.supported if peft_layers.magnitudes(layer.target.module, adapter_name) is not None
+        )
+        _check_readable(dora)
     return layers
+
+
+def _check_readable(layers: Iterable[peft_layers.LoraTarget]) -> None:
+    """Refuse base weights that cannot be read, naming all such layers."""
+    reasons = {layer.view.name: why_unreadable(layer.view.module) for layer in layers}
+    bad = {name: why for name, why in reasons.items() if why is not None}
+    if bad:
+        raise ValueError(
+            f"the base weight of layer {', '.join(bad)} cannot be read: {'; '.join(dict.fromkeys(bad.values()))} "
+            "(exclude_modules leaves layers out; eva, lora_ga and lora_one read no base weight)"
+        )
 
 
 def _wide_enough(layers: peft_layers.LoraLayers) -> peft_layers.LoraLayers:
@@ -96,7 +108,7 @@ def check_ranks(layers: peft_layers.LoraLayers, method: InitMethod, ranks: Redis
     Raises:
         ValueError: if so.
     """
-    rule = method.redistribution if ranks is None and isinstance(method, EVA) and method.redistributes else ranks
+    rule = method.redistribution if ranks is None else ranks
     if rule is not None:
         asked = {layer.view.name: layer.rank for layer in layers.supported}
         rule.check(asked, {layer.view.name: layer.limit for layer in layers.supported})
@@ -201,8 +213,6 @@ def solve(
     method: InitMethod,
     ranks: Redistribution | None,
     adapter_name: str,
-    *,
-    progress: bool,
 ) -> tuple[dict[str, LayerFactors], bool]:
     """The factors of all layers that data reached.
 
@@ -213,13 +223,13 @@ def solve(
         method: the method.
         ranks: a redistribution.
         adapter_name: the adapter.
-        progress: show bars.
 
     Returns:
         The answers by name, empty factors where no component won a rank; and whether alpha follows the rank.
     """
-    assigned = given if ranks is None else ranks.assign(statistics, given, progress=progress)
-    adjust = (method if ranks is None else ranks).adjust_scaling_factors
+    assigned = given if ranks is None else ranks.assign(statistics, given)
+    rule = method.redistribution if ranks is None else ranks
+    adjust = rule is not None and rule.adjust_scaling_factors
     kept = {name: rank for name, rank in assigned.items() if rank > 0}
     by_name = {each.view.name: each for each in layers.supported}
     # The scaling that a layer will have is what its factors are made for.
@@ -227,7 +237,7 @@ def solve(
         name: _under(peft_layers.with_rank(by_name[name], rank, adjust=adjust), adapter_name)
         for name, rank in kept.items()
     }
-    found = method.factors(statistics, kept, base=under, progress=progress)
+    found = method.factors(statistics, kept, base=under)
     found |= {name: _no_adapter(by_name[name].target) for name in assigned if name not in kept}
     return found, adjust
 
@@ -258,8 +268,8 @@ def write(
     """
     from lora_kernels.adapters.config import describe, tidy_up  # noqa: PLC0415  (imports peft)
 
-    for layer in layers.supported:
-        parts.remove(layer.view.module, adapter_name, parts.START)
+    for name in found:  # a layer that keeps its values keeps its start
+        parts.remove(model.get_submodule(name), adapter_name, parts.START)
     factors = {name: each.factors for name, each in found.items()}
     peft_layers.write(model, layers, factors, adapter_name, adjust_scaling_factors=adjust)
     for name, each in factors.items():
@@ -291,6 +301,7 @@ def advice(
     method: InitMethod,
     found: Mapping[str, LayerFactors],
     reports: Sequence[LayerReport],
+    statistics: Statistics,
     learning_rate: float | None,
 ) -> tuple[str, ...]:
     """What is to be said about training from this start.
@@ -299,18 +310,22 @@ def advice(
         method: the method.
         found: the answers, by name.
         reports: of the layers.
+        statistics: that were read.
         learning_rate: that training will have.
 
     Returns:
         Sentences.
     """
-    return guidance.advice(
+    change = math.fsum(layer.start_change or 0.0 for layer in reports)
+    moved = f"{method.name} moves the model's function at the start: the loss is predicted to change by {change:.2g}"
+    said = guidance.advice(
         method.name,
         [each.step_ratio for each in reports if each.step_ratio is not None],
         starts_away=any(bool(each.factors.B.any()) for each in found.values()),
         full_rate=method.full_rate,
         learning_rate=learning_rate,
     )
+    return (*([moved] if method.moves_function else []), *method.remarks(statistics), *said)
 
 
 def settings(method: InitMethod, ranks: Redistribution | None) -> dict[str, Any]:
@@ -343,9 +358,15 @@ def with_wants(wants: Mapping[str, bool], ranks: Redistribution | None) -> dict[
     return {name: bool(wants.get(name)) or bool(more.get(name)) for name in (*wants, *more)}
 
 
+def _status(answer: LayerFactors) -> str:
+    if not answer.factors.rank:
+        return "removed"
+    return "stock" if answer.solver == "stock" else "initialised"
+
+
 def _no_adapter(target: Target) -> LayerFactors:
     empty = LoraFactors(torch.zeros(0, target.in_features), torch.zeros(target.out_features, 0))
-    return LayerFactors(empty, math.nan, 0.0, "", ("no component won a rank",))
+    return LayerFactors(empty, notes=("no component won a rank",))
 
 
 def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
@@ -354,11 +375,12 @@ def _under(layer: peft_layers.LoraTarget, adapter: str) -> BaseLayer:
         functools.partial(base_weight, module, name),
         layer.scaling,
         lambda: LoraFactors(*(factor.to(torch.float32, copy=True) for factor in layer.view.factors(adapter))),
+        (layer.target.out_features, layer.target.in_features),
     )
 
 
-def with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
-    """A method that weighs by the size of the training set, and was not told it, takes that of the loader's dataset.
+def for_dataset(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
+    """A method that depends on the size of the training set, and was not told it, takes that of the loader's dataset.
 
     Args:
         method: the method.
@@ -368,9 +390,7 @@ def with_population(method: InitMethod, loader: Iterable[Any] | None) -> InitMet
         The method.
     """
     dataset = getattr(loader, "dataset", None)
-    if getattr(method, "population_size", 0) is None and isinstance(dataset, Sized) and len(dataset) > 0:
-        return replace(method, population_size=len(dataset))  # type: ignore[type-var]
-    return method
+    return method.for_samples(len(dataset)) if isinstance(dataset, Sized) and len(dataset) > 0 else method
 
 
 def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
@@ -485,7 +505,7 @@ def layer_reports(
         reports.append(
             LayerReport(
                 name,
-                "initialised" if answer.factors.rank else "removed",
+                _status(answer),
                 each.rank,
                 answer.factors.rank,
                 explained,

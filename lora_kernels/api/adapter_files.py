@@ -15,9 +15,9 @@ from lora_kernels._checks import check_number, repr_short
 from lora_kernels._files import read_json
 from lora_kernels.adapters import servers
 from lora_kernels.adapters.files import WEIGHTS, mark_of
-from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.parts import Start
 from lora_kernels.landscape import Adapter
+from lora_kernels.reports import PREFIX
 
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"

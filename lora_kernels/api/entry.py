@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,22 +15,20 @@ from lora_kernels.api import _starting, guidance
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.plain import find_linear_layers, skipped_modules
 from lora_kernels.api.report import InitReport
-from lora_kernels.init import EVA, InitMethod, Redistribution, resolve_method
-from lora_kernels.init.work import decompose_seconds
+from lora_kernels.init import InitMethod, Redistribution, resolve_method
+from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap
+from lora_kernels.runtime.progress import progress_bars
 from lora_kernels.statistics import (
     Plan,
-    Rates,
     Statistics,
     Target,
     make_plan,
     parse_budget,
 )
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.cost import Footprint
-from lora_kernels.statistics.estimate import estimate
 from lora_kernels.statistics.options import Forward, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
@@ -86,7 +83,7 @@ def collect(
     check_type("adapter_name", adapter_name, str, "a name")
     found, skipped = _targets(model, targets, adapter_name)
     with peft_layers.base_model_only(model):
-        return collect_targets(model, loader, found, wants, chosen, skipped_modules=skipped)
+        return collect_targets(model, loader, found, named_wants(wants), chosen, skipped_modules=skipped)
 
 
 def plan(
@@ -99,13 +96,9 @@ def plan(
     world_size: int | None = None,
     forward: Forward | None = None,
     share_inputs: bool = True,
-    rates: Rates | None = None,
-    tokens: int | None = None,
-    batch_tokens: int = 8192,
-    rank: int = 16,
     **options: Any,
 ) -> Plan:
-    """What a collection would keep and cost, before any data is read; the model may be on the meta device.
+    """What a collection would keep and send, before any data is read; the model may be on the meta device.
 
     Args:
         model: as for `collect`.
@@ -117,11 +110,6 @@ def plan(
         world_size: number of processes; by default that of the process group.
         forward: as for `collect`.
         share_inputs: as for `collect`.
-        rates: of a device and its links, such as `statistics.H200`: the plan then says whether model and sums fit, and
-            how many seconds it takes at least, the method's decompositions included (see `statistics.Cost`).
-        tokens: with rates, how many all processes together read in each pass.
-        batch_tokens: with rates, how many each process reads per step.
-        rank: with rates, of the adapters.
         options: `budget`, `form`, `sketch_size`, `dtype` of `statistics.CollectOptions`.
 
     Returns:
@@ -129,15 +117,11 @@ def plan(
 
     Raises:
         TypeError: on an argument of another type, or an unknown option.
-        ValueError: on an argument out of range, a layer that is not there, a budget that one layer exceeds, or one of
-            rates and tokens without the other.
+        ValueError: on an argument out of range, a layer that is not there, or a budget that one layer exceeds.
     """
     unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
     if unknown:
         raise TypeError(f"plan has no option {', '.join(unknown)}")
-    if (rates is None) != (tokens is None):
-        raise ValueError("rates and tokens must be given together, or neither")
-    check_range("rank", rank, low=1, integer=True)
     chosen = read_options(options)
     model = unwrap(model)
     check_type("adapter_name", adapter_name, str, "a name")
@@ -147,9 +131,9 @@ def plan(
         with peft_layers.base_model_only(model), observation_mode(model, gradients=False):
             groups = find_groups(model, found, batch, forward)
     device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
-    made = make_plan(
+    return make_plan(
         found,
-        resolve_wants(wants),
+        resolve_wants(named_wants(wants)),
         groups=groups,
         budget=parse_budget(chosen.budget, device),
         form=chosen.form,
@@ -157,15 +141,6 @@ def plan(
         world_size=processes.world_size() if world_size is None else world_size,
         dtype=chosen.dtype,
     )
-    if rates is None or tokens is None:
-        return made
-    method = wants if isinstance(wants, str) else getattr(wants, "name", "")
-    # Where passes follow, finished sums rest on the host, and are decomposed where they are.
-    last = decompose_seconds(method, made, found, rates, rank, on_host=made.passes > 1)
-    width = next((each.element_size() for each in model.parameters() if each.is_floating_point()), 4)
-    settings: dict[str, Any] = {"tokens": tokens, "batch_tokens": batch_tokens, "width": width, "dtype": chosen.dtype}
-    footprint = Footprint.of(model)
-    return replace(made, cost=estimate(made, found, footprint, rates, **settings, decompose_seconds=last))
 
 
 def initialize(
@@ -225,12 +200,12 @@ def initialize(
     check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
     check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
     check_type("adapter_name", adapter_name, str, "a name")
-    resolved = _starting.with_population(resolve_method(method), loader)
+    resolved = _starting.for_dataset(resolve_method(method), loader)
     check_choice("unreached", unreached, ("warn", "raise"))
     check_choice("base", base, ("intact", "mutate"))
     if learning_rate is not None:
         check_range("learning_rate", learning_rate, low=0.0)
-    if ranks is not None and isinstance(resolved, EVA):
+    if ranks is not None:
         resolved = resolved.keeping_ranks()
     wants = _starting.with_wants(resolved.wants, ranks)
     if wants and (loader is None) == (statistics is None):
@@ -252,15 +227,15 @@ def initialize(
         raise TypeError(f"{names}: options of a collection, but statistics are given")
     collected = time.perf_counter()
     given = _starting.reached_ranks(layers, statistics, wants, unreached)
-    progress = bool(options.get("progress", True))
-    found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name, progress=progress)
+    with progress_bars(bool(options.get("progress", True))):
+        found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name)
     # Before the base weights may change: the report compares the start with what they were.
     reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
     before = _starting.factor_sizes(layers, {})
     _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
     written = time.perf_counter()
-    advice = _starting.advice(resolved, found, reports, learning_rate)
+    advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
     for sentence in filter(guidance.is_warning, advice):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return InitReport(

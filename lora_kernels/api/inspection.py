@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels._files import replacing, write_text
-from lora_kernels.adapters.names import PREFIX
 from lora_kernels.api.adapter_files import AdapterFolder, read_adapter
-from lora_kernels.api.monitor import read_log
+from lora_kernels.api.monitor import latest_run, read_log
 from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+from lora_kernels.reports import PREFIX
 
 
 def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
@@ -117,7 +117,7 @@ def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[
     """
     from lora_kernels.landscape import page, plots  # noqa: PLC0415
 
-    log = None if monitor is None else read_log(monitor)
+    log = None if monitor is None else latest_run(read_log(monitor))
     pictures = {"spectra": out / "spectra.png", "ranks": out / "ranks.png"}
     with replacing(pictures["spectra"]) as file:
         plots.plot_spectra(diagnosis, file)

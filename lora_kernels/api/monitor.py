@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_kernels._checks import check_range
-from lora_kernels._files import parse_json
+from lora_kernels._files import append_line, parse_json
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
@@ -169,13 +169,21 @@ class LandscapeMonitor:
         assert self.path is not None  # checked by the caller
         layers = {name: {key: getattr(each, key) for key in LAYER_FIELDS} for name, each in self.latest.items()}
         line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": layers}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+        append_line(self.path, json.dumps(plain(line), allow_nan=False))
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63  # and not NaN
+
+
+def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measurements of a log by step, without those that a run which was resumed at an earlier step repeated."""
+    latest: list[dict[str, Any]] = []
+    for entry in log:
+        while latest and latest[-1]["step"] >= entry["step"]:
+            latest.pop()
+        latest.append(entry)
+    return latest
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -185,8 +193,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         path: its file.
 
     Returns:
-        One dictionary per measurement, by step; a last line that was cut off (a killed run) is left out, and so is what
-        a run that began anew, or was resumed at an earlier step, has measured again.
+        One dictionary per measurement, in the file's order; a last line that was cut off (a killed run) is left out.
+        `latest_run` leaves out what a resumed run has measured again.
 
     Raises:
         ValueError: if the file is missing, or a line was not written by a monitor.
@@ -213,8 +221,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             or not _is_number(entry.get("step"))
         ):
             raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
-        while found and found[-1]["step"] >= entry["step"]:
-            found.pop()
         found.append(entry)
     if not found:
         raise ValueError(f"{path} holds no measurement")

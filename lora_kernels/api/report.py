@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.reports import Report
+from lora_kernels.reports import Report, Table, short_name
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        status: `initialised`, `removed` (rank 0), `unsupported` (no linear layer, or its rank exceeds min(m, n)), or
-            `not_reached` (never called); the last two keep their values.
+        status: `initialised`, `stock` (LoRA's own start, as the data says nothing of the layer), `removed` (rank 0),
+            `unsupported` (no linear layer, or its rank exceeds min(m, n)), or `not_reached` (never called); the last
+            two keep their values.
         rank_before: rank before.
         rank: rank now.
         explained_variance: share of the input variance that A captures, or `None`.
@@ -103,9 +103,8 @@ class InitReport(Report):
         Yields:
             What rich prints.
         """
-        table = Table(title=f"{self.method} initialisation of adapter {self.adapter!r}")
+        table = Table("layer", title=f"{self.method} initialisation of adapter {self.adapter!r}")
         for column, justify in (
-            ("layer", "left"),
             ("rank", "right"),
             ("explained", "right"),
             ("start", "right"),
@@ -118,7 +117,7 @@ class InitReport(Report):
             rank = f"{layer.rank}" if layer.rank == layer.rank_before else f"{layer.rank_before} -> {layer.rank}"
             status = () if layer.status == "initialised" else (layer.status.replace("_", " "),)
             table.add_row(
-                layer.name,
+                short_name(layer.name),
                 rank,
                 _percent(layer.explained_variance),
                 "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",

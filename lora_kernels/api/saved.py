@@ -15,12 +15,12 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, mark_of
-from lora_kernels.adapters.names import PREFIX
 from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.api import peft as peft_layers
 from lora_kernels.api.adapter_files import CONFIG, read_config, read_tensors
 from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.reports import PREFIX
 from lora_kernels.training.dash import LoraDash
 
 

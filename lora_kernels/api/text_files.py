@@ -105,13 +105,21 @@ def read(path: Path, text_column: str, label_column: str | None = None) -> tuple
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])
+            twice = sorted({column for column in header if header.count(column) > 1})
+            if twice:
+                raise ValueError(f"{path.name}: the columns {twice} stand in the header twice")
             for column in columns:
                 if column not in header:
                     raise ValueError(f"{path.name}: the columns were {header}, must include {column!r}")
             for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path.name}:{reader.line_num} has {'more' if None in row else 'fewer'} than {len(header)} "
+                        "columns: texts with commas must be quoted"
+                    )
                 yield f"{path.name}:{reader.line_num}", row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path.name}:{reader.line_num + 1} must be UTF-8 CSV: {error}") from error

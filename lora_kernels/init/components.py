@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from lora_kernels.init.method import solve_layers
 from lora_kernels.linalg import eigh_topk
-from lora_kernels.runtime.processes import share_out, world_size
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.sharing import InputSums
 from lora_kernels.statistics.sketches import InputSketch
@@ -50,96 +48,49 @@ class Components:
 
 
 def input_components(
-    statistics: Mapping[str, LayerStatistics],
-    wanted: Mapping[str, int],
-    *,
-    center: bool = True,
-    seed: int = 0,
-    progress: bool = False,
+    statistics: Mapping[str, LayerStatistics], wanted: Mapping[str, int], *, center: bool = True, seed: int = 0
 ) -> dict[str, Components]:
-    """The leading components of each layer's input; layers that read the same tensor share them.
+    """The leading components of the inputs of layers, of the covariance or (`center=False`) of the raw second moment.
 
-    Args:
-        statistics: of all layers named in `wanted`.
-        wanted: components by layer; a layer may get more than it asked for.
-        center: of the covariance; otherwise of the raw second moment.
-        seed: of the random start of the eigensolver.
-        progress: show a progress bar.
-
-    Returns:
-        The components, by layer.
-
-    Raises:
-        ValueError: if a layer saw no token, or a sketch has fewer columns than components are asked for.
+    Layers that read the same tensor share them, and may get more than they asked for.
     """
-    for name in wanted:
-        seen = statistics[name].input
-        if seen is None or seen.tokens <= 0:
-            raise ValueError(f"layer {name} saw no token in the collection pass")
-    most: dict[str, int] = defaultdict(int)
-    sums: dict[str, InputSums] = {}
-    first: dict[int, str] = {}  # of the layers that share an input
+    inputs: dict[int, tuple[InputSums, int]] = {}
+    keys: dict[str, int] = {}
     for name, count in wanted.items():
-        found = statistics[name].input
-        assert found is not None  # checked above
-        key = first.setdefault(id(found), name)
-        sums[key] = found
-        most[key] = max(most[key], count)
-    if not sums:
-        return {}
-    batches = dict(enumerate(_batches(sums, most)))
-    with tqdm(total=len(sums), desc="decomposing inputs", unit="input", disable=not progress, leave=False) as bar:
-
-        def solve(number: int) -> list[Components]:
-            keys, k = batches[number]
-            bar.update(len(keys))
-            return _solve([sums[key] for key in keys], k, center, seed)
-
-        # The processes of a distributed run share the batches out and exchange the results.
-        solved = share_out(batches, solve, next(iter(sums.values())).total.device)
-    by_key = {
-        key: each for number, (keys, _) in batches.items() for key, each in zip(keys, solved[number], strict=True)
-    }
-    return {name: by_key[first[id(statistics[name].input)]] for name in wanted}
+        sums = statistics[name].input
+        if sums is None or sums.tokens <= 0:
+            raise ValueError(f"layer {name} saw no token in the collection pass")
+        keys[name] = id(sums)
+        inputs[id(sums)] = sums, max(count, inputs.get(id(sums), (sums, 0))[1])
+    first = {key: name for name, key in reversed(keys.items())}  # the same name on every process
+    components = solve_layers(
+        {first[key]: group for key, group in inputs.items()},
+        lambda batch: _solve([sums for sums, _ in batch], batch[0][1], center, seed),
+        title="decomposing inputs",
+        unit="input",
+        device=lambda group: group[0].total.device,
+        together=lambda group: (group[0].kind, group[0].features, group[1], group[0].total.device),
+        at_most=lambda group: _BATCH_BYTES // (8 * group[0].features ** 2),
+        work=lambda group: float(group[0].features) ** 2 * group[1],
+    )
+    return {name: components[first[key]] for name, key in keys.items()}
 
 
-def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> list[Components]:
-    sketches = [each for each in sums if isinstance(each, InputSketch)]
-    if sketches:
-        return [_from_sketch(each, k, center) for each in sketches]
-    moments = [each for each in sums if isinstance(each, InputMoments)]
-    matrices = torch.stack([each.covariance(center=center) for each in moments])
+def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterator[Components]:
+    """Yield the components of inputs of one kind and size."""
+    moments = [part for part in sums if isinstance(part, InputMoments)]
+    if not moments:
+        yield from (_from_sketch(part, k, center) for part in sums if isinstance(part, InputSketch))
+        return
+    matrices = torch.stack([part.covariance(center=center) for part in moments])
     pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=seed)
     traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
-    return [
-        Components(
-            pairs.values[index],
-            pairs.vectors[index],
-            traces[index],
-            each.tokens,
-            float(pairs.residuals[index]),
-            pairs.method,
-        )
-        for index, each in enumerate(moments)
-    ]
+    residuals = pairs.residuals.tolist()
+    for index, part in enumerate(moments):
+        answer = pairs.values[index], pairs.vectors[index], traces[index], part.tokens, residuals[index]
+        yield Components(*answer, pairs.method)
 
 
 def _from_sketch(sketch: InputSketch, k: int, center: bool) -> Components:
     pairs, error = sketch.components(k, center=center)
     return Components(pairs.values, pairs.vectors, sketch.trace(center=center), sketch.tokens, error, "nystrom")
-
-
-def _batches(sums: Mapping[str, InputSums], wanted: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
-    """Inputs of one kind, order and number of components, in batches that bound the memory of their covariances.
-
-    Yields:
-        Keys of the inputs, and the number of components.
-    """
-    groups: dict[tuple[str, int, int, torch.device], list[str]] = defaultdict(list)
-    for key, each in sums.items():
-        groups[(each.kind, each.features, wanted[key], each.total.device)].append(key)
-    for (_kind, order, k, _device), keys in groups.items():
-        # No larger than what leaves every process a share.
-        size = max(1, min(_BATCH_BYTES // (8 * order * order), -(-len(keys) // world_size())))
-        for low in range(0, len(keys), size):
-            yield keys[low : low + size], k

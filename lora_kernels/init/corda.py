@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init._layers import balanced, base_layer, check_rank, finite
-from lora_kernels.init.factors import BaseLayer, LayerFactors
-from lora_kernels.init.work import corda_work
+from lora_kernels.init.factors import LayerFactors, balanced
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, stock_start
+from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
-from lora_kernels.runtime.processes import share_out
-from lora_kernels.statistics.moments import InputMoments
-from lora_kernels.statistics.store import LayerStatistics, Statistics
-from lora_kernels.statistics.wants import METHOD_WANTS
+from lora_kernels.statistics.wants import INPUT_SECOND
 
 MODES = ("instruction_previewed", "knowledge_preserved")
 # A failed Cholesky raises the damping tenfold, from here if there was none.
@@ -28,7 +22,7 @@ _LEAST_DAMPING = 1e-12
 
 
 @dataclass(frozen=True)
-class CorDA:
+class CorDA(LayerwiseMethod):
     """`U S V^T = W C` with C the damped second moment of the inputs; B = `U sqrt(S / s)`, A = `sqrt(S / s) V^T C^-1`.
 
     C is the mean over tokens of `x x^T`, not centred. Its scale only moves weight between A and B: `s B A` does not
@@ -52,12 +46,10 @@ class CorDA:
     """
 
     name: ClassVar[str] = "corda"
-    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["corda"]
+    wants: ClassVar[Mapping[str, bool]] = {INPUT_SECOND: True}
     offsets_base: ClassVar[bool] = True
     reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = True
-    adjust_scaling_factors: ClassVar[bool] = False
-    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     mode: str = "instruction_previewed"
     damping: float = 0.01
@@ -70,104 +62,37 @@ class CorDA:
         check_range("damping", self.damping, low=0.0, high=torch.finfo(torch.float32).max)
         check_range("n_iter", self.n_iter, low=0, integer=True)
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (no sketch is read)
-        """Columns that a sketch should have: one, as only the exact second moment will do."""
-        return 1
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Layers that read the same tensor share C and its factor."""
+        return layer.input_key
 
-    def factors(
-        self,
-        statistics: Statistics,
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
+    def work(self, layer: LayerProblem) -> float:
+        """Multiplications with C and W, per column."""
+        m, n = layer.shape
+        return n * (n + m)
 
-        Args:
-            statistics: of all layers named in `ranks`, with exact input moments.
-            ranks: the rank of each layer.
-            base: weight and scaling of each layer.
-            progress: show a progress bar.
-
-        Returns:
-            Per layer its factors.
-
-        Raises:
-            ValueError: if a layer has no exact second moment or saw no token or only zeros, no base or no positive
-                scaling, entries that are not finite, or a rank outside [1, min(m, n)].
-        """
-        layers = {name: base_layer(base, name, "CorDA") for name in ranks}
-        groups: dict[int, list[str]] = defaultdict(list)  # of layers that read the same tensor
-        first: dict[int, int] = {}
-        for index, (name, rank) in enumerate(ranks.items()):
-            sums = statistics[name].input if name in statistics else None
-            if not isinstance(sums, InputMoments):
-                raise ValueError(
-                    f"layer {name} has no exact second moment of its input: collect it with CorDA(), or with "
-                    'wants={"input_second": True}'
-                )
-            if sums.tokens <= 0:
-                raise ValueError(f"layer {name} saw no token in the collection pass")
-            check_rank(name, rank, min(statistics[name].in_features, statistics[name].out_features))
-            groups[first.setdefault(id(sums), index)].append(name)
-        if not groups:
-            return {}
-
-        with tqdm(total=len(ranks), desc="decomposing", unit="layer", disable=not progress, leave=False) as bar:
-
-            def solve(key: int) -> dict[str, LayerFactors]:
-                names = groups[key]
-                second, lower, notes = self._second(names[0], statistics[names[0]])
-                found = {}
-                for name in names:
-                    weight = self._weight(statistics[name], layers[name], second.device)
-                    found[name] = self._layer(weight, second, lower, ranks[name], layers[name].scaling, notes)
-                    bar.update()
-                return found
-
-            def weigh(key: int) -> float:
-                outputs = [statistics[name].out_features for name in groups[key]]
-                return corda_work(statistics[groups[key][0]].in_features, outputs).double
-
-            # The processes of a distributed run share the inputs out and exchange the factors.
-            parts = share_out(groups, solve, _moments(statistics[next(iter(ranks))]).second.device, weigh)
-        merged = {name: answer for part in parts.values() for name, answer in part.items()}
-        return {name: merged[name] for name in ranks}
-
-    def _second(self, name: str, layer: LayerStatistics) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
-        """C, its Cholesky factor, and what happened to the damping."""
-        second = finite("second moment of the input", name, _moments(layer).covariance(center=False))
+    def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
+        """Yield the components of every weight that reads one input."""
+        second = layers[0].second_moment()
         size = float(second.diagonal().mean())
         if size <= 0:
-            raise ValueError(f"the input of layer {name} is always zero: its second moment says nothing")
-        diagonal = second.diagonal().clone()
-        damping = float(self.damping)
-        while True:
-            second.diagonal().copy_(diagonal + damping * size)
-            lower, info = torch.linalg.cholesky_ex(second)
-            if not int(info):
-                break
-            damping = max(10 * damping, _LEAST_DAMPING)
-        raised = damping > self.damping
-        return second, lower, (f"damping raised to {damping:g}: C was not positive definite",) if raised else ()
+            yield from (stock_start(layer, "its input is always zero") for layer in layers)
+            return
+        start = self.damping * size
+        what = f"the second moment of the input of layer {layers[0].name}"
+        lower, damping = damped_cholesky(second, start, least=_LEAST_DAMPING * size, what=what)
+        raised = float(damping) > start
+        notes = (f"damping raised to {float(damping) / size:g}: C was not positive definite",) if raised else ()
+        for layer in layers:
+            weight = layer.weight().to(second)
+            u, s, v, residual, solver = self._components(weight, second, layer.rank)
+            factors, said = balanced(u, s, torch.cholesky_solve(v, lower).mT, layer.scaling)
+            yield LayerFactors(factors, residual=residual, solver=solver, notes=notes + said)
 
-    def _weight(self, layer: LayerStatistics, base: BaseLayer, device: torch.device) -> torch.Tensor:
-        weight = finite("base weight", layer.name, base.weight()).to(device, torch.float64)
-        if weight.shape != (layer.out_features, layer.in_features):
-            expected = (layer.out_features, layer.in_features)
-            raise ValueError(f"the base weight of layer {layer.name} is {tuple(weight.shape)}, but must be {expected}")
-        return weight
-
-    def _layer(
-        self,
-        weight: torch.Tensor,
-        second: torch.Tensor,
-        lower: torch.Tensor,
-        rank: int,
-        scaling: float,
-        notes: tuple[str, ...],
-    ) -> LayerFactors:
+    def _components(
+        self, weight: torch.Tensor, second: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, str]:
+        """U `(m, r)`, S, V `(n, r)` of the components of `W C`, their residual, and how they were found."""
         if self.mode == "instruction_previewed":
             # W C itself is never formed: a few thin products are far cheaper.
             product = LinearOperator(
@@ -177,10 +102,10 @@ class CorDA:
                 torch.float64,
                 weight.device,
             )
-            found = randomized_svd(product, rank, n_iter=self.n_iter, seed=self.seed)
-            u, s, v, top = found.U, found.S, found.Vh.mT, float(found.S[0])
-            assert found.error is not None  # probes are drawn
-            residual, solver = float(found.error), found.method
+            triplets = randomized_svd(product, rank, n_iter=self.n_iter, seed=self.seed)
+            u, s, v, top = triplets.U, triplets.S, triplets.Vh.mT, float(triplets.S[0])
+            assert triplets.error is not None  # probes are drawn
+            error, solver = float(triplets.error), triplets.method
         else:
             matrix = weight @ second
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -188,11 +113,5 @@ class CorDA:
             # Below rounding a singular value is zero.
             s = torch.where(s > max(matrix.shape) * torch.finfo(s.dtype).eps * top, s, 0.0)[-rank:]
             u, v = fix_pair(u[:, -rank:], vh[-rank:].mT)
-            residual, solver = float((matrix @ v - u * s).norm(dim=0).max()), "svd"
-        factors, said = balanced(u, s, torch.cholesky_solve(v, lower).mT, scaling)
-        return LayerFactors(factors, math.nan, residual / top if top > 0 else 0.0, solver, notes + said)
-
-
-def _moments(layer: LayerStatistics) -> InputMoments:
-    assert isinstance(layer.input, InputMoments)  # checked by `factors`
-    return layer.input
+            error, solver = float((matrix @ v - u * s).norm(dim=0).max()), "svd"
+        return u, s, v, error / top if top > 0 else 0.0, solver

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from lora_kernels.init.components import Components, input_components
-from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
+from lora_kernels.init.factors import LayerFactors, as_factors
+from lora_kernels.init.method import InitMethod
+from lora_kernels.init.problem import LayerProblem
 from lora_kernels.init.ranks import Redistribution, offers, redistribute
-from lora_kernels.statistics.store import LayerStatistics
-from lora_kernels.statistics.wants import METHOD_WANTS
+from lora_kernels.statistics.wants import INPUT_SECOND
 
 
 @dataclass(frozen=True)
-class EVA:
+class EVA(InitMethod):
     """A = the leading principal components of each layer's inputs, B = 0; with `rho`, ranks follow the variance.
 
     By default every layer keeps the rank that it was made with: what is saved then is right in every server as it is.
@@ -41,10 +41,8 @@ class EVA:
     """
 
     name: ClassVar[str] = "eva"
-    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["eva"]
-    offsets_base: ClassVar[bool] = False
-    full_rate: ClassVar[bool] = False
-    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    wants: ClassVar[Mapping[str, bool]] = {INPUT_SECOND: False}
+    own_score: ClassVar[str] = "explained_variance"
 
     rho: float = 1.0
     center: bool = True
@@ -57,17 +55,17 @@ class EVA:
 
     def __post_init__(self) -> None:
         """Check the ranges that need no model."""
-        assert self.redistribution  # checks itself
+        assert self._rule()  # checks itself
+
+    def _rule(self) -> Redistribution:
+        limits = self.min_rank, self.max_rank, self.multiple_of
+        return Redistribution(self.own_score, self.rho, *limits, self.adjust_scaling_factors)
 
     @property
-    def redistributes(self) -> bool:
-        """Whether it may change ranks."""
-        return self.rho != 1.0 or self.max_rank is not None or self.multiple_of != 1
-
-    @property
-    def redistribution(self) -> Redistribution:
-        """How it does."""
-        return Redistribution("explained_variance", self.rho, self.min_rank, self.max_rank, self.multiple_of)
+    def redistribution(self) -> Redistribution | None:
+        """By explained variance, where `rho`, `max_rank` or `multiple_of` say so."""
+        changes = self.rho != 1.0 or self.max_rank is not None or self.multiple_of != 1
+        return self._rule() if changes else None
 
     def keeping_ranks(self) -> EVA:
         """The same method with the ranks as they are asked for."""
@@ -77,39 +75,20 @@ class EVA:
         """Columns that a sketch should have: twice the components that the widest layer may offer."""
         return 2 * round(self.rho * max(ranks, default=1))
 
-    def factors(
-        self,
-        statistics: Mapping[str, LayerStatistics],
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,  # noqa: ARG002  (not needed)
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers, which share the sum of their ranks."""
+        winners = {name: layer.rank for name, layer in layers.items()}
+        limits = {name: min(layer.shape) for name, layer in layers.items()}
+        offered = offers(winners, limits, rho=self.rho, max_rank=self.max_rank)
+        statistics = next(iter(layers.values())).collection
+        components = input_components(statistics, offered, center=self.center, seed=self.seed)
+        if self.redistribution is not None:
+            scores = {name: components[name].ratios()[: offered[name]] for name in layers}
+            budget = sum(winners.values())
+            winners = redistribute(scores, budget, min_rank=self.min_rank, multiple_of=self.multiple_of)
+        return {name: self._layer(components[name], winners[name], layer) for name, layer in layers.items()}
 
-        Args:
-            statistics: of all layers named in `ranks`; each must have been called.
-            ranks: the rank each layer asked for; their sum is the budget.
-            base: not needed.
-            progress: show a progress bar over the decompositions.
-
-        Returns:
-            Per layer its factors: `A` `(r, n)` with orthonormal rows (unless whitened), `B` zeros `(m, r)`.
-
-        Raises:
-            ValueError: if a rank is outside [1, min(m, n)], a layer was never called or saw no token, or `min_rank`
-                cannot be met.
-        """
-        limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
-        offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
-        components = input_components(statistics, offered, center=self.center, seed=self.seed, progress=progress)
-        winners = dict(ranks)
-        if self.redistributes:
-            scores = {name: components[name].ratios()[: offered[name]] for name in ranks}
-            winners = redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
-        return {name: self._layer(components[name], winners[name], statistics[name].out_features) for name in ranks}
-
-    def _layer(self, components: Components, rank: int, out_features: int) -> LayerFactors:
+    def _layer(self, components: Components, rank: int, layer: LayerProblem) -> LayerFactors:
         a = components.vectors[:, :rank].mT
         notes = []
         if components.tokens - self.center < rank:
@@ -121,9 +100,6 @@ class EVA:
             singular = (components.values[:rank].clamp_min(0.0) * components.tokens).sqrt()
             floor = torch.finfo(torch.float32).eps * singular.max() if rank else singular.new_zeros(())
             a = a / singular.clamp_min(floor.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().unsqueeze(-1)
-        factors = LoraFactors(
-            a.to(torch.float32).contiguous(),
-            torch.zeros(out_features, rank, dtype=torch.float32, device=a.device),
-        )
+        factors = as_factors(a, torch.zeros(layer.shape[0], rank, device=a.device))
         explained = math.fsum(components.ratios()[:rank]) if components.total > 0 else math.nan
         return LayerFactors(factors, explained, components.residual, components.solver, tuple(notes))

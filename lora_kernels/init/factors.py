@@ -1,14 +1,12 @@
-"""What a method returns, and what every method looks like."""
+"""What a method reads of a layer's adapter, and what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-
-from lora_kernels.statistics.store import Statistics
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ class LayerFactors:
             varies, or the method does not look at it.
         residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`), or what the
             method says of the error of its singular triplets, relative to the largest singular value.
-        solver: how they were found.
+        solver: how they were found; `stock` for LoRA's own start, where the method has nothing to start from.
         notes: facts a user should know, in words.
     """
 
     factors: LoraFactors
-    explained_variance: float
-    residual: float
-    solver: str
+    explained_variance: float = math.nan
+    residual: float = 0.0
+    solver: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -58,50 +56,25 @@ class BaseLayer:
         weight: returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
         scaling: s, by which PEFT multiplies `B A`.
         adapter: returns the factors as they are now, or `None`.
+        shape: `(m, n)`; by default that of `weight()`.
     """
 
     weight: Callable[[], torch.Tensor]
     scaling: float
     adapter: Callable[[], LoraFactors] | None = None
+    shape: tuple[int, int] | None = None
 
 
-@runtime_checkable
-class InitMethod(Protocol):
-    """A frozen config that turns statistics into factors."""
+def as_factors(a: torch.Tensor, b: torch.Tensor) -> LoraFactors:
+    """The factors in float32."""
+    return LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
 
-    @property
-    def name(self) -> str:
-        """The method's name, as in `initialize(method=...)`."""
 
-    @property
-    def wants(self) -> Mapping[str, bool]:
-        """The statistics it reads; True where only the exact sums will do (see `statistics.resolve_wants`)."""
-
-    @property
-    def collect_options(self) -> Mapping[str, Any]:
-        """Fields of `statistics.CollectOptions` that `initialize` collects with, unless told otherwise."""
-
-    def sketch_size(self, ranks: Sequence[int]) -> int:
-        """Columns that a sketch should have to serve these ranks well."""
-
-    @property
-    def adjust_scaling_factors(self) -> bool:
-        """Whether alpha follows a changed rank so that the scaling `s` stays as it was."""
-
-    @property
-    def full_rate(self) -> bool:
-        """Whether its authors train at learning rates of full fine-tuning."""
-
-    @property
-    def offsets_base(self) -> bool:
-        """Whether `s B A` of the start has to be taken off the base for the model to keep its function."""
-
-    def factors(
-        self,
-        statistics: Statistics,
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer in `ranks`, given the rank each layer asked for and what is under its adapter."""
+def balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, scaling: float) -> tuple[LoraFactors, tuple[str, ...]]:
+    """The factors with `scaling * B A = U diag(S) Vh` (`(m, r)`, `(r,)`, `(r, n)`), S split evenly; and notes."""
+    root = (s / scaling).sqrt()
+    factors = as_factors(root.unsqueeze(-1) * vh, u * root)
+    zeros = int((s <= 0).sum())
+    if not zeros:
+        return factors, ()
+    return factors, (f"{zeros} components have singular value zero: their rows of A and B are zero and never learn",)

@@ -8,24 +8,13 @@ from dataclasses import fields
 from typing import Any
 
 from lora_kernels._checks import check_choice
-from lora_kernels.init import METHODS
+from lora_kernels.init import METHODS, InitMethod
 
 
-def method_from_text(name: str, settings: Sequence[str]) -> Any:
-    """The config of a method.
-
-    Args:
-        name: one of `METHODS`.
-        settings: `NAME=VALUE` each; values are Python literals, anything else is taken as text.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: on an unknown method or setting, or a value that the method refuses.
-    """
+def method_from_text(name: str, settings: Sequence[str]) -> InitMethod:
+    """The config of the method of this name; `settings` are `NAME=VALUE`, with Python literals or else plain text."""
     check_choice("method", name, tuple(METHODS))
-    known = {each.name for each in fields(METHODS[name])}
+    known = {field.name for field in fields(METHODS[name])}
     values: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init.curvature import InputMetric, check_layer, factorize
-from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.init.ranks import offers
-from lora_kernels.init.work import lora_da_work
+from lora_kernels.init.curvature import InputMetric, descent_step
+from lora_kernels.init.factors import LayerFactors, as_factors
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg import fix_signs
-from lora_kernels.runtime.processes import share_out
-from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.store import Statistics
-from lora_kernels.statistics.wants import METHOD_WANTS
+from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
 
+# What a Fisher-preconditioned step reads.
+WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}
 # Our names of the authors' token masks.
 _MASKS = {"attention": "attention", "labels": "next_labels"}
 # Gains below this share of the largest are rounding.
@@ -34,7 +33,7 @@ _NORM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class LoraDA:
+class LoraDA(LayerwiseMethod):
     """A = the directions that gain most from a Fisher-preconditioned step, against their variance; B = that step in A.
 
     With `C = M / N + damping I` (raw second moment of the input), `f` the mean squared output gradients, `G` the mean
@@ -62,10 +61,8 @@ class LoraDA:
     """
 
     name: ClassVar[str] = "lora_da"
-    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["lora_da"]
-    offsets_base: ClassVar[bool] = False
-    full_rate: ClassVar[bool] = False
-    adjust_scaling_factors: ClassVar[bool] = False
+    wants: ClassVar[Mapping[str, bool]] = WANTS
+    moves_function: ClassVar[bool] = True
 
     bias_weight: float = 1.0
     variance_weight: float = 0.03
@@ -97,74 +94,27 @@ class LoraDA:
         """The authors' loop over single samples, whatever the batch size."""
         return {"weighting": "sample", "mask": _MASKS[self.token_mask]}
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (nothing of it may be sketched)
-        """Columns that a sketch should have: none is read."""
-        return 1
+    def for_samples(self, count: int) -> LoraDA:
+        """The same method with this population size, if it has none."""
+        return replace(self, population_size=count) if self.population_size is None else self
 
-    def factors(
-        self,
-        statistics: Statistics,
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,  # noqa: ARG002  (not needed)
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
-
-        Args:
-            statistics: exact input second moments, Fisher diagonals and weight gradients, collected with
-                `collect_options`; a warning says where they were not.
-            ranks: the rank of each layer.
-            base: not needed.
-            progress: show a progress bar.
-
-        Returns:
-            Per layer its factors: `A` `(r, n)` with orthogonal rows (unless balanced), `B` `(m, r)`. `residual` is that
-            of the eigenpairs, relative to the largest eigenvalue.
-
-        Raises:
-            ValueError: if a rank is outside [1, min(m, n)], statistics are missing, sketched, zero or not finite, or no
-                damping makes a second moment positive definite.
-        """
-        limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
-        offers(ranks, limits, rho=1.0)
-        population = self._population(statistics)
-        groups: dict[int, list[str]] = {}  # layers that share an input share its Cholesky factor
-        for name in ranks:
-            check_layer(statistics, name)
-            groups.setdefault(id(statistics[name].input), []).append(name)
-        if not groups:
-            return {}
-        self._warn_of_conventions(statistics)
-        members = dict(enumerate(groups.values()))
-        with tqdm(total=len(ranks), desc="solving layers", unit="layer", disable=not progress, leave=False) as bar:
-
-            def solve(number: int) -> dict[str, LayerFactors]:
-                first, found = members[number][0], {}
-                moments = statistics[first].input
-                assert isinstance(moments, InputMoments)  # check_layer
-                metric = factorize(moments, self.damping, first)
-                for name in members[number]:
-                    found[name] = self._layer(statistics, name, ranks[name], metric, population)
-                    bar.update()
-                return found
-
-            def weigh(number: int) -> float:
-                outputs = [statistics[name].out_features for name in members[number]]
-                return lora_da_work(statistics[members[number][0]].in_features, outputs).double
-
-            # The processes of a distributed run share the inputs out and exchange the results.
-            first = statistics[members[0][0]].input
-            assert first is not None  # check_layer
-            solved = share_out(members, solve, first.total.device, weigh)
-        found = {name: answer for each in solved.values() for name, answer in each.items()}
-        return {name: found[name] for name in ranks}
-
-    def _population(self, statistics: Statistics) -> int:
-        population = self.population_size or statistics.samples
-        if population < 1:
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers; a warning says where statistics were not collected with `collect_options`."""
+        statistics = next(iter(layers.values())).collection
+        if isinstance(statistics, Statistics):
+            self._warn_of_conventions(statistics)
+        if self.population_size is not None:
+            return super().solve_all(layers)
+        count = statistics.samples if isinstance(statistics, Statistics) else 0
+        if count < 1:
             raise ValueError("statistics count no samples: give population_size, the size of the training set")
-        return population
+        return super(LoraDA, self.for_samples(count)).solve_all(layers)
+
+    def remarks(self, statistics: Statistics) -> tuple[str, ...]:
+        """That the population was left open, where it counts."""
+        if self.population_size is not None or self.variance_weight == 0 or self.normalize_variance:
+            return ()
+        return (f"population_size was left open: taken as the {statistics.samples} samples read",)
 
     def _warn_of_conventions(self, statistics: Statistics) -> None:
         used = statistics.fingerprint.get("options", {})
@@ -174,19 +124,29 @@ class LoraDA:
             if key in used and used[key] != value
         ]
         if other:
-            warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=4)
 
-    def _layer(
-        self, statistics: Statistics, name: str, rank: int, metric: InputMetric, population: int
-    ) -> LayerFactors:
-        notes = list(metric.notes)
-        inverse = self._inverse_fisher(statistics, name, notes).to(metric.lower.device)
-        gradient = statistics[name].gradient().to(metric.lower)
-        step = metric.solve((gradient * inverse.unsqueeze(-1)).mT).neg_()
-        variance = self._variance(step, inverse, metric, population)
-        if variance > 0 and not self.normalize_variance and self.population_size is None:
-            notes.append(f"population_size was left open: taken as the {population} samples read")
-        pairs = _directions(step, rank, self.bias_weight, variance, metric)
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Layers that read the same tensor share C and its factor."""
+        return layer.input_key
+
+    def work(self, layer: LayerProblem) -> float:
+        """Multiplications with C and D, per column."""
+        m, n = layer.shape
+        return n * (n + m)
+
+    def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
+        """Yield the factors of the layers that read one input."""
+        metric = InputMetric.of(layers[0], self.damping)
+        for layer in layers:
+            yield self._layer(layer, metric)
+
+    def _layer(self, layer: LayerProblem, metric: InputMetric) -> LayerFactors:
+        rank, notes = layer.rank, list(metric.notes)
+        inverse = self._inverse_fisher(layer, notes).to(metric.lower.device)
+        step = descent_step(layer, metric, inverse)
+        variance = self._variance(step, inverse, metric)
+        pairs = _pairs(step, rank, self.bias_weight, variance, metric)
         gains = int((pairs.values > _NO_GAIN * pairs.values[0].abs()).sum())
         if gains < rank:
             notes.append(f"only {gains} of {rank} directions gain more than their variance costs")
@@ -198,15 +158,12 @@ class LoraDA:
             u, s, vh = torch.linalg.svd(b, full_matrices=False)
             u, v = fix_pair(u, vh.mT)
             b, a = u * s.sqrt(), s.sqrt().unsqueeze(-1) * (v.mT @ a)
-        scale = math.sqrt(self.gamma)
-        made = LoraFactors((a / scale).to(torch.float32).contiguous(), (b / scale).to(torch.float32).contiguous())
+        factors = as_factors(a / math.sqrt(self.gamma), b / math.sqrt(self.gamma))
         explained = metric.explained(pairs.vectors)
-        return LayerFactors(made, explained, float(pairs.residuals), pairs.method, tuple(notes))
+        return LayerFactors(factors, explained, float(pairs.residuals), pairs.method, tuple(notes))
 
-    def _inverse_fisher(self, statistics: Statistics, name: str, notes: list[str]) -> torch.Tensor:
-        output = statistics[name].output
-        assert output is not None and output.fisher is not None  # check_layer
-        mean = output.fisher.to(torch.float64) / output.tokens
+    def _inverse_fisher(self, layer: LayerProblem, notes: list[str]) -> torch.Tensor:
+        mean = layer.fisher()
         if self.output_damping_ratio is None:
             return 1.0 / (mean + self.damping)
         median = float(mean.median())
@@ -214,12 +171,13 @@ class LoraDA:
             notes.append("half of the Fisher diagonal is zero: so is its median, which was to dampen it")
         return 1.0 / (mean + max(self.output_damping_ratio * median, torch.finfo(torch.float32).tiny))
 
-    def _variance(self, step: torch.Tensor, inverse: torch.Tensor, metric: InputMetric, population: int) -> float:
+    def _variance(self, step: torch.Tensor, inverse: torch.Tensor, metric: InputMetric) -> float:
         """The factor of `C^{-1}`, for a D that is not normalised: the eigenvectors are the same."""
         if self.variance_weight == 0:
             return 0.0
         if not self.normalize_variance:
-            return self.variance_weight * float(inverse.sum()) / population
+            assert self.population_size is not None  # `factors` has filled it in
+            return self.variance_weight * float(inverse.sum()) / self.population_size
         gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
         bias = self.bias_weight * float(torch.linalg.norm(gram))
         return self.variance_weight * bias / float(torch.linalg.norm(torch.cholesky_inverse(metric.lower)))
@@ -243,7 +201,7 @@ def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
     return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
 
 
-def _directions(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:
+def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:
     """The largest eigenpairs of `bias D D^T - variance C^{-1}`, a matrix that only products are taken with."""
 
     def apply(x: torch.Tensor) -> torch.Tensor:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from lora_kernels._checks import check_range
-from lora_kernels.init._layers import balanced, base_layer, by_shape, check_rank, finite
-from lora_kernels.init.factors import BaseLayer, LayerFactors
+from lora_kernels.init.factors import LayerFactors, balanced
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
-from lora_kernels.statistics.store import Statistics
-from lora_kernels.statistics.wants import METHOD_WANTS
 
 
 @dataclass(frozen=True)
-class PiSSA:
+class PiSSA(LayerwiseMethod):
     """B = `U_r sqrt(S_r / s)` and A = `sqrt(S_r / s) V_r^T` of the base weight; needs no data.
 
     `residual` is the spectral norm of `W - s B A` relative to that of W: exact from the full decomposition, an upper
@@ -37,12 +34,10 @@ class PiSSA:
     """
 
     name: ClassVar[str] = "pissa"
-    wants: ClassVar[Mapping[str, bool]] = METHOD_WANTS["pissa"]
+    wants: ClassVar[Mapping[str, bool]] = {}
     offsets_base: ClassVar[bool] = True
     reads_base: ClassVar[bool] = True
     full_rate: ClassVar[bool] = True
-    adjust_scaling_factors: ClassVar[bool] = False
-    collect_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     n_iter: int | None = 8
     seed: int = 0
@@ -52,59 +47,33 @@ class PiSSA:
         if self.n_iter is not None:
             check_range("n_iter", self.n_iter, low=0, integer=True)
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (no sketch is read)
-        """Columns that a sketch should have: one, as none is read."""
-        return 1
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Weights of one shape are decomposed in batches."""
+        return layer.shape, layer.rank
 
-    def factors(
-        self,
-        statistics: Statistics,  # noqa: ARG002  (not needed)
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
+    def at_most(self, layer: LayerProblem) -> int:
+        """As many as a batch holds."""
+        return batch_size(layer)
 
-        Args:
-            statistics: not needed.
-            ranks: the rank of each layer.
-            base: weight and scaling of each layer.
-            progress: show a progress bar.
-
-        Returns:
-            Per layer its factors.
-
-        Raises:
-            ValueError: if a layer has no base or no positive scaling, its weight is not finite, or its rank is outside
-                [1, min(m, n)].
-        """
-        layers = {name: base_layer(base, name, "PiSSA") for name in ranks}
-
-        def matrix(name: str) -> torch.Tensor:
-            weight = finite("base weight", name, layers[name].weight()).to(torch.float32)
-            check_rank(name, ranks[name], min(weight.shape))
-            return weight
-
-        def solve(names: Sequence[str], weights: torch.Tensor, rank: int) -> list[LayerFactors]:
-            u, s, vh, left, solver = self._svd(weights, rank)
-            found = []
-            for index, name in enumerate(names):
-                factors, notes = balanced(u[index], s[index], vh[index], layers[name].scaling)
-                residual = float(left[index] / s[index, 0]) if s[index, 0] > 0 else 0.0
-                found.append(LayerFactors(factors, math.nan, residual, solver, notes))
-            return found
-
-        return by_shape(ranks, matrix, ranks, solve, lambda: next(iter(layers.values())).weight().device, progress)
+    def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
+        """Yield the factors from a batch of weights."""
+        scalings = [layer.scaling for layer in layers]
+        weights = [layer.weight().to(torch.float32) for layer in layers]
+        batch = torch.stack([weight.to(weights[0].device) for weight in weights])
+        u, s, vh, left, solver = self._svd(batch, layers[0].rank)
+        for index, scaling in enumerate(scalings):
+            factors, notes = balanced(u[index], s[index], vh[index], scaling)
+            residual = float(left[index] / s[index, 0]) if s[index, 0] > 0 else 0.0
+            yield LayerFactors(factors, residual=residual, solver=solver, notes=notes)
 
     def _svd(
         self, weights: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
         """The leading triplets, the spectral norm of what they leave, and how they were found."""
         if self.n_iter is not None:
-            found = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
-            assert found.error is not None  # probes are drawn
-            return found.U, found.S, found.Vh, found.error, found.method
+            triplets = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
+            assert triplets.error is not None  # probes are drawn
+            return triplets.U, triplets.S, triplets.Vh, triplets.error, triplets.method
         u, s, vh = torch.linalg.svd(weights, full_matrices=False)
         left = s[:, rank] if rank < s.shape[-1] else torch.zeros_like(s[:, 0])
         u, v = fix_pair(u[..., :rank], vh[:, :rank].mT)

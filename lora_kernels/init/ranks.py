@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_kernels._checks import check_choice, check_range, check_type
+from lora_kernels.init.problem import check_ranks
 from lora_kernels.init.scores import SCORES
 from lora_kernels.statistics.store import Statistics
 
@@ -13,29 +14,12 @@ from lora_kernels.statistics.store import Statistics
 def offers(
     ranks: Mapping[str, int], limits: Mapping[str, int], *, rho: float, max_rank: int | None = None
 ) -> dict[str, int]:
-    """How many components each layer may compete with: `round(rho * r)`, within its limits.
-
-    Args:
-        ranks: the rank each layer asked for.
-        limits: the largest rank each layer can have, `min(m, n)`.
-        rho: how far a rank may grow, at least 1.
-        max_rank: a cap for all layers.
-
-    Returns:
-        The number of components by layer, at least 1.
-
-    Raises:
-        ValueError: if rho is below 1, max_rank below 1, or a rank is outside [1, min(m, n)].
-    """
+    """How many components each layer may compete with: `round(rho * r)` within its limit min(m, n), and `max_rank`."""
     check_range("rho", rho, low=1.0)
     if max_rank is not None:
         check_range("max_rank", max_rank, low=1, integer=True)
-    result = {}
-    for name, rank in ranks.items():
-        if not 1 <= rank <= limits[name]:
-            raise ValueError(f"layer {name} has rank {rank}, but must be between 1 and min(m, n) = {limits[name]}")
-        result[name] = min(round(rho * rank), limits[name], max_rank or limits[name])
-    return result
+    check_ranks(ranks, limits)
+    return {name: min(round(rho * rank), limits[name], max_rank or limits[name]) for name, rank in ranks.items()}
 
 
 def redistribute(
@@ -87,7 +71,7 @@ def redistribute(
     remaining = budget // multiple_of - floor * len(counts)
     if remaining < 0:
         raise ValueError(f"the budget of {budget} ranks cannot give {len(counts)} layers a rank of {min_rank} each")
-    for _, _, name in sorted(blocks, key=lambda each: each[:2])[:remaining]:
+    for _, _, name in sorted(blocks, key=lambda block: block[:2])[:remaining]:
         counts[name] += 1
     return {name: count * multiple_of for name, count in counts.items()}
 
@@ -139,34 +123,14 @@ class Redistribution:
         return 2 * round(self.rho * max(ranks, default=1))
 
     def check(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
-        """Refuse what no scores could meet, before there are any.
-
-        Args:
-            ranks: the rank each layer asked for; their sum is the budget.
-            limits: the largest rank each layer can have, `min(m, n)`.
-
-        Raises:
-            ValueError: if a rank is outside [1, min(m, n)] or `min_rank` cannot be met.
-        """
+        """Refuse ranks outside [1, min(m, n)] and a `min_rank` that no scores could meet, before there are any."""
         counts = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
         scores = {name: [0.0] * count for name, count in counts.items()}
         redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
 
-    def assign(self, statistics: Statistics, ranks: Mapping[str, int], *, progress: bool = False) -> dict[str, int]:
-        """The new ranks.
-
-        Args:
-            statistics: of all layers named in `ranks`.
-            ranks: the rank each layer asked for; their sum is the budget.
-            progress: show a progress bar.
-
-        Returns:
-            The rank of each layer, 0 where it is to have no adapter.
-
-        Raises:
-            ValueError: if statistics are missing or `min_rank` cannot be met.
-        """
+    def assign(self, statistics: Statistics, ranks: Mapping[str, int]) -> dict[str, int]:
+        """The new ranks, 0 where a layer is to have no adapter; `ranks` are those asked for, their sum the budget."""
         limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
         offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
-        scores = SCORES[self.score][1](statistics, offered, seed=self.seed, progress=progress)
+        scores = SCORES[self.score][1](statistics, offered, seed=self.seed)
         return redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init.curvature import descent_step
-from lora_kernels.init.factors import BaseLayer, LayerFactors, LoraFactors
-from lora_kernels.init.ranks import offers
+from lora_kernels.init.curvature import InputMetric, descent_step
+from lora_kernels.init.factors import LayerFactors, as_factors
+from lora_kernels.init.lora_da import WANTS
+from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
-from lora_kernels.runtime.processes import share_out
-from lora_kernels.statistics.store import Statistics
-from lora_kernels.statistics.wants import METHOD_WANTS
 
 UPDATES = ("gradient_step", "adapter")
 
 
 @dataclass(frozen=True)
-class TaskDirections:
+class TaskDirections(LayerwiseMethod):
     """A and B = the core directions of W that the task changes most, relative to their size.
 
     With `W = U diag(sigma) V^T` and an estimate `dW` of what fine-tuning does, direction i changes at the rate
@@ -49,8 +47,6 @@ class TaskDirections:
     name: ClassVar[str] = "task_directions"
     offsets_base: ClassVar[bool] = True
     reads_base: ClassVar[bool] = True
-    full_rate: ClassVar[bool] = False
-    adjust_scaling_factors: ClassVar[bool] = False
 
     update: str = "gradient_step"
     share: float = 0.05
@@ -70,77 +66,42 @@ class TaskDirections:
     @property
     def wants(self) -> Mapping[str, bool]:
         """The statistics it reads: none where dW is the adapter's."""
-        return METHOD_WANTS[self.name] if self.update == "gradient_step" else {}
+        return WANTS if self.update == "gradient_step" else {}
 
     @property
     def collect_options(self) -> Mapping[str, object]:
         """As for LoRA-DA, whose step this is."""
         return {"weighting": "sample"} if self.update == "gradient_step" else {}
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002  (nothing of it may be sketched)
-        """Columns that a sketch should have: none is read."""
-        return 1
+    def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
+        """Yield the directions of each weight."""
+        for layer in layers:
+            weight, update = layer.weight(), self._update(layer)
+            if bool(update.any()):
+                yield self._chosen(layer, weight, update)
+            else:
+                yield stock_start(layer, "its update is zero, so no direction changes more than another")
 
-    def factors(
-        self,
-        statistics: Statistics,
-        ranks: Mapping[str, int],
-        *,
-        base: Mapping[str, BaseLayer] | None = None,
-        progress: bool = False,
-    ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
-
-        Args:
-            statistics: exact input second moments, Fisher diagonals and weight gradients (unread for `adapter`).
-            ranks: the rank of each layer.
-            base: the base weights, and the adapter's factors for `adapter`.
-            progress: show a progress bar over the decompositions.
-
-        Returns:
-            Per layer its factors: `A` `(r, n)` with orthogonal rows, `B` `(m, r)` with orthogonal columns.
-
-        Raises:
-            ValueError: if base weights or statistics are missing, a rank is outside [1, min(m, n)], or dW is zero.
-        """
-        if base is None:
-            raise ValueError("base is None, but task directions are those of the base weights")
-        with tqdm(total=len(ranks), desc="decomposing weights", unit="layer", disable=not progress, leave=False) as bar:
-
-            def solve(name: str) -> LayerFactors:
-                weight = base[name].weight()
-                offers({name: ranks[name]}, {name: min(weight.shape)}, rho=1.0)
-                bar.update()
-                return self._layer(name, weight, self._update(statistics, name, base[name]), ranks[name], base[name])
-
-            device = next((base[name].weight().device for name in ranks), torch.device("cpu"))
-            return share_out(ranks, solve, device)
-
-    def _update(self, statistics: Statistics, name: str, layer: BaseLayer) -> torch.Tensor:
+    def _update(self, layer: LayerProblem) -> torch.Tensor:
         if self.update == "gradient_step":
-            return descent_step(statistics, name, self.damping).mT
-        if layer.adapter is None:
-            raise ValueError(f"layer {name} has no adapter whose factors could be the update")
-        now = layer.adapter()
-        return layer.scaling * (now.B.to(torch.float64) @ now.A.to(torch.float64))
+            metric = InputMetric.of(layer, self.damping)
+            return descent_step(layer, metric, 1.0 / (layer.fisher() + self.damping)).mT
+        if layer.under.adapter is None:
+            raise ValueError(f"layer {layer.name} has no adapter whose factors could be the update")
+        now = layer.under.adapter()
+        return layer.under.scaling * (now.B.to(torch.float64) @ now.A.to(torch.float64))
 
-    def _layer(
-        self, name: str, weight: torch.Tensor, update: torch.Tensor, rank: int, layer: BaseLayer
-    ) -> LayerFactors:
-        if not bool(update.any()):
-            raise ValueError(f"the update of layer {name} is zero: no direction changes more than another")
+    def _chosen(self, layer: LayerProblem, weight: torch.Tensor, update: torch.Tensor) -> LayerFactors:
         u, s, vh = core_basis(weight, self.cache)
         # Row sums of (U^T dW) * V^T: the diagonal of U^T dW V alone.
         along = ((u.mT @ update.to(u)) * vh).sum(1).abs()
         rates = along / (s + self.epsilon * s[0])
-        chosen = rates.topk(rank).indices
+        chosen = rates.topk(layer.rank).indices
         left, right = fix_pair(u[:, chosen], vh[chosen].mT)
-        size = self.share * float(torch.linalg.vector_norm(s)) / (abs(layer.scaling) * math.sqrt(rank))
-        factors = LoraFactors(
-            (math.sqrt(size) * right.mT).to(torch.float32).contiguous(),
-            (math.sqrt(size) * left).to(torch.float32).contiguous(),
-        )
-        shown = f"change rates {float(rates[chosen].max()):.1e} to {float(rates[chosen].min()):.1e}"
+        size = self.share * float(torch.linalg.vector_norm(s)) / (abs(layer.under.scaling) * math.sqrt(layer.rank))
         caught = float(along[chosen].square().sum() / along.square().sum().clamp_min(torch.finfo(along.dtype).tiny))
-        notes = (f"{shown}; {100 * caught:.0f} % of the update along core directions",)
-        return LayerFactors(factors, math.nan, 0.0, "svd", notes)
+        note = (
+            f"change rates {float(rates[chosen].max()):.1e} to {float(rates[chosen].min()):.1e}; "
+            f"{100 * caught:.0f} % of the update along core directions"
+        )
+        return LayerFactors(as_factors(math.sqrt(size) * right.mT, math.sqrt(size) * left), solver="svd", notes=(note,))

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.landscape.report import Diagnosis
+from lora_kernels.reports import short_name
 
 # Decades below a layer's largest singular value that the heat map shows.
 _DECADES = 4
 # Layers whose names are written beside the heat map; with more, every k-th is.
 _NAMED = 60
-
-
-def short(name: str) -> str:
-    """A layer's name without PEFT's prefix."""
-    return name.removeprefix("base_model.model.")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -50,7 +46,7 @@ def plot_spectra(diagnosis: Diagnosis, path: Path) -> None:
     )
     figure.colorbar(image, ax=left, label="log10 of the share of the largest", location="left", shrink=0.6)
     step = -(-len(rows) // _NAMED)
-    left.set_yticks(range(0, len(rows), step), [short(each.name) for each in diagnosis][::step], fontsize=6)
+    left.set_yticks(range(0, len(rows), step), [short_name(each.name) for each in diagnosis][::step], fontsize=6)
     left.set_xlabel("singular value of s B A")
     shares = [each.spectral_share for each in spectra]
     known = all(each is not None for each in shares)
@@ -64,11 +60,11 @@ def plot_spectra(diagnosis: Diagnosis, path: Path) -> None:
 
 def _place(name: str) -> tuple[str, int]:
     """Which kind of layer a name is, and in which block."""
-    numbers = re.search(r"\.(\d+)\.", f".{short(name)}.")
+    numbers = re.search(r"\.(\d+)\.", f".{short_name(name)}.")
     if numbers is None:
-        return short(name), 0
+        return short_name(name), 0
     low, high = numbers.span()
-    whole = f".{short(name)}."
+    whole = f".{short_name(name)}."
     return (whole[:low] + ".*." + whole[high:]).strip("."), int(numbers[1])
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
-from lora_kernels.reports import Report, plain
+from lora_kernels.reports import Report, Table, counted, plain, short_name
 
 _STYLES = {LOUD_FAILURE: "bold red", LOW_RANK_MINIMUM: "green", NOT_JUDGED: "dim"}
 
@@ -93,8 +92,7 @@ class Diagnosis(Report):
             What rich prints.
         """
         certified = any(each.certificate is not None for each in self.layers)
-        table = Table(title=f"loss landscape of adapter {self.adapter!r}")
-        table.add_column("layer", overflow="fold")
+        table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}")
         names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance")
         for column in (*names, *(("s|G|_2/lambda", "alignment", "stationarity") if certified else ())):
             table.add_column(column, justify="right")
@@ -113,14 +111,14 @@ class Diagnosis(Report):
                 row += ["", "", ""] if found is None else [_bracket(found), number(found.alignment)]
                 row += [] if found is None else [number(found.stationarity)]
             style = _STYLES.get(each.verdict.kind, "yellow")
-            table.add_row(each.name, *row, Text(each.verdict.kind.replace("_", " "), style=style))
+            table.add_row(short_name(each.name), *row, Text(each.verdict.kind.replace("_", " "), style=style))
         yield table
         yield Text(self.summary(), style=_STYLES.get(self.verdict.kind, "yellow"))
         loud = [each for each in self.layers if each.verdict.kind == LOUD_FAILURE]
         for each in loud[:5]:
-            yield Text(f"{each.name}: {'; '.join(each.verdict.reasons)}")
-        notes = [*self.notes, *(f"{each.name}: {note}" for each in self.layers for note in each.notes)]
-        notes += [f"{name}: {why}" for name, why in self.unsupported]
+            yield Text(f"{short_name(each.name)}: {'; '.join(each.verdict.reasons)}")
+        notes = [*self.notes, *counted((each.name, note) for each in self.layers for note in each.notes)]
+        notes += counted(self.unsupported)
         if certified:
             notes.append(f"certified: {next(each.certificate.objective for each in self.layers if each.certificate)}")
         if notes:

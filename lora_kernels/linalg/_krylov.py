@@ -47,17 +47,11 @@ def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def grow(
     apply: Callable[[torch.Tensor, bool], torch.Tensor], first: torch.Tensor, rounds: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Alternate products with A^T and A.
+    """Alternate products with A^T and A, from the result of a first one with A.
 
-    Args:
-        apply: the products of a block with the matrix, or with its transpose if the second argument is true.
-        first: the result of the first one, with A.
-        rounds: how many pairs of products follow the second one.
-        keep: whether all blocks are kept (block Krylov, by Golub-Kahan bidiagonalisation) or only the last.
-
-    Returns:
-        Blocks of the basis, each of orthonormal columns, their images under A^T, and the Gram matrices of the images
-        that are known (the last one is not).
+    `apply` multiplies a block by the matrix, or by its transpose if told so; `rounds` pairs of products follow the
+    second one; all blocks are kept (block Krylov, by Golub-Kahan bidiagonalisation) or only the last. Returns blocks of
+    orthonormal columns, their images under A^T, and the Gram matrices of the images but for the last one.
     """
     blocks = [orthonormalize(first)[0]]
     images, grams = [apply(blocks[0], True)], []
@@ -111,16 +105,10 @@ def _assemble(parts: list[list[torch.Tensor]]) -> torch.Tensor:
 def ritz(
     blocks: list[torch.Tensor], images: list[torch.Tensor], grams: list[torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading triplets of `Q Q^+ A` with Q the blocks side by side.
+    """The leading triplets of `Q Q^+ A`, Q the blocks side by side: `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`.
 
-    Args:
-        blocks: each `(b, p, c)`, orthonormal columns, almost orthogonal to the others.
-        images: each `(b, q, c)`, `A^T` times a block.
-        grams: those Gram matrices of images that are known, float64.
-        rank: how many.
-
-    Returns:
-        `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`.
+    `blocks` `(b, p, c)` have orthonormal columns, almost orthogonal to those of the others; `images` `(b, q, c)` are
+    `A^T` times a block, `grams` their known Gram matrices, float64.
     """
     count = len(blocks)
     batch, _, width = blocks[0].shape

@@ -55,7 +55,7 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
             weight.new_empty(0, dtype=dtype),
             weight.new_empty(0, n, dtype=dtype),
         )
-    u, s, vh = (each.to(dtype) for each in _decompose(weight.to(torch.float64)))
+    u, s, vh = (factor.to(dtype) for factor in _decompose(weight.to(torch.float64)))
     if file is not None:
         write_tensors(file, {"u": u, "s": s, "vh": vh})
     return u, s, vh
@@ -101,8 +101,8 @@ def _read(file: Path, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         raise ValueError(f"{file} holds a decomposition of another shape or dtype than its weight's: delete it")
     # A file under the right name may still hold something else: one product with a fixed vector tells.
     probe = torch.linspace(-1.0, 1.0, n, dtype=torch.float64, device=weight.device).cos()
-    found = u.to(torch.float64) @ (s.to(torch.float64) * (vh.to(torch.float64) @ probe))
-    error = torch.linalg.vector_norm(found - weight.to(torch.float64) @ probe)
+    product = u.to(torch.float64) @ (s.to(torch.float64) * (vh.to(torch.float64) @ probe))
+    error = torch.linalg.vector_norm(product - weight.to(torch.float64) @ probe)
     if not float(error) <= _ROUNDINGS * torch.finfo(dtype).eps * float(s[0]) * float(probe.norm()):
         raise ValueError(f"{file} holds a decomposition of another weight: delete it")
     return u, s, vh

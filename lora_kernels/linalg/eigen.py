@@ -54,16 +54,7 @@ def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, produc
 
 
 def krylov_depth(n: int, k: int, oversample: int) -> int | None:
-    """How many blocks a round of `eigh_topk` adds to the first one.
-
-    Args:
-        n: order of the matrix.
-        k: number of pairs.
-        oversample: extra columns of the block.
-
-    Returns:
-        The number, or `None` where the full decomposition costs less than the iteration.
-    """
+    """How many blocks a round of `eigh_topk` adds to the first one; `None` where the full decomposition costs less."""
     block = min(n, k + oversample)
     if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
         return None
@@ -170,8 +161,8 @@ def eigh_topk(
         residual = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2)[..., :k].amax(-1)
         worst = float((residual / values[..., 0].abs().clamp_min(torch.finfo(values.dtype).tiny)).max())
         if worst <= tolerance:
-            values, found = values[..., :k], fix_signs(vectors[..., :k])
-            return TopEigenpairs(values, found, _residuals(apply(found), values, found), "krylov", products)
+            values, vectors = values[..., :k], fix_signs(vectors[..., :k])
+            return TopEigenpairs(values, vectors, _residuals(apply(vectors), values, vectors), "krylov", products)
         if worst * min(1.0, worst / previous) ** remaining > tolerance and previous < float("inf"):
             break  # at this pace the remaining rounds do not get there: a spectrum without decay
         previous = worst

@@ -69,31 +69,17 @@ class LinearOperator:
 
 
 def fix_pair(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the entry of largest magnitude of each column of u positive, and turn v's column with it.
-
-    Args:
-        u: `(..., m, k)`.
-        v: `(..., n, k)`.
-
-    Returns:
-        Both.
-    """
+    """Make the entry of largest magnitude of each column of u `(..., m, k)` positive; v `(..., n, k)` turns with it."""
     largest = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, v * signs
 
 
 def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
-    """An upper bound on the spectral norm of E from the products of E with independent gaussian vectors.
+    """An upper bound `(...)` on the spectral norm of E from its products `(..., m, p)` with gaussian vectors.
 
     `|E| <= alpha sqrt(2 / pi) max_i |E w_i|` but for a probability of `alpha^-p` (Halko, Martinsson and Tropp 2011,
     eq. 4.3); alpha is chosen so that this is `1 - CONFIDENCE` whatever p, so more probes make it tighter.
-
-    Args:
-        residuals: `(..., m, p)`, `E w_i` as columns.
-
-    Returns:
-        `(...)`, in the dtype of the residuals.
     """
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
     # In float64, where no square of a float32 number overflows or vanishes.
@@ -115,19 +101,10 @@ def _operator(a: torch.Tensor) -> LinearOperator:
 
 
 def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | None) -> tuple[int, int]:
-    """Columns of the block and rounds, where the caller leaves them open.
+    """Columns of the block and rounds, where the caller leaves them open (see `randomized_svd`).
 
     The defaults are the cheapest that leave a smaller error than subspace iteration with 8 extra columns and 2 rounds,
     on spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
-
-    Args:
-        rank: number of triplets.
-        method: `krylov` or `subspace`.
-        oversample: as for `randomized_svd`.
-        n_iter: as for `randomized_svd`.
-
-    Returns:
-        Both numbers.
     """
     if method == "subspace":
         return rank + (8 if oversample is None else oversample), 2 if n_iter is None else n_iter
@@ -286,7 +263,7 @@ def randomized_svd(
     else:
         flat = first[..., :width].contiguous()
         parts = grow(apply, flat, rounds, krylov)
-        blocks, images, grams = ([part.reshape(-1, *part.shape[-2:]) for part in each] for each in parts)
+        blocks, images, grams = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
         u, s, v = ritz(blocks, images, grams, rank)
         u, s, v = u.reshape(*batch, m, rank), s.reshape(*batch, rank), v.reshape(*batch, n, rank)
     error = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels._checks import check_number, check_range, check_tensor, repr_short
+from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.orthonormalize import orthonormalize
@@ -17,8 +18,6 @@ __all__ = ["Nystrom", "RandomizedSVD", "nystrom", "two_sided"]
 _UNIT = 2.0**-52
 # Psi G Omega is known from both sketches. Rounding parts the two by little; sketches of different matrices, entirely.
 _MISMATCH = 0.5
-# The shift is raised tenfold at most this often.
-_ATTEMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,10 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     core = basis.mT @ wide
     noise = torch.linalg.matrix_norm(core - core.mT, keepdim=True)
     shift = torch.maximum(noise, torch.full_like(noise, _UNIT * n**0.5))
-    eye = torch.eye(k, dtype=core.dtype, device=core.device)
-    for _ in range(_ATTEMPTS):
-        lower, info = torch.linalg.cholesky_ex((core + core.mT) / 2 + shift * eye)
-        failed = (info != 0)[..., None, None]
-        if not bool(failed.any()):
-            break
-        shift = torch.where(failed, shift * 10, shift)
-    else:
-        raise ValueError("Omega^T y is far from positive semidefinite: y is no sketch of such a matrix by this omega")
+    lower, raised = damped_cholesky(
+        (core + core.mT) / 2, shift[..., 0, 0], what="Omega^T y, as a sketch would make it,"
+    )
+    shift = raised[..., None, None]
     factor = torch.linalg.solve_triangular(lower.mT, wide + shift * basis, upper=True, left=False)
     q, r = orthonormalize(factor)
     left, s, _ = torch.linalg.svd(r)

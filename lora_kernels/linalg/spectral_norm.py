@@ -133,11 +133,11 @@ def spectral_norm(
         wide = a.detach().to(torch.float64 if a.dtype == torch.float64 else torch.float32)
         operator = LinearOperator(tuple(wide.shape), lambda x: wide @ x, lambda y: wide.mT @ y, wide.dtype, wide.device)
     triplets = min(_TRIPLETS, *a.shape)
-    found = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
-    value = float(found.S[0])
-    if found.method == "direct" or value == 0.0:
+    leading = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
+    value = float(leading.S[0])
+    if leading.method == "direct" or value == 0.0:
         return SpectralNorm(value, value)
-    u, s, v = found.U, found.S, found.Vh.mT
+    u, s, v = leading.U, leading.S, leading.Vh.mT
     coupling = (operator.matmul(v.contiguous()) - u * s).to(torch.float64)
     rest = _rest(operator, u, probes, power, seed, stream)
     return SpectralNorm(value, _upper(s.tolist(), coupling, rest))

@@ -3,7 +3,6 @@
 from lora_kernels.runtime.loss import loss_items
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.collector import collect
-from lora_kernels.statistics.cost import H200, Cost, Rates
 from lora_kernels.statistics.gradient import Gradient
 from lora_kernels.statistics.masks import token_weights
 from lora_kernels.statistics.moments import InputMoments
@@ -12,14 +11,11 @@ from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.sketches import GradientSketch, InputSketch
 from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
-from lora_kernels.statistics.wants import METHOD_WANTS, STATISTICS, resolve_wants
+from lora_kernels.statistics.wants import STATISTICS, resolve_wants
 
 __all__ = [
-    "H200",
-    "METHOD_WANTS",
     "STATISTICS",
     "CollectOptions",
-    "Cost",
     "Gradient",
     "GradientSketch",
     "InputMoments",
@@ -27,7 +23,6 @@ __all__ = [
     "LayerStatistics",
     "OutputStatistics",
     "Plan",
-    "Rates",
     "Statistics",
     "Target",
     "collect",

@@ -288,7 +288,7 @@ class Collection:
     def _note(self, observer: Observer) -> None:
         for name, count in observer.skipped.items():
             self.progress.skipped[name] = count + self._skipped_before.get(name, 0)
-        for name, note in observer.unaligned.items():
+        for name, note in (*observer.unaligned.items(), *observer.unassigned.items()):
             lines = self.progress.notes.setdefault(name, [])
             if note not in lines:
                 lines.append(note)
@@ -324,6 +324,10 @@ def _warn_unaligned(observer: Observer) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+    if observer.unassigned:
+        first, why = next(iter(observer.unassigned.items()))
+        count = len(observer.unassigned)
+        warnings.warn(f"no gradients of {count} layers (first: {first}): {why}", RuntimeWarning, stacklevel=4)
 
 
 def _check_reached(statistics: Statistics, wants: Mapping[str, bool]) -> None:

@@ -84,6 +84,10 @@ def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
     return counts if attention is None else counts & attention
 
 
+class UnassignedRowsError(ValueError):
+    """Rows of a layer that cannot be told apart by sample."""
+
+
 @dataclass(frozen=True)
 class BatchWeights:
     """The weights of a batch's tokens; an encoder-decoder model has two sequences.
@@ -135,7 +139,7 @@ class BatchWeights:
             Factors of that shape.
 
         Raises:
-            ValueError: if the rows cannot be told apart by sample.
+            UnassignedRowsError: if the rows cannot be told apart by sample.
         """
         if self.factors is None:
             return None
@@ -147,9 +151,9 @@ class BatchWeights:
         lengths = {each.shape[1] for each in (self.tokens, self.decoder) if each is not None}
         if len(shape) == 1 and any(shape[0] == samples * length for length in lengths):
             return self.factors.repeat_interleave(shape[0] // samples)
-        raise ValueError(
-            f"rows {tuple(shape)} of a layer cannot be assigned to the {samples} samples of the batch: use batches of "
-            'one sample, or weighting="token"'
+        raise UnassignedRowsError(
+            f"its rows {tuple(shape)} cannot be assigned to the {samples} samples of a batch, and its gradients were "
+            'left out: use batches of one sample, or weighting="token"'
         )
 
 

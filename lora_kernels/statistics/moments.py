@@ -78,6 +78,11 @@ class Accumulator:
         """The arguments that rebuild an empty one, but for the device and dtype."""
         raise NotImplementedError
 
+    def clear(self) -> None:
+        """Set all sums to zero."""
+        for sums in self.tensors().values():
+            sums.zero_()
+
     def to(self, device: torch.device) -> None:
         """Move the sums."""
         for name in self.fields:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
-from lora_kernels.statistics.masks import BatchWeights
+from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError
 from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.outputs import OutputStatistics
@@ -63,6 +63,8 @@ class Observer:
         counting: while this is false, the graph is built as ever (in step with other processes) but nothing is added.
         forwarding: false during the backward pass, where checkpointed layers run forward a second time.
         unaligned: layers whose rows no mask fits, and why.
+        unassigned: layers whose rows are not those of samples, where each sample counts alike, and why; their gradients
+            are left out.
         skipped: rows left out because they were not finite, by layer.
     """
 
@@ -78,6 +80,7 @@ class Observer:
         self._discarding = False
         self.forwarding = True
         self.unaligned: dict[str, str] = {}
+        self.unassigned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}
         self._aligned_once = False
         self._handles: list[Any] = []
@@ -191,6 +194,15 @@ class Observer:
             x = _tensor_of(target, args, kwargs).detach()
             weight = self._rows(target.name, x) if self.counting else None
             sums = self._output_sums(target, output.device) if self.counting else None
+            factors = None
+            if sums is not None and target.name not in self.unassigned:
+                try:
+                    factors = self.weights.row_factors(x.shape[:-1])
+                except UnassignedRowsError as error:
+                    self.unassigned[target.name] = str(error)
+                    sums.clear()  # of earlier calls, too
+            if target.name in self.unassigned:
+                sums = None
             if sums is not None and self.forwarding:
                 sums.count += x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
             if not torch.is_grad_enabled():  # the first forward of a (reentrant) checkpoint: the second one has a graph
@@ -199,7 +211,6 @@ class Observer:
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
                 assert isinstance(output, torch.Tensor)
             if sums is not None:
-                factors = self.weights.row_factors(x.shape[:-1])
                 call = _Call(x if sums.needs_input else None, x._version, weight, factors)
                 output.register_hook(functools.partial(self._receive, target.name, sums, call))  # type: ignore[no-untyped-call]
             return output
@@ -208,7 +219,8 @@ class Observer:
 
     @without_autocast()
     def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor | None) -> None:
-        if self._discarding or g is None:  # undefined: nothing downstream depends on this output
+        # An undefined gradient: nothing downstream depends on this output.
+        if self._discarding or g is None or name in self.unassigned:
             return
         x, weight, factors = call.x, call.weight, call.factors
         call.x = call.weight = call.factors = None  # frees the activation as soon as it has served

@@ -1,4 +1,4 @@
-"""What a collection will keep, decided before any data is read: exact or sketched, in which pass, at what cost."""
+"""What a collection will keep, decided before any data is read: exact or sketched, in which pass."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table
 from lora_kernels.statistics.budget import show_bytes
-from lora_kernels.statistics.cost import Cost
 from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.moments import packed_size
 from lora_kernels.statistics.sketches import PROBES
@@ -65,7 +63,6 @@ class Plan(Printed):
         shared: whether it is known which layers read the same tensor (otherwise each is counted by itself, which is an
             upper bound).
         messages: all-reductions that add up the sums of all processes.
-        cost: memory and least seconds, where rates were given.
     """
 
     entries: tuple[Entry, ...]
@@ -75,7 +72,6 @@ class Plan(Printed):
     sketch_size: int
     shared: bool
     messages: int = 0
-    cost: Cost | None = None
 
     @property
     def pass_bytes(self) -> tuple[int, ...]:
@@ -152,20 +148,6 @@ class Plan(Printed):
             yield f"{self.world_size} processes: each sends {sent} in {self.messages} all-reductions to add up the sums"
         if not self.shared:
             yield "which layers read the same tensor is not known: each is counted by itself (an upper bound)"
-        if self.cost is not None:
-            yield from _cost_lines(self.cost)
-
-
-def _cost_lines(cost: Cost) -> Iterator[str]:
-    lies = {"whole": "every process holds the model", "sharded": "the model is sharded over all processes"}
-    lies["none"] = f"it does not fit: {cost.why_not}"
-    yield (
-        f"on {cost.rates}: {lies[cost.layout]}; {show_bytes(cost.device_bytes)} per device for weights and sums, "
-        f"{show_bytes(cost.host_bytes)} per host"
-    )
-    parts = ("model", "statistics", "gather", "reduce", "host", "decompose")
-    named = ", ".join(f"{part} {getattr(cost, f'{part}_seconds'):.3g}" for part in parts)
-    yield f"at least {cost.seconds:.3g} s for {cost.tokens} tokens, {cost.batch_tokens} per process and step: {named}"
 
 
 def sums_of(

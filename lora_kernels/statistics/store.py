@@ -274,7 +274,7 @@ def assemble(
         if group is None and output is None:
             notes.append("never called in this pass")
         if output is not None and float(output.calls) == 0:
-            notes.append("no gradient reached this layer: the loss does not depend on it")
+            notes.append("no gradient was counted for this layer")
         others = tuple(each for each in group.layers if each != name) if group else ()
         sums = group.sums if group else None
         assert not isinstance(sums, OutputStatistics)

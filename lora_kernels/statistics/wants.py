@@ -18,16 +18,6 @@ OF_GRADIENTS = frozenset({OUTPUT_SECOND, FISHER, GRADIENT})
 # What a random sketch can stand in for.
 SKETCHABLE = frozenset({INPUT_SECOND, GRADIENT})
 
-# Per method, the statistics it reads; True where only the exact sums will do (METHODS).
-METHOD_WANTS: Mapping[str, Mapping[str, bool]] = {
-    "eva": {INPUT_SECOND: False},
-    "corda": {INPUT_SECOND: True},
-    "lora_ga": {GRADIENT: False},
-    "lora_da": {INPUT_SECOND: True, FISHER: True, GRADIENT: True},
-    "task_directions": {INPUT_SECOND: True, FISHER: True, GRADIENT: True},
-    "pissa": {},
-}
-
 
 @runtime_checkable
 class HasWants(Protocol):
@@ -45,8 +35,8 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     """The statistics to collect.
 
     Args:
-        wants: a method's name or config, the name of a statistic (`STATISTICS`), several names, a mapping from names to
-            whether only the exact sums will do, or `None` for the input second moment.
+        wants: a method's config, the name of a statistic (`STATISTICS`), several names, a mapping from names to whether
+            only the exact sums will do, or `None` for the input second moment.
 
     Returns:
         Statistic names in the order of `STATISTICS`, with whether each must be exact.
@@ -58,8 +48,8 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     if wants is None:
         return {INPUT_SECOND: False}
     if isinstance(wants, str):
-        check_choice("wants", wants, (*METHOD_WANTS, *STATISTICS))
-        found = METHOD_WANTS.get(wants, {wants: False})
+        check_choice("wants", wants, STATISTICS)
+        found: Mapping[str, bool] = {wants: False}
     elif isinstance(wants, HasWants):
         found = wants.wants
         check_type("wants.wants", found, Mapping, "a mapping")

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from lora_kernels.adapters.view import lora_layers, stock_class
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
@@ -76,7 +75,7 @@ class AccelerateReport(Printed):
         """
         table = Table("layer", "kind", "path", "reason", title="accelerated LoRA layers")
         for each in self.layers:
-            table.add_row(each.name, each.kind, each.path, each.reason)
+            table.add_row(short_name(each.name), each.kind, each.path, each.reason)
         yield table
         yield Text(self.summary())
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.runtime.feed import call_model, model_device, to_device
 from lora_kernels.runtime.loss import model_loss
 from lora_kernels.runtime.modes import evaluation_mode
@@ -87,9 +86,9 @@ class VerifyReport(Printed):
             cells = [
                 f"{layer.fused[part]:.1e} / {layer.stock[part]:.1e}" if part in layer.fused else "" for part in shown
             ]
-            table.add_row(layer.name, *cells, f"{layer.ratio:.2f}")
+            table.add_row(short_name(layer.name), *cells, f"{layer.ratio:.2f}")
         for name, reason in self.skipped.items():
-            table.add_row(name, *[""] * len(shown), f"eager: {reason}")
+            table.add_row(short_name(name), *[""] * len(shown), f"eager: {reason}")
         yield table
         worst = max((layer.ratio for layer in self.layers), default=0.0)
         verdict = "as accurate as PEFT" if self.ok else f"LESS ACCURATE than {LIMIT:g} times PEFT's error"

@@ -200,3 +200,69 @@ def test_starts_away_from_zero_keep_the_function(make, base, tmp_path):
         again = tiny_llama()
         again.load_adapter(str(tmp_path))
         assert relative_error(logits(again), logits(model)) < 1e-5
+
+
+class Windows(nn.Module):
+    """The rows of `window` are not those of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.window = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        hidden = self.plain(x)
+        return self.window(hidden.reshape(-1, 2, 12)[:3]).square().mean() + hidden.square().mean()
+
+
+@pytest.mark.parametrize("method", ["lora_da", "task_directions"])
+def test_a_layer_whose_rows_are_no_samples_keeps_its_values_and_the_others_start(method):
+    model = get_peft_model(Windows(), LoraConfig(r=3, target_modules=["plain", "window"]))
+    before = model.base_model.model.window.lora_A["default"].weight.detach().clone()
+    batches = [torch.randn(4, 6, 12) for _ in range(3)]
+    call = {"forward": lambda model, batch: model(batch), "loss": lambda output, batch: output, "progress": False}
+    with (
+        pytest.warns(RuntimeWarning, match="does not reach 1 LoRA layers"),
+        pytest.warns(RuntimeWarning, match="no gradients of 1 layers .*window"),
+    ):
+        report = lk.initialize(model, batches, method, **call)
+    plain, window = report.layers
+    assert plain.status == "initialised" and window.status == "not_reached"
+    assert "rows (3, 2) cannot be assigned to the 4 samples of a batch" in " ".join(window.notes)
+    assert torch.equal(model.base_model.model.window.lora_A["default"].weight, before)
+
+
+def unread():
+    raise AssertionError("the data must not be read")
+    yield
+
+
+@pytest.mark.parametrize("method", ["pissa", "corda", "task_directions"])
+def test_base_weights_that_cannot_be_read_are_refused_before_the_data_and_all_named(method):
+    model = get_peft_model(Windows(), LoraConfig(r=3, target_modules=["plain", "window"]))
+    for name in ("plain", "window"):
+        base = model.get_submodule(f"base_model.model.{name}").base_layer
+        base.__class__ = type("OtherLinear", (nn.Linear,), {})
+        base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    loader = None if method == "pissa" else unread()
+    with pytest.raises(
+        ValueError, match="layer base_model.model.plain, base_model.model.window cannot be read: OtherLinear"
+    ):
+        lk.initialize(model, loader, method, progress=False)
+
+
+def test_a_layer_that_keeps_its_values_keeps_its_start():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.window = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x, *, both=True):
+            return self.plain(x) + (self.window(x) if both else 0)
+
+    model = get_peft_model(Two(), LoraConfig(r=3, target_modules=["plain", "window"]))
+    x = torch.randn(8, 12)
+    before = model(x).detach()
+    lk.initialize(model, method="pissa", progress=False)
+    with pytest.warns(RuntimeWarning, match="does not reach 1 LoRA layers"):
+        lk.initialize(model, [x], "eva", forward=lambda model, x: model(x, both=False), force=True, progress=False)
+    torch.testing.assert_close(model(x), before)

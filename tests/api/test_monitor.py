@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.api.monitor import read_log, summarize
+from lora_kernels.api.monitor import latest_run, read_log, summarize
 from tests.statistics.models import padded, samples, tiny_llama
 
 
@@ -236,6 +236,19 @@ def test_a_resumed_run_measures_again_what_came_after_its_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [(step, run) for run, steps in enumerate(((5, 10, 15), (10, 15, 20), (5,), (5, 10))) for step in steps]
     path.write_text("".join(json.dumps({"step": step, "run": run, "layers": {}}) + "\n" for step, run in lines[:6]))
-    assert [(each["step"], each["run"]) for each in read_log(path)] == [(5, 0), (10, 1), (15, 1), (20, 1)]
+    assert [(each["step"], each["run"]) for each in latest_run(read_log(path))] == [(5, 0), (10, 1), (15, 1), (20, 1)]
     path.write_text("".join(json.dumps({"step": step, "run": run, "layers": {}}) + "\n" for step, run in lines))
-    assert [(each["step"], each["run"]) for each in read_log(path)] == [(5, 3), (10, 3)]
+    assert [(each["step"], each["run"]) for each in latest_run(read_log(path))] == [(5, 3), (10, 3)]
+
+
+def test_a_log_that_was_cut_off_is_continued(tmp_path):
+    path, model = tmp_path / "log.jsonl", wrapped()
+    killed = lk.LandscapeMonitor(1, path)
+    for _ in range(3):
+        killed.step(model)
+    path.write_bytes(path.read_bytes()[:-50])
+    again = lk.LandscapeMonitor(1, path)
+    for _ in range(2):
+        again.step(model)
+    assert [entry["step"] for entry in read_log(path)] == [1, 2, 1, 2]
+    assert [entry["step"] for entry in latest_run(read_log(path))] == [1, 2]

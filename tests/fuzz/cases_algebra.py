@@ -228,7 +228,7 @@ add(Case(init.resolve_method, st.sampled_from(sorted(init.METHODS)).map(lambda n
 add(
     Case(
         statistics.resolve_wants,
-        st.sampled_from((*statistics.STATISTICS, "eva", ("fisher", "gradient"), None, {"fisher": True})).map(
+        st.sampled_from((*statistics.STATISTICS, ("fisher", "gradient"), None, {"fisher": True})).map(
             lambda wants: {"wants": wants}
         ),
     )
@@ -274,15 +274,6 @@ add(
                 "reduction": st.just("auto"),
             }
         ),
-    )
-)
-
-RATES = ("matmul", "single", "double", "memory", "capacity", "link", "network", "host", "host_double", "host_capacity")
-add(
-    Case(
-        statistics.Rates,
-        st.builds(lambda: {"name": "chip", **dict.fromkeys(RATES, 1e12), "node": 8}),
-        corrupt=(*RATES, "node"),
     )
 )
 

@@ -122,13 +122,31 @@ def test_a_singular_weight_is_said():
     assert "4 components have singular value zero" in zero.notes[0] and zero.residual == 0
 
 
+def test_a_layer_without_inputs_starts_as_stock_lora_and_the_others_as_ever():
+    statistics = {
+        "good": layer("good", data(), 9),
+        "zero": layer("zero", torch.zeros(4, 20), 9),
+        "empty": layer("empty", torch.zeros(0, 20), 9),
+    }
+    weights = {name: torch.randn(9, 20) for name in statistics}
+    base = {name: BaseLayer(lambda w=w: w, 1.0) for name, w in weights.items()}
+    found = CorDA().factors(statistics, dict.fromkeys(statistics, 3), base=base)
+    alone = CorDA().factors({"good": statistics["good"]}, {"good": 3}, base=base)["good"]
+    assert torch.equal(found["good"].factors.A, alone.factors.A) and found["good"].solver != "stock"
+    for name, why in (("zero", "its input is always zero"), ("empty", "it saw no token")):
+        answer = found[name]
+        assert answer.solver == "stock" and why in answer.notes[0]
+        a = answer.factors.A
+        assert a.shape == (3, 20) and 0.1 < float(a.abs().max()) <= 20**-0.5 and not answer.factors.B.any()
+
+
 def test_errors():
     weight, statistics = torch.randn(9, 20), {"l": layer("l", data(), 9)}
     sketch = LayerStatistics("l", 20, 9, InputSketch(20, torch.device("cpu"), size=8))
     for missing in ({}, {"l": LayerStatistics("l", 20, 9, None)}, {"l": sketch}):
-        with pytest.raises(ValueError, match="layer l has no exact second moment"):
+        with pytest.raises(ValueError, match="no exact second moment of the input of layer l"):
             CorDA().factors(missing, {"l": 2}, base=base_of(weight))
-    with pytest.raises(ValueError, match="CorDA starts from the base weight, but base has no layer l"):
+    with pytest.raises(ValueError, match="starts from the base weight, but base has no layer l"):
         CorDA().factors(statistics, {"l": 2})
     with pytest.raises(ValueError, match=r"layer l has rank 10, but must be between 1 and min\(m, n\) = 9"):
         CorDA().factors(statistics, {"l": 10}, base=base_of(weight))
@@ -138,10 +156,6 @@ def test_errors():
         CorDA().factors(statistics, {"l": 2}, base=base_of(weight.mT))
     with pytest.raises(ValueError, match="the second moment of the input of layer l holds NaN"):
         CorDA().factors({"l": layer("l", data() * torch.nan, 9)}, {"l": 2}, base=base_of(weight))
-    with pytest.raises(ValueError, match="the input of layer l is always zero"):
-        CorDA().factors({"l": layer("l", torch.zeros(4, 20), 9)}, {"l": 2}, base=base_of(weight))
-    with pytest.raises(ValueError, match="layer l saw no token"):
-        CorDA().factors({"l": layer("l", torch.zeros(0, 20), 9)}, {"l": 2}, base=base_of(weight))
     with pytest.raises(ValueError, match="mode is 'ipm', but must be one of"):
         CorDA(mode="ipm")
     with pytest.raises(ValueError, match="damping is -1"):

@@ -92,6 +92,49 @@ def test_a_constant_input_and_few_tokens_are_said():
     assert torch.isfinite(whitened.factors.A).all()
 
 
+def test_a_layer_without_a_token_starts_as_stock_lora():
+    stats = {"l": layer("l", data()), "empty": layer("empty", torch.zeros(0, 20))}
+    found = EVA(rho=2.0, max_rank=8).factors(stats, {"l": 4, "empty": 4})
+    assert found["empty"].solver == "stock" and "it saw no token" in found["empty"].notes[0]
+    assert found["l"].factors.rank == found["empty"].factors.rank == 4
+
+
+def test_a_method_is_one_class():
+    from dataclasses import dataclass
+
+    from lora_kernels.init import InitMethod, LayerFactors, LoraFactors
+
+    try:
+
+        @dataclass(frozen=True)
+        class Ones(InitMethod):
+            name = "ones"
+            wants = {}
+
+            def solve_all(self, layers):
+                sizes = {name: (layer.rank, *layer.shape) for name, layer in layers.items()}
+                return {
+                    name: LayerFactors(LoraFactors(torch.ones(r, n), torch.zeros(m, r)))
+                    for name, (r, m, n) in sizes.items()
+                }
+
+        peft = pytest.importorskip("peft")
+        import lora_kernels as lk
+
+        model = peft.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(6, 5)), peft.LoraConfig(r=2, target_modules=["0"])
+        )
+        report = lk.initialize(model, method="ones", progress=False)
+        assert report.method == "ones" and report.layers[0].status == "initialised"
+        assert bool((model.get_submodule("base_model.model.0").lora_A["default"].weight == 1).all())
+        with pytest.raises(ValueError, match="name of Other is 'ones', which .*Ones has"):
+            type("Other", (InitMethod,), {"name": "ones"})
+        with pytest.raises(TypeError, match="abstract"):
+            type("Nothing", (InitMethod,), {})()
+    finally:
+        METHODS.pop("ones", None)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="rho is 0.5, but must be >= 1"):
         EVA(rho=0.5)
@@ -99,14 +142,16 @@ def test_errors():
         EVA(min_rank=4, max_rank=2)
     with pytest.raises(ValueError, match=r"layer l has rank 30, but must be between 1 and min\(m, n\) = 20"):
         EVA().factors({"l": layer("l", data())}, {"l": 30})
-    with pytest.raises(ValueError, match="layer l saw no token"):
+    with pytest.raises(ValueError, match="no second moment of the input of layer l"):
         EVA().factors({"l": LayerStatistics("l", 3, 3, None)}, {"l": 1})
+    with pytest.raises(ValueError, match="layer a has rank 30, .* = 20; layer b has rank 21"):
+        EVA().factors({"a": layer("a", data()), "b": layer("b", data())}, {"a": 30, "b": 21})
 
 
 def test_methods_by_name_and_config():
     assert resolve_method("eva") == EVA() and all(METHODS[name].name == name for name in METHODS)
     assert resolve_method(EVA(rho=1.5)).rho == 1.5
-    with pytest.raises(ValueError, match="method is 'evil', but must be one of 'eva', "):
+    with pytest.raises(ValueError, match="method is 'evil', but must be one of .*'eva', "):
         resolve_method("evil")
     with pytest.raises(TypeError, match="must be a name or a method config"):
         resolve_method(3)

@@ -218,8 +218,11 @@ def test_a_failed_cholesky_raises_the_damping_and_says_so():
 
 
 def test_open_population_and_useless_directions_are_said():
-    open_size, given = (LoraDA(population_size=size).factors(of(made()), {"l": 3})["l"] for size in (None, 12))
-    assert open_size.notes == ("population_size was left open: taken as the 12 samples read",) and not given.notes
+    stats = of(made())
+    open_size, given = (LoraDA(population_size=size).factors(stats, {"l": 3})["l"].factors for size in (None, 12))
+    assert torch.equal(open_size.A, given.A) and torch.equal(open_size.B, given.B)
+    assert LoraDA().remarks(stats) == ("population_size was left open: taken as the 12 samples read",)
+    assert not LoraDA(population_size=12).remarks(stats) and not LoraDA(variance_weight=0.0).remarks(stats)
     thin = made()
     thin.output.gradient = thin.output.gradient[:, :1] * torch.ones(30, dtype=torch.float64)
     for weight in (0.0, 0.03):
@@ -248,15 +251,12 @@ def without(**changes):
 @pytest.mark.parametrize(
     "stats, message",
     [
-        (lambda: of(LayerStatistics("l", 5, 5, None)), "layer l saw no token"),
-        (lambda: of(replace(made(), output=None)), "layer l has no Fisher diagonal and weight gradient"),
-        (lambda: without(fisher=None), "layer l has no Fisher diagonal and weight gradient"),
-        (lambda: without(gradient=None, sketch=object()), "layer l holds a sketch of its gradient"),
-        (lambda: without(gradient=torch.zeros(20, 30)), "the weight gradient of layer l is zero"),
-        (lambda: without(fisher=torch.zeros(20)), "the Fisher diagonal of layer l is zero"),
+        (lambda: of(LayerStatistics("l", 5, 5, None)), "no exact second moment of the input of layer l"),
+        (lambda: of(replace(made(), output=None)), "no exact Fisher diagonal of layer l"),
+        (lambda: without(fisher=None), "no exact Fisher diagonal of layer l"),
+        (lambda: without(gradient=None, sketch=object()), "no exact weight gradient of layer l"),
         (lambda: without(fisher=torch.full((20,), torch.nan)), "the Fisher diagonal of layer l holds NaN"),
-        (lambda: without(count=torch.zeros(())), "layer l counted no row in the backward pass"),
-        (lambda: of(made(), items=0.0), "layer l counted no row in the backward pass"),
+        (lambda: of(made(), items=0.0), "statistics hold no loss"),
         (lambda: of(made(), samples=0), "statistics count no samples: give population_size"),
     ],
 )
@@ -265,12 +265,30 @@ def test_statistics_that_will_not_do(stats, message):
         LoraDA().factors(stats(), {"l": 2})
 
 
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"gradient": torch.zeros(20, 30)}, "its weight gradient is zero"),
+        ({"fisher": torch.zeros(20)}, "its Fisher diagonal is zero"),
+        ({"count": torch.zeros(())}, "it counted no row in the backward pass"),
+    ],
+)
+def test_a_layer_that_the_loss_does_not_depend_on_starts_as_stock_lora(changes, why):
+    good, bad = made(name="good"), made(name="bad")
+    for name, value in changes.items():
+        setattr(bad.output, name, value)
+    found = LoraDA(population_size=9).factors(of(bad, good), {"bad": 2, "good": 2})
+    alone = LoraDA(population_size=9).factors(of(good), {"good": 2})["good"]
+    assert list(found) == ["bad", "good"] and torch.equal(found["good"].factors.B, alone.factors.B)
+    assert found["bad"].solver == "stock" and why in found["bad"].notes[0] and not found["bad"].factors.B.any()
+
+
 def test_sketched_inputs_and_bad_ranks():
     model, batches = tiny_llama(), padded(samples(4), 2)
     stats = lk.collect(
         model, batches, ("input_second", "fisher", "gradient"), form="sketch", sketch_size=4, progress=False
     )
-    with pytest.raises(ValueError, match="holds a sketch of its input, but the exact moments are needed"):
+    with pytest.raises(ValueError, match="no exact second moment of the input of layer model.layers.0.mlp.down_proj"):
         LoraDA().factors(stats, {"model.layers.0.mlp.down_proj": 2})
     with pytest.raises(ValueError, match=r"layer l has rank 21, but must be between 1 and min\(m, n\) = 20"):
         LoraDA().factors(of(made()), {"l": 21})
@@ -321,6 +339,17 @@ def test_initialize_collects_by_the_methods_conventions(mask):
 
 def test_initialize_by_name_and_the_users_options_win():
     report = lk.initialize(adapted(), padded(samples(), 4), "lora_da", progress=False)
-    assert all("taken as the 8 samples read" in each.notes[-1] for each in report)
+    assert sum("taken as the 8 samples read" in sentence for sentence in report.advice) == 1
     with pytest.warns(RuntimeWarning, match="weighting='token' instead of 'sample'"):
         lk.initialize(adapted(), padded(samples(), 4), "lora_da", weighting="token", progress=False)
+
+
+def test_the_population_is_that_of_the_loaders_dataset():
+    rows = [{name: value[0] for name, value in batch.items()} for batch in padded(samples(8), 1)]
+    rows = [row for row in rows if len(row["input_ids"]) == len(rows[0]["input_ids"])] * 5
+    loader = torch.utils.data.DataLoader(rows, batch_size=1)
+    report = lk.initialize(adapted(), loader, "lora_da", max_batches=2, progress=False)
+    assert report.settings["population_size"] == len(rows) > 2
+    assert not any("population_size was left open" in sentence for sentence in report.advice)
+    report = lk.initialize(adapted(), loader, LoraDA(population_size=77), max_batches=2, progress=False)
+    assert report.settings["population_size"] == 77

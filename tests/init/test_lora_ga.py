@@ -119,8 +119,45 @@ def test_a_zero_gradient_is_said():
     found = LoraGA(scale="weight_svd").factors(
         {"l": layer("l", torch.zeros(12, 15))}, {"l": 3}, base=base_of(torch.randn(12, 15))
     )["l"]
-    assert "the gradient is zero" in found.notes[0] and found.residual == 0
+    assert "its weight gradient is zero" in found.notes[0] and found.solver == "stock"
     assert torch.isfinite(found.factors.A).all() and float(found.factors.B.abs().max()) == 0
+
+
+@pytest.mark.parametrize("form", ["exact", "sketch"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_fewer_directions_than_2r_in_the_gradient_are_said_and_rounding_is_not_blown_up(scale, form):
+    g, x = torch.randn(3, 40), torch.randn(3, 50)
+    statistics = layer("l", g.mT @ x) if form == "exact" else sketched(g, x, 16)
+    weight = torch.randn(40, 50)
+    found = LoraGA(scale=scale).factors({"l": statistics}, {"l": 4}, base=base_of(weight))["l"]
+    assert "the gradient has 3 directions above rounding for the 2r = 8 of A and B" in found.notes[0]
+    assert not found.factors.B.any()  # ArB2r: B gets triplets 5 to 8, of which there is none
+    right = torch.linalg.svd((g.mT @ x).double()).Vh[:3]
+    inside = torch.nn.functional.normalize(found.factors.A[:3].double(), dim=1) @ right.mT
+    assert float((torch.linalg.svdvals(inside) - 1).abs().max()) < 1e-5
+    other = LoraGA(scale=scale, direction="A2rBr").factors({"l": statistics}, {"l": 4}, base=base_of(weight))["l"]
+    assert torch.linalg.matrix_rank(other.factors.B) == 3 and not other.factors.B[:, 3].any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e4])
+def test_gradients_of_any_size_give_the_same_directions_and_their_size_is_said(size):
+    gradient = matrix(40, 30)
+    plain, scaled = (LoraGA().factors({"l": layer("l", gradient * each)}, {"l": 4})["l"] for each in (1.0, size))
+    torch.testing.assert_close(scaled.factors.A, plain.factors.A, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scaled.factors.B / size, plain.factors.B, rtol=0, atol=1e-4)
+    assert not plain.notes and "need another gamma" in scaled.notes[0]
+    weight = base_of(torch.randn(40, 30))
+    relative = LoraGA(scale="weight_svd").factors({"l": layer("l", gradient * size)}, {"l": 4}, base=weight)["l"]
+    assert not relative.notes and 1 < float(relative.factors.B.norm(dim=0).max()) < 20
+
+
+@pytest.mark.parametrize("size", [1e18, 1e38])
+def test_factors_that_would_round_the_weight_away_leave_the_stock_start(size):
+    statistics, base = {"l": layer("l", matrix(40, 30) * size)}, base_of(torch.randn(40, 30))
+    found = LoraGA(gamma=1e-20).factors(statistics, {"l": 4})["l"]
+    assert found.solver == "stock" and "another gamma" in found.notes[0] and not found.factors.B.any()
+    relative = LoraGA(scale="weight_svd").factors(statistics, {"l": 4}, base=base)["l"]
+    assert not relative.notes and 1 < float(relative.factors.B.norm(dim=0).max()) < 20
 
 
 @pytest.mark.parametrize("form", ["exact", "sketch"])
@@ -152,7 +189,7 @@ def test_errors():
     statistics = {"l": layer("l", matrix(12, 15))}
     empty = LayerStatistics("l", 15, 12, None, output=OutputStatistics(12, 15, CPU, forms={"fisher": "exact"}))
     for missing in ({}, {"l": LayerStatistics("l", 15, 12, None)}, {"l": empty}):
-        with pytest.raises(ValueError, match="layer l has no weight gradient"):
+        with pytest.raises(ValueError, match="no weight gradient of layer l"):
             LoraGA().factors(missing, {"l": 2})
     with pytest.raises(ValueError, match="hold no loss"):
         LoraGA().factors(Statistics(statistics, 1, 1.0, 0.0), {"l": 2})

@@ -58,7 +58,7 @@ def test_batches_and_order_change_nothing(n_iter, monkeypatch):
     method = PiSSA(n_iter=n_iter)
     together = method.factors({}, ranks, base=bases(weights))
     again = method.factors({}, ranks, base=bases(weights))
-    monkeypatch.setattr("lora_kernels.init._layers._BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr("lora_kernels.init.problem._BATCH_BYTES", {"cpu": 1})
     alone = method.factors({}, ranks, base=bases(weights))
     assert list(together) == list(ranks)
     for name, rank in ranks.items():
@@ -75,7 +75,7 @@ def test_a_low_rank_weight_is_said():
 
 def test_errors():
     weight = matrix(6, 9)
-    with pytest.raises(ValueError, match="PiSSA starts from the base weight, but base has no layer l"):
+    with pytest.raises(ValueError, match="starts from the base weight, but base has no layer l"):
         PiSSA(n_iter=None).factors({}, {"l": 2})
     with pytest.raises(ValueError, match=r"layer l has rank 7, but must be between 1 and min\(m, n\) = 6"):
         PiSSA(n_iter=None).factors({}, {"l": 7}, base=bases({"l": weight}))

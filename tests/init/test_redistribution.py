@@ -30,7 +30,7 @@ def dense(statistics, name):
 
 
 def test_gradient_energy_is_what_a_unit_step_along_a_component_gains(stats):
-    scores = SCORES["gradient_energy"][1](stats, dict.fromkeys(stats, OFFERED), seed=0, progress=False)
+    scores = SCORES["gradient_energy"][1](stats, dict.fromkeys(stats, OFFERED), seed=0)
     for name in stats:
         truth = torch.linalg.svdvals(stats[name].gradient())[:OFFERED].square()
         assert relative_error(torch.tensor(scores[name], dtype=torch.float64), truth) < 1e-6
@@ -38,7 +38,7 @@ def test_gradient_energy_is_what_a_unit_step_along_a_component_gains(stats):
 
 def test_fisher_energy_is_the_gain_of_natural_gradient_steps(stats):
     every = {name: min(layer.in_features, layer.out_features) for name, layer in stats.items()}
-    scores = SCORES["fisher_energy"][1](stats, every, seed=0, progress=False)
+    scores = SCORES["fisher_energy"][1](stats, every, seed=0)
     for name in stats:
         c, f, g, tokens = dense(stats, name)
         # The minimum of <G, D> + 1/2 (N / items) sum_ij f_i (D C D^T)_ii over all D, by its normal equation.
@@ -49,7 +49,7 @@ def test_fisher_energy_is_the_gain_of_natural_gradient_steps(stats):
 
 def test_fisher_energy_does_not_see_the_scale_of_a_layer(stats):
     name = next(iter(stats))
-    before = SCORES["fisher_energy"][1](stats, {name: OFFERED}, seed=0, progress=False)[name]
+    before = SCORES["fisher_energy"][1](stats, {name: OFFERED}, seed=0)[name]
     model = wrapped()
     # Inputs ten times as large, weights a tenth: the same function, another parametrisation.
     base = model.get_submodule(name).get_base_layer()
@@ -61,13 +61,10 @@ def test_fisher_energy_does_not_see_the_scale_of_a_layer(stats):
         norm.weight *= 10
     assert base is model.get_submodule(name).get_base_layer()
     scaled = lk.collect(model, padded(samples(), 4), WANTS, dtype=torch.float64, progress=False)
-    after = SCORES["fisher_energy"][1](scaled, {name: OFFERED}, seed=0, progress=False)[name]
+    after = SCORES["fisher_energy"][1](scaled, {name: OFFERED}, seed=0)[name]
     plain = SCORES["gradient_energy"][1]
     assert torch.allclose(torch.tensor(after), torch.tensor(before), rtol=2e-2)
-    assert (
-        plain(scaled, {name: 1}, seed=0, progress=False)[name][0]
-        > 50 * (plain(stats, {name: 1}, seed=0, progress=False)[name][0])
-    )
+    assert plain(scaled, {name: 1}, seed=0)[name][0] > 50 * (plain(stats, {name: 1}, seed=0)[name][0])
 
 
 def test_gradient_energy_from_sketches():
@@ -77,7 +74,7 @@ def test_gradient_energy_from_sketches():
     batches = padded(samples(), 4)
     offered = {name: 2 for name in lk.collect(model, batches, "gradient", progress=False)}
     sums = [lk.collect(model, batches, "gradient", progress=False, form=f, sketch_size=24) for f in ("exact", "sketch")]
-    exact, sketched = (SCORES["gradient_energy"][1](each, offered, seed=0, progress=False) for each in sums)
+    exact, sketched = (SCORES["gradient_energy"][1](each, offered, seed=0) for each in sums)
     for name in offered:
         assert sums[1][name].output.gradient is None
         assert sketched[name] == pytest.approx(exact[name], rel=0.15)

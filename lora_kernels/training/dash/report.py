@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
-from lora_kernels.reports import Printed
+from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.training.dash.selection import Selection
 
 
@@ -72,7 +71,7 @@ class DashReport(Printed):
             rates = "" if each.rates is None else f"{each.rates[0]:.1e} to {each.rates[1]:.1e}"
             sigma = "" if each.sigma is None else f"{each.sigma[0]:.1e} to {each.sigma[1]:.1e}"
             share = "" if each.share is None else f"{100 * each.share:.0f} %"
-            table.add_row(each.name, each.status, rates, sigma, share, each.reason)
+            table.add_row(short_name(each.name), each.status, rates, sigma, share, each.reason)
         yield table
         yield Text(self.summary())
 

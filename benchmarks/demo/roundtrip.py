@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.demo.batches import Batch
+from benchmarks.demo.batches import Batch
 
 # Two processes may take different paths through the same library (memory alignment); a wrong factor shows at 1e-2.
 TOLERANCE = 1e-5

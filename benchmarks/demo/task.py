@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from lora_kernels.demo.batches import Batch, Batches
-from lora_kernels.demo.config import MAX_BATCHES, DemoConfig
-from lora_kernels.demo.data import Example, TextTask
-from lora_kernels.demo.recipe import PLAIN, Recipe
+from benchmarks.demo.batches import Batch, Batches
+from benchmarks.demo.config import MAX_BATCHES, DemoConfig
+from benchmarks.demo.data import Example, TextTask
+from benchmarks.demo.recipe import PLAIN, Recipe
 
 if TYPE_CHECKING:
     from lora_kernels.init import InitMethod

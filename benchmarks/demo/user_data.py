@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo.data import Example, TextTask
 from lora_kernels.api.text_files import read_rows
-from lora_kernels.demo.data import Example, TextTask
 
 USER_TEST_SHARE = 0.2
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_kernels.demo.data import TextTask
-from lora_kernels.demo.task import RunRecord
+from benchmarks.demo.data import TextTask
+from benchmarks.demo.task import RunRecord
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves all above, on the safe side.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -5,12 +5,12 @@ import pytest
 
 pytest.importorskip("peft")
 from benchmarks import sections
+from benchmarks.demo.data import docstring_task
 from benchmarks.quality import report as quality_report
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.crew import Crew, Partial, Worker
 from benchmarks.quality.protocol import ARMS, QUICK, Arm, Job, Protocol, Setup, read
 from benchmarks.quality.study import neighbour, study, tune
-from lora_kernels.demo.data import docstring_task
 from lora_kernels.init import EVA
 
 

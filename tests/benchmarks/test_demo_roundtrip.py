@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_kernels.demo.batches import Batches, load_tokenizer
-from lora_kernels.demo.config import DemoConfig
-from lora_kernels.demo.roundtrip import check_round_trip
-from lora_kernels.demo.task import train_run
-from lora_kernels.demo.user_data import read_task
+from benchmarks.demo.batches import Batches, load_tokenizer
+from benchmarks.demo.config import DemoConfig
+from benchmarks.demo.roundtrip import check_round_trip
+from benchmarks.demo.task import train_run
+from benchmarks.demo.user_data import read_task
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_non_finite_logits_do_not_pass(trained):
 def test_the_reloading_script_names_nothing_of_this_package():
     import ast
 
-    from lora_kernels.demo import roundtrip
+    from benchmarks.demo import roundtrip
 
     source = roundtrip.Path(roundtrip.__file__).with_name("_reload.py").read_text()
     imported = {

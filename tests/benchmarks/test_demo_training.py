@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 
-from lora_kernels.demo import batches as reading
-from lora_kernels.demo import task as training
-from lora_kernels.demo.batches import Batches
-from lora_kernels.demo.config import DemoConfig
-from lora_kernels.demo.recipe import parameter_groups
-from lora_kernels.demo.task import adapter_ranks, build_model, evaluate, evaluation_steps, train_run
-from lora_kernels.demo.user_data import read_task
+from benchmarks.demo import batches as reading
+from benchmarks.demo import task as training
+from benchmarks.demo.batches import Batches
+from benchmarks.demo.config import DemoConfig
+from benchmarks.demo.recipe import parameter_groups
+from benchmarks.demo.task import adapter_ranks, build_model, evaluate, evaluation_steps, train_run
+from benchmarks.demo.user_data import read_task
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_evaluation_against_a_plain_loop(parts):
 
 
 def test_texts_are_cut_padded_and_masked(tiny_model):
-    from lora_kernels.demo.data import MASK, Example
+    from benchmarks.demo.data import MASK, Example
 
     tokenizer = reading.load_tokenizer(tiny_model)
     examples = [Example("red warm cold round square big", "b", ""), Example(f"{MASK} sea", "a", "")]

@@ -1,5 +1,5 @@
 """The demo: fine-tune a small encoder from random and from data-aware LoRA factors and compare the two runs."""
 
-from lora_kernels.demo.config import DEFAULT_RATES, DemoConfig
+from benchmarks.demo.config import DEFAULT_RATES, DemoConfig
 
 __all__ = ["DEFAULT_RATES", "DemoConfig"]

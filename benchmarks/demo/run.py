@@ -17,15 +17,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.demo import plots, report
+from benchmarks.demo.batches import MODEL_PACKAGE, Batches, load_tokenizer, model_folder
+from benchmarks.demo.config import DemoConfig
+from benchmarks.demo.data import TextTask, docstring_task
+from benchmarks.demo.roundtrip import check_round_trip
+from benchmarks.demo.task import Evaluation, RunRecord, train_run
+from benchmarks.demo.user_data import read_task
 from lora_kernels._files import write_text
 from lora_kernels._version import __version__
-from lora_kernels.demo import plots, report
-from lora_kernels.demo.batches import MODEL_PACKAGE, Batches, load_tokenizer, model_folder
-from lora_kernels.demo.config import DemoConfig
-from lora_kernels.demo.data import TextTask, docstring_task
-from lora_kernels.demo.roundtrip import check_round_trip
-from lora_kernels.demo.task import Evaluation, RunRecord, train_run
-from lora_kernels.demo.user_data import read_task
 
 CHECKED_TEXTS = 32
 

@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from lora_kernels.demo import data
-from lora_kernels.demo.data import MASK, Example, TextTask, docstring_task, hold_out, read_docstrings
-from lora_kernels.demo.user_data import read_task
+from benchmarks.demo import data
+from benchmarks.demo.data import MASK, Example, TextTask, docstring_task, hold_out, read_docstrings
+from benchmarks.demo.user_data import read_task
 
 
 @pytest.fixture(scope="module")

@@ -5,37 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kernels.init import METHODS
+
 # The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
 DEFAULT_RATES = {"random": 3e-3, "eva": 1e-3}
 DEFAULT_STEPS = 100
 MAX_BATCHES = 16
 # Methods that study leaves out: the winners of `python -m benchmarks.quality` on another task, with another rate for
 # the head; a test compares them with its record.
-OTHER_RATES = dict.fromkeys(("lora_da", "lora_ga", "corda", "pissa", "task_directions"), 1e-3)
-METHODS = (*DEFAULT_RATES, *OTHER_RATES)
+OTHER_RATE = 1e-3
+STARTS = ("random", *METHODS)
+
+
+ABOUT = {
+    "model": "folder of a transformers encoder with its tokenizer (default: the packaged MiniLM-L6)",
+    "data": "a .csv or .jsonl file (default: docstrings of the standard library)",
+    "text_column": "column of the text in the data",
+    "label_column": "column of the label in the data",
+    "rank": "LoRA rank per layer, before any redistribution",
+    "method": "initialisation to compare with random LoRA; random trains that one alone",
+    "steps": "optimizer steps per run",
+    "seeds": "number of seeds; they are 0, 1, ...",
+    "batch_size": "texts per step",
+    "learning_rate": "peak rate of both arms (default: each arm's own, from the study)",
+    "max_tokens": "texts are cut to this many tokens",
+    "out": "output folder",
+    "plots": "draw the two PNG files",
+    "threads": "CPU threads of torch (default: torch's own choice)",
+    "accelerate": "run the LoRA layers fused",
+}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of one demo.
-
-    Attributes:
-        model: Folder of a transformers encoder with its tokenizer; the packaged MiniLM-L6 where None.
-        data: The user's `.csv` or `.jsonl` file; standard-library docstrings where None.
-        text_column: Column of the text in `data`.
-        label_column: Column of the label in `data`.
-        rank: LoRA rank per layer before any redistribution.
-        method: Initialisation that is compared with random LoRA; "random" trains that one alone.
-        steps: Optimizer steps per run.
-        seeds: Number of seeds; the seeds are 0, 1, ...
-        batch_size: Examples per step.
-        learning_rate: Peak rate of both arms; each arm's own studied rate where None.
-        max_tokens: Texts are cut to this many tokens.
-        out: Output folder, made where it is missing.
-        plots: Whether to draw the two PNG files.
-        threads: CPU threads for torch; torch's own choice where None.
-        accelerate: Whether the LoRA layers run through `lora_kernels.accelerate`.
-    """
+    """Settings of the demo; `ABOUT` says what each is."""
 
     model: Path | None = None
     data: Path | None = None
@@ -66,8 +69,8 @@ class DemoConfig:
                 raise ValueError(f"{name} was {value!r}, must be an integer of at least {least}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads was {self.threads}, must be at least 1")
-        if self.method not in METHODS:
-            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(METHODS)}")
+        if self.method not in STARTS:
+            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(STARTS)}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate was {self.learning_rate}, must be above 0 and below 1")
         if self.model is not None and not (self.model / "config.json").is_file():
@@ -91,7 +94,7 @@ class DemoConfig:
         Returns:
             `learning_rate` where given, else the studied rate.
         """
-        return {**DEFAULT_RATES, **OTHER_RATES}[arm] if self.learning_rate is None else self.learning_rate
+        return DEFAULT_RATES.get(arm, OTHER_RATE) if self.learning_rate is None else self.learning_rate
 
     def rate_source(self, arm: str) -> str:
         """Says where an arm's learning rate comes from, for the report.

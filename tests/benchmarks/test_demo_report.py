@@ -5,10 +5,10 @@ import statistics
 import pytest
 from rich.console import Console
 
-from lora_kernels.demo import plots, report
-from lora_kernels.demo.data import Example, TextTask
-from lora_kernels.demo.report import compare, smooth, steps_to_reach
-from lora_kernels.demo.task import Evaluation, RunRecord
+from benchmarks.demo import plots, report
+from benchmarks.demo.data import Example, TextTask
+from benchmarks.demo.report import compare, smooth, steps_to_reach
+from benchmarks.demo.task import Evaluation, RunRecord
 
 
 def make_run(arm, seed, losses, steps=(10, 20), accuracy=0.5, init=0.0, ranks=None):

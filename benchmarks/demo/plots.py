@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.demo.report import group_by_arm, smooth, window_of
-from lora_kernels.demo.task import RunRecord
+from benchmarks.demo.report import group_by_arm, smooth, window_of
+from benchmarks.demo.task import RunRecord
 
 
 def require_matplotlib() -> None:

@@ -1,0 +1,233 @@
+"""What every method is: a frozen dataclass that turns statistics into factors, known by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from typing_extensions import Self
+
+from lora_kernels._checks import check_choice
+from lora_kernels.init.factors import BaseLayer, LayerFactors
+from lora_kernels.init.problem import LayerProblem, problems, stock_start
+from lora_kernels.runtime.processes import share_out, world_size
+from lora_kernels.runtime.progress import progress_bar
+from lora_kernels.statistics.store import LayerStatistics, Statistics
+from lora_kernels.statistics.wants import STATISTICS, Wants
+
+if TYPE_CHECKING:
+    from lora_kernels.init.ranks import Redistribution
+
+Layer = TypeVar("Layer")
+Answer = TypeVar("Answer")
+
+# The methods by name: every subclass of `InitMethod` that has one.
+METHODS: dict[str, type[InitMethod]] = {}
+
+
+def solve_layers(
+    layers: Mapping[str, Layer],
+    solve: Callable[[Sequence[Layer]], Iterable[Answer]],
+    *,
+    device: Callable[[Layer], torch.device],
+    title: str = "solving layers",
+    unit: str = "layer",
+    together: Callable[[Layer], Hashable] | None = None,
+    at_most: Callable[[Layer], int | None] = lambda _: None,
+    work: Callable[[Layer], float] = lambda _: 1.0,
+) -> dict[str, Answer]:
+    """Solve layers, group by group, with a progress bar; the processes of a distributed run share the groups.
+
+    Args:
+        layers: by name; the answers come back in their order.
+        solve: the layers of a group to their answers.
+        device: where the answers for a layer live.
+        title: of the progress bar, which counts in `unit`.
+        unit: see there.
+        together: layers of one key are solved together; by default each alone.
+        at_most: how many of a group are solved at once, where the group is a batch and may be split.
+        work: of a layer, in any unit.
+    """
+    if not layers:
+        return {}
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        groups[name if together is None else together(layer)].append(name)
+    pieces: list[list[str]] = []
+    for names in groups.values():
+        size, limit = len(names), at_most(layers[names[0]])
+        if limit is not None:  # no larger than what leaves every process a share
+            size = max(1, min(limit, -(-size // world_size())))
+        pieces += [names[low : low + size] for low in range(0, len(names), size)]
+    with progress_bar(len(layers), title, unit) as bar:
+
+        def compute(index: int) -> dict[str, Answer]:
+            names = pieces[index]
+            answers = dict(zip(names, solve([layers[name] for name in names]), strict=True))
+            bar.update(len(names))
+            return answers
+
+        def weigh(index: int) -> float:
+            return sum(work(layers[name]) for name in pieces[index])
+
+        where = device(next(iter(layers.values()))) if world_size() > 1 else torch.device("cpu")
+        shares = share_out(range(len(pieces)), compute, where, weigh)
+    merged = {name: answer for part in shares.values() for name, answer in part.items()}
+    return {name: merged[name] for name in layers}
+
+
+@dataclass(frozen=True)
+class InitMethod(ABC):
+    """A frozen config that turns statistics into factors; a subclass with a `name` is registered in `METHODS`.
+
+    Attributes:
+        name: as in `initialize(method=...)`.
+        full_rate: whether its authors train at learning rates of full fine-tuning.
+        offsets_base: whether `s B A` of the start has to be taken off the base for the model to keep its function.
+        moves_function: whether the start is away from zero and stays in the model's function.
+        own_score: the score by which its authors redistribute ranks, if they do.
+    """
+
+    name: ClassVar[str]
+    full_rate: ClassVar[bool] = False
+    offsets_base: ClassVar[bool] = False
+    moves_function: ClassVar[bool] = False
+    own_score: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        """Register the method; a ValueError if another class has its name."""
+        if "name" in cls.__dict__:
+            other = METHODS.setdefault(cls.name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"name of {cls.__qualname__} is {cls.name!r}, which {other.__qualname__} has")
+            METHODS[cls.name] = cls
+
+    @property
+    @abstractmethod
+    def wants(self) -> Mapping[str, bool]:
+        """The statistics it reads; True where only the exact sums will do (see `statistics.resolve_wants`)."""
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether it reads the base weights, which must then be readable and not sharded."""
+        return False
+
+    @property
+    def collect_options(self) -> Mapping[str, Any]:
+        """Fields of `statistics.CollectOptions` that `initialize` collects with, unless told otherwise."""
+        return MappingProxyType({})
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:  # noqa: ARG002
+        """Columns that a sketch should have to serve these ranks well; 1 where none is read."""
+        return 1
+
+    @property
+    def redistribution(self) -> Redistribution | None:
+        """How it changes ranks; `None` where it keeps them."""
+        return None
+
+    def keeping_ranks(self) -> Self:
+        """The same method with the ranks as they are asked for."""
+        return self
+
+    def for_samples(self, count: int) -> Self:  # noqa: ARG002
+        """The same method for a training set of so many samples, if it depends on that and was not told."""
+        return self
+
+    def remarks(self, statistics: Statistics) -> tuple[str, ...]:  # noqa: ARG002
+        """What a user should know of the start as a whole."""
+        return ()
+
+    def factors(
+        self,
+        statistics: Mapping[str, LayerStatistics],
+        ranks: Mapping[str, int],
+        *,
+        base: Mapping[str, BaseLayer] | None = None,
+    ) -> dict[str, LayerFactors]:
+        """The factors of every layer.
+
+        A layer that its statistics say nothing of (no token, a zero gradient) gets LoRA's stock start, with a note.
+
+        Args:
+            statistics: of all layers named in `ranks`. Gradients are divided by `Statistics.loss_items`; those of a
+                plain mapping, which has no such count, are taken to be of the mean loss already.
+            ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
+            base: weight and scaling of each layer, for methods that start from them.
+
+        Returns:
+            Per layer its factors: A `(r, n)`, B `(m, r)`.
+
+        Raises:
+            ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
+        """
+        layers = problems(statistics, ranks, self.wants, base)
+        reasons = {name: layer.why_unusable(self.wants) for name, layer in layers.items()} if self.wants else {}
+        usable = {name: layer for name, layer in layers.items() if reasons.get(name) is None}
+        answers = self.solve_all(usable) if usable else {}
+        return {name: answers[name] if name in usable else stock_start(layers[name], reasons[name]) for name in layers}
+
+    @abstractmethod
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of layers that have what is wanted."""
+
+
+@dataclass(frozen=True)
+class LayerwiseMethod(InitMethod):
+    """A method that solves layers apart from each other, or in groups."""
+
+    @abstractmethod
+    def solve(self, layers: Sequence[LayerProblem]) -> Iterable[LayerFactors]:
+        """The factors of the layers of one group, in order."""
+
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Layers of one key are solved together; by default each alone."""
+        return layer.name
+
+    def at_most(self, layer: LayerProblem) -> int | None:  # noqa: ARG002
+        """How many layers of one key are solved at once; all where it is `None`."""
+        return None
+
+    def work(self, layer: LayerProblem) -> float:  # noqa: ARG002
+        """How long a layer takes, in any unit."""
+        return 1.0
+
+    def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
+        """The factors of all layers, group by group."""
+        keys = {"together": self.together, "at_most": self.at_most, "work": self.work}
+        return solve_layers(layers, self.solve, device=lambda layer: layer.device, **keys)  # type: ignore[arg-type]
+
+
+def resolve_method(method: str | InitMethod) -> InitMethod:
+    """The method config for a name, or the config itself.
+
+    Args:
+        method: a name in `METHODS`, for that method with its defaults, or a config such as `EVA(rho=1.0)`.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: if the name is unknown; the message lists the names.
+        TypeError: if it is neither a name nor a config.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}, or a config")
+        return METHODS[method]()
+    if not isinstance(method, InitMethod):
+        raise TypeError(f"method must be a name or a method config such as EVA(), got {type(method).__name__}")
+    return method
+
+
+def named_wants(wants: Wants) -> Wants:
+    """What to collect, where it may also be the name of a method: that method, with its defaults."""
+    if isinstance(wants, str):
+        check_choice("wants", wants, (*METHODS, *STATISTICS))
+        return METHODS[wants]() if wants in METHODS else wants
+    return wants

@@ -1,0 +1,206 @@
+"""One layer as a method gets it to solve: rank, statistics as means, what is under the adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
+from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics.sketches import GradientSketch, stream_of
+from lora_kernels.statistics.store import LayerStatistics, Statistics
+from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
+
+_WORDS = {INPUT_SECOND: "second moment of the input", FISHER: "Fisher diagonal", GRADIENT: "weight gradient"}
+# Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
+_BATCH_BYTES = {"cpu": 2**22}
+_BATCH_BYTES_ELSEWHERE = 2**28
+
+
+def finite(what: str, name: str, values: torch.Tensor) -> torch.Tensor:
+    """The values without their graph; a ValueError if an entry is NaN or infinite."""
+    values = values.detach()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"the {what} of layer {name} holds NaN or infinite entries")
+    return values
+
+
+def check_ranks(ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
+    """Refuse ranks outside [1, min(m, n)], naming all such layers."""
+    bad = [name for name, rank in ranks.items() if not 1 <= rank <= limits[name]]
+    if bad:
+        layers = (
+            f"layer {name} has rank {ranks[name]}, but must be between 1 and min(m, n) = {limits[name]}" for name in bad
+        )
+        raise ValueError("; ".join(layers))
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer to be solved: its rank, what was seen of it (means over tokens or items), what is under its adapter."""
+
+    name: str
+    rank: int
+    collection: Mapping[str, LayerStatistics]
+    base: BaseLayer | None
+
+    @property
+    def seen(self) -> LayerStatistics | None:
+        """What was collected of it."""
+        return self.collection.get(self.name)
+
+    @property
+    def items(self) -> float:
+        """By what its sum of gradients is divided; those of a plain mapping are means already."""
+        return self.collection.loss_items if isinstance(self.collection, Statistics) else 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        if self.seen is not None:
+            return self.seen.out_features, self.seen.in_features
+        base = self.under
+        m, n = base.weight().shape if base.shape is None else base.shape
+        return m, n
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are, or else the base weight."""
+        if self.seen is not None and self.seen.input is not None:
+            return self.seen.input.total.device
+        if self.output is not None:
+            return self.output.count.device
+        return self.under.weight().device
+
+    @property
+    def under(self) -> BaseLayer:
+        """What is under the adapter."""
+        if self.base is None:
+            raise ValueError(f"the method starts from the base weight, but base has no layer {self.name}")
+        return self.base
+
+    @property
+    def scaling(self) -> float:
+        """Scaling of the adapter."""
+        scaling = self.under.scaling
+        if not (math.isfinite(scaling) and scaling > 0):
+            raise ValueError(f"layer {self.name} has scaling {scaling!r}, but must be positive and finite")
+        return scaling
+
+    def weight(self) -> torch.Tensor:
+        """The base weight, `(m, n)`."""
+        weight = finite("base weight", self.name, self.under.weight())
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"the base weight of layer {self.name} is {tuple(weight.shape)}, but must be {self.shape}")
+        return weight
+
+    @property
+    def tokens(self) -> float:
+        """Rows counted."""
+        return 0.0 if self.seen is None else self.seen.tokens
+
+    @property
+    def output(self) -> OutputStatistics | None:
+        """The sums of its output gradients."""
+        return None if self.seen is None else self.seen.output
+
+    def second_moment(self) -> torch.Tensor:
+        """Mean of `x x^T`, `(n, n)` float64, exact, not centred."""
+        assert self.seen is not None and isinstance(self.seen.input, InputMoments)
+        return finite("second moment of the input", self.name, self.seen.input.covariance(center=False))
+
+    def input_mean(self) -> torch.Tensor:
+        """Mean of x, `(n,)` float64."""
+        assert self.seen is not None and self.seen.input is not None
+        return self.seen.input.mean()
+
+    def fisher(self) -> torch.Tensor:
+        """Mean of the squared output gradients, `(m,)` float64."""
+        assert self.output is not None and self.output.fisher is not None
+        return finite("Fisher diagonal", self.name, self.output.fisher.to(torch.float64) / self.output.tokens)
+
+    def gradient(self) -> torch.Tensor:
+        """Gradient of the mean loss, `(m, n)` in the dtype of the sums, exact."""
+        assert self.output is not None and self.output.gradient is not None
+        return finite("weight gradient", self.name, self.output.gradient) / self.items
+
+    @property
+    def sketch(self) -> GradientSketch:
+        """The sketch of the sum of its gradients."""
+        assert self.output is not None and self.output.sketch is not None
+        for side in (self.output.sketch.left, self.output.sketch.right):
+            finite("gradient sketch", self.name, side)
+        return self.output.sketch
+
+    @property
+    def input_key(self) -> Hashable:
+        """The same for layers that read the same tensor."""
+        return self.name if self.seen is None else id(self.seen.input)
+
+    def has(self, statistic: str, *, exact: bool) -> bool:
+        """Whether a statistic was collected."""
+        if statistic == INPUT_SECOND:
+            sums = None if self.seen is None else self.seen.input
+            return isinstance(sums, InputMoments) or (sums is not None and not exact)
+        if self.output is None:
+            return False
+        if statistic == GRADIENT:
+            return self.output.gradient is not None or (self.output.sketch is not None and not exact)
+        return self.output.fisher is not None
+
+    def why_unusable(self, wants: Iterable[str]) -> str | None:
+        """Why its statistics say nothing, or `None`."""
+        inputs = None if self.seen is None else self.seen.input
+        if INPUT_SECOND in wants and inputs is not None and inputs.tokens <= 0:
+            return "it saw no token in the collection pass"
+        if self.output is None:
+            return None
+        if FISHER in wants and self.output.tokens <= 0:
+            return "it counted no row in the backward pass: there was none, or all were masked"
+        gradient = self.output.gradient if self.output.sketch is None else self.output.sketch.left
+        for name, sums in ((FISHER, self.output.fisher), (GRADIENT, gradient)):
+            if name in wants and sums is not None and not bool(sums.any()):
+                return f"its {_WORDS[name]} is zero: the loss of this data does not depend on it"
+        return None
+
+
+def stock_start(layer: LayerProblem, why: str | None) -> LayerFactors:
+    """LoRA's own start, for a layer that a method cannot start: A uniform in `1 / sqrt(n)`, B zero."""
+    (m, n), device = layer.shape, layer.device
+    generator = torch.Generator().manual_seed(stream_of(layer.name))
+    a = (2 * torch.rand(layer.rank, n, generator=generator) - 1) / math.sqrt(n)
+    factors = as_factors(a.to(device), torch.zeros(m, layer.rank, device=device))
+    return LayerFactors(factors, solver="stock", notes=(f"stock start: {why}",))
+
+
+def problems(
+    statistics: Mapping[str, LayerStatistics],
+    ranks: Mapping[str, int],
+    wants: Mapping[str, bool],
+    base: Mapping[str, BaseLayer] | None = None,
+) -> dict[str, LayerProblem]:
+    """The layers in `ranks`, checked for the statistics that are read."""
+    seen, bases = statistics if wants else {}, base or {}
+    layers = {name: LayerProblem(name, rank, seen, bases.get(name)) for name, rank in ranks.items()}
+    for statistic, exact in wants.items():
+        missing = [name for name, layer in layers.items() if not layer.has(statistic, exact=exact)]
+        if missing:
+            what = ("exact " if exact else "") + _WORDS[statistic]
+            raise ValueError(
+                f"statistics hold no {what} of layer {', '.join(missing)}: collect with the method, or with "
+                f"wants={{{statistic!r}: {exact}}}"
+            )
+    if GRADIENT in wants and any(layer.items <= 0 for layer in layers.values()):
+        raise ValueError("statistics hold no loss: there was no backward pass")
+    check_ranks(ranks, {name: min(layer.shape) for name, layer in layers.items()})
+    return layers
+
+
+def batch_size(layer: LayerProblem) -> int:
+    """How many float32 matrices of its shape are decomposed at once."""
+    m, n = layer.shape
+    return max(1, _BATCH_BYTES.get(layer.device.type, _BATCH_BYTES_ELSEWHERE) // (4 * m * n))
