@@ -94,8 +94,8 @@ bench: $(VENV)/.dev $(VENV)/.llm ## side by side with every peer, small cases (m
 micro: $(VENV)/.dev ## every op by itself, on every backend that this machine has
 	@$(BIN)/python -m pytest benchmarks/micro --benchmark-only --benchmark-columns=min,median,iqr,rounds
 
-figures: $(VENV)/.dev ## docs/figures and the README's numbers from the committed records
-	@$(BIN)/python -m benchmarks.readme
+figures: $(VENV)/.dev ## docs/figures, docs/results.md and the README's table from the committed records
+	@$(BIN)/python -m benchmarks.pages
 	@$(BIN)/python -m benchmarks.figures
 
 gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes, into gpu-out/

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
-# One binary per generation that needs its own, and PTX from which the driver compiles for later chips.
-CUDA_BINARIES = ("80", "90a", "100")
-CUDA_PTX = "90"
+# One binary per generation, ascending, and PTX of the last, from which the driver compiles for later chips.
+CUDA_ARCHS = ("75", "80", "90", "100")
 
 
 def find_nvcc() -> str | None:
@@ -31,15 +31,22 @@ def find_nvcc() -> str | None:
     return None
 
 
-def nvcc_arch_flags() -> list[str]:
-    """The `-gencode` flags of the fat binary."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_BINARIES]
-    return [*flags, f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"]
+def supported_archs(nvcc: str, wanted: Sequence[str] = CUDA_ARCHS) -> tuple[str, ...]:
+    """Those of the wanted architectures for which an nvcc compiles: one of CUDA 12.0-12.6 does not know 100."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = re.findall(r"compute_(\w+)", listed)
+    return tuple(arch for arch in wanted if arch in known)
 
 
-def nvcc_compile_flags() -> list[str]:
+def nvcc_arch_flags(archs: Sequence[str]) -> list[str]:
+    """The `-gencode` flags of the fat binary for architectures in ascending order."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def nvcc_compile_flags(archs: Sequence[str]) -> list[str]:
     """All flags for compiling a `.cu` file of csrc."""
-    return ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DLK_WITH_CUDA", *nvcc_arch_flags()]
+    return ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DLK_WITH_CUDA", *nvcc_arch_flags(archs)]
 
 
 def find_cxx() -> str | None:
@@ -51,12 +58,14 @@ def find_cxx() -> str | None:
     return None
 
 
-def _accepts(cxx: str, flag: str) -> bool:
+def _refuses(compiler: str, flags: Sequence[str], suffix: str) -> str | None:
+    """What a compiler says against flags for a trivial program, `None` if it builds."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("int main() { return 0; }\n")
-        command = [cxx, flag, str(source), "-o", str(Path(folder) / "probe")]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        source = Path(folder) / f"probe{suffix}"
+        source.write_text("#include <cmath>\nint main() { return 0; }\n")
+        command = [compiler, *flags, str(source), "-o", str(Path(folder) / "probe")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return None if done.returncode == 0 else (done.stderr + done.stdout).strip()[-500:]
 
 
 @dataclass(frozen=True)
@@ -67,21 +76,35 @@ class Plan:
         cxx: the C++ compiler.
         nvcc: the CUDA compiler, or `None`.
         openmp: whether the C++ compiler and linker know `-fopenmp`.
+        archs: for which architectures nvcc compiles.
     """
 
     cxx: str
     nvcc: str | None
     openmp: bool
+    archs: tuple[str, ...] = ()
 
 
-def make_plan() -> Plan | None:
+def make_plan(wanted: Sequence[str] = CUDA_ARCHS) -> Plan | None:
     """Look for compilers.
+
+    Args:
+        wanted: the architectures of the CUDA part, where there is an nvcc that compiles for one of them.
 
     Returns:
         The plan; `None` where there is no C++ compiler.
     """
-    cxx = find_cxx()
-    return None if cxx is None else Plan(cxx, find_nvcc(), _accepts(cxx, "-fopenmp"))
+    cxx, nvcc = find_cxx(), find_nvcc()
+    if cxx is None:
+        return None
+    archs = supported_archs(nvcc, wanted) if nvcc else ()
+    if nvcc is not None:
+        # An nvcc that cannot build anything, for want of a C++ compiler of its age for one, must not fail the install.
+        reason = _refuses(nvcc, nvcc_compile_flags(archs), ".cu") if archs else f"it knows none of {', '.join(wanted)}"
+        if reason is not None:
+            print(f"warning: lora_kernels: {nvcc} is left out, and with it the CUDA part: {reason}", file=sys.stderr)
+            nvcc, archs = None, ()
+    return Plan(cxx, nvcc, _refuses(cxx, ["-fopenmp"], ".cpp") is None, archs)
 
 
 def _compiler_name(cxx: str) -> str:
@@ -123,7 +146,7 @@ def write_ninja(
         link.append("-fopenmp")
     linker = plan.cxx
     if plan.nvcc:
-        flags += ["-DLK_WITH_CUDA", f'-DLK_CUDA_ARCHS="{" ".join(f"sm_{each}" for each in CUDA_BINARIES)}"']
+        flags += ["-DLK_WITH_CUDA", f'-DLK_CUDA_ARCHS="{" ".join(f"sm_{arch}" for arch in plan.archs)}"']
         # nvcc links: it knows where its static runtime lives. The module then loads without a CUDA driver.
         linker = plan.nvcc
         link = ["-shared", "-cudart=static", *(["-Xcompiler=-fopenmp"] if plan.openmp else [])]
@@ -143,7 +166,7 @@ def write_ninja(
     if plan.nvcc:
         lines += [
             "rule nvcc",
-            f"  command = {plan.nvcc} -MD -MF $out.d {_quoted(nvcc_compile_flags())} -c $in -o $out",
+            f"  command = {plan.nvcc} -MD -MF $out.d {_quoted(nvcc_compile_flags(plan.archs))} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]

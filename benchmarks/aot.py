@@ -118,7 +118,8 @@ def _source(case: dict[str, Any], variant: str) -> ASTSource:
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     unspecialised = {
-        kernel.arg_names[each] if isinstance(each, int) else each for each in kernel.do_not_specialize or ()
+        kernel.arg_names[argument] if isinstance(argument, int) else argument
+        for argument in kernel.do_not_specialize or ()
     }
     for position, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constexprs else case["signature"][name]
@@ -178,11 +179,11 @@ def parse_ptxas(text: str) -> tuple[int, int, int]:
     Raises:
         ValueError: if the output reports no kernel at all.
     """
-    registers = [int(each) for each in re.findall(r"Used (\d+) registers", text)]
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", text)]
     if not registers:
         raise ValueError(f"no kernel in the assembler's report: {text[:500]}")
     spills = [int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)]
-    stack = [int(each) for each in re.findall(r"(\d+) bytes stack frame", text)]
+    stack = [int(number) for number in re.findall(r"(\d+) bytes stack frame", text)]
     return max(registers), max(spills, default=0), max(stack, default=0)
 
 
@@ -200,10 +201,10 @@ def parse_amdgcn(text: str) -> tuple[int, int, int]:
     """
     fields = []
     for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        if found is None:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        if match is None:
             raise ValueError(f"no .{name} in the assembly")
-        fields.append(int(found[1]))
+        fields.append(int(match[1]))
     return fields[0], fields[1] + fields[2], fields[3]
 
 
@@ -234,19 +235,19 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     except Exception as error:  # the compiler raises anything; whatever it is, this configuration does not build
         problem = " ".join(f"does not build: {type(error).__name__}: {error}".split())[:300]
         return Result(op, kernel, config, variant, chip.name, (problem,))
-    found = chip.matrix if chip.matrix in text else ""
-    stores, shared = sum(text.count(each) for each in chip.stores), int(compiled.metadata.shared)
+    matrix = chip.matrix if chip.matrix in text else ""
+    stores, shared = sum(text.count(store) for store in chip.stores), int(compiled.metadata.shared)
     serialised = sorted(set(re.findall(r"C75\d\d", report)))
     checks = {
         f"{spills} spilled, {local} bytes of stack": spills or local,
         f"{shared} bytes of shared memory, {chip.shared} there": shared > chip.shared,
-        f"no matrix instruction ({chip.matrix})": case["matrix"] and not found,
+        f"no matrix instruction ({chip.matrix})": case["matrix"] and not matrix,
         f"matrix instructions serialised ({', '.join(serialised)})": case["matrix"] and serialised,
         "stores nothing": not stores,
     }
     problems = tuple(problem for problem, wrong in checks.items() if wrong)
     return Result(
-        op, kernel, config, variant, chip.name, problems, registers, spills, local, shared, found, stores
+        op, kernel, config, variant, chip.name, problems, registers, spills, local, shared, matrix, stores
     )  # fmt: skip
 
 
@@ -257,9 +258,10 @@ def compile_cuda() -> Iterator[Result]:
         One result per file and chip; none where there is no nvcc.
     """
     nvcc = build_support.find_nvcc()
-    general = [each for each in build_support.nvcc_compile_flags() if not each.startswith("-gencode")]
+    archs = build_support.supported_archs(nvcc) if nvcc else ()
+    general = [flag for flag in build_support.nvcc_compile_flags(archs or ("",)) if not flag.startswith("-gencode")]
     # The PTX for later chips is left out: nothing is assembled yet.
-    chips = {flag.rsplit("=", 1)[1]: flag for flag in build_support.nvcc_arch_flags() if "code=sm_" in flag}
+    chips = {f"sm_{arch}": f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
     for source in sorted(build_support.SOURCES.glob("*.cu")) if nvcc else ():
         for chip, flag in chips.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -331,8 +333,8 @@ def _version(command: str | Path | None) -> str | None:
     if command is None:
         return None
     answer = subprocess.run([str(command), "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"V(\d[\d.]*)", answer)
-    return found[1] if found else None
+    match = re.search(r"V(\d[\d.]*)", answer)
+    return match[1] if match else None
 
 
 def write_record(results: Iterable[Result], file: Path) -> None:
@@ -351,7 +353,7 @@ def write_record(results: Iterable[Result], file: Path) -> None:
         "ptxas-blackwell": _version(tools / "ptxas-blackwell"),
         "nvcc": _version(build_support.find_nvcc()),
     }
-    rows = [json.dumps({**asdict(each), "ok": not each.problems}) for each in results]
+    rows = [json.dumps({**asdict(result), "ok": not result.problems}) for result in results]
     text = '{\n"versions": ' + json.dumps(versions) + ',\n"cases": [\n' + ",\n".join(rows) + "\n]\n}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -373,13 +375,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = check_all(options.quick, max(options.jobs, 1))
     table = Table("kernel", "configuration", "arguments", "chip", "registers", "spills", "shared", "matrix", "verdict")
-    for each in results:
-        numbers = (str(each.registers), str(each.spills), str(each.shared))
-        verdict = "; ".join(each.problems) or "ok"
-        table.add_row(each.kernel, each.config, each.variant, each.chip, *numbers, each.matrix, verdict)
+    for result in results:
+        numbers = (str(result.registers), str(result.spills), str(result.shared))
+        verdict = "; ".join(result.problems) or "ok"
+        table.add_row(result.kernel, result.config, result.variant, result.chip, *numbers, result.matrix, verdict)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    failed = sum(bool(each.problems) for each in results)
+    failed = sum(bool(result.problems) for result in results)
     console.print(f"{len(results)} compilations, {failed} with problems")
     record = options.out or (None if options.quick else RECORD)
     if record is not None:

@@ -10,7 +10,7 @@ A subject checks its numbers first and stops if they are wrong. All sides are th
 process each), medians count, compilation is not timed. Every row says what a peer's time is over ours and what ours is
 over the floor: the least that bytes and FLOPs cost at the rates at which this machine copies and multiplies. A case
 replaces its entry in `results/<subject>.json`; `results/compare.json` is the summary of all records, which
-`python -m benchmarks.readme` puts into the README.
+`python -m benchmarks.pages` puts into docs/results.md.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ QUICK_ROUNDS = 2
 
 def parser(subject: Subject) -> argparse.ArgumentParser:
     """The command line of a subject."""
-    found = argparse.ArgumentParser(f"python -m benchmarks.compare {subject.name}", description=subject.about)
-    found.add_argument("--case", nargs="+", choices=list(subject.cases), help=f"default: {' '.join(subject.full)}")
-    found.add_argument("--quick", action="store_true", help=f"small sizes; cases: {' '.join(subject.quick)}")
-    found.add_argument("--rounds", type=int, help=f"timed calls of each side; default: {subject.rounds}")
-    found.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    found.add_argument("--resume", action="store_true", help="leave out cases that this commit has measured here")
-    found.add_argument("--out", type=Path, help="folder for the record; by default results/, none with --quick")
-    subject.options(found)
-    return found
+    command = argparse.ArgumentParser(f"python -m benchmarks.compare {subject.name}", description=subject.about)
+    command.add_argument("--case", nargs="+", choices=list(subject.cases), help=f"default: {' '.join(subject.full)}")
+    command.add_argument("--quick", action="store_true", help=f"small sizes; cases: {' '.join(subject.quick)}")
+    command.add_argument("--rounds", type=int, help=f"timed calls of each side; default: {subject.rounds}")
+    command.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    command.add_argument("--resume", action="store_true", help="leave out cases that this commit has measured here")
+    command.add_argument("--out", type=Path, help="folder for the record; by default results/, none with --quick")
+    subject.options(command)
+    return command
 
 
 def parse(subject: Subject, arguments: Sequence[str]) -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse(subject: Subject, arguments: Sequence[str]) -> argparse.Namespace:
 
 def _is_of_this_run(entry: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
     """Whether an entry has this environment, but for the time, and these options. Uncommitted code has no name."""
-    here, there = ({**each, "time": ""} for each in (records.environment(), entry["environment"]))
+    here, there = ({**environment, "time": ""} for environment in (records.environment(), entry["environment"]))
     return here == there and not here["commit"].endswith("+changes") and entry.get("options") == chosen
 
 
@@ -81,19 +81,19 @@ def run(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     chosen = {name: value for name, value in vars(options).items() if name not in ("case", "out", "resume")}
     known = records.cases(subject.name, options.out) if options.resume and options.out is not None else {}
-    found = {}
+    entries = {}
     for case in options.case:
         if case in known and _is_of_this_run(known[case], chosen):
             records.CONSOLE.print(f"{subject.name}, {case}: measured before")
-            found[case] = known[case]
+            entries[case] = known[case]
             continue
         entry = {"environment": records.environment(), "options": chosen, **subject.cases[case](options)}
         entry["rates"] = rates.here(entry.get("device", "cpu")).record()
         show(subject, case, entry)
         if options.out is not None:
             records.CONSOLE.print(f"record: {records.put(subject.name, case, entry, options.out)}")
-        found[case] = entry
-    return found
+        entries[case] = entry
+    return entries
 
 
 def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

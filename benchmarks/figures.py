@@ -18,7 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks import sensing
-from benchmarks.quality import report as quality_report
+from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, ROOT, cases
 
 FOLDER = ROOT / "docs" / "figures"
@@ -75,25 +75,26 @@ def train() -> Figure:
 def layers() -> Figure:
     """PEFT over ours by shape and rank, and what FLOPs allow."""
     # As they are installed; those without the extension stand in the table.
-    entries = [each for each in cases("linear")["layers"]["entries"] if each.get("extension", True)]
+    entries = [entry for entry in cases("linear")["layers"]["entries"] if entry.get("extension", True)]
     figure = Figure(figsize=(10, 0.28 * len(entries) / 2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, dropout in zip(panels, sorted({each["dropout"] for each in entries}), strict=True):
-        shown = [each for each in entries if each["dropout"] == dropout]
-        tokens = {each["tokens"] for each in shown}
-        names = [_layer_name(each, len(tokens) > 1) for each in shown]
+    for axes, dropout in zip(panels, sorted({entry["dropout"] for entry in entries}), strict=True):
+        shown = [entry for entry in entries if entry["dropout"] == dropout]
+        tokens = {entry["tokens"] for entry in shown}
+        names = [_layer_name(entry, len(tokens) > 1) for entry in shown]
         places = range(len(shown))
-        axes.barh(places, [each["peft_over_ours"] for each in shown], color=OURS, height=0.7, label="PEFT / ours")
+        axes.barh(places, [entry["peft_over_ours"] for entry in shown], color=OURS, height=0.7, label="PEFT / ours")
         bounds = [
-            each["seconds"]["peft"]["p50"] / each["seconds"]["base"]["p50"] / each["floor_over_base"] for each in shown
+            entry["seconds"]["peft"]["p50"] / entry["seconds"]["base"]["p50"] / entry["floor_over_base"]
+            for entry in shown
         ]
         axes.scatter(bounds, places, marker="|", s=90, color=BOUND, label="at most, by FLOPs", zorder=3)
         for side, label, marker, colour in (
             ("compiled", "torch.compile / ours", "D", THIRD),
             ("hand_written", "addmm by hand / ours", "s", FOURTH),
         ):
-            if all(side in each["seconds"] for each in shown):
-                ratios = [each["seconds"][side]["p50"] / each["seconds"]["ours"]["p50"] for each in shown]
+            if all(side in entry["seconds"] for entry in shown):
+                ratios = [entry["seconds"][side]["p50"] / entry["seconds"]["ours"]["p50"] for entry in shown]
                 axes.scatter(ratios, places, marker=marker, s=16, color=colour, label=label, zorder=4)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(places, names, fontsize=7)
@@ -104,22 +105,43 @@ def layers() -> Figure:
     return figure
 
 
-def _layer_name(each: dict[str, Any], tokens: bool) -> str:
-    dtype = each.get("dtype", "float32")
-    sizes = f"{each['tokens']} x {each['n']} → {each['m']}" if tokens else f"{each['n']} → {each['m']}"
-    return f"{sizes}, r {each['rank']}" + ("" if dtype == "float32" else f", {dtype}")
+def _layer_name(entry: dict[str, Any], tokens: bool) -> str:
+    dtype = entry.get("dtype", "float32")
+    sizes = f"{entry['tokens']} x {entry['n']} → {entry['m']}" if tokens else f"{entry['n']} → {entry['m']}"
+    return f"{sizes}, r {entry['rank']}" + ("" if dtype == "float32" else f", {dtype}")
 
 
 def init() -> Figure:
     """Seconds of every initialisation."""
     eva, methods = cases("eva")["llama"]["seconds"], cases("init")["llama"]["methods"]
-    ours = [eva["ours"]["p50"], *(each["ours"]["seconds"]["p50"] for each in methods.values())]
-    theirs = [eva["peft"]["p50"], *(each["peer"]["seconds"]["p50"] for each in methods.values())]
+    ours = [eva["ours"]["p50"], *(method["ours"]["seconds"]["p50"] for method in methods.values())]
+    theirs = [eva["peft"]["p50"], *(method["peer"]["seconds"]["p50"] for method in methods.values())]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
     _bars(axes, ["eva", *methods], [("ours", ours, OURS), ("the peer", theirs, PEER)], "s, logarithmic")
     axes.set_xscale("log")
     axes.legend(loc="center right", fontsize=7)
+    return figure
+
+
+def llm() -> Figure:
+    """Training steps of SmolLM2-135M over the passes of its base alone, rank 8 in float32."""
+    entries = [step for step in cases("llm").values() if step["rank"] == 8 and step["dtype"] == "float32"]
+    entries.sort(key=lambda entry: (entry["dropout"], entry["tokens"]))
+    names = [f"{entry['batch']} x {entry['length']} tokens, dropout {entry['dropout']:g}" for entry in entries]
+    titles = {"peft": ("PEFT", PEER), "hand_written": ("addmm by hand", FOURTH), "ours": ("ours", OURS)}
+    sides = [
+        (title, [entry["seconds"][side]["p50"] / entry["seconds"]["base"]["p50"] for entry in entries], colour)
+        for side, (title, colour) in titles.items()
+    ]
+    figure = Figure(figsize=(8, 0.55 * len(entries) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, names, sides, "time of a training step over forward and backward of the bare model", "{:.2f}")
+    axes.axvline(1, color=BOUND, linestyle="--", linewidth=1)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(
+        f"{entries[0]['model']}, LoRA on all {entries[0]['layers']} linear layers, rank 8, on a CPU", fontsize=9
+    )
     return figure
 
 
@@ -142,18 +164,21 @@ def linalg() -> Figure:
     """How many times faster than torch: SVD, batched small problems, spectra of adapters."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    entries = [each for case in ("small", "large", "batch") for each in cases("svd")[case]["entries"]]
-    names = [f"{' x '.join(map(str, each['shape']))}, {each['spectrum']}, r {each['rank']}" for each in entries]
+    entries = [entry for case in ("small", "large", "batch") for entry in cases("svd")[case]["entries"]]
+    names = [f"{' x '.join(map(str, entry['shape']))}, {entry['spectrum']}, r {entry['rank']}" for entry in entries]
     sides = ("torch.svd_lowrank+8", "torch.linalg.svd")
-    found: Bars = [
-        (side, [each["times_faster"].get(side) for each in entries], colour)
+    bars: Bars = [
+        (side, [entry["times_faster"].get(side) for entry in entries], colour)
         for side, colour in zip(sides, (OURS, PEER), strict=True)
     ]
-    _bars(left, names, found, "torch / ours, randomized SVD")
-    small, orders = cases("small_linalg"), sorted({each["order"] for each in cases("small_linalg")["eigh"]["entries"]})
+    _bars(left, names, bars, "torch / ours, randomized SVD")
+    small, orders = (
+        cases("small_linalg"),
+        sorted({entry["order"] for entry in cases("small_linalg")["eigh"]["entries"]}),
+    )
     colours = (OURS, PEER, THIRD, FOURTH)
     for (op, case), colour in zip(small.items(), colours, strict=True):
-        ratios = {each["order"]: each["torch_over_ours"] for each in case["entries"] if each["dtype"] == "float32"}
+        ratios = {entry["order"]: entry["torch_over_ours"] for entry in case["entries"] if entry["dtype"] == "float32"}
         right.plot(orders, [ratios.get(order, math.nan) for order in orders], marker="o", color=colour, label=op)
     spectrum = cases("spectrum")["adapters"]
     right.set(xlabel="order, or rank", ylabel="torch / ours, batches in float32", xscale="log")
@@ -172,13 +197,14 @@ def linalg() -> Figure:
 def landscape() -> Figure:
     """Verdicts on runs with a known answer."""
     entry = cases("landscape")["sensing"]
-    found: Figure = sensing.draw(entry["runs"], entry["confusion"])
-    return found
+    figure: Figure = sensing.draw(entry["runs"], entry["confusion"])
+    return figure
 
 
 # By name: the records it is drawn from, and how.
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
     "train": (("train",), train),
+    "llm": (("llm",), llm),
     "layers": (("linear",), layers),
     "init": (("init", "eva"), init),
     "lora_pro": (("lora_pro",), lora_pro),
@@ -217,7 +243,7 @@ def main(folder: Path = FOLDER) -> int:
             if name in FIGURES:
                 FIGURES[name][1]().savefig(file, metadata={"Date": None})
             else:
-                quality_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
+                study_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
             # Matplotlib leaves blanks at the ends of lines.
             file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
     (folder / INDEX).write_text(json.dumps(digests(), indent=1) + "\n")

@@ -90,28 +90,28 @@ def folder() -> Path:
         FileNotFoundError: if neither the copy nor the wheel is there, or the wheel without `gguf`.
         ValueError: if the wheel's file is not the one that is known.
     """
-    found = cache_folder()
-    if is_complete(found):
-        return found
+    copied = cache_folder()
+    if is_complete(copied):
+        return copied
     source = quantized()
     if importlib.util.find_spec("gguf") is None:
         raise FileNotFoundError(f"the package gguf, which reads {NAME}, is not installed: {INSTALL}")
-    found.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=found.parent, prefix=f".{found.name}-") as temporary:
-        made = Path(temporary) / found.name
-        _dequantize(source, made)
-        (made / _ORIGIN).write_text(json.dumps({"file": source.name, "sha256": SHA256}) + "\n")
-        for file in made.iterdir():
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=copied.parent, prefix=f".{copied.name}-") as temporary:
+        started = Path(temporary) / copied.name
+        _dequantize(source, started)
+        (started / _ORIGIN).write_text(json.dumps({"file": source.name, "sha256": SHA256}) + "\n")
+        for file in started.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        if found.exists() and not is_complete(found):
-            shutil.rmtree(found)
+        if copied.exists() and not is_complete(copied):
+            shutil.rmtree(copied)
         try:
-            made.rename(found)
+            started.rename(copied)
         except OSError:
-            if not is_complete(found):
+            if not is_complete(copied):
                 raise
-    return found
+    return copied
 
 
 def load(dtype: torch.dtype = torch.float32) -> Any:
@@ -144,7 +144,7 @@ def tokenizer() -> Any:
     """
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(folder(), local_files_only=True)
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
-    return found
+    loaded = AutoTokenizer.from_pretrained(folder(), local_files_only=True)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded

@@ -78,7 +78,7 @@ def adapted(base: nn.Module, rank: int, dropout: float) -> Any:
 
 def shared_copy(module: Any) -> Any:
     """A copy with the frozen parameters of the original: what all sides only read is in memory once."""
-    frozen = {id(each): each for each in module.parameters() if not each.requires_grad}
+    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
     return copy.deepcopy(module, frozen)
 
 
@@ -156,22 +156,22 @@ def _hand_written_forward(self: Any, x: torch.Tensor, *_args: Any, **_kwargs: An
 
 def hand_written(module: Any) -> Any:
     """A copy of a layer, or of a model, whose LoRA layers run `HandWritten`."""
-    found = shared_copy(module)
-    for layer in found.modules():
+    model = shared_copy(module)
+    for layer in model.modules():
         if hasattr(layer, "lora_A"):
             layer.forward = types.MethodType(_hand_written_forward, layer)
-    return found
+    return model
 
 
 def gradients(y: Any, leaves: Sequence[torch.Tensor], g: Any) -> list[torch.Tensor]:
     """Outputs and gradients, whatever keeps a graph let go."""
     grads = torch.autograd.grad(y, leaves, g)
-    return [*(each.detach() for each in (y if isinstance(y, (list, tuple)) else [y])), *grads]
+    return [*(output.detach() for output in (y if isinstance(y, (list, tuple)) else [y])), *grads]
 
 
 def both_ways(layer: Any, x: torch.Tensor, g: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
     """A call of a layer forward and backward: its output and the gradients of x and of what is trained."""
-    leaves = [x, *(each for each in layer.parameters() if each.requires_grad)]
+    leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     return lambda: gradients(layer(x), leaves, g)
 
 
@@ -190,14 +190,14 @@ Answer = tuple[float, list[torch.Tensor]]
 
 def answers(sides: Mapping[str, Any], batch: Any, *, training: bool = False) -> dict[str, Answer]:
     """Per model, its loss and the gradients of its adapters; dropout is off but in `training`."""
-    found = {}
+    results = {}
     for name, model in sides.items():
         model.train(training)
         loss = model(**batch).loss
-        trained = [each for each in model.parameters() if each.requires_grad]
-        found[name] = float(loss.detach()), list(torch.autograd.grad(loss, trained))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        results[name] = float(loss.detach()), list(torch.autograd.grad(loss, trained))
         model.train()
-    return found
+    return results
 
 
 def deviations(one: Answer, two: Answer) -> list[float]:
@@ -219,7 +219,7 @@ def largest(values: Iterable[float]) -> float:
 
 def trainer(model: Any, batch: Any) -> Callable[[], None]:
     """A training step: forward, backward and AdamW of what is trained."""
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -48,15 +48,15 @@ def llama_batches(count: int, words: int = 8192, rows: int = 8, length: int = 25
     weights = 1.0 / torch.arange(1, words + 1).float()
     drawn = [torch.multinomial(weights, rows * length, replacement=True, generator=generator) for _ in range(count)]
     mask = torch.ones(rows, length, dtype=torch.long)
-    return [{"input_ids": each.view(rows, length), "attention_mask": mask} for each in drawn]
+    return [{"input_ids": tokens.view(rows, length), "attention_mask": mask} for tokens in drawn]
 
 
 def minilm() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """MiniLM-L6 and 16 batches of 32 docstrings of the standard library."""
     from transformers import AutoModel, AutoTokenizer
 
-    from benchmarks.demo.batches import model_folder
     from benchmarks.demo.data import docstring_task
+    from benchmarks.demo.model import model_folder
 
     folder = model_folder(None)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
@@ -115,7 +115,7 @@ def work(model: torch.nn.Module, batches: Sequence[Any]) -> Work:
             stack.callback(layer.register_forward_pre_hook(observe).remove)
         model(input_ids=batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"])
     tokens = sum(float(batch["attention_mask"].sum()) for batch in batches)
-    widths = [each.shape[-1] for each in inputs.values()]
+    widths = [tensor.shape[-1] for tensor in inputs.values()]
     products = sum(layer.weight.numel() for layer in layers)  # type: ignore[union-attr, misc]
     return Work(2.0 * tokens * products, tokens * sum(n * (n + 1.0) for n in widths))
 

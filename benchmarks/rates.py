@@ -117,6 +117,6 @@ def here(device: str = "cpu") -> Rates:
         For bfloat16, float32 and float64.
     """
     scale = 4 if device == "cuda" else 1
-    sizes = scale * _SIZE, [scale * each for each in _ORDERS]
+    sizes = scale * _SIZE, [scale * order for order in _ORDERS]
     kinds = ("bfloat16", "float32", "float64")
     return measure(torch.device(device), lambda calls: records.interleaved(dict(calls), _ROUNDS), *sizes, kinds)[0]

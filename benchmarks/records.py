@@ -80,6 +80,38 @@ def seconds(call: Callable[[], Any], prepare: Callable[[], Any] | None = None) -
     return time.perf_counter() - started
 
 
+def _resident(most: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since the peak was forgotten."""
+    name = "VmHWM:" if most else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def extra_peak(call: Callable[[], Any]) -> int:
+    """Bytes that a call takes at most beyond what is there before it, on the GPU if there is one; Linux else."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    return max(_resident(most=True) - before, 0)
+
+
+def peaks(programs: dict[str, str]) -> dict[str, int]:
+    """What programs print as their last word, each in a process of its own; nothing where there is no Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    found = {}
+    for name, program in programs.items():
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        found[name] = int(done.stdout.split()[-1])
+    return found
+
+
 def interleaved(
     calls: dict[str, Callable[[], Any]],
     rounds: int,
@@ -156,8 +188,8 @@ def cases(name: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
     file = (folder or RESULTS) / f"{name}.json"
     if not file.is_file():
         return {}
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["cases"]
-    return found
+    entries: dict[str, dict[str, Any]] = json.loads(file.read_text())["cases"]
+    return entries
 
 
 def put(name: str, case: str, entry: dict[str, Any], folder: Path | None = None) -> Path:

@@ -161,7 +161,7 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
     Returns:
         Per run start, truth, verdict and the numbers behind both; the objects themselves under `_`.
     """
-    found = []
+    entries = []
     for seed in range(problems):
         problem = Sensing.make(seed)
         solution = problem.solve()
@@ -176,7 +176,7 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
             if iterations < ITERATIONS:
                 run.train(ITERATIONS)
             end = run.state()
-            found.append(
+            entries.append(
                 {
                     "problem": seed,
                     "start": start,
@@ -200,15 +200,15 @@ def runs(problems: int = PROBLEMS) -> list[dict[str, Any]]:
                     "_": (spectrum, certificate),
                 }
             )
-    return found
+    return entries
 
 
-def confusion(found: Sequence[dict[str, Any]], limits: Thresholds | None = None) -> dict[str, dict[str, int]]:
+def confusion(results: Sequence[dict[str, Any]], limits: Thresholds | None = None) -> dict[str, dict[str, int]]:
     """How often each truth got each verdict."""
     table: dict[str, dict[str, int]] = {}
-    for each in found:
-        verdict = judge(*each["_"], limits).kind
-        row = table.setdefault(each["truth"], dict.fromkeys(KINDS, 0))
+    for run in results:
+        verdict = judge(*run["_"], limits).kind
+        row = table.setdefault(run["truth"], dict.fromkeys(KINDS, 0))
         row[verdict] = row.get(verdict, 0) + 1
     return table
 
@@ -218,7 +218,7 @@ def right(table: dict[str, dict[str, int]]) -> bool:
     return all(row.get(name, 0) == sum(row.values()) for name, row in table.items())
 
 
-def margins(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+def margins(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Per threshold, the range around its default in which every verdict stays right, in steps of 2^(1/2)."""
     ranges = {}
     for name in ("rank_tolerance", "stationarity", "ratio", "alignment"):
@@ -229,7 +229,7 @@ def margins(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
             for _ in range(60):
                 if value > 1 and name == "rank_tolerance":
                     break
-                if not right(confusion(found, replace(Thresholds(), **{name: value}))):
+                if not right(confusion(results, replace(Thresholds(), **{name: value}))):
                     break
                 last, value = value, value * 2 ** (direction / 2)
             ends.append(last)
@@ -246,16 +246,16 @@ def sensing(problems: int = PROBLEMS) -> dict[str, Any]:
     Returns:
         The part of the record.
     """
-    found = runs(problems)
-    table = confusion(found)
-    shown = Table("truth", *(f"verdict {kind}" for kind in KINDS), title=f"{len(found)} runs")
+    results = runs(problems)
+    table = confusion(results)
+    shown = Table("truth", *(f"verdict {kind}" for kind in KINDS), title=f"{len(results)} runs")
     for name, row in table.items():
         shown.add_row(name, *(str(row.get(kind, 0)) for kind in KINDS))
     CONSOLE.print(shown)
-    good = [each for each in found if each["truth"] == LOW_RANK_MINIMUM]
-    worst = max(abs(each["ratio"] - 1) for each in good)
+    good = [run for run in results if run["truth"] == LOW_RANK_MINIMUM]
+    worst = max(abs(run["ratio"] - 1) for run in good)
     CONSOLE.print(f"minima: s|G|/lambda within {worst:.1e} of 1; loud failures end at ", end="")
-    CONSOLE.print(", ".join(f"{e['objective_over_solution']:.2f}" for e in found if e["truth"] == LOUD_FAILURE))
+    CONSOLE.print(", ".join(f"{e['objective_over_solution']:.2f}" for e in results if e["truth"] == LOUD_FAILURE))
     settings = {
         "shape": [M, N],
         "planted_rank": PLANTED,
@@ -269,29 +269,29 @@ def sensing(problems: int = PROBLEMS) -> dict[str, Any]:
         "hostile_norm": HOSTILE,
         "iterations": ITERATIONS,
     }
-    stripped = [{key: value for key, value in each.items() if key != "_"} for each in found]
+    stripped = [{key: value for key, value in run.items() if key != "_"} for run in results]
     return {
         "settings": settings,
         "thresholds": asdict(Thresholds()),
         "confusion": table,
         "all_right": right(table),
         "largest_ratio_error_at_minima": worst,
-        "thresholds_may_lie_in": margins(found),
+        "thresholds_may_lie_in": margins(results),
         "runs": stripped,
     }
 
 
-def draw(found: Sequence[dict[str, Any]], table: dict[str, dict[str, int]]) -> Any:
+def draw(results: Sequence[dict[str, Any]], table: dict[str, dict[str, int]]) -> Any:
     """Spectra, certificate and confusion table of the runs of a record, as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     spectra, certificate, cells = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
-    for each in found:
-        colour, label = COLOURS.get(each["truth"], "black"), each["truth"].replace("_", " ")
-        values = [max(value, 1e-9) for value in each["values"]]
+    for run in results:
+        colour, label = COLOURS.get(run["truth"], "black"), run["truth"].replace("_", " ")
+        values = [max(value, 1e-9) for value in run["values"]]
         spectra.plot(range(1, len(values) + 1), values, color=colour, alpha=0.6, marker=".", label=label)
-        certificate.scatter(each["stationarity"], each["ratio"], color=colour, s=18, label=label)
+        certificate.scatter(run["stationarity"], run["ratio"], color=colour, s=18, label=label)
     spectra.set(yscale="log", xlabel="index", ylabel="singular value of s B A", title="spectra by truth")
     certificate.set(xscale="log", yscale="log", xlabel="stationarity", ylabel="s |G|_2 / lambda", title="certificate")
     certificate.axvline(Thresholds().stationarity, color="0.5", linestyle=":")
@@ -308,5 +308,5 @@ def draw(found: Sequence[dict[str, Any]], table: dict[str, dict[str, int]]) -> A
             cells.text(column, row, str(value), ha="center", va="center")
     cells.set_xticks(range(len(KINDS)), [kind.replace("_", "\n") for kind in KINDS], fontsize=8)
     cells.set_yticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
-    cells.set(xlabel="verdict", ylabel="truth", title=f"{len(found)} runs")
+    cells.set(xlabel="verdict", ylabel="truth", title=f"{len(results)} runs")
     return figure

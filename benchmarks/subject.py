@@ -105,7 +105,7 @@ class Subject:
         for case in self.full if self.table is None else self.table:
             for row in self.rows(cases[case]) if case in cases else ():
                 groups.setdefault(("" if self.pooled else case, row.group, row.peer), []).append((case, row))
-        return [(*min(rows, key=lambda each: each[1].ratio), len(rows)) for rows in groups.values()]
+        return [(*min(rows, key=lambda pair: pair[1].ratio), len(rows)) for rows in groups.values()]
 
 
 def show(subject: Subject, case: str, entry: Mapping[str, Any]) -> None:

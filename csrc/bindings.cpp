@@ -192,6 +192,44 @@ PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   });
 }
 
+// Addresses of x (and g) come with a row stride; offsets are int64, from 0 on, not decreasing and at most `rows`.
+lk::GroupedLora grouped_layer(bool bfloat16, uintptr_t offsets, int64_t experts, int64_t rows, int64_t inputs,
+                              int64_t outputs, int64_t rank, uintptr_t a, uintptr_t b, float scale, int64_t threshold,
+                              uint64_t seed, uint32_t stream, int threads) {
+  check_lora(rows, inputs, rank, threads);
+  check_lora(rows, outputs, rank, threads);
+  check(experts >= 0 && offsets, "experts must not be negative, and offsets must be given");
+  const auto* const begins = pointer<const int64_t>(offsets);
+  check(begins[0] == 0 && begins[experts] <= rows, "offsets must lie in [0, rows]");
+  for (int64_t e = 0; e < experts; ++e) check(begins[e] <= begins[e + 1], "offsets must not decrease");
+  return {bfloat16, begins, experts, rows, inputs, outputs, rank, pointer<const float>(a), pointer<const float>(b),
+          scale, make_dropout(threshold, seed, stream)};
+}
+
+void grouped_lora_forward(bool bfloat16, uintptr_t offsets, int64_t experts, int64_t rows, int64_t inputs,
+                          int64_t outputs, int64_t rank, uintptr_t a, uintptr_t b, float scale, int64_t threshold,
+                          uint64_t seed, uint32_t stream, int threads, uintptr_t x, int64_t x_stride, uintptr_t t,
+                          uintptr_t y) {
+  const lk::GroupedForward job{grouped_layer(bfloat16, offsets, experts, rows, inputs, outputs, rank, a, b, scale,
+                                             threshold, seed, stream, threads),
+                               pointer<const void>(x), x_stride, pointer<float>(t), pointer<void>(y)};
+  py::gil_scoped_release release;
+  lk::grouped_lora_forward(job, threads);
+}
+
+void grouped_lora_backward(bool bfloat16, uintptr_t offsets, int64_t experts, int64_t rows, int64_t inputs,
+                           int64_t outputs, int64_t rank, uintptr_t a, uintptr_t b, float scale, int64_t threshold,
+                           uint64_t seed, uint32_t stream, int threads, uintptr_t g, int64_t g_stride, uintptr_t x,
+                           int64_t x_stride, uintptr_t t, uintptr_t dx, uintptr_t da, uintptr_t db) {
+  const lk::GroupedBackward job{grouped_layer(bfloat16, offsets, experts, rows, inputs, outputs, rank, a, b, scale,
+                                              threshold, seed, stream, threads),
+                                pointer<const void>(g), g_stride, pointer<const void>(x), x_stride,
+                                pointer<const float>(t), pointer<void>(dx), pointer<float>(da), pointer<float>(db)};
+  check(rows == 0 || (!(da && !x) && !(db && !t)), "da needs x, and db needs t");
+  py::gil_scoped_release release;
+  lk::grouped_lora_backward(job, threads);
+}
+
 PyMethodDef layer_methods[] = {
     {"lora_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_forward)), METH_FASTCALL,
      "Low-rank part of a LoRA layer, forward: see LoraForward in drivers.h."},
@@ -251,6 +289,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_tsreduce_bfloat16", &lora_tsreduce<true>);
   m.def("lora_expand", &lora_expand<false>);
   m.def("lora_expand_bfloat16", &lora_expand<true>);
+  m.def("grouped_lora_forward", &grouped_lora_forward);
+  m.def("grouped_lora_backward", &grouped_lora_backward);
   PyModule_AddFunctions(m.ptr(), layer_methods);
   m.def("lora_pro_adam", &lora_pro_adam);
   bind_linalg(m);

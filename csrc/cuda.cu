@@ -2,16 +2,14 @@
 //
 // torch.linalg.eigh calls the library once per matrix for n > 32, a launch and a wait each (pytorch #174674); this is
 // one launch for all of them. A round of the tournament rotates n / 2 disjoint pairs at once.
-#include <cuda_runtime.h>
-
+#include "cuda_launch.h"
 #include "linalg.h"
 #include "small_linalg.h"
 
 namespace lora_kernels {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMaxPairs = 80;  // n <= 160
+constexpr int kMaxPairs = kMaxOrder / 2;
 
 template <typename T>
 __device__ T block_sum(T value, T* scratch) {
@@ -123,33 +121,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (tid == 0) info[blockIdx.x] = status;
 }
 
+size_t eigh_bytes(int n, int element_size) { return size_t(2) * n * n * element_size; }
+
 }  // namespace
 
 template <typename T>
 const char* eigh_cuda(const T* matrices, T* values, T* vectors, int* info, int64_t batch, int n, void* stream) {
-  const size_t shared = size_t(2) * n * n * sizeof(T);
-  cudaError_t error = cudaFuncSetAttribute(eigh_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error == cudaSuccess) {
-    eigh_kernel<T><<<unsigned(batch), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(matrices, values,
-                                                                                             vectors, info, n);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(eigh_kernel<T>, batch, eigh_bytes(n, sizeof(T)), stream, matrices, values, vectors, info, n);
 }
 
 template const char* eigh_cuda<float>(const float*, float*, float*, int*, int64_t, int, void*);
 template const char* eigh_cuda<double>(const double*, double*, double*, int*, int64_t, int, void*);
 
 int eigh_cuda_limit(int element_size) {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  // scratch, turns and order
-  const int fixed = (kThreads + 3 * kMaxPairs) * element_size + 2 * kMaxPairs * int(sizeof(int));
-  int n = 0;
-  while (n < 2 * kMaxPairs && 2 * (n + 1) * (n + 1) * element_size + fixed <= bytes) ++n;
-  return n;
+  return element_size == sizeof(float) ? largest_order(eigh_kernel<float>, eigh_bytes, element_size)
+                                       : largest_order(eigh_kernel<double>, eigh_bytes, element_size);
 }
 
 }  // namespace lora_kernels

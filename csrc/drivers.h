@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace lora_kernels {
 
@@ -42,6 +43,7 @@ struct Dropout {
   int threshold;  // 0 .. 65535
   uint64_t seed;
   uint32_t stream;
+  int64_t first_row = 0;  // of the matrix whose rows are counted
 };
 // t = scale * drop(x) a^T
 struct LoraShrink {
@@ -57,6 +59,7 @@ struct LoraShrink {
   Dropout dropout;
 };
 void lora_shrink(const LoraShrink& job, int threads);
+void lora_shrink(const std::vector<LoraShrink>& jobs, int threads);  // of one dtype, as one
 // out = t^T drop(z)
 struct LoraReduce {
   const float* t;  // (tokens, rank)
@@ -70,6 +73,7 @@ struct LoraReduce {
   Dropout dropout;
 };
 void lora_tsreduce(const LoraReduce& job, int threads);
+void lora_tsreduce(const std::vector<LoraReduce>& jobs, int threads);  // of one dtype, as one
 // y = base + mask(t b), where base is y, or the bias, or zero
 struct LoraExpand {
   const float* t;  // (tokens, rank)
@@ -85,6 +89,7 @@ struct LoraExpand {
   Dropout dropout;
 };
 void lora_expand(const LoraExpand& job, int threads);
+void lora_expand(const std::vector<LoraExpand>& jobs, int threads);  // of one dtype, as one
 
 // A whole layer but for the product with its base weight, in the precision of x (float32 or bfloat16; sums are float32).
 // Factors are dense. a0 and b0 are a frozen pair of more rank, not dropped.
@@ -119,6 +124,39 @@ struct LoraBackward {
   float* db;  // (outputs, rank), dense
 };
 void lora_backward(const LoraBackward& job, int threads);
+
+// The low-rank part of the linear layers of many experts, whose rows lie one expert after another (grouped_lora.cpp).
+// Rows from the last offset on belong to none. Dropout counts the rows of x.
+struct GroupedLora {
+  bool bfloat16;           // of x, y and their gradients
+  const int64_t* offsets;  // (experts + 1): from 0 on, not decreasing, at most `rows`
+  int64_t experts, rows, inputs, outputs, rank;
+  const float *a, *b;  // (experts, rank, inputs), (experts, outputs, rank), dense
+  float scale;
+  Dropout dropout;
+};
+// t = scale drop(x) a[e]^T; y += t b[e]^T
+struct GroupedForward {
+  GroupedLora layer;
+  const void* x;
+  int64_t x_stride;
+  float* t;  // (rows, rank), dense
+  void* y;   // (rows, outputs), dense
+};
+void grouped_lora_forward(const GroupedForward& job, int threads);
+// u = scale g b[e]; dx = mask(u a[e]); da[e] = u^T drop(x); db[e] = g^T t. Null: not needed.
+struct GroupedBackward {
+  GroupedLora layer;
+  const void* g;
+  int64_t g_stride;
+  const void* x;  // for da
+  int64_t x_stride;
+  const float* t;  // for db, as grouped_lora_forward wrote it
+  void* dx;        // (rows, inputs), dense
+  float* da;       // (experts, rank, inputs), dense
+  float* db;       // (experts, outputs, rank), dense
+};
+void grouped_lora_backward(const GroupedBackward& job, int threads);
 
 // One step of Adam on e = scale * (b grad_a + grad_b a), which is never stored, and the products of its direction
 // h = avg_factor * m / (root_factor * sqrt(v) + eps) with both factors (lora_pro.cpp). Where the moments are bfloat16

@@ -1,17 +1,14 @@
 // CUDA drivers of Cholesky, Sylvester and singular values: one block per matrix or problem, in shared memory.
 //
 // A launch for the whole batch, where the libraries launch, and often wait, once per matrix.
-#include <cuda_runtime.h>
-
+#include "cuda_launch.h"
 #include "linalg.h"
 #include "small_linalg.h"
 
 namespace lora_kernels {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kColumns = 32;  // right-hand sides of a block
-constexpr int kMaxOrder = 160;
 
 // Entry (i, j), j <= i, of a packed lower triangle.
 __device__ __forceinline__ int packed(int i, int j) { return i * (i + 1) / 2 + j; }
@@ -227,26 +224,6 @@ size_t substitute_bytes(int n, int element_size) {
 }
 size_t square_bytes(int n, int element_size) { return size_t(n) * n * element_size; }
 
-const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-template <class Kernel, class... Arguments>
-const char* launch(Kernel kernel, int64_t blocks, size_t shared, void* stream, Arguments... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error != cudaSuccess) return text(error);
-  kernel<<<unsigned(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return text(cudaGetLastError());
-}
-
-int largest_order(size_t (*bytes)(int, int), int element_size, int reserved) {
-  int device = 0, there = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&there, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  int n = 0;
-  while (n < kMaxOrder && bytes(n + 1, element_size) + reserved <= size_t(there)) ++n;
-  return n;
-}
-
 }  // namespace
 
 template <typename T>
@@ -282,10 +259,16 @@ const char* singular_values_cuda(const double* matrices, double* values, int* in
 LK_INSTANTIATE(float)
 LK_INSTANTIATE(double)
 
-int cholesky_cuda_limit(int element_size) { return largest_order(substitute_bytes, element_size, 0); }
-int sylvester_cuda_limit(int element_size) { return largest_order(square_bytes, element_size, 0); }
+int cholesky_cuda_limit(int element_size) {
+  return element_size == sizeof(float) ? largest_order(substitute_kernel<float>, substitute_bytes, element_size)
+                                       : largest_order(substitute_kernel<double>, substitute_bytes, element_size);
+}
+int sylvester_cuda_limit(int element_size) {
+  return element_size == sizeof(float) ? largest_order(sylvester_kernel<float>, square_bytes, element_size)
+                                       : largest_order(sylvester_kernel<double>, square_bytes, element_size);
+}
 int singular_values_cuda_limit(int element_size) {
-  return largest_order(square_bytes, element_size, kMaxOrder * element_size);
+  return largest_order(singular_values_kernel, square_bytes, element_size);
 }
 
 }  // namespace lora_kernels

@@ -276,64 +276,113 @@ struct ExpandJob : LoraExpand {
 };
 
 size_t table_bytes(const Dropout& dropout, int64_t columns) {
-  return dropout.threshold > 0 ? MaskSource::table_bytes(columns) : 0;
+  return dropout.threshold > 0 ? round_up(MaskSource::table_bytes(columns), 64) : 0;
 }
 
+// Memory of many jobs: their sizes in bytes are added up first.
+class Parts {
+ public:
+  explicit Parts(size_t bytes) : memory_(bytes, 1), next_(static_cast<char*>(memory_.part(0))) {}
+  template <class T>
+  T* take(size_t bytes) {
+    T* const part = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    return bytes == 0 ? nullptr : part;
+  }
+
+ private:
+  Arena memory_;
+  char* next_;
+};
+
+// What the jobs of a product need to run, and their tasks; `jobs` have something to do.
 template <class X>
-void shrink(const LoraShrink& job, int threads) {
+struct Shrinks {
   using Job = ShrinkJob<X>;
-  const Arena packed(size_t(job.rank * Job::padded(job.columns)) * sizeof(float), 1);
-  const Arena table(table_bytes(job.dropout, job.columns), 1);
-  const Job all{job, MaskSource(job.dropout), static_cast<float*>(packed.part(0)),
-                job.dropout.threshold > 0 ? table.part(0) : nullptr};
-  run(all, all.panels(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
-}
-
+  static size_t packed(const LoraShrink& job) {
+    return size_t(round_up(job.rank * Job::padded(job.columns), 16)) * sizeof(float);
+  }
+  static size_t bytes(const LoraShrink& job) { return packed(job) + table_bytes(job.dropout, job.columns); }
+  static void add(Batch<Job>& batch, Parts& parts, const LoraShrink& job, int) {
+    float* const factor = parts.take<float>(packed(job));
+    const Job one{job, MaskSource(job.dropout), factor, parts.take<void>(table_bytes(job.dropout, job.columns))};
+    batch.add(one, one.panels(), one.blocks(), job.tokens * job.columns * job.rank);
+  }
+};
 template <class X>
-void tsreduce(const LoraReduce& job, int threads) {
-  const Arena table(table_bytes(job.dropout, job.columns), 1);
-  ReduceJob<X> all{job, MaskSource(job.dropout), job.dropout.threshold > 0 ? table.part(0) : nullptr, 0};
-  // Equal shares, but sums that fit half of a second-level cache.
-  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (job.rank * MaskSource::kColumns)) * MaskSource::kColumns;
-  const int64_t shares = round_up(ceil_div(job.columns, fits), threads);
-  all.panel = round_up(ceil_div(job.columns, shares), MaskSource::kColumns);
-  run(all, all.blocks(), all.blocks(), all.scratch(), job.tokens * job.columns * job.rank, threads);
-}
-
+struct Reduces {
+  using Job = ReduceJob<X>;
+  static size_t bytes(const LoraReduce& job) { return table_bytes(job.dropout, job.columns); }
+  static void add(Batch<Job>& batch, Parts& parts, const LoraReduce& job, int threads) {
+    Job one{job, MaskSource(job.dropout), parts.take<void>(bytes(job)), 0};
+    // Equal shares, but sums that fit half of a second-level cache.
+    const int64_t fits = std::max<int64_t>(1, (1 << 16) / (job.rank * MaskSource::kColumns)) * MaskSource::kColumns;
+    const int64_t shares = round_up(ceil_div(job.columns, fits), threads);
+    one.panel = round_up(ceil_div(job.columns, shares), MaskSource::kColumns);
+    batch.add(one, one.blocks(), one.blocks(), job.tokens * job.columns * job.rank);
+  }
+};
 template <class X>
-void expand(const LoraExpand& job, int threads) {
-  const int64_t padded = round_up(job.columns, kChunk), rank = std::max<int64_t>(job.rank, 1);
-  const Arena packed(size_t(job.rank * padded) * sizeof(float), 1), base(size_t(padded) * sizeof(float), 1);
-  const Arena table(table_bytes(job.dropout, job.columns), 1);
-  ExpandJob<X> all{job,
-                   MaskSource(job.dropout),
-                   static_cast<float*>(packed.part(0)),
-                   static_cast<float*>(base.part(0)),
-                   job.dropout.threshold > 0 ? table.part(0) : nullptr,
-                   0};
-  const int64_t fits = std::max<int64_t>(1, (1 << 16) / (rank * kChunk)) * kChunk;
-  all.panel = round_up(ceil_div(job.columns, ceil_div(job.columns, fits)), kChunk);
-  run(all, all.chunks(), all.blocks(), all.scratch(), job.tokens * job.columns * rank, threads);
+struct Expands {
+  using Job = ExpandJob<X>;
+  static size_t base(const LoraExpand& job) { return size_t(round_up(job.columns, kChunk)) * sizeof(float); }
+  static size_t bytes(const LoraExpand& job) {
+    return size_t(job.rank + 1) * base(job) + table_bytes(job.dropout, job.columns);
+  }
+  static void add(Batch<Job>& batch, Parts& parts, const LoraExpand& job, int) {
+    float* const packed = parts.take<float>(size_t(job.rank) * base(job));
+    float* const bias = parts.take<float>(base(job));
+    Job one{job, MaskSource(job.dropout), packed, bias, parts.take<void>(table_bytes(job.dropout, job.columns)), 0};
+    const int64_t rank = std::max<int64_t>(job.rank, 1);
+    const int64_t fits = std::max<int64_t>(1, (1 << 16) / (rank * kChunk)) * kChunk;
+    one.panel = round_up(ceil_div(job.columns, ceil_div(job.columns, fits)), kChunk);
+    batch.add(one, one.chunks(), one.blocks(), job.tokens * job.columns * rank);
+  }
+};
+template <class Kind, class Description>
+void run_batch(const std::vector<Description>& jobs, int threads) {
+  size_t bytes = 0;
+  for (const auto& job : jobs) bytes += Kind::bytes(job);
+  Parts parts(bytes);
+  Batch<typename Kind::Job> batch;
+  for (const auto& job : jobs) Kind::add(batch, parts, job, threads);
+  batch.run_all(threads);
+}
+template <template <class> class Kind, class Description>
+void run_jobs(const std::vector<Description>& jobs, int threads) {
+  if (jobs.empty()) return;
+  jobs.front().bfloat16 ? run_batch<Kind<BFloat16>>(jobs, threads) : run_batch<Kind<float>>(jobs, threads);
 }
 
 }  // namespace
 
-void lora_shrink(const LoraShrink& job, int threads) {
-  if (job.columns == 0)
-    for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
-  if (job.tokens == 0 || job.columns == 0 || job.rank == 0) return;
-  job.bfloat16 ? shrink<BFloat16>(job, threads) : shrink<float>(job, threads);
+void lora_shrink(const std::vector<LoraShrink>& jobs, int threads) {
+  std::vector<LoraShrink> real;
+  for (const LoraShrink& job : jobs) {
+    if (job.columns == 0)
+      for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
+    if (job.tokens > 0 && job.columns > 0 && job.rank > 0) real.push_back(job);
+  }
+  run_jobs<Shrinks>(real, threads);
 }
 
-void lora_tsreduce(const LoraReduce& job, int threads) {
-  if (job.columns == 0 || job.rank == 0) return;
-  job.bfloat16 ? tsreduce<BFloat16>(job, threads) : tsreduce<float>(job, threads);
+void lora_tsreduce(const std::vector<LoraReduce>& jobs, int threads) {
+  std::vector<LoraReduce> real;
+  for (const LoraReduce& job : jobs)
+    if (job.columns > 0 && job.rank > 0) real.push_back(job);
+  run_jobs<Reduces>(real, threads);
 }
 
-void lora_expand(const LoraExpand& job, int threads) {
-  if (job.tokens == 0 || job.columns == 0) return;
-  job.bfloat16 ? expand<BFloat16>(job, threads) : expand<float>(job, threads);
+void lora_expand(const std::vector<LoraExpand>& jobs, int threads) {
+  std::vector<LoraExpand> real;
+  for (const LoraExpand& job : jobs)
+    if (job.tokens > 0 && job.columns > 0) real.push_back(job);
+  run_jobs<Expands>(real, threads);
 }
+
+void lora_shrink(const LoraShrink& job, int threads) { lora_shrink(std::vector<LoraShrink>{job}, threads); }
+void lora_tsreduce(const LoraReduce& job, int threads) { lora_tsreduce(std::vector<LoraReduce>{job}, threads); }
+void lora_expand(const LoraExpand& job, int threads) { lora_expand(std::vector<LoraExpand>{job}, threads); }
 
 namespace {
 

@@ -150,12 +150,12 @@ struct MaskSource {
   static constexpr int kRounds = 7;
   static constexpr int64_t kColumns = 64;  // granularity of the table: one step of the widest vectors
   static constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
-  uint32_t key0[kRounds], key1[kRounds], stream;
+  uint32_t key0[kRounds], key1[kRounds], stream, first_row;
   int threshold;
   float factor;
 
   explicit MaskSource(const Dropout& dropout, uint32_t step = 0)
-      : stream(dropout.stream), threshold(dropout.threshold) {
+      : stream(dropout.stream), first_row(uint32_t(dropout.first_row)), threshold(dropout.threshold) {
     for (int round = 0; round < kRounds; ++round) {
       key0[round] = uint32_t(dropout.seed) + 0x9E3779B9u * uint32_t(round);
       key1[round] = uint32_t(dropout.seed >> 32) + 0xBB67AE85u * uint32_t(round);
@@ -189,7 +189,7 @@ struct MaskSource {
   template <class W>
   LK_HD void draw(const void* table, int64_t row, int64_t first, int64_t last, uint16_t* random) const {
     using U = typename W::U;
-    const uint32_t c0 = uint32_t((uint64_t(kFactor1) * stream) >> 32) ^ uint32_t(row) ^ key0[0];
+    const uint32_t c0 = uint32_t((uint64_t(kFactor1) * stream) >> 32) ^ (uint32_t(row) + first_row) ^ key0[0];
     const uint64_t product = uint64_t(kFactor0) * c0;
     const U row_high = U{} + uint64_t(uint32_t(product >> 32) ^ key1[1]);
     const U row_low = U{} + uint64_t(uint32_t(product) ^ key1[2]);

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "peft"
 TESTS = (
     "tests/adapters", "tests/api",
-    *(f"tests/training/test_{name}.py" for name in ("accelerate", "dash", "dash_layers", "dash_saving", "verify")),
+    *(
+        f"tests/training/test_{name}.py"
+        for name in ("accelerate", "dash", "dash_layers", "dash_saving", "experts", "verify")
+    ),
     "-m", "not slow",
 )  # fmt: skip
 

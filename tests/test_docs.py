@@ -43,7 +43,7 @@ def run_python(code, names, path):
     exec(compile(code, name(path), "exec"), names)
 
 
-@pytest.mark.parametrize("path", [each for each in PAGES if blocks(each)], ids=name)
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=name)
 def test_every_block_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = ROOT / "docs" / "getting-started.md"
@@ -56,6 +56,12 @@ def test_every_block_runs(path, tmp_path, monkeypatch):
             run_python(code, names, path)
         elif language == "bash":
             run_shell(code, tmp_path)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=name)
+def test_a_page_says_where_its_names_come_from(path):
+    python = any(language == "python" for language, _ in blocks(path))
+    assert not python or path.name == "getting-started.md" or "getting-started.md#the-set-up" in path.read_text()
 
 
 def test_every_make_target_and_module_named_exists():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import layers, part, timing
+from benchmarks.gpu import experts, layers, part, timing
 from benchmarks.gpu.runner import Part
 from benchmarks.lora_layers import HandWritten, gradients
 from benchmarks.rates import Floor, Rates
@@ -178,6 +178,15 @@ def test_layers_of_the_rehearsal_agree(tmp_path, dropout):
     (entry,) = one.record["entries"]
     assert one.failures == [] and ("ours_dropped" in entry["errors"]) == (dropout > 0)
     assert entry["over_ours"]["hand_written"] > 0 and entry["over_ours"]["peft"] > 0
+
+
+def test_experts_of_the_rehearsal_agree(tmp_path):
+    pytest.importorskip("peft")
+    one = part.Run("experts", tmp_path, time.monotonic() + 60, True)
+    experts.experts(one)
+    (entry,) = one.record["entries"]
+    assert one.failures == [] and entry["errors"]["ours"] <= 2 * entry["errors"]["peft"]
+    assert entry["over_ours"].keys() == {"peft", "base"} and entry["floor"]["flops"] > 0
 
 
 def test_the_baseline_of_library_passes_is_the_layer():

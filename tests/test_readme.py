@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("peft")
-from benchmarks import readme
+pytest.importorskip("jinja2")
+from benchmarks import pages
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -16,10 +17,17 @@ def test_the_examples_run_and_are_short(tmp_path, monkeypatch, capsys):
         assert len([line for line in code.splitlines() if line.strip()]) <= 15
         exec(compile(code, "README.md", "exec"), names)
     out = capsys.readouterr().out
-    assert len(names["stats"]) == 14 and "eva: " in out
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert "eva: " in out and "14 LoRA layers: 14 fused" in out
+    assert all((tmp_path / folder / "adapter_config.json").is_file() for folder in ("adapter", "served"))
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 120
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (Path(__file__).parents[1] / link).exists(), link
 
 
 def test_the_numbers_are_those_of_the_records():
-    assert readme.block() in README, "run python -m benchmarks.readme"
-    assert readme.page() == readme.PAGE.read_text(), "run python -m benchmarks.readme"
+    assert pages.block() in README, "run python -m benchmarks.pages"
+    assert pages.page() == pages.PAGE.read_text(), "run python -m benchmarks.pages"
+    assert len(pages.gains()) == 6  # headings, and five rows

@@ -1,4 +1,4 @@
-"""What the demo can be told, and the defaults it was studied with."""
+"""The settings of the demo, with the defaults it was studied with."""
 
 from __future__ import annotations
 
@@ -7,38 +7,35 @@ from pathlib import Path
 
 from lora_kernels.init import METHODS
 
-# The winners of `python -m benchmarks.demo_rates`; a test compares them with its record.
+# The winners of `python -m benchmarks.demo.study --rates-only`; a test compares them with results/demo_rates.json.
 DEFAULT_RATES = {"random": 3e-3, "eva": 1e-3}
 DEFAULT_STEPS = 100
-MAX_BATCHES = 16
-# Methods that study leaves out: the winners of `python -m benchmarks.quality` on another task, with another rate for
-# the head; a test compares them with its record.
+# Methods that study leaves out: the winners of `python -m benchmarks.demo.study` on another task, with another rate for
+# the head; a test compares them with results/quality_banking77.json.
 OTHER_RATE = 1e-3
-STARTS = ("random", *METHODS)
-
-
-ABOUT = {
-    "model": "folder of a transformers encoder with its tokenizer (default: the packaged MiniLM-L6)",
-    "data": "a .csv or .jsonl file (default: docstrings of the standard library)",
-    "text_column": "column of the text in the data",
-    "label_column": "column of the label in the data",
-    "rank": "LoRA rank per layer, before any redistribution",
-    "method": "initialisation to compare with random LoRA; random trains that one alone",
-    "steps": "optimizer steps per run",
-    "seeds": "number of seeds; they are 0, 1, ...",
-    "batch_size": "texts per step",
-    "learning_rate": "peak rate of both arms (default: each arm's own, from the study)",
-    "max_tokens": "texts are cut to this many tokens",
-    "out": "output folder",
-    "plots": "draw the two PNG files",
-    "threads": "CPU threads of torch (default: torch's own choice)",
-    "accelerate": "run the LoRA layers fused",
-}
+RATES = {**dict.fromkeys(METHODS, OTHER_RATE), **DEFAULT_RATES}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of the demo; `ABOUT` says what each is."""
+    """Settings of one demo.
+
+    Attributes:
+        model: folder of a transformers encoder with its tokenizer; the packaged MiniLM-L6 where None.
+        data: a `.csv` or `.jsonl` file; docstrings of the standard library where None.
+        text_column: column of the text in `data`.
+        label_column: column of the label in `data`.
+        rank: LoRA rank per layer before any redistribution.
+        method: initialisation that is compared with random LoRA; "random" trains that one alone.
+        steps: optimizer steps per run.
+        seeds: number of seeds; the seeds are 0, 1, ...
+        batch_size: examples per step.
+        learning_rate: peak rate of both arms; each arm's own studied rate where None.
+        max_tokens: texts are cut to this many tokens.
+        threads: CPU threads for torch; torch's own choice where None.
+        accelerate: whether the LoRA layers run through `lora_kernels.accelerate`.
+        out: output folder, created where it is missing.
+    """
 
     model: Path | None = None
     data: Path | None = None
@@ -51,34 +48,26 @@ class DemoConfig:
     batch_size: int = 16
     learning_rate: float | None = None
     max_tokens: int = 32
-    out: Path = Path("demo-out")
-    plots: bool = True
     threads: int | None = None
     accelerate: bool = False
+    out: Path = Path("demo-out")
 
     def __post_init__(self) -> None:
-        """Checks every value that can be checked without opening a file.
-
-        Raises:
-            ValueError: A value is out of its range.
-        """
-        lowest = {"rank": 1, "steps": 4, "seeds": 1, "batch_size": 1, "max_tokens": 3}
-        for name, least in lowest.items():
+        """Check every value that can be checked without opening a file."""
+        for name, least in {"rank": 1, "steps": 4, "seeds": 1, "batch_size": 1, "max_tokens": 3, "threads": 1}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} was {value!r}, must be an integer of at least {least}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads was {self.threads}, must be at least 1")
-        if self.method not in STARTS:
-            raise ValueError(f"method was {self.method!r}, must be one of {', '.join(STARTS)}")
+            if not (isinstance(value, int) and value >= least) and not (name == "threads" and value is None):
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
+        if self.method not in RATES:
+            raise ValueError(f"method is {self.method!r}, but must be one of {', '.join(RATES)}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate was {self.learning_rate}, must be above 0 and below 1")
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0 and below 1")
         if self.model is not None and not (self.model / "config.json").is_file():
-            raise ValueError(f"model was {str(self.model)!r}, must be a folder with a transformers config.json")
+            raise ValueError(f"model is {str(self.model)!r}, but must be a folder with a transformers config.json")
         if self.data is not None and not self.data.is_file():
-            raise ValueError(f"data was {str(self.data)!r}, must be an existing .csv or .jsonl file")
+            raise ValueError(f"data is {str(self.data)!r}, but must be an existing .csv or .jsonl file")
         if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out was {str(self.out)!r}, must be a folder")
+            raise ValueError(f"out is {str(self.out)!r}, but must be a folder")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -86,25 +75,11 @@ class DemoConfig:
         return ("random",) if self.method == "random" else ("random", self.method)
 
     def rate(self, arm: str) -> float:
-        """Chooses the learning rate of an arm.
-
-        Args:
-            arm: Name of the initialisation.
-
-        Returns:
-            `learning_rate` where given, else the studied rate.
-        """
-        return DEFAULT_RATES.get(arm, OTHER_RATE) if self.learning_rate is None else self.learning_rate
+        """The learning rate of an arm."""
+        return RATES[arm] if self.learning_rate is None else self.learning_rate
 
     def rate_source(self, arm: str) -> str:
-        """Says where an arm's learning rate comes from, for the report.
-
-        Args:
-            arm: Name of the initialisation.
-
-        Returns:
-            A short phrase.
-        """
+        """Where an arm's learning rate comes from, for the report."""
         if self.learning_rate is not None:
             return "given"
         return "from the rate study" if arm in DEFAULT_RATES else "from the study on another task"

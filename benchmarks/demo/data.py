@@ -78,28 +78,18 @@ class TextTask:
 
 
 def docstring_task(root: Path | None = None, classes: int = CLASSES) -> TextTask:
-    """Builds the docstring task: which standard-library package does this docstring come from?
+    """Build the docstring task: which standard-library package does this docstring come from?
 
     The classes are the `classes` public packages with the most docstrings of at least `MIN_WORDS` words spread over at
     least `MIN_FILES` source files (`EXCLUDED` ones left out).
-
-    Args:
-        root: Folder of the library sources; the running Python's standard library by default.
-        classes: Number of packages.
-
-    Returns:
-        The task, the same for the same sources.
-
-    Raises:
-        ValueError: `root` has fewer than `classes` packages with enough docstrings.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    found = {package.name: _read_package(root, package) for package in _packages(root)}
-    usable = {name: files for name, files in found.items() if len(files) >= MIN_FILES}
+    packages = {package.name: _read_package(root, package) for package in _packages(root)}
+    usable = {name: files for name, files in packages.items() if len(files) >= MIN_FILES}
     ranked = sorted(usable, key=lambda name: (-sum(map(len, usable[name].values())), name))
     if classes < 2 or len(ranked) < classes:
         raise ValueError(
-            f"classes was {classes}, must be from 2 to {len(ranked)}, the packages under {str(root)!r} "
+            f"classes is {classes}, but must be from 2 to {len(ranked)}, the packages under {str(root)!r} "
             f"that have docstrings in at least {MIN_FILES} files"
         )
     labels = tuple(sorted(ranked[:classes]))
@@ -122,14 +112,7 @@ def docstring_task(root: Path | None = None, classes: int = CLASSES) -> TextTask
 
 
 def hold_out(task: TextTask) -> TextTask:
-    """Splits a docstring task's training part once more by source file, to choose settings without the test part.
-
-    Args:
-        task: A task made by `docstring_task`.
-
-    Returns:
-        A task whose train and test parts are both from the given train part.
-    """
+    """Split a docstring task's training part once more by source file, to choose settings without the test part."""
     held_out = {source for label in task.labels for source in _test_files(task.train, label)}
     return TextTask(
         name=f"{task.name}, held-out part of the training files",
@@ -140,14 +123,7 @@ def hold_out(task: TextTask) -> TextTask:
 
 
 def count_words(text: str) -> int:
-    """Counts the words of a text, masked names not among them.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        Number of runs of at least two letters outside `MASK`.
-    """
+    """Count the words of a text, masked names not among them."""
     return len(re.findall(r"[^\W\d_]{2,}", text.replace(MASK, " ")))
 
 
@@ -160,7 +136,7 @@ def _packages(root: Path) -> list[Path]:
 
 
 def _read_package(root: Path, package: Path) -> dict[str, list[str]]:
-    """Maps source file (POSIX path relative to root) to its docstrings, files without any left out."""
+    """Docstrings by source file (POSIX path relative to root); files without any are left out."""
     files: dict[str, list[str]] = {}
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(root)
@@ -172,14 +148,7 @@ def _read_package(root: Path, package: Path) -> dict[str, list[str]]:
 
 
 def read_docstrings(path: Path) -> list[str]:
-    """Reads the docstrings of a module, its classes and its functions, without importing it.
-
-    Args:
-        path: A Python source file.
-
-    Returns:
-        Docstrings in source order, each with its white space folded to single blanks.
-    """
+    """Read the docstrings of a module, its classes and its functions, without importing it."""
     with warnings.catch_warnings():
         # Old sources hold invalid escapes; that is their business.
         warnings.simplefilter("ignore")
@@ -205,7 +174,7 @@ def _name_pattern(labels: Sequence[str], sources: Iterable[str]) -> re.Pattern[s
 
 
 def _unique(examples: Sequence[Example]) -> list[Example]:
-    """Keeps the first example of each text, none where the labels disagree."""
+    """The first example of each text; texts whose labels disagree are left out."""
     labels_of: dict[str, set[str]] = defaultdict(set)
     for example in examples:
         labels_of[example.text.lower()].add(example.label)
@@ -220,7 +189,7 @@ def _unique(examples: Sequence[Example]) -> list[Example]:
 
 
 def _test_files(examples: Sequence[Example], label: str) -> set[str]:
-    """Chooses a class's held-out files, in the order of their names' hashes, up to `TEST_SHARE` of its examples."""
+    """A class's held-out files, in the order of their names' hashes, up to `TEST_SHARE` of its examples."""
     sizes: dict[str, int] = defaultdict(int)
     for example in examples:
         if example.label == label:
@@ -229,10 +198,10 @@ def _test_files(examples: Sequence[Example], label: str) -> set[str]:
         return set()
     limit = TEST_SHARE * sum(sizes.values())
     chosen: set[str] = set()
-    taken = 0
+    count = 0
     for source in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
-        if taken + sizes[source] <= limit:
+        if count + sizes[source] <= limit:
             chosen.add(source)
-            taken += sizes[source]
+            count += sizes[source]
     # Where every file is larger than the share, the smallest one is held out.
     return chosen or {min(sizes, key=lambda name: (sizes[name], name))}

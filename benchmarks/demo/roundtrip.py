@@ -1,4 +1,4 @@
-"""Shows that a saved adapter is a stock PEFT adapter: a fresh process loads it and must give the same logits."""
+"""The saved adapter is a stock PEFT adapter: a fresh process loads it and must compute the same logits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks.demo.batches import Batch
+from benchmarks.demo.model import Batch
 
 # Two processes may take different paths through the same library (memory alignment); a wrong factor shows at 1e-2.
 TOLERANCE = 1e-5
@@ -22,13 +23,7 @@ TIME_LIMIT_SECONDS = 300
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Outcome of the check.
-
-    Attributes:
-        ok: Whether the logits agree and the fresh process did without this package.
-        largest_difference: Largest absolute difference of two logits, over the largest logit; None if none came back.
-        message: One line for the user.
-    """
+    """Whether the logits agree, their largest difference over the largest logit (None without logits), and a line."""
 
     ok: bool
     largest_difference: float | None
@@ -36,19 +31,8 @@ class RoundTrip:
 
 
 def check_round_trip(model: Any, batch: Batch, base: Path, adapter: Path, pad_token_id: int) -> RoundTrip:
-    """Compares a model's logits with those of its saved adapter, loaded by `PeftModel.from_pretrained` elsewhere.
-
-    Args:
-        model: The trained `PeftModel`, a sequence classifier.
-        batch: Encoded examples; the labels are not used.
-        base: Folder of the base model.
-        adapter: Folder that `model.save_pretrained` wrote.
-        pad_token_id: The tokenizer's padding token.
-
-    Returns:
-        The outcome; a process that fails is an outcome too, with the last line of its error.
-    """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    """Compare a model's logits with those that `PeftModel.from_pretrained` gives elsewhere; its failure is a result."""
+    inputs = {name: batch[name].contiguous() for name in ("input_ids", "attention_mask")}
     was_training = model.training
     model.eval()
     try:
@@ -56,16 +40,19 @@ def check_round_trip(model: Any, batch: Batch, base: Path, adapter: Path, pad_to
             expected = model(**inputs).logits
     finally:
         model.train(was_training)
-    with tempfile.TemporaryDirectory() as folder:
-        found = _logits_elsewhere(Path(folder), inputs, base, adapter, expected.shape[-1], pad_token_id)
-    if isinstance(found, str):
-        return RoundTrip(False, None, f"the saved adapter does not load in a fresh process: {found}")
-    if bool(found["saw_lora_kernels"].any()):
-        return RoundTrip(False, None, "the fresh process imported lora_kernels, must do without")
-    if found["logits"].shape != expected.shape:
-        shapes = f"{tuple(found['logits'].shape)}, must be {tuple(expected.shape)}"
-        return RoundTrip(False, None, f"the reloaded logits had shape {shapes}")
-    difference = float((found["logits"] - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    job = {"base": str(base.resolve()), "adapter": str(adapter.resolve()), "pad_token_id": pad_token_id}
+    job |= {"classes": expected.shape[-1], "threads": torch.get_num_threads()}
+    try:
+        reloaded = _logits_elsewhere(job, inputs)
+    except (subprocess.SubprocessError, OSError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        return RoundTrip(False, None, f"the saved adapter does not load in a fresh process: {text.splitlines()[-1]}")
+    if bool(reloaded["imported_lora_kernels"]):
+        return RoundTrip(False, None, "the fresh process imported lora_kernels, but must do without")
+    logits = reloaded["logits"]
+    if logits.shape != expected.shape:
+        return RoundTrip(False, None, f"reloaded logits are {tuple(logits.shape)}, but must be {tuple(expected.shape)}")
+    difference = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     where = f"{len(expected)} texts, fresh process, stock PEFT"
     if not difference <= TOLERANCE:
         return RoundTrip(False, difference, f"reloaded logits DIFFER by {difference:.1e} of the largest ({where})")
@@ -73,38 +60,20 @@ def check_round_trip(model: Any, batch: Batch, base: Path, adapter: Path, pad_to
     return RoundTrip(True, difference, f"reloaded logits are {size} ({where})")
 
 
-def _logits_elsewhere(
-    folder: Path, inputs: Batch, base: Path, adapter: Path, classes: int, pad_token_id: int
-) -> dict[str, torch.Tensor] | str:
-    """The fresh process's tensors, or the last line of its error."""
-    from safetensors.torch import load_file, save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
-    job = {
-        "base": str(base.resolve()),
-        "adapter": str(adapter.resolve()),
-        "inputs": str(folder / "inputs.safetensors"),
-        "outputs": str(folder / "outputs.safetensors"),
-        "classes": classes,
-        "threads": torch.get_num_threads(),
-        "pad_token_id": pad_token_id,
-    }
-    # The source goes in as text, run from an empty folder, so that this package is not on the path by place.
+def _logits_elsewhere(job: dict[str, Any], inputs: Batch) -> dict[str, torch.Tensor]:
+    """The fresh process's tensors."""
+    # The source goes in as text, run from an empty folder, so that this repository is not on the path by place.
     script = Path(__file__).with_name("_reload.py").read_text(encoding="utf-8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", script, json.dumps(job)],
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder, f"{name}.safetensors")) for name in ("inputs", "outputs")}
+        save_file(inputs, files["inputs"])
+        subprocess.run(
+            [sys.executable, "-c", script, json.dumps({**job, **files})],
             cwd=folder,
-            env=environment,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=TIME_LIMIT_SECONDS,
-            check=False,
+            check=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {TIME_LIMIT_SECONDS} s"
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"exit status {done.returncode}"
-    return dict(load_file(folder / "outputs.safetensors"))
+        return dict(load_file(files["outputs"]))

@@ -31,6 +31,7 @@ PARTS = (
     Part("tests", "benchmarks.gpu.machine:tests", 30, 170),
     Part("tune", "benchmarks.gpu.layers:tune", 20, 90),
     Part("layers", "benchmarks.gpu.layers:layers", 20, 100),
+    Part("experts", "benchmarks.gpu.experts:experts", 20, 60),
     Part("statistics", "benchmarks.gpu.statistics:statistics", 15, 60),
     Part("lora_pro", "benchmarks.gpu.solvers:lora_pro", 15, 45),
     Part("training", "benchmarks.gpu.training:training", 20, 60),
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for records, table and log")
     parser.add_argument("--minutes", type=float, default=9.0, help="of everything together")
-    parser.add_argument("--parts", nargs="+", choices=[each.name for each in parts], metavar="PART", help="only these")
+    parser.add_argument(
+        "--parts", nargs="+", choices=[selected.name for selected in parts], metavar="PART", help="only these"
+    )
     parser.add_argument("--cpu-rehearsal", action="store_true", help="tiny sizes on the CPU: tests this script alone")
     parser.add_argument("--pack", type=Path, help="after each part, write the folder into this .tar.gz file too")
     options = parser.parse_args(arguments)
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     if not options.cpu_rehearsal and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA GPU here (--cpu-rehearsal tests the script itself)", file=sys.stderr)
         return 2
-    chosen = [each for each in parts if options.parts is None or each.name in options.parts]
+    chosen = [selected for selected in parts if options.parts is None or selected.name in options.parts]
     runner = Runner(options.out.resolve(), started + 60 * options.minutes, options.cpu_rehearsal, options.pack)
     for part in chosen:
         runner.run(part)

@@ -36,18 +36,18 @@ def _tuned(run: Run, n: int, m: int, dropout: bool) -> dict[str, Any]:
     )  # fmt: skip
     products = [
         {
-            "product": each.key.product,
-            "choice": each.choice.name,
-            "seconds_by_form": dict(each.seconds),
-            "errors": dict(each.errors),
-            "refused": dict(each.refused),
-            "over_product_alone": each.seconds[each.choice.name] / each.seconds["mm"],
+            "product": product.key.product,
+            "choice": product.choice.name,
+            "seconds_by_form": dict(product.seconds),
+            "errors": dict(product.errors),
+            "refused": dict(product.refused),
+            "over_product_alone": product.seconds[product.choice.name] / product.seconds["mm"],
         }
-        for each in report
+        for product in report
     ]
-    for each in products:
-        print(f"  {each['product']}: {each['choice']}, {each['over_product_alone']:.3f} of the product alone")
-    wrong = [name for each in report for name in each.wrong]
+    for product in products:
+        print(f"  {product['product']}: {product['choice']}, {product['over_product_alone']:.3f} of the product alone")
+    wrong = [name for product in report for name in product.wrong]
     return {"products": products, **({"error": f"wrong numbers: {wrong}"} if wrong else {})}
 
 
@@ -67,12 +67,13 @@ def _truth(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, g: torch.Tensor, s: float, drop: Any
 ) -> list[torch.Tensor]:
     """Output and the gradients of x, A and B in float64."""
-    leaves = [each.detach().double().requires_grad_() for each in (x, a, b)]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, a, b)]
     y = reference.lora_linear(leaves[0], weight.double(), None, *leaves[1:], scaling=s, dropout=drop)
     return gradients(y, leaves, g.double())
 
 
-def _worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+def worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """The largest relative error; NaN if one is."""
     errors = [relative_error(one, other) for one, other in zip(found, truth, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
@@ -115,21 +116,21 @@ def _layer(run: Run, tokens: int, n: int, m: int, rank: int, dropout: float) -> 
     for suffix in ("", "_float32"):
         factors = [getattr(sides[f"ours{suffix}"], f"lora_{which}")["default"].weight for which in "AB"]
         truth = _truth(x, weight, *factors, g, scaling, None)
-        errors |= {name + suffix: _worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
+        errors |= {name + suffix: worst(calls[name + suffix](), truth) for name in ("peft", "ours")}
         if not suffix:
-            errors["hand_written"] = _worst(calls["hand_written"](), truth)
+            errors["hand_written"] = worst(calls["hand_written"](), truth)
     if dropout:  # with its mask, which PEFT cannot be given
         drop = lk.ops.Dropout(dropout, 1234, 5)
         truth = _truth(x, weight, a, b, g, scaling, drop)
         y = lk.ops.lora_linear(x, weight, None, a, b, scaling=scaling, dropout=drop)
-        errors["ours_dropped"] = _worst(gradients(y, [x, a, b], g), truth)
+        errors["ours_dropped"] = worst(gradients(y, [x, a, b], g), truth)
     for layer in sides.values():
         layer.train()
     del truth
     # PEFT multiplies float32 adapters in float32, ours in bfloat16: the bar is what bfloat16 costs PEFT.
     calls["base"] = base
-    found = run.compare(calls, errors, judge="peft", floor=lora_layers.floor(run.rates, tokens, n, m, rank, x.dtype))
-    if "error" not in found:
-        found["forms"] = _used_forms(x, m, rank, dropout)
-        found["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
-    return found
+    entry = run.compare(calls, errors, judge="peft", floor=lora_layers.floor(run.rates, tokens, n, m, rank, x.dtype))
+    if "error" not in entry:
+        entry["forms"] = _used_forms(x, m, rank, dropout)
+        entry["peak_bytes"] = {name: timing.peak_bytes(call, run.device) for name, call in calls.items()}
+    return entry

@@ -37,14 +37,14 @@ def _said(*command: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     compiler = _said("nvcc", "--version")
-    found: dict[str, Any] = {
+    known: dict[str, Any] = {
         "nvcc": compiler.splitlines()[-1] if compiler else None,
         "cuda": torch.version.cuda,
         "processors": os.cpu_count(),
     }
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
-        found |= {
+        known |= {
             "name": about.name,
             "capability": list(torch.cuda.get_device_capability(0)),
             "multiprocessors": about.multi_processor_count,
@@ -53,7 +53,7 @@ def _machine() -> dict[str, Any]:
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"),
         }
-    return found
+    return known
 
 
 def rates(run: Run) -> None:
@@ -99,10 +99,10 @@ def _into_itself(run: Run, tokens: int, n: int, m: int) -> dict[str, Any]:
 def build(run: Run) -> None:
     """The extension in place, for this chip alone (a wheel has more), and what `doctor` says then."""
     started = time.monotonic()
-    chip = "90a"
+    chip = "90"
     if run.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        chip = f"{major}{minor}" + "a" * (major == 9)
+        chip = f"{major}{minor}"
     if run.rehearsal:
         print("not built in a rehearsal")
     else:
@@ -128,14 +128,13 @@ def build_extension(chip: str, work: Path, folder: Path) -> None:
     """What `setup.py build_ext` does, for one chip.
 
     Args:
-        chip: as in `sm_90a`.
+        chip: as in `sm_90`.
         work: for object files.
         folder: for the extension.
     """
     import build_support
 
-    build_support.CUDA_BINARIES = (chip,)  # type: ignore[assignment]
-    plan = build_support.make_plan()
+    plan = build_support.make_plan((chip,))
     if plan is None or plan.nvcc is None:
         raise RuntimeError(f"no compiler: {plan}")
     output = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -162,8 +161,8 @@ def _counted(file: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
     """Numbers of tests by outcome, and those that failed, from pytest's XML."""
     counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
     for case in ElementTree.parse(file).iter("testcase"):
-        bad = [each for each in case if each.tag in ("failure", "error")]
-        skipped = any(each.tag == "skipped" for each in case)
+        bad = [line for line in case if line.tag in ("failure", "error")]
+        skipped = any(line.tag == "skipped" for line in case)
         counts["failed" if bad else "skipped" if skipped else "passed"] += 1
         if bad:
             name = f"{case.get('classname')}::{case.get('name')}"
@@ -194,11 +193,13 @@ def tests(run: Run) -> None:
             )
         }
         kinds = {"PASSED": "passed", "SKIPPED": "skipped", "FAILED": "failed", "ERROR": "failed"}
-        counts = {kind: sum(kinds[each] == kind for each in said.values()) for kind in ("passed", "failed", "skipped")}
-        failures = [{"test": name, "message": ""} for name, each in said.items() if kinds[each] == "failed"]
+        counts = {
+            kind: sum(kinds[failure] == kind for failure in said.values()) for kind in ("passed", "failed", "skipped")
+        }
+        failures = [{"test": name, "message": ""} for name, failure in said.items() if kinds[failure] == "failed"]
     run.record |= {"exit": code, "summary": summary, "counts": counts, "tests_failed": failures}
-    print("\n".join([*(f"FAILED {each['test']}: {each['message'][:200]}" for each in failures), summary]))
-    run.failures += [each["test"] for each in failures]
+    print("\n".join([*(f"FAILED {failure['test']}: {failure['message'][:200]}" for failure in failures), summary]))
+    run.failures += [failure["test"] for failure in failures]
     if code is None:
         run.failures.append("pytest was interrupted at its limit")
     elif code != 0 and not failures:
@@ -218,19 +219,19 @@ def sanitizer(run: Run) -> None:
         return
     command = [program, "--tool", run.name, "--error-exitcode", "77", sys.executable, "-m", "pytest", "-v", "-x"]
     command += ["-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda and not torch and (batches or strides)"]
-    command += [f"tests/ops/test_small_linalg{each}.py" for each in ("", "_solve", "_spectrum")]
+    command += [f"tests/ops/test_small_linalg{suffix}.py" for suffix in ("", "_solve", "_spectrum")]
     log = run.folder / f"{run.name}.log"
     code = _run(command, run.left, log)
     text = log.read_text(errors="replace")
     print(text[-3000:])
-    found = [int(one) for one in re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)]
+    errors = [int(one) for one in re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)]
     passed = len(re.findall(r"PASSED", text))
-    run.record |= {"tool": run.name, "exit": code, "errors": sum(found), "passed": passed, "output": text[-4000:]}
-    if any(each in text for each in _REFUSED):
+    run.record |= {"tool": run.name, "exit": code, "errors": sum(errors), "passed": passed, "output": text[-4000:]}
+    if any(suffix in text for suffix in _REFUSED):
         run.record["note"] = "compute-sanitizer does not support this device"
         return
     state = "interrupted at its limit" if code is None else f"exit status {code}"
-    run.record["note"] = f"{sum(found)} errors in {passed} tests that passed, {state}"
+    run.record["note"] = f"{sum(errors)} errors in {passed} tests that passed, {state}"
     # Not to have come to the end is said, but it is no failure: most of these tests take long under a checker.
-    if sum(found) or code not in (0, None) or not passed:
+    if sum(errors) or code not in (0, None) or not passed:
         run.failures.append(run.record["note"])

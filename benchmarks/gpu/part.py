@@ -87,14 +87,14 @@ class Run:
             started = time.monotonic()
             named = " ".join(f"{key} {value}" for key, value in case.items())
             try:
-                found = measure(self, **case)
+                entry = measure(self, **case)
             except Exception as error:  # whatever a compiler or a driver raises, the others are measured
                 traceback.print_exc()
-                found = {"error": f"{type(error).__name__}: {error}"[:500]}
-            if "error" in found:
-                self.failures.append(f"{named}: {found['error']}")
-            entries.append({**case, **found})
-            print(f"{named}: {_line(found)}", flush=True)
+                entry = {"error": f"{type(error).__name__}: {error}"[:500]}
+            if "error" in entry:
+                self.failures.append(f"{named}: {entry['error']}")
+            entries.append({**case, **entry})
+            print(f"{named}: {_line(entry)}", flush=True)
             self.save()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -139,43 +139,43 @@ class Run:
         if wrong:  # times of wrong numbers are kept to look for the cause, but compared with nothing
             return {"errors": shown, "seconds": seconds, "error": f"wrong numbers: {wrong}, allowed {bound:.1e}"}
         best = seconds[own]["p50"]
-        found: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "errors": shown,
             "seconds": seconds,
             "over_ours": {name: times["p50"] / best for name, times in seconds.items() if name != own},
         }
         if floor is not None:
-            found["floor"] = floor.record()
+            entry["floor"] = floor.record()
             if floor.seconds is not None:
-                found["ours_over_floor"] = best / floor.seconds
-        return found
+                entry["ours_over_floor"] = best / floor.seconds
+        return entry
 
 
-def _line(found: Mapping[str, Any]) -> str:
-    if "error" in found:
-        return f"FAILED, {found['error']}"
-    parts = [f"{name} {1e3 * times['p50']:.3f} ms" for name, times in found.get("seconds", {}).items()]
-    parts += [f"{name} / ours {value:.2f}" for name, value in found.get("over_ours", {}).items()]
-    if "ours_over_floor" in found:
-        parts.append(f"ours / floor {found['ours_over_floor']:.2f}")
-    parts += [f"{key} {value:.3g}" for key, value in found.items() if isinstance(value, float) and "_over_" not in key]
+def _line(entry: Mapping[str, Any]) -> str:
+    if "error" in entry:
+        return f"FAILED, {entry['error']}"
+    parts = [f"{name} {1e3 * times['p50']:.3f} ms" for name, times in entry.get("seconds", {}).items()]
+    parts += [f"{name} / ours {value:.2f}" for name, value in entry.get("over_ours", {}).items()]
+    if "ours_over_floor" in entry:
+        parts.append(f"ours / floor {entry['ours_over_floor']:.2f}")
+    parts += [f"{key} {value:.3g}" for key, value in entry.items() if isinstance(value, float) and "_over_" not in key]
     return ", ".join(parts) or "done"
 
 
 def _note(entries: Iterable[Mapping[str, Any]]) -> str:
     """The range of the ratios, by side."""
     ratios: dict[str, list[float]] = {}
-    for each in entries:
-        for side, value in each.get("over_ours", {}).items():
+    for entry in entries:
+        for side, value in entry.get("over_ours", {}).items():
             ratios.setdefault(side, []).append(value)
     shown = [f"{side} {min(values):.2f} to {max(values):.2f}" for side, values in ratios.items()]
     return "over ours: " + ", ".join(shown) if shown else ""
 
 
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
     """Frobenius error relative to the truth; NaN where a number is none."""
     truth = truth.to(torch.float64)
-    return float(torch.linalg.norm(found.to(torch.float64) - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
+    return float(torch.linalg.norm(values.to(torch.float64) - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
 
 
 def main(arguments: list[str]) -> int:

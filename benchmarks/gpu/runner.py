@@ -81,7 +81,7 @@ class Runner:
     @property
     def failed(self) -> bool:
         """Whether a part failed or was stopped."""
-        return any(each.status in ("failed", "stopped") for each in self.outcomes)
+        return any(outcome.status in ("failed", "stopped") for outcome in self.outcomes)
 
     def run(self, part: Part) -> None:
         """Run a part, or skip it if the time left is too short; never raises because of what it does."""
@@ -142,13 +142,13 @@ class Runner:
         }
 
     def _judged(self, part: Part, record: Path, code: int | None, seconds: float, output: str) -> Outcome:
-        found = _read(record)
-        notes = [note for note in (found.get("note"),) if note]
-        if found.get("left_out"):
-            notes.append(f"{len(found['left_out'])} cases no longer fitted")
+        entry = _read(record)
+        notes = [note for note in (entry.get("note"),) if note]
+        if entry.get("left_out"):
+            notes.append(f"{len(entry['left_out'])} cases no longer fitted")
         if code is None:
             return Outcome(part.name, "stopped", seconds, "; ".join(["at its limit", *notes]))
-        if code == 0 and not found:
+        if code == 0 and not entry:
             return Outcome(part.name, "failed", seconds, "wrote no record")
         if code != 0:
             last = output.rstrip().rsplit("\n", 1)[-1][:120]
@@ -157,31 +157,31 @@ class Runner:
 
     def _complete(self, record: Path, outcome: Outcome, output: str) -> None:
         """Say in the record how the part ended; make one if it left none."""
-        found = _read(record) or {"environment": records.environment()}
-        found["status"], found["part_seconds"] = outcome.status, round(outcome.seconds, 1)
+        entry = _read(record) or {"environment": records.environment()}
+        entry["status"], entry["part_seconds"] = outcome.status, round(outcome.seconds, 1)
         if outcome.status != "ok":
-            found["error"], found["output"] = outcome.note, output[-_TAIL:]
-        record.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+            entry["error"], entry["output"] = outcome.note, output[-_TAIL:]
+        record.write_text(json.dumps(entry, indent=1, allow_nan=False) + "\n")
 
     def _pack(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(file, "w:gz") as archive:
-            for each in sorted(self.folder.iterdir()):
-                if each.is_file() and each.resolve() != file.resolve():
-                    archive.add(each, arcname=each.name)
+            for path in sorted(self.folder.iterdir()):
+                if path.is_file() and path.resolve() != file.resolve():
+                    archive.add(path, arcname=path.name)
 
     def summary(self) -> Table:
         """A line per part."""
         table = Table("part", "status", "seconds", "note", title=f"records in {self.folder}")
-        for each in self.outcomes:
-            table.add_row(each.name, each.status, f"{each.seconds:.0f}", each.note.replace("[", r"\["))
+        for outcome in self.outcomes:
+            table.add_row(outcome.name, outcome.status, f"{outcome.seconds:.0f}", outcome.note.replace("[", r"\["))
         return table
 
 
 def _read(record: Path) -> dict[str, Any]:
     """A record; nothing if there is none, or half of one from a part that was stopped while it wrote."""
     try:
-        found: dict[str, Any] = json.loads(record.read_text())
+        content: dict[str, Any] = json.loads(record.read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return content

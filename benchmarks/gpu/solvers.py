@@ -25,7 +25,7 @@ def solvers(run: Run) -> None:
         for op, count in (("eigh", batch), ("factor_spectrum", run.pick(ADAPTERS, 4)), ("sylvester", batch))
         for order in orders
     ]
-    run.each([*cases, *({**each, "op": "cholesky_solve"} for each in cases if each["op"] == "sylvester")], _solver)
+    run.each([*cases, *({**case, "op": "cholesky_solve"} for case in cases if case["op"] == "sylvester")], _solver)
 
 
 def _solver(run: Run, op: str, order: int, dtype: str, batch: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _solver(run: Run, op: str, order: int, dtype: str, batch: int) -> dict[str, 
             del calls[name]
             refused[name] = str(error)[:300]
     largest = problem.truth.abs().max()
-    errors = {name: float((each.double() - problem.truth).abs().max() / largest) for name, each in answers.items()}
+    errors = {name: float((answer.double() - problem.truth).abs().max() / largest) for name, answer in answers.items()}
     errors["allowed"] = small_linalg.BOUNDS[kind]
     return {**run.compare(calls, errors, judge="allowed", wall=True, limit=1.0, rounding=0.0), "refused": refused}
 
@@ -61,7 +61,7 @@ def lora_pro(run: Run) -> None:
         ],
         _lora_pro,
     )
-    shares = [each["share_of_copy"] for each in run.record["entries"] if "share_of_copy" in each]
+    shares = [entry["share_of_copy"] for entry in run.record["entries"] if "share_of_copy" in entry]
     if shares:
         run.record["note"] = f"{min(shares):.2f} to {max(shares):.2f} of the copy rate"
 
@@ -82,10 +82,10 @@ def _lora_pro(run: Run, m: int, n: int, rank: int, moments: str) -> dict[str, An
     errors = {}
     for name, backend in (("ours", "auto"), ("torch", "torch")):
         after = step(backend, one.clone(), two.clone())
-        errors[name] = max(relative_error(each, exact) for each, exact in zip(after, truth, strict=True))
+        errors[name] = max(relative_error(value, exact) for value, exact in zip(after, truth, strict=True))
         # Rounded moments differ by a whole last digit; what the factors get does not, and tells more.
         errors[f"{name} factors"] = max(
-            relative_error(each, exact) for each, exact in zip(after[2:], truth[2:], strict=True)
+            relative_error(value, exact) for value, exact in zip(after[2:], truth[2:], strict=True)
         )
     if not errors["ours factors"] <= 2 * errors["torch factors"] + 2e-6:
         return {"errors": errors, "error": f"wrong numbers: {errors}"}
@@ -109,7 +109,7 @@ def _lora_pro(run: Run, m: int, n: int, rank: int, moments: str) -> dict[str, An
     }
     moved = 4.0 * m * n * kind.itemsize + 8.0 * rank * (m + n) + 8.0 * rank * (m + n)
     floor = Floor(8.0 * rank * m * n, moved, run.rates, "tf32")
-    found = run.compare(calls, errors, floor=floor)
-    if "error" not in found and run.rates is not None:
-        found["share_of_copy"] = moved / found["seconds"]["ours"]["p50"] / run.rates.copy
-    return found
+    entry = run.compare(calls, errors, floor=floor)
+    if "error" not in entry and run.rates is not None:
+        entry["share_of_copy"] = moved / entry["seconds"]["ours"]["p50"] / run.rates.copy
+    return entry

@@ -35,10 +35,10 @@ def _statistic(run: Run, op: str, **sizes: int) -> dict[str, Any]:
 
 def _after(call: Callable[[], Any], *results: torch.Tensor) -> list[torch.Tensor]:
     """What a call adds to results of zero."""
-    for each in results:
-        each.zero_()
+    for tensor in results:
+        tensor.zero_()
     call()
-    return [each.clone() for each in results]
+    return [tensor.clone() for tensor in results]
 
 
 def _covariance(run: Run, tokens: int, n: int) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def _gradient(run: Run, tokens: int, m: int, n: int) -> dict[str, Any]:
     truth = g.double().mT @ x.double(), g.double().square().sum(0)
     errors = {}
     for name, call in calls.items():
-        found = _after(call, gradient, fisher)
-        errors[name] = relative_error(found[0], truth[0])
-        errors[f"{name} fisher"] = relative_error(found[1], truth[1])
+        values = _after(call, gradient, fisher)
+        errors[name] = relative_error(values[0], truth[0])
+        errors[f"{name} fisher"] = relative_error(values[1], truth[1])
     del truth
     floor = Floor(2.0 * tokens * m * n, 2.0 * tokens * (m + n) + 8.0 * m * (n + 1), run.rates)
     return run.compare(calls, errors, floor=floor)
@@ -145,10 +145,10 @@ def _skinny(run: Run, op: str, tokens: int, n: int, rank: int, dropout: float) -
         "torch": lambda: by_torch(*operands),
     }
     exact: Callable[..., torch.Tensor] = getattr(reference, op)
-    truth = exact(*(each.double() for each in operands), dropout=drop)
+    truth = exact(*(operand.double() for operand in operands), dropout=drop)
     errors = {name: relative_error(call(), truth) for name, call in calls.items()}
     flops, moved = 2.0 * tokens * n * rank, 2.0 * (tokens * (n + rank) + rank * n)
-    found = run.compare(calls, errors, floor=Floor(flops, moved, run.rates))
-    if "error" not in found and run.rates is not None:
-        found["share_of_copy"] = moved / found["seconds"]["ours"]["p50"] / run.rates.copy
-    return found
+    entry = run.compare(calls, errors, floor=Floor(flops, moved, run.rates))
+    if "error" not in entry and run.rates is not None:
+        entry["share_of_copy"] = moved / entry["seconds"]["ours"]["p50"] / run.rates.copy
+    return entry

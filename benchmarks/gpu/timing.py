@@ -22,11 +22,11 @@ _AHEAD_BYTES, _AHEAD = 2**30, 12
 def read_rates(folder: Path) -> Rates | None:
     """Those that the part `rates` measured in this folder on this device; `None` if it did not."""
     try:
-        found = json.loads((folder / "gpu_rates.json").read_text())
+        record = json.loads((folder / "gpu_rates.json").read_text())
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        if found["environment"]["gpu"] != here:
+        if record["environment"]["gpu"] != here:
             return None
-        return Rates(found["copy_bytes_per_second"], found["flop_per_second"])
+        return Rates(record["copy_bytes_per_second"], record["flop_per_second"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -70,12 +70,12 @@ def interleaved(
     names, warm = list(calls), 2 if device.type == "cuda" else 1
     for number in range(rounds + warm):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            found = _by_clock(calls[name]) if ahead is None else _on_gpu(calls[name], ahead)
+            samples = _by_clock(calls[name]) if ahead is None else _on_gpu(calls[name], ahead)
             if number >= warm:
-                times[name].append(found)
+                times[name].append(samples)
     return {
-        name: {**records.quantiles([one for one, _ in found]), "host": statistics.median(host for _, host in found)}
-        for name, found in times.items()
+        name: {**records.quantiles([one for one, _ in samples]), "host": statistics.median(host for _, host in samples)}
+        for name, samples in times.items()
     }
 
 

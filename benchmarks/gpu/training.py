@@ -54,9 +54,9 @@ def _stock(run: Run, adapters: str, dropout: float, rank: int) -> Any:
         base = LlamaForCausalLM(LlamaConfig(**run.pick(FULL, TINY))).to(torch.bfloat16)
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules="all-linear")
     model: Any = get_peft_model(base, config, autocast_adapter_dtype=adapters == "float32")  # type: ignore[arg-type]
-    for name, each in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(each, std=0.02)
+            torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
@@ -85,10 +85,10 @@ def _step(run: Run, adapters: str, dropout: float, batch: int, length: int, rank
         model.enable_input_require_grads()
         model.train()
     steps = {name: lora_layers.trainer(model, given) for name, model in models.items()}
-    found = run.compare(steps, errors, judge="allowed", wall=True, rounds=7)
+    entry = run.compare(steps, errors, judge="allowed", wall=True, rounds=7)
     if not report.ok:
-        found["error"] = "lk.verify found layers whose errors are larger than PEFT's"
-    if "error" not in found:
-        found["peak_bytes"] = {name: timing.peak_bytes(each, run.device) for name, each in steps.items()}
-        found["tokens_per_second"] = {name: batch * length / t["p50"] for name, t in found["seconds"].items()}
-    return found
+        entry["error"] = "lk.verify found layers whose errors are larger than PEFT's"
+    if "error" not in entry:
+        entry["peak_bytes"] = {name: timing.peak_bytes(each, run.device) for name, each in steps.items()}
+        entry["tokens_per_second"] = {name: batch * length / t["p50"] for name, t in entry["seconds"].items()}
+    return entry

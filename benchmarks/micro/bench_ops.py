@@ -45,15 +45,15 @@ class Bench:
         Raises:
             RuntimeError: if the backend refuses.
         """
-        for each in self.sums:
-            each.zero_()
+        for tensor in self.sums:
+            tensor.zero_()
         with ops.use_backend(backend):
-            found = self.call()
+            outputs = self.call()
         if self.shown is not None:
-            found = self.repr_short(found)
-        elif found is None:
-            found = self.sums
-        return [each.detach().double() for each in ((found,) if isinstance(found, torch.Tensor) else found)]
+            outputs = self.shown(outputs)
+        elif outputs is None:
+            outputs = self.sums
+        return [tensor.detach().double() for tensor in ((outputs,) if isinstance(outputs, torch.Tensor) else outputs)]
 
 
 def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _tsreduce() -> Bench:
 
 def _layer(call: Callable[..., Any]) -> Bench:
     """Forward and backward of a call of x, W, A and B: all gradients."""
-    leaves = [each.requires_grad_() for each in (normal(TOKENS, N), *factors())]
+    leaves = [tensor.requires_grad_() for tensor in (normal(TOKENS, N), *factors())]
     weight = normal(M, N, scale=N**-0.5)
 
     def run() -> Sequence[torch.Tensor]:
@@ -148,12 +148,28 @@ def _lora_delta() -> Bench:
     return _layer(lambda x, w, a, b: ops.lora_delta(y, x, a, b, scaling=2.0))
 
 
+def _grouped_lora() -> Bench:
+    """Forward and backward over experts of unequal load, one of them without rows: all gradients."""
+    shares = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1])
+    offsets = torch.cat((torch.zeros(1), shares.cumsum(0) * TOKENS)).round().long().to(DEVICE)
+    experts = len(shares)
+    x, y = normal(TOKENS, N), normal(TOKENS, M)
+    a, b = normal(experts, RANK, N, scale=N**-0.5), normal(experts, M, RANK)
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b)]
+
+    def run() -> Sequence[torch.Tensor]:
+        out = ops.grouped_lora(y, x, offsets, a, b, scaling=2.0)
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return Bench(run)
+
+
 def _lora_pro_adam() -> Bench:
     (a, b), (grad_a, grad_b), avg, square = factors(), factors(), normal(M, N), normal(M, N)
     return Bench(
         lambda: ops.lora_pro_adam_(avg, square, a, b, grad_a, grad_b, scaling=2.0, step=1),
         (avg, square),
-        lambda found: [avg, square, *found],
+        lambda outputs: [avg, square, *outputs],
     )
 
 
@@ -169,7 +185,7 @@ def _cholesky_solve() -> Bench:
 
 def _eigh() -> Bench:
     p = definite()
-    return Bench(lambda: ops.eigh(p), shown=lambda found: [found[0]])  # vectors have a sign of their own
+    return Bench(lambda: ops.eigh(p), shown=lambda outputs: [outputs[0]])  # vectors have a sign of their own
 
 
 def _factor_spectrum() -> Bench:
@@ -191,6 +207,7 @@ OPS: dict[str, Callable[[], Bench]] = {
     "factor_spectrum": _factor_spectrum,
     "fisher_scaled": _fisher_scaled,
     "gradient_statistics_": _gradient_statistics,
+    "grouped_lora": _grouped_lora,
     "lora_delta": _lora_delta,
     "lora_linear": _lora_linear,
     "lora_pro_adam_": _lora_pro_adam,
@@ -214,12 +231,12 @@ def test_op(benchmark: Any, name: str, backend: str) -> None:
     bench = OPS[name]()
     truth = bench.answer("torch")
     try:
-        found = bench.answer(backend)
+        answer = bench.answer(backend)
     except RuntimeError as error:
         if "cannot run on backend" in str(error) or "has no" in str(error):
             pytest.skip(str(error))
         raise
-    for one, other in zip(found, truth, strict=True):
+    for one, other in zip(answer, truth, strict=True):
         assert float((one - other).abs().max()) <= BOUND * float(other.abs().max()), name
 
     def run() -> None:

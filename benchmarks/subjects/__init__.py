@@ -3,6 +3,7 @@
 from benchmarks.subject import Subject
 from benchmarks.subjects import (
     eva,
+    experts,
     init,
     landscape,
     linear,
@@ -17,5 +18,18 @@ from benchmarks.subjects import (
 
 SUBJECTS: dict[str, Subject] = {
     each.SUBJECT.name: each.SUBJECT
-    for each in (eva, statistics, init, linear, train, llm, lora_pro, svd, small_linalg, spectrum, landscape)
+    for each in (
+        eva,
+        statistics,
+        init,
+        linear,
+        experts,
+        train,
+        llm,
+        lora_pro,
+        svd,
+        small_linalg,
+        spectrum,
+        landscape,
+    )
 }

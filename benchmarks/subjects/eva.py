@@ -33,25 +33,25 @@ def check(
         Worst and mean difference (ours minus PEFT's) over the layers that both gave a rank, and both rank sums.
     """
     prefix = "base_model.model."
-    found = {
+    our_rows = {
         name.removeprefix(prefix): module.lora_A["default"].weight.detach()
         for name, module in ours.named_modules()
         if hasattr(module, "lora_A")
     }
     theirs = {name.removeprefix(prefix): value for name, value in peft.items()}
-    both = [name for name in found if name in theirs and theirs[name].shape[0] > 0]
+    both = [name for name in our_rows if name in theirs and theirs[name].shape[0] > 0]
     truth = models.exact_covariances(model, batches, both)
     differences = []
     for name in both:
-        rank = min(found[name].shape[0], theirs[name].shape[0])
-        mine, other = (models.captured(each[name][:rank], truth[name]) for each in (found, theirs))
+        rank = min(our_rows[name].shape[0], theirs[name].shape[0])
+        mine, other = (models.captured(factors[name][:rank], truth[name]) for factors in (our_rows, theirs))
         differences.append(mine - other)
     return {
         "layers_compared": len(both),
         "captured_minus_peft_worst": min(differences),
         "captured_minus_peft_mean": sum(differences) / len(differences),
-        "rank_sum": sum(each.shape[0] for each in found.values()),
-        "rank_sum_peft": sum(each.shape[0] for each in theirs.values()),
+        "rank_sum": sum(factors.shape[0] for factors in our_rows.values()),
+        "rank_sum_peft": sum(factors.shape[0] for factors in theirs.values()),
     }
 
 

@@ -220,9 +220,9 @@ def worker(name: str, method: str, side: str) -> dict[str, float]:
     before = _status("VmRSS")
     started = time.perf_counter()
     (ours if side == "ours" else peft)(method, model, batches)
-    taken = {"seconds": time.perf_counter() - started, "bytes": float(_status("VmHWM") - before)}
+    record = {"seconds": time.perf_counter() - started, "bytes": float(_status("VmHWM") - before)}
     # Both sides have put their layers into this very model.
-    return {**taken, "energy": _energy(model)} if method == "pissa" else taken
+    return {**record, "energy": _energy(model)} if method == "pissa" else record
 
 
 # Blocks from this size on are mapped one by one and unmapped when they are freed.
@@ -246,7 +246,7 @@ def _timed(name: str, method: str, rounds: int) -> dict[str, Any]:
         for side in runs:
             runs[side].append(_spawn(name, method, side))
     entry: dict[str, Any] = {
-        side: {"seconds": records.quantiles([each["seconds"] for each in found])} for side, found in runs.items()
+        side: {"seconds": records.quantiles([run["seconds"] for run in results])} for side, results in runs.items()
     }
     if method == "pissa":
         entry["energy_ratio"] = runs["peer"][0]["energy"] / runs["ours"][0]["energy"]
@@ -293,26 +293,26 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             entry["bytes_ratio"] = entry["peer"]["bytes"] / max(entry["ours"]["bytes"], 1.0)
         entry["floor"] = _floor(model, batches, method).record()
         results[method] = entry
-    found = {"rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
-    return found if known is None else {**found, "times_from": known.get("times_from", known["environment"])}
+    record = {"rank": RANK, "pissa_niter": NITER, "rounds": rounds, "methods": results}
+    return record if known is None else {**record, "times_from": known.get("times_from", known["environment"])}
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
     """Each method against its peer."""
-    found = []
-    for method, each in entry["methods"].items():
-        ours, theirs = (each[side]["seconds"]["p50"] for side in ("ours", "peer"))
+    table_rows = []
+    for method, result in entry["methods"].items():
+        ours, theirs = (result[side]["seconds"]["p50"] for side in ("ours", "peer"))
         peer = "the authors' passes" if method == "lora_da" else "PEFT"
-        found.append(Row(method, peer, ours, theirs, each.get("floor", {}).get("seconds"), group=method))
-    return found
+        table_rows.append(Row(method, peer, ours, theirs, result.get("floor", {}).get("seconds"), group=method))
+    return table_rows
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """Memory."""
     lines = []
-    for method, each in entry["methods"].items():
-        if "bytes_ratio" in each:
-            memory = " and ".join(f"{each[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer"))
+    for method, result in entry["methods"].items():
+        if "bytes_ratio" in result:
+            memory = " and ".join(f"{result[side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer"))
             lines.append(f"{method}: {memory} above the loaded model, ours and the peer's")
     return lines
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
+from benchmarks.demo.config import DEFAULT_RATES
 from benchmarks.records import CONSOLE
 from benchmarks.sensing import PROBLEMS, sensing
 from benchmarks.subject import Subject, nothing
@@ -27,20 +28,14 @@ DEMO_STEPS, DEMO_FACTORS = 40, (1, 100)
 
 def _demo_model(seed: int) -> tuple[Any, Any, Any]:
     """The demo's model with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
-    from benchmarks.demo.batches import Batches, load_tokenizer, model_folder
-    from benchmarks.demo.config import DemoConfig
     from benchmarks.demo.data import docstring_task
-    from benchmarks.demo.recipe import parameter_groups
-    from benchmarks.demo.run import quiet_transformers
-    from benchmarks.demo.task import build_model
+    from benchmarks.demo.model import model_folder, parameter_groups, quiet_transformers
+    from benchmarks.demo.training import Inputs, Run
 
     quiet_transformers()
-    config, data = DemoConfig(plots=False), docstring_task()
-    folder = model_folder(None)
-    tokenizer = load_tokenizer(folder)
-    model = build_model(folder, len(data.labels), config.rank, seed, tokenizer.pad_token_id)
-    loader = Batches(tokenizer, data.labels, config.max_tokens).shuffled(data.train, config.batch_size, seed)
-    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    inputs, run = Inputs(model_folder(None), docstring_task()), Run("random", seed, DEFAULT_RATES["random"])
+    model = inputs.model(run)
+    endless = itertools.chain.from_iterable(itertools.repeat(inputs.loader(run)))
     return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
 
 
@@ -64,7 +59,6 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
     Returns:
         The entry.
     """
-    from benchmarks.demo.config import DEFAULT_RATES
     from lora_kernels import diagnose
 
     rows = []
@@ -73,21 +67,21 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
         model, batches, groups = _demo_model(0)
         rate = factor * DEFAULT_RATES["random"]
         loss = _train(model, batches, torch.optim.AdamW(groups(rate), weight_decay=0.0), steps)
-        found = diagnose(model)
-        shares = sorted(each.spectrum.spectral_share or math.nan for each in found)
-        full = sum(each.spectrum.numerical_rank == each.spectrum.rank for each in found)
+        diagnosis = diagnose(model)
+        shares = sorted(layer.spectrum.spectral_share or math.nan for layer in diagnosis)
+        full = sum(layer.spectrum.numerical_rank == layer.spectrum.rank for layer in diagnosis)
         row = {
             "learning_rate": rate,
             "last_loss": loss if math.isfinite(loss) else None,
-            "verdict": found.verdict.kind,
-            "loud_layers": sum(each.verdict.kind == LOUD_FAILURE for each in found),
-            "layers": len(found.layers),
+            "verdict": diagnosis.verdict.kind,
+            "loud_layers": sum(layer.verdict.kind == LOUD_FAILURE for layer in diagnosis),
+            "layers": len(diagnosis.layers),
             "full_rank_layers": full,
             "share": {"smallest": shares[0], "median": shares[len(shares) // 2], "largest": shares[-1]},
         }
         rows.append(row)
         CONSOLE.print(
-            f"rate {rate:g}: last loss {loss:.3g}, {found.verdict.kind}, {row['loud_layers']} of {row['layers']} "
+            f"rate {rate:g}: last loss {loss:.3g}, {diagnosis.verdict.kind}, {row['loud_layers']} of {row['layers']} "
             f"layers loud, |sBA|/|W| from {shares[0]:.3g} to {shares[-1]:.3g}, {full} layers of full rank"
         )
     between = [rows[0]["share"]["largest"], rows[-1]["share"]["smallest"]]
@@ -126,8 +120,8 @@ def _notes(entry: Mapping[str, Any]) -> list[str]:
         share = f"{entry['share_of_training']:.3%} of the training time at every={entry['every']}"
         return [f"a step {times['step']}, a measurement {times['measurement']}: {share}"]
     return [
-        f"rate {each['learning_rate']:g}: {each['verdict']}, {each['loud_layers']} of {each['layers']} layers loud"
-        for each in entry["runs"]
+        f"rate {run['learning_rate']:g}: {run['verdict']}, {run['loud_layers']} of {run['layers']} layers loud"
+        for run in entry["runs"]
     ]
 
 

@@ -55,13 +55,13 @@ _PLAIN = (
 def _numbers(layer: Any, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
     """Output and gradients, dropout off."""
     layer.eval()
-    found = lora_layers.both_ways(layer, x, g)()
+    values = lora_layers.both_ways(layer, x, g)()
     layer.train()
-    return found
+    return values
 
 
-def _worst(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    return lora_layers.largest(lora_layers.relative(one, two) for one, two in zip(found, truth, strict=True))
+def _worst(values: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    return lora_layers.largest(lora_layers.relative(one, two) for one, two in zip(values, truth, strict=True))
 
 
 def check(sides: Mapping[str, Any], x: torch.Tensor, g: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -79,14 +79,14 @@ def check(sides: Mapping[str, Any], x: torch.Tensor, g: torch.Tensor) -> dict[st
     Raises:
         SystemExit: if they are too large.
     """
-    found = {name: _numbers(layer, x, g) for name, layer in sides.items()}
+    by_side = {name: _numbers(layer, x, g) for name, layer in sides.items()}
     if x.dtype == torch.float32:
-        values = {name: _worst(each, found["peft"]) for name, each in found.items() if name != "peft"}
+        values = {name: _worst(numbers, by_side["peft"]) for name, numbers in by_side.items() if name != "peft"}
         kind, bound, against = "differences", BOUND, "PEFT's numbers"
     else:
         exact = x.detach().double().requires_grad_()
         truth = _numbers(copy.deepcopy(sides["peft"]).double(), exact, g.double())
-        values = {name: _worst(each, truth) for name, each in found.items()}
+        values = {name: _worst(numbers, truth) for name, numbers in by_side.items()}
         kind, bound, against = "errors", TIMES_PEFTS * values["peft"], "float64"
     if not lora_layers.largest(values.values()) <= bound:
         sizes = f"{x.shape[1]} -> {g.shape[1]}, {x.dtype}"
@@ -135,7 +135,7 @@ def layer(
     checked = check(sides, x, g)
     weight = stock.base_layer.weight.detach()
     calls = {"base": lambda: lora_layers.gradients(nn.functional.linear(x, weight), [x], g)}
-    calls |= {name: lora_layers.both_ways(each, x, g) for name, each in sides.items()}
+    calls |= {name: lora_layers.both_ways(side, x, g) for name, side in sides.items()}
     times = records.interleaved(calls, rounds)
     if compiler:
         torch._dynamo.reset()
@@ -171,20 +171,20 @@ def without_extension(**problem: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=records.ROOT)
     if done.returncode != 0:
         raise SystemExit(f"without the extension: {done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    entry: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return entry
 
 
-def _floor(each: Mapping[str, Any]) -> dict[str, Any]:
-    kind = getattr(torch, each["dtype"])
-    return lora_layers.floor(here(), each["tokens"], each["n"], each["m"], each["rank"], kind).record()
+def _floor(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kind = getattr(torch, entry["dtype"])
+    return lora_layers.floor(here(), entry["tokens"], entry["n"], entry["m"], entry["rank"], kind).record()
 
 
 def _problems(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The arguments of `layer`, by row; `extension` beside them."""
     shapes = [(options.tokens, *shape) for shape in SHAPES]
     float32 = [(shape, rank) for shape in shapes for rank in RANKS] + [(SMALL, rank) for rank in RANKS[:2]]
-    kinds = [(*each, "float32") for each in float32] + [(shape, RANK, "bfloat16") for shape in (SQUARE, SMALL)]
+    kinds = [(*problem, "float32") for problem in float32] + [(shape, RANK, "bfloat16") for shape in (SQUARE, SMALL)]
     for (tokens, n, m), rank, dtype in [(shapes[0], RANK, "float32")] if options.quick else kinds:
         for dropout in DROPOUTS:
             yield {"tokens": tokens, "n": n, "m": m, "rank": rank, "dropout": dropout, "dtype": dtype}
@@ -195,16 +195,16 @@ def _problems(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def layers(options: argparse.Namespace) -> dict[str, Any]:
     """All shapes, ranks, both kinds of dropout; some in bfloat16, and one without the compiled extension."""
-    found = []
+    entries = []
     with lk.ops.use_form(options.form):
         for problem in _problems(options):
             extension = problem.pop("extension", True)
             measure, compiler = (layer, options.compile) if extension else (without_extension, False)
-            each = measure(**problem, rounds=options.rounds, compiler=compiler)
-            each["floor"] = _floor(each)
-            found.append(each)
-            records.CONSOLE.print(f"{_named(each)}: PEFT / ours {each['peft_over_ours']:.2f}")
-    return {"entries": found}
+            entry = measure(**problem, rounds=options.rounds, compiler=compiler)
+            entry["floor"] = _floor(entry)
+            entries.append(entry)
+            records.CONSOLE.print(f"{_named(entry)}: PEFT / ours {entry['peft_over_ours']:.2f}")
+    return {"entries": entries}
 
 
 @contextlib.contextmanager
@@ -225,8 +225,10 @@ def _call(dropout: float, rounds: int, repeat: int, compiler: bool) -> dict[str,
     stock = lora_layers.stock(CALL_SIZE, CALL_SIZE, RANKS[0], dropout, x.device, x.dtype)
     sides = _sides(stock, compiler)
     checked = check(sides, x, g)
-    calls: dict[str, Callable[[], Any]] = {f"forward_seconds {name}": partial(each, x) for name, each in sides.items()}
-    calls |= {f"seconds {name}": lora_layers.both_ways(each, x, g) for name, each in sides.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        f"forward_seconds {name}": partial(layer, x) for name, layer in sides.items()
+    }
+    calls |= {f"seconds {name}": lora_layers.both_ways(layer, x, g) for name, layer in sides.items()}
     times = records.interleaved(calls, rounds, repeat=repeat)
     if compiler:
         torch._dynamo.reset()
@@ -239,8 +241,8 @@ def call(options: argparse.Namespace) -> dict[str, Any]:
     """A layer whose numbers are done in no time: what a call costs in Python, forward alone and both ways."""
     rounds, repeat = (3, 5) if options.quick else (CALL_ROUNDS, CALL_REPEAT)
     with one_thread():
-        found = [_call(dropout, rounds, repeat, options.compile) for dropout in DROPOUTS]
-    return {"entries": found}
+        entries = [_call(dropout, rounds, repeat, options.compile) for dropout in DROPOUTS]
+    return {"entries": entries}
 
 
 def dora_layer(tokens: int, n: int, m: int, rank: int, rounds: int) -> dict[str, Any]:
@@ -267,8 +269,8 @@ def dora_layer(tokens: int, n: int, m: int, rank: int, rounds: int) -> dict[str,
         stock = lora_layers.stock(n, m, rank, 0.0, x.device, x.dtype, dora=dora)
         pair = {"peft": stock, "ours": lora_layers.fused(stock)}
         differences["ours" + suffix] = check(pair, x, g)["differences"]["ours"]
-        sides |= {name + suffix: each for name, each in pair.items()}
-    times = records.interleaved({name: lora_layers.both_ways(each, x, g) for name, each in sides.items()}, rounds)
+        sides |= {name + suffix: adapted for name, adapted in pair.items()}
+    times = records.interleaved({name: lora_layers.both_ways(adapted, x, g) for name, adapted in sides.items()}, rounds)
     entry = {"tokens": tokens, "n": n, "m": m, "rank": rank, "dropout": 0.0, "dtype": "float32"}
     return {
         **entry,
@@ -285,82 +287,82 @@ def dora(options: argparse.Namespace) -> dict[str, Any]:
     return {"entries": [dora_layer(*shape, RANK, options.rounds) for shape in shapes]}
 
 
-def _kind(each: Mapping[str, Any]) -> str:
+def _kind(entry: Mapping[str, Any]) -> str:
     """What a row is beside its sizes."""
-    dtype = each.get("dtype", "float32")
-    extra = [] if each.get("extension", True) else ["without the extension"]
-    return ", ".join([f"dropout {each['dropout']:g}", *([] if dtype == "float32" else [dtype]), *extra])
+    dtype = entry.get("dtype", "float32")
+    extra = [] if entry.get("extension", True) else ["without the extension"]
+    return ", ".join([f"dropout {entry['dropout']:g}", *([] if dtype == "float32" else [dtype]), *extra])
 
 
-def _named(each: Mapping[str, Any]) -> str:
-    return f"{each['tokens']} x {each['n']} -> {each['m']}, r = {each['rank']}, {_kind(each)}"
+def _named(entry: Mapping[str, Any]) -> str:
+    return f"{entry['tokens']} x {entry['n']} -> {entry['m']}, r = {entry['rank']}, {_kind(entry)}"
 
 
-def _target(each: Mapping[str, Any], side: str) -> float | None:
+def _target(entry: Mapping[str, Any], side: str) -> float | None:
     """Of a layer forward and backward."""
-    if side != "peft" or each["n"] == CALL_SIZE or each.get("dtype", "float32") != "float32":
+    if side != "peft" or entry["n"] == CALL_SIZE or entry.get("dtype", "float32") != "float32":
         return None
-    return TARGETS[each["dropout"]] if each.get("extension", True) else PLAIN_TARGET
+    return TARGETS[entry["dropout"]] if entry.get("extension", True) else PLAIN_TARGET
 
 
-def _dora_rows(each: Mapping[str, Any]) -> list[Row]:
-    name = f"DoRA, {each['tokens']} x {each['n']} -> {each['m']}, r = {each['rank']}"
-    floor, times = each["floor"]["seconds"], {side: value["p50"] for side, value in each["seconds"].items()}
+def _dora_rows(entry: Mapping[str, Any]) -> list[Row]:
+    name = f"DoRA, {entry['tokens']} x {entry['n']} -> {entry['m']}, r = {entry['rank']}"
+    floor, times = entry["floor"]["seconds"], {side: value["p50"] for side, value in entry["seconds"].items()}
     return [
         Row(name, "PEFT", times["ours"], times["peft"], floor),
         Row(name, "LoRA, ours", times["ours"], times["ours_lora"], floor, DORA_TARGET),
     ]
 
 
-def _call_rows(each: Mapping[str, Any]) -> list[Row]:
-    found = []
+def _call_rows(entry: Mapping[str, Any]) -> list[Row]:
+    table_rows = []
     for kind, words in PASSES.items():
-        times, about = each[kind], f"{words}, {_kind(each)}"
-        name = f"{each['tokens']} x {each['n']} -> {each['m']}, r = {each['rank']}, {about}"
-        found += [
+        times, about = entry[kind], f"{words}, {_kind(entry)}"
+        name = f"{entry['tokens']} x {entry['n']} -> {entry['m']}, r = {entry['rank']}, {about}"
+        table_rows += [
             Row(name, peer, times["ours"]["p50"], times[side]["p50"], None, CALL_TARGETS[kind].get(side), about)
             for side, peer in PEERS.items()
             if side in times
         ]
-    return found
+    return table_rows
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
     """Each layer, and each call, against each peer."""
-    found = []
-    for each in entry["entries"]:
-        if "dora_over_lora" in each:
-            found += _dora_rows(each)
-        elif "forward_seconds" in each:
-            found += _call_rows(each)
+    table_rows = []
+    for one in entry["entries"]:
+        if "dora_over_lora" in one:
+            table_rows += _dora_rows(one)
+        elif "forward_seconds" in one:
+            table_rows += _call_rows(one)
         else:
-            times, floor = each["seconds"], each.get("floor", {}).get("seconds")
-            found += [
+            times, floor = one["seconds"], one.get("floor", {}).get("seconds")
+            table_rows += [
                 Row(
-                    _named(each),
+                    _named(one),
                     peer,
                     times["ours"]["p50"],
                     times[side]["p50"],
                     floor,
-                    _target(each, side),
-                    _kind(each),
+                    _target(one, side),
+                    _kind(one),
                 )
                 for side, peer in PEERS.items()
                 if side in times
             ]
-    return found
+    return table_rows
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """Minima of calls; what DoRA costs PEFT."""
     lines = []
-    for each in entry["entries"]:
-        if "dora_over_lora" in each:
-            sides = " and ".join(f"{each['dora_over_lora'][side]:.2f} ({side})" for side in ("ours", "peft"))
-            lines.append(f"{each['tokens']} x {each['n']} -> {each['m']}: DoRA over LoRA {sides}")
-        for kind in PASSES if "forward_seconds" in each else ():
-            least = ", ".join(f"{side} {1e6 * value['min']:.0f} µs" for side, value in each[kind].items())
-            lines.append(f"{PASSES[kind]}, {_kind(each)}, minima: {least}")
+    for one in entry["entries"]:
+        if "dora_over_lora" in one:
+            sides = " and ".join(f"{one['dora_over_lora'][side]:.2f} ({side})" for side in ("ours", "peft"))
+            lines.append(f"{one['tokens']} x {one['n']} -> {one['m']}: DoRA over LoRA {sides}")
+        for kind in PASSES if "forward_seconds" in one else ():
+            least = ", ".join(f"{side} {1e6 * value['min']:.0f} µs" for side, value in one[kind].items())
+            lines.append(f"{PASSES[kind]}, {_kind(one)}, minima: {least}")
     return lines
 
 

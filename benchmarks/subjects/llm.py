@@ -77,29 +77,29 @@ STEPS = [
 def _check(sides: Mapping[str, Any], batch: Any, step: Step) -> dict[str, Any]:
     """Compare losses and gradients; `SystemExit` if they are wrong, the compiled side's failure in words."""
     ask = partial(lora_layers.answers, batch=batch, training=not step.dropout)  # in training a compiler compiles once
-    found = ask({name: each for name, each in sides.items() if name != "compiled"})
+    answers = ask({name: value for name, value in sides.items() if name != "compiled"})
     failed = {}
     if "compiled" in sides:
         try:
-            found |= ask({"compiled": sides["compiled"]})
+            answers |= ask({"compiled": sides["compiled"]})
         except Exception as error:  # whatever a compiler raises, the others are measured
             failed = {"compile_failed": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
     if step.dtype == "float32":
-        truth = found.pop("peft")
+        truth = answers.pop("peft")
         bounds = [BOUND] * (1 + len(truth[1]))
     else:
         truth = ask({"exact": copy.deepcopy(sides["peft"]).float()})["exact"]
-        _, *errors = lora_layers.deviations(found["peft"], truth)
+        _, *errors = lora_layers.deviations(answers["peft"], truth)
         mean = statistics.fmean(errors)
-        bounds = [torch.finfo(torch.bfloat16).eps / 2, *(TIMES_PEFTS * max(each, mean) for each in errors)]
-    deviations = {name: lora_layers.deviations(each, truth) for name, each in found.items()}
+        bounds = [torch.finfo(torch.bfloat16).eps / 2, *(TIMES_PEFTS * max(value, mean) for value in errors)]
+    deviations = {name: lora_layers.deviations(value, truth) for name, value in answers.items()}
     shares = {
-        name: lora_layers.largest(one / bound for one, bound in zip(each, bounds, strict=True))
-        for name, each in deviations.items()
+        name: lora_layers.largest(one / bound for one, bound in zip(value, bounds, strict=True))
+        for name, value in deviations.items()
     }
     if not lora_layers.largest(shares.values()) <= 1:
         raise SystemExit(f"{step.name}: loss or gradients are wrong, differences over those allowed {shares}")
-    means = {name: statistics.fmean(each) for name, each in deviations.items()}
+    means = {name: statistics.fmean(value) for name, value in deviations.items()}
     return {"differences": means, "differences_over_allowed": shares, **failed}
 
 
@@ -199,7 +199,7 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """Spreads, and why the compiler is not there."""
-    spread = ", ".join(f"{side} {each['p20']:.3g} to {each['p80']:.3g}" for side, each in entry["seconds"].items())
+    spread = ", ".join(f"{side} {times['p20']:.3g} to {times['p80']:.3g}" for side, times in entry["seconds"].items())
     lines = [f"{entry['layers']} layers, {entry['rounds']} rounds; p20 to p80 in s: {spread}"]
     return lines + [f"torch.compile failed: {entry[key]}" for key in ("compile_failed",) if key in entry]
 

@@ -16,11 +16,8 @@ the factors, is timed against `torch.optim.AdamW(foreach=True)` on the same fact
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,9 +138,9 @@ def stepper(side: str, layers: list[Layer]) -> Callable[[], None]:
         def run_op() -> None:
             nonlocal number
             number += 1
-            for each in layers:
+            for one in layers:
                 lora_pro_adam_(
-                    *each.moments, each.a, each.b, each.grad_a, each.grad_b,
+                    *one.moments, one.a, one.b, one.grad_a, one.grad_b,
                     scaling=SCALING, betas=BETAS, eps=EPS, step=number,
                 )  # fmt: skip
 
@@ -154,18 +151,18 @@ def stepper(side: str, layers: list[Layer]) -> Callable[[], None]:
 # The one place where the optimizer comes in.
 def optimizer(layers: list[Layer], mode: str) -> Callable[[], None]:
     """The step of `lk.LoraPro`, whose parameters share the layers' memory."""
-    pairs = [(torch.nn.Parameter(each.a), torch.nn.Parameter(each.b)) for each in layers]
-    for (a, b), each in zip(pairs, layers, strict=True):
-        a.grad, b.grad = each.grad_a, each.grad_b
+    pairs = [(torch.nn.Parameter(one.a), torch.nn.Parameter(one.b)) for one in layers]
+    for (a, b), one in zip(pairs, layers, strict=True):
+        a.grad, b.grad = one.grad_a, one.grad_b
     group = {"pairs": pairs, "scaling": SCALING}
-    made: Any = lk.LoraPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
-    return made.step
+    instance: Any = lk.LoraPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
+    return instance.step
 
 
 def adamw(layers: list[Layer]) -> Callable[[], Any]:
     """Torch's AdamW on the same factors."""
-    parameters = [torch.nn.Parameter(each) for layer in layers for each in (layer.a, layer.b)]
-    grads = [each for layer in layers for each in (layer.grad_a, layer.grad_b)]
+    parameters = [torch.nn.Parameter(tensor) for layer in layers for tensor in (layer.a, layer.b)]
+    grads = [tensor for layer in layers for tensor in (layer.grad_a, layer.grad_b)]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     return torch.optim.AdamW(parameters, lr=RATE, foreach=True).step
@@ -176,12 +173,12 @@ def check(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]
     start = make((shapes[0], shapes[-1]), rank)
     ends = {}
     for side in sides:
-        layers = [each.copy() for each in start]
+        layers = [layer.copy() for layer in start]
         step = stepper(side, layers)
         for _ in range(3):
             step()
-        ends[side] = [each - before for layer, first in zip(layers, start, strict=True)
-                      for each, before in ((layer.a, first.a), (layer.b, first.b))]  # fmt: skip
+        ends[side] = [factor - before for layer, first in zip(layers, start, strict=True)
+                      for factor, before in ((layer.a, first.a), (layer.b, first.b))]  # fmt: skip
     first = ends[sides[0]]
     return {
         side: max(float((one - other).norm() / other.norm()) for one, other in zip(ends[side], first, strict=True))
@@ -189,39 +186,17 @@ def check(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]
     }
 
 
-def _resident(most: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since `_forget_peak`."""
-    name = "VmHWM:" if most else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak(side: str, shapes: tuple[tuple[int, int], ...], rank: int) -> int:
     """Bytes that a side's second step takes beyond what is there before it, in this process."""
     step = stepper(side, make(shapes, rank))
     step()
-    before = _resident()
-    _forget_peak()
-    step()
-    return max(_resident(most=True) - before, 0)
+    return records.extra_peak(step)
 
 
 def peaks(shapes: tuple[tuple[int, int], ...], rank: int, sides: tuple[str, ...]) -> dict[str, int]:
     """The same of each side, in a process of its own; nothing where there is no Linux."""
-    found: dict[str, int] = {}
-    if not Path("/proc/self/clear_refs").exists():
-        return found
-    for side in sides:
-        code = f"from {__name__} import peak; print(peak({side!r}, {shapes!r}, {rank}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=records.ROOT
-        )
-        found[side] = int(done.stdout.split()[-1])
-    return found
+    calls = {side: f"from {__name__} import peak; print(peak({side!r}, {shapes!r}, {rank}))" for side in sides}
+    return records.peaks(calls)
 
 
 def floor(shapes: tuple[tuple[int, int], ...], rank: int) -> Floor:
@@ -283,7 +258,7 @@ def notes(entry: Mapping[str, Any]) -> list[str]:
     """Memory and differences, of the full step."""
     if "peak_extra_bytes" not in entry:
         return []
-    extra = ", ".join(f"{side} {found / 1e6:.1f} MB" for side, found in entry["peak_extra_bytes"].items())
+    extra = ", ".join(f"{side} {size / 1e6:.1f} MB" for side, size in entry["peak_extra_bytes"].items())
     return [f"most extra memory: {extra}; largest difference {max(entry['differences'].values()):.1e}"]
 
 

@@ -73,7 +73,7 @@ def case(op: str, n: int, dtype: torch.dtype, batch: int, device: torch.device) 
         truth = core_spectrum(a.double(), b.double(), 2.0)
         return Case(lambda to: factor_spectrum(a, b, 2.0, backend=to), lambda: core_spectrum(a, b, 2.0), truth)
     roots = [draw(n, 2 * n) for _ in range(2)]
-    p, q = (each @ each.mT / (2 * n) for each in roots)
+    p, q = (root @ root.mT / (2 * n) for root in roots)
     if op == "eigh":
         return Case(
             lambda to: eigh(p, backend=to)[0], lambda: torch.linalg.eigh(p)[0], torch.linalg.eigvalsh(p.double())
@@ -138,28 +138,28 @@ def _floor(op: str, n: int, dtype: torch.dtype, batch: int, device: torch.device
 def measure(op: str, options: argparse.Namespace) -> dict[str, Any]:
     """An op in both precisions and all orders."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = [
+    entries = [
         run(op, n, dtype, options.batch, options.rounds, device)
         for dtype in BOUNDS
         for n in (ORDERS[1:3] if options.quick else ORDERS)
     ]
-    return {"batch": options.batch, "features": FEATURES, "device": device.type, "entries": found}
+    return {"batch": options.batch, "features": FEATURES, "device": device.type, "entries": entries}
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
     """Each order and precision."""
-    found = []
-    for each in entry["entries"]:
-        ours, theirs = (each["seconds"][name]["p50"] for name in ("ours", "torch"))
-        what = f"{entry['batch']} of order {each['order']}, {each['dtype']}"
-        found.append(Row(what, "torch", ours, theirs, each.get("floor", {}).get("seconds"), group=each["op"]))
-    return found
+    table_rows = []
+    for one in entry["entries"]:
+        ours, theirs = (one["seconds"][name]["p50"] for name in ("ours", "torch"))
+        what = f"{entry['batch']} of order {one['order']}, {one['dtype']}"
+        table_rows.append(Row(what, "torch", ours, theirs, one.get("floor", {}).get("seconds"), group=one["op"]))
+    return table_rows
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """Errors."""
-    worst = max(each["errors"]["ours"] for each in entry["entries"])
-    return [f"largest error {worst:.1e}; torch's {max(each['errors']['torch'] for each in entry['entries']):.1e}"]
+    worst = max(one["errors"]["ours"] for one in entry["entries"])
+    return [f"largest error {worst:.1e}; torch's {max(one['errors']['torch'] for one in entry['entries']):.1e}"]
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

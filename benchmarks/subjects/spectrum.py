@@ -49,14 +49,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     layers, features = (8, 256) if options.quick else (LAYERS, FEATURES)
     nonzero = 3 * ADAPTER_RANK // 4
     pairs = graded_factors(layers, features, ADAPTER_RANK, nonzero)
-    found = factor_spectra(pairs, 2.0)  # also the round that is not counted
+    spectra = factor_spectra(pairs, 2.0)  # also the round that is not counted
     entries = []
     for index in range(min(options.rounds, layers)):
         a, b = pairs[index]
         truth = torch.linalg.svdvals(2.0 * b.double() @ a.double())[:ADAPTER_RANK]
         counted = truth > FLOOR * truth[0]
-        error = float(((found[index] - truth)[counted] / truth[counted]).abs().max())
-        rank = int((found[index] > 1e-6 * found[index][0]).sum())
+        error = float(((spectra[index] - truth)[counted] / truth[counted]).abs().max())
+        rank = int((spectra[index] > 1e-6 * spectra[index][0]).sum())
         if not error <= BOUND or rank != nonzero:
             raise SystemExit(f"layer {index}: relative error {error:.1e}, rank {rank} instead of {nonzero}")
         product = 2.0 * b @ a
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "measured_layers": len(entries),
         "note": "per layer: one product's svdvals against the mean over all layers of one batched call",
         "entries": entries,
-        "smallest_ratio": min(each["ratio"] for each in entries),
+        "smallest_ratio": min(item["ratio"] for item in entries),
         "floor": Floor(flops, 8.0 * features * ADAPTER_RANK, here(), "float32").record(),
     }
 
@@ -84,14 +84,14 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
     what = f"an adapter of {entry['features']} x {entry['features']}, rank {entry['rank']}"
     floor = entry.get("floor", {}).get("seconds")
     return [
-        Row(what, "svdvals of B A", each["all_layers_seconds"] / entry["layers"], each["dense_seconds"], floor, TARGET)
-        for each in entry["entries"]
+        Row(what, "svdvals of B A", item["all_layers_seconds"] / entry["layers"], item["dense_seconds"], floor, TARGET)
+        for item in entry["entries"]
     ]
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """What was compared."""
-    worst = max(each["error"] for each in entry["entries"])
+    worst = max(item["error"] for item in entry["entries"])
     return [f"{entry['note']} of {entry['layers']}; largest relative error {worst:.1e}"]
 
 

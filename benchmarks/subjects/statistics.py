@@ -17,26 +17,26 @@ from benchmarks.subject import Row, Subject
 WANTS = ("input_second", "gradient", "fisher")
 
 
-def check(model: torch.nn.Module, batches: Sequence[Any], found: Any) -> dict[str, float]:
+def check(model: torch.nn.Module, batches: Sequence[Any], values: Any) -> dict[str, float]:
     """How far the collected sums are from those of plain autograd and plain float64 hooks.
 
     Args:
         model: the model, its weight gradients those of the summed losses of all batches.
         batches: the data.
-        found: the statistics.
+        values: the statistics.
 
     Returns:
         Largest relative Frobenius errors over all layers.
     """
     worst = {"gradient": 0.0, "input_second": 0.0}
-    names = list(found)
+    names = list(values)
     truth = models.exact_covariances(model, batches, [names[0], names[-2]])
     for name in names:
         expected = model.get_submodule(name).weight.grad
-        error = torch.linalg.norm(found[name].output.gradient - expected) / torch.linalg.norm(expected)
+        error = torch.linalg.norm(values[name].output.gradient - expected) / torch.linalg.norm(expected)
         worst["gradient"] = max(worst["gradient"], float(error))
     for name, expected in truth.items():
-        error = torch.linalg.norm(found[name].input.covariance() - expected) / torch.linalg.norm(expected)
+        error = torch.linalg.norm(values[name].input.covariance() - expected) / torch.linalg.norm(expected)
         worst["input_second"] = max(worst["input_second"], float(error))
     return worst
 
@@ -96,12 +96,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     times = records.interleaved(calls, options.rounds, prepare)
     statistics, report = results["statistics"], results["report"]
     truth = models.exact_covariances(
-        model, batches, [each.name.removeprefix("base_model.model.") for each in report.layers]
+        model, batches, [layer.name.removeprefix("base_model.model.") for layer in report.layers]
     )
     shares = []
-    for each in report.layers:
-        covariance = truth[each.name.removeprefix("base_model.model.")]
-        factor = adapters[0].get_submodule(each.name).lora_A["default"].weight.detach()
+    for layer in report.layers:
+        covariance = truth[layer.name.removeprefix("base_model.model.")]
+        factor = adapters[0].get_submodule(layer.name).lora_A["default"].weight.detach()
         best = torch.linalg.eigvalsh(covariance)[-factor.shape[0] :].sum() / covariance.trace()
         shares.append(models.captured(factor, covariance) / float(best))
     work = models.work(model, batches)

@@ -68,8 +68,8 @@ def sides(a: torch.Tensor, rank: int) -> dict[str, Callable[[int], Triplets]]:
 
     def ours(method: str) -> Callable[[int], Triplets]:
         def run(seed: int) -> Triplets:
-            found = randomized_svd(a, rank, method=method, seed=seed)
-            return found.U, found.S, found.Vh
+            result = randomized_svd(a, rank, method=method, seed=seed)
+            return result.U, result.S, result.Vh
 
         return run
 
@@ -96,19 +96,19 @@ def _spectral(residual: torch.Tensor) -> float:
     return float(torch.linalg.eigvalsh(product)[..., -1].max().clamp_min(0).sqrt())
 
 
-def errors(a: torch.Tensor, found: Triplets, values: torch.Tensor) -> dict[str, float]:
+def errors(a: torch.Tensor, triplets: Triplets, values: torch.Tensor) -> dict[str, float]:
     """Norms of the residual of one matrix (the first of a batch) over those of the best approximation.
 
     Args:
         a: the matrix or batch.
-        found: the triplets.
+        triplets: the triplets.
         values: all singular values.
 
     Returns:
         `frobenius` and `spectral`; 1 is the best.
     """
     first = (0,) * (a.dim() - 2)
-    u, s, vh = (each[first].to(torch.float64) for each in found)
+    u, s, vh = (tensor[first].to(torch.float64) for tensor in triplets)
     residual = a[first].to(torch.float64) - (u * s) @ vh
     rest = values[s.shape[-1] :]
     return {
@@ -137,15 +137,15 @@ def compare(name: str, spectrum: str, rank: int, options: argparse.Namespace) ->
     exact = calls.pop("torch.linalg.svd")
     quality: dict[str, dict[str, float]] = {}
     for side, call in calls.items():
-        found = [errors(a, call(seed), values) for seed in range(options.seeds)]
-        quality[side] = {key: sum(each[key] for each in found) / options.seeds for key in found[0]}
+        errors_by_seed = [errors(a, call(seed), values) for seed in range(options.seeds)]
+        quality[side] = {key: sum(one[key] for one in errors_by_seed) / options.seeds for key in errors_by_seed[0]}
     if quality["ours krylov"]["frobenius"] > 1.5:
         raise SystemExit(f"ours is wrong on {name} {spectrum} rank {rank}: {quality}")
     times = records.interleaved({side: lambda call=call: call(0) for side, call in calls.items()}, options.rounds)
     if options.full_svd:
         times["torch.linalg.svd"] = records.quantiles([records.seconds(lambda: exact(0))])
     base = times["ours krylov"]["p50"]
-    ratios = {side: each["p50"] / base for side, each in times.items() if side in TARGETS}
+    ratios = {side: one["p50"] / base for side, one in times.items() if side in TARGETS}
     mine = quality["ours krylov"]
     floor = Floor(4.0 * rank * a.numel(), 4.0 * a.numel(), here(), "float32")
     return {
@@ -165,29 +165,29 @@ def compare(name: str, spectrum: str, rank: int, options: argparse.Namespace) ->
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All spectra and ranks of a shape."""
     pairs = itertools.product(SPECTRA, options.rank or (RANKS[:1] if options.quick else RANKS))
-    found = [compare(name, *pair, options) for pair in pairs]
-    return {"rounds": options.rounds, "seeds": options.seeds, "entries": found}
+    entries = [compare(name, *pair, options) for pair in pairs]
+    return {"rounds": options.rounds, "seeds": options.seeds, "entries": entries}
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
     """Ours (block Krylov) against each way of torch."""
-    found = []
-    for each in entry["entries"]:
-        shape = " x ".join(str(size) for size in each["shape"])
+    table_rows = []
+    for one in entry["entries"]:
+        shape = " x ".join(str(size) for size in one["shape"])
         for side, target in TARGETS.items():
-            if side in each["seconds"]:
-                ours, theirs = (each["seconds"][name]["p50"] for name in ("ours krylov", side))
-                what = f"{shape}, {each['spectrum']}, rank {each['rank']}"
-                found.append(Row(what, side, ours, theirs, each.get("floor", {}).get("seconds"), target))
-    return found
+            if side in one["seconds"]:
+                ours, theirs = (one["seconds"][name]["p50"] for name in ("ours krylov", side))
+                what = f"{shape}, {one['spectrum']}, rank {one['rank']}"
+                table_rows.append(Row(what, side, ours, theirs, one.get("floor", {}).get("seconds"), target))
+    return table_rows
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
     """Errors."""
     return [
-        f"{each['spectrum']}, rank {each['rank']}: excess of the Frobenius residual over the best possible: "
-        + ", ".join(f"{side} {found['frobenius'] - 1:.1e}" for side, found in each["error_over_best"].items())
-        for each in entry["entries"]
+        f"{one['spectrum']}, rank {one['rank']}: excess of the Frobenius residual over the best possible: "
+        + ", ".join(f"{side} {error['frobenius'] - 1:.1e}" for side, error in one["error_over_best"].items())
+        for one in entry["entries"]
     ]
 
 

@@ -37,7 +37,7 @@ def _saved(model: Any, batch: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
     model.disable_input_require_grads()
-    known = {each.untyped_storage()._cdata for each in model.parameters()}
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     total = sum(size for storage, size in kept.items() if storage not in known)
     del loss
     return total
@@ -65,7 +65,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         sides["compiled"] = lora_layers.compiled(stock)
     answers = lora_layers.answers(sides, batch)
     truth = answers.pop("peft")
-    differences = {side: lora_layers.largest(lora_layers.deviations(each, truth)) for side, each in answers.items()}
+    differences = {side: lora_layers.largest(lora_layers.deviations(item, truth)) for side, item in answers.items()}
     if not lora_layers.largest(differences.values()) <= BOUND:
         raise SystemExit(f"relative differences from PEFT's numbers: {differences}")
     steps = {side: lora_layers.trainer(model, batch) for side, model in sides.items()}
@@ -78,7 +78,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     # Of the frozen layers, the head among them, forward and the gradient of the input; six products of rank r each.
     tokens = batch["input_ids"].numel()
     frozen_work = models.work(base, [batch]).forward + 2.0 * tokens * base.lm_head.weight.numel()  # type: ignore[union-attr, operator]
-    sizes = [sum(base.get_submodule(each).weight.shape) for each in models.targets(base)]  # type: ignore[union-attr, misc, arg-type]
+    sizes = [sum(base.get_submodule(item).weight.shape) for item in models.targets(base)]  # type: ignore[union-attr, misc, arg-type]
     work = 2 * frozen_work + 6.0 * tokens * RANK * sum(sizes)
     return {
         "layers": len(report.layers),

@@ -4,6 +4,7 @@ from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance import covariance_, symmetrize_
 from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.grouped_lora import grouped_lora
 from lora_kernels.ops.lora_linear import lora_delta, lora_linear, use_form
 from lora_kernels.ops.lora_pro_adam import lora_pro_adam_
 from lora_kernels.ops.orthonormalize import orthonormalize
@@ -23,6 +24,7 @@ __all__ = [
     "factor_spectrum",
     "fisher_scaled",
     "gradient_statistics_",
+    "grouped_lora",
     "lora_delta",
     "lora_linear",
     "lora_pro_adam_",

@@ -78,13 +78,30 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# What Triton's authors support; configurations are compiled ahead of time from here on (benchmarks/aot.py).
+_LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.lru_cache(maxsize=64)
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    least = ".".join(map(str, _LEAST_CAPABILITY))
+    return f"the Triton kernels need compute capability {least}, and {device} has {'.'.join(map(str, capability))}"
+
+
 def triton_refuses(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`, or `None` if they can."""
     missing: str | None = _triton_missing()
     if missing is not None:
         return missing
     if device.type == "cuda":
-        return None
+        reason: str | None = _too_old(device)
+        return reason
     if device.type == "cpu":
         return None if interpreting() else "triton runs on CPU tensors only under TRITON_INTERPRET=1"
     return f"no triton kernels for device type {device.type!r}"

@@ -7,8 +7,8 @@ out[j]    += sum_t  w[t] * x[t, j]    (or x[t, j]^2)       column_sum_kernel, th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -21,6 +21,7 @@ _SUM_COLUMNS, _SUM_TOKENS = 128, 16
 # A part's tokens are added one after the other in float32, 16 at a time: at most this many keep rounding errors apart.
 _SUM_CHUNK = 4096
 _STRIP = 16
+Config = TypeVar("Config")
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -145,6 +146,11 @@ def column_sums(
     add_rows_kernel[(blocks,)](total, sums, features, splits, COLUMNS=_SUM_COLUMNS)
 
 
+# The compute capabilities of the chips that configurations are compiled for ahead of time; `None` is AMD's.
+AOT_CHIPS: dict[str, tuple[int, int] | None] = {
+    "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0),
+    "sm_100": (10, 0), "sm_120": (12, 0), "gfx942": None,
+}  # fmt: skip
 AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _AOT_TYPES = {
     "out_ptr": "*fp32", "partial_ptr": "*fp32", "index_ptr": "*i64", "weight_ptr": "*fp32", "tiles_ptr": "*i32",
@@ -169,6 +175,15 @@ def aot_case(
     return {**case, "warps": 4, "stages": 3, "matrix": False, **rest}
 
 
+def aot_configs(choices: Callable[[tuple[int, int] | None], Iterable[Config]]) -> list[tuple[Config, dict[str, Any]]]:
+    """The configurations that chips choose by capability, with the `platform` and the `chips` of each."""
+    chips_of: dict[tuple[Config, str], list[str]] = {}
+    for chip, capability in AOT_CHIPS.items():
+        for config in dict.fromkeys(choices(capability)):
+            chips_of.setdefault((config, "hip" if capability is None else "cuda"), []).append(chip)
+    return [(config, {"platform": where, "chips": tuple(chips)}) for (config, where), chips in chips_of.items()]
+
+
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Every combination that the functions here launch, for the ahead-of-time compile check (`benchmarks/aot.py`).
 
@@ -184,7 +199,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             constexprs = {"COLUMNS": _SUM_COLUMNS, "TOKENS": _SUM_TOKENS}
             constexprs |= {"HAS_INDEX": bool(index), "HAS_WEIGHT": bool(weight), "SQUARE": bool(square)}
             yield aot_case(column_sum_kernel, x, constexprs, {"x_ptr": f"*{x}"}, **where)
-        for (rows, columns), lower in itertools.product(((64, 64), (128, 128), (128, 256)), (0, 1)):
+        for (rows, columns), lower in itertools.product(((64, 64), (64, 128), (128, 128), (128, 256)), (0, 1)):
             constexprs = {"ROWS": rows, "COLUMNS": columns, "STRIP": _STRIP, "LOWER": bool(lower)}
             yield aot_case(add_tiles_kernel, f"{rows}x{columns}", constexprs, **where)
         yield aot_case(add_rows_kernel, "", {"COLUMNS": _SUM_COLUMNS}, **where)

@@ -117,6 +117,14 @@ def build_platform() -> str:
     return "cuda" if torch.version.hip is None else "hip"
 
 
+@functools.lru_cache(maxsize=64)
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """What configurations depend on: the capability of an NVIDIA chip, `None` on AMD; in the interpreter any serves."""
+    if build_platform() == "hip":
+        return None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device. In the interpreter any number serves: 4 lets small tests reach the split path."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,14 +13,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
-from lora_kernels.adapters.view import lora_layers, stock_class
+from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
 from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
 from lora_kernels.training.description import base_is_fused, eager_reason
+from lora_kernels.training.experts import OUTER, chain_of, experts_reason
 from lora_kernels.training.guard import Guard
-from lora_kernels.training.lora_layer import FusedForward, class_of, supported
+from lora_kernels.training.lora_layer import FusedForward, class_of, is_experts, supported
 
 PATHS = ("fused", "delta", "eager")
 
@@ -96,6 +97,15 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
     kind = stock_class(layer)
     if kind not in supported():
         return LayerPath(name, kind.__name__, "eager", f"no fused form of {kind.__name__}")
+    if is_experts(kind):
+        reason = experts_reason(layer, gathered=gathered)
+        base = type(chain_of(layer)[-1].base_layer).__name__
+        computes = f"the experts ({base}) compute their own products"
+        return (
+            LayerPath(name, kind.__name__, "eager", reason)
+            if reason
+            else LayerPath(name, kind.__name__, "delta", computes)
+        )
     reason = eager_reason(layer, gathered=gathered, training=True)
     if reason is not None:
         return LayerPath(name, kind.__name__, "eager", reason)
@@ -103,6 +113,17 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
         return LayerPath(name, kind.__name__, "fused")
     base = type(layer.base_layer).__name__
     return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
+
+
+def _paths(layers: Sequence[LoraView], gathered: set[str]) -> tuple[LayerPath, ...]:
+    paths: dict[str, LayerPath] = {}
+    for name, layer in layers:
+        path, outer = _path(name, layer, name in gathered), paths.get(name.removesuffix(".base_layer"))
+        # Of wrappers around each other the outer ones come first, and run as one with those inside.
+        if outer is not None and outer.path == "eager" != path.path and is_experts(stock_class(layer)):
+            path = LayerPath(name, path.kind, "eager", OUTER)
+        paths[name] = path
+    return tuple(paths.values())
 
 
 def _sharded(layer: Any) -> bool:
@@ -136,7 +157,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
     if not layers:
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     gathered = _gathered(model)
-    report = AccelerateReport(tuple(_path(name, layer, name in gathered) for name, layer in layers))
+    report = AccelerateReport(_paths(layers, gathered))
     eager = [each for each in report if each.path == "eager"]
     if strict and eager:
         raise ValueError(f"{len(eager)} layers would not be accelerated (first: {eager[0].name}: {eager[0].reason})")

@@ -87,22 +87,23 @@ def is_replaced(module: nn.Module) -> bool:
     )
 
 
-def _is_patched(layer: Any) -> bool:
+def is_patched(layer: Any) -> bool:
     """Whether a library has put a forward of its own into PEFT's class."""
     forward: Any = stock_class(layer).forward  # type: ignore[attr-defined]
     return not forward.__module__.startswith("peft.") or hasattr(forward, "__wrapped__")
 
 
-def _whole(weight: Any, gathered: bool) -> bool:
+def is_whole(weight: Any, gathered: bool) -> bool:
+    """Whether a weight is no shard when its layer runs, given whether FSDP2 gathers it before."""
     # Of two meshes one may be that of tensor parallelism, whose shards stay shards.
     return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
 
 
-def _plain_linear(module: Any, gathered: bool) -> bool:
+def plain_linear(module: Any, gathered: bool) -> bool:
     """Whether a module is `torch.nn.Linear` as torch has it, with a weight that is a matrix of floats."""
     if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not LINEAR_FORWARD:
         return False
-    if "parametrizations" in module._modules or not _whole(module.weight, gathered):
+    if "parametrizations" in module._modules or not is_whole(module.weight, gathered):
         return False
     weight = module.weight
     return (type(weight) in (nn.Parameter, torch.Tensor) or is_sharded(weight)) and weight.dtype in FLOATS
@@ -118,7 +119,7 @@ def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
     Returns:
         True if so.
     """
-    return _plain_linear(layer.base_layer, gathered)
+    return plain_linear(layer.base_layer, gathered)
 
 
 def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
@@ -136,7 +137,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
     names = [name for name in layer.active_adapters if name in factors]
     if not names:
         return "no active adapter"
-    if not torch.compiler.is_compiling() and _is_patched(layer):
+    if not torch.compiler.is_compiling() and is_patched(layer):
         return f"the forward of PEFT's {stock_class(layer).__name__} is replaced"
     for name in names:
         variant = layer.lora_variant.get(name)
@@ -147,7 +148,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
         elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
         a, dropout = factors[name], dropouts[name]
-        if not _plain_linear(a, gathered) or not _plain_linear(others[name], gathered) or a.bias is not None:
+        if not plain_linear(a, gathered) or not plain_linear(others[name], gathered) or a.bias is not None:
             return f"the factors of adapter {name!r} are sharded, hooked into or no plain linear layers"
         if type(dropout) not in (nn.Identity, nn.Dropout) or is_replaced(dropout):
             return f"adapter {name!r} has a {type(dropout).__name__} that is hooked into, or no plain dropout"

@@ -37,19 +37,19 @@ from lora_kernels.training.description import (
     eager_reason,
 )
 
-# PEFT's layers whose forward is `base(x) + s B A drop(x)`, and their modules below `peft.tuners.lora`. Some are there
-# only if their library is installed.
+# PEFT's layers whose forward is `base(x) + s B A drop(x)`, or that in each product of many experts, and their modules
+# below `peft.tuners.lora`. Some are there only if their library is installed.
 KINDS = {
     "Linear": "layer", "Linear4bit": "bnb", "Linear8bitLt": "bnb", "TorchaoLoraLinear": "torchao",
     "GPTQLoraLinear": "gptq", "AwqLoraLinear": "awq", "AqlmLoraLinear": "aqlm", "TeLinear": "te",
-    "EetqLoraLinear": "eetq", "HqqLoraLinear": "hqq", "IncLoraLinear": "inc",
+    "EetqLoraLinear": "eetq", "HqqLoraLinear": "hqq", "IncLoraLinear": "inc", "ParamWrapper": "layer",
 }  # fmt: skip
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(
+GLOBAL_HOOKS = tuple(
     hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and name.endswith("hooks")
 )
-_SEEDS = 2**63 - 1
+SEEDS = 2**63 - 1
 
 
 class FusedForward:
@@ -109,11 +109,19 @@ def class_of(kind: type) -> type:
     """
     name = f"Fused{kind.__name__}"
     cls: type | None = globals().get(name)
-    if cls is None or cls.__mro__[2] is not kind:  # PEFT's module may have been imported anew
+    if cls is None or cls.__bases__[1] is not kind:  # PEFT's module may have been imported anew
         doc = f"{kind.__name__}, accelerated."
-        cls = type(kind.__name__, (FusedForward, kind), {"__module__": __name__, "__qualname__": name, "__doc__": doc})
+        mixin = (
+            importlib.import_module("lora_kernels.training.experts").FusedExperts if is_experts(kind) else FusedForward
+        )
+        cls = type(kind.__name__, (mixin, kind), {"__module__": __name__, "__qualname__": name, "__doc__": doc})
         globals()[name] = cls
     return cls
+
+
+def is_experts(kind: type) -> bool:
+    """Whether a class of PEFT's adapts a parameter, of many experts say, instead of a linear layer."""
+    return kind.__name__ == "ParamWrapper"
 
 
 def __getattr__(name: str) -> Any:
@@ -149,7 +157,8 @@ def runs_fused(layer: Any) -> bool:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
+    """Say that a layer runs PEFT's own forward, once for each reason."""
     warnings.warn(f"accelerated LoRA layers run PEFT's own forward: {reason}", RuntimeWarning, stacklevel=5)
 
 
@@ -165,14 +174,14 @@ def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
     """
     if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
         return None
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return None
     if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return None  # a DTensor, say, which the registered operations have no rule for
     reason = eager_reason(layer)
     if reason is not None:
         if reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
-            _warn_once(reason)
+            warn_once(reason)
         return None
     return Prepared.make(layer, x)
 
@@ -259,7 +268,7 @@ class Prepared:
         hooked = parts if self.base is None else parts[1:]
         self.empty = (
             *(getattr(part, name) for part in hooked for name in _HOOKS),
-            *_GLOBAL_HOOKS,
+            *GLOBAL_HOOKS,
             layer.merged_adapters,
         )
         self.active = own["_active_adapter"] if isinstance(own["_active_adapter"], str) else [*own["_active_adapter"]]
@@ -269,7 +278,7 @@ class Prepared:
         self.trained, self.variants = trained, variants
         numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
         with torch.inference_mode(False):  # graphs are to keep it
-            self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & _SEEDS])
+            self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & SEEDS])
 
     def fits(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether nothing has changed that `run` depends on."""
@@ -320,7 +329,7 @@ class Prepared:
         """
         if self.state is not None and torch._C._are_functorch_transforms_active():
             raise RuntimeError(TRANSFORMED)
-        seed = torch.randint(_SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
+        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
         if self.simple and torch.is_grad_enabled():
             y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
                 x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, seed, self.state, self.scalars

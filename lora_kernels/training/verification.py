@@ -21,6 +21,7 @@ from lora_kernels.runtime.modes import evaluation_mode
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.acceleration import reference_mode
 from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
+from lora_kernels.training.experts import FusedExperts, experts_reason
 from lora_kernels.training.lora_layer import FusedForward
 
 PARTS = ("y", "dx", "dA", "dB", "dc", "dm")
@@ -180,6 +181,8 @@ def _skipped(layer: Any) -> str | None:
     stock: Any = layer
     if stock.disable_adapters or stock.merged:
         return "adapters are merged or disabled"
+    if isinstance(layer, FusedExperts):
+        return experts_reason(layer) or "experts are compared by the loss alone"
     return eager_reason(layer)
 
 

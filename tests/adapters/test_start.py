@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import lora_kernels as lk
 from lora_kernels.api.saved import compress
 from lora_kernels.init import LayerFactors, LoraFactors
+from lora_kernels.init.method import LayerwiseMethod
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 from tests.statistics.test_models import quantized
@@ -20,27 +21,24 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
-class Principal:
+class Principal(LayerwiseMethod):
     """The leading triplets of W, split evenly: the simplest method that starts away from zero."""
 
-    name: ClassVar[str] = "principal"
     wants: ClassVar[dict] = {}
     offsets_base: ClassVar[bool] = True
-    full_rate: ClassVar[bool] = False
-    adjust_scaling_factors: ClassVar[bool] = False
-    collect_options: ClassVar[dict] = {}
+    reads_base: ClassVar[bool] = True
 
-    def sketch_size(self, ranks):
-        return max(ranks)
+    def solve(self, layers):
+        for layer in layers:
+            u, s, vh = torch.linalg.svd(layer.weight(), full_matrices=False)
+            root = (s[: layer.rank] / layer.scaling).sqrt()
+            factors = LoraFactors(
+                (root.unsqueeze(1) * vh[: layer.rank]).contiguous(), (u[:, : layer.rank] * root).contiguous()
+            )
+            yield LayerFactors(factors, float("nan"), 0.0, "svd")
 
-    def factors(self, statistics, ranks, *, base=None, progress=False):
-        found = {}
-        for name, rank in ranks.items():
-            u, s, vh = torch.linalg.svd(base[name].weight(), full_matrices=False)
-            root = (s[:rank] / base[name].scaling).sqrt()
-            factors = LoraFactors((root.unsqueeze(1) * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous())
-            found[name] = LayerFactors(factors, float("nan"), 0.0, "svd")
-        return found
+
+Principal.name = "principal"  # set after the class is made, so that the registry does not learn it
 
 
 def wrapped(base=None, **changes):

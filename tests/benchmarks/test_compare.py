@@ -9,11 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-from benchmarks import compare, figures, language_model, lora_layers, models, rates, records, sections, subject
+from benchmarks import compare, figures, language_model, lora_layers, models, pages, rates, records, subject
 from benchmarks.subject import Row, Subject
 from benchmarks.subjects import (
     SUBJECTS,
     eva,
+    experts,
     init,
     linear,
     llm,
@@ -30,7 +31,7 @@ from benchmarks.subjects import (
 def known_rates(monkeypatch):
     """The rates of some machine: measuring them takes seconds."""
     found = rates.Rates(1e10, {"bfloat16": 1e12, "float32": 1e11, "float64": 5e10})
-    for module in (rates, eva, init, linear, lora_pro, small_linalg, spectrum, statistics, svd, train):
+    for module in (rates, eva, experts, init, linear, lora_pro, small_linalg, spectrum, statistics, svd, train):
         monkeypatch.setattr(module, "here", lambda device="cpu": found)
 
 
@@ -82,6 +83,16 @@ def test_smallest_form(name, case, arguments, capsys):
     _, rows = measured(name, case, *arguments)
     check_rows(rows, PEERS[name])
     assert "peer / ours" in capsys.readouterr().out
+
+
+def test_experts_must_give_pefts_numbers(monkeypatch):
+    entry, rows = measured("experts", "layers", "--rounds", "1")
+    check_rows(rows, {"PEFT"})
+    extra = entry["entries"][0]["peak_extra_bytes"]
+    assert extra.keys() == {"peft", "ours"} and "extra memory" in experts.notes(entry)[0]
+    monkeypatch.setitem(experts.BOUNDS, "float32", 0.0)
+    with pytest.raises(SystemExit, match="relative difference from PEFT's numbers"):
+        experts.layers(compare.parse(SUBJECTS["experts"], ["--quick", "--rounds", "1"]))
 
 
 def test_eva_without_peft_has_no_rows():
@@ -319,7 +330,8 @@ def test_new_records_have_their_words_and_figures(stand_in, monkeypatch, tmp_pat
     layers["entries"].append({**linear.layer(**LAYER, dropout=0.05, compiler=False), "extension": False})
     call, _ = measured("linear", "call", "--no-compile", "--rounds", "1")
     step, _ = measured("llm", "1x128-r8", "--rounds", "1", "--no-compile")
-    assert sections.language_model() == [] or (records.RESULTS / "llm.json").is_file()
+    for file in records.RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     dora = {"entries": [linear.dora_layer(17, 24, 40, 4, 1)]}
     for name, case, entry in (
@@ -329,12 +341,13 @@ def test_new_records_have_their_words_and_figures(stand_in, monkeypatch, tmp_pat
         ("llm", "1x128-r8", step),
     ):
         records.put(name, case, entry, tmp_path)
-    text = "\n".join(sections.layers())
-    assert (
-        text.count("| 33 x 24 -> 40, bfloat16 |") == 2 and text.count("| 33 x 24 -> 40, without the extension |") == 1
-    )
-    assert "on 1 thread" in text and "forward, dropout 0.05: ours" in text and "DoRA layer over that of a LoRA" in text
-    assert "| 1 x 128 | 8 | 0 | float32 |" in "\n".join(sections.language_model())
+    text = pages.page()
+    assert text.count("| 33 x 24 -> 40, bfloat16 |") == 2
+    assert text.count("| 33 x 24 -> 40, without the extension |") == 1
+    assert "rank 8, 1 thread." in text and "| forward and backward | 0.05 |" in text and "| 17 x 24 -> 40 | 4 |" in text
+    assert "| 1 x 128 | 8 | 0 | float32 |" in text
+    (tmp_path / "llm.json").unlink()
+    assert "## A language model's training step" not in pages.page()
     assert len(figures.layers().axes) == 2
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.demo import data
 from benchmarks.demo.data import MASK, Example, TextTask, docstring_task, hold_out, read_docstrings
-from benchmarks.demo.user_data import read_task
+from benchmarks.demo.files import read_task
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_task_on_a_made_up_library(tmp_path):
     # 13 of alpha (one text lost to beta, one said twice), 12 of beta; what was dropped: 2 + 1.
     assert len(texts) == 6 + 1 + 3 + 1 + 3 + 12
     assert task.dropped == 3
-    with pytest.raises(ValueError, match=r"classes was 3, must be from 2 to 2"):
+    with pytest.raises(ValueError, match=r"classes is 3, but must be from 2 to 2"):
         docstring_task(tmp_path, classes=3)
 
 
@@ -146,23 +146,27 @@ def test_equal_texts_are_used_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,kind\na,x\n", r"a\.csv: the columns were \['text', 'kind'\], must include 'label'"),
-        ("a.csv", "", r"a\.csv: the columns were \[\], must include 'text'"),
-        ("a.csv", "text,label\na,x\n  ,y\n", r"a\.csv:3: 'text' was '  ', must be a text that is not empty"),
-        ("a.csv", "text,label\na,x\nb\n", r"a\.csv:3: 'label' was None, must be a string or an integer"),
-        ("a.csv", "text,label\na,x\nb,x\n", r"had \['x'\], must have two labels at least"),
-        ("a.csv", "text,label\na,x\nb,x\nc,y\n", r"the labels \['y'\] had one example each, must have at least two"),
-        ("a.csv", "text,label\na,x\nb,y\na,y\n", r"same as that of a\.csv:2, but 'label' was 'y', must be 'x'"),
+        ("a.csv", "text,kind\na,x\n", r"a\.csv: .*must include 'label'"),
+        ("a.csv", "", r"a\.csv: .*must include 'text'"),
+        ("a.csv", "text,label\na,x\n  ,y\n", r"a\.csv:3: 'text' is '  ', but must be a text that is not empty"),
+        ("a.csv", "text,label\na,x\nb\n", r"a\.csv:3 has fewer than 2 columns"),
+        ("a.csv", "text,label\na,x\nb,x\n", r"has \['x'\], but must have at least two labels"),
+        ("a.csv", "text,label\na,x\nb,x\nc,y\n", r"labels \['y'\] have one example, but must have"),
+        ("a.csv", "text,label\na,x\nb,y\na,y\n", r"a\.csv:4: 'label' is 'y', but must be 'x' as in a\.csv:2"),
         ("a.csv", b"text,label\n\xff,x\n", r"must be UTF-8 CSV"),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n{"text": "b"}\n',
-            r"a\.jsonl:2: the keys were \['text'\], must include",
+            r"a\.jsonl:2: .*must include",
         ),
-        ("a.jsonl", '{"text": 3, "label": 1}\n', r"a\.jsonl:1: 'text' was 3, must be a text"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl:1: 'label' was 0\.5, must be a string or an integer"),
-        ("a.jsonl", '{"text": "a", \n', r"a\.jsonl:1 cannot be read: .*must be one JSON object"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl:1 was a list, must be a JSON object"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n', r"a\.jsonl:1: 'text' is 3, but must be a text"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}\n',
+            r"a\.jsonl:1: 'label' is 0\.5, but must be a string or an integer",
+        ),
+        ("a.jsonl", '{"text": "a", \n', r"a\.jsonl:1.*must be one JSON object"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1.*must be a JSON object"),
         ("a.txt", "text,label\n", r"must end in \.csv or \.jsonl"),
     ],
 )
@@ -174,5 +178,5 @@ def test_bad_files_are_refused_with_the_place(tmp_path, name, content, message):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing\.csv', must be an existing"):
+    with pytest.raises(ValueError, match=r"nothing\.csv'.*must be an existing"):
         read_task(tmp_path / "nothing.csv")

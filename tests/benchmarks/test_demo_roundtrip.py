@@ -1,26 +1,24 @@
-import dataclasses
+import ast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo.batches import Batches, load_tokenizer
-from benchmarks.demo.config import DemoConfig
+from benchmarks.demo import roundtrip
+from benchmarks.demo.files import read_task
 from benchmarks.demo.roundtrip import check_round_trip
-from benchmarks.demo.task import train_run
-from benchmarks.demo.user_data import read_task
+from benchmarks.demo.training import Inputs, Run, train
 
 
 @pytest.fixture
 def trained(tiny_model, colour_file, tmp_path):
     """A trained EVA adapter in a folder: (arguments of the check, weights file)."""
-    task, tokenizer = read_task(colour_file), load_tokenizer(tiny_model)
-    config = DemoConfig(model=tiny_model, rank=4, steps=8, batch_size=8, max_tokens=8)
-    model, _ = train_run(tiny_model, tokenizer, task, config, "eva", 0, 2e-2)
+    inputs = Inputs(tiny_model, read_task(colour_file), max_tokens=8)
+    model, _ = train(Run("eva", 0, 2e-2, method="eva", rank=4, batch_size=8, evaluate_at=(8,)), inputs)
     adapter = tmp_path / "adapter"
     model.save_pretrained(str(adapter))
-    batch = Batches(tokenizer, task.labels, 8).encode(task.test)
-    return (model, batch, tiny_model, adapter, tokenizer.pad_token_id), adapter / "adapter_model.safetensors"
+    batch = inputs.batches.encode(inputs.task.test)
+    return (model, batch, tiny_model, adapter, inputs.tokenizer.pad_token_id), adapter / "adapter_model.safetensors"
 
 
 def test_the_true_adapter_passes_and_tampered_ones_do_not(trained):
@@ -64,10 +62,6 @@ def test_non_finite_logits_do_not_pass(trained):
 
 
 def test_the_reloading_script_names_nothing_of_this_package():
-    import ast
-
-    from benchmarks.demo import roundtrip
-
     source = roundtrip.Path(roundtrip.__file__).with_name("_reload.py").read_text()
     imported = {
         name
@@ -76,4 +70,3 @@ def test_the_reloading_script_names_nothing_of_this_package():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
     assert {name.split(".")[0] for name in imported} == {"json", "sys", "torch", "peft", "safetensors", "transformers"}
-    assert dataclasses.is_dataclass(roundtrip.RoundTrip)

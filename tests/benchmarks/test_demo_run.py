@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -6,10 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.demo import run as orchestration
+from benchmarks.demo import __main__ as orchestration
+from benchmarks.demo.__main__ import main, run
 from benchmarks.demo.config import DEFAULT_RATES, DEFAULT_STEPS, OTHER_RATE, DemoConfig
 from benchmarks.demo.roundtrip import RoundTrip
-from benchmarks.demo.run import run
+from benchmarks.demo.study import RATES_ONLY
+from benchmarks.records import RESULTS
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def test_the_whole_demo_on_a_tiny_model(config):
     assert "run 4/4  eva, seed 1, step 8: held-out loss" in text
     assert "Held-out loss, EVA against random LoRA:" in text
     assert "Adapter: reloaded logits are" in text
-    assert {path.name for path in config.out.iterdir()} == {"demo.json", "loss.png", "ranks.png", "adapter"}
+    assert {path.name for path in config.out.iterdir()} == {"demo.json", "loss.png", "adapter"}
 
     record = json.loads((config.out / "demo.json").read_text())
     assert [(each["arm"], each["seed"]) for each in record["runs"]] == [
@@ -64,41 +67,37 @@ def test_a_failed_check_is_a_failed_demo(config, monkeypatch):
     failed = RoundTrip(False, 0.5, "reloaded logits DIFFER by 5.0e-01")
     monkeypatch.setattr(orchestration, "check_round_trip", lambda *args: failed)
     output = io.StringIO()
-    settings = DemoConfig(**{**config.__dict__, "seeds": 1, "plots": False, "method": "random"})
+    settings = DemoConfig(**{**config.__dict__, "seeds": 1, "method": "random"})
     assert run(settings, Console(file=output, width=140)) == 1
     assert "DIFFER by 5.0e-01" in output.getvalue()
-    assert {path.name for path in config.out.iterdir()} == {"demo.json", "adapter"}
+    assert {path.name for path in config.out.iterdir()} == {"demo.json", "loss.png", "adapter"}
     record = json.loads((config.out / "demo.json").read_text())
     assert record["verdict"] == []
     assert not record["round_trip"]["ok"]
 
 
-def test_plots_without_matplotlib_are_refused_before_the_long_part(config, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="plots was True, must be False without matplotlib"):
-        run(config, Console(file=io.StringIO()))
-    assert not config.out.exists()
+def test_a_bad_option_is_one_line_and_exit_status_2(capsys):
+    assert main(["--rank", "0"]) == 2
+    assert capsys.readouterr().err == "benchmarks.demo: error: rank is 0, but must be an integer of at least 1\n"
 
 
 def test_the_default_rates_are_those_of_the_study():
-    from pathlib import Path
-
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_rates.json"
-    study = json.loads(path.read_text())
-    defaults = DemoConfig()
-    assert {arm: entry["rate"] for arm, entry in study["choice"].items()} == DEFAULT_RATES
-    assert not any(entry["at_edge"] for entry in study["choice"].values())
-    assert study["steps"] == DEFAULT_STEPS
+    study = json.loads((RESULTS / "demo_rates.json").read_text())
+    defaults, protocol = DemoConfig(), study["protocol"]
+    assert {arm: choice["rate"] for arm, choice in study["tuning"].items()} == DEFAULT_RATES
+    assert not any(choice["at_edge"] for choice in study["tuning"].values())
+    assert protocol["evaluate_at"][-1] == DEFAULT_STEPS and not protocol["head_rates"]
     for name in ("rank", "batch_size", "max_tokens"):
-        assert study[name] == getattr(defaults, name)
+        assert protocol[name] == getattr(defaults, name) == getattr(RATES_ONLY, name)
+    assert protocol["rates"] == list(RATES_ONLY.rates) and protocol["tuning_seeds"] == list(RATES_ONLY.tuning_seeds)
     # The study's seeds are not the demo's, and the choice follows from the curves in the record.
-    assert min(study["seeds"]) >= defaults.seeds
-    for arm, entry in study["choice"].items():
+    assert min(protocol["tuning_seeds"]) >= defaults.seeds
+    for arm, entry in study["tuning"].items():
         runs = [each for each in study["runs"] if each["arm"] == arm]
         means = {
             rate: sum(each["evaluations"][-1]["loss"] for each in runs if each["learning_rate"] == rate)
-            / len(study["seeds"])
-            for rate in study["rates"]
+            / len(protocol["tuning_seeds"])
+            for rate in protocol["rates"]
             if all("evaluations" in each for each in runs if each["learning_rate"] == rate)
         }
         assert entry["rate"] == min(means, key=means.get)
@@ -107,9 +106,7 @@ def test_the_default_rates_are_those_of_the_study():
 
 @pytest.mark.parametrize("method", ["pissa", "lora_da"])
 def test_any_method_accelerated(config, method):
-    import dataclasses
-
-    config = dataclasses.replace(config, method=method, accelerate=True, seeds=1, plots=False)
+    config = dataclasses.replace(config, method=method, accelerate=True, seeds=1)
     output = io.StringIO()
     assert run(config, Console(file=output, width=140)) == 0, output.getvalue()
     record = json.loads((config.out / "demo.json").read_text())
@@ -118,10 +115,7 @@ def test_any_method_accelerated(config, method):
 
 
 def test_the_other_rates_are_those_of_the_study_on_another_task():
-    from pathlib import Path
-
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "quality_banking77.json"
-    record = json.loads(path.read_text())
+    record = json.loads((RESULTS / "quality_banking77.json").read_text())
     chosen = record["tuning"]
     # Optimizers are the study's alone.
     starts = {arm for arm, settings in record["arms"].items() if "training" not in (settings or {})}

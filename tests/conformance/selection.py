@@ -30,7 +30,11 @@ OTHER_METHODS = (
     "Shadow", "Lokr", "Adamss", "PromptTuning", "Vera", "Frod", "VBLora", "C3A", "WaveFT", "Road", "DeLoRA", "GraLoRA",
     "Psoft", "Miss", "Peanut", "Beft", "Supertuning", "Hira", "Hra", "Lily", "TinyLora",
 )  # fmt: skip
-EXPRESSION = "not (" + " or ".join(f"Test{name}Initialization" for name in OTHER_METHODS) + ")"
+# Tests of how PEFT works, not of what it does.
+INSIDES = (
+    "test_target_parameter_result_caching_works",
+)  # counts sums of all experts' weights, of which there are none
+EXPRESSION = "not (" + " or ".join((*(f"Test{name}Initialization" for name in OTHER_METHODS), *INSIDES)) + ")"
 
 
 def other_method(item) -> bool:

@@ -11,6 +11,7 @@ from registry import Case, add
 
 from lora_kernels import ops
 from lora_kernels.ops._philox import keep_factor, keep_threshold
+from lora_kernels.ops.grouped_lora import reference as grouped
 from lora_kernels.ops.lora_linear import reference as lora
 from lora_kernels.ops.lora_pro_adam import reference as lora_pro
 from lora_kernels.ops.skinny import reference as skinny
@@ -158,6 +159,42 @@ def _is_layer(before, _after, result):
 
 add(Case(ops.lora_linear, _layer(True), _is_layer, backends=True, triton=True))
 add(Case(ops.lora_delta, _layer(False), _is_layer, backends=True, triton=True))
+
+
+@st.composite
+def _grouped(draw):
+    n, m, r, dtype = draw(sizes), draw(sizes), draw(sizes), draw(st.sampled_from(FLOATS))
+    lengths, rest = draw(st.lists(sizes, max_size=4)), draw(sizes)
+    experts, rows = len(lengths), sum(lengths) + rest
+    kinds, values = st.sampled_from((dtype, torch.float32)), ("normal", "zeros", "tiny")
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return {
+        "y": draw(tensors((rows, m), draw(kinds), SANE)),
+        "x": draw(tensors((rows, n), dtype, SANE)),
+        "offsets": offsets.to(draw(st.sampled_from((torch.int32, torch.int64)))),
+        "a": draw(tensors((experts, r, n), draw(kinds), values)),
+        "b": draw(tensors((experts, m, r), draw(kinds), values)),
+        "scaling": draw(scales),
+        "dropout": draw(dropouts()),
+    }
+
+
+def _is_grouped(before, _after, result):
+    if result.dtype == torch.float16 and abs(before["scaling"]) > 100:
+        return  # s x A^T is beyond the dtype
+    if not math.isfinite(before["scaling"]) or before["scaling"] == 0 and not finite(before["x"]):
+        return  # zero or NaN: both will do
+    names, dropout = ("y", "x", "offsets", "a", "b"), before["dropout"]
+    y, x, offsets, a, b = (before[name] for name in names)
+    offsets = offsets.long()
+    truth = grouped.grouped_lora(y, x, offsets, a, b, scaling=before["scaling"], dropout=dropout)
+    factor = 1.0 if dropout is None else keep_factor(keep_threshold(dropout.p))
+    factor *= abs(before["scaling"]) + 1
+    scale = grouped.grouped_lora(magnitude(y), magnitude(x), offsets, a.abs(), b.abs(), scaling=factor)
+    close(result, truth, scale, single(result.dtype) * 2)
+
+
+add(Case(ops.grouped_lora, _grouped(), _is_grouped, backends=True, triton=True))
 
 
 @st.composite

@@ -5,7 +5,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from lora_kernels.ops._tiles import is_aligned
+from lora_kernels.ops._reduce import AOT_CHIPS
+from lora_kernels.ops._tiles import is_aligned, lower_tiles, token_splits
 from lora_kernels.ops.covariance import covariance_, kernel, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -46,7 +47,7 @@ def test_matches_float64(tokens, features, dtype, weights, config, poisoned_memo
         assert_accurate(total, truth_total, rounding(torch.float32, tokens), terms=terms)
 
 
-SHIPPED = [kernel.SMALL, kernel.SQUARE, kernel.WIDE, kernel.SINGLE, kernel.RAGGED, kernel.AMD_SQUARE, kernel.AMD_SMALL]
+SHIPPED = [config for config in vars(kernel).values() if isinstance(config, kernel.TileConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
@@ -100,6 +101,11 @@ def test_configuration_depends_on_shape_dtype_alignment_and_platform():
     half = torch.bfloat16
     assert kernel.config_for(64, half) == kernel.SMALL
     assert kernel.config_for(1024, torch.float16) == kernel.SQUARE
+    assert kernel.config_for(1024, half, capability=(9, 0)) == kernel.HOPPER_HALF
+    assert kernel.config_for(3072, half, capability=(9, 0)) == kernel.HOPPER_SQUARE
+    # No Hopper chip, of 132 multiprocessors at most, splits its tokens.
+    tiles = lower_tiles(3072, kernel.HOPPER_SQUARE.rows, kernel.HOPPER_SQUARE.columns)
+    assert token_splits(len(tiles), 10**6, 132) == 1
     assert kernel.config_for(8192, half) == kernel.WIDE
     assert kernel.config_for(8192, torch.float32) == kernel.SINGLE
     # Where addresses cannot be vectorised the large tiles spill.
@@ -108,7 +114,7 @@ def test_configuration_depends_on_shape_dtype_alignment_and_platform():
     # 64 KB of local memory: two stages of both operands, in bytes, must fit.
     for features in (64, 1024, 8192):
         for dtype in (half, torch.float32):
-            config = kernel.config_for(features, dtype, platform="hip")
+            config = kernel.config_for(features, dtype, capability=None)
             assert (config.rows + config.columns) * config.tokens * dtype.itemsize * (config.stages - 1) <= 65536
             assert config.stages == 2 and not config.two_slices
 
@@ -127,18 +133,18 @@ def test_alignment_is_that_of_every_size_stride_and_address():
 def test_ahead_of_time_cases_cover_every_launch():
     """Each shape, dtype, alignment and platform leads to a configuration that the compile check knows."""
     known = {
-        (case["platform"], case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["ROWS"],
+        (chip, case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["ROWS"],
          case["constexprs"]["COLUMNS"], case["constexprs"]["TOKENS"], case["warps"], case["stages"])
-        for case in kernel.aot_cases() if "x_ptr" in case["signature"] and "ROWS" in case["constexprs"]
+        for case in kernel.aot_cases() if "ROWS" in case["constexprs"] for chip in case["chips"]
     }  # fmt: skip
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    for platform in ("cuda", "hip"):
+    for chip, capability in AOT_CHIPS.items():
         for dtype, name in names.items():
             for features in (1, 17, 768, 1024, 4096, 8192, 14336):
                 for aligned in (True, False):
-                    each = kernel.config_for(features, dtype, aligned=aligned, platform=platform)
+                    each = kernel.config_for(features, dtype, aligned=aligned, capability=capability)
                     launch = (each.rows, each.columns, each.tokens, each.warps, each.stages)
-                    assert (platform, aligned, name, *launch) in known
+                    assert (chip, aligned, name, *launch) in known
 
 
 def test_op_reaches_the_kernels_only_on_request_on_cpu():

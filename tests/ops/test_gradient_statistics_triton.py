@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _reduce, fisher_scaled, gradient_statistics_
+from lora_kernels.ops._reduce import AOT_CHIPS
 from lora_kernels.ops._rows import selection
 from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.gradient_statistics import kernel, reference
@@ -177,6 +178,8 @@ def test_configuration_depends_on_shape_dtype_weights_alignment_and_platform():
     assert kernel.config_for(64, 4096, half) == kernel.SMALL
     assert kernel.config_for(512, 1024, torch.float16) == kernel.SMALL
     assert kernel.config_for(1024, 1024, torch.float16) == kernel.SQUARE
+    assert kernel.config_for(1024, 1024, half, capability=(9, 0)) == kernel.HOPPER_HALF
+    assert kernel.config_for(1024, 1024, half, weighted=True, capability=(9, 0)) == kernel.SQUARE
     assert kernel.config_for(4096, 4096, half) == kernel.WIDE
     assert kernel.config_for(14336, 512, half) == kernel.SQUARE
     # With weights the wide tile spills.
@@ -184,11 +187,11 @@ def test_configuration_depends_on_shape_dtype_weights_alignment_and_platform():
     assert kernel.config_for(4096, 4096, torch.float32) == kernel.SINGLE
     assert kernel.config_for(4096, 4095, half, aligned=False) == kernel.RAGGED
     assert kernel.config_for(4096, 4095, torch.float32, aligned=False) == kernel.SINGLE
-    assert kernel.config_for(4096, 4096, half, weighted=True, platform="hip") == kernel.AMD_WEIGHTED
-    assert kernel.config_for(4095, 64, torch.float32, aligned=False, platform="hip") == kernel.AMD_RAGGED_SINGLE
+    assert kernel.config_for(4096, 4096, half, weighted=True, capability=None) == kernel.AMD_WEIGHTED
+    assert kernel.config_for(4095, 64, torch.float32, aligned=False, capability=None) == kernel.AMD_RAGGED_SINGLE
     # 64 KB of local memory: two stages of both operands, in bytes, must fit.
     for side, dtype, weighted in itertools.product((64, 1024, 4096), (half, torch.float32), (False, True)):
-        config = kernel.config_for(side, side, dtype, weighted=weighted, platform="hip")
+        config = kernel.config_for(side, side, dtype, weighted=weighted, capability=None)
         assert (config.rows + config.columns) * config.tokens * dtype.itemsize * (config.stages - 1) <= 65536
         assert config.stages == 2 and not config.two_slices
 
@@ -208,18 +211,18 @@ def test_alignment_is_that_of_every_size_stride_and_address():
 def test_ahead_of_time_cases_cover_every_launch():
     """Each shape, dtype, kind of weight, alignment and platform leads to a form that the compile check knows."""
     known = {
-        (case["platform"], case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["HAS_WEIGHT"],
+        (chip, case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["HAS_WEIGHT"],
          case["constexprs"]["ROWS"], case["constexprs"]["COLUMNS"], case["constexprs"]["TOKENS"],
          case["warps"], case["stages"])
-        for case in kernel.aot_cases() if "g_ptr" in case["signature"]
+        for case in kernel.aot_cases() if "g_ptr" in case["signature"] for chip in case["chips"]
     }  # fmt: skip
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     sides = (1, 17, 512, 1024, 4096, 14336)
-    for platform, aligned, weighted in itertools.product(("cuda", "hip"), (True, False), (True, False)):
+    for (chip, capability), aligned, weighted in itertools.product(AOT_CHIPS.items(), (True, False), (True, False)):
         for (dtype, name), height, width in itertools.product(names.items(), sides, sides):
-            each = kernel.config_for(height, width, dtype, weighted=weighted, aligned=aligned, platform=platform)
+            each = kernel.config_for(height, width, dtype, weighted=weighted, aligned=aligned, capability=capability)
             launch = (each.rows, each.columns, each.tokens, each.warps, each.stages)
-            assert (platform, aligned, name, weighted, *launch) in known
+            assert (chip, aligned, name, weighted, *launch) in known
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.3, 2, -1.0])

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_kernels as lk
 from lora_kernels.training import acceleration
 from tests.training.test_accelerate import wrapped
+from tests.training.test_experts import wrapped as mixture
 
 STEPS = 4
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,7 +31,12 @@ def train(model, ids):
 def sharded(model, units):
     """FSDP2 with a unit per decoder layer, per LoRA layer, or one in all; the rest is the last unit."""
     layers = model.base_model.model.model.layers
-    inner = {"block": list(layers), "linear": [each for _, each in acceleration.lora_layers(model)], "root": []}
+    inner = {
+        "block": list(layers),
+        "experts": [],
+        "linear": [each for _, each in acceleration.lora_layers(model)],
+        "root": [],
+    }
     for each in inner[units]:
         fully_shard(each)
     return fully_shard(model)
@@ -84,5 +90,14 @@ def main(out):
         kept[units] = trained(units, ids)
     for reentrant in (False, True):
         kept[f"checkpointed_{reentrant}"] = trained("block", ids, checkpointing=reentrant)
+    for units in ("ddp", "block", "experts", "root"):
+        model = mixture()
+        assert {path.path for path in lk.accelerate(model)} == {"fused", "delta"}
+        if units == "experts":
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer.mlp.experts)
+        model = DistributedDataParallel(model) if units == "ddp" else sharded(model, units)
+        train(model, ids)
+        kept[f"experts_{units}"] = adapter(model)
     if rank == 0:
         torch.save(kept, out / "adapters.pt")

@@ -529,7 +529,7 @@ def test_bias_and_dtype_where_the_base_makes_its_own_product():
 
 def one_layer(**settings):
     """An accelerated layer that was called before, and an input."""
-    lora_layer._warn_once.cache_clear()
+    lora_layer.warn_once.cache_clear()
     torch.manual_seed(0)
     model = wrapped(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], r=2, **settings)
     lk.accelerate(model, strict=True, guard=False)

@@ -202,11 +202,19 @@ def test_the_optimizer_starts_afresh_on_the_coordinates():
 
 
 def test_an_entry_of_the_report():
-    directions, rates = (torch.eye(5)[:, :3], torch.eye(3, 4)), torch.tensor([7.0, 2.0, 0.0])
-    found = Selection(*directions, torch.arange(3), torch.tensor([2.0, 4.0, 1.0]), rates, 8.0, 0.5)
-    entry = dash_report.launched("l", found)
+    rates = torch.tensor([7.0, 2.0, 0.0])
+    selection = Selection(
+        left=torch.eye(5)[:, :3],
+        right=torch.eye(3, 4),
+        indices=torch.arange(3),
+        sigma=torch.tensor([2.0, 4.0, 1.0]),
+        rates=rates,
+        largest=8.0,
+        share=0.5,
+    )
+    entry = dash_report.launched("l", selection)
     assert entry.sigma == (0.5, 0.125) and entry.rates == (7.0, 0.0) and entry.share == 0.5 and not entry.reason
-    nothing = dash_report.launched("l", replace(found, rates=0 * rates, sigma=0 * rates, largest=0.0))
+    nothing = dash_report.launched("l", replace(selection, rates=0 * rates, sigma=0 * rates, largest=0.0))
     assert nothing.sigma == (0.0, 0.0) and "arbitrary" in nothing.reason
 
 

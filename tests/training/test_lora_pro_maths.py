@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.training.lora_pro.adjustment import Adjustment
-from lora_kernels.training.lora_pro.buckets import Bucket, Scratch
-from lora_kernels.training.lora_pro.shards import Layout
+from lora_kernels.training.lora_pro.buckets import Bucket, Layout, Scratch
 from tests.conftest import relative_error
 from tests.training.lora_pro_cases import (
     SHAPES,

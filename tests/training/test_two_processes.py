@@ -4,6 +4,7 @@ import torch
 from tests.conftest import relative_error
 from tests.training.ranks import ALL, adapter, batch, train
 from tests.training.test_accelerate import wrapped
+from tests.training.test_experts import wrapped as mixture
 
 RUN_BY_TWO = "tests.training.ranks"
 
@@ -35,3 +36,13 @@ def expected():
 def test_any_units_train_the_same_adapter(trained, expected, name):
     for key, value in expected.items():
         assert relative_error(trained[name][key], value) < 1e-4, key
+
+
+@pytest.mark.parametrize("units", ["ddp", "block", "experts", "root"])
+def test_experts_in_two_processes_train_what_peft_trains_in_one(trained, units):
+    model = mixture()
+    train(model, batch())
+    expected = adapter(model)
+    assert trained[f"experts_{units}"].keys() == expected.keys() and any("experts" in key for key in expected)
+    for key, value in expected.items():
+        assert relative_error(trained[f"experts_{units}"][key], value) < 1e-4, key

@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
-from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import single
 from lora_kernels.ops._tiles import (
     TileConfig,
     build_platform,
+    capability_of,
     is_aligned,
     lower_tiles,
     processors,
@@ -34,6 +35,10 @@ from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)
+# Hopper: Triton 3.6 serialises the matrix instructions of the square tile (ptxas C7515), of these it does not: of the
+# first only where tokens are not split, which takes few tiles.
+HOPPER_SQUARE = TileConfig(128, 128, 128, 8, 2)
+HOPPER_HALF = TileConfig(64, 128, 64, 4, 4)
 SMALL = TileConfig(64, 64, 64, 4, 4)
 SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
 RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
@@ -41,17 +46,19 @@ RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address ta
 AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
 AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 
-_SQUARE_FROM, _WIDE_FROM = 1024, 8192
+_SQUARE_FROM, _HOPPER_SQUARE_FROM, _WIDE_FROM = 1024, 3072, 8192
 
 
-def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> TileConfig:
-    """The configuration for x `(rows, features)`; one table per platform until a measurement says otherwise.
+def config_for(
+    features: int, dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
+) -> TileConfig:
+    """The configuration for x `(rows, features)`; one table per kind of chip until a measurement says otherwise.
 
-    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot. `capability`: of an
+    NVIDIA chip; `None` on AMD.
     """
-    platform = platform or build_platform()
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
-    if platform == "hip":
+    if capability is None:
         return AMD_SQUARE if large else AMD_SMALL
     if not aligned:
         return RAGGED
@@ -59,7 +66,11 @@ def config_for(features: int, dtype: torch.dtype, *, aligned: bool = True, platf
         return SINGLE
     if not large:
         return SMALL
-    return WIDE if features >= _WIDE_FROM else SQUARE
+    if features >= _WIDE_FROM:
+        return WIDE
+    if capability != (9, 0):
+        return SQUARE
+    return HOPPER_SQUARE if features >= _HOPPER_SQUARE_FROM else HOPPER_HALF
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -129,7 +140,7 @@ def covariance(
     if tokens == 0 or features == 0:
         return
     weight = single(weight)
-    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x))
+    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
     tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
     splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
     partial = out
@@ -169,18 +180,19 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     Yields:
         Descriptions as in `ops/_reduce.py`.
     """
-    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        configs = set()
-        for dtype, x in AOT_DTYPES.items():
-            for features in (64, _SQUARE_FROM, _WIDE_FROM):
-                config = config_for(features, dtype, aligned=aligned, platform=platform)
-                if (config, dtype) in configs:
-                    continue
-                configs.add((config, dtype))
-                for index, weight, split in itertools.product((0, 1), (0, 1), (0, 1)):
-                    constexprs = {**config.constants(dtype, platform), "HAS_INDEX": bool(index)}
-                    constexprs |= {"HAS_WEIGHT": bool(weight), "SPLIT": bool(split), "UPCAST": False}
-                    label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
-                    launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
-                    yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, **where, **launch)
+    for aligned, (dtype, x) in itertools.product((True, False), AOT_DTYPES.items()):
+        configs = aot_configs(
+            lambda capability: (
+                config_for(features, dtype, aligned=aligned, capability=capability)  # noqa: B023
+                for features in (64, _SQUARE_FROM, _HOPPER_SQUARE_FROM, _WIDE_FROM)
+            )
+        )
+        for (config, where), flags in itertools.product(configs, itertools.product((False, True), repeat=3)):
+            index, weight, split = flags
+            if split and config == HOPPER_SQUARE:
+                continue
+            constexprs = {**config.constants(dtype, where["platform"]), "HAS_INDEX": index}
+            constexprs |= {"HAS_WEIGHT": weight, "SPLIT": split, "UPCAST": False}
+            label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
+            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
+            yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, **where, **launch)

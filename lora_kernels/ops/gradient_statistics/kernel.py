@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
-from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, column_sums
+from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import selection, single
 from lora_kernels.ops._tiles import (
     TileConfig,
     build_platform,
+    capability_of,
     grouped_tiles,
     is_aligned,
     processors,
@@ -36,6 +37,8 @@ from lora_kernels.ops._tl import dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
+# Hopper: Triton 3.6 serialises the matrix instructions of the square tile without weights (ptxas C7515).
+HOPPER_HALF = TileConfig(64, 128, 64, 4, 4)
 SMALL = TileConfig(64, 64, 64, 4, 4)
 SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
 RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
@@ -58,19 +61,19 @@ def config_for(
     *,
     weighted: bool = False,
     aligned: bool = True,
-    platform: str | None = None,
+    capability: tuple[int, int] | None = (8, 0),
 ) -> TileConfig:
-    """The configuration for G `(height, width)`; one table per platform until a measurement says otherwise.
+    """The configuration for G `(height, width)`; one table per kind of chip until a measurement says otherwise.
 
-    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot.
+    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot. `capability`: of an
+    NVIDIA chip; `None` on AMD.
     """
-    platform = platform or build_platform()
 
     def reaches(least: tuple[int, int]) -> bool:
         return min(height, width) >= least[0] and height * width >= least[1]
 
     large = aligned and dtype != torch.float32 and reaches(_SQUARE_FROM)
-    if platform == "hip":
+    if capability is None:
         small = AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
         return small if not large else AMD_WEIGHTED if weighted else AMD_SQUARE
     if dtype == torch.float32:
@@ -79,7 +82,9 @@ def config_for(
         return RAGGED
     if not large:
         return SMALL
-    return WIDE if reaches(_WIDE_FROM) and not weighted else SQUARE
+    if reaches(_WIDE_FROM) and not weighted:
+        return WIDE
+    return HOPPER_HALF if capability == (9, 0) and not weighted else SQUARE
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -212,8 +217,8 @@ def gradient_statistics(
     scale = None
     if weight is not None and _needs_scale(x.dtype):
         weight, scale = _fractions(weight)
-    aligned = is_aligned(gradient, g, x)
-    config = config or config_for(height, width, x.dtype, weighted=weight is not None, aligned=aligned)
+    kind: dict[str, Any] = {"aligned": is_aligned(gradient, g, x), "capability": capability_of(x.device)}
+    config = config or config_for(height, width, x.dtype, weighted=weight is not None, **kind)
     tiles = tile_map(grouped_tiles, (height, width, config.rows, config.columns), x.device)
     splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
     partial = gradient
@@ -305,23 +310,23 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     Yields:
         Descriptions as in `ops/_reduce.py`.
     """
+    for aligned, (dtype, x), weighted in itertools.product((True, False), AOT_DTYPES.items(), (False, True)):
+        configs = aot_configs(
+            lambda capability: (
+                config_for(side, side, dtype, weighted=weighted, aligned=aligned, capability=capability)  # noqa: B023
+                for side in (64, 1024, 4096)
+            )
+        )
+        for (config, where), index, split in itertools.product(configs, (False, True), (False, True)):
+            constexprs = {**config.constants(dtype, where["platform"]), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
+            constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
+            label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
+            types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
+            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
+            yield aot_case(gradient_kernel, label, constexprs, types, **where, **launch)
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        configs = set()
-        for (dtype, x), weighted, side in itertools.product(AOT_DTYPES.items(), (False, True), (64, 1024, 4096)):
-            config = config_for(side, side, dtype, weighted=weighted, aligned=aligned, platform=platform)
-            if (config, dtype, weighted) in configs:
-                continue
-            configs.add((config, dtype, weighted))
-            for index, split in itertools.product((False, True), (False, True)):
-                constexprs = {**config.constants(dtype, platform), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
-                constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
-                label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
-                types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
-                launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
-                yield aot_case(gradient_kernel, label, constexprs, types, **where, **launch)
         for kind, label in ((1, "power 1"), (2, "power 0.5"), (0, "any power")):
             constexprs = {"ROWS": _SCALE_ROWS, "COLUMNS": _SCALE_COLUMNS, "STEPS": _SCALE_STEPS, "KIND": kind}
             types = {"gradient_ptr": "*fp32", "fisher_ptr": "*fp32", "gradient_stride": "i32"}
             types |= dict.fromkeys(("scale", "damping", "power", "power_rest"), "fp32")
-            yield aot_case(scale_rows_kernel, label, constexprs, types, **where)
+            yield aot_case(scale_rows_kernel, label, constexprs, types, platform=platform, aligned=aligned)

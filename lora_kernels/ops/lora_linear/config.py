@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-
-from lora_kernels.ops._tiles import build_platform
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,6 @@ CONFIGS = {
 
 # Fewer tiles than a large chip has multiprocessors (an H100's 132) leave it idle.
 _PROCESSORS = 132
-
-
-@functools.lru_cache(maxsize=64)
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """What `candidates` asks for: the capability of an NVIDIA chip, `None` on AMD; in the interpreter any serves."""
-    if build_platform() == "hip":
-        return None
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def candidates(

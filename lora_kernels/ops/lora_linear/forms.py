@@ -26,7 +26,7 @@ from lora_kernels._checks import check_choice
 from lora_kernels.ops._backend import triton_refuses
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops.lora_linear import table
-from lora_kernels.ops.lora_linear.config import CONFIGS, GemmConfig, capability_of
+from lora_kernels.ops.lora_linear.config import CONFIGS, GemmConfig
 from lora_kernels.ops.lora_linear.table import FORMS, Key, Record
 from lora_kernels.ops.skinny import _launch
 
@@ -117,9 +117,6 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
         return missing
     if dtype == torch.float64:
         return "takes no float64"
-    capability = capability_of(device)
-    if capability is not None and capability < (8, 0):
-        return f"needs an NVIDIA chip of capability 8.0, this one has {capability[0]}.{capability[1]}"
     return None if backend == "triton" else f"a Triton kernel, but the call runs on backend {backend!r}"
 
 

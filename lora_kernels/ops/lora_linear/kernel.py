@@ -21,10 +21,10 @@ import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision, signed32
+from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, aot_configs
+from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
 from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
-from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, capability_of, config_for, is_aligned
+from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
 
@@ -245,8 +245,6 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
     return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, **where, **launch)
 
 
-# Which capability stands for which chip of the ahead-of-time check.
-_AOT_CHIPS = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": None}
 _AOT_FLAGS = tuple(
     dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), flags, strict=True))
     for flags in itertools.product((False, True), repeat=4)
@@ -262,10 +260,6 @@ def aot_cases() -> Iterator[dict[str, Any]]:
         Descriptions as in `ops/_reduce.py`.
     """
     for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
-        by_config: dict[GemmConfig, list[str]] = {}
-        for chip, capability in _AOT_CHIPS.items():
-            for config in candidates(dtype, aligned=aligned, capability=capability):
-                by_config.setdefault(config, []).append(chip)
-        for (config, chips), flags in itertools.product(by_config.items(), _AOT_FLAGS):
-            where = {"aligned": aligned, "chips": tuple(chips)}
-            yield _aot_case(config, dtype, flags, platform="hip" if "gfx942" in chips else "cuda", **where)
+        configs = aot_configs(lambda capability: candidates(dtype, aligned=aligned, capability=capability))  # noqa: B023
+        for (config, where), flags in itertools.product(configs, _AOT_FLAGS):
+            yield _aot_case(config, dtype, flags, aligned=aligned, **where)

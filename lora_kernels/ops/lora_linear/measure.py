@@ -16,8 +16,9 @@ import torch
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._op import isolated
+from lora_kernels.ops._tiles import capability_of
 from lora_kernels.ops.lora_linear import forms, table
-from lora_kernels.ops.lora_linear.config import candidates, capability_of, is_aligned
+from lora_kernels.ops.lora_linear.config import candidates, is_aligned
 from lora_kernels.ops.lora_linear.forms import DEFAULT, Choice, Term
 from lora_kernels.ops.lora_linear.op import layer
 from lora_kernels.ops.lora_linear.table import Key, Record

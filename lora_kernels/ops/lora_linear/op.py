@@ -23,7 +23,7 @@ from lora_kernels.ops.skinny.op import product_backends
 
 _casts = torch.is_autocast_enabled
 
-_TWICE = (
+TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
     "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
 )
@@ -138,13 +138,12 @@ class LoraFunction(torch.autograd.Function):
         scalars, plain = ctx.scalars, is_plain(g)
         if plain:
             if torch.is_grad_enabled():
-                raise RuntimeError(_TWICE)
+                raise RuntimeError(TWICE)
             if torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched, jacobian(vectorize=True)
                 raise RuntimeError(TRANSFORMED)
-            if state is not ctx.state and not torch.equal(state, ctx.state):
-                raise RuntimeError(_OTHER_ADAPTER)
+            refuse_other_adapter(state, ctx.state)
         else:
-            g = _with_memory(g)
+            g = with_memory(g)
         rows = g if g.dim() == 2 and g.is_contiguous() else rows_of(g)
         source = x if x is None or (x.dim() == 2 and x.is_contiguous()) else rows_of(x)
         dx = da = db = dw = start = None
@@ -170,7 +169,13 @@ class LoraFunction(torch.autograd.Function):
         return dx, dw, start, da, db, None, None, None, None, None
 
 
-def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+def refuse_other_adapter(state: torch.Tensor | None, recorded: torch.Tensor | None) -> None:
+    """Raise if the layer that was recomputed (`state`) is not what it was when it was recorded."""
+    if state is not recorded and (state is None or recorded is None or not torch.equal(state, recorded)):
+        raise RuntimeError(_OTHER_ADAPTER)
+
+
+def with_memory(tensor: torch.Tensor) -> torch.Tensor:
     """An argument of the registered operations: torch's zeros without memory become ordinary ones."""
     zeros = not torch.compiler.is_compiling() and torch._is_zerotensor(tensor)
     return tensor.clone() if zeros else tensor
@@ -192,7 +197,7 @@ def run_forward(
     if start is not None and weight is None:
         start = rows_of(start)
     if not is_plain(x, start):
-        y, t = layer.overload(_with_memory(rows), weight, start, a, b, a0, b0, seed, *scalars)
+        y, t = layer.overload(with_memory(rows), weight, start, a, b, a0, b0, seed, *scalars)
     elif x.is_cpu and not _casts("cpu"):
         y, t = passes.forward(rows, weight, start, a, b, a0, b0, seed, scalars)
     else:

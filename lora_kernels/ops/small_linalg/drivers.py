@@ -48,6 +48,8 @@ def _order_refuses(device: torch.device, order: int, kernels: tuple[str, ...], d
         return "the compiled extension was built without CUDA"
     with torch.cuda.device(device):
         limit = min(int(getattr(module, f"{kernel}_cuda_limit")(dtype.itemsize)) for kernel in kernels)
+        if limit == 0:
+            return _ext.no_image(torch.cuda.get_device_capability())
     return None if order <= limit else f"order {order} exceeds the {limit} that fit in shared memory"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -13,35 +14,35 @@ from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.training.dash.selection import Selection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DashLayer:
     """One LoRA layer.
 
     Attributes:
         name: the layer's name in the model.
         status: `waiting` for the switch, `launched`, or `refused`.
-        reason: why it is refused, or a fact to know.
-        rates: largest and smallest change rate among the chosen directions.
-        sigma: largest and smallest of their singular values, as shares of the weight's largest.
-        share: of what the adapter had changed along core directions (squares), the part along the chosen ones.
+        reason: why it is refused, or a note.
+        rates: largest and smallest change rate among the selected directions.
+        sigma: largest and smallest of their singular values, as fractions of the weight's largest.
+        share: of the adapter's squared change along all core directions, the fraction along the selected ones.
     """
 
     name: str
-    status: str
+    status: Literal["waiting", "launched", "refused"]
     reason: str = ""
     rates: tuple[float, float] | None = None
     sigma: tuple[float, float] | None = None
     share: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DashReport(Printed):
-    """Where a run of LoRA-Dash stands.
+    """The state of a run of LoRA-Dash.
 
     Attributes:
         layers: one entry per LoRA layer of the adapter, in the model's order.
         steps: optimizer steps counted.
-        pre_launch: at which the switch is.
+        pre_launch: the step of the switch.
     """
 
     layers: tuple[DashLayer, ...]
@@ -53,10 +54,10 @@ class DashReport(Printed):
         return iter(self.layers)
 
     def summary(self) -> str:
-        """One line: how many layers are where, and why some are refused."""
-        counts = Counter(each.status for each in self.layers)
+        """One line: the number of layers by status, and why some are refused."""
+        counts = Counter(layer.status for layer in self.layers)
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
-        reasons = Counter(each.reason for each in self.layers if each.status == "refused")
+        reasons = Counter(layer.reason for layer in self.layers if layer.status == "refused")
         why = "".join(f"; refused: {reason} ({count})" for reason, count in reasons.items())
         return f"LoRA-Dash, step {self.steps} (switch at {self.pre_launch}): {states}{why}"
 
@@ -67,19 +68,19 @@ class DashReport(Printed):
             What rich prints.
         """
         table = Table("layer", "status", "change rates", "singular values", "share", "note", title="LoRA-Dash")
-        for each in self.layers:
-            rates = "" if each.rates is None else f"{each.rates[0]:.1e} to {each.rates[1]:.1e}"
-            sigma = "" if each.sigma is None else f"{each.sigma[0]:.1e} to {each.sigma[1]:.1e}"
-            share = "" if each.share is None else f"{100 * each.share:.0f} %"
-            table.add_row(short_name(each.name), each.status, rates, sigma, share, each.reason)
+        for layer in self.layers:
+            rates = "" if layer.rates is None else f"{layer.rates[0]:.1e} to {layer.rates[1]:.1e}"
+            sigma = "" if layer.sigma is None else f"{layer.sigma[0]:.1e} to {layer.sigma[1]:.1e}"
+            share = "" if layer.share is None else f"{100 * layer.share:.0f} %"
+            table.add_row(short_name(layer.name), layer.status, rates, sigma, share, layer.reason)
         yield table
         yield Text(self.summary())
 
 
-def launched(name: str, found: Selection) -> DashLayer:
+def launched(name: str, selection: Selection) -> DashLayer:
     """The entry of a layer that has its directions."""
-    rates = float(found.rates[0]), float(found.rates[-1])
-    scale = found.largest if found.largest > 0 else 1.0
-    sigma = float(found.sigma.max()) / scale, float(found.sigma.min()) / scale
+    rates = float(selection.rates[0]), float(selection.rates[-1])
+    scale = selection.largest if selection.largest > 0 else 1.0
+    sigma = float(selection.sigma.max()) / scale, float(selection.sigma.min()) / scale
     note = "" if rates[0] > 0 else "the adapter has changed nothing: the directions are arbitrary"
-    return DashLayer(name, "launched", note, rates, sigma, found.share)
+    return DashLayer(name=name, status="launched", reason=note, rates=rates, sigma=sigma, share=selection.share)

@@ -1,28 +1,124 @@
-"""A run of LoRA-Dash: coordinates added, steps counted, the switch."""
+"""LoRA-Dash: its settings, the coordinates it adds to a model, and the switch that gives them directions."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_kernels._checks import check_range
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.parts import Directions
-from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
+from lora_kernels.adapters.view import lora_layers, stock_class
 from lora_kernels.linalg import core_basis
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
-from lora_kernels.training.dash import optimizer as optimizers
 from lora_kernels.training.dash import selection
 from lora_kernels.training.dash.report import DashLayer, DashReport, launched
-from lora_kernels.training.dash.settings import DashSettings
 from lora_kernels.training.lora_layer import KINDS
+
+
+@dataclass(frozen=True)
+class LoraDash:
+    """LoRA-Dash (arXiv 2409.01035): train LoRA, then also train one coordinate each along task-specific directions.
+
+    After `pre_launch` optimizer steps, per layer with base weight `W = U diag(sigma) V^T` and adapter `s B A`, the k
+    core directions with the largest change rates `|u_i^T (s B A) v_i| / (sigma_i + eps)` are frozen, and
+    `y += sum_i c_i u_i (v_i^T x)` is trained beside A and B. The coordinates start at zero, so that the function does
+    not jump; they are not multiplied by s (so `set_scale` leaves them alone), and x is not dropped.
+
+        run = lk.LoraDash(k=8).attach(model)      # before the optimizer, and before DDP or FSDP2
+        for batch in loader:
+            ...
+            optimizer.step()
+            run.step(optimizer)
+
+    With transformers' Trainer: `callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]`.
+
+    Args:
+        k: directions per layer.
+        pre_launch: optimizer steps before the switch.
+        epsilon: eps, in units of the largest singular value of W. It bounds what a direction gains from being one that
+            W has nothing of.
+        adapter_name: the adapter; by default the active one.
+        cache_dir: folder for the decompositions of the base weights, or `None`. They do not depend on data:
+            `run.prepare()` makes them before training. `TaskDirections(cache=...)` reads and writes the same files.
+
+    Raises:
+        TypeError: if a value is of a wrong type.
+        ValueError: if one is out of range.
+    """
+
+    k: int = 8
+    pre_launch: int = 100
+    epsilon: float = 1e-6
+    adapter_name: str | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges that need no model."""
+        check_range("k", self.k, low=1, integer=True)
+        check_range("pre_launch", self.pre_launch, low=1, integer=True)
+        check_range("epsilon", self.epsilon, low=0.0)
+        if math.isinf(self.epsilon):
+            raise ValueError(f"epsilon is {self.epsilon!r}, but must be finite")
+
+    def attach(self, model: nn.Module) -> DashRun:
+        """Give the layers of an adapter their coordinates, zero and without directions yet.
+
+        Call it before the optimizer is made and before the model is wrapped in DDP or FSDP2, so that both know the
+        parameters from the start. A model that has coordinates already (from `lora_kernels.load`, for example)
+        resumes from them.
+
+        Args:
+            model: a PEFT model with LoRA layers.
+
+        Returns:
+            The run; its `report()` names every layer, also those that have no core directions.
+
+        Raises:
+            TypeError: if the adapter's config is not a plain `LoraConfig`.
+            ValueError: if the model is wrapped, sharded or merged, has no such adapter or several active ones, no
+                layer with k core directions, or coordinates of another number.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model is wrapped in DistributedDataParallel, which averages no gradient of a parameter that comes "
+                "later: attach before wrapping"
+            )
+        if not lora_layers(model):
+            raise ValueError("model has no LoRA layer: create it with peft.get_peft_model first")
+        adapter = _adapter(model, self.adapter_name)
+        layers: dict[str, Any] = dict(lora_layers(model, adapter))
+        refused = {name: why for name, layer in layers.items() if (why := _refusal(layer, adapter, self.k)) is not None}
+        layers = {name: layer for name, layer in layers.items() if name not in refused}
+        if not layers:
+            first = f" (first: {next(iter(refused.items()))})" if refused else ""
+            raise ValueError(f"no layer of adapter {adapter!r} can have coordinates{first}")
+        for name, layer in layers.items():
+            _check_layer(name, layer, adapter, self.k)
+        if refused:
+            name, why = next(iter(refused.items()))
+            message = f"{len(refused)} LoRA layers get no coordinates (first: {name}: {why})"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        from lora_kernels.adapters.config import describe  # noqa: PLC0415  (imports peft)
+
+        describe(model, adapter).dash = {"k": self.k, "pre_launch": self.pre_launch, "epsilon": self.epsilon}
+        for layer in layers.values():
+            if parts.directions(layer, adapter) is None:
+                parts.add_directions(layer, adapter, self.k)
+        parts.ignore_buffers(model)
+        # An absolute folder stays the same after a change of directory.
+        cache = None if self.cache_dir is None else os.path.abspath(self.cache_dir)
+        return DashRun(replace(self, cache_dir=cache), model, adapter, layers, refused)
 
 
 @dataclass
@@ -37,34 +133,34 @@ class DashRun:
         refused: by name, why others have none.
     """
 
-    config: DashSettings
+    config: LoraDash
     model: nn.Module
     adapter: str
     layers: dict[str, Any]
     refused: dict[str, str]
-    _chosen: dict[str, DashLayer] = field(default_factory=dict)
+    _launched: dict[str, DashLayer] = field(default_factory=dict)
 
     def directions(self) -> dict[str, Directions]:
         """By layer, its coordinates and directions."""
-        found = {name: parts.directions(layer, self.adapter) for name, layer in self.layers.items()}
-        return {name: each for name, each in found.items() if each is not None}
+        by_name = {name: parts.directions(layer, self.adapter) for name, layer in self.layers.items()}
+        return {name: directions for name, directions in by_name.items() if directions is not None}
 
     @property
     def steps(self) -> int:
         """Optimizer steps counted, also before a resumption."""
-        return max((each.steps for each in self.directions().values()), default=0)
+        return max((directions.steps for directions in self.directions().values()), default=0)
 
     @property
     def launched(self) -> bool:
         """Whether the switch has been made."""
-        return any(each.launched for each in self.directions().values())
+        return any(directions.launched for directions in self.directions().values())
 
     def coordinates(self) -> list[nn.Parameter]:
         """The coordinates of all layers."""
-        return [each.coordinates for each in self.directions().values()]
+        return [directions.coordinates for directions in self.directions().values()]
 
     def join(self, optimizer: Any) -> None:
-        """Give the coordinates to an optimizer that was made without them, in the group of the adapter's factors.
+        """Add the coordinates to an optimizer that was created without them, in the group of the adapter's factors.
 
         Call it before the optimizer loads a state; `step` does it at the switch.
 
@@ -72,34 +168,41 @@ class DashRun:
             optimizer: of the adapter's factors.
 
         Raises:
-            TypeError: if it is no optimizer.
+            TypeError: if it is not an optimizer.
             ValueError: if it holds none of the factors.
         """
-        optimizers.check(optimizer, self._factors())
-        optimizers.hold(optimizer, self.coordinates(), self._factors())
+        factors = _factor_group(optimizer, self._factors())
+        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [
+            parameter for parameter in self.coordinates() if id(parameter) not in ids and parameter.requires_grad
+        ]
+        # Not as a group of their own: a learning rate schedule that exists already would not know it.
+        if "param_names" in factors:  # an optimizer of named parameters expects a name for each
+            factors["param_names"] += [f"lora_dash.{index}" for index in range(len(missing))]
+        factors["params"] += missing
 
     def step(self, optimizer: Any) -> bool:
-        """Count an optimizer step, and make the switch when it is time; call it after every `optimizer.step()`.
+        """Count an optimizer step, and switch when `pre_launch` is reached; call it after every `optimizer.step()`.
 
-        A step that accelerate's optimizer left out (gradients still accumulating, or an overflow) is not counted. All
+        A step that accelerate's optimizer skipped (gradients still accumulating, or an overflow) is not counted. All
         processes must call it.
 
         Args:
-            optimizer: whose state of the coordinates starts anew at the switch. If it does not hold them, they join the
-                parameter group of the adapter's factors then.
+            optimizer: its state of the coordinates is reset at the switch. Coordinates that it does not hold yet are
+                then added to the parameter group of the adapter's factors.
 
         Returns:
-            Whether this call made the switch.
+            Whether this call switched.
 
         Raises:
             ValueError: if the factors of a layer are not finite at the switch, or the optimizer has no parameter of
                 the adapter.
         """
-        if self.launched or optimizers.was_left_out(optimizer):
+        if self.launched or _was_skipped(optimizer):
             return False
         steps = self.steps + 1
-        for each in self.directions().values():
-            each.steps = steps
+        for directions in self.directions().values():
+            directions.steps = steps
         if steps < self.config.pre_launch:
             return False
         self.launch(optimizer)
@@ -107,50 +210,52 @@ class DashRun:
 
     @without_autocast()
     def launch(self, optimizer: Any, *, progress: bool = True) -> DashReport:
-        """Make the switch now: find the directions, and let the optimizer start afresh on the coordinates.
+        """Switch now: select the directions, and reset the optimizer's state of the coordinates.
 
-        The processes of a distributed run share the layers out, and all hold the same bits.
+        Processes share the layers out; all get the same bits.
 
         Args:
             optimizer: as for `step`.
             progress: show a bar over the layers.
 
         Returns:
-            What was chosen.
+            The selected directions.
 
         Raises:
-            ValueError: as for `step`, or if the switch was made already, or an adapter is merged.
+            ValueError: as for `step`, or if the directions are selected already, or an adapter is merged.
         """
         if self.launched:
             raise ValueError(f"adapter {self.adapter!r} has its directions already")
         self._check_unmerged()
-        optimizers.check(optimizer, self._factors())
+        _factor_group(optimizer, self._factors())
         compute = functools.partial(
             selection.select, k=self.config.k, epsilon=self.config.epsilon, cache=self.config.cache_dir
         )
-        found = selection.for_layers(self.layers, compute, self.adapter, progress=progress)
-        for name, each in self.directions().items():
-            each.launch(found[name].left, found[name].right)
-            self._chosen[name] = launched(name, found[name])
-        optimizers.start_afresh(optimizer, self.coordinates(), self._factors())
-        still = [name for name, each in self._chosen.items() if each.reason]
-        if still:
+        selections = selection.for_layers(self.layers, compute, self.adapter, progress=progress)
+        for name, directions in self.directions().items():
+            directions.launch(selections[name].left, selections[name].right)
+            self._launched[name] = launched(name, selections[name])
+        self.join(optimizer)
+        for coordinates in self.coordinates():  # so that Adam corrects its moments from this step on
+            optimizer.state.pop(coordinates, None)
+        unchanged = [name for name, entry in self._launched.items() if entry.reason]
+        if unchanged:
             warnings.warn(
-                f"{len(still)} adapters have changed nothing before the switch (first: {still[0]}): their directions "
-                "are arbitrary",
+                f"{len(unchanged)} adapters have changed nothing before the switch (first: {unchanged[0]}): their "
+                "directions are arbitrary",
                 RuntimeWarning,
                 stacklevel=2,
             )
         return self.report()
 
     def prepare(self, *, progress: bool = True) -> None:
-        """Decompose the base weights now, into `cache_dir`, so that the switch does not have to wait for it.
+        """Decompose the base weights now, into `cache_dir`, so that the switch is fast.
 
         Args:
             progress: show a bar over the layers.
 
         Raises:
-            ValueError: if there is no `cache_dir`: all bases together take more memory than the model.
+            ValueError: if `cache_dir` is `None`: all bases together take more memory than the model.
         """
         if self.config.cache_dir is None:
             raise ValueError("cache_dir is None, but must be a folder: the decompositions take more than the model")
@@ -164,18 +269,19 @@ class DashRun:
 
     def report(self) -> DashReport:
         """Where every LoRA layer of the adapter stands; it prints as a table."""
-        entries = [DashLayer(name, "refused", why) for name, why in self.refused.items()]
-        for name, each in self.directions().items():
-            entries.append(self._chosen.get(name, DashLayer(name, "launched" if each.launched else "waiting")))
+        entries = [DashLayer(name=name, status="refused", reason=why) for name, why in self.refused.items()]
+        for name, directions in self.directions().items():
+            entry = DashLayer(name=name, status="launched" if directions.launched else "waiting")
+            entries.append(self._launched.get(name, entry))
         order = {name: number for number, (name, _) in enumerate(lora_layers(self.model))}
         entries.sort(key=lambda entry: order.get(entry.name, len(order)))
-        return DashReport(tuple(entries), self.steps, self.config.pre_launch)
+        return DashReport(layers=tuple(entries), steps=self.steps, pre_launch=self.config.pre_launch)
 
     def detach(self, *, force: bool = False) -> None:
-        """Take coordinates and directions off the model, which is then plain LoRA again.
+        """Remove coordinates and directions from the model, which is then plain LoRA again.
 
         Args:
-            force: also if coordinates are not zero, so that the function changes. (To keep it, write it with
+            force: also if coordinates are not zero, so that the function changes. (To keep it, save it with
                 `lora_kernels.export`, or merge it.)
 
         Raises:
@@ -183,10 +289,10 @@ class DashRun:
         """
         from lora_kernels.adapters.config import tidy_up  # noqa: PLC0415  (imports peft)
 
-        moved = [name for name, each in self.directions().items() if bool(whole(each.coordinates).any())]
-        if moved and not force:
+        nonzero = [name for name, part in self.directions().items() if bool(whole(part.coordinates).any())]
+        if nonzero and not force:
             raise ValueError(
-                f"{len(moved)} layers have coordinates that are not zero (first: {moved[0]}): export or merge the "
+                f"{len(nonzero)} layers have coordinates that are not zero (first: {nonzero[0]}): export or merge the "
                 "adapter to keep them, or detach with force=True"
             )
         self._check_unmerged()
@@ -196,7 +302,7 @@ class DashRun:
         if config is not None:
             config.dash = None
         tidy_up(self.model, self.adapter)
-        self._chosen.clear()
+        self._launched.clear()
 
     def _factors(self) -> list[nn.Parameter]:
         """A and B of all layers."""
@@ -208,47 +314,14 @@ class DashRun:
                 raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
 
 
-def begin(model: nn.Module, config: DashSettings) -> DashRun:
-    """See `LoraDash.attach`."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model is wrapped in DistributedDataParallel, which averages no gradient of a parameter that comes later: "
-            "attach before wrapping"
-        )
-    every = lora_layers(model)
-    if not every:
-        raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
-    adapter = _adapter(model, every, config.adapter_name)
-    layers: dict[str, Any] = dict(lora_layers(model, adapter))
-    refused = {name: why for name, layer in layers.items() if (why := _refusal(layer, adapter, config.k)) is not None}
-    layers = {name: layer for name, layer in layers.items() if name not in refused}
-    if not layers:
-        first = next(iter(refused.items()), None)
-        raise ValueError(f"no layer of adapter {adapter!r} can have coordinates" + (f" (first: {first})" * bool(first)))
-    for name, layer in layers.items():
-        _check_layer(name, layer, adapter, config.k)
-    if refused:
-        name, why = next(iter(refused.items()))
-        message = f"{len(refused)} LoRA layers get no coordinates (first: {name}: {why})"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    from lora_kernels.adapters.config import describe  # noqa: PLC0415  (imports peft)
-
-    describe(model, adapter).dash = {"k": config.k, "pre_launch": config.pre_launch, "epsilon": config.epsilon}
-    for layer in layers.values():
-        if parts.directions(layer, adapter) is None:
-            parts.add_directions(layer, adapter, config.k)
-    parts.ignore_buffers(model)
-    if config.cache_dir is not None:  # also after a change of directory
-        config = replace(config, cache_dir=os.path.abspath(config.cache_dir))
-    return DashRun(config, model, adapter, layers, refused)
-
-
-def _adapter(model: nn.Module, layers: list[LoraView], name: str | None) -> str:
+def _adapter(model: nn.Module, name: str | None) -> str:
+    """The adapter's name: the one given, or that of the only active adapter."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         raise ValueError(f"model ({type(model).__name__}) has no peft_config: pass the PEFT model itself")
     if name is None:
-        active = list(dict.fromkeys(each for _, layer in layers for each in layer.active_adapters if each in layer.r))
+        layers = [layer for _, layer in lora_layers(model)]
+        active = list(dict.fromkeys(key for layer in layers for key in layer.active_adapters if key in layer.r))
         if len(active) != 1:
             raise ValueError(f"adapter_name is None, but must be one of the active adapters {active}")
         return str(active[0])
@@ -259,7 +332,7 @@ def _adapter(model: nn.Module, layers: list[LoraView], name: str | None) -> str:
 
 def _refusal(layer: Any, adapter: str, k: int) -> str | None:
     if stock_class(layer).__name__ not in KINDS:
-        return f"a {stock_class(layer).__name__} layer: only linear layers have core directions here"
+        return f"a {stock_class(layer).__name__} layer: only linear layers are supported"
     limit = min(layer.in_features, layer.out_features)
     if k > limit:
         return f"k is {k}, but it has only min(m, n) = {limit} core directions"
@@ -274,6 +347,28 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
         raise ValueError(f"layer {name} is on the meta device: attach after its weights are loaded")
     if layer.merged:
         raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
-    there = parts.directions(layer, adapter)
-    if there is not None and there.coordinates.numel() != k:
-        raise ValueError(f"k is {k}, but layer {name} has {there.coordinates.numel()} coordinates already")
+    directions = parts.directions(layer, adapter)
+    if directions is not None and directions.coordinates.numel() != k:
+        raise ValueError(f"k is {k}, but layer {name} has {directions.coordinates.numel()} coordinates already")
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether the last `step` of accelerate's optimizer changed nothing (accumulation, or an overflow)."""
+    gradients = getattr(optimizer, "gradient_state", None)
+    if gradients is not None and not gradients.sync_gradients:
+        return True
+    return bool(getattr(optimizer, "step_was_skipped", False))
+
+
+def _factor_group(optimizer: Any, factors: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """The parameter group of an optimizer that holds the adapter's factors."""
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "add_param_group"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    ids = {id(factor) for factor in factors}
+    for group in optimizer.param_groups:
+        if any(id(parameter) in ids for parameter in group["params"]):
+            return group  # type: ignore[no-any-return]
+    raise ValueError(
+        "the optimizer holds no factor of the adapter (another model's optimizer, or one that keeps flat shards, "
+        "as ZeRO's do, which is not supported)"
+    )

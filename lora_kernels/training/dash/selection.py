@@ -20,131 +20,88 @@ from lora_kernels.runtime.processes import raise_together, rank, share_out, worl
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The chosen directions of one layer, by descending rate.
+    """The selected directions of one layer, by descending rate."""
 
-    Attributes:
-        left: the `u_i` `(m, k)`.
-        right: the `v_i^T` `(k, n)`.
-        indices: their places `(k,)` in the order of descending singular values.
-        sigma: their singular values `(k,)`.
-        rates: their change rates `(k,)`.
-        largest: the largest singular value of the weight.
-        share: of the squares of what the update changes along core directions, the part along the chosen ones.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    indices: torch.Tensor
-    sigma: torch.Tensor
-    rates: torch.Tensor
-    largest: float
-    share: float
+    left: torch.Tensor  # the `u_i` `(m, k)`
+    right: torch.Tensor  # the `v_i^T` `(k, n)`
+    indices: torch.Tensor  # their positions `(k,)` in the order of descending singular values
+    sigma: torch.Tensor  # their singular values `(k,)`
+    rates: torch.Tensor  # their change rates `(k,)`
+    largest: float  # largest singular value of the weight
+    share: float  # of the update's squared change along all core directions, the fraction along the selected ones
 
 
 def along_directions(u: torch.Tensor, vh: torch.Tensor, factors: Iterable[Factors]) -> torch.Tensor:
-    """`u_i^T (sum s B A) v_i` for all i, by row sums of `(U^T B) * (A V)^T`: no product `B A` is formed.
-
-    Args:
-        u: `(m, q)`.
-        vh: `(q, n)`.
-        factors: of adapters.
-
-    Returns:
-        `(q,)` float64.
-    """
+    """`u_i^T (sum s B A) v_i` `(q,)` in float64, of u `(m, q)` and vh `(q, n)`, without forming a product `B A`."""
     wide = torch.float64
     u, vh = u.to(wide), vh.to(wide)
-    found = torch.zeros(u.shape[1], dtype=wide, device=u.device)
+    changes = torch.zeros(u.shape[1], dtype=wide, device=u.device)
     for a, b, scaling in factors:
-        found += scaling * ((u.mT @ b.to(wide)) * (vh @ a.to(wide).mT)).sum(1)
-    return found
+        changes += scaling * ((u.mT @ b.to(wide)) * (vh @ a.to(wide).mT)).sum(1)
+    return changes
 
 
 def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: float, cache: str | None) -> Selection:
-    """The k core directions with the largest change rates `|u_i^T dW v_i| / (sigma_i + eps sigma_1)`.
+    """The k core directions of W `(m, n)` with the largest change rates `|u_i^T dW v_i| / (sigma_i + eps sigma_1)`.
 
-    Args:
-        weight: W `(m, n)`.
-        factors: whose products `s B A` add up to dW.
-        k: at most `min(m, n)`.
-        epsilon: eps.
-        cache: see `linalg.core_basis`.
-
-    Returns:
-        The directions; of equal rates, that of the larger singular value comes first.
-
-    Raises:
-        ValueError: if an entry of a factor is NaN or infinite.
+    dW is the sum of the products `s B A`. Of equal rates, that of the larger singular value comes first.
     """
     factors = list(factors)
-    if not all(bool(torch.isfinite(each).all()) for a, b, _ in factors for each in (a, b)):
+    if not all(bool(torch.isfinite(factor).all()) for a, b, _ in factors for factor in (a, b)):
         raise ValueError("the factors of the adapter hold NaN or infinite entries")
     u, s, vh = core_basis(weight, cache)
     sizes = along_directions(u, vh, factors).abs()
     bottom = s.to(sizes) + epsilon * float(s[0])
     # sigma = 0 and eps = 0: the rate is infinite for a nonzero change, and 0 otherwise.
     rates = torch.where(sizes > 0, sizes / bottom, torch.zeros_like(sizes))
-    chosen = rates.argsort(descending=True, stable=True)[:k]
-    left, right = fix_pair(u[:, chosen], vh[chosen].mT)
+    indices = rates.argsort(descending=True, stable=True)[:k]
+    left, right = fix_pair(u[:, indices], vh[indices].mT)
     total = float(sizes.square().sum())
-    share = float(sizes[chosen].square().sum()) / total if total > 0 else 0.0
-    return Selection(left, right.mT.contiguous(), chosen, s[chosen], rates[chosen], float(s[0]), share)
+    share = float(sizes[indices].square().sum()) / total if total > 0 else 0.0
+    return Selection(
+        left=left,
+        right=right.mT.contiguous(),
+        indices=indices,
+        sigma=s[indices],
+        rates=rates[indices],
+        largest=float(s[0]),
+        share=share,
+    )
 
 
 def factors_of(layer: Any, adapter: str) -> list[Factors]:
-    """What an adapter has changed: its product, less that of its frozen start.
-
-    Args:
-        layer: the LoRA layer.
-        adapter: the adapter's name.
-
-    Returns:
-        Whole factors, gathered where they are sharded.
-    """
-    scaling, began = layer.scaling[adapter], start(layer, adapter)
-    found = [(whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight), scaling)]
-    return found if began is None else [*found, (began.a, began.b, began.sign * scaling)]
+    """The adapter's change: its own product, and minus that of its frozen start; whole where they are sharded."""
+    scaling, frozen = layer.scaling[adapter], start(layer, adapter)
+    factors = [(whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight), scaling)]
+    return factors if frozen is None else [*factors, (frozen.a, frozen.b, frozen.sign * scaling)]
 
 
 def for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progress: bool) -> dict[str, Any]:
-    """Compute something of the weight and the factors of each layer, one after the other.
+    """By layer, the result of `compute(weight, factors)`; processes share the layers out, and all get all results.
 
-    The processes of a distributed run share the layers out; all get all answers, the same bits.
-
-    Args:
-        layers: by name.
-        compute: called with the weight and the factors of a layer.
-        adapter: the adapter's name.
-        progress: show a bar.
-
-    Returns:
-        The answers.
-
-    Raises:
-        ValueError: what `compute` raised, with the layer's name.
-        RuntimeError: if it failed on another process.
+    A `ValueError` of `compute` is raised with the layer's name; a failure on another process is a `RuntimeError`.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     error: Exception | None = None
     names = list(layers)
     for name in names:  # on all processes alike, before they share the work out
         check_readable(layers[name], name)
-    shown = not progress or rank() > 0
-    for number, name in enumerate(tqdm(names, desc="core directions", unit="layer", disable=shown, leave=False)):
+    hidden = not progress or rank() > 0
+    for number, name in enumerate(tqdm(names, desc="core directions", unit="layer", disable=hidden, leave=False)):
         layer = layers[name]
         mine = number % world_size() == rank()
-        gathered = any(is_sharded(each) for each in layer.parameters())  # by all processes together
+        gathered = any(is_sharded(parameter) for parameter in layer.parameters())  # by all processes together
         if not mine and not gathered:
             continue
         weight, factors = dense_weight(layer), factors_of(layer, adapter)
         if not mine or error is not None:
             continue
         try:
-            found[name] = compute(weight, factors)
+            results[name] = compute(weight, factors)
         except Exception as caught:
             error = ValueError(f"layer {name}: {caught}") if isinstance(caught, ValueError) else caught
     raise_together(error)
     device = next(iter(layers.values())).lora_A[adapter].weight.device
-    return share_out(names, found.__getitem__, device)
+    return share_out(names, results.__getitem__, device)

@@ -11,9 +11,9 @@ where `S+ = P diag(1 / (p + damping)) P^T`, and T+ likewise; where p is zero, to
 damping is in these two inverses alone, not in `p_i + q_j`. Only products with the r columns (rows) of the factors touch
 the long axes: no m x m projector is formed.
 
-Grams are taken in float64 and all r x r algebra is: `B^T B` is the square of a matrix that starts at zero, and products
-in float32 lose the small eigenvalues that its inverse lives on. The other products with the long axes are in float32
-(float64 for float64 parameters).
+Grams and all r x r algebra are in float64: `B^T B` is the square of a matrix that starts at zero, and float32 would
+lose the small eigenvalues that dominate its inverse. The other products with the long axes are in float32 (float64 for
+float64 parameters).
 """
 
 from __future__ import annotations
@@ -42,40 +42,35 @@ def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.T
 
 
 class Adjustment:
-    """Turns the gradients of pairs of one rank into adjusted ones, for factors that stay as they are."""
+    """The adjusted gradients of pairs of one rank, for fixed factors."""
 
     def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
-        """Prepare what does not depend on the gradients: one batched eigendecomposition for all pairs.
-
-        The buckets hold pairs of one rank and working dtype, on one device; `scaling`, float64, is that of all pairs in
-        their order. The damping is added to the eigenvalues of both Grams in the inverses.
-        """
+        """One batched eigendecomposition for all pairs, of one rank, dtype and device; `scaling` `(pairs,)` float64."""
         self.buckets, self._sizes = buckets, [len(bucket.indices) for bucket in buckets]
         values, vectors = _eigenpairs(torch.cat([bucket.grams for bucket in buckets], 1), buckets)
         self._squared = scaling.square().view(-1, 1, 1)
         epsilon = values.shape[-1] * torch.finfo(values.dtype).eps
         largest = values.amax(-1, keepdim=True)
-        # Where a factor has lost its rank, the gradient of the other is zero but for rounding errors, which 1/damping
-        # would raise to the size of the rest: such directions get nothing.
+        # Where a factor has lost its rank, the gradient of the other is zero up to rounding errors, which 1/damping
+        # would amplify to the size of the rest: the inverse is zero there.
         lost = max(epsilon, (values.shape[-1] * torch.finfo(buckets[0].a.dtype).eps) ** 2) * largest
         inverses = torch.where(values > lost, 1.0 / (values + damping), 0.0).unsqueeze(-1) / self._squared
         # (1/s^2) S+ becomes the identity while B = 0: then gA is zero too, and 1/damping would blow up any noise in it.
-        # Decided on the data, without the host ever reading it.
-        unborn = values[0].sum(-1).eq(0.0).view(-1, 1, 1)
-        self._p_inverse = torch.where(unborn, 1.0, inverses[0])
+        # Decided on the device, without a synchronisation.
+        b_is_zero = values[0].sum(-1).eq(0.0).view(-1, 1, 1)
+        self._p_inverse = torch.where(b_is_zero, 1.0, inverses[0])
         self._p_vectors, self._q_vectors = vectors
         self._s_inverse = self._p_vectors @ (self._p_inverse * self._p_vectors.mT)  # (1/s^2) S+, (L, r, r)
         self._t_inverse = self._q_vectors @ (inverses[1] * self._q_vectors.mT)  # (1/s^2) T+
         sums = values[0].unsqueeze(-1) + values[1].unsqueeze(-2)
-        # Coefficients that the equation leaves open are zero, and all of X while B = 0.
-        noise = torch.where(unborn, torch.inf, epsilon * sums.amax((-2, -1), keepdim=True))
+        # Coefficients that the equation does not determine are zero, and all of X while B = 0.
+        noise = torch.where(b_is_zero, torch.inf, epsilon * sums.amax((-2, -1), keepdim=True))
         self._over_sums = torch.where(sums > noise, 1.0 / sums, 0.0)
 
     def __call__(self, *, cross: bool) -> None:
         """Fill `out_a` and `out_b` of the buckets with the adjusted `grad_a` and `grad_b`.
 
-        `cross`: with the X terms. They do not change the update of the product `s B dA + s dB A`, only how it is
-        divided between the factors.
+        `cross` adds the X terms, which only change how the update `s B dA + s dB A` is split between the factors.
         """
         overlap = torch.cat([bucket.overlap for bucket in self.buckets])
         inside = self._s_inverse @ overlap.to(torch.float64) @ self._t_inverse * self._squared

@@ -1,4 +1,4 @@
-"""Pairs of one shape side by side, the memory they stand in, and the seeds of their moments."""
+"""Pairs of one shape stacked for batched products, and the rows of their parameters that this process holds."""
 
 from __future__ import annotations
 
@@ -10,41 +10,125 @@ from typing import Any
 import torch
 from torch import distributed
 
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import world_size
-from lora_kernels.training.lora_pro.shards import Layout, local
-from lora_kernels.training.lora_pro.update import working_dtype
 
 _WORD = 2**64 - 1
 
 
-class Scratch:
-    """Memory for tensors that live within a step.
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic for a parameter of some dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    On the CPU it is kept from step to step: pages fresh from the system cost more than the arithmetic on them.
-    """
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds (for a plain tensor, itself); shares its memory."""
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def like_rows(parameter: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros `(m, columns)`, of the rows of a parameter `(m, *)` and sharded as it is."""
+    part = local(parameter)
+    zeros = torch.zeros(part.shape[0], columns, dtype=dtype, device=part.device)
+    return wrap(zeros, parameter) if is_sharded(parameter) else zeros
+
+
+def wrap(part: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """A DTensor with a given local part, sharded as a parameter is."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  (needs torch.distributed)
+
+    shape = torch.Size((parameter.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters are spread over processes."""
+
+    mesh: Any = None  # of a sharded parameter
+    placements: tuple[Any, ...] = ()  # of the parameter on the axes of the mesh
+
+    @classmethod
+    def of(cls, parameter: Any) -> Layout:
+        """The layout of a parameter that is whole, or sharded by rows along one axis of its mesh."""
+        if not is_sharded(parameter):
+            return cls()
+        split = [placement for placement in parameter.placements if not placement.is_replicate()]
+        # (A strided shard, from FSDP2 on top of tensor parallelism, has interleaved rows.)
+        if len(split) > 1 or any(type(placement).__name__ != "Shard" or placement.dim != 0 for placement in split):
+            raise ValueError(
+                f"a factor has the placements {tuple(parameter.placements)}, but LoraPro needs factors that are whole "
+                "or sharded along their first axis over one axis of the mesh (as fully_shard does)"
+            )
+        return cls(parameter.device_mesh, tuple(parameter.placements))
+
+    @property
+    def _axis(self) -> int | None:
+        return next((axis for axis, placement in enumerate(self.placements) if not placement.is_replicate()), None)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold different rows."""
+        return self._axis is not None
+
+    def _share(self, rows: int) -> tuple[int, int, int]:
+        """Number of processes that share the rows, this one's index, and the largest number of rows of one."""
+        count, number = self.mesh.size(self._axis), self.mesh.get_local_rank(self._axis)
+        return count, number, -(-rows // count)
+
+    def own(self, rows: int) -> slice:
+        """The rows of this process, of all rows (split as `torch.chunk` does)."""
+        if not self.sharded:
+            return slice(0, rows)
+        _, number, share = self._share(rows)
+        return slice(min(number * share, rows), min((number + 1) * share, rows))
+
+    def whole(self, stack: torch.Tensor, rows: int) -> torch.Tensor:
+        """`(L, rows, n)` from this process's rows of L matrices, `(L, own rows, n)`, in one all-gather."""
+        if not self.sharded:
+            return stack
+        count, _, share = self._share(rows)
+        padded = stack.new_zeros(stack.shape[0], share, stack.shape[2])
+        padded[:, : stack.shape[1]] = stack
+        gathered = padded.new_empty(count * padded.shape[0], *padded.shape[1:])
+        distributed.all_gather_into_tensor(gathered, padded, group=self.mesh.get_group(self._axis))
+        by_matrix = gathered.view(count, *padded.shape).transpose(0, 1)
+        return by_matrix.reshape(stack.shape[0], count * share, stack.shape[2])[:, :rows].contiguous()
+
+    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes that share the rows, in place; of a dense tensor."""
+        if self.sharded:
+            distributed.all_reduce(partial, group=self.mesh.get_group(self._axis))
+        return partial
+
+
+class Scratch:
+    """Memory for temporaries of a step, reused on the CPU: fresh pages cost more than the arithmetic on them."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
-        self._kept: dict[Any, torch.Tensor] = {}
+        self._buffers: dict[Any, torch.Tensor] = {}
 
-    def take(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor that holds anything, in the same memory again for the same key."""
+    def empty(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialized tensor, in the same memory again for the same key."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size, key = math.prod(shape), (key, dtype)
-        if key not in self._kept or self._kept[key].numel() < size:
-            self._kept[key] = torch.empty(size, dtype=dtype)
-        return self._kept[key][:size].view(*shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype)
+        return self._buffers[key][:size].view(*shape)
 
 
 @dataclass
 class Bucket:
     """L pairs of one shape, dtype, device and layout, with their gradients."""
 
-    indices: list[int]  # numbers of the pairs
-    scaling: list[float]  # s of each
-    parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each
-    rows: Layout  # layout of both
+    indices: list[int]  # of the pairs in the optimizer
+    scaling: list[float]  # s by pair
+    parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B by pair
+    rows: Layout  # of A and B
     a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
     b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
     grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
@@ -56,17 +140,14 @@ class Bucket:
     inner: torch.Tensor = field(init=False)  # `gA A^T`, `(L, r, r)`
 
     def fill(self, scratch: Scratch, slot: int) -> Bucket:
-        """Copy the factors and their gradients side by side, and contract their long axes.
-
-        `slot` is the number of the bucket among those that live at once.
-        """
+        """Stack the factors and their gradients, and contract their long axes; `slot` tells live buckets apart."""
         count, first = len(self.indices), self.parameters[0][0]
         dtype, device = working_dtype(first.dtype), first.device
         stacks = []
         for which in range(2):
             factors = [pair[which] for pair in self.parameters]
             tensors = [local(tensor) for tensor in (*factors, *(tensor.grad for tensor in factors))]  # type: ignore[arg-type]
-            stack = scratch.take((slot, "in", which), (2 * count, *tensors[0].shape), dtype, device)
+            stack = scratch.empty((slot, "in", which), (2 * count, *tensors[0].shape), dtype, device)
             if all(tensor.dtype == dtype for tensor in tensors):
                 torch.stack(tensors, out=stack)
             else:
@@ -74,8 +155,8 @@ class Bucket:
             stacks.append(stack)
         whole = self.rows.whole(stacks[0], first.shape[0])
         (self.a, self.grad_a), (self.b, self.grad_b) = torch.split(whole, count), torch.split(stacks[1], count)
-        self.out_a = scratch.take((slot, "out", 0), self.a.shape, dtype, device)
-        self.out_b = scratch.take((slot, "out", 1), self.b.shape, dtype, device)
+        self.out_a = scratch.empty((slot, "out", 0), self.a.shape, dtype, device)
+        self.out_b = scratch.empty((slot, "out", 1), self.b.shape, dtype, device)
         # Next to the copies, while they are in the processor's cache.
         self.grams = self._grams(scratch)
         self.contract()
@@ -86,13 +167,13 @@ class Bucket:
         for factor in (self.b, self.a):
             wide = factor
             if factor.dtype != torch.float64:
-                wide = scratch.take("wide", factor.shape, torch.float64, factor.device).copy_(factor)
+                wide = scratch.empty("wide", factor.shape, torch.float64, factor.device).copy_(factor)
             grams.append(torch.bmm(wide.mT, wide) if factor is self.b else torch.bmm(wide, wide.mT))
         self.rows.add_up(grams[0])
         return torch.stack(grams)
 
     def contract(self) -> None:
-        """Contract the long axes of the gradients with the factors: again, whenever the gradients are others."""
+        """Contract the long axes of the gradients with the factors; repeat it when the gradients change."""
         self.overlap = self.rows.add_up(torch.bmm(self.b.mT, self.grad_b))
         self.inner = torch.bmm(self.grad_a, self.a.mT)
 
@@ -106,7 +187,7 @@ def draw_seed() -> int:
 
 
 def mix(seed: int, pair: int) -> int:
-    """A seed of its own for every pair (the finaliser of SplitMix64), below 2^63; the op adds step, row and column."""
+    """The seed of a pair, below 2^63, by the finaliser of SplitMix64; the op adds step, row and column."""
     word = (seed + 0x9E3779B97F4A7C15 * (pair + 1)) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD

@@ -13,67 +13,64 @@ from torch import nn
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.training.lora_pro.groups import Scaling
-from lora_kernels.training.lora_pro.optimizer import LoraPro
+from lora_kernels.training.lora_pro.optimizer import LoraPro, Mode, Scaling
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
 
 
 @dataclass(frozen=True)
 class LayerScaling:
-    """The scaling of an adapter on a layer, read whenever it is called."""
+    """The current scaling of an adapter on a layer."""
 
     layer: Any
     adapter: str
 
     def __call__(self) -> float:
-        """Scaling s, as it is now."""
+        """The scaling s."""
         return float(self.layer.scaling[self.adapter])
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
-    # Adapter, A and B of every adapter.
+    # Name, A and B of every adapter of a layer.
     for adapter in getattr(layer, "lora_A", {}):
         yield adapter, getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
     for adapter in getattr(layer, "lora_embedding_A", {}):
         yield adapter, layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
 
 
-def _no_pair(layer: Any, a: Any, b: Any) -> str | None:
-    """Why trained factors are no pair whose product is added to one weight, or `None` if they are."""
+def _why_not_a_pair(layer: Any, a: Any, b: Any) -> str | None:
+    """Why A and B, one of which is trained, are not a pair whose product is added to one weight, or `None`."""
     if not (a.requires_grad and b.requires_grad):
         return "one factor is frozen"
     if a.dim() != 2 or b.dim() != 2:
-        return f"factors of {type(layer).__name__} are no matrices (of a convolution, or flattened by FSDP1)"
+        return f"factors of {type(layer).__name__} are not matrices (of a convolution, or flattened by FSDP1)"
     if getattr(layer, "num_experts", 1) != 1:
         return "factors of all experts are in one matrix"
     return None
 
 
 def find_pairs(model: nn.Module) -> list[_Pair]:
-    """A, B and the scaling of each LoRA pair that a PEFT model trains; at least one.
+    """A, B and the scaling of each LoRA pair that a PEFT model trains, variants such as DoRA included; at least one.
 
-    Every adapter of every LoRA layer on a linear layer or an embedding, where A and B are trained; DoRA and the other
-    variants included, whose gradients of A and B come from one gradient of `W + s B A` too. Warns of trained factors
-    that are no pair; they get AdamW. The model may be in DistributedDataParallel, or sharded by `fully_shard`.
+    Warns about trained factors that are not a pair; they get AdamW.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     pairs: list[_Pair] = []
-    without: Counter[str] = Counter()
+    unpaired: Counter[str] = Counter()
     for _, layer in lora_layers(model):
         for adapter, a, b in _factors(layer):
             if not any(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in (a, b)):
                 continue
-            reason = _no_pair(layer, a, b)
+            reason = _why_not_a_pair(layer, a, b)
             if reason is None:
                 pairs.append((a, b, LayerScaling(layer, adapter)))
             else:
-                without[reason] += 1
-    if without:
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in without.items())
-        warnings.warn(f"{without.total()} LoRA layers get plain AdamW: {reasons}", RuntimeWarning, stacklevel=3)
+                unpaired[reason] += 1
+    if unpaired:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in unpaired.items())
+        warnings.warn(f"{unpaired.total()} LoRA layers get plain AdamW: {reasons}", RuntimeWarning, stacklevel=3)
     if not pairs:
-        raise ValueError("model trains no LoRA pair: make it with peft.get_peft_model, with the adapter trainable")
+        raise ValueError("model trains no LoRA pair: create it with peft.get_peft_model, with the adapter trainable")
     return pairs
 
 
@@ -81,7 +78,7 @@ def create_lora_pro_optimizer(
     model: nn.Module,
     *,
     lr: float,
-    mode: str = "efficient",
+    mode: Mode = "efficient",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -90,7 +87,7 @@ def create_lora_pro_optimizer(
 ) -> LoraPro:
     """LoRA-Pro for all that a PEFT model trains: pairs by LoRA-Pro, the rest (heads, biases, ...) by AdamW.
 
-    Make it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of each
+    Create it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of a
     layer is read at every step. Embeddings are pairs as well: in `full` mode their moments have the size of the table.
 
     Args:
@@ -130,11 +127,10 @@ def create_lora_pro_optimizer(
 
 
 def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tuple[type[LoraPro], dict[str, Any]]:
-    """For `Trainer(optimizer_cls_and_kwargs=...)` of transformers, which makes the groups itself.
+    """For `Trainer(optimizer_cls_and_kwargs=...)` of transformers, which creates the groups itself.
 
-    The pairs are found in the Trainer's groups by identity, whichever groups they are in. Weight decay is that of the
-    Trainer's arguments. The learning rate given here counts, not that of the arguments (of which the scheduler knows
-    nothing).
+    The pairs are located in the Trainer's groups by identity. Weight decay is that of the Trainer's arguments. The
+    learning rate given here is used, not that of the arguments.
 
     Args:
         model: the PEFT model that the Trainer gets.
@@ -142,7 +138,7 @@ def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> t
         options: mode, betas, eps, damping or state_dtype of `LoraPro`.
 
     Returns:
-        The class, and the arguments to make it with.
+        The class and its arguments.
 
     Raises:
         TypeError: on another option.

@@ -2,32 +2,110 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_range, check_tensor
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.training.lora_pro.adjustment import Adjustment
-from lora_kernels.training.lora_pro.buckets import Bucket, Scratch, draw_seed, mix
-from lora_kernels.training.lora_pro.groups import (
-    Pair,
-    Scaling,
-    check_gradient,
-    check_options,
-    check_pair,
-    check_scalings,
+from lora_kernels.training.lora_pro.buckets import (
+    Bucket,
+    Layout,
+    Scratch,
+    draw_seed,
+    like_rows,
+    local,
+    mix,
+    working_dtype,
+    wrap,
 )
-from lora_kernels.training.lora_pro.shards import Layout, like_rows, local, wrap
-from lora_kernels.training.lora_pro.update import Entry, adamw_, descend_, working_dtype
+from lora_kernels.training.lora_pro.update import Entry, adamw_, descend_
 
+Mode = Literal["efficient", "full"]
 MODES = ("efficient", "full")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
+
+
+Scaling = float | Callable[[], float]
+Place = tuple[int, int]  # number of the group, and of the parameter in it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair, by position in the optimizer's groups: wrappers (accelerate with FSDP2) replace the parameters."""
+
+    a: Place
+    b: Place
+    scaling: Scaling  # s, or a function that says what it is now
+
+    def current_scaling(self, name: str) -> float:
+        """The scaling as it is now, finite and not zero."""
+        value = float(self.scaling() if callable(self.scaling) else self.scaling)
+        if value == 0.0 or not math.isfinite(value):
+            raise ValueError(f"scaling of {name} is {value!r}, but must be finite and not zero")
+        return value
+
+
+def check_pair(name: str, a: Any, b: Any) -> None:
+    """Check that A `(r, n)` and B `(m, r)` can be the factors of a pair."""
+    check_tensor(f"A of {name}", a, shape=(None, None))
+    check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
+    if a is b:
+        raise ValueError(f"A and B of {name} are the same parameter, but must be two")
+    if min(*a.shape, *b.shape) == 0:
+        raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
+    if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
+        raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Check lr, betas, eps and weight_decay of a parameter group."""
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor):
+        check_tensor("lr", lr, numbers=True)
+        if lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}, but must be a number or a tensor of one element")
+        lr = float(lr)
+    check_range("lr", lr, low=0.0, high=sys.float_info.max)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, but must be two numbers")
+    for index, beta in enumerate(betas):
+        check_range(f"betas[{index}]", beta, low=0.0, high=1.0)
+        if beta == 1.0:
+            raise ValueError(f"betas[{index}] is {beta!r}, but must be below 1")
+    check_range("eps", group["eps"], low=0.0, high=sys.float_info.max)
+    check_range("weight_decay", group["weight_decay"], low=0.0, high=sys.float_info.max)
+
+
+def check_scalings(scaling: Any, count: int) -> list[Scaling]:
+    """One scaling per pair, from one scaling or a sequence."""
+    scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
+    if len(scalings) != count:
+        raise ValueError(f"scaling has {len(scalings)} entries, but must be one number or one per pair ({count})")
+    for value in scalings:
+        if callable(value):
+            continue
+        check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
+        if value == 0:
+            raise ValueError("scaling is 0, but must not be: such a pair never learns")
+    return scalings
+
+
+def check_gradient(name: str, gradient: torch.Tensor) -> None:
+    """Check that a gradient is dense."""
+    if gradient.layout != torch.strided:
+        raise ValueError(f"the gradient of {name} has layout {gradient.layout}, but LoraPro needs dense gradients")
 
 
 class LoraPro(Optimizer):
@@ -39,22 +117,23 @@ class LoraPro(Optimizer):
     moments are those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
 
     Parameters in no pair get AdamW. Arithmetic is in float32 (float64 for float64 parameters) whatever the parameters'
-    dtype, and results are rounded to it; states are float32 (float64). Weight decay is decoupled. Gradients are taken
-    as they are when `step` is called: clipping, unscaling and accumulation come before, and so act on the gradients of
-    A and B, not on the adjusted ones. A pair without gradients is skipped.
+    dtype, and results are rounded to it; states are float32 (float64), keyed by parameter (`step`, `exp_avg`,
+    `exp_avg_sq`; in `full` mode those of B are `(m, n)`, and A has `step` alone). Weight decay is decoupled. `step`
+    uses the gradients as they are: accumulation, unscaling and clipping come before, and so act on the gradients of A
+    and B, not on the adjusted ones. A pair without gradients is skipped.
 
-    On several processes: under DDP all take equal steps. Under FSDP2 (`fully_shard`) factors are sharded by rows: the
-    rows of A are gathered, those of B stay where they are, and so do the rows of the moments of the full weight. In
-    `full` mode with bfloat16 moments all processes must have the same seed: rank 0's is broadcast where the optimizer
-    is made after `init_process_group`.
+    On several processes: under DDP all processes take equal steps. Under FSDP2 (`fully_shard`) factors are sharded by
+    rows: the rows of A are gathered, those of B and of the moments of the full weight stay local. In `full` mode with
+    bfloat16 moments all processes must have the same seed: rank 0's is broadcast if the optimizer is created after
+    `init_process_group`. FSDP1 and DeepSpeed's optimizers flatten parameters, and cannot hold pairs.
 
     Args:
         params: parameters, or groups. A group is `{"params": [...]}`, or `{"pairs": [(A, B), ...], "scaling": s}` with
             A `(r, n)` and B `(m, r)` and the weight `W + s B A`; its scaling is a number, a function without arguments
-            that is asked at every step, or one of these per pair. Each group may have its own lr, betas, eps and
-            weight_decay (a pair takes betas and eps from B's group).
+            that is called at every step, or one of these per pair. Each group may have its own lr, betas, eps and
+            weight_decay (a pair uses betas and eps of B's group).
         lr: learning rate.
-        pairs: `(A, B, scaling)` for parameters that are given in ordinary groups, wherever they are in these.
+        pairs: `(A, B, scaling)` for parameters that are given in ordinary groups, in any of them.
         mode: `efficient` or `full`.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment; above 0 in `full` mode.
@@ -74,7 +153,7 @@ class LoraPro(Optimizer):
         lr: float | torch.Tensor,
         *,
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]] = (),
-        mode: str = "efficient",
+        mode: Mode = "efficient",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -93,7 +172,7 @@ class LoraPro(Optimizer):
         seed = draw_seed() if state_dtype == torch.bfloat16 else 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
-        self._find(pairs)
+        self._locate(pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""
@@ -122,7 +201,7 @@ class LoraPro(Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
         check_options({**self.defaults, **group})
-        if self.mode == "full" and {**self.defaults, **group}["eps"] == 0:  # 0 / 0 where no gradient has come yet
+        if self.mode == "full" and {**self.defaults, **group}["eps"] == 0:  # 0 / 0 before the first gradient
             raise ValueError('eps is 0, but must be above 0 with mode="full"')
         if "pairs" not in group:
             if "scaling" in group:
@@ -152,7 +231,8 @@ class LoraPro(Optimizer):
         if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
             raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
-    def _find(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
+    def _locate(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
+        """Find the parameters of pairs in the groups."""
         places = {
             id(parameter): (number, index)
             for number, group in enumerate(self.param_groups)
@@ -173,7 +253,7 @@ class LoraPro(Optimizer):
                 pair_places.append(place)
             self._pairs.append(Pair(pair_places[0], pair_places[1], check_scalings(scaling, 1)[0]))
 
-    def _at(self, place: tuple[int, int]) -> torch.Tensor:
+    def _at(self, place: Place) -> torch.Tensor:
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
         return parameter
 
@@ -184,10 +264,7 @@ class LoraPro(Optimizer):
         return torch.bfloat16 if bfloat16 else working_dtype(parameter.dtype)
 
     def _state_of(self, parameter: torch.Tensor, columns: int | None = None) -> dict[str, Any]:
-        """State of a parameter, made where it is missing.
-
-        `columns`, in `full` mode, is that of the moments: n for B, 0 for A, which has none.
-        """
+        """State of a parameter, created if missing; in `full` mode `columns` is n for B, and 0 for A (no moments)."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             dtype = self._moment_dtype(parameter, full=columns is not None)
@@ -202,28 +279,28 @@ class LoraPro(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; the moments keep their own dtype, and a run goes on to the same bits.
+        """Load the result of `state_dict`; the moments keep their own dtype, and a resumed run gives the same bits.
 
         Args:
             state_dict: of an optimizer of the same groups, pairs and mode.
 
         Raises:
-            ValueError: if groups, their sizes, or the mode are others.
+            ValueError: if groups, their sizes, or the mode differ.
         """
         # torch casts every floating-point state to the parameter's dtype, which would round the moments of bfloat16
-        # parameters: they are put back as they were saved.
-        seen: dict[str, Any] = {}
+        # parameters: they are restored as they were saved.
+        loaded: dict[str, Any] = {}
 
-        def look(_: Optimizer, final: dict[str, Any]) -> None:
-            seen.update(final)
-            self._check_saved(final)
+        def check(_: Optimizer, state: dict[str, Any]) -> None:
+            loaded.update(state)
+            self._check_saved(state)
 
-        def put_back(_: Optimizer) -> None:
-            self._put_back(seen)
+        def restore(_: Optimizer) -> None:
+            self._restore_state(loaded)
 
         handles = (
-            self.register_load_state_dict_pre_hook(look),  # type: ignore[arg-type]
-            self.register_load_state_dict_post_hook(put_back, prepend=True),
+            self.register_load_state_dict_pre_hook(check),  # type: ignore[arg-type]
+            self.register_load_state_dict_post_hook(restore, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
@@ -231,17 +308,17 @@ class LoraPro(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _matched(self, saved: dict[str, Any]) -> list[tuple[tuple[int, int], Any]]:
-        """Place and saved key of each parameter; of all groups that both have."""
+    def _saved_keys(self, saved: dict[str, Any]) -> list[tuple[Place, Any]]:
+        """Place and saved key of each parameter that is in both."""
         return [
             ((number, index), key)
-            for number, (group, mine) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False))
-            for index, (key, _) in enumerate(zip(group["params"], mine["params"], strict=False))
+            for number, (group, own) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False))
+            for index, (key, _) in enumerate(zip(group["params"], own["params"], strict=False))
         ]
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
         full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
-        for place, key in self._matched(saved):
+        for place, key in self._saved_keys(saved):
             moment = saved["state"].get(key, {}).get("exp_avg")
             parameter = self._at(place)
             expected = tuple(parameter.shape)
@@ -253,16 +330,16 @@ class LoraPro(Optimizer):
                     "it was saved in another mode, or for other parameters"
                 )
 
-    def _put_back(self, saved: dict[str, Any]) -> None:
+    def _restore_state(self, saved: dict[str, Any]) -> None:
         full = {pair.b for pair in self._pairs} if self.mode == "full" else set()
-        for place, key in self._matched(saved):
+        for place, key in self._saved_keys(saved):
             parameter = self._at(place)
             for name, value in saved["state"].get(key, {}).items():
                 if name == "step":
                     value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
                 elif isinstance(value, torch.Tensor):
                     value = value.to(parameter.device, self._moment_dtype(parameter, full=place in full))
-                    if parameter.is_contiguous():  # the fused kernels for the CPU look at no strides
+                    if parameter.is_contiguous():  # torch's fused CPU kernels ignore strides
                         value = value.contiguous()
                 self.state[parameter][name] = value
 
@@ -274,10 +351,10 @@ class LoraPro(Optimizer):
         """Take a step.
 
         Args:
-            closure: computes the loss and the gradients anew.
+            closure: computes the loss and the gradients again.
 
         Returns:
-            What the closure returned.
+            The result of the closure.
 
         Raises:
             ValueError: if one factor of a pair has a gradient and the other has none, a gradient is sparse, the
@@ -305,10 +382,7 @@ class LoraPro(Optimizer):
         return entries
 
     def _waves(self) -> list[list[Bucket]]:
-        """Pairs with gradients, by shape, dtype, device and layout; those of one rank are adjusted together.
-
-        In several waves, which bounds the memory that the copies side by side take.
-        """
+        """Pairs with gradients, in buckets of one shape, dtype, device and layout; a wave of one rank bounds memory."""
         kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(self._pairs):
             a, b = self._at(pair.a), self._at(pair.b)
@@ -360,7 +434,7 @@ class LoraPro(Optimizer):
         (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups)
 
     def _project(self, bucket: Bucket) -> None:
-        """Put the gradients of Adam's direction of the full weight in the place of the raw ones."""
+        """Replace the raw gradients by those of Adam's direction of the full weight."""
         n, first = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
         offset = bucket.rows.own(first).start
         for row, index in enumerate(bucket.indices):

@@ -1,4 +1,4 @@
-"""Parameter updates: AdamW for gradients that come as they are, and the step along an adjusted direction."""
+"""Parameter updates: AdamW, and the step along an adjusted direction."""
 
 from __future__ import annotations
 
@@ -9,30 +9,24 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from lora_kernels.training.lora_pro.shards import local
+from lora_kernels.training.lora_pro.buckets import local, working_dtype
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter to be moved, on this process."""
+    """A parameter to update, on this process."""
 
-    group: int  # number of its parameter group
+    group: int  # index of its parameter group
     value: torch.Tensor  # its own rows; shares the parameter's memory
     gradient: torch.Tensor  # for these rows, float32 (float64)
-    state: dict[str, Any]  # of the parameter, moments included where AdamW makes the step
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the arithmetic is done for a parameter of a given dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    state: dict[str, Any]  # of the parameter, moments included under AdamW
 
 
 def _by_group(entries: list[Entry]) -> dict[tuple[int, bool], list[Entry]]:
-    """Entries by group, and by whether torch's fused kernel for the CPU can take them (it looks at no strides)."""
+    """Entries by group, and by whether torch's fused CPU kernel can run them (it ignores strides)."""
     groups: dict[tuple[int, bool], list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.value.numel():
-            # (Moments are made in the order of their parameter's memory.)
             dense = entry.value.is_contiguous() and entry.gradient.is_contiguous()
             groups[entry.group, dense and entry.value.device.type == "cpu"].append(entry)
     return groups

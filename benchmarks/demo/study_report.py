@@ -1,0 +1,217 @@
+"""What a record of `benchmarks.demo.study` says: comparisons with random LoRA, tables, figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.demo.intervals import MEASURES, Comparison, compare, format_difference, mean_and_deviation
+
+BASELINE = "random"
+TITLES = {
+    BASELINE: "random LoRA",
+    "eva": "EVA",
+    "lora_da": "LoRA-DA",
+    "lora_ga": "LoRA-GA",
+    "corda": "CorDA",
+    "pissa": "PiSSA",
+    "task_directions": "task directions",
+    "lora_pro": "LoRA-Pro",
+    "lora_pro_efficient": "LoRA-Pro, efficient",
+    "lora_dash": "LoRA-Dash",
+}
+WORDS = {"ahead": "helps", "behind": "harms"}
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, and two of Tol's; the shapes
+# differ as well.
+_COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"),
+    *("#882255", "#332288"),
+)
+_MARKERS = "osD^vPX*<h"
+
+Comparisons = dict[str, list[tuple[int, Comparison]]]  # by measure: step and comparison
+
+
+def title(arm: str) -> str:
+    """How an arm is written."""
+    return TITLES.get(arm, arm)
+
+
+def final_runs(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Arm to its final runs in the order of the seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {arm: [] for arm in record["arms"]}
+    for run in sorted(record["runs"], key=lambda run: run["seed"]):
+        if run["part"] == "final":
+            groups[run["arm"]].append(run)
+    return groups
+
+
+def values(runs: Sequence[Mapping[str, Any]], measure: str, step: int) -> list[float]:
+    """One value per seed that finished, in the order of the runs."""
+    points = [point for run in runs for point in run.get("evaluations", ()) if point["step"] == step]
+    return [point[measure] for point in points]
+
+
+def compare_all(record: Mapping[str, Any]) -> dict[str, Comparisons | None]:
+    """Every arm but the baseline against it, paired by seed; None where a seed of either diverged."""
+    by_arm, steps = final_runs(record), record["protocol"]["evaluate_at"]
+    baseline = by_arm.pop(BASELINE)
+    return {
+        arm: None
+        if any("diverged" in run for run in (*runs, *baseline))
+        else {
+            measure: [
+                (step, compare(values(baseline, measure, step), values(runs, measure, step), lower)) for step in steps
+            ]
+            for measure, lower in MEASURES.items()
+        }
+        for arm, runs in by_arm.items()
+    }
+
+
+def short_verdict(comparisons: Sequence[tuple[int, Comparison]]) -> str:
+    """Such as "helps at 25 and 50"; "not distinguishable" where the intervals of all steps hold zero."""
+    if any(comparison.verdict == "one seed" for _, comparison in comparisons):
+        return "one seed: no verdict"
+    parts = []
+    for verdict, word in WORDS.items():
+        steps = [str(step) for step, comparison in comparisons if comparison.verdict == verdict]
+        if steps:
+            parts.append(f"{word} at {' and '.join([', '.join(steps[:-1]), steps[-1]] if len(steps) > 1 else steps)}")
+    return "; ".join(parts) or "not distinguishable"
+
+
+def findings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is computed from a record's runs, for the record: `summary` and `comparisons`."""
+    summary = {
+        arm: {
+            measure: [_mean_and_spread(values(runs, measure, step)) for step in record["protocol"]["evaluate_at"]]
+            for measure in MEASURES
+        }
+        for arm, runs in final_runs(record).items()
+    }
+    compared = {
+        arm: comparisons
+        and {
+            measure: [{"step": step, **asdict(comparison)} for step, comparison in by_step]
+            for measure, by_step in comparisons.items()
+        }
+        for arm, comparisons in compare_all(record).items()
+    }
+    return {"summary": summary, "comparisons": compared}
+
+
+def _mean_and_spread(numbers: Sequence[float]) -> dict[str, float | int | None]:
+    mean, deviation = mean_and_deviation(numbers)
+    return {"mean": mean, "deviation": deviation, "seeds": len(numbers)}
+
+
+def mean_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """A table with its headings: by arm the rate, and mean loss and accuracy by step."""
+    steps = record["protocol"]["evaluate_at"]
+    rows = [["start", "rate", *(f"{measure} @ {step}" for measure in MEASURES for step in steps)]]
+    for arm, summary in record["summary"].items():
+        choice = record["tuning"][arm]
+        cells = [title(arm), f"{choice['rate']:g}{' (edge)' if choice['at_edge'] else ''}"]
+        for measure, form in (("loss", ".3f"), ("accuracy", ".1%")):
+            means = [point["mean"] for point in summary[measure]]
+            cells += ["diverged" if mean is None else f"{mean:{form}}" for mean in means]
+        rows.append(cells)
+    return rows
+
+
+def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """A table with its headings: by arm the differences from random LoRA after the last step, and verdicts by step."""
+    rows = [["start", "loss at the end", "accuracy at the end", "by loss", "by accuracy"]]
+    for arm, comparisons in compare_all(record).items():
+        if comparisons is None:
+            rows.append([title(arm), *["diverged"] * 4])
+            continue
+        ends = [format_difference(by_step[-1][1], measure) for measure, by_step in comparisons.items()]
+        rows.append([title(arm), *ends, *(short_verdict(by_step) for by_step in comparisons.values())])
+    return rows
+
+
+def chance(record: Mapping[str, Any]) -> str:
+    """How many of the comparisons are expected to differ by chance."""
+    seeds = len(record["protocol"]["seeds"])
+    arms = sum(comparisons is not None for comparisons in compare_all(record).values())
+    count = arms * len(MEASURES) * len(record["protocol"]["evaluate_at"])
+    return f"{seeds} seeds; of {count} comparisons at 95 %, {0.05 * count:.1f} are expected to differ by chance."
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """Both tables, for a terminal."""
+    grids = []
+    for rows, caption in (
+        (mean_rows(record), "held-out; means over seeds"),
+        (comparison_rows(record), f"minus random LoRA, with 95 % t intervals. {chance(record)}"),
+    ):
+        grid = Table(title=record["data"]["name"], caption=caption)
+        for index, heading in enumerate(rows[0]):
+            grid.add_column(heading, justify="left" if index == 0 else "right")
+        for row in rows[1:]:
+            grid.add_row(*row)
+        grids.append(grid)
+    return grids
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Draws held-out loss and accuracy against the step, and their differences from random LoRA.
+
+    Above: mean over seeds, with bars from the lowest to the highest seed. Below: paired differences with their 95 % t
+    intervals. The arms stand side by side at each step, in the order of the legend.
+    """
+    from matplotlib.figure import Figure
+
+    by_arm, compared, steps = final_runs(record), compare_all(record), record["protocol"]["evaluate_at"]
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    places = list(range(len(steps)))
+    for index, (arm, runs) in enumerate(by_arm.items()):
+        shift = (index - (len(by_arm) - 1) / 2) * 0.09
+        xs = [place + shift for place in places]
+        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 6}
+        label = f"{title(arm)}, rate {record['tuning'][arm]['rate']:g}"
+        for column, measure in enumerate(MEASURES):
+            scale = 100 if measure == "accuracy" else 1
+            groups = [[scale * value for value in values(runs, measure, step)] for step in steps]
+            if all(groups):
+                means = [statistics.fmean(group) for group in groups]
+                bars = [
+                    [mean - min(group) for mean, group in zip(means, groups, strict=True)],
+                    [max(group) - mean for mean, group in zip(means, groups, strict=True)],
+                ]
+                # The lines join the true places: shifted ones would look like a delay.
+                panels[0][column].plot(places, means, linewidth=1, alpha=0.6, color=style["color"])
+                panels[0][column].errorbar(xs, means, yerr=bars, linestyle="none", elinewidth=1.5, label=label, **style)
+            comparisons = compared.get(arm)
+            if comparisons is not None:
+                differences = [scale * comparison.difference for _, comparison in comparisons[measure]]
+                widths = [scale * (comparison.half_width or 0.0) for _, comparison in comparisons[measure]]
+                panels[1][column].errorbar(
+                    xs, differences, yerr=widths, linestyle="none", elinewidth=1.5, capsize=2, **style
+                )
+    for column, (measure, unit) in enumerate((("loss", "nats"), ("accuracy", "%"))):
+        top, bottom = panels[0][column], panels[1][column]
+        top.set_title(f"held-out {measure}: mean, lowest and highest seed")
+        top.set_ylabel(f"{measure} ({unit})")
+        better = "below" if MEASURES[measure] else "above"
+        bottom.set_title(f"minus random LoRA, 95 % interval; {better} 0 is better")
+        bottom.set_ylabel(f"difference ({'percentage points' if unit == '%' else unit})")
+        bottom.axhline(0.0, color=_COLOURS[0], linewidth=1)
+        bottom.set_xlabel("step")
+        for axes in (top, bottom):
+            axes.set_xticks(places, [str(step) for step in steps])
+            axes.grid(axis="y", alpha=0.3)
+            for place in places[1:]:
+                axes.axvline(place - 0.5, color="0.9", linewidth=1, zorder=0)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(f"{record['data']['name']}; {record['model']['name']}, rank {record['protocol']['rank']}")
+    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)

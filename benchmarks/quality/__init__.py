@@ -1,1 +1,0 @@
-"""Which initialisation, which optimizer helps on a real task? `python -m benchmarks.quality`: see `__main__`."""

@@ -1,0 +1,380 @@
+"""The fused forward of PEFT's LoRA on the parameters of many experts.
+
+PEFT wraps a module of experts once per adapted parameter, one wrapper around the other, and makes `W + dW` of all
+experts at every call. Here the outermost wrapper runs an implementation of its own, as transformers' registry
+(`ALL_EXPERTS_FUNCTIONS`) has others: it sorts the rows by expert, takes the products with the weights from the
+implementation that the user chose, and adds the low-rank parts of the rows that each expert has. A module of experts
+that is hooked into is called, and asks the registry for that implementation by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lora_kernels._checks import FLOATS
+from lora_kernels.ops.grouped_lora import op as grouped
+from lora_kernels.ops.grouped_lora.passes import Scalars
+from lora_kernels.ops.lora_linear.op import TRANSFORMED
+from lora_kernels.training.description import is_patched, is_replaced, is_whole, plain_linear
+from lora_kernels.training.lora_layer import GLOBAL_HOOKS, SEEDS, FusedForward, warn_once
+
+NAME = "lora_kernels"  # of the implementation
+_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
+OUTER = "another parameter of the same experts runs PEFT's own forward"
+_TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
+
+
+class Term(NamedTuple):
+    """The low-rank part of a product, of one adapter.
+
+    Attributes:
+        a: A of all experts `(experts, r, n)`.
+        b: B `(experts, m, r)`.
+        scaling: s.
+        state: differs where the adapter does, for recomputations; `None` under tracing.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    state: torch.Tensor | None
+
+
+class _Call:
+    """What a wrapper asks of `experts_forward`.
+
+    Attributes:
+        implementation: of the products with the weights.
+        terms: by parameter, the low-rank parts.
+        ran: whether it was done.
+    """
+
+    def __init__(self, implementation: str, terms: dict[str, list[Term]]) -> None:
+        self.implementation, self.terms, self.ran = implementation, terms, False
+
+
+class _Thread(threading.local):
+    call: _Call | None = None  # under way through a module of experts
+
+
+_thread, _lock = _Thread(), threading.Lock()
+
+
+class _Routed:
+    """The config of a module of experts while wrappers call it: another implementation in the threads that do."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.users = config, 0
+
+    @property
+    def _experts_implementation(self) -> str:
+        return NAME if _thread.call is not None else self.config._experts_implementation  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+class FusedExperts(FusedForward):
+    """The forward of an accelerated wrapper of a parameter of experts; mixed into a subclass of PEFT's own class."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As PEFT's, fused where possible.
+
+        Args:
+            x: `(tokens, n)`.
+            args: further arguments of the module of experts: which experts each token goes to, and their weights.
+            kwargs: likewise, and PEFT's own.
+
+        Returns:
+            `(tokens, n)`.
+        """
+        if self._runs_fused(x) and "adapter_names" not in kwargs:
+            chain = chain_of(self)
+            base, terms = chain[-1].base_layer, _terms(chain)
+            call = _Call(base.config._experts_implementation, terms)
+            if terms and _asks_registry(type(base)) and not is_replaced(base):
+                return _forward(call, base, x, *args, **kwargs)
+            if terms:
+                with _redirected(base, call):
+                    result: torch.Tensor = base(x, *args, **kwargs)
+                if call.ran:
+                    return result
+                warn_once("the module of experts does not ask transformers' registry for its implementation")
+        result = super(FusedForward, self).forward(x, *args, **kwargs)  # type: ignore[misc]
+        return result
+
+    def _runs_fused(self, x: torch.Tensor) -> bool:
+        if not (self.fused and FusedForward.fused) or any(wrapper.disable_adapters for wrapper in chain_of(self)):
+            return False
+        if any(GLOBAL_HOOKS) or (type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor)):
+            return False
+        reason = experts_reason(self)
+        if reason is not None and reason not in (self.__dict__.get("_eager_reason"), OUTER):
+            warn_once(reason)
+        return reason is None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # The factors of all experts in one matrix have no joined parts.
+        super(FusedForward, self)._load_from_state_dict(*args)  # type: ignore[misc]
+
+
+def chain_of(wrapper: Any) -> list[Any]:
+    """A wrapper and those inside of it, around one module of experts."""
+    chain = [wrapper]
+    while hasattr(chain[-1].base_layer, "parameter_name") and hasattr(chain[-1].base_layer, "lora_A"):
+        chain.append(chain[-1].base_layer)
+    return chain
+
+
+def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
+    """Why a wrapper, and those inside of it, have to run PEFT's own forward as they are now, or `None`.
+
+    Args:
+        wrapper: of a parameter of experts.
+        gathered: whether FSDP2 gathers shards before the wrapper runs.
+
+    Returns:
+        The reason, in words.
+    """
+    chain = chain_of(wrapper)
+    base = chain[-1].base_layer
+    if not all(hasattr(base, trait) for trait in _TRAITS):
+        return f"{type(base).__name__} takes no implementation from transformers' registry of experts"
+    if "parametrizations" in base._modules:
+        return OUTER
+    if getattr(base, "_is_expert_parallel", False):
+        return "the experts are shared out over processes"
+    reason = _implementation_reason(base.config._experts_implementation)
+    if reason is not None:
+        return reason
+    if not torch.compiler.is_compiling() and any(is_patched(wrapper) for wrapper in chain):
+        return "the forward of PEFT's ParamWrapper is replaced"
+    for inner in chain[1:]:
+        if is_replaced(inner):
+            return f"the wrapper of {inner.parameter_name} is hooked into"
+    for each in chain:
+        reason = _wrapper_reason(each, gathered)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _implementation_reason(name: str | None) -> str | None:
+    try:
+        from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
+
+        registry, products = moe.ALL_EXPERTS_FUNCTIONS, (moe._grouped_linear, moe._batched_linear)
+    except (ImportError, AttributeError):
+        return "this version of transformers has no registry of experts that is known"
+    if name not in _IMPLEMENTATIONS:
+        return f"the experts' implementation is {name!r}"
+    if name != "eager" and registry[name] is not getattr(moe, f"{name}_experts_forward") or not all(products):
+        return f"the experts' implementation {name!r} is replaced"
+    if NAME not in registry:
+        registry[NAME] = experts_forward
+    return None
+
+
+def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
+    name, parameter = wrapper.parameter_name, wrapper.get_param()
+    if name not in _PRODUCTS:
+        return f"the parameter {name} is not the weight of a product of experts"
+    if parameter.dim() != 3 or parameter.dtype not in FLOATS or not is_whole(parameter, gathered):
+        return f"the parameter {name} is quantized, sharded or no stack of matrices"
+    for adapter in wrapper.active_adapters:
+        if adapter not in wrapper.lora_A:
+            continue
+        factors = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+        if any(not plain_linear(factor, gathered) or factor.bias is not None for factor in factors):
+            return f"the factors of adapter {adapter!r} are sharded, hooked into or no plain linear layers"
+        if wrapper.lora_variant.get(adapter) is not None or type(wrapper.lora_dropout[adapter]) is not nn.Identity:
+            return f"adapter {adapter!r} is a variant or has dropout"
+        if isinstance(wrapper.scaling[adapter], torch.Tensor):
+            return f"the scaling of adapter {adapter!r} is a tensor, which can change in place"
+    return None
+
+
+def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
+    """By parameter, the low-rank parts of its active adapters."""
+    transposed = chain[-1].base_layer.is_transposed
+    terms: dict[str, list[Term]] = {}
+    for wrapper in chain:
+        if wrapper.merged:
+            continue
+        for adapter in wrapper.active_adapters:
+            if adapter in wrapper.lora_A:
+                scaling = float(wrapper.scaling[adapter])
+                state = None
+                if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                    with torch.inference_mode(False):  # graphs are to keep it
+                        state = torch.tensor([hash((adapter, scaling)) & SEEDS])
+                term = Term(*factors_of(wrapper, adapter, transposed), scaling, state)
+                terms.setdefault(wrapper.parameter_name, []).append(term)
+    return terms
+
+
+def factors_of(wrapper: Any, adapter: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(experts, r, n)` and B `(experts, m, r)` of the products with a parameter, differentiable.
+
+    PEFT keeps the factors of all experts in two matrices, the rows of the first by expert and rank, the columns of the
+    second by rank and expert. Which of them meets the inputs depends on the layout of the parameter and on PEFT's
+    version.
+
+    Args:
+        wrapper: of a parameter of experts.
+        adapter: an adapter that it has.
+        transposed: whether the parameter is `(experts, n, m)`.
+
+    Returns:
+        Both factors.
+    """
+    first, second, experts = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.num_experts
+    rank = first.shape[0] // experts
+    left = first.reshape(experts, rank, first.shape[1])
+    right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
+    if transposed or getattr(wrapper, "_did_swap_in_out_features", False):
+        return left, right
+    return right.mT, left.mT
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _asks_registry(kind: type) -> bool:
+    """Whether a class of experts has the forward that transformers' decorator gives it."""
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+
+
+@contextlib.contextmanager
+def _redirected(base: Any, call: _Call) -> Iterator[None]:
+    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module.
+
+    Yields:
+        Nothing.
+    """
+    with _lock:
+        routed = base.config if isinstance(base.config, _Routed) else _Routed(base.config)
+        base.config, routed.users = routed, routed.users + 1
+    before, _thread.call = _thread.call, call
+    try:
+        yield
+    finally:
+        _thread.call = before
+        with _lock:
+            routed.users -= 1
+            if not routed.users:
+                base.config = routed.config
+
+
+class _Rows(torch.autograd.Function):
+    """`x[index]`, whose rows `inverse[i * count : (i + 1) * count]` are row i of x: gradients without atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.count = count
+        return x[index]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        rows = g[inverse]
+        if ctx.count > 1:
+            rows = rows.view(rows.shape[0] // ctx.count, ctx.count, rows.shape[1]).sum(1)
+        return rows, None, None, None
+
+
+def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
+    """The products y `(rows, m)` of x `(rows, n)`, sorted by expert, with the low-rank parts of the adapters."""
+    x = x if x.dtype == y.dtype else x.to(y.dtype)
+    for a, b, scaling, state in terms:
+        backend = grouped.experts.choose("auto", x)
+        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend))
+    return y
+
+
+def _loop(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bounds: list[int], transposed: bool) -> Any:
+    """The products of the implementation `eager`: one expert after another, as models have it themselves."""
+    parts = []
+    for expert, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if first < last:
+            matrix = weight[expert].mT if transposed else weight[expert]
+            parts.append(nn.functional.linear(x[first:last], matrix, None if bias is None else bias[expert]))
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[2 if transposed else 1])
+
+
+def _product(
+    module: Any, implementation: str, ids: torch.Tensor, offsets: torch.Tensor
+) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """The products of rows, sorted by expert, with a parameter by name, its bias included."""
+    from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
+
+    transposed = module.is_transposed
+    bounds = offsets.tolist() if implementation == "eager" else []
+    ends = offsets[1:].to(torch.int32)
+
+    def product(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(module, name)
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        if implementation == "eager":
+            return _loop(x, weight, bias, bounds, transposed)  # type: ignore[no-any-return]
+        bias = None if bias is None else bias[ids]
+        if implementation == "batched_mm":
+            return moe._batched_linear(x, weight[ids], bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
+        return moe._grouped_linear(x, weight, offs=ends, bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
+
+    return product
+
+
+def experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """An implementation of experts for transformers' registry: theirs, with low-rank parts.
+
+    Args:
+        module: the module of experts, called by an accelerated wrapper.
+        hidden_states: `(tokens, n)`.
+        top_k_index: `(tokens, k)` the experts of each token.
+        top_k_weights: `(tokens, k)` their weights.
+
+    Returns:
+        `(tokens, n)`.
+    """
+    call = _thread.call
+    if call is None:
+        raise ValueError(f"the implementation {NAME!r} of experts is for accelerated LoRA layers alone")
+    call.ran = True
+    return _forward(call, module, hidden_states, top_k_index, top_k_weights)
+
+
+def _forward(
+    call: _Call, module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise RuntimeError(TRANSFORMED)
+    terms = call.terms
+    tokens, count = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    places = torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(ids, places)
+    product = _product(module, call.implementation, ids, offsets)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    x = _Rows.apply(hidden_states, order // count, back, count)  # type: ignore[no-untyped-call]
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _with_terms(product(x, name), x, offsets, terms.get(name, ()))
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = _with_terms(product(inner, "down_proj"), inner, offsets, terms.get("down_proj", ()))
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    # Back in the order of tokens, where their experts are summed up: in fixed order, unlike `index_add_`.
+    out = _Rows.apply(out, back, order, 1)  # type: ignore[no-untyped-call]
+    return out.view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)  # type: ignore[no-any-return]
