@@ -24,8 +24,6 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import world_size
 from lora_kernels.statistics import Statistics, Target
-from lora_kernels.statistics.store import LayerStatistics
-from lora_kernels.statistics.wants import OF_GRADIENTS
 
 
 def untrained_layers(
@@ -393,13 +391,6 @@ def for_dataset(method: InitMethod, loader: Iterable[Any] | None) -> InitMethod:
     return method.for_samples(len(dataset)) if isinstance(dataset, Sized) and len(dataset) > 0 else method
 
 
-def _reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
-    needs_gradients = any(name in OF_GRADIENTS for name in wants)
-    if layer.tokens <= 0 or not needs_gradients:
-        return layer.tokens > 0
-    return layer.output is not None and float(layer.output.calls) > 0 and not layer.output.is_zero
-
-
 def reached_ranks(
     layers: peft_layers.LoraLayers, statistics: Statistics, wants: Mapping[str, bool], unreached: str
 ) -> dict[str, int]:
@@ -427,7 +418,7 @@ def reached_ranks(
         seen = statistics[name]
         if (seen.in_features, seen.out_features) != (each.target.in_features, each.target.out_features):
             raise ValueError(f"statistics of layer {name} are of another shape: they come from another model")
-        if not _reached(seen, wants):
+        if not seen.reached(wants):
             missed.append(name)
         else:
             ranks[name] = each.rank

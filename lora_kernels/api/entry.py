@@ -214,7 +214,7 @@ def initialize(
     layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
     _starting.check_ranks(layers, resolved, ranks)
     if not wants:
-        statistics = statistics or Statistics({}, 0, 0.0, 0.0)
+        statistics = statistics or Statistics()
     elif statistics is None:
         assert loader is not None  # one of both was given
         defaults = _starting.defaults(resolved, ranks, layers)

@@ -62,9 +62,9 @@ MODULES = (lora_kernels, lora_kernels.ops, lora_kernels.linalg, lora_kernels.lan
 RESULTS = {
     "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
-    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputStatistics", "Overlap", "Plan",
+    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
     "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "TuneReport", "Verdict", "VerifyReport",
-    "WeightNorms",
+    "FisherDiagonal", "WeightGradient", "WeightNorms",
 }  # fmt: skip
 ELSEWHERE = {
     "Statistics": "tests/fuzz/test_fuzz_files.py: load",

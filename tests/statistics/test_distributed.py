@@ -44,7 +44,7 @@ def test_sketches_add_over_processes(results):
     found = Statistics.load(results / "sketch.safetensors")
     name = "model.layers.1.mlp.down_proj"
     assert relative_error(found[name].input.product, expected[name].input.product) < 1e-6
-    assert relative_error(found[name].output.sketch.left, expected[name].output.sketch.left) < 1e-6
+    assert relative_error(found[name].sums["gradient"].left, expected[name].sums["gradient"].left) < 1e-6
 
 
 def test_factors_are_those_of_one_process(results):
