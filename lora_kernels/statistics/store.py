@@ -256,7 +256,7 @@ def assemble(
         seen = {statistic: sums[name][statistic] for statistic in BY_NAME if statistic in sums[name]}
         notes = list(progress.notes.get(name, []))
         backward = [part for statistic, part in seen.items() if BY_NAME[statistic].needs_backward]
-        if not seen and name not in progress.left_out:
+        if not seen and not notes:
             notes.append("never called in this pass")
         if backward and all(part.is_zero for part in backward):
             notes.append("no gradient was counted for this layer")
