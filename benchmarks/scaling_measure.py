@@ -94,8 +94,7 @@ def _held(found: Any) -> int:
     tensors = {
         id(value): value
         for layer in found.values()
-        for sums in (layer.input, layer.output)
-        if sums is not None
+        for sums in layer.sums.values()
         for value in sums.tensors().values()
     }
     return sum(each.numel() * each.element_size() for each in tensors.values())

@@ -26,7 +26,6 @@ from lora_kernels.landscape import (
     WeightNorms,
     certify,
     directions,
-    gradient_of,
     judge,
     leading_directions,
     measure,
@@ -41,8 +40,8 @@ from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
+from lora_kernels.statistics.gradients import GRADIENT
 from lora_kernels.statistics.options import CollectKeywords, read_options
-from lora_kernels.statistics.wants import GRADIENT
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.
@@ -291,15 +290,15 @@ def _layer(
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        gradient = gradient_of(statistics, adapter.name)
+        layer = statistics.get(adapter.name)
         if any(_is_more(module, name) for name in module.active_adapters):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
-        elif gradient is None:
+        elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
         elif adapter.scaling == 0:
             notes.append("no certificate: the scaling is zero")
         else:
-            certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
+            certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)

@@ -7,8 +7,6 @@ import statistics as quantiles
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.statistics.store import Statistics
 
@@ -39,20 +37,6 @@ class Outlook:
 NO_OUTLOOK = Outlook(None, None, None)
 
 
-def _gradient(statistics: Statistics, name: str) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None:
-    """The mean gradient of a layer, `(m, n)` or as two factors `(m, k)` and `(k, n)`, if it was collected."""
-    layer = statistics.get(name)
-    if layer is None or layer.output is None or statistics.loss_items <= 0:
-        return None
-    if layer.output.gradient is not None:
-        return statistics.mean_gradient(name)
-    sketch = layer.output.sketch
-    if sketch is None:
-        return None
-    triplets = sketch.svd(min(sketch.size, sketch.out_features, sketch.in_features), scale=1.0 / statistics.loss_items)
-    return triplets.U * triplets.S, triplets.Vh
-
-
 def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
     """What a start of rank 1 or more means, with first-order changes if the layer's gradient was collected.
 
@@ -64,16 +48,12 @@ def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: 
     # stock LoRA has B = 0 and A uniform within 1 / sqrt(n), so |A|^2 = r / 3.
     moved = m * float(a.square().sum()) + n * float(b.square().sum())
     ratio = math.sqrt(moved / (m * rank / 3))
-    gradient = _gradient(statistics, name)
-    if gradient is None:
+    layer = statistics.get(name)
+    if layer is None or not layer.has_gradient:
         return Outlook(0.0 if offset or not bool(b.any()) else None, None, ratio)
-    if isinstance(gradient, torch.Tensor):
-        a, b = a.to(gradient), b.to(gradient)
-        of_a, of_b = b.mT @ gradient, gradient @ a.mT
-    else:
-        left, right = gradient
-        a, b = a.to(left), b.to(left)
-        of_a, of_b = (b.mT @ left) @ right, left @ (right @ a.mT)
+    gradient = layer.gradient_operator()
+    of_a, of_b = gradient.transposed_times(b).mT, gradient.times(a.mT)
+    a = a.to(of_a)
     change = 0.0 if offset else scaling * float((of_a * a).sum())
     return Outlook(change, -abs(scaling) * float(of_a.abs().sum() + of_b.abs().sum()), ratio)
 

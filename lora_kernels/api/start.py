@@ -31,8 +31,6 @@ from lora_kernels.runtime.progress import progress_bars
 from lora_kernels.statistics import Statistics, Target
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.options import read_options
-from lora_kernels.statistics.store import LayerStatistics
-from lora_kernels.statistics.wants import OF_GRADIENTS
 
 
 def observed(layers: AdapterLayers) -> tuple[Sequence[Target], Mapping[str, str]]:
@@ -118,7 +116,7 @@ class Start:
     def collect(self, loader: Iterable[Any] | None, statistics: Statistics | None, options: Mapping[str, Any]) -> None:
         """Read the data, unless the method reads none or statistics are given."""
         if not self.wants:
-            self.statistics = statistics or Statistics({}, 0, 0.0, 0.0)
+            self.statistics = statistics or Statistics()
         elif statistics is not None:
             if unused := sorted(set(options) - {"progress"}):
                 raise TypeError(f"{', '.join(unused)}: options of a collection, but statistics are given")
@@ -177,7 +175,7 @@ class Start:
             sums = self.statistics[name]
             if (sums.out_features, sums.in_features) != layer.shape:
                 raise ValueError(f"statistics of layer {name} are of another shape: they come from another model")
-            if _is_reached(sums, self.wants):
+            if sums.reached(self.wants):
                 reached[name] = layer.rank
             else:
                 missed.append(name)
@@ -321,12 +319,6 @@ class Start:
     def _clock(self, step: str) -> None:
         now = time.perf_counter()
         self.seconds[step], self._lap = now - self._lap, now
-
-
-def _is_reached(layer: LayerStatistics, wants: Mapping[str, bool]) -> bool:
-    if layer.tokens <= 0 or not any(name in OF_GRADIENTS for name in wants):
-        return layer.tokens > 0
-    return layer.output is not None and float(layer.output.calls) > 0 and not layer.output.is_zero
 
 
 def _product_norm(factors: LoraFactors, scaling: float) -> float:

@@ -17,7 +17,7 @@ from lora_kernels._checks import check_number, check_range, check_type
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.gradients import Gradient
 
 OBJECTIVE = (
     "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "
@@ -80,61 +80,13 @@ class Certificate:
         return self.gradient_norm_high / self.threshold
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """The loss gradient of one layer, `(m, n)`, as the product `left right` if it comes from a sketch.
-
-    Attributes:
-        left: `(m, n)`, or `(m, k)`.
-        right: `(k, n)`, or `None`.
-        error: a bound on the spectral norm of the sketch's error, with probability `CONFIDENCE`.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor | None = None
-    error: float = 0.0
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """G x."""
-        x = x.to(self.left)
-        return self.left @ x if self.right is None else self.left @ (self.right @ x)
-
-    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
-        """G^T y."""
-        product = self.left.mT @ y.to(self.left)
-        return product if self.right is None else self.right.mT @ product
-
-    def norm(self) -> tuple[float, float, float]:
-        """The spectral norm, and bounds from below and above."""
-        if self.right is None:
-            bracket = spectral_norm(self.left)
-            return bracket.value, bracket.value, bracket.upper
-        value = float(torch.linalg.vector_norm(self.left, dim=0).max()) if self.left.numel() else 0.0
-        return value, max(0.0, value - self.error), value + self.error
-
-
-def gradient_of(statistics: Statistics, name: str) -> Gradient | None:
-    """The mean loss gradient of a layer, if it was collected.
-
-    Args:
-        statistics: with the weight gradient, exact or sketched.
-        name: the layer.
-
-    Returns:
-        The gradient; `None` if the data or its loss never reached the layer.
-    """
-    layer = statistics.get(name)
-    if layer is None or layer.output is None or statistics.loss_items <= 0 or float(layer.output.calls) == 0:
-        return None
-    if layer.output.gradient is not None:
-        return Gradient(statistics.mean_gradient(name))
-    sketch = layer.output.sketch
-    if sketch is None:
-        return None
-    size = min(sketch.size, sketch.out_features, sketch.in_features)
-    svd = sketch.svd(size, scale=1.0 / statistics.loss_items)
-    assert svd.error is not None  # sketches carry probes
-    return Gradient(svd.U * svd.S, svd.Vh, float(svd.error))
+def _norm(gradient: Gradient) -> tuple[float, float, float]:
+    """The spectral norm, and bounds from below and above."""
+    if gradient.right is None:
+        found = spectral_norm(gradient.left)
+        return found.value, found.value, found.upper
+    value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
+    return value, max(0.0, value - gradient.error), value + gradient.error
 
 
 @without_autocast()
@@ -168,11 +120,9 @@ def certify(
             f"layer {adapter.name} has weight_decay {weight_decay!r} and scaling {adapter.scaling!r}, "
             "but both must be finite and not zero for a certificate"
         )
-    n = gradient.left.shape[1] if gradient.right is None else gradient.right.shape[1]
-    if (gradient.left.shape[0], n) != spectrum.shape:
+    if gradient.shape != spectrum.shape:
         raise ValueError(
-            f"the gradient of layer {adapter.name} has shape {(gradient.left.shape[0], n)}, "
-            f"but must have shape {spectrum.shape}"
+            f"the gradient of layer {adapter.name} has shape {gradient.shape}, but must have shape {spectrum.shape}"
         )
     parts = (("A", adapter.a), ("B", adapter.b), ("the gradient", gradient.left), ("the gradient", gradient.right))
     for what, part in parts:
@@ -181,7 +131,7 @@ def certify(
                 f"{what} of layer {adapter.name} has entries that are NaN or infinite, or no entries (meta)"
             )
     threshold = weight_decay / abs(adapter.scaling)
-    value, low, high = gradient.norm()
+    value, low, high = _norm(gradient)
     alignment = None
     if spectrum.numerical_rank:
         u, _, v = directions(adapter, spectrum.numerical_rank)

@@ -13,7 +13,7 @@ from lora_kernels.init.factors import LoraFactors
 from lora_kernels.statistics import Statistics
 from tests.statistics.models import padded, samples, tiny_llama
 
-EMPTY = Statistics({}, 0, 0.0, 0.0)
+EMPTY = Statistics()
 
 
 def wrapped(**changes):

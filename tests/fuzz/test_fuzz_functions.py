@@ -63,9 +63,9 @@ RESULTS = {
     "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "ExportedLayer",
     "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
-    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputStatistics", "Overlap", "Plan",
+    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
     "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "Verdict", "VerifyReport",
-    "WeightNorms",
+    "FisherDiagonal", "WeightGradient", "WeightNorms",
 }  # fmt: skip
 ELSEWHERE = {
     "Statistics": "tests/fuzz/test_fuzz_files.py: load",
@@ -77,7 +77,6 @@ ELSEWHERE = {
     "InitMethod": "a protocol",
     "LandscapeCallback": "called by transformers",
     "LoraDashCallback": "called by transformers",
-    "gradient_of": "takes statistics, which have no other maker than collect",
     "LoraPro": "by create_lora_pro_optimizer",
     "LoraTSD": "by LoraDash and TaskDirections",
     "tune": "measures for seconds; tests/test_tuning.py",

@@ -10,7 +10,7 @@ from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
-EMPTY = Statistics({}, 0, 0.0, 0.0)
+EMPTY = Statistics()
 NAME = "model.layers.1.mlp.down_proj"
 
 
@@ -53,8 +53,8 @@ def test_the_gradient_step_is_the_one_of_the_statistics():
     name = f"base_model.model.{NAME}"
     layer, weight = stats[name], model.get_submodule(name).get_base_layer().weight.detach().double()
     second = layer.input.covariance(center=False) + 1e-6 * torch.eye(layer.in_features)
-    fisher = layer.output.fisher.double() / layer.output.tokens + 1e-6
-    update = -(stats.mean_gradient(name).double() / fisher.unsqueeze(1)) @ torch.linalg.inv(second)
+    fisher = layer.sums["fisher"].total.double() / layer.sums["fisher"].tokens + 1e-6
+    update = -(stats[name].gradient().double() / fisher.unsqueeze(1)) @ torch.linalg.inv(second)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     rates = torch.einsum("mk,mn,kn->k", u, update, vh).abs() / (s + 1e-6 * s[0])
     before = model(**batches[0]).logits

@@ -46,8 +46,7 @@ def bits(stats):
     return digest(
         value.tril() if name in sums.triangular else value
         for layer in stats.values()
-        for sums in (layer.input, layer.output)
-        if sums is not None
+        for sums in layer.sums.values()
         for name, value in sums.tensors().items()
     )
 
