@@ -2,18 +2,17 @@
 
 Two parts, both of which go on from the record (`learning_rate.json`) where they were interrupted:
 
-- `minilm`: the sweeps of the quality studies (`quality_docstrings.json`, `quality_banking77.json`) and of the demo
-  (`demo_rates.json`) say which rate trained each arm best on validation texts. Here the line of each of these arms is
-  measured from the same start: the study's model, seed, order of batches and number of initialisation batches. Where
-  the study's head has a rate of its own the head is frozen while the line is measured.
+- `minilm`: the sweeps of the quality studies (`quality_docstrings.json`, `quality_banking77.json`) say which rate trained
+  each arm best on validation texts. Here the line of each of these arms is measured from the same start: the study's
+  model, seed, order of batches and number of initialisation batches. The head, which has a rate of its own, is frozen
+  while the line is measured.
 - `smollm2`: SmolLM2-135M-Instruct with LoRA (rank 8, alpha 8) on all linear layers, AdamW at a constant rate; for each
   arm the line, and the held-out loss after a few steps at each rate. Tasks: answers of GSM8K (`--gsm8k FOLDER`, with
   train.jsonl and test.jsonl), and docstrings of the standard library as plain text.
 
 The best rate of a sweep is the lowest point of the parabola, in the logarithm of the rate, through its best rate and
-the two neighbours.
-The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer is
-calibrated on the docstrings (MiniLM) alone; the others are the test of it.
+the two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer
+is calibrated on the docstrings (MiniLM) alone; the others are the test of it.
 """
 
 from __future__ import annotations
@@ -98,12 +97,12 @@ def _line(model: Any, loader: Any, optimizer: str) -> dict[str, Any]:
 def minilm(record: Record, banking77: Path | None) -> None:
     """Measure the lines of the arms whose sweeps are recorded."""
     torch.set_num_threads(1)
-    folders = {CALIBRATION: None, "demo_rates": None} | ({"quality_banking77": banking77} if banking77 else {})
+    folders = {CALIBRATION: None} | ({"quality_banking77": banking77} if banking77 else {})
     for name, folder in folders.items():
         sweep = json.loads((records.RESULTS / f"{name}.json").read_text())
         protocol = study.Protocol() if folder is not None else study.SHORT
         worker = study.Worker(study.Setup(data=folder, protocol=protocol))
-        inputs, own_head = worker.inputs["tune"], name != "demo_rates"
+        inputs = worker.inputs["tune"]
         for arm, tuning in sweep["tuning"].items():
             key = f"minilm/{name}/{arm}"
             if arm == "lora_dash" or key in record.entries:  # LoRA-Dash starts as random LoRA does
@@ -115,7 +114,7 @@ def minilm(record: Record, banking77: Path | None) -> None:
                 options = {"max_batches": INIT_BATCHES, "progress": False, "suggest_rate": False}
                 lk.initialize(model, loader, method=run.method, **options)
             for parameter_name, parameter in model.named_parameters():
-                if own_head and ".modules_to_save." in parameter_name:
+                if ".modules_to_save." in parameter_name:
                     parameter.requires_grad_(False)
             entry = _line(model, inputs.loader(run), OPTIMIZERS.get(arm, "adamw"))
             record.put(key, {**entry, "losses": {k: v for k, v in tuning["losses"].items() if v is not None}})

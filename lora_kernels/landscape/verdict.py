@@ -30,7 +30,7 @@ class Thresholds:
         alignment: largest `Certificate.alignment` at a minimum.
         full_rank: smallest share of the adapter's rank at which the numerical rank counts as full.
         loud_share: smallest `|s B A|_2 / |W|_2` at which an update counts as large whatever the gradient is: the
-            geometric mean of the largest share in a sound run of the demo and the smallest at 100 times its rate.
+            geometric mean of the largest share in a sound run of MiniLM-L6 and the smallest at 100 times its rate.
 
     Raises:
         TypeError: if a threshold is not a number.
