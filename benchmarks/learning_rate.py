@@ -2,10 +2,10 @@
 
 Two parts, both of which go on from the record (`learning_rate.json`) where they were interrupted:
 
-- `minilm`: the sweeps of the quality studies (`quality_docstrings.json`, `quality_banking77.json`) say which rate trained
-  each arm best on validation texts. Here the line of each of these arms is measured from the same start: the study's
-  model, seed, order of batches and number of initialisation batches. The head, which has a rate of its own, is frozen
-  while the line is measured.
+- `minilm`: the sweeps of the quality studies (`quality_docstrings.json`, `quality_banking77.json`) say which rate
+  trained each arm best on validation texts. Here the line of each of these arms is measured from the same start: the
+  study's model, seed, order of batches and number of initialisation batches. The head, which has a rate of its own, is
+  frozen while the line is measured.
 - `smollm2`: SmolLM2-135M-Instruct with LoRA (rank 8, alpha 8) on all linear layers, AdamW at a constant rate; for each
   arm the line, and the held-out loss after a few steps at each rate. Tasks: answers of GSM8K (`--gsm8k FOLDER`, with
   train.jsonl and test.jsonl), and docstrings of the standard library as plain text.
