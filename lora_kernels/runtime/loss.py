@@ -68,6 +68,10 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
             ones. `auto`: `next_tokens` for transformers models with the loss type ForCausalLM; else `tokens` if
             `batch["labels"]` are integers `(batch, tokens)`; else `samples`. Or a function of the batch that returns
             the counts.
+
+    Raises:
+        ValueError: if the reduction is unknown, labels are needed and missing, or a function's counts have another
+            shape.
     """
     if not callable(reduction):
         check_choice("reduction", reduction, REDUCTIONS)
