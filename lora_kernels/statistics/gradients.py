@@ -122,6 +122,6 @@ def add_gradient_and_fisher(
         None if fisher is None else fisher.total,
         as_rows(g, dtype),
         None if gradient is None or x is None else as_rows(x, dtype),
-        weight=factors,
+        weight=None if gradient is None else factors,
         fisher_weight=None if fisher is None else squared,
     )

@@ -108,6 +108,8 @@ class Observer:
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._model = model
         self._towers = Towers(model)
+        reductions = (getattr(module, "_get_feature_vector_attention_mask", None) for module in model.modules())
+        self._to_frames: Callable[[int, torch.Tensor], torch.Tensor] | None = next(filter(None, reductions), None)
         self._in_decoder = False
         self._encoder_storage: set[int] = set()
         self._sequences: dict[str, str] = {}
@@ -172,6 +174,9 @@ class Observer:
         sequence = self._sequence(name, x)
         mask = {"tokens": self.weights.tokens, "decoder": self.weights.decoder}.get(sequence)
         weight, fits = align(mask, tokens)
+        if not fits and mask is not None and self._to_frames is not None and x.dim() == 3:
+            # A mask of an audio model's samples, as that of its frames.
+            weight, fits = align(self._to_frames(x.shape[1], mask), x.shape[:-1])
         if not fits:
             shape = None if mask is None else tuple(mask.shape)
             self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Inputs of the sequence that masks are of; other floating-point inputs (pixel_values, input_features) have rows of
-# their own.
+# Inputs of the sequence that masks are of, and those of a mask's shape (sound); other floating-point inputs
+# (pixel_values, input_features) have rows of their own.
 _SEQUENCE = ("inputs_embeds", "attention_mask", "labels")
 
 
@@ -49,16 +49,18 @@ class Towers:
         self._shapes.clear()
         if not isinstance(batch, Mapping):
             return
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        masks = {value.shape for key, value in tensors.items() if str(key).endswith("attention_mask")}
         others = {
             key
-            for key, value in batch.items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not str(key).endswith(_SEQUENCE)
+            for key, value in tensors.items()
+            if value.is_floating_point() and not str(key).endswith(_SEQUENCE) and value.shape not in masks
         }
         for key in others:
             self._remember(batch[key])
             # The model may convert it to its own dtype first.
             self._shapes |= {batch[key].shape} if batch[key].dim() > 2 else set()
-        rest = [value for key, value in batch.items() if key not in others and isinstance(value, torch.Tensor)]
+        rest = [value for key, value in tensors.items() if key not in others]
         self._sequence = {value.untyped_storage()._cdata for value in rest}
         if others and not self._handles:
             for name, module in self._model.named_modules():
