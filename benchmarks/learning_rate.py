@@ -1,4 +1,4 @@
-"""Does `lk.suggest_learning_rate` find the rates that sweeps find? `python -m benchmarks.learning_rate --banking77 FOLDER`.
+"""Does `lk.suggest_learning_rate` find the rates that sweeps find? `python -m benchmarks.learning_rate`.
 
 Two parts, both of which go on from the record (`learning_rate.json`) where they were interrupted:
 
@@ -10,8 +10,8 @@ Two parts, both of which go on from the record (`learning_rate.json`) where they
   arm the line, and the held-out loss after a few steps at each rate. Tasks: answers of GSM8K (`--gsm8k FOLDER`, with
   train.jsonl and test.jsonl), and docstrings of the standard library as plain text.
 
-The best rate of a sweep is the lowest point of the parabola, in the logarithm of the rate, through its best rate and the
-two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer is
+The best rate of a sweep is the lowest point of the parabola, in the logarithm of the rate, through its best rate and
+the two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer is
 calibrated on the docstrings (MiniLM) alone; the others are the test of it.
 """
 

@@ -97,8 +97,7 @@ def _init(options: argparse.Namespace) -> int:
     peft_model = get_peft_model(model, config)
     sizes = options.batch_size, options.max_length
     batches = transformers.task_batches(model, tokenizer, task, texts, labels, *sizes)
-    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint")
-    names += ("learning_rate", "suggest_rate", "optimizer")
+    names = ["max_batches", "max_tokens", "budget", "form", "checkpoint", "learning_rate", "suggest_rate", "optimizer"]
     chosen = {name: getattr(options, name) for name in names}
     try:
         report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)

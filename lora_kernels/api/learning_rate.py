@@ -132,7 +132,8 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
         start: the loss at 0.
 
     Returns:
-        The losses by rate, 0 included; the rate (a parabola's, through the lowest of the points and its neighbours); or `None` and why there is none.
+        The losses by rate, 0 included; the rate (a parabola's, through the lowest of the points and its neighbours); or
+        `None` and why there is none.
     """
     points: dict[float, float] = {}
 
@@ -161,7 +162,7 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
 
 
 def _rate(index: float) -> float:
-    return _FIRST * 10.0 ** (index / _PER_DECADE)
+    return _FIRST * math.pow(10.0, index / _PER_DECADE)
 
 
 def _vertex(left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]) -> float:
@@ -229,7 +230,7 @@ class _Probe:
                     self.forward_passes, self.backward_passes = self.forward_passes + 1, self.backward_passes + 1
                     counted += items
                     if not total.requires_grad:
-                        raise ValueError("the loss depends on no parameter that is trained (adapters disabled, merged?)")
+                        raise ValueError("the loss depends on no trained parameter (are the adapters merged?)")
                     parts = torch.autograd.grad(total, self.parameters, allow_unused=True)
                     for have, part in zip(sums, parts, strict=True):
                         if part is not None:
@@ -276,7 +277,7 @@ def _lora_pro_step(
     mode: Any, values: Mapping[int, torch.Tensor], gradients: Mapping[int, torch.Tensor], pairs: Sequence[Any]
 ) -> dict[int, torch.Tensor]:
     """The first step of LoRA-Pro per unit of rate, by the optimizer itself on copies; one pair at a time."""
-    steps = {}
+    steps: dict[int, torch.Tensor] = {}
     for a, b, scaling in pairs:
         keys = id(a), id(b)
         before = [values[key].detach().to(gradients[key].dtype) for key in keys]

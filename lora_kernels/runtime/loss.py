@@ -114,7 +114,11 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
 
 
 def summed_loss(
-    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None, loss: Loss | None, reduction: Reduction
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    loss: Loss | None,
+    reduction: Reduction,
 ) -> tuple[torch.Tensor, float]:
     """The sum of the losses of a batch's items, and their number; the model is not called where that is 0."""
     items = float(loss_items(model, batch, reduction).sum())

@@ -1,4 +1,4 @@
-"""`lk.suggest_learning_rate`: lines whose lowest point is known, first steps against the optimizers' own, and what stays."""
+"""`lk.suggest_learning_rate`: lines whose lowest point is known, the optimizers' own steps, and what stays."""
 
 import json
 import math
@@ -323,8 +323,8 @@ def test_what_is_refused():
         lk.suggest_learning_rate(model, data, loss=lambda outputs, _: outputs.loss + (outputs.loss * 0).sqrt())
     with pytest.raises(ValueError, match="no parameter requires a gradient"), model.disable_adapter():
         lk.suggest_learning_rate(model, data)
-    with pytest.raises(ValueError, match="depends on no parameter"):
-        lk.suggest_learning_rate(model, data, forward=lambda module, batch: module.get_base_model().lm_head.weight.mean())
+    with pytest.raises(ValueError, match="depends on no trained parameter"):
+        lk.suggest_learning_rate(model, data, forward=lambda module, _: module.get_base_model().lm_head.weight.mean())
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         lk.suggest_learning_rate(tiny_llama().requires_grad_(False), data)
 
