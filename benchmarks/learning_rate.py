@@ -11,8 +11,8 @@ Two parts, both of which go on from the record (`learning_rate.json`) where they
   train.jsonl and test.jsonl), and docstrings of the standard library as plain text.
 
 The best rate of a sweep is the lowest point of the parabola, in the logarithm of the rate, through its best rate and
-the two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer is
-calibrated on the docstrings (MiniLM) alone; the others are the test of it.
+the two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer
+is calibrated on the docstrings (MiniLM); the other tasks are the test of it.
 """
 
 from __future__ import annotations
@@ -179,6 +179,11 @@ def smollm2(record: Record, tasks: Mapping[str, Path | None]) -> None:
         ]
         pad = tokenizer.pad_token_id
         train, test = _batches(rows[0], STEPS, pad), _batches(rows[1], HELD_OUT, pad)
+        for arm in ARMS:
+            key = f"smollm2/{task}/{arm}"
+            if "turn" not in record.entries.get(key, {}):
+                record.put(key, _line(_started(arm, train), train, "adamw"))
+                records.CONSOLE.print(key, record.entries[key]["turn"], highlight=False)
         for rate in sorted(RATES, key=lambda rate: abs(math.log(rate / 1e-3))):
             for arm in ARMS:
                 key = f"smollm2/{task}/{arm}"
@@ -195,11 +200,6 @@ def smollm2(record: Record, tasks: Mapping[str, Path | None]) -> None:
                 losses = {**losses, str(rate): _held_out(model, test)}
                 record.put(key, {"losses": losses, "steps": STEPS, "batch": BATCH, "length": LENGTH})
                 records.CONSOLE.print(key, rate, losses[str(rate)], highlight=False)
-        for arm in ARMS:
-            key = f"smollm2/{task}/{arm}"
-            if "turn" not in record.entries[key]:
-                record.put(key, _line(_started(arm, train), train, "adamw"))
-                records.CONSOLE.print(key, record.entries[key]["turn"], highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "minilm" in options.parts:
         minilm(record, options.banking77)
     if "smollm2" in options.parts:
-        smollm2(record, {"docstrings": None, **({"gsm8k": options.gsm8k} if options.gsm8k else {})})
+        smollm2(record, {**({"gsm8k": options.gsm8k} if options.gsm8k else {}), "docstrings": None})
     return 0
 
 

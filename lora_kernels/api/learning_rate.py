@@ -45,6 +45,7 @@ _FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
 _LEAST_FALL = 1e-4
 # How far the first step goes before the gradient of factors is asked for that had none (A, while B = 0).
 _SECOND_STEP = 1e-4
+_NO_FALL = "no rate lowers the loss of batches other than the step's (larger or more batches have less noise)"
 _EPS = 1e-8  # of AdamW, and of LoRA-Pro
 
 
@@ -151,7 +152,7 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
         while _LOWEST <= best + way <= _HIGHEST and measured(best + way) < measured(best):
             best += way
     if not measured(best) < start - _LEAST_FALL * abs(start):
-        return {0.0: start, **points}, None, "no rate lowers the loss"
+        return {0.0: start, **points}, None, _NO_FALL
     if best in (_LOWEST, _HIGHEST):
         reason = f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
         return {0.0: start, **points}, None, reason
@@ -314,11 +315,12 @@ def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Seq
     return [second if is_idle else first for first, second, is_idle in zip(steps, later, idle, strict=True)]
 
 
-def _read(data: Iterable[Any], count: int) -> list[Any]:
-    """The first batches."""
-    batches = list(itertools.islice(data, count))
+def _read(data: Iterable[Any], count: int, device: torch.device) -> tuple[list[Any], list[Any]]:
+    """The first batches: one half for the step, the other for the loss; of one alone both."""
+    batches = [to_device(batch, device) for batch in itertools.islice(data, count)]
     raise_together(None if batches else ValueError("data is empty: it yielded no batch"))
-    return batches
+    half = (len(batches) + 1) // 2
+    return batches[:half], batches[half:] or batches
 
 
 def advise(
@@ -341,16 +343,16 @@ def suggest_learning_rate(
     data: Iterable[Any],
     *,
     optimizer: str = "adamw",
-    batches: int = 4,
+    batches: int = 8,
     forward: Forward | None = None,
     loss: Loss | None = None,
     reduction: Reduction = "auto",
 ) -> LearningRateAdvice:
     """Suggest a learning rate for what a model trains, from where it stands.
 
-    The optimizer's first step is computed from the gradient of the first batches, and their loss is measured along it,
-    at about eight rates. The suggestion is a share of the rate at which this line turns, one share for each optimizer
-    (docs/learning_rate.md). The model runs in evaluation mode, and is left as it was to the bit.
+    The optimizer's first step is computed from the gradient of some batches, and the loss of others is measured along
+    it, at about eight rates. The suggestion is a share of the rate at which this line turns, one share for each
+    optimizer (docs/learning_rate.md). The model runs in evaluation mode, and is left as it was to the bit.
 
     Args:
         model: with what it trains in place: every parameter that requires a gradient is moved, as in training
@@ -358,8 +360,7 @@ def suggest_learning_rate(
             processes.
         data: yields batches, of the size that training has; only the first ones are read.
         optimizer: `adamw`, `lora_pro` (mode `efficient`) or `lora_pro_full`.
-        batches: how many of them, on each process. The fewer there are, the more of the fall of the loss is these
-            batches' own, and the farther away is the turn.
+        batches: how many of them, on each process: one half for the gradient, the other for the loss.
         forward: as in `CollectOptions`.
         loss: as in `CollectOptions`.
         reduction: as in `CollectOptions`.
@@ -383,16 +384,15 @@ def suggest_learning_rate(
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []
     with observation_mode(model, gradients=True):
-        device = model_device(model)
-        read = [to_device(batch, device) for batch in _read(data, batches)]
-        start = probe.loss(read)
+        of_step, of_loss = _read(data, batches, model_device(model))
+        start = probe.loss(of_loss)
         if not math.isfinite(start):
             raise ValueError(f"the loss is {start} before any step, but must be finite")
-        direction = _direction(probe, optimizer, pairs, read)
+        direction = _direction(probe, optimizer, pairs, of_step)
 
         def loss_at(rate: float) -> float:
             with probe.moved(rate, direction):
-                return probe.loss(read)
+                return probe.loss(of_loss)
 
         points, turn, reason = find_turn(loss_at, start)
     share = _SHARES[optimizer]
@@ -404,7 +404,7 @@ def suggest_learning_rate(
         high=high,
         turn=turn,
         line=tuple(sorted(points.items())),
-        batches=len(read) if world_size() == 1 else sum(gather(len(read))),
+        batches=len(of_loss) if world_size() == 1 else sum(gather(len(of_loss))),
         forward_passes=probe.forward_passes,
         backward_passes=probe.backward_passes,
         seconds=time.perf_counter() - started,
