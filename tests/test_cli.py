@@ -55,6 +55,17 @@ def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, ca
     assert "must be a new or empty folder" in capsys.readouterr().err
 
 
+def test_init_prints_a_learning_rate(folder, text, tmp_path, capsys):
+    command = ["init", "--model", str(folder), "--data", str(text), "--rank", "2", "--batch-size", "2", "--out"]
+    assert cli.main([*command, str(tmp_path / "one"), "--optimizer", "lora_pro"]) == 0
+    assert "learning rate for lora_pro: " in " ".join(capsys.readouterr().out.split())
+    advice = json.loads((tmp_path / "one" / "report.json").read_text())["learning_rate"]
+    assert advice["optimizer"] == "lora_pro" and len(advice["line"]) > 3
+    assert cli.main([*command, str(tmp_path / "two"), "--no-rate"]) == 0
+    assert "learning rate for" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["learning_rate"] is None
+
+
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([[2, 4, 6, 8, 2, 10]])).logits

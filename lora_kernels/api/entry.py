@@ -170,7 +170,7 @@ def initialize(
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
             start.
         suggest_rate: measure a learning rate from the new start on the loader's first batches, which are read again
-            (four batches: about forty forward and four to eight backward passes; see `suggest_learning_rate`). Without
+            (eight of them: about forty forward and four to eight backward passes; see `suggest_learning_rate`). Without
             a loss, a loader that can be read again, or memory for a backward pass the report says why there is none.
         optimizer: that you are going to train with, for that rate: `adamw`, `lora_pro` or `lora_pro_full`.
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`

