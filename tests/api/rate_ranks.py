@@ -19,10 +19,10 @@ def wrapped():
 
 def main(out):
     rank = distributed.get_rank()
-    mine = padded(samples(16), 2)[rank::2]  # every other batch
+    mine = (2 * padded(samples(8), 2))[rank::2]  # every other batch
     kept = lk.suggest_learning_rate(DistributedDataParallel(wrapped()), mine).to_dict()
     report = lk.initialize(wrapped(), mine if rank == 0 else mine[:2], progress=False, suggest_rate=True)
-    assert report.learning_rate.rate is not None, report.learning_rate.reason
+    assert report.learning_rate.line, report.learning_rate.reason
     with pytest.raises(RuntimeError if rank == 0 else ValueError, match="yielded no batch"):
         lk.suggest_learning_rate(wrapped(), mine if rank == 0 else [])
 
