@@ -269,7 +269,7 @@ class Start:
         """Suggest a learning rate from the loss along the first step of training."""
         if self.suggest_rate:
             self.rate_advice = advise(self.model, loader, self.optimizer, options)
-        self._clock("rate")
+            self._clock("rate")
 
     def report(self) -> InitReport:
         """What was done, with warnings about the learning rate."""

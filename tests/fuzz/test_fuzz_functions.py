@@ -63,7 +63,7 @@ RESULTS = {
     "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "ExportedLayer",
     "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
-    "LayerReport", "LayerStatistics", "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
+    "LayerReport", "LayerStatistics", "LearningRateAdvice", "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
     "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "Verdict", "VerifyReport",
     "FisherDiagonal", "WeightGradient", "WeightNorms",
 }  # fmt: skip
@@ -76,6 +76,8 @@ ELSEWHERE = {
     "Target": "an argument of make_plan",
     "InitMethod": "a protocol",
     "LandscapeCallback": "called by transformers",
+    "LearningRateCallback": "called by transformers",
+    "suggest_learning_rate": "tests/api/test_learning_rate.py: takes a model and its data",
     "LoraDashCallback": "called by transformers",
     "LoraPro": "by create_lora_pro_optimizer",
     "LoraTSD": "by LoraDash and TaskDirections",
