@@ -63,7 +63,8 @@ RESULTS = {
     "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "ExportedLayer",
     "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
-    "LayerReport", "LayerStatistics", "LearningRateAdvice", "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
+    "LayerReport", "LayerStatistics", "LearningRateAdvice",
+    "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
     "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "Verdict", "VerifyReport",
     "FisherDiagonal", "WeightGradient", "WeightNorms",
 }  # fmt: skip
