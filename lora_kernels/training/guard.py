@@ -98,12 +98,12 @@ class Guard:
             name: _problem([float(self.seen[id(factor)]) for factor in pair if id(factor) in self.seen])
             for name, pair in self.pairs.items()
         }
-        narrow = {
-            id(factor): f"{which} of {name}"
+        narrow = [
+            (factor, f"{which} of {name}")
             for name, pair in self.pairs.items()
             for which, factor in zip("AB", pair, strict=True)
             if factor.dtype in NARROW
-        }
+        ]
         self.close()
         bad = {name: problem for name, problem in problems.items() if problem is not None}
         if not bad:

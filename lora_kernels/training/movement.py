@@ -3,72 +3,106 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
-from weakref import WeakSet
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_kernels.runtime.modes import local
 
 STEPS = 8  # without a rise of the learning rate, before it judges
 NARROW = (torch.bfloat16, torch.float16)
-_watched: WeakSet[Optimizer] = WeakSet()
+
+Names: TypeAlias = WeakIdKeyDictionary  # of parameters, which it does not keep alive
 
 
-def trained_names(model: nn.Module) -> dict[int, str]:
-    """The names of the parameters that a model trains, by id."""
-    return {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def trained_names(model: nn.Module) -> Names:
+    """The names of the parameters that a model trains."""
+    return _names((parameter, name) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _names(pairs: Iterable[tuple[torch.Tensor, str]]) -> Names:
+    names = Names()
+    for parameter, name in pairs:
+        names[parameter] = name
+    return names
 
 
 class Movement:
-    """Compares parameters of 16 bits before and after some steps of an optimizer, and goes away.
+    """Compares parameters of 16 bits before and after some steps of an optimizer.
 
     A step of less than half the distance to the next number leaves a parameter as it is. During warm-up that is no
     fault, so steps count from the last rise of the learning rate. Entries whose gradient stays zero do not count.
+
+    Hooks of an optimizer cannot be removed while they run, if others come after them: two global ones are set once,
+    and look here.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, strict: bool) -> None:
-        """Watch those parameters of an optimizer that are in `names`, by id."""
+    watched: WeakKeyDictionary[Optimizer, Movement | None] = WeakKeyDictionary()  # `None` once it has judged
+    awaited: list[tuple[Names, bool]] = []  # names and `strict`, where the optimizer is not known yet  # noqa: RUF012
+    _handles: tuple[Any, ...] = ()
+
+    def __init__(self, names: Names, *, strict: bool) -> None:
+        """Prepare to watch those parameters of an optimizer that have names."""
         self.names, self.strict = names, strict
         self.steps, self.rate = 0, 0.0
         self.before: dict[torch.Tensor, torch.Tensor] = {}
         self.reached: dict[torch.Tensor, torch.Tensor] = {}  # entries with a gradient
-        self.handles: list[Any] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _watched.add(optimizer)
 
     @classmethod
-    def watch(cls, optimizer: Optimizer, names: Mapping[int, str], *, strict: bool = False) -> Movement | None:
-        """Watch an optimizer that holds parameters of 16 bits and is not watched yet; raise, not warn, if `strict`."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def watch(cls, optimizer: Optimizer, names: Names, *, strict: bool = False) -> None:
+        """Watch an optimizer that holds parameters of 16 bits and was not watched yet; raise, not warn, if `strict`."""
         if getattr(optimizer, "rounding", "nearest") == "stochastic":
-            return None  # entries move rarely, and in the mean as far as they should
-        narrow = any(id(parameter) in names and parameter.dtype in NARROW for parameter in parameters)
-        return cls(optimizer, names, strict=strict) if narrow and optimizer not in _watched else None
+            return  # entries move rarely, and in the mean as far as they should
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        narrow = any(parameter in names and parameter.dtype in NARROW for parameter in parameters)
+        if narrow and optimizer not in cls.watched:
+            cls.watched[optimizer] = cls(names, strict=strict)
+            cls._set_hooks()
 
     @classmethod
-    def watch_next(cls, names: Mapping[int, str], *, strict: bool) -> None:
-        """Watch whichever optimizer steps the named parameters next."""
-        found = False
+    def watch_next(cls, factors: Iterable[tuple[torch.Tensor, str]], *, strict: bool) -> None:
+        """Watch whichever optimizer steps one of these named parameters next."""
+        cls.awaited.append((_names(factors), strict))
+        cls._set_hooks()
 
-        def attach(optimizer: Optimizer, *_: Any) -> None:
-            nonlocal found
-            held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-            if not found and any(parameter in names for parameter in held):
-                found = True
-                movement = cls.watch(optimizer, names, strict=strict)
-                if movement is not None:  # (a hook may not remove itself while hooks run)
-                    movement.handles.append(handle)
+    @classmethod
+    def _set_hooks(cls) -> None:
+        if not cls._handles:
+            cls._handles = (
+                register_optimizer_step_pre_hook(cls._before_any),
+                register_optimizer_step_post_hook(cls._after_any),
+            )
 
-        handle = register_optimizer_step_pre_hook(attach)
+    @classmethod
+    def _before_any(cls, optimizer: Optimizer, *_: Any) -> None:
+        for awaited in list(cls.awaited):
+            names, strict = awaited
+            held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            if not len(names):  # the model is gone
+                cls.awaited.remove(awaited)
+            elif any(parameter in names for parameter in held):
+                cls.awaited.remove(awaited)
+                cls.watch(optimizer, names, strict=strict)
+        movement = cls.watched.get(optimizer)
+        if movement is not None:
+            movement._before_step(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    @classmethod
+    def _after_any(cls, optimizer: Optimizer, *_: Any) -> None:
+        movement = cls.watched.get(optimizer)
+        if movement is not None:
+            movement.steps += movement.rate > 0
+            if movement.steps >= STEPS:
+                cls.watched[optimizer] = None
+                movement._judge()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
         if rate > self.rate:
             self.rate, self.steps = rate, 0
@@ -76,7 +110,7 @@ class Movement:
             self.reached.clear()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in self.names or parameter.dtype not in NARROW or parameter.grad is None:
+                if parameter not in self.names or parameter.dtype not in NARROW or parameter.grad is None:
                     continue
                 nonzero = local(parameter.grad.detach()) != 0
                 if parameter in self.before:
@@ -84,24 +118,16 @@ class Movement:
                 else:
                     self.before[parameter], self.reached[parameter] = local(parameter.detach()).clone(), nonzero
 
-    def _after_step(self, *_: Any) -> None:
-        self.steps += self.rate > 0
-        if self.steps >= STEPS:
-            self._judge()
-
     def _judge(self) -> None:
         counts = {
             parameter: torch.stack((((local(parameter.detach()) != before) & reached).sum(), reached.sum()))
             for (parameter, before), reached in zip(self.before.items(), self.reached.values(), strict=True)
         }
-        for handle in self.handles:
-            handle.remove()
         shares = {}
         for parameter, count in counts.items():
             moved, reached = count.tolist()
             if reached:
                 shares[parameter] = moved / reached
-        self.before, self.reached, self.handles = {}, {}, []
         still = [parameter for parameter, share in shares.items() if share < 0.5]
         if not still:
             return
@@ -110,7 +136,7 @@ class Movement:
         message = (
             f"rounding to {dtype} swallows the optimizer's steps: {len(still)} of {len(shares)} trained parameters "
             f"moved in fewer than half of their entries in {STEPS} steps at a learning rate of {self.rate:.3g} (least: "
-            f"{self.names[id(first)]}, {100 * shares[first]:.0f} %). Train the adapter in float32 "
+            f"{self.names[first]}, {100 * shares[first]:.0f} %). Train the adapter in float32 "
             "(autocast_adapter_dtype=True in PEFT), raise the rate, or let "
             'lora_kernels.create_lora_pro_optimizer(..., rounding="stochastic") round bfloat16'
         )

@@ -10,7 +10,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.training.lora_pro import lora_pro_cls_and_kwargs
 from lora_kernels.training.lora_pro.update import Rounding
-from lora_kernels.training.movement import STEPS
+from lora_kernels.training.movement import STEPS, Movement
 from tests.statistics.models import padded, samples
 from tests.training.test_accelerate import wrapped
 
@@ -39,6 +39,11 @@ def magnitudes(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if "magnitude" in name}
 
 
+@pytest.fixture(autouse=True)
+def _nothing_awaited():
+    Movement.awaited.clear()
+
+
 def parts(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -58,7 +63,7 @@ def test_any_optimizer_of_an_accelerated_model_is_watched():
     optimizer = torch.optim.AdamW(parts(model), lr=1e-6)
     messages = swallowed(model, optimizer, [1e-6] * 20)
     assert len(messages) == 1 and (" A of " in messages[0] or " B of " in messages[0])
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert Movement.watched[optimizer] is None and not Movement.awaited  # it has judged, and holds no copies
     strict = half()
     lk.accelerate(strict, strict=True)
     with pytest.raises(RuntimeError, match="swallows"):
@@ -77,12 +82,12 @@ def test_warm_up_is_waited_for():
     lk.accelerate(model)
     rising = [1e-7 * 2**step for step in range(18)]  # up to 0.013
     assert not swallowed(model, optimizer, rising + [rising[-1]] * STEPS)
-    assert not optimizer._optimizer_step_pre_hooks  # it has judged
+    assert Movement.watched[optimizer] is None  # it has judged
 
 
 def test_float32_is_not_watched_and_unused_entries_do_not_count():
     model = wrapped()
-    assert not lk.create_lora_pro_optimizer(model, lr=1e-9)._optimizer_step_pre_hooks
+    assert lk.create_lora_pro_optimizer(model, lr=1e-9) not in Movement.watched
     embedding = half(target_modules=["embed_tokens"])  # most tokens are not in the batch
     assert not swallowed(embedding, lk.create_lora_pro_optimizer(embedding, lr=1e-2), [1e-2] * STEPS)
 
@@ -96,8 +101,29 @@ def test_another_optimizer_is_left_alone():
     optimizer = torch.optim.SGD([other], lr=1e-9)
     for _ in range(2 * STEPS):
         optimizer.step()
-    assert not optimizer._optimizer_step_pre_hooks
+    assert optimizer not in Movement.watched and len(Movement.awaited) == 1
+    del model
     gc.collect()
+    optimizer.step()
+    assert not Movement.awaited  # the model is gone
+
+
+def test_hooks_that_others_set_later_run_as_well():
+    model, ran = half(), []
+    optimizer = lk.create_lora_pro_optimizer(model, lr=1e-6)
+    optimizer.register_step_pre_hook(lambda *_: ran.append("before"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("after"))
+    assert len(swallowed(model, optimizer, [1e-6] * (STEPS + 2))) == 1
+    assert ran == ["before", "after"] * (STEPS + 2)
+
+
+def test_models_that_are_accelerated_again_and_again_leave_no_hooks_behind():
+    model = half()
+    for _ in range(3):
+        lk.accelerate(model)
+        swallowed(model, torch.optim.AdamW(parts(model), lr=1e-2), [1e-2] * 2)
+        assert not Movement.awaited
+    assert len(Movement._handles) == 2
 
 
 def test_stochastic_rounding_keeps_the_mean_and_special_numbers():
