@@ -479,7 +479,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = given.pop("command")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     groups = [
-        {**config.defaults, **{each.name: given.pop(each.name) for each in fields(config.kind) if each.name in given}}
+        {
+            **config.defaults,
+            **{option.name: given.pop(option.name) for option in fields(config.kind) if option.name in given},
+        }
         for config in configs
     ]
     try:

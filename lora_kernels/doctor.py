@@ -44,12 +44,12 @@ def _measured_forms() -> Table:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the problem is in the table
         tables = forms.tables()
-    for path, counts in tables.found.items():
+    for path, counts in tables.counts.items():
         rows.add_row(str(path), *map(str, counts), "")
     for path, problem in tables.problems.items():
         rows.add_row(str(path), "0", "", "", problem)
     mine = table.cache_file()
-    if mine not in tables.found and mine not in tables.problems:
+    if mine not in tables.counts and mine not in tables.problems:
         rows.add_row(str(mine), "0", "", "", "not there: `lora-kernels tune` writes it")
     return rows
 

@@ -90,8 +90,8 @@ class Report(Printed):
     def to_dict(self) -> dict[str, object]:
         """Plain Python values; NaN becomes `None`."""
         fields: Any = asdict(self)  # type: ignore[call-overload]
-        made: dict[str, object] = plain(fields)  # type: ignore[assignment]
-        return made
+        values: dict[str, object] = plain(fields)  # type: ignore[assignment]
+        return values
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as strict JSON.
@@ -115,9 +115,9 @@ def plain(value: object) -> object:
         The same tree.
     """
     if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

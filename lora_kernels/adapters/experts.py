@@ -2,9 +2,9 @@
 
 PEFT adapts a parameter `(experts, ...)` as one layer, a `ParamWrapper`, and keeps the factors of all experts in two
 matrices: the rows of the first are ordered by expert and rank, the columns of the second by rank and expert. Which of
-the two meets the inputs depends on the layout of the parameter and on PEFT's version. Here is the only place that
-knows; `ExpertLayer` is what the rest works with. While statistics are collected, a module of experts runs an
-implementation out of transformers' registry that calls each expert with the rows that go to it.
+the two meets the inputs depends on the layout of the parameter and on PEFT's version. `by_expert` takes them apart for
+all experts at once, `ExpertLayer` shows one expert as a layer. While statistics are collected, a module of experts
+runs an implementation out of transformers' registry that calls each expert with the rows that go to it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,33 @@ def first_meets_inputs(wrapper: Any) -> bool:
     """Whether the first of PEFT's two matrices is the one that the inputs are multiplied by (A)."""
     base = chain_of(wrapper)[-1].base_layer
     return bool(base.is_transposed or getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(experts, r, n)` and B `(experts, m, r)` from matrices in PEFT's layout, differentiable.
+
+    Args:
+        wrapper: of a parameter of experts.
+        first: `(experts * r, .)`, as the weight of `lora_A`.
+        second: `(., r * experts)`, as that of `lora_B`.
+    """
+    experts = wrapper.num_experts
+    rank = first.shape[0] // experts
+    left = first.reshape(experts, rank, first.shape[1])
+    right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
+    return (left, right) if first_meets_inputs(wrapper) else (right.mT, left.mT)
+
+
+def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort the choices `(tokens, k)` of experts.
+
+    Returns:
+        The experts in ascending order, the place in `top_k_index` of each, and the offsets `(experts + 1,)` of the
+        experts' runs.
+    """
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    places = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
+    return ids, order, torch.searchsorted(ids, places)
 
 
 class Factor(NamedTuple):
@@ -232,8 +259,8 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
     """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
     tokens, count = top_k_index.shape
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    bounds = torch.searchsorted(ids, torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)).tolist()
+    _, order, offsets = sort_by_expert(top_k_index, module.num_experts)
+    bounds = offsets.tolist()
     rows = order // count
     layers = module.__dict__[_LAYERS]
 

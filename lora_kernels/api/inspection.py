@@ -20,8 +20,8 @@ def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) 
     limits = thresholds or Thresholds()
     adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
-    layers = tuple(LayerDiagnosis(name, each, judge(each, None, limits)) for name, each in spectra.items())
-    verdict = overall(each.verdict for each in layers)
+    layers = tuple(LayerDiagnosis(name, spectrum, judge(spectrum, None, limits)) for name, spectrum in spectra.items())
+    verdict = overall(layer.verdict for layer in layers)
     notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
     return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=notes)
 
@@ -62,7 +62,7 @@ def inspect(
     else:
         bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
-    names = (each.name.removeprefix(PREFIX) for each in folder.layers)
+    names = (layer.name.removeprefix(PREFIX) for layer in folder.layers)
     strangers = [name for name in names if name not in layers]
     if strangers:
         raise ValueError(

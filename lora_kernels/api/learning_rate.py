@@ -184,13 +184,13 @@ class _Probe:
 
     def __init__(self, model: nn.Module, forward: Forward | None, loss: Loss | None, reduction: Reduction) -> None:
         self.model, self.settings = model, (forward, loss, reduction)
-        self.parameters: Tensors = [each for each in model.parameters() if each.requires_grad]
+        self.parameters: Tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.forward_passes = self.backward_passes = 0
         if not self.parameters:
             raise ValueError("model trains nothing: no parameter requires a gradient")
-        if any(is_sharded(each) for each in self.parameters):
+        if any(is_sharded(parameter) for parameter in self.parameters):
             raise ValueError("model trains sharded parameters (FSDP2): ask for a learning rate before it is sharded")
-        if any(each.is_meta for each in self.parameters):
+        if any(parameter.is_meta for parameter in self.parameters):
             raise ValueError("model trains parameters on the meta device: load their values first")
 
     def _together(self, call: Callable[[], tuple[float, float]]) -> float:
@@ -221,7 +221,7 @@ class _Probe:
 
     def gradients(self, batches: Sequence[Any]) -> Tensors:
         """Gradients of the mean loss by all parameters, zero where it does not depend on one."""
-        sums = [torch.zeros_like(each, dtype=_wide(each)) for each in self.parameters]
+        sums = [torch.zeros_like(parameter, dtype=_wide(parameter)) for parameter in self.parameters]
         counted = 0.0
 
         def run() -> tuple[float, float]:
@@ -260,7 +260,7 @@ class _Probe:
     @contextlib.contextmanager
     def moved(self, rate: float, direction: Sequence[torch.Tensor]) -> Iterator[None]:
         """Hold the parameters a step on; their own memory is not touched, and is put back."""
-        before = [each.data for each in self.parameters]
+        before = [parameter.data for parameter in self.parameters]
         try:
             for parameter, value, step in zip(self.parameters, before, direction, strict=True):
                 parameter.data = value.to(step.dtype).add(step, alpha=rate).to(value.dtype)
@@ -300,11 +300,11 @@ def _first_step(probe: _Probe, optimizer: str, pairs: Sequence[Any], gradients: 
     steps = [_adam_step(gradient) for gradient in gradients]
     if optimizer == "adamw":
         return steps
-    by_key = {id(each): gradient for each, gradient in zip(probe.parameters, gradients, strict=True)}
+    by_key = {id(parameter): gradient for parameter, gradient in zip(probe.parameters, gradients, strict=True)}
     reached = [pair for pair in pairs if bool(by_key[id(pair[0])].any()) or bool(by_key[id(pair[1])].any())]
     mode = "full" if optimizer == "lora_pro_full" else "efficient"
-    adjusted = _lora_pro_step(mode, {id(each): each for each in probe.parameters}, by_key, reached)
-    return [adjusted.get(id(each), step) for each, step in zip(probe.parameters, steps, strict=True)]
+    adjusted = _lora_pro_step(mode, {id(parameter): parameter for parameter in probe.parameters}, by_key, reached)
+    return [adjusted.get(id(parameter), step) for parameter, step in zip(probe.parameters, steps, strict=True)]
 
 
 def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Sequence[Any]) -> Tensors:

@@ -69,8 +69,8 @@ def task_of(model: Path) -> str:
         settings = read_json(model if model.suffix == ".json" else model / "config.json")
     except ValueError:
         return "base"
-    found = settings.get("architectures") if isinstance(settings, dict) else None
-    architectures = found if isinstance(found, list) and found else ["ForCausalLM"]
+    named = settings.get("architectures") if isinstance(settings, dict) else None
+    architectures = named if isinstance(named, list) and named else ["ForCausalLM"]
     heads = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm"}
     heads["ForSequenceClassification"] = "sequence-classification"
     return next((task for end, task in heads.items() if str(architectures[0]).endswith(end)), "base")

@@ -83,8 +83,8 @@ class Certificate:
 def _norm(gradient: Gradient) -> tuple[float, float, float]:
     """The spectral norm, and bounds from below and above."""
     if gradient.right is None:
-        found = spectral_norm(gradient.left)
-        return found.value, found.value, found.upper
+        bracket = spectral_norm(gradient.left)
+        return bracket.value, bracket.value, bracket.upper
     value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
     return value, max(0.0, value - gradient.error), value + gradient.error
 

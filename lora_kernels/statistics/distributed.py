@@ -64,7 +64,7 @@ def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
     bucket: list[tuple[torch.Tensor, bool]] = []
     in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
-    def land() -> None:
+    def copy_back() -> None:
         work, flat, owners = in_flight.pop(0)
         work.wait()
         offset = 0
@@ -83,14 +83,14 @@ def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
         in_flight.append((distributed.all_reduce(flat, async_op=True), flat, list(bucket)))
         bucket.clear()
         if len(in_flight) > 1:  # one bucket travels while the next is packed
-            land()
+            copy_back()
 
     entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
     for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
         bucket += [entries[position] for position in positions]
         flush()
     while in_flight:
-        land()
+        copy_back()
 
 
 def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[int]]:
@@ -103,16 +103,16 @@ def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[in
         Positions in `sums`, one list per message.
     """
     order = sorted(range(len(sums)), key=lambda position: (str(sums[position][0]), sums[position][1]))
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     used = 0
     for position in order:
         dtype, shape = sums[position]
-        if not found or sums[found[-1][-1]][0] != dtype or used > _BUCKET:
-            found.append([])
+        if not groups or sums[groups[-1][-1]][0] != dtype or used > _BUCKET:
+            groups.append([])
             used = 0
-        found[-1].append(position)
+        groups[-1].append(position)
         used += math.prod(shape) * dtype.itemsize
-    return found
+    return groups
 
 
 def reduce_progress(progress: Progress) -> Progress:

@@ -60,7 +60,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         inner = [getattr(tensor, name) for name in flatten()[0]]
-        return [part for each in inner if isinstance(each, torch.Tensor) for part in _parts(each)]
+        return [part for value in inner if isinstance(value, torch.Tensor) for part in _parts(value)]
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         # A wrapper that does not say what it is made of: its numbers.
         try:
@@ -75,31 +75,31 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.as_subclass(torch.Tensor)]
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """In what a fingerprint differs from the expected one, in words; empty if in nothing."""
-    keys = [key for key in expected if json.loads(json.dumps(expected[key])) != found.get(key)]
+    keys = [key for key in expected if json.loads(json.dumps(expected[key])) != actual.get(key)]
     named = []
     for key in keys:
-        if key == "options" and isinstance(found.get(key), Mapping):
-            old, new = found[key], json.loads(json.dumps(expected[key]))
+        if key == "options" and isinstance(actual.get(key), Mapping):
+            old, new = actual[key], json.loads(json.dumps(expected[key]))
             named += [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in new if old.get(name) != new[name]]
         else:
             named.append(key)
     return ", ".join(named)
 
 
-def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_fingerprint(path: Path, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse a file of another model, other targets or other options.
 
     Args:
         path: the file, for the message.
-        found: its fingerprint.
+        actual: its fingerprint.
         expected: what it must be.
 
     Raises:
         ValueError: if they differ; the message says in what.
     """
-    different = differences(found, expected)
+    different = differences(actual, expected)
     if different:
         raise ValueError(f"{path} holds statistics of something else: it differs in {different}; delete or move it")
 

@@ -40,8 +40,8 @@ def _tensor(batch: Any, key: str) -> torch.Tensor | None:
 
 
 def _attention(batch: Any, key: str) -> torch.Tensor | None:
-    found = _tensor(batch, key)
-    return found != 0 if found is not None and found.dim() == 2 else None
+    mask = _tensor(batch, key)
+    return mask != 0 if mask is not None and mask.dim() == 2 else None
 
 
 def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
@@ -78,8 +78,8 @@ def token_weights(batch: Any, mask: Mask) -> torch.Tensor | None:
         return attention
     labels = _tensor(batch, "labels")
     if labels is None or labels.dim() != 2:
-        found = "none" if labels is None else f"shape {tuple(labels.shape)}"
-        raise ValueError(f"mask={mask!r} needs batch['labels'] of shape (batch, tokens), got {found}")
+        given = "none" if labels is None else f"shape {tuple(labels.shape)}"
+        raise ValueError(f"mask={mask!r} needs batch['labels'] of shape (batch, tokens), got {given}")
     counts = labels != IGNORED_LABEL
     if mask == "next_labels":
         counts = torch.nn.functional.pad(counts[:, 1:], (0, 1), value=False)

@@ -138,7 +138,7 @@ class Accumulator:
 
 
 class InputMoments(Accumulator):
-    """Sums over tokens of one input: count, sum and second moment (METHODS: `N`, `sum w x`, `sum w x x^T`).
+    """Sums over tokens of one input: count `sum w`, sum `sum w x` and second moment `sum w x x^T`.
 
     They add over batches and over processes. The second moment is kept as its lower triangle.
 

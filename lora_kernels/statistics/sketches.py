@@ -30,7 +30,7 @@ def stream_of(name: str) -> int:
 
 
 class InputSketch(Accumulator):
-    """A sketch of an input's second moment (METHODS: `sum w x (x^T Omega)`), with its first moment and its diagonal.
+    """A sketch of an input's second moment `sum w x (x^T Omega)`, with its first moment and its diagonal.
 
     Attributes:
         features: n.
@@ -149,7 +149,7 @@ def _draw(rows: int, columns: int, seed: int, stream: int, like: torch.Tensor) -
 
 
 class GradientSketch(Accumulator):
-    """A two-sided sketch of a weight gradient G (METHODS): `G Omega` and `Psi G`.
+    """A two-sided sketch of a weight gradient G: `G Omega` and `Psi G`.
 
     Attributes:
         out_features: m.

@@ -42,23 +42,23 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
         return {INPUT_SECOND: False}
     if isinstance(wants, str):
         check_choice("wants", wants, STATISTICS)
-        found: Mapping[str, bool] = {wants: False}
+        exact_by_name: Mapping[str, bool] = {wants: False}
     elif isinstance(wants, HasWants):
-        found = wants.wants
-        check_type("wants.wants", found, Mapping, "a mapping")
+        exact_by_name = wants.wants
+        check_type("wants.wants", exact_by_name, Mapping, "a mapping")
     elif isinstance(wants, Mapping):
-        found = wants
+        exact_by_name = wants
     elif isinstance(wants, (Sequence, Set, Iterator)):
         names = list(wants)
         for name in names:
             check_choice("wants", name, STATISTICS)
-        found = dict.fromkeys(names, False)
+        exact_by_name = dict.fromkeys(names, False)
     else:
         raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
-    for name in found:
+    for name in exact_by_name:
         check_choice("wants", name, STATISTICS)
-    if not found:
+    if not exact_by_name:
         raise ValueError(
             f"wants is {repr_short(wants)}, which needs no statistics of data: there is nothing to collect"
         )
-    return {name: bool(found[name]) for name in STATISTICS if name in found}
+    return {name: bool(exact_by_name[name]) for name in STATISTICS if name in exact_by_name}

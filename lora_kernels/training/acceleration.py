@@ -63,9 +63,9 @@ class AccelerateReport(Printed):
 
     def summary(self) -> str:
         """One line: how many layers run on which path, and why not fused."""
-        counts = Counter(each.path for each in self.layers)
+        counts = Counter(layer.path for layer in self.layers)
         paths = ", ".join(f"{counts[path]} {path}" for path in PATHS if counts[path])
-        reasons = Counter(each.reason for each in self.layers if each.path == "eager")
+        reasons = Counter(layer.reason for layer in self.layers if layer.path == "eager")
         why = "".join(f"; eager: {reason} ({count})" for reason, count in reasons.items())
         return f"{len(self.layers)} LoRA layers: {paths}{why}"
 
@@ -76,8 +76,8 @@ class AccelerateReport(Printed):
             What rich prints.
         """
         table = Table("layer", "kind", "path", "reason", title="accelerated LoRA layers")
-        for each in self.layers:
-            table.add_row(short_name(each.name), each.kind, each.path, each.reason)
+        for layer in self.layers:
+            table.add_row(short_name(layer.name), layer.kind, layer.path, layer.reason)
         yield table
         yield Text(self.summary())
 
@@ -159,7 +159,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     gathered = _gathered(model)
     report = AccelerateReport(_paths(layers, gathered))
-    eager = [each for each in report if each.path == "eager"]
+    eager = [layer for layer in report if layer.path == "eager"]
     if strict and eager:
         raise ValueError(f"{len(eager)} layers would not be accelerated (first: {eager[0].name}: {eager[0].reason})")
     if eager:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import PRODUCTS, TRAITS, chain_of, first_meets_inputs
+from lora_kernels.adapters.experts import PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -148,8 +148,8 @@ def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
     for inner in chain[1:]:
         if is_replaced(inner):
             return f"the wrapper of {inner.parameter_name} is hooked into"
-    for each in chain:
-        reason = _wrapper_reason(each, gathered)
+    for link in chain:
+        reason = _wrapper_reason(link, gathered)
         if reason is not None:
             return reason
     return None
@@ -204,38 +204,12 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
                     with torch.inference_mode(False):  # graphs are to keep it
                         state = torch.tensor([hash((adapter, scaling)) & SEEDS])
                 mine = terms.setdefault(wrapper.parameter_name, [])
-                mine.append(Term(*factors_of(wrapper, adapter), scaling, state))
+                weights = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+                mine.append(Term(*by_expert(wrapper, *weights), scaling, state))
                 began = parts.start(wrapper, adapter)
                 if began is not None:
-                    mine.append(Term(*_by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
+                    mine.append(Term(*by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
     return terms
-
-
-def factors_of(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(experts, r, n)` and B `(experts, m, r)` of the products with a parameter, differentiable.
-
-    PEFT keeps the factors of all experts in two matrices, the rows of the first by expert and rank, the columns of the
-    second by rank and expert. Which of them meets the inputs depends on the layout of the parameter and on PEFT's
-    version.
-
-    Args:
-        wrapper: of a parameter of experts.
-        adapter: an adapter that it has.
-
-    Returns:
-        Both factors.
-    """
-    return _by_expert(wrapper, wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
-
-
-def _by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    experts = wrapper.num_experts
-    rank = first.shape[0] // experts
-    left = first.reshape(experts, rank, first.shape[1])
-    right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
-    if first_meets_inputs(wrapper):
-        return left, right
-    return right.mT, left.mT
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -354,9 +328,7 @@ def _forward(
         raise RuntimeError(TRANSFORMED)
     terms = call.terms
     tokens, count = top_k_index.shape
-    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    places = torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)
-    offsets = torch.searchsorted(ids, places)
+    ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     product = _product(module, call.implementation, ids, offsets)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)

@@ -226,9 +226,9 @@ def _errors(name: str, layer: Any, calls: Sequence[_Call]) -> LayerErrors:
     return max(every, key=lambda errors: errors.ratio)
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     size = float(torch.linalg.vector_norm(truth))
-    error = float(torch.linalg.vector_norm(found.to(torch.float64) - truth))
+    error = float(torch.linalg.vector_norm(value.to(torch.float64) - truth))
     return error / size if size > 0 else (0.0 if error == 0 else math.inf)
 
 
@@ -273,7 +273,9 @@ def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     """The same in float64; of a base that computes its own product, that product."""
     x, g = call.x, call.g.to(torch.float64)
     rows, adapters = x.to(torch.float64).requires_grad_(True), active(layer)
-    leaves = [{part: leaf.detach().to(torch.float64) for part, leaf in _leaves(each).items()} for each in adapters]
+    leaves = [
+        {part: leaf.detach().to(torch.float64) for part, leaf in _leaves(adapter).items()} for adapter in adapters
+    ]
     wanted = {part: leaves[0][part].requires_grad_(True) for part in _trained(layer)}
     base = layer.base_layer
     bias = getattr(base, "bias", None)

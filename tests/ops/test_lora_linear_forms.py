@@ -260,14 +260,14 @@ def test_other_versions_and_chips_do_not_count(cache, ran):
     forms.forget()
     lora_linear(*layer(), scaling=1.0)
     assert ran == [Choice("expand_first")]
-    assert forms.tables().found[cache] == (0, 4, 1)
+    assert forms.tables().counts[cache] == (0, 4, 1)
     # Another patch, or build, of the same minor version is fine; a configuration that no longer ships is not.
     close = {**mine, "torch": f"{major}.{minor}.99+cu999"}
     gone = record("gemm", chosen="1x2x3-r4-w5-s6", product="backward")
     table.write(cache, [record(versions=close), gone], "")
     forms.forget()
     lora_linear(*layer(), scaling=1.0)
-    assert ran[1:] == [Choice("expand_add", None, "tuned")] and forms.tables().found[cache] == (1, 1, 0)
+    assert ran[1:] == [Choice("expand_add", None, "tuned")] and forms.tables().counts[cache] == (1, 1, 0)
 
 
 def broken(**changes):

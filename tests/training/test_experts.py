@@ -23,8 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.adapters.experts import chain_of
-from lora_kernels.training.experts import FusedExperts, experts_reason, factors_of
+from lora_kernels.adapters.experts import by_expert, chain_of
+from lora_kernels.training.experts import FusedExperts, experts_reason
 from tests.adapters.test_experts_files import IDS, MODELS, SIZES
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -167,7 +167,7 @@ def test_factors_are_those_of_pefts_delta(kind, rank):
     model = wrapped(kind, r=rank, sizes=sizes)
     for wrapper in chain_of(experts_of(model)):
         transposed = wrapper.get_base_layer().is_transposed
-        a, b = factors_of(wrapper, "default")
+        a, b = by_expert(wrapper, wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight)
         delta = wrapper.get_delta_weight("default").double()
         expected = delta.mT if transposed else delta
         found = wrapper.scaling["default"] * b.double() @ a.double()

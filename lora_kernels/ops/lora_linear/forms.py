@@ -62,7 +62,7 @@ class Tables:
     """The records of the tables."""
 
     entries: dict[Key, tuple[Record, str]]  # with the table's name
-    found: dict[Path, tuple[int, int, int]]  # per file: records used, of other versions, of other chips
+    counts: dict[Path, tuple[int, int, int]]  # per file: records used, of other versions, of other chips
     problems: dict[Path, str]  # per file that cannot be read, why
 
 
