@@ -230,6 +230,18 @@ def test_experts_that_no_token_reaches_keep_their_values():
         assert changed <= 2  # the experts of one token
 
 
+def test_experts_that_saw_fewer_tokens_than_their_rank_are_counted():
+    model = adapted("Qwen3Moe", r=8)
+    few = {"input_ids": IDS[:1, :6]}
+    statistics = lk.collect(model, [few], progress=False)
+    report = lk.initialize(model, None, "eva", statistics=statistics, progress=False, unreached="warn")
+    for view in views(model):
+        tokens = [statistics[name].tokens for name in expert_layers(view.name, view.module)]
+        expected = sum(0 < count < 8 for count in tokens)
+        notes = {layer.name: layer.notes for layer in report}[view.name]
+        assert expected and f"{expected} saw fewer tokens than their rank" in notes
+
+
 def test_what_leaves_experts_as_they_are_is_said():
     model = adapted("Qwen3Moe")
     report = lk.initialize(model, None, "pissa", base="mutate", progress=False)

@@ -10,7 +10,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.training.lora_pro import lora_pro_cls_and_kwargs
 from lora_kernels.training.lora_pro.update import Rounding
-from lora_kernels.training.movement import STEPS, Movement
+from lora_kernels.training.movement import STEPS, Movement, trained_names
 from tests.statistics.models import padded, samples
 from tests.training.test_accelerate import wrapped
 
@@ -136,7 +136,8 @@ def test_stochastic_rounding_keeps_the_mean_and_special_numbers():
     assert torch.equal(Rounding(7)(-value), -rounded)
     special = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, 1.5])
     assert torch.equal(Rounding(1)(special), special)
-    assert Rounding(1)(torch.tensor([float("nan")])).isnan().all()
+    nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # of any bits
+    assert nan.isnan().all() and Rounding(1)(nan).isnan().all()
     assert not torch.equal(Rounding(8)(value), rounded) and torch.equal(Rounding(7)(value), rounded)
 
 
@@ -173,6 +174,33 @@ def test_a_resumed_run_rounds_to_the_same_bits():
     resumed.load_state_dict(saved)
     run(twin, resumed, 3)
     assert all(torch.equal(one, other) for one, other in zip(parts(model), parts(twin), strict=True))
+
+
+def test_every_step_rounds_by_bits_of_its_own():
+    optimizer = lk.create_lora_pro_optimizer(half(), lr=1e-3, rounding="stochastic")
+    seeds = [optimizer._next_rounding().seed for _ in range(4)]
+    assert len(set(seeds)) == 4 and optimizer.state_dict()["param_groups"][0]["steps"] == 4
+
+
+class Decay(torch.optim.SGD):
+    """Moves the entries without a gradient alone."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(torch.where(parameter.grad == 0, 0.5, 1.0))
+
+
+def test_entries_without_a_gradient_that_move_do_not_count():
+    model = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    model.weight.grad = torch.zeros_like(model.weight)
+    model.weight.grad[0] = 1.0
+    optimizer = Decay(model.parameters(), lr=0.1)
+    Movement.watch(optimizer, trained_names(model))
+    with pytest.warns(RuntimeWarning, match="weight, 0 %"):
+        for _ in range(STEPS):
+            optimizer.step()
 
 
 def test_rounding_is_checked():
