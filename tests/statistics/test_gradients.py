@@ -6,6 +6,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.statistics import STATISTICS
+from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError
 from tests.conftest import relative_error
 from tests.statistics.models import Experts, account, padded, samples, tiny_llama
 
@@ -247,3 +248,14 @@ def test_sums_of_two_halves_add_to_the_whole():
         total = sum(part[name].sums["gradient"].total for part in parts)
         assert relative_error(total, whole[name].sums["gradient"].total) < 1e-12
     assert sum(part.loss_items for part in parts) == whole.loss_items
+
+
+def test_factors_of_samples_follow_the_layout_of_rows():
+    weights = BatchWeights(tokens=torch.ones(3, 5, dtype=torch.bool), factors=torch.tensor([1.0, 2.0, 4.0]))
+    by_sample = torch.tensor([1.0, 2.0, 4.0]).unsqueeze(1).expand(3, 5)
+    assert torch.equal(weights.row_factors(torch.Size([3, 5])), by_sample)
+    assert torch.equal(weights.row_factors(torch.Size([15])), by_sample.reshape(-1))
+    assert torch.equal(weights.row_factors(torch.Size([5, 3])), by_sample.mT)  # (tokens, batch)
+    assert torch.equal(weights.row_factors(torch.Size([5, 3, 2])), by_sample.mT.unsqueeze(-1).expand(5, 3, 2))
+    with pytest.raises(UnassignedRowsError):
+        weights.row_factors(torch.Size([7]))
