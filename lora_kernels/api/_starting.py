@@ -48,6 +48,12 @@ def untrained_layers(
     layers = peft_layers.find_lora_layers(model, adapter_name)
     if any(parts.directions(each.view.module, adapter_name) is not None for each in layers.supported):
         raise ValueError(f"adapter {adapter_name!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
+    offloaded = [layer.view.name for layer in layers.supported if _is_offloaded(layer.view.module, adapter_name)]
+    if offloaded:
+        raise ValueError(
+            f"the factors of layer {', '.join(offloaded)} are on the meta device, offloaded by accelerate, which would "
+            "put the old values back: initialise before the model is offloaded"
+        )
     if not force:
         peft_layers.check_untrained(layers, adapter_name)
     else:
@@ -67,6 +73,11 @@ def untrained_layers(
         )
         _check_readable(dora)
     return layers
+
+
+def _is_offloaded(module: Any, adapter: str) -> bool:
+    factor = module.lora_A[adapter]
+    return hasattr(factor, "_hf_hook") and factor.weight.is_meta
 
 
 def _check_readable(layers: Iterable[peft_layers.LoraTarget]) -> None:

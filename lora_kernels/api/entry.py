@@ -19,7 +19,7 @@ from lora_kernels.init import InitMethod, Redistribution, resolve_method
 from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
-from lora_kernels.runtime.processes import unwrap
+from lora_kernels.runtime.processes import check_same, together, unwrap
 from lora_kernels.runtime.progress import progress_bars
 from lora_kernels.statistics import (
     Plan,
@@ -29,7 +29,7 @@ from lora_kernels.statistics import (
     parse_budget,
 )
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.options import Forward, read_options
+from lora_kernels.statistics.options import CollectOptions, Forward, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
@@ -196,35 +196,42 @@ def initialize(
     """
     started = time.perf_counter()
     model = unwrap(model)
-    check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
-    check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
-    check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
-    check_type("adapter_name", adapter_name, str, "a name")
-    resolved = _starting.for_dataset(resolve_method(method), loader)
-    check_choice("unreached", unreached, ("warn", "raise"))
-    check_choice("base", base, ("intact", "mutate"))
-    if learning_rate is not None:
-        check_range("learning_rate", learning_rate, low=0.0)
-    if ranks is not None:
-        resolved = resolved.keeping_ranks()
-    wants = _starting.with_wants(resolved.wants, ranks)
-    if wants and (loader is None) == (statistics is None):
-        raise ValueError("exactly one of loader and statistics must be given")
-    model = unwrap(model)
-    layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
-    _starting.check_ranks(layers, resolved, ranks)
-    if not wants:
-        statistics = statistics or Statistics()
-    elif statistics is None:
-        assert loader is not None  # one of both was given
-        defaults = _starting.defaults(resolved, ranks, layers)
+
+    def check() -> tuple[InitMethod, dict[str, bool], peft_layers.LoraLayers, CollectOptions | None]:
+        check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
+        check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
+        check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
+        check_type("adapter_name", adapter_name, str, "a name")
+        resolved = _starting.for_dataset(resolve_method(method), loader)
+        check_choice("unreached", unreached, ("warn", "raise"))
+        check_choice("base", base, ("intact", "mutate"))
+        if learning_rate is not None:
+            check_range("learning_rate", learning_rate, low=0.0)
+        if ranks is not None:
+            resolved = resolved.keeping_ranks()
+        wants = _starting.with_wants(resolved.wants, ranks)
+        if wants and (loader is None) == (statistics is None):
+            raise ValueError("exactly one of loader and statistics must be given")
+        layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
+        _starting.check_ranks(layers, resolved, ranks)
+        if not wants or statistics is not None:
+            if wants and set(options) - {"progress"}:
+                names = ", ".join(sorted(set(options) - {"progress"}))
+                raise TypeError(f"{names}: options of a collection, but statistics are given")
+            return resolved, wants, layers, None
+        return resolved, wants, layers, read_options({**_starting.defaults(resolved, ranks, layers), **options})
+
+    resolved, wants, layers, chosen = together(check)
+    asked = {layer.view.name: layer.rank for layer in layers.supported}
+    # As given: what follows from the loader may differ, as the loaders do.
+    as_given = _starting.settings(resolve_method(method), ranks)
+    check_same(method=resolved.name, settings=as_given, r=asked, base=base, statistics=statistics is not None)
+    if chosen is not None:
+        assert loader is not None  # checked
         observed, skipped = _observed(layers)
-        chosen = read_options({**defaults, **options})
         with peft_layers.base_model_only(model):
             statistics = collect_targets(model, loader, observed, wants, chosen, skipped_modules=skipped)
-    elif set(options) - {"progress"}:
-        names = ", ".join(sorted(set(options) - {"progress"}))
-        raise TypeError(f"{names}: options of a collection, but statistics are given")
+    statistics = statistics or Statistics()
     collected = time.perf_counter()
     given = _starting.reached_ranks(layers, statistics, wants, unreached)
     with progress_bars(bool(options.get("progress", True))):
@@ -233,7 +240,7 @@ def initialize(
     reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
     decomposed = time.perf_counter()
     before = _starting.factor_sizes(layers, {})
-    _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
+    together(lambda: _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force))
     written = time.perf_counter()
     advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
     for sentence in filter(guidance.is_warning, advice):
