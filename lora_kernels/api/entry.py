@@ -75,15 +75,19 @@ def collect(
         TypeError: on an argument of another type, or an unknown option.
         ValueError: on an argument out of range, a layer that is not there, an empty loader, a batch without any counted
             token, an input, gradient or loss that is not finite, or a checkpoint of something else.
-        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
+        RuntimeError: if another process failed.
     """
-    chosen = read_options(options)
     model = unwrap(model)
-    check_type("loader", loader, Iterable, "an iterable of batches")
-    check_type("adapter_name", adapter_name, str, "a name")
-    found, skipped = _targets(model, targets, adapter_name)
+
+    def check() -> tuple[CollectOptions, Mapping[str, bool], Sequence[Target], Mapping[str, str]]:
+        chosen = read_options(options)
+        check_type("loader", loader, Iterable, "an iterable of batches")
+        check_type("adapter_name", adapter_name, str, "a name")
+        return chosen, resolve_wants(named_wants(wants)), *_targets(model, targets, adapter_name)
+
+    chosen, resolved, observed, skipped = together(check) if options.get("distributed", True) else check()
     with peft_layers.base_model_only(model):
-        return collect_targets(model, loader, found, named_wants(wants), chosen, skipped_modules=skipped)
+        return collect_targets(model, loader, observed, resolved, chosen, skipped_modules=skipped)
 
 
 def plan(

@@ -124,9 +124,7 @@ def main(out):
         expect(ValueError, pattern, lambda uneven=uneven: lk.collect(ddp, mine, progress=False, **uneven))
     wants = "fisher" if number == 1 else "input_second"
     expect(ValueError, "differs in wants", lambda: lk.collect(fsdp, mine, wants, progress=False))
-    error, pattern = (
-        (ValueError, "targets") if number == 1 else (RuntimeError, "another process failed: process 1")
-    )
+    error, pattern = (ValueError, "targets") if number == 1 else (RuntimeError, "another process failed: process 1")
     expect(error, pattern, lambda: lk.collect(ddp, mine, targets=[] if number == 1 else None, progress=False))
     budget = "40 XB" if number == 1 else "60KB"
     error, pattern = (ValueError, "budget is") if number == 1 else (RuntimeError, "process 1: ValueError: budget is")
@@ -139,7 +137,7 @@ def main(out):
     expect(error, pattern, lambda: lk.initialize(model, mine, "eva", base=start, progress=False))
 
     # A run that was stopped when one process had finished a pass and the other had not.
-    for name, observed in (("uneven", ddp), ("fsdp_uneven", fsdp)):
+    for name, observed in (("uneven", ddp), ("fsdp_uneven", sharded(tiny_llama()))):
         options = {"progress": False, "checkpoint": out / name, "checkpoint_every": 1}
         path = out / f"{name}.{number}-of-{world}"
         for passes in ({}, {"form": "exact", "budget": "60KB"}):
