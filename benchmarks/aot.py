@@ -1,10 +1,12 @@
 """Compile every shipped kernel configuration for every supported chip, without a GPU, and check what came out.
 
-`python -m benchmarks.aot [--quick] [--out FILE] [--jobs N]`. Checked per Triton kernel, configuration and chip, each
-compiled as the launcher would: it builds; no register spills and no local memory; shared memory fits; the chip's own
-tensor-core instruction is there, and not serialised, where one must be; it stores to memory. What Triton learns from
-the arguments changes the code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become
-constants). The CUDA files are compiled for their own chips and checked for spills.
+`python -m benchmarks.aot [--quick] [--chips CHIP ...] [--match PATTERN] [--triton VERSION ...] [--out FILE]`. Checked
+per Triton kernel, configuration and chip, each compiled as the launcher would: it builds; no register spills
+and no local memory; shared memory fits; the chip's own tensor-core instruction is there, and not serialised, where one
+must be; it stores to memory. What Triton learns from the arguments changes the code, so a kernel is compiled for
+multiples of 16, for other sizes, and for ones (which become constants). The CUDA files are compiled for their own chips
+and checked for spills. Other versions of Triton, which compile differently, are installed beside the environment, into
+build/aot.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ from lora_kernels.ops._op import OPS
 OF_OPS = {op.kernel_module for op in OPS.values() if op.kernel_module is not None}
 KERNEL_MODULES = sorted({"lora_kernels.ops._reduce", *OF_OPS})
 RECORD = Path(__file__).parent / "results" / "aot.json"
-QUICK_CHIPS = ("sm_90", "gfx942")
+QUICK_CHIPS = ("sm_90", "sm_120", "gfx942")
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
 
 
@@ -69,8 +71,11 @@ class Chip:
 _PTX_STORES = ("st.global", "red.global", "atom.global", "cp.async.bulk.tensor")
 CHIPS = (
     Chip("sm_80", GPUTarget("cuda", 80, 32), 166_912, "mma.sync", _PTX_STORES),
+    Chip("sm_86", GPUTarget("cuda", 86, 32), 101_376, "mma.sync", _PTX_STORES),
+    Chip("sm_89", GPUTarget("cuda", 89, 32), 101_376, "mma.sync", _PTX_STORES),
     Chip("sm_90", GPUTarget("cuda", 90, 32), 232_448, "wgmma.mma_async", _PTX_STORES),
     Chip("sm_100", GPUTarget("cuda", 100, 32), 232_448, "tcgen05.mma", _PTX_STORES),
+    Chip("sm_120", GPUTarget("cuda", 120, 32), 101_376, "mma.sync", _PTX_STORES),
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma", ("global_store", "buffer_store", "flat_store")),
 )
 
@@ -155,8 +160,9 @@ def assemble(ptx: str) -> str:
     if arch is None:
         raise RuntimeError("the PTX names no target")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    blackwell = tools / "ptxas-blackwell"
-    program = blackwell if arch[1].startswith("sm_10") and blackwell.exists() else tools / "ptxas"
+    blackwell = tools / "ptxas-blackwell"  # a separate one in some versions
+    late = int(re.sub(r"\D", "", arch[1])) >= 100
+    program = blackwell if late and blackwell.exists() else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -298,12 +304,14 @@ def _job(job: tuple[int, int, str]) -> Result:
     return result
 
 
-def _jobs(quick: bool) -> Iterator[tuple[int, int, str]]:
+def _jobs(quick: bool, chips: Sequence[str], match: str) -> Iterator[tuple[int, int, str]]:
     seen = set()
     for number, case in enumerate(cases()):
         for place, chip in enumerate(CHIPS):
             key = (chip.name, case["kernel"].__name__, case["aligned"])
-            if chip.name not in case.get("chips", (chip.name,)):
+            if chip.name not in case.get("chips", (chip.name,)) or (chips and chip.name not in chips):
+                continue
+            if not re.search(match, case["name"]):
                 continue
             if chip.target.backend != case["platform"] or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
                 continue
@@ -312,21 +320,24 @@ def _jobs(quick: bool) -> Iterator[tuple[int, int, str]]:
                 yield number, place, variant
 
 
-def check_all(quick: bool = False, processes: int = 1) -> list[Result]:
+def check_all(quick: bool = False, processes: int = 1, chips: Sequence[str] = (), match: str = "") -> list[Result]:
     """Compile everything, reading unchanged results from the user's cache folder.
 
     Args:
-        quick: one configuration per kernel and kind of arguments, for sm_90 and gfx942 only, without the CUDA files.
+        quick: one configuration per kernel and kind of arguments, for `QUICK_CHIPS` only, without the CUDA files.
         processes: how many compile at a time.
+        chips: only these, without the CUDA files.
+        match: only configurations in whose name this pattern occurs, without the CUDA files.
 
     Returns:
         The results, in a fixed order.
     """
-    jobs = list(_jobs(quick))
+    jobs = list(_jobs(quick, chips, match))
+    cuda = [] if quick or chips or match else list(compile_cuda())
     if processes == 1:
-        return [_job(job) for job in jobs] + ([] if quick else list(compile_cuda()))
+        return [_job(job) for job in jobs] + cuda
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_job, jobs, chunksize=4)) + ([] if quick else list(compile_cuda()))
+        return list(pool.map(_job, jobs, chunksize=4)) + cuda
 
 
 def _version(command: str | Path | None) -> str | None:
@@ -359,6 +370,25 @@ def write_record(results: Iterable[Result], file: Path) -> None:
     file.write_text(text)
 
 
+def under_triton(version: str, arguments: Sequence[str]) -> int:
+    """Run the check in a process with another version of Triton, installed into build/aot.
+
+    Args:
+        version: as on the package index.
+        arguments: of the command line there.
+
+    Returns:
+        The exit status.
+    """
+    folder = build_support.ROOT / "build" / "aot" / f"triton-{version}"
+    if not (folder / "triton").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+    path = os.pathsep.join((str(folder), str(build_support.ROOT), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "benchmarks.aot", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the check.
 
@@ -369,11 +399,20 @@ def main(arguments: list[str] | None = None) -> int:
         0 if every compilation is clean, else 1.
     """
     parser = argparse.ArgumentParser(description="compile every shipped kernel for every chip and check the result")
-    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, two chips, no CUDA files")
-    parser.add_argument("--out", type=Path, help="where the record goes (default: the committed one; none if --quick)")
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, three chips, no CUDA files")
+    parser.add_argument("--out", type=Path, help="where the record goes (default: the committed one; none of a part)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    parser.add_argument("--chips", nargs="+", default=[], choices=[chip.name for chip in CHIPS], help="only these")
+    parser.add_argument("--match", default="", help="only configurations in whose name this pattern occurs")
+    parser.add_argument(
+        "--triton", nargs="+", default=[], metavar="VERSION", help="under these versions, without record"
+    )
     options = parser.parse_args(arguments)
-    results = check_all(options.quick, max(options.jobs, 1))
+    if options.triton:
+        chosen = ["--quick"] * options.quick + (["--chips", *options.chips] if options.chips else [])
+        chosen += ["--match", options.match, "--jobs", str(options.jobs), "--out", os.devnull]
+        return max(under_triton(version, chosen) for version in options.triton)
+    results = check_all(options.quick, max(options.jobs, 1), options.chips, options.match)
     table = Table("kernel", "configuration", "arguments", "chip", "registers", "spills", "shared", "matrix", "verdict")
     for result in results:
         numbers = (str(result.registers), str(result.spills), str(result.shared))
@@ -382,8 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     failed = sum(bool(result.problems) for result in results)
-    console.print(f"{len(results)} compilations, {failed} with problems")
-    record = options.out or (None if options.quick else RECORD)
+    console.print(f"{len(results)} compilations under Triton {triton.__version__}, {failed} with problems")
+    record = options.out or (None if options.quick or options.chips or options.match else RECORD)
     if record is not None:
         write_record(results, record)
     return 1 if failed else 0

@@ -81,7 +81,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     def sketched_eva() -> None:
         results["report"] = lk.initialize(
-            adapters[0], batches, lk.EVA(rho=models.RHO, min_rank=0), form="sketch", progress=False
+            adapters[0], batches, lk.init.EVA(rho=models.RHO, min_rank=0), form="sketch", progress=False
         )
 
     clear()

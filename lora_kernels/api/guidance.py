@@ -31,21 +31,16 @@ class Outlook:
 
     start_change: float | None
     first_step: float | None
-    step_ratio: float
+    step_ratio: float | None
+
+
+NO_OUTLOOK = Outlook(None, None, None)
 
 
 def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
-    """What a start means.
+    """What a start of rank 1 or more means, with first-order changes if the layer's gradient was collected.
 
-    Args:
-        factors: A `(r, n)` and B `(m, r)`, r at least 1.
-        scaling: s.
-        statistics: with the layer's weight gradient, exact or sketched, if the first-order changes are wanted.
-        name: the layer.
-        offset: whether the base takes `s B A` off.
-
-    Returns:
-        The numbers.
+    `offset`: `s B A` of the start is taken off the function again.
     """
     a, b = factors.A.detach(), factors.B.detach()
     (rank, n), m = a.shape, b.shape[0]
@@ -66,37 +61,29 @@ def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: 
 def advice(
     method: str, ratios: Iterable[float], *, starts_away: bool, full_rate: bool, learning_rate: float | None
 ) -> tuple[str, ...]:
-    """What to say of learning rates.
+    """Sentences about learning rates, from the `step_ratio` of all layers.
 
-    Args:
-        method: its name.
-        ratios: `Outlook.step_ratio` of the layers.
-        starts_away: whether B is not zero.
-        full_rate: whether the method's authors train at rates of full fine-tuning.
-        learning_rate: that the user is going to use, if known.
-
-    Returns:
-        Sentences. The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves
-        farther than stock LoRA does (`is_warning`).
+    The last is a warning (`is_warning`) if and only if a LoRA-sized rate meets a start away from zero (`starts_away`)
+    that moves farther than stock LoRA does.
     """
-    known = sorted(ratios)
-    if not known:
+    values = list(ratios)
+    if not values:
         return ()
-    # (Nothing is said of starts that move less: LoRA-DA's best rate is not larger, see benchmarks/results/quality_*.)
-    ratio, said = quantiles.median(known), []
+    # (No advice for starts that move less: LoRA-DA's best rate is not larger, see benchmarks/results/quality_*.)
+    ratio, sentences = quantiles.median(values), []
     if full_rate:
-        said.append(f"the authors of {method} train it at rates of full fine-tuning (about 2e-5 for 7B models)")
+        sentences.append(f"the authors of {method} train it at rates of full fine-tuning (about 2e-5 for 7B models)")
     if ratio > _ALIKE:
-        said.append(
+        sentences.append(
             f"a step moves the weights {ratio:.1f} times as far as stock LoRA's at the same rate (median over layers): "
             f"begin with a rate {ratio:.1f} times smaller"
         )
     if learning_rate is not None and starts_away and learning_rate >= LORA_RATE and ratio > _ALIKE:
-        said.append(
+        sentences.append(
             f"{_WARNING}: {method} starts at B != 0, and learning_rate={learning_rate:g} is a rate for B = 0; it moves "
             f"the weights as {learning_rate * ratio:.1e} would there. Try {learning_rate / ratio:.1e}"
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
 _WARNING = "learning rate"

@@ -1,4 +1,4 @@
-"""Floor 4: what a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
+"""What a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
 
 Pure functions of factors, weights and statistics: spectra, balance, optimality certificate, verdict.
 """

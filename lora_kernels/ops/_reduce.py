@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._tiles import TileConfig, processors, token_splits
+from lora_kernels.ops._tiles import MOST_PROGRAMS, TileConfig, processors, token_splits
 from lora_kernels.ops._tl import add_tile, token_rows
 
 _SUM_COLUMNS, _SUM_TOKENS = 128, 16
@@ -133,7 +133,7 @@ def column_sums(
         return
     blocks = -(-features // _SUM_COLUMNS)
     splits = token_splits(blocks, tokens, processors(x.device), least=least_chunk)
-    chunk = -(-tokens // max(splits, -(-tokens // _SUM_CHUNK)))
+    chunk = -(-tokens // min(max(splits, -(-tokens // _SUM_CHUNK)), MOST_PROGRAMS))
     splits = -(-tokens // chunk)
     sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
     column_sum_kernel[(blocks, splits)](

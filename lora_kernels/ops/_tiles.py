@@ -12,6 +12,8 @@ import torch
 _SUPER = 8
 # The width of a tile of ranks (or of columns of a sketch), a power of two.
 LEAST_RANK, MOST_RANK = 16, 64
+# Programs along the second or third axis of a grid; along the first there may be 2^31 - 1.
+MOST_PROGRAMS = 65535
 
 
 @dataclass(frozen=True)

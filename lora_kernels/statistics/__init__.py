@@ -1,4 +1,4 @@
-"""Floor 3: what passes over data leave behind."""
+"""What passes over data leave behind."""
 
 from lora_kernels.runtime.loss import loss_items
 from lora_kernels.statistics.budget import parse_budget

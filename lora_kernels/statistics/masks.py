@@ -13,6 +13,8 @@ from lora_kernels.runtime.loss import IGNORED_LABEL
 
 MASKS = ("attention", "labels", "next_labels")
 
+_SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+
 Mask = str | Callable[[Any], torch.Tensor | None] | None
 
 
@@ -96,11 +98,13 @@ class BatchWeights:
         tokens: `(batch, tokens)` of the model's input sequence, or `None`.
         decoder: the same for the decoder's sequence; unused by other models.
         factors: `(batch,)`, by which the gradients of each sample are multiplied, or `None`.
+        lengths: of the sequences of the batch, in tokens.
     """
 
     tokens: torch.Tensor | None = None
     decoder: torch.Tensor | None = None
     factors: torch.Tensor | None = None
+    lengths: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, batch: Any, mask: Mask, *, encoder_decoder: bool, factors: torch.Tensor | None = None) -> BatchWeights:
@@ -117,13 +121,15 @@ class BatchWeights:
         Returns:
             The weights.
         """
+        sequences = (_tensor(batch, key) for key in _SEQUENCES)
+        lengths = frozenset(value.shape[1] for value in sequences if value is not None and value.dim() >= 2)
         if not encoder_decoder or not isinstance(mask, str):
             weights = token_weights(batch, mask)
-            return cls(weights, weights, factors)
+            return cls(weights, weights, factors, lengths)
         labels = _tensor(batch, "labels")
         counted = labels != IGNORED_LABEL if labels is not None and labels.dim() == 2 else None
         decoder = _attention(batch, "decoder_attention_mask") if mask == "attention" else None
-        return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors)
+        return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors, lengths)
 
     def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
         """The factor of each row of one layer, or `None` for ones.
@@ -144,7 +150,7 @@ class BatchWeights:
             return self.factors.expand(shape)
         if shape and shape[0] == samples:
             return self.factors.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
-        lengths = {mask.shape[1] for mask in (self.tokens, self.decoder) if mask is not None}
+        lengths = self.lengths | {mask.shape[1] for mask in (self.tokens, self.decoder) if mask is not None}
         if any(shape[:2] == (length, samples) for length in lengths):
             return self.factors.reshape(1, -1, *([1] * (len(shape) - 2))).expand(shape)
         if len(shape) == 1 and any(shape[0] == samples * length for length in lengths):

@@ -53,6 +53,12 @@ def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return x
 
 
+def _routed(target: Target, x: torch.Tensor) -> tuple[torch.Size, torch.Tensor | None]:
+    """The leading sizes of all rows, of which an expert (`adapters.experts.ExpertLayer`) gets those of some numbers."""
+    rows: torch.Tensor | None = getattr(target.module, "rows", None)
+    return (x.shape[:-1], None) if rows is None else (torch.Size([target.module.tokens]), rows)  # type: ignore[list-item]
+
+
 class Observer:
     """One pass: hooks on the layers whose turn it is, and their sums.
 
@@ -164,9 +170,10 @@ class Observer:
         return self._sequences.get(name, "tokens")
 
     def _rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        tokens, rows = _routed(self.targets[name], x)
         sequence = self._sequence(name, x)
         mask = {"tokens": self.weights.tokens, "decoder": self.weights.decoder}.get(sequence)
-        weight, fits = align(mask, x.shape[:-1])
+        weight, fits = align(mask, tokens)
         if not fits and mask is not None and self._to_frames is not None and x.dim() == 3:
             # A mask of an audio model's samples, as that of its frames.
             weight, fits = align(self._to_frames(x.shape[1], mask), x.shape[:-1])
@@ -174,7 +181,7 @@ class Observer:
             shape = None if mask is None else tuple(mask.shape)
             self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")
         self._aligned_once |= weight is not None or sequence == "other"
-        return weight
+        return weight if weight is None or rows is None else weight[rows]
 
     def _without_bad_rows(self, name: str, value: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
         if self.options.nonfinite != "skip":
@@ -220,7 +227,9 @@ class Observer:
             if statistic not in sums:
                 sums[statistic] = self._new(target, statistic, form, device)
         try:
-            return sums, self.weights.row_factors(x.shape[:-1])
+            tokens, rows = _routed(target, x)
+            factors = self.weights.row_factors(tokens)
+            return sums, factors if factors is None or rows is None else factors[rows]
         except UnassignedRowsError as error:
             self.unassigned[target.name] = str(error)
             for part in sums.values():

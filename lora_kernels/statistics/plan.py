@@ -115,7 +115,7 @@ class Plan(Printed):
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:
-            names = ", ".join(re.sub(r"\.\d+\.", ".*.", name) for name in entry.layers)
+            names = ", ".join(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in entry.layers)
             rows.setdefault((names, entry.statistic, entry.form, entry.bytes), []).append(entry)
         for (names, statistic, form, size), entries in rows.items():
             numbers = sorted({entry.number + 1 for entry in entries})

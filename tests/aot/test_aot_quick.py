@@ -27,12 +27,12 @@ def test_one_configuration_per_kernel_compiles_clean(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "0 with problems" in done.stdout
     cases = json.loads(record.read_text())["cases"]
-    assert {each["chip"] for each in cases} == {"sm_90", "gfx942"}
+    assert {each["chip"] for each in cases} == {"sm_90", "sm_120", "gfx942"}
     assert {each["variant"] for each in cases} == {"aligned", "huge", "ragged", "ones"}
     by_kernel = {(each["kernel"], each["chip"]): each for each in cases if each["variant"] == "aligned"}
     names = {each["kernel"] for each in cases}
     assert names >= {"syrk", "gradient", "scale_rows", "column_sum", "add_rows", "add_tiles"}
-    assert len(by_kernel) == 2 * len(names)
+    assert len(by_kernel) == 3 * len(names)
     assert by_kernel["syrk", "sm_90"]["matrix"] == "wgmma.mma_async"
     assert by_kernel["syrk", "gfx942"]["matrix"] == "v_mfma"
     for each in cases:

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from lora_kernels import EVA
-from lora_kernels.init import METHODS, resolve_method
+from lora_kernels.init import EVA, METHODS, resolve_method
 from lora_kernels.statistics import InputMoments
 from tests.helpers.layers import layer_statistics
 

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
-from lora_kernels import LoraDA
-from lora_kernels.init import resolve_method
+from lora_kernels.init import LoraDA, resolve_method
 from lora_kernels.init.lora_da import DIRECT_ORDER
 from lora_kernels.statistics import InputMoments, Statistics
 from tests.conftest import relative_error

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import LoraOne, Statistics
-from lora_kernels.init import METHODS, resolve_method
+from lora_kernels.init import METHODS, LoraOne, resolve_method
+from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
 from tests.helpers.layers import gradient_layer, sketched_gradient_layer
 from tests.statistics.models import padded, samples, tiny_llama

@@ -131,7 +131,7 @@ def main(out):
     expect(error, pattern, lambda: lk.collect(fsdp, mine, progress=False, budget=budget))
     model = peft_model()
     rho = 2.0 if number == 1 else 1.0
-    expect(ValueError, "settings must be the same", lambda: lk.initialize(model, mine, lk.EVA(rho=rho), progress=False))
+    expect(ValueError, "method must be the same", lambda: lk.initialize(model, mine, lk.EVA(rho=rho), progress=False))
     error, pattern = (ValueError, "base is 'none'") if number == 1 else (RuntimeError, "process 1: ValueError: base is")
     start = "none" if number == 1 else "intact"
     expect(error, pattern, lambda: lk.initialize(model, mine, "eva", base=start, progress=False))
@@ -150,7 +150,7 @@ def main(out):
 
     # Factors: decompositions are shared out, all processes write the same.
     model = peft_model()
-    lk.initialize(model, mine, lk.EVA(rho=2.0), progress=False)
+    lk.initialize(model, mine, lk.init.EVA(rho=2.0), progress=False)
     factors = {name: each.detach() for name, each in model.named_parameters() if "lora_" in name}
     equal_everywhere(digest(factors.values()))
     model = peft_model()
@@ -161,8 +161,8 @@ def main(out):
     for layer in ready.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(ready)
-    expect(ValueError, "sharded", lambda: lk.initialize(ready, mine, lk.EVA(rho=2.0), progress=False))
-    lk.initialize(ready, mine, lk.EVA(rho=1.0), progress=False)
+    expect(ValueError, "sharded", lambda: lk.initialize(ready, mine, lk.init.EVA(rho=2.0), progress=False))
+    lk.initialize(ready, mine, lk.init.EVA(rho=1.0), progress=False)
     inside = {name: each.full_tensor() for name, each in ready.named_parameters() if "lora_A" in name}
     equal_everywhere(digest(inside.values()))
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import Statistics, collect
+from lora_kernels import collect
+from lora_kernels.statistics import Statistics
 
 
 class Block(nn.Module):

@@ -62,7 +62,7 @@ def test_factors_are_those_of_one_process(results):
     saved = torch.load(results / "factors.pt")
     for key, rho in (("factors", 2.0), ("inside", 1.0)):
         model = peft_model()
-        lk.initialize(model, shares(samples(10), 0, 1), lk.EVA(rho=rho), progress=False)
+        lk.initialize(model, shares(samples(10), 0, 1), lk.init.EVA(rho=rho), progress=False)
         expected = {name: each for name, each in model.named_parameters() if name in saved[key]}
         assert len(expected) == len(saved[key]) > 0
         for name, value in expected.items():

@@ -112,7 +112,7 @@ def test_peft_on_a_quantized_base_gets_eva():
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
 
     model = get_peft_model(quantized("nf4"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    report = lk.initialize(model, padded(samples(8), 4), lk.EVA(rho=1.0), progress=False)
+    report = lk.initialize(model, padded(samples(8), 4), lk.init.EVA(rho=1.0), progress=False)
     assert all(layer.status == "initialised" for layer in report.layers)
     for layer in report.layers:
         a = model.get_submodule(layer.name).lora_A["default"].weight

@@ -170,3 +170,11 @@ def test_it_prints():
     console.print(lk.plan(tiny_llama(), "lora_da", budget="1MB", world_size=2))
     text = console.export_text()
     assert "upper bound" in text and "budget 1 MB" in text
+
+
+def test_the_keywords_of_a_collection_are_its_options():
+    from typing import get_type_hints
+
+    from lora_kernels.statistics.options import CollectKeywords, CollectOptions
+
+    assert get_type_hints(CollectKeywords) == get_type_hints(CollectOptions)

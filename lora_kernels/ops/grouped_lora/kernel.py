@@ -21,7 +21,7 @@ import triton.language as tl
 from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import MOST_RANK, build_platform, precision, rank_for, signed32
+from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import dot, keep_tile, load_key
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
 from lora_kernels.ops.skinny.kernel import factor_offsets, known
@@ -241,7 +241,7 @@ def product_config(
 def slots_for(rows: int, experts: int, config: SkinnyConfig) -> int:
     """The slots of tiles of rows, see `find_tile`: the second axis of a grid, which the hardware limits."""
     slots = rows // config.tokens + experts + 1
-    if slots > 65535:
+    if slots > MOST_PROGRAMS:
         raise ValueError(f"{rows} rows of {experts} experts are too many for one launch")
     return slots
 

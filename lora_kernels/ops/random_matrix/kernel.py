@@ -49,9 +49,10 @@ def signs_kernel(
     step,
     ROWS: tl.constexpr,
 ):
-    """A tile of ROWS rows and 128 columns."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
+    """A tile of ROWS rows and 128 columns; both sizes may need more than a grid's second axis holds."""
+    wide = (columns - 1) // 128 + 1
+    row = tl.program_id(0) // wide * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) % wide
     zero = tl.zeros((ROWS,), dtype=tl.uint32)
     words = philox(
         zero + group.to(tl.uint32),
@@ -84,8 +85,9 @@ def normal_kernel(
     PAIR: tl.constexpr,
 ):
     """A tile of ROWS rows and 4 * GROUPS columns; if PAIR, what rounding to the dtype took away comes second."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    wide = (columns - 1) // (4 * GROUPS) + 1
+    row = tl.program_id(0) // wide * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) % wide * GROUPS + tl.arange(0, GROUPS)
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     w0, w1, w2, w3 = philox(
         zero + group[None, :].to(tl.uint32),
@@ -99,7 +101,7 @@ def normal_kernel(
     z2, z3 = gaussian_pair(w2, w3)
     # The last index of a join is its second operand's: (0, 0), (0, 1), (1, 0), (1, 1) are z0, z1, z2, z3.
     draws = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, 4 * GROUPS))
-    column = tl.program_id(1) * (4 * GROUPS) + tl.arange(0, 4 * GROUPS)
+    column = tl.program_id(0) % wide * (4 * GROUPS) + tl.arange(0, 4 * GROUPS)
     pointers = out_ptr + row[:, None].to(tl.int64) * columns + column[None, :]
     mask = (row[:, None] < size) & (column[None, :] < columns)
     high = draws.to(out_ptr.dtype.element_ty)
@@ -126,12 +128,11 @@ def random_matrix(
         return
     config = config or config_for(kind)
     arguments = (out, rows, columns, signed32(seed), signed32(seed >> 32), signed32(stream), signed32(step))
+    tall = -(-rows // config.rows)
     if kind == "rademacher":
-        signs_kernel[(-(-rows // config.rows), -(-columns // 128))](
-            *arguments, ROWS=config.rows, num_warps=config.warps
-        )
+        signs_kernel[(tall * -(-columns // 128),)](*arguments, ROWS=config.rows, num_warps=config.warps)
     else:
-        normal_kernel[(-(-rows // config.rows), -(-columns // (4 * config.groups)))](
+        normal_kernel[(tall * -(-columns // (4 * config.groups)),)](
             *arguments, ROWS=config.rows, GROUPS=config.groups, PAIR=out.dim() == 3, num_warps=config.warps
         )
 

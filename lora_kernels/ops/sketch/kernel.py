@@ -207,10 +207,10 @@ def add_kernel(
     RANK: tl.constexpr,
 ):
     """Add the partial sums, in order, to `out`."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
     mask = (row[:, None] < size) & (lane[None, :] < columns)
-    width = tl.num_programs(0) * RANK
+    width = tl.num_programs(1) * RANK
     acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for split in range(0, splits):
         place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
@@ -221,7 +221,7 @@ def add_kernel(
 
 # Second-level cache assumed where the device does not tell; half of it is for the rows of a chunk.
 _CACHE = 40 * 2**20
-_MOST_TOKENS = 2**20
+_MOST_TOKENS = 2**19  # of a launch, whose grid has at most MOST_PROGRAMS blocks of ROWS
 
 
 class Omega(NamedTuple):
@@ -332,7 +332,7 @@ def _add_tall(
         num_stages=config.stages,
         **config.constants(rank, p.dtype, build_platform()),
     )
-    add_kernel[(blocks, -(-features // ROWS))](
+    add_kernel[(-(-features // ROWS), blocks)](
         out, partial, features, out.shape[1], splits, out.stride(0), ROWS=ROWS, RANK=rank
     )
 
@@ -371,7 +371,8 @@ def sketch(
     if chunk is None:
         chunk = _MOST_TOKENS
         if left is right:  # else nothing is read twice
-            chunk = token_chunk(tokens, left.stride(0) * left.element_size(), _cache_bytes(left.device))
+            row_bytes = left.stride(0) * left.element_size()
+            chunk = min(chunk, token_chunk(tokens, row_bytes, _cache_bytes(left.device)))
     rank, blocks = rank_for(out.shape[1])
     pair = left.dtype == torch.bfloat16
     for low in range(0, tokens, chunk):

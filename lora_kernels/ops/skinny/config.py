@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops import _tiles
-from lora_kernels.ops._tiles import LEAST_RANK, build_platform, processors, rank_for, token_splits
+from lora_kernels.ops._tiles import LEAST_RANK, MOST_PROGRAMS, build_platform, processors, rank_for, token_splits
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,6 @@ def parts_for(tiles: int, length: int, step: int, device: torch.device, least: i
 def tall_for(tokens: int, config: SkinnyConfig) -> int:
     """How many tiles of tokens there are: the second axis of a grid, which the hardware limits."""
     tiles = -(-tokens // config.tokens)
-    if tiles > 65535:
-        raise ValueError(f"{tokens} tokens are too many for one launch, at most {65535 * config.tokens}")
+    if tiles > MOST_PROGRAMS:
+        raise ValueError(f"{tokens} tokens are too many for one launch, at most {MOST_PROGRAMS * config.tokens}")
     return tiles
