@@ -131,7 +131,9 @@ def main(out):
     expect(error, pattern, lambda: lk.collect(fsdp, mine, progress=False, budget=budget))
     model = peft_model()
     rho = 2.0 if number == 1 else 1.0
-    expect(ValueError, "method must be the same", lambda: lk.initialize(model, mine, lk.EVA(rho=rho), progress=False))
+    expect(
+        ValueError, "method must be the same", lambda: lk.initialize(model, mine, lk.init.EVA(rho=rho), progress=False)
+    )
     error, pattern = (ValueError, "base is 'none'") if number == 1 else (RuntimeError, "process 1: ValueError: base is")
     start = "none" if number == 1 else "intact"
     expect(error, pattern, lambda: lk.initialize(model, mine, "eva", base=start, progress=False))
