@@ -22,13 +22,20 @@ def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_exp
 
     Raises:
         ValueError: if the adapter is trained (`force` allows that, except over trained biases of the base), has
-            LoRA-Dash's coordinates, has changed the base weights, or has no layer that is wide enough.
+            LoRA-Dash's coordinates, has changed the base weights, has factors that accelerate has offloaded, or has no
+            layer that is wide enough.
     """
     from lora_kernels.adapters.config import changed_base  # noqa: PLC0415  (imports peft)
 
     layers = find_lora_layers(model, adapter, without_experts=without_experts)
     if any(parts.directions(layer.module, adapter) is not None for layer in layers.supported):
         raise ValueError(f"adapter {adapter!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
+    offloaded = [layer.name for layer in layers.supported if _is_offloaded(layer.module, adapter)]
+    if offloaded:
+        raise ValueError(
+            f"the factors of layer {', '.join(offloaded)} are on the meta device, offloaded by accelerate, which would "
+            "put the old values back: initialise before the model is offloaded"
+        )
     if not force:
         check_untrained(layers, adapter)
     else:
@@ -41,6 +48,11 @@ def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_exp
             "init_lora_weights=True"
         )
     return layers
+
+
+def _is_offloaded(module: Any, adapter: str) -> bool:
+    factor = getattr(module, "wrapper", module).lora_A[adapter]  # of all experts, where it is one of them
+    return hasattr(factor, "_hf_hook") and factor.weight.is_meta
 
 
 def _config(model: nn.Module, adapter: str) -> Any:

@@ -19,10 +19,10 @@ from lora_kernels.init import InitMethod, Redistribution, resolve_method
 from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
-from lora_kernels.runtime.processes import unwrap
+from lora_kernels.runtime.processes import check_same, together, unwrap
 from lora_kernels.statistics import Plan, Statistics, Target, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.options import CollectKeywords, Forward, PlanKeywords, read_options
+from lora_kernels.statistics.options import CollectKeywords, CollectOptions, Forward, PlanKeywords, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
@@ -64,15 +64,19 @@ def collect(
         TypeError: on an argument of another type, or an unknown option.
         ValueError: on an argument out of range, a layer that is not there, an empty loader, a batch without any counted
             token, an input, gradient or loss that is not finite, or a checkpoint of something else.
-        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
+        RuntimeError: if another process failed.
     """
-    chosen = read_options(options)
     model = unwrap(model)
-    check_type("loader", loader, Iterable, "an iterable of batches")
-    check_type("adapter_name", adapter_name, str, "a name")
-    layers, skipped = _targets(model, targets, adapter_name)
+
+    def check() -> tuple[CollectOptions, Mapping[str, bool], Sequence[Target], Mapping[str, str]]:
+        chosen = read_options(options)
+        check_type("loader", loader, Iterable, "an iterable of batches")
+        check_type("adapter_name", adapter_name, str, "a name")
+        return chosen, resolve_wants(named_wants(wants)), *_targets(model, targets, adapter_name)
+
+    chosen, resolved, layers, skipped = together(check) if options.get("distributed", True) else check()
     with base_model_only(model), observed_experts(layer.module for layer in layers):
-        return collect_targets(model, loader, layers, named_wants(wants), chosen, skipped_modules=skipped)
+        return collect_targets(model, loader, layers, resolved, chosen, skipped_modules=skipped)
 
 
 def plan(
@@ -190,25 +194,34 @@ def initialize(
             method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
-    check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
-    check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
-    start = Start(
-        model,
-        resolve_method(method),
-        adapter=adapter_name,
-        base=base,
-        ranks=ranks,
-        learning_rate=learning_rate,
-        suggest_rate=suggest_rate,
-        optimizer=optimizer,
-        unreached=unreached,
-        force=force,
-    )
-    if start.wants and (loader is None) == (statistics is None):
-        raise ValueError("exactly one of loader and statistics must be given")
-    start.check()
+
+    def check() -> Start:
+        check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
+        check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
+        start = Start(
+            model,
+            resolve_method(method),
+            adapter=adapter_name,
+            base=base,
+            ranks=ranks,
+            learning_rate=learning_rate,
+            suggest_rate=suggest_rate,
+            optimizer=optimizer,
+            unreached=unreached,
+            force=force,
+        )
+        if start.wants and (loader is None) == (statistics is None):
+            raise ValueError("exactly one of loader and statistics must be given")
+        if start.wants and statistics is None:
+            read_options(options)
+        start.check()
+        return start
+
+    start = together(check)
+    ranks_now = {layer.name: layer.rank for layer in start.layers.supported}
+    check_same(method=repr(start.method), ranks=repr(ranks), r=ranks_now, base=base, statistics=statistics is not None)
     start.collect(loader, statistics, options)
     start.solve(progress=bool(options.get("progress", True)))
-    start.write()
+    together(start.write)
     start.measure_rate(loader, options)
     return start.report()

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
-from lora_kernels._checks import check_type
+from lora_kernels._checks import check_type, repr_short
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -48,7 +49,33 @@ def raise_together(error: BaseException | None) -> None:
         raise error
     failed = [f"process {number}: {message}" for number, message in enumerate(messages) if message is not None]
     if failed:
-        raise RuntimeError(f"the collection failed elsewhere; {'; '.join(failed)}")
+        raise RuntimeError(f"another process failed: {'; '.join(failed)}")
+
+
+def together(step: Callable[[], Result]) -> Result:
+    """The result of a step that all processes take; a failure on one process fails all of them."""
+    error: BaseException | None = None
+    try:
+        result = step()
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+    return result
+
+
+def check_same(**arguments: Any) -> None:
+    """Refuse, on every process, arguments that differ between processes."""
+    if world_size() == 1:
+        return
+    everyone = gather(arguments)
+    for number, other in enumerate(everyone):
+        names = [name for name in arguments if other[name] != everyone[0][name]]
+        if names:
+            name = names[0]
+            raise ValueError(
+                f"{name} must be the same on all processes, but is {repr_short(other[name])} on process {number} and "
+                f"{repr_short(everyone[0][name])} on process 0"
+            )
 
 
 def owners(weights: Sequence[float], processes: int) -> list[int]:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lora_kernels.runtime import processes
 from lora_kernels.runtime.feed import Feed, call_model, model_device, to_device, trimmer
 from lora_kernels.runtime.loss import batch_size, loss_items, model_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
+from lora_kernels.runtime.processes import Result
 from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
@@ -31,24 +32,9 @@ from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
-Result = TypeVar("Result")
-
 
 class _FailedElsewhere(Exception):
     """Another process has failed in this step; it says why after the pass."""
-
-
-def _together(step: Callable[[], Result], world: int) -> Result:
-    """The result of a step that every process takes; a failure on one process fails all of them."""
-    if world == 1:
-        return step()
-    error: BaseException | None = None
-    try:
-        result = step()
-    except Exception as caught:
-        error = caught
-    processes.raise_together(error)
-    return result
 
 
 class Collection:
@@ -95,13 +81,16 @@ class Collection:
         current = 0 if self.progress.complete else self.progress.current
         self.finished, self.resumed = parts[: len(parts) - current], parts[len(parts) - current :]
 
+    def _together(self, step: Callable[[], Result]) -> Result:
+        return processes.together(step) if self.world > 1 else step()
+
     def plan(self) -> Plan:
         """The plan; with a budget, a first forward pass finds which layers read the same tensor.
 
         Raises:
             ValueError: if a second pass is needed and the loader cannot be read twice.
         """
-        budget = _together(lambda: parse_budget(self.options.budget, self.device), self.world)
+        budget = self._together(lambda: parse_budget(self.options.budget, self.device))
         groups = None
         one_shot = isinstance(self.loader, Iterator)
         if budget is not None and self.options.share_inputs and not one_shot:
@@ -126,7 +115,7 @@ class Collection:
         return plan
 
     def _probe(self) -> list[list[str]] | None:
-        batch = _together(lambda: next(iter(self.loader), None), self.world)
+        batch = self._together(lambda: next(iter(self.loader), None))
         if self.lockstep:
             batch = distributed.first_batch(batch, batch is not None)
 
@@ -136,7 +125,7 @@ class Collection:
             with observation_mode(self.model, gradients=False):
                 return find_groups(self.model, self.targets, to_device(batch, self.device), self.options.forward)
 
-        return _together(find, self.world)
+        return self._together(find)
 
     def run(self) -> Statistics:
         """All passes, the reduction over processes, and the final file."""
@@ -146,10 +135,10 @@ class Collection:
             self.progress.apart = sorted({name for progress in everyone for name in progress.apart})
         if not all(progress.complete for progress in everyone):
             plan = self.plan()
-            _together(lambda: self._check_plan(plan), self.world)
+            self._together(lambda: self._check_plan(plan))
             # A run of several processes may have been stopped when only some of them had finished a pass.
             for number in range(min(progress.number for progress in everyone), plan.passes):
-                _together(functools.partial(self._pass, plan, number), self.world)
+                self._together(functools.partial(self._pass, plan, number))
         parts, progress = self.finished, self.progress
         if self.world > 1:
             parts = distributed.agree(parts, self.device)
@@ -421,4 +410,4 @@ def collect(
     def prepare() -> Collection:
         return Collection(model, loader, targets, resolve_wants(wants), chosen, skipped_modules or {})
 
-    return _together(prepare, processes.world_size() if chosen.distributed else 1).run()
+    return (processes.together(prepare) if chosen.distributed else prepare()).run()

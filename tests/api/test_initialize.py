@@ -210,6 +210,14 @@ def test_adapter_on_the_meta_device_is_materialised():
     assert torch.isfinite(logits(model, text(1)[0])).all()
 
 
+def test_factors_that_are_offloaded_are_refused(tmp_path):
+    offload = pytest.importorskip("accelerate").disk_offload
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0"]))
+    offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded by accelerate.*initialise before the model is offloaded"):
+        lk.initialize(model, [torch.randn(8, 6)], "eva", progress=False)
+
+
 def test_an_optimizer_made_before_trains_the_new_factors():
     model = adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)

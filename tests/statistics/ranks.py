@@ -117,6 +117,39 @@ def main(out):
     error, pattern = (ValueError, "loss is nan") if number == 1 else (RuntimeError, "process 1: ValueError")
     expect(error, pattern, lambda: lk.collect(fsdp, mine, STATISTICS, **settings))
 
+    # Options, statistics or ranks that differ are an error on all, and so is a failure before any data is read.
+    for options in ({"dtype": torch.float64}, {"sketch_size": 8}, {"mask": None}, {"checkpoint": out / "one"}):
+        uneven = options if number == 1 else {}
+        pattern = "process 1 must collect the same as process 0, but differs in .*" + next(iter(options))
+        expect(ValueError, pattern, lambda uneven=uneven: lk.collect(ddp, mine, progress=False, **uneven))
+    wants = "fisher" if number == 1 else "input_second"
+    expect(ValueError, "differs in wants", lambda: lk.collect(fsdp, mine, wants, progress=False))
+    error, pattern = (ValueError, "targets") if number == 1 else (RuntimeError, "another process failed: process 1")
+    expect(error, pattern, lambda: lk.collect(ddp, mine, targets=[] if number == 1 else None, progress=False))
+    budget = "40 XB" if number == 1 else "60KB"
+    error, pattern = (ValueError, "budget is") if number == 1 else (RuntimeError, "process 1: ValueError: budget is")
+    expect(error, pattern, lambda: lk.collect(fsdp, mine, progress=False, budget=budget))
+    model = peft_model()
+    rho = 2.0 if number == 1 else 1.0
+    expect(
+        ValueError, "method must be the same", lambda: lk.initialize(model, mine, lk.init.EVA(rho=rho), progress=False)
+    )
+    error, pattern = (ValueError, "base is 'none'") if number == 1 else (RuntimeError, "process 1: ValueError: base is")
+    start = "none" if number == 1 else "intact"
+    expect(error, pattern, lambda: lk.initialize(model, mine, "eva", base=start, progress=False))
+
+    # A run that was stopped when one process had finished a pass and the other had not.
+    for name, observed in (("uneven", ddp), ("fsdp_uneven", sharded(tiny_llama()))):
+        options = {"progress": False, "checkpoint": out / name, "checkpoint_every": 1}
+        path = out / f"{name}.{number}-of-{world}"
+        for passes in ({}, {"form": "exact", "budget": "60KB"}):
+            lk.collect(observed, mine, STATISTICS, **options, **passes)
+            if number == 1:
+                path.unlink()
+            distributed.barrier()
+            keep(name, lk.collect(observed, mine, STATISTICS, **options, **passes))
+            path.unlink()
+
     # Factors: decompositions are shared out, all processes write the same.
     model = peft_model()
     lk.initialize(model, mine, lk.init.EVA(rho=2.0), progress=False)

@@ -16,7 +16,19 @@ def results(two_processes_ran):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "passes", "fsdp", "fsdp_passes", "lonely", "fsdp_lonely", "checkpoint", "resumed"]
+    "name",
+    [
+        "ddp",
+        "passes",
+        "fsdp",
+        "fsdp_passes",
+        "lonely",
+        "fsdp_lonely",
+        "checkpoint",
+        "resumed",
+        "uneven",
+        "fsdp_uneven",
+    ],
 )
 def test_two_processes_find_what_one_finds(results, name):
     model = tiny_llama()
