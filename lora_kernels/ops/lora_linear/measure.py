@@ -30,8 +30,8 @@ MARGIN = 0.98
 LIMIT, ROUNDING = 2.0, 5e-7
 # Rows that are checked: blocks all over the matrix.
 _BLOCKS, _BLOCK = 8, 32
-# Bytes written before each timed call, and how often: more than any second-level cache, and about 1 ms, in which the host
-# queues the call's kernels (40 to 90 us); else a gap of the host's would be timed.
+# Bytes written before each timed call, and how often: more than any second-level cache, and about 1 ms, in which the
+# host queues the call's kernels (40 to 90 us); else a gap of the host's would be timed.
 _FLUSHED, _FLUSHES = 2**28, 12
 _THRESHOLD = round(0.1 * 65536)
 
