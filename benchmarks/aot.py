@@ -4,8 +4,8 @@
 per Triton kernel, configuration and chip, each compiled as the launcher would: it builds; no register spills and no
 local memory (a few bytes, where nothing is aligned); shared memory fits; the chip's own tensor-core instruction is
 there, and not serialised, where one must be; it stores to memory. What Triton learns from the arguments changes the
-code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become constants). The CUDA files
-are compiled for their own chips and checked for spills. Other versions of Triton, which compile differently, are
+code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become constants). The CUDA
+files are compiled for their own chips and checked for spills. Other versions of Triton, which compile differently, are
 installed beside the environment, into build/aot.
 """
 
