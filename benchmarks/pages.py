@@ -17,7 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import compare, records
-from benchmarks.demo import study_report
+from benchmarks.demo import report, study_report
+from benchmarks.demo.config import OURS, STOCK
 from benchmarks.records import ROOT, cases
 from benchmarks.subject import duration
 
@@ -206,7 +207,7 @@ def lora_pro() -> Rows:
 
 
 def landscape() -> Rows:
-    """Verdicts by the kind of run, and the demo's model at two learning rates."""
+    """Verdicts by the kind of run, and MiniLM-L6 at two learning rates."""
     sensing, demo = cases("landscape")["sensing"], cases("landscape")["demo"]
     rows = [["runs", "number", "verdict"]]
     for truth in sensing["confusion"]:
@@ -215,7 +216,7 @@ def landscape() -> Rows:
         rows.append([f"sensing problem, {truth}", str(len(verdicts)), f"{right} right"])
     for run in demo["runs"]:
         loud = f"{run['loud_layers']} of {run['layers']} layers are called loud"
-        rows.append([f"the demo's model, learning rate {run['learning_rate']:g}", "1", loud])
+        rows.append([f"MiniLM-L6, learning rate {run['learning_rate']:g}", "1", loud])
     return rows
 
 
@@ -240,14 +241,17 @@ def svd() -> Rows:
     return rows
 
 
-def demo() -> Rows:
-    """The demo's held-out results."""
-    arms = record_of("demo")["summary"]
-    rows = [["mean and standard deviation over seeds", *(f"step {step}" for step in arms["eva"]["steps"])]]
-    for measure, pattern in (("loss", "{:.3f} ± {:.3f}"), ("accuracy", "{:.1%} ± {:.1%}")):
-        for arm in ("random", "eva"):
-            pairs = zip(arms[arm][f"{measure}_mean"], arms[arm][f"{measure}_deviation"], strict=True)
-            rows.append([f"{measure}, {study_report.title(arm)}", *(pattern.format(*pair) for pair in pairs)])
+def demo_records() -> list[dict[str, Any]]:
+    """The record of `make demo`, if there is one."""
+    return [record_of("demo")] if (records.RESULTS / "demo.json").is_file() else []
+
+
+def demo(record: dict[str, Any]) -> Rows:
+    """Stock PEFT and ours, side by side."""
+    rows = [["held-out loss in nats per token", STOCK, OURS, ""]]
+    for entry in record["rows"]:
+        row = report.Row(**{name: entry[name] for name in ("measure", "unit", "stock", "ours", "judged")})
+        rows.append([row.measure, row.cell(row.stock), row.cell(row.ours), row.difference])
     return rows
 
 
@@ -266,12 +270,6 @@ def studies_in_short() -> Rows:
             arms.get(verdict, arms["level"]).append(study_report.title(arm).replace(", ", " "))
         rows.append([record["data"]["name"].split(",")[0], *(", ".join(names) or "none" for names in arms.values())])
     return rows
-
-
-def best_arm(record: dict[str, Any]) -> tuple[float, str]:
-    """The lowest mean loss after the last step but random LoRA's, and whose it is."""
-    others = {arm: means for arm, means in record["summary"].items() if arm != study_report.BASELINE}
-    return min((means["loss"][-1]["mean"], study_report.title(arm)) for arm, means in others.items())
 
 
 def gains() -> Rows:
@@ -322,7 +320,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"table": _table, "duration": duration}
     sources = (summary, counts, eva, statistics, methods, layers, call, dora, training, language_model, lora_pro)
-    sources += (landscape, eigh, svd, demo, studies, studies_in_short, best_arm, gains, record_of, cases)
+    sources += (landscape, eigh, svd, demo, demo_records, studies, studies_in_short, gains, record_of, cases)
     environment.globals |= {source.__name__: source for source in sources}
     environment.globals |= {"study": study_report}
     return environment

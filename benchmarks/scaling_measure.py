@@ -94,8 +94,7 @@ def _held(found: Any) -> int:
     tensors = {
         id(value): value
         for layer in found.values()
-        for sums in (layer.input, layer.output)
-        if sums is not None
+        for sums in layer.sums.values()
         for value in sums.tensors().values()
     }
     return sum(each.numel() * each.element_size() for each in tensors.values())
@@ -123,7 +122,8 @@ def run_case(name: str, method: str, options: dict[str, Any], world: int, quick:
             "passes": plan.passes,
             "reductions": plan.messages,
             "reduced_bytes": plan.message_bytes if world > 1 else 0,
-            "objects": plan.passes + 3 if world > 1 else 0,
+            # Seven of a collection, one of a pass, and two of the forward pass before a plan with a budget.
+            "objects": plan.passes + 7 + 2 * probes if world > 1 else 0,
         },
         "found": {
             "bytes": _held(statistics),

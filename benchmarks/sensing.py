@@ -18,9 +18,10 @@ import torch
 from rich.table import Table
 
 from benchmarks.records import CONSOLE
-from lora_kernels.landscape import Adapter, Gradient, Spectrum, Thresholds, certify, judge, measure
+from lora_kernels.landscape import Adapter, Spectrum, Thresholds, certify, judge, measure
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, RANK_LIMITED, STILL_TRAINING
+from lora_kernels.statistics import Gradient
 
 KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE)
 COLOURS = {LOW_RANK_MINIMUM: "#009E73", STILL_TRAINING: "#E69F00", RANK_LIMITED: "#0072B2", LOUD_FAILURE: "#D55E00"}

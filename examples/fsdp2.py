@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
 For your own model: replace `make_base` and `share`. A model that fits no single device is sharded first and given its
-start afterwards: `lk.initialize` takes sharded models too, with methods that keep the ranks (`lk.EVA(rho=1.0)`).
+start afterwards: `lk.initialize` takes sharded models too, with methods that keep the ranks (`lk.init.EVA(rho=1.0)`).
 """
 
 import functools

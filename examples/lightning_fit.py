@@ -31,7 +31,7 @@ class FineTuning(lightning.LightningModule):
     def __init__(self, model, rate):
         super().__init__()
         self.model, self.rate, self.losses = model, rate, []
-        self.monitor = lk.LandscapeMonitor(every=20)
+        self.monitor = lk.api.LandscapeMonitor(every=20)
 
     def training_step(self, batch, index):
         """The loss of a batch."""

@@ -55,7 +55,7 @@ with tempfile.TemporaryDirectory() as folder:
     wants = ("input_second", "gradient", "fisher")
     lk.collect(make_model(), batches, wants, weighting="sample", progress=False).save(file)
     print(f"one pass, {file.stat().st_size / 1e6:.1f} MB")
-    statistics = lk.Statistics.load(file)
+    statistics = lk.statistics.Statistics.load(file)
 
 with torch.no_grad():
     untouched = sum(make_model()(**batch).loss.item() for batch in batches) / len(batches)

@@ -57,7 +57,7 @@ with tempfile.TemporaryDirectory() as folder:
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = SFTTrainer(
-        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[lk.LandscapeCallback(every=20)]
+        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[lk.api.LandscapeCallback(every=20)]
     )
     # The trainer makes its optimizer when training begins: until then the start may change ranks and parameters.
     # mask="labels" counts only the tokens that the loss counts.

@@ -64,7 +64,7 @@ model = get_peft_model(make_base(), config)
 print(lk.initialize(model, loader, method="lora_ga", max_batches=8, progress=False).summary())
 print(lk.accelerate(model).summary())
 optimizer = lk.create_lora_pro_optimizer(model, lr=5e-3)
-history = train("LoRA-Pro", model, 5e-3, optimizers=(optimizer, None), callbacks=[lk.LandscapeCallback(every=20)])
+history = train("LoRA-Pro", model, 5e-3, optimizers=(optimizer, None), callbacks=[lk.api.LandscapeCallback(every=20)])
 for entry in history:
     if "landscape/entropy_rank" in entry:
         numbers = {key.removeprefix("landscape/"): value for key, value in entry.items() if "landscape/" in key}
@@ -82,7 +82,7 @@ print(
 )
 
 model = get_peft_model(make_base(), config)
-dash = lk.LoraDashCallback(lk.LoraDash(k=4, pre_launch=10))
+dash = lk.api.LoraDashCallback(lk.LoraDash(k=4, pre_launch=10))
 train("LoRA-Dash", model, 1e-2, callbacks=[dash])
 moved = sum(bool(each.any()) for each in dash.run.coordinates())
 print(f"LoRA-Dash: {moved} layers have learned {dash.config.k} coordinates each, after {dash.run.steps} steps without")

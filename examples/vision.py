@@ -63,7 +63,7 @@ task, held_out = make_batches(-images[:1400], labels[:1400]), make_batches(-imag
 config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier"])
 model = get_peft_model(base, config)
 # No labels are needed: EVA looks at the inputs alone. With rho=2 a layer may get up to twice its rank, or less.
-report = lk.initialize(model, task, method=lk.EVA(rho=2.0), progress=False)
+report = lk.initialize(model, task, method=lk.init.EVA(rho=2.0), progress=False)
 print(report.summary())
 for layer in sorted(report, key=lambda each: each.rank)[:: len(report.layers) - 1]:
     print(f"rank {layer.rank_before} -> {layer.rank}: {layer.name.removeprefix('base_model.model.')}")

@@ -46,7 +46,7 @@ batches = [{"x": a, "y": b} for a, b in zip(x.split(64), y.split(64), strict=Tru
 
 # One pass for the gradients of the mean loss; nothing of the model is changed, and no .grad is made.
 names = ["0", "2"]
-method = lk.LoraGA()
+method = lk.init.LoraGA()
 statistics = lk.collect(
     model,
     batches,

@@ -4,65 +4,30 @@
 
     report = lk.initialize(peft_model, loader, method="eva")
 
-Importing touches no GPU and needs no compiler.
+Importing touches no GPU, needs no compiler, and loads each name at its first use: the functions below, and the
+subpackages with everything else (`lk.init.EVA`, `lk.statistics.Statistics`, `lk.api.LandscapeMonitor`, ...).
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lora_kernels import init, landscape, linalg, ops, statistics, training
 from lora_kernels._version import __version__
-from lora_kernels.api.diagnosis import diagnose, snapshot
-from lora_kernels.api.entry import collect, initialize, plan
-from lora_kernels.api.monitor import LandscapeMonitor
-from lora_kernels.api.report import InitReport, LayerReport
-from lora_kernels.api.saved import export, load
-from lora_kernels.api.tsd import LoraTSD
-from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, LoraOne, PiSSA, Redistribution, TaskDirections
-from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds
-from lora_kernels.statistics import CollectOptions, Plan, Statistics
-from lora_kernels.training import (
-    AccelerateReport,
-    LoraDash,
-    LoraPro,
-    accelerate,
-    create_lora_pro_optimizer,
-    lora_pro_cls_and_kwargs,
-    reference_mode,
-    restore,
-    verify,
-)
-from lora_kernels.tuning import TuneReport, tune
 
 if TYPE_CHECKING:
-    from lora_kernels.api.callbacks import LandscapeCallback, LoraDashCallback
+    from lora_kernels import api, init, landscape, linalg, ops, statistics, training
+    from lora_kernels.adapters.export import export
+    from lora_kernels.api.diagnosis import diagnose
+    from lora_kernels.api.entry import collect, initialize, plan
+    from lora_kernels.api.learning_rate import suggest_learning_rate
+    from lora_kernels.api.loading import load
+    from lora_kernels.training import LoraDash, accelerate, create_lora_pro_optimizer, restore, verify
+    from lora_kernels.tuning import tune
 
 __all__ = [
-    "EVA",
-    "AccelerateReport",
-    "CollectOptions",
-    "CorDA",
-    "Diagnosis",
-    "InitReport",
-    "LandscapeCallback",
-    "LandscapeMonitor",
-    "LayerDiagnosis",
-    "LayerReport",
     "LoraDash",
-    "LoraDashCallback",
-    "LoraPro",
-    "LoraTSD",
-    "LoraDA",
-    "LoraGA",
-    "LoraOne",
-    "PiSSA",
-    "Plan",
-    "Redistribution",
-    "Statistics",
-    "TaskDirections",
-    "Thresholds",
-    "TuneReport",
     "__version__",
     "accelerate",
+    "api",
     "collect",
     "create_lora_pro_optimizer",
     "diagnose",
@@ -72,23 +37,42 @@ __all__ = [
     "landscape",
     "linalg",
     "load",
-    "lora_pro_cls_and_kwargs",
     "ops",
     "plan",
-    "reference_mode",
     "restore",
-    "snapshot",
     "statistics",
+    "suggest_learning_rate",
     "training",
     "tune",
     "verify",
 ]
 
+_SUBPACKAGES = ("api", "init", "landscape", "linalg", "ops", "statistics", "training")
+_HOMES = {
+    "LoraDash": "training",
+    "accelerate": "training",
+    "collect": "api.entry",
+    "create_lora_pro_optimizer": "training",
+    "diagnose": "api.diagnosis",
+    "export": "adapters.export",
+    "initialize": "api.entry",
+    "load": "api.loading",
+    "plan": "api.entry",
+    "restore": "training",
+    "suggest_learning_rate": "api.learning_rate",
+    "tune": "tuning",
+    "verify": "training",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # transformers is an optional dependency, and slow to import.
-    if name in ("LandscapeCallback", "LoraDashCallback"):
-        from lora_kernels.api import callbacks
-
-        return getattr(callbacks, name)
+    if name in _SUBPACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

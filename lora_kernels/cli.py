@@ -5,343 +5,463 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_kernels._files import replacing_folder, write_text
+from lora_kernels._options import add_options, default_of
 from lora_kernels._version import __version__
-from lora_kernels.adapters.versions import require_peft
-from lora_kernels.reports import console
 
 
-def _head_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--label-column", help="labels, for a classifier")
-    _task_argument(parser)
+class Config(NamedTuple):
+    """Fields of another dataclass that are options of a command, too: passed on as keywords where they are given."""
+
+    kind: type
+    leave_out: Collection[str] = ()
+    defaults: Mapping[str, Any] = {}
 
 
-def _task_argument(parser: argparse.ArgumentParser) -> None:
-    about = "causal-lm, sequence-classification or base (default: with labels a classifier; else as the config says)"
-    parser.add_argument("--task", help=about)
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its fields are its options, and the first line of its docstring is its help.
+
+    `run` takes what was given of each config, and returns the exit status.
+    """
+
+    @classmethod
+    def configs(cls) -> tuple[Config, ...]:
+        """Further options, in groups; `lora-kernels --help` does without them."""
+        return ()
+
+    @classmethod
+    def epilog(cls) -> str | None:
+        """Text at the end of the command's help."""
+        return None
 
 
-def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    from lora_kernels.init import METHODS  # noqa: PLC0415
+@dataclass(frozen=True, kw_only=True)
+class _TextCommand(Command):
+    """A command that reads text.
 
-    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
-    parser.add_argument("--data", type=Path, required=True, help=".csv or .jsonl file with text")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
-    parser.add_argument("--text-column", default="text")
-    _head_arguments(parser)
-    parser.add_argument("--method", default="eva", help=", ".join(METHODS))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method, such as gamma=64"
-    )
-    parser.add_argument(
-        "--ranks",
-        metavar="SCORE",
-        help="redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (the default)",
-    )
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=float, help="lora_alpha (default: the rank)")
-    parser.add_argument("--rho", type=float, help="how far a redistributed rank may grow (default: 2)")
-    parser.add_argument("--min-rank", type=int, default=1)
-    parser.add_argument("--max-rank", type=int)
-    parser.add_argument("--multiple-of", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, help="that you will train with; the report judges it")
-    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="names as in PEFT")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--max-batches", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--budget", help='memory for the statistics of one pass, such as 4GB, or "auto"')
-    parser.add_argument("--form", default="auto", help="auto, exact or sketch")
-    parser.add_argument("--checkpoint", type=Path, help="file for partial statistics; a killed run goes on from it")
+    Attributes:
+        text_column: column of the text
+        label_column: column of the labels, for a classifier
+        task: causal-lm, sequence-classification or base (default: the adapter's, or with labels a classifier, or as the
+            config says)
+        batch_size: texts per batch
+        max_length: tokens at which a text is cut
+    """
+
+    text_column: str = "text"
+    label_column: str | None = None
+    task: str | None = None
+    batch_size: int = 8
+    max_length: int = 256
+
+    def read(self, data: Path) -> tuple[list[str], list[str] | None]:
+        """The texts of a file, and their labels if there is a column of them."""
+        from lora_kernels.api import text_files  # noqa: PLC0415
+
+        return text_files.read(data, self.text_column, self.label_column)
 
 
-def _init(options: argparse.Namespace) -> int:
-    require_peft()
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+@dataclass(frozen=True, kw_only=True)
+class Init(_TextCommand):
+    """Make a PEFT adapter with a data-aware start from a model folder and a text file.
 
-    import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.api import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
-    from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
+    Attributes:
+        model: folder of a transformers model
+        data: .csv or .jsonl file with text
+        out: folder for the adapter, report.json and report.html, new or empty
+        method: name of the method; the names and their settings are listed below
+        set: settings of the method, NAME=VALUE, such as gamma=64
+        ranks: redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (default: keep)
+        rank: r of every layer
+        alpha: lora_alpha (default: the rank)
+        learning_rate: that you will train with; the report judges it
+        optimizer: adamw, lora_pro or lora_pro_full, for the rate suggested
+        no_rate: measure no learning rate
+        target_modules: names as in PEFT
+    """
 
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"out was {str(options.out)!r}, must be a new or empty folder")
-    method = method_from_text(options.method, options.set)
-    limits = (options.min_rank, options.max_rank, options.multiple_of)
-    moves = options.rho is not None or limits != (1, None, 1)
-    score = options.ranks or (method.own_score if moves else None)
-    if moves and score is None:
-        raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
-    ranks = None
-    if score is not None and score != "keep":
-        ranks = lk.Redistribution(score, 2.0 if options.rho is None else options.rho, *limits)
-    elif score == "keep":
-        method = method.keeping_ranks()
-    texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    task = transformers.task_for(options.model, options.task, labels)
-    model, tokenizer = transformers.load(options.model, task, labels)
-    new_head = labels is not None and transformers.task_of(options.model) != task
-    targets = options.target_modules[0] if options.target_modules == ["all-linear"] else options.target_modules
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha or options.rank,
-        target_modules=targets,
-        task_type=transformers.TASK_TYPES.get(task),  # type: ignore[arg-type]
-    )
-    peft_model = get_peft_model(model, config)
-    sizes = options.batch_size, options.max_length
-    batches = transformers.task_batches(model, tokenizer, task, texts, labels, *sizes)
-    names = ("max_batches", "max_tokens", "budget", "form", "checkpoint", "learning_rate")
-    chosen = {name: getattr(options, name) for name in names}
-    try:
-        report = lk.initialize(peft_model, batches, method, ranks=ranks, **chosen)
-    except MissingLossError as error:
-        raise ValueError(
-            f"{options.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
-            "no loss: --label-column names the labels, or --task another head"
-        ) from error
-    with replacing_folder(options.out) as folder:
-        peft_model.save_pretrained(folder)
-        write_text(folder / "report.json", report.to_json() + "\n")
-    how = (
-        "lora_kernels.load to train it (its start is frozen), or by stock PEFT" if method.offsets_base else "stock PEFT"
-    )
-    lines = [report, f"adapter: {options.out} of the model loaded as {task}, to be loaded with {how}"]
-    if new_head:
-        lines.append(
-            f"The model has no trained head: the adapter's folder has a new one, for {model.config.num_labels} labels "
-            f"in alphabetical order. Load the base with num_labels={model.config.num_labels}."
+    model: Path
+    data: Path
+    out: Path
+    method: str = "eva"
+    set: list[str] = field(default_factory=list)
+    ranks: str | None = None
+    rank: int = 16
+    alpha: float | None = None
+    learning_rate: float | None = None
+    optimizer: str = "adamw"
+    no_rate: bool = False
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+
+    @classmethod
+    def configs(cls) -> tuple[Config, ...]:
+        """The redistribution of ranks, and the collection."""
+        from lora_kernels.init import Redistribution  # noqa: PLC0415
+        from lora_kernels.statistics import CollectOptions  # noqa: PLC0415
+
+        own = ("sketch_size", "distributed")  # follow the ranks and the process group
+        return Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
+
+    @classmethod
+    def epilog(cls) -> str:
+        """The settings of the methods."""
+        from lora_kernels.init import METHODS  # noqa: PLC0415
+
+        lines = [
+            f"  {name}: {', '.join(f'{setting.name}={default_of(setting)!r}' for setting in fields(kind))}"
+            for name, kind in METHODS.items()
+        ]
+        return "\n".join(["methods and their settings (--set NAME=VALUE), with defaults:", *lines])
+
+    def run(self, redistribution: dict[str, Any], collection: dict[str, Any]) -> int:
+        """Make the adapter."""
+        from lora_kernels.adapters.versions import require_peft  # noqa: PLC0415
+
+        require_peft()
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+
+        import lora_kernels as lk  # noqa: PLC0415
+        from lora_kernels._files import replacing_folder, write_text  # noqa: PLC0415
+        from lora_kernels.api import transformers  # noqa: PLC0415
+        from lora_kernels.api.init_page import init_page  # noqa: PLC0415
+        from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
+        from lora_kernels.reports import console  # noqa: PLC0415
+        from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
+
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"out is {str(self.out)!r}, but must be a new or empty folder")
+        method = method_from_text(self.method, self.set)
+        score = self.ranks or (method.own_score if redistribution else None)
+        if redistribution and score is None:
+            raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
+        ranks = None
+        if score == "keep":
+            method = method.keeping_ranks()
+        elif score is not None:
+            ranks = lk.init.Redistribution(score, **redistribution)
+        texts, labels = self.read(self.data)
+        task = transformers.task_for(self.model, self.task, labels)
+        model, tokenizer = transformers.load(self.model, task, labels)
+        new_head = labels is not None and transformers.task_of(self.model) != task
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha or self.rank,
+            target_modules=self.target_modules[0] if self.target_modules == ["all-linear"] else self.target_modules,
+            task_type=transformers.TASK_TYPES.get(task),  # type: ignore[arg-type]
         )
-    console(140).print(*lines, sep="\n")
-    return 0
+        peft_model = get_peft_model(model, config)
+        batches = transformers.task_batches(model, tokenizer, task, texts, labels, self.batch_size, self.max_length)
+        try:
+            report = lk.initialize(
+                peft_model,
+                batches,
+                method,
+                ranks=ranks,
+                learning_rate=self.learning_rate,
+                suggest_rate=not self.no_rate,
+                optimizer=self.optimizer,
+                **collection,
+            )
+        except MissingLossError as error:
+            raise ValueError(
+                f"{self.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
+                "no loss: --label-column names the labels, or --task another head"
+            ) from error
+        with replacing_folder(self.out) as folder:
+            peft_model.save_pretrained(folder)
+            write_text(folder / "report.json", report.to_json() + "\n")
+            write_text(folder / "report.html", init_page(report).to_html())
+        frozen = "lora_kernels.load to train it (its start is frozen), or by stock PEFT"
+        reader = frozen if method.offsets_base else "stock PEFT"
+        lines = [report, f"adapter: {self.out} of the model loaded as {task}, to be loaded with {reader}"]
+        if new_head:
+            count = model.config.num_labels
+            lines.append(
+                f"The model has no trained head: the adapter's folder has a new one, for {count} labels in "
+                f"alphabetical order. Load the base with num_labels={count}."
+            )
+        console(140).print(*lines, sep="\n")
+        return 0
 
 
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="config.json of a transformers model; no weights")
-    _task_argument(parser)
-    parser.add_argument("--method", required=True, help="a method (eva, lora_da, ...) or a statistic (gradient, ...)")
-    parser.add_argument("--budget", help='memory for the sums of one pass, such as 40GB, or "auto" (default: no limit)')
-    parser.add_argument("--world", type=int, default=1, help="number of processes")
-    parser.add_argument("--form", default="auto", help="auto, exact or sketch")
-    parser.add_argument("--sketch-size", type=int, default=64, help="columns of a sketch")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+@dataclass(frozen=True, kw_only=True)
+class Plan(Command):
+    """Print what a collection would keep and cost, from a config alone.
+
+    Attributes:
+        config: config.json of a transformers model; no weights are needed
+        method: a method (eva, lora_da, ...) or a statistic (gradient, ...)
+        task: causal-lm, sequence-classification or base (default: as the config says)
+        world: number of processes
+        json: print the plan as JSON
+    """
+
+    config: Path
+    method: str
+    task: str | None = None
+    world: int = 1
+    json: bool = False
+
+    @classmethod
+    def configs(cls) -> tuple[Config, ...]:
+        """What a plan depends on."""
+        from lora_kernels.statistics import CollectOptions  # noqa: PLC0415
+        from lora_kernels.statistics.options import PlanKeywords  # noqa: PLC0415
+
+        others = {option.name for option in fields(CollectOptions)} - set(PlanKeywords.__annotations__)
+        return (Config(CollectOptions, others),)
+
+    def run(self, collection: dict[str, Any]) -> int:
+        """Print the plan."""
+        import lora_kernels as lk  # noqa: PLC0415
+        from lora_kernels.api import transformers  # noqa: PLC0415
+        from lora_kernels.reports import console  # noqa: PLC0415
+
+        model = transformers.empty_model(self.config, transformers.task_for(self.config, self.task))
+        collection |= {"targets": transformers.linear_targets(model), "world_size": self.world}
+        try:
+            plan = lk.plan(model, self.method, batch=transformers.example_batch(model), **collection)
+        except Exception as error:  # noqa: BLE001  (some models cannot run without numbers, and fail in any way)
+            plan = lk.plan(model, self.method, **collection)
+            reason = " ".join(str(error).split())
+            print(f"a forward pass without weights failed ({reason}): inputs are not shared here", file=sys.stderr)
+        if self.json:
+            print(plan.to_json())
+        else:
+            console(140).print(plan)
+        return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.api import transformers  # noqa: PLC0415
+@dataclass(frozen=True, kw_only=True)
+class Verify(_TextCommand):
+    """Compare the fused LoRA layers with PEFT's and with float64 on your model and text.
 
-    model = transformers.empty_model(options.config, transformers.task_for(options.config, options.task))
-    settings: dict[str, Any] = {
-        "targets": transformers.linear_targets(model),
-        "world_size": options.world,
-        "budget": options.budget,
-        "form": options.form,
-        "sketch_size": options.sketch_size,
-    }
-    batch = transformers.example_batch(model)
-    try:
-        plan = lk.plan(model, options.method, batch=batch, **settings)
-    except (RuntimeError, NotImplementedError) as error:  # some models cannot run without numbers
-        print(f"a forward pass without weights failed ({error}): inputs are not shared in this plan", file=sys.stderr)
-        plan = lk.plan(model, options.method, **settings)
-    if options.json:
-        print(plan.to_json())
-    else:
-        console(140).print(plan)
-    return 0
+    Attributes:
+        model: folder of a transformers model
+        data: .csv or .jsonl file with text; the first batch is run
+        adapter: folder of a PEFT adapter (default: a random one of --rank)
+        rank: r of the random adapter
+    """
 
+    model: Path
+    data: Path
+    adapter: Path | None = None
+    rank: int = 16
+    batch_size: int = 4
+    max_length: int = 128
 
-def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
-    parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter (default: a random one of --rank)")
-    parser.add_argument(
-        "--data", type=Path, required=True, help=".csv or .jsonl file with text: the first batch is run"
-    )
-    parser.add_argument("--text-column", default="text")
-    _head_arguments(parser)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128)
+    def run(self) -> int:
+        """Run both on one batch."""
+        from lora_kernels.adapters.versions import require_peft  # noqa: PLC0415
+
+        require_peft()
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+
+        import lora_kernels as lk  # noqa: PLC0415
+        from lora_kernels.adapters.folders import read_adapter  # noqa: PLC0415
+        from lora_kernels.api import transformers  # noqa: PLC0415
+        from lora_kernels.reports import console  # noqa: PLC0415
+
+        texts, labels = self.read(self.data)
+        task_type = None if self.adapter is None else read_adapter(self.adapter).config.get("task_type")
+        task = transformers.task_for(self.model, self.task, labels, task_type)
+        base, tokenizer = transformers.load(self.model, task, labels)
+        if self.adapter is not None:
+            model = lk.load(base, self.adapter)
+        else:
+            task_type = transformers.TASK_TYPES.get(task)
+            config = LoraConfig(r=self.rank, target_modules="all-linear", init_lora_weights=False, task_type=task_type)
+            model = get_peft_model(base, config)
+        first = slice(0, self.batch_size)
+        rows = texts[first], None if labels is None else labels[first]
+        (batch,) = transformers.task_batches(base, tokenizer, task, *rows, self.batch_size, self.max_length)
+        output = console()
+        output.print(lk.accelerate(model, guard=False).summary())
+        loss = None
+        if "labels" not in batch:
+            output.print("no labels: the mean square of the model's first output stands for the loss")
+            loss = _mean_square
+        report = lk.verify(model, batch, loss=loss)
+        output.print(report)
+        return 0 if report.ok else 1
 
 
 def _mean_square(outputs: Any, _batch: Any) -> Any:
     return outputs[0].float().square().mean()
 
 
-def _verify(options: argparse.Namespace) -> int:
-    require_peft()
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (needs the peft extra)
+@dataclass(frozen=True, kw_only=True)
+class Tune(Command):
+    """Measure the forms of the LoRA layers' products on this device, for later runs to use the fastest.
 
-    import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels.api import text_files, transformers  # noqa: PLC0415
-    from lora_kernels.api.adapter_files import read_adapter  # noqa: PLC0415
+    Attributes:
+        model_config: config.json of a transformers model, whose layers are measured; no weights are needed
+        shapes: or inputs x outputs of layers, such as 4096x4096,4096x14336
+        task: causal-lm, sequence-classification or base (default: as the config says)
+        tokens: batch size times length, one or more (default: 8192; 1024 on a CPU)
+        rank: r, one or more
+        dtype: float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)
+        dropout: the adapter's input is dropped
+        device: such as cuda:1 (default: the GPU if there is one)
+        rounds: timed calls of each form
+        out: file for the table (default: the one that LoRA layers read)
+    """
 
-    texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    kind = None if options.adapter is None else read_adapter(options.adapter).config.get("task_type")
-    task = transformers.task_for(options.model, options.task, labels, kind)
-    base, tokenizer = transformers.load(options.model, task, labels)
-    if options.adapter is not None:
-        model = lk.load(base, options.adapter)
-    else:
-        kind = transformers.TASK_TYPES.get(task)
-        model = get_peft_model(
-            base, LoraConfig(r=options.rank, target_modules="all-linear", init_lora_weights=False, task_type=kind)
+    model_config: Path | None = None
+    shapes: str | None = None
+    task: str | None = None
+    tokens: list[int] | None = None
+    rank: list[int] = field(default_factory=lambda: [16])
+    dtype: str | None = None
+    dropout: bool = False
+    device: str | None = None
+    rounds: int = 20
+    out: Path | None = None
+
+    def run(self) -> int:
+        """Measure, and write the table."""
+        if (self.model_config is None) == (self.shapes is None):
+            raise ValueError("exactly one of --model-config and --shapes must be given")
+        import torch  # noqa: PLC0415
+
+        import lora_kernels as lk  # noqa: PLC0415
+        from lora_kernels._checks import as_device, check_choice  # noqa: PLC0415
+        from lora_kernels.reports import console  # noqa: PLC0415
+
+        layers: Any
+        if self.model_config is None:
+            layers = [_shape(text) for text in str(self.shapes).split(",")]
+        else:
+            from lora_kernels.api import transformers  # noqa: PLC0415
+
+            layers = transformers.empty_model(self.model_config, transformers.task_for(self.model_config, self.task))
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        report = lk.tune(
+            layers,
+            tokens=self.tokens,
+            rank=self.rank,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            dropout=self.dropout,
+            device=None if self.device is None else as_device("device", self.device),
+            rounds=self.rounds,
+            out=self.out,
+            progress=console(stderr=True).print,
         )
-    few = slice(0, options.batch_size)
-    some = texts[few], None if labels is None else labels[few]
-    (batch,) = transformers.task_batches(base, tokenizer, task, *some, options.batch_size, options.max_length)
-    output = console()
-    output.print(lk.accelerate(model, guard=False).summary())
-    loss = None
-    if "labels" not in batch:
-        output.print("no labels: the mean square of the model's first output stands for the loss")
-        loss = _mean_square
-    report = lk.verify(model, batch, loss=loss)
-    output.print(report)
-    return 0 if report.ok else 1
+        console().print(report)
+        return 0 if report.ok else 1
 
 
-def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    layers = parser.add_mutually_exclusive_group(required=True)
-    layers.add_argument("--model-config", type=Path, help="config.json of a transformers model; no weights")
-    layers.add_argument("--shapes", help="inputs x outputs of layers, such as 4096x4096,4096x14336")
-    _task_argument(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", help="batch size times length (default: 8192; 1024 on a CPU)")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16])
-    parser.add_argument("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
-    parser.add_argument("--dropout", action="store_true", help="the adapter's input is dropped")
-    parser.add_argument("--device", help="such as cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each form")
-    parser.add_argument("--out", type=Path, help="the table (default: the one that LoRA layers read)")
-
-
-def _pair(text: str) -> tuple[int, int]:
+def _shape(text: str) -> tuple[int, int]:
     inputs, separator, outputs = text.strip().partition("x")
     if not (separator and inputs.isdecimal() and outputs.isdecimal()):
         raise ValueError(f"shapes holds {text!r}, but must hold inputs x outputs, such as 4096x14336")
     return int(inputs), int(outputs)
 
 
-def _tune(options: argparse.Namespace) -> int:
-    import torch  # noqa: PLC0415
+@dataclass(frozen=True, kw_only=True)
+class Inspect(_TextCommand):
+    """Print spectra, balance and verdict of a trained adapter; the exit status is 1 on a loud failure.
 
-    import lora_kernels as lk  # noqa: PLC0415
-    from lora_kernels._checks import check_choice  # noqa: PLC0415
+    Attributes:
+        adapter: folder of a PEFT adapter
+        base: folder of its base model, to compare with the weights
+        data: .csv or .jsonl file with training text, for the certificate; needs --base and --weight-decay
+        weight_decay: lambda of training, for the certificate
+        max_batches: read at most so many batches
+        intruders: compare directions with those of the base weights
+        monitor: .jsonl file of a LandscapeMonitor
+        out: folder for inspect.html (grids of module x block) and diagnosis.json
+        json: print the diagnosis as JSON
+    """
 
-    if options.shapes is not None:
-        layers: Any = [_pair(each) for each in options.shapes.split(",")]
-    else:
-        from lora_kernels.api import transformers  # noqa: PLC0415
+    adapter: Path = field(metadata={"positional": True})
+    base: Path | None = None
+    data: Path | None = None
+    weight_decay: float | None = None
+    max_batches: int | None = None
+    intruders: bool = False
+    monitor: Path | None = None
+    out: Path | None = None
+    json: bool = False
 
-        task = transformers.task_for(options.model_config, options.task)
-        layers = transformers.empty_model(options.model_config, task)
-    dtype = None
-    if options.dtype is not None:
-        check_choice("dtype", options.dtype, ("float16", "bfloat16", "float32"))
-        dtype = getattr(torch, options.dtype)
-    try:
-        device = None if options.device is None else torch.device(options.device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {options.device!r}: {error}") from error
-    names = ("tokens", "rank", "dropout", "rounds", "out")
-    chosen = {name: getattr(options, name) for name in names}
-    progress = console(stderr=True).print
-    report = lk.tune(layers, dtype=dtype, device=device, progress=progress, **chosen)
-    console().print(report)
-    return 0 if report.ok else 1
+    def run(self) -> int:
+        """Diagnose the adapter."""
+        from lora_kernels.api import inspection  # noqa: PLC0415
+        from lora_kernels.api.monitor import latest_run, read_log  # noqa: PLC0415
+        from lora_kernels.reports import console  # noqa: PLC0415
 
-
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="folder of a PEFT adapter")
-    parser.add_argument("--base", type=Path, help="folder of its base model, to compare with the weights")
-    parser.add_argument("--data", type=Path, help=".csv or .jsonl file with training text, for the certificate")
-    parser.add_argument("--weight-decay", type=float, help="lambda of training, for the certificate")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", help="for sequence-classification")
-    parser.add_argument("--task", help="causal-lm, sequence-classification or base (default: as the adapter says)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--max-batches", type=int)
-    parser.add_argument("--intruders", action="store_true", help="compare directions with those of the base weights")
-    parser.add_argument("--monitor", type=Path, help=".jsonl file of a LandscapeMonitor")
-    parser.add_argument("--out", type=Path, help="folder for inspect.html, pictures and diagnosis.json")
-    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from lora_kernels.api import inspection, text_files  # noqa: PLC0415
-    from lora_kernels.api.monitor import latest_run, read_log  # noqa: PLC0415
-
-    texts = labels = None
-    if options.data is not None:
-        texts, labels = text_files.read(options.data, options.text_column, options.label_column)
-    log = None if options.monitor is None else latest_run(read_log(options.monitor))
-    names = ("base", "task", "weight_decay", "intruders", "batch_size", "max_length", "max_batches")
-    chosen = {name: getattr(options, name) for name in names}
-    diagnosis = inspection.inspect(options.adapter, texts=texts, labels=labels, **chosen)
-    written = [] if options.out is None else inspection.write(diagnosis, options.out, options.monitor)
-    if options.json:
-        print(diagnosis.to_json())
-    else:
-        output = console()
-        output.print(diagnosis)
-        if log is not None:
-            output.print(inspection.log_summary(log))
-        for path in written:
-            output.print(f"wrote {path}", style="dim")
-    return 1 if diagnosis.verdict.kind == "loud_failure" else 0
+        texts, labels = (None, None) if self.data is None else self.read(self.data)
+        log = [] if self.monitor is None else latest_run(read_log(self.monitor))
+        diagnosis = inspection.inspect(
+            self.adapter,
+            base=self.base,
+            task=self.task,
+            texts=texts,
+            labels=labels,
+            weight_decay=self.weight_decay,
+            intruders=self.intruders,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            max_batches=self.max_batches,
+        )
+        written = [] if self.out is None else inspection.write(diagnosis, self.out, log)
+        if self.json:
+            print(diagnosis.to_json())
+        else:
+            output = console()
+            output.print(diagnosis)
+            if log:
+                output.print(inspection.log_summary(log))
+            for path in written:
+                output.print(f"wrote {path}", style="dim")
+        return 1 if diagnosis.verdict.kind == "loud_failure" else 0
 
 
-def _doctor(_options: argparse.Namespace) -> int:
-    from lora_kernels.doctor import run  # noqa: PLC0415
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Command):
+    """Print what is installed and which backends run, and test every op."""
 
-    return run()
+    def run(self) -> int:
+        """Print the findings."""
+        from lora_kernels.doctor import run  # noqa: PLC0415
+
+        return run()
 
 
-def _parser() -> argparse.ArgumentParser:
+COMMANDS: dict[str, Any] = {
+    "init": Init,
+    "plan": Plan,
+    "verify": Verify,
+    "tune": Tune,
+    "inspect": Inspect,
+    "doctor": Doctor,
+}
+
+
+def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ...]]:
+    """The parser, with the options of one command, and that command's configs."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Data-aware LoRA on fused kernels.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    described: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[..., int]], ...] = (
-        (
-            "init",
-            "make a PEFT adapter with a data-aware start from a model folder and a text file",
-            _init_arguments,
-            _init,
-        ),
-        ("plan", "what a collection would keep and cost, from a config alone", _plan_arguments, _plan),
-        (
-            "verify",
-            "compare the fused LoRA layers with PEFT's and with float64 on your model and text",
-            _verify_arguments,
-            _verify,
-        ),
-        (
-            "tune",
-            "measure the forms of the LoRA layers' products on this device, for later runs to use the fastest",
-            _tune_arguments,
-            _tune,
-        ),
-        (
-            "inspect",
-            "spectra, balance and verdict of a trained adapter, from its folder alone or with its base and data; "
-            "the exit status is 1 on a loud failure",
-            _inspect_arguments,
-            _inspect,
-        ),
-        ("doctor", "what is installed, which backends run, and a self-test of each op", None, _doctor),
-    )
-    for name, text, arguments, call in described:
-        command = commands.add_parser(name, help=text, description=text)
-        if arguments is not None:
-            arguments(command)
-        command.set_defaults(call=call)
-    return parser
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    configs: tuple[Config, ...] = ()
+    for key, kind in COMMANDS.items():
+        summary = str(kind.__doc__).partition("\n")[0]
+        command = commands.add_parser(
+            key, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if key == name:
+            configs, command.epilog = kind.configs(), kind.epilog()
+            add_options(command, kind)
+            for config in configs:
+                group = command.add_argument_group(str(config.kind.__doc__).partition("\n")[0])
+                add_options(group, config.kind, leave_out=config.leave_out, defaults=config.defaults)
+    return parser, configs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -353,17 +473,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 where a check failed, or 2 where the input was bad.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser, configs = _parser(words[0] if words else None)
+    given = vars(parser.parse_args(words))
+    name = given.pop("command")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    groups = [
+        {**config.defaults, **{each.name: given.pop(each.name) for each in fields(config.kind) if each.name in given}}
+        for config in configs
+    ]
     try:
-        return int(options.call(options))
+        return int(COMMANDS[name](**given).run(*groups))
     except ModuleNotFoundError as error:
-        print(
-            f"lora-kernels {options.command}: {error}; pip install 'lora_kernels[peft,plots]' has it", file=sys.stderr
-        )
+        print(f"lora-kernels {name}: {error}; pip install 'lora_kernels[peft]' has it", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError) as error:
-        print(f"lora-kernels {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lora-kernels {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -16,7 +16,7 @@ from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.reports import Table, console
 from lora_kernels.self_tests import self_tests
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib", "rich", "tqdm")
+PACKAGES = ("torch", "triton", "peft", "transformers", "rich", "tqdm")
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -40,18 +40,18 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _measured_forms() -> Table:
     """What `lora-kernels tune` has written, and the table that ships: how much of it counts here."""
-    shown = Table("table", "used", "other versions", "other chips", "problem", title="measured forms of LoRA layers")
+    rows = Table("table", "used", "other versions", "other chips", "problem", title="measured forms of LoRA layers")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the problem is shown
-        found = forms.tables()
-    for path, counts in found.found.items():
-        shown.add_row(str(path), *map(str, counts), "")
-    for path, problem in found.problems.items():
-        shown.add_row(str(path), "0", "", "", problem)
+        warnings.simplefilter("ignore")  # the problem is in the table
+        tables = forms.tables()
+    for path, counts in tables.found.items():
+        rows.add_row(str(path), *map(str, counts), "")
+    for path, problem in tables.problems.items():
+        rows.add_row(str(path), "0", "", "", problem)
     mine = table.cache_file()
-    if mine not in found.found and mine not in found.problems:
-        shown.add_row(str(mine), "0", "", "", "not there: `lora-kernels tune` writes it")
-    return shown
+    if mine not in tables.found and mine not in tables.problems:
+        rows.add_row(str(mine), "0", "", "", "not there: `lora-kernels tune` writes it")
+    return rows
 
 
 def run() -> int:
@@ -74,9 +74,9 @@ def run() -> int:
     output.print(_measured_forms())
     outcomes = self_tests()
     tests = Table("op", "backend", "device", "error", "verdict", title="self-test against float64")
-    for each in outcomes:
-        verdict = "BROKEN" if each.broken else "ok" if each.error is not None else "not run"
-        error = "" if each.error is None else f"{each.error:.1e}"
-        tests.add_row(each.op, each.backend, each.device, error, f"{verdict} {each.reason}".strip())
+    for test in outcomes:
+        verdict = "BROKEN" if test.broken else "ok" if test.error is not None else "not run"
+        error = "" if test.error is None else f"{test.error:.1e}"
+        tests.add_row(test.op, test.backend, test.device, error, f"{verdict} {test.reason}".strip())
     output.print(tests)
-    return 1 if any(each.broken for each in outcomes) else 0
+    return 1 if any(test.broken for test in outcomes) else 0

@@ -41,7 +41,7 @@ class TuneReport(Printed):
     @property
     def ok(self) -> bool:
         """Whether every form that ran gave right numbers."""
-        return not any(each.wrong for each in self.measurements)
+        return not any(measurement.wrong for measurement in self.measurements)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table, what could not run, and the file.
@@ -50,23 +50,23 @@ class TuneReport(Printed):
             What rich prints.
         """
         heads = ("tokens, n -> m", "r", "product", *FORMS, "product alone", "chosen", "over alone", "GFLOP", "MB")
-        shown = Table(*heads, title="ms, medians; the floor is the library's product alone")
+        rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}
-        for each in self.measurements:
-            best = {form: self._best(each, form) for form in FORMS}
-            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best.values(), each.seconds[FLOOR])]
-            shown.add_row(
-                f"{each.tokens}, {each.key.n} -> {each.key.m}",
-                str(each.rank),
-                each.key.product + " dropout" * each.key.dropout,
+        for case in self.measurements:
+            best = {form: self._best(case, form) for form in FORMS}
+            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best.values(), case.seconds[FLOOR])]
+            rows.add_row(
+                f"{case.tokens}, {case.key.n} -> {case.key.m}",
+                str(case.rank),
+                case.key.product + " dropout" * case.key.dropout,
                 *times,
-                each.choice.name,
-                f"{each.seconds[each.choice.name] / each.seconds[FLOOR]:.2f}",
-                f"{each.flops / 1e9:.1f}",
-                f"{each.bytes / 1e6:.1f}",
+                case.choice.name,
+                f"{case.seconds[case.choice.name] / case.seconds[FLOOR]:.2f}",
+                f"{case.flops / 1e9:.1f}",
+                f"{case.bytes / 1e6:.1f}",
             )
-            reasons |= dict.fromkeys(f"{name}: {reason}" for name, reason in each.refused.items())
-        yield shown
+            reasons |= dict.fromkeys(f"{name}: {reason}" for name, reason in case.refused.items())
+        yield rows
         yield from reasons
         yield f"written to {self.path}"
 
@@ -77,22 +77,11 @@ class TuneReport(Printed):
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
-    """The shapes of the layers that an adapter goes to.
-
-    Args:
-        model: with LoRA layers: theirs; without: those of all linear layers but the output layer. On any device, `meta`
-            included.
-
-    Returns:
-        `(inputs, outputs)`, each once.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The shapes `(inputs, outputs)` of a model's LoRA layers, or else of all linear ones but the output layer."""
     names = [name for name in linear_targets(model) if not any(part.startswith("lora_") for part in name.split("."))]
     names = [name for name in names if name.endswith(".base_layer")] or names
-    found = {linear_features(model.get_submodule(name)) for name in names}
-    shapes = sorted(each for each in found if each is not None)
+    features = {linear_features(model.get_submodule(name)) for name in names}
+    shapes = sorted(shape for shape in features if shape is not None)
     if not shapes:
         raise ValueError(f"model ({type(model).__name__}) has no linear layer")
     return shapes
@@ -110,28 +99,28 @@ def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
 def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     if isinstance(model_or_shapes, nn.Module):
         return shapes_of(model_or_shapes)
-    shapes = [tuple(each) for each in model_or_shapes]
+    shapes = [tuple(shape) for shape in model_or_shapes]
     if not shapes:
         raise ValueError("shapes is empty, but must hold at least one pair of inputs and outputs")
-    for each in shapes:
-        if len(each) != 2:
-            raise ValueError(f"shapes holds {each!r}, but must hold pairs of inputs and outputs")
-        for value in each:
+    for shape in shapes:
+        if len(shape) != 2:
+            raise ValueError(f"shapes holds {shape!r}, but must hold pairs of inputs and outputs")
+        for value in shape:
             check_range("shapes", value, low=1, integer=True)
-    return [(each[0], each[1]) for each in dict.fromkeys(shapes)]
+    return [(shape[0], shape[1]) for shape in dict.fromkeys(shapes)]
 
 
 def _device(given: torch.device | str | None) -> torch.device:
-    found = torch.device(given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {str(found)!r}, but must be a CPU or a CUDA (or ROCm) device")
-    if found.type == "cuda":
+    device = torch.device(given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}, but must be a CPU or a CUDA (or ROCm) device")
+    if device.type == "cuda":
         count = torch.cuda.device_count()
-        index = torch.cuda.current_device() if found.index is None and count else found.index or 0
+        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
         if index >= count:
-            raise ValueError(f"device is {str(found)!r}, but this machine has {count} such devices")
+            raise ValueError(f"device is {str(device)!r}, but this machine has {count} such devices")
         return torch.device("cuda", index)
-    return found
+    return device
 
 
 def tune(
@@ -193,13 +182,13 @@ def tune(
             key = Key(forms.chip_name(where), str(kind).removeprefix("torch."), *numbers, product)
             if progress is not None:
                 progress(f"{product}: {count} tokens, {n} -> {m}, rank {width}")
-            found = measure(key, tokens=count, rank=width, device=where, dtype=kind, rounds=rounds)
-            measurements.append(found)
+            measurement = measure(key, tokens=count, rank=width, device=where, dtype=kind, rounds=rounds)
+            measurements.append(measurement)
             try:
                 with locked(path):
                     known = table.read(path) if path.exists() else []
-                    table.write(path, table.merged(known, [found.record()]), _NOTE)
+                    table.write(path, table.merged(known, [measurement.record()]), _NOTE)
             except OSError as error:
-                raise ValueError(f"out was {str(path)!r}, which cannot be written: {error}") from error
+                raise ValueError(f"out is {str(path)!r}, which cannot be written: {error}") from error
             forms.forget()
     return TuneReport(tuple(measurements), path)

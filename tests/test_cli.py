@@ -43,6 +43,8 @@ def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, ca
     assert cli.main(command) == 0
     assert "eva: " in capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
+    page = (out / "report.html").read_text()
+    assert "Explained variance" in page and page.count(": rank 4 before, 4 now") == len(report["layers"]) > 0
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out)
     found = {name: module.r["default"] for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
     assert found == {each["name"]: each["rank"] for each in report["layers"]} and set(found.values()) == {4}
@@ -51,6 +53,17 @@ def test_init_writes_an_adapter_that_stock_peft_loads(folder, text, tmp_path, ca
     assert len({each["rank"] for each in json.loads((other / "report.json").read_text())["layers"]}) > 1
     assert cli.main(command) == 2  # never over something that is there
     assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_init_prints_a_learning_rate(folder, text, tmp_path, capsys):
+    command = ["init", "--model", str(folder), "--data", str(text), "--rank", "2", "--batch-size", "2", "--out"]
+    assert cli.main([*command, str(tmp_path / "one"), "--optimizer", "lora_pro"]) == 0
+    assert "learning rate for lora_pro: " in " ".join(capsys.readouterr().out.split())
+    advice = json.loads((tmp_path / "one" / "report.json").read_text())["learning_rate"]
+    assert advice["optimizer"] == "lora_pro" and len(advice["line"]) > 3
+    assert cli.main([*command, str(tmp_path / "two"), "--no-rate"]) == 0
+    assert "learning rate for" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["learning_rate"] is None
 
 
 def logits_of(model):
@@ -223,6 +236,80 @@ def test_bad_input_is_one_clear_line(change, message, folder, text, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_help_shows_every_option_with_its_default(capsys):
+    from dataclasses import fields
+
+    from lora_kernels.init import METHODS
+
+    for name, kind in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ended.value.code == 0
+        for option in fields(kind):
+            assert option.name.replace("_", "-") in printed, (name, option.name)
+        if name == "init":
+            assert "--rank RANK r of every layer (default: 16)" in printed
+            assert "read at most this many batches (per process) (default: 64)" in printed
+            assert "--progress, --no-progress show a progress bar" in printed and "(default: attention)" in printed
+            assert all(f"{method}: " in printed for method in METHODS) and "gamma=16.0" in printed
+
+
+def test_options_of_a_dataclass():
+    import argparse
+    from dataclasses import dataclass, field
+
+    from lora_kernels._options import add_options
+
+    @dataclass
+    class Options:
+        """Options.
+
+        Attributes:
+            first: 5 % of all
+            second_one: another text,
+                on two lines.
+            third: a switch
+            fourth: many
+            fifth: cannot be given as text
+        """
+
+        first: int | None
+        second_one: float = 2.5
+        third: bool = True
+        fourth: list[int] = field(default_factory=list)
+        fifth: object = None
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Options)
+    assert vars(parser.parse_args(["--first", "3"])) == {"first": 3}
+    given = parser.parse_args(
+        ["--first", "3", "--second-one", "1", "--no-third", "--fourth", "1", "2", "--fourth", "3"]
+    )
+    assert vars(given) == {"first": 3, "second_one": 1.0, "third": False, "fourth": [1, 2, 3]}
+    text = " ".join(parser.format_help().split())
+    assert "5 % of all" in text and "another text, on two lines (default: 2.5)" in text and "fifth" not in text
+
+
+@pytest.mark.parametrize(
+    "config, more, status, message",
+    [
+        ({"model_type": "clip"}, ["--task", "base"], 0, "a forward pass without weights failed"),
+        ({"model_type": "vit", "image_size": [1, 2, 3]}, ["--task", "base"], 0, "inputs are not shared here"),
+        ({"model_type": "llama", "num_attention_heads": 0}, [], 2, "cannot be made into a causal-lm model"),
+        ({"model_type": "vit", "image_size": [1, 2, 3]}, ["--task", "base", "--world", "0"], 2, "world_size is 0"),
+        ({"model_type": "resnet"}, ["--task", "base"], 2, "there is no layer"),
+        ([], [], 2, "holds no object with a model_type"),
+    ],
+)
+def test_plan_says_in_one_line_what_is_wrong(config, more, status, message, tmp_path, capfd):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert cli.main(["plan", "--config", str(file), "--method", "lora_ga", *more]) == status
+    lines = [line for line in capfd.readouterr().err.splitlines() if message in line]
+    assert len(lines) == 1 and (status == 0 or lines[0].startswith("lora-kernels plan: error: "))
+
+
 def test_verify(folder, text, tmp_path, capsys, monkeypatch):
     command = ["verify", "--model", str(folder), "--data", str(text), "--rank", "4"]
     assert cli.main(command) == 0
@@ -259,7 +346,7 @@ def test_import_is_lean():
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "peft", "transformers", "matplotlib") or name == "lora_kernels._C":
+        if name.split(".")[0] in ("triton", "peft", "transformers", "jinja2") or name == "lora_kernels._C":
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
 import torch, warnings

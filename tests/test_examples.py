@@ -59,6 +59,14 @@ def fsdp2(text):
     assert "start: same bits in 2 processes: True" in text and "end: same bits in 2 processes: True" in text
 
 
+def experts(text):
+    falls(text)
+    assert text.count("8 of 8 experts initialised") == 4 and "8 LoRA layers: 4 fused, 4 delta" in text
+    rows = numbers(r"experts(?:\.base_layer)?: # rows", text)
+    assert rows == [[4 * 8 * 24 * 2.0]] * 4  # each token twice
+    below("in stock PEFT: logits differ by #", 1e-4, text)
+
+
 def qlora(text):
     falls(text, share=0.8)
     assert "14 LoRA layers: 14 delta" in text and "base intact: True" in text
@@ -97,6 +105,7 @@ CASES = {
     "sft_trainer": (several_layers_fused, ("trl",)),
     "lightning_fit": (several_layers_fused, ("lightning", "pytorch_lightning")),
     "fsdp2": (fsdp2, ("peft",)),
+    "experts": (experts, ("peft",)),
     "qlora": (qlora, ("bitsandbytes",)),
     "vision": (vision, ("sklearn",)),
     "without_peft": (without_peft, ()),

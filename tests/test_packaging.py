@@ -73,7 +73,11 @@ def test_sdist_builds_a_wheel_that_works(source, tmp_path):
     } <= names
     packed = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("lora_kernels/_C") for name in packed) and "lora_kernels/py.typed" in packed
-    assert {"lora_kernels/ops/covariance/kernel.py", "lora_kernels/statistics/collector.py"} <= set(packed)
+    assert {
+        "lora_kernels/ops/covariance/kernel.py",
+        "lora_kernels/statistics/collector.py",
+        "lora_kernels/landscape/page.html.j2",
+    } <= set(packed)
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) or "demo" in name for name in packed)
     version, compiled = smoke(tmp_path, wheel)
     assert version == "0.1.0.dev0" and compiled

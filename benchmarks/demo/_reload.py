@@ -9,15 +9,11 @@ import sys
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
-base = AutoModelForSequenceClassification.from_pretrained(
-    job["base"], num_labels=job["classes"], ignore_mismatched_sizes=True, local_files_only=True
-).float()
-if base.config.pad_token_id is None:
-    base.config.pad_token_id = job["pad_token_id"]
+base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32, local_files_only=True)
 model = PeftModel.from_pretrained(base, job["adapter"]).eval()
 with torch.no_grad():
     logits = model(**load_file(job["inputs"])).logits

@@ -1,4 +1,4 @@
-"""The demo's own task: docstrings of the standard library, labelled by the package they come from.
+"""A task that every machine has: docstrings of the standard library, labelled by the package they come from.
 
 The docstrings are read with `ast` from the source files that ship with every Python; nothing is imported. The label
 is the top-level package. Three rules keep the task honest: the split is by source file, so no module is on both

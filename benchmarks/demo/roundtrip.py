@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo.model import Batch
+from benchmarks.demo.texts import Batch
 
 # Two processes may take different paths through the same library (memory alignment); a wrong factor shows at 1e-2.
 TOLERANCE = 1e-5
@@ -30,20 +30,19 @@ class RoundTrip:
     message: str
 
 
-def check_round_trip(model: Any, batch: Batch, base: Path, adapter: Path, pad_token_id: int) -> RoundTrip:
+def check_round_trip(model: Any, batch: Batch, base: Path, adapter: Path) -> RoundTrip:
     """Compare a model's logits with those that `PeftModel.from_pretrained` gives elsewhere; its failure is a result."""
-    inputs = {name: batch[name].contiguous() for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            expected = model(**inputs).logits
+            expected = model(**inputs).logits.cpu()
     finally:
         model.train(was_training)
-    job = {"base": str(base.resolve()), "adapter": str(adapter.resolve()), "pad_token_id": pad_token_id}
-    job |= {"classes": expected.shape[-1], "threads": torch.get_num_threads()}
+    job = {"base": str(base.resolve()), "adapter": str(adapter.resolve()), "threads": torch.get_num_threads()}
     try:
-        reloaded = _logits_elsewhere(job, inputs)
+        reloaded = _logits_elsewhere(job, {name: tensor.cpu().contiguous() for name, tensor in inputs.items()})
     except (subprocess.SubprocessError, OSError) as error:
         text = getattr(error, "stderr", None) or str(error)
         return RoundTrip(False, None, f"the saved adapter does not load in a fresh process: {text.splitlines()[-1]}")

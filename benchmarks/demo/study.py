@@ -2,14 +2,14 @@
 
 FOLDER holds `train` and `test`, each a `.csv` or `.jsonl` file of labelled texts (or FOLDER is one such file, which is
 then split); the data stay where they are, and the record keeps counts and digests alone. Without FOLDER the task is the
-demo's, docstrings of the standard library, for as many steps as the demo takes; its validation texts are held out by
-source file, as its test texts are, and its final runs train on all training texts, as the demo's do.
+one of docstrings of the standard library; its validation texts are held out by source file, as its test texts are, and
+its final runs train on all training texts.
 
 Protocol:
 
 - MiniLM-L6 with a fresh head, LoRA (alpha = rank, so scaling 1) on every linear layer but the head, AdamW without
-  weight decay, linear warm-up over a tenth of the steps, then linear decay, gradients clipped to norm 1: as in the
-  demo. All arms of a seed share the head's start, the order of the batches and the dropout masks. Methods that keep the
+  weight decay, linear warm-up over a tenth of the steps, then linear decay, gradients clipped to norm 1.
+  All arms of a seed share the head's start, the order of the batches and the dropout masks. Methods that keep the
   model's function subtract their start beside the adapter (`base="intact"`).
 - Data-aware methods read the first 16 batches that training will read, with the head still untrained: that is what a
   user has at that moment. EVA redistributes ranks (rho 2) at the same sum of ranks.
@@ -25,9 +25,7 @@ Protocol:
   settle a rate where two are nearly as good: `Protocol.tuning_seeds` takes more.
 - Of equal training texts one is kept, and training texts that are also test texts are left out. Texts are cut to
   `max_tokens`; the record says how many were.
-- Arms are compared with random LoRA, paired by seed: a 95 % t interval of the mean difference, as in the demo.
-
-`--rates-only` chooses the demo's own rates, with two seeds and one rate for adapter and head (`demo_rates.json`).
+- Arms are compared with random LoRA, paired by seed: a 95 % t interval of the mean difference.
 
 Every run is a function of (arm, seed, rates) alone, on one thread; `--workers` of them go on at a time. Wall times in
 the record are those of runs side by side.
@@ -150,9 +148,8 @@ class Protocol:
         return self.evaluate_at[-1]
 
 
-# The demo's task has an eighth of the texts of banking77.
+# The docstrings are an eighth of the texts of banking77.
 SHORT = Protocol(evaluate_at=(10, 25, 50, 100))
-RATES_ONLY = replace(SHORT, head_rates=(), tuning_seeds=(100, 101), seeds=())
 QUICK = Protocol(
     rank=4,
     evaluate_at=(2, 4, 8),
@@ -179,7 +176,7 @@ class Setup:
     """What a process needs to do any job.
 
     Attributes:
-        data: a folder with `train` and `test`, or one file; the demo's task where None.
+        data: a folder with `train` and `test`, or one file; docstrings of the standard library where None.
         text_column: column of the text.
         label_column: column of the label; the first of `LABEL_COLUMNS` in the data where None.
         model: model folder; the packaged MiniLM-L6 where None.
@@ -523,7 +520,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", type=Path, help="a folder with train and test, or one .csv or .jsonl file; default: the demo's task"
+        "--data",
+        type=Path,
+        help="a folder with train and test, or one .csv or .jsonl file; default: docstrings of the standard library",
     )
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", help=f"default: the first of {', '.join(LABEL_COLUMNS)} in the data")
@@ -532,9 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
-    protocols = parser.add_mutually_exclusive_group()
-    protocols.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
-    protocols.add_argument("--rates-only", action="store_true", help="the demo's own rates, into demo_rates.json")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record and the figure")
     options = parser.parse_args(arguments)
     if options.workers < 1:
@@ -542,18 +539,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # For the workers, which import everything anew.
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     protocol = QUICK if options.quick else SHORT if options.data is None else Protocol()
-    wanted = options.arms
-    if options.rates_only:
-        protocol, wanted = RATES_ONLY, ["eva"]
-    arms = {name: arm for name, arm in ARMS.items() if name == BASELINE or name in wanted}
+    arms = {name: arm for name, arm in ARMS.items() if name == BASELINE or name in options.arms}
     setup = Setup(options.data, options.text_column, options.label_column, options.model, protocol, arms)
     record = study(setup, options.workers, options.resume)
     data = "docstrings" if options.data is None else options.data.resolve().stem
-    name = "demo_rates" if options.rates_only else f"quality_{options.name or data}{'_quick' if options.quick else ''}"
+    name = f"quality_{options.name or data}{'_quick' if options.quick else ''}"
     file = records.save(name, record, options.out)
-    if not options.rates_only:
-        report.draw(record, file.with_suffix(".png"))
-        CONSOLE.print(*report.tables(record))
+    report.draw(record, file.with_suffix(".png"))
+    CONSOLE.print(*report.tables(record))
     CONSOLE.print(f"record: {file}", highlight=False)
     return 0
 

@@ -82,7 +82,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         adapters[:] = [models.wrap(model, "stock")]
 
     def ours() -> None:
-        reports[:] = [lk.initialize(adapters[0], batches, lk.EVA(rho=models.RHO, min_rank=0), progress=False)]
+        reports[:] = [lk.initialize(adapters[0], batches, lk.init.EVA(rho=models.RHO, min_rank=0), progress=False)]
 
     state: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {"rank": models.RANK, "rho": models.RHO}

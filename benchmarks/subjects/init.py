@@ -61,7 +61,7 @@ def ours(method: str, model: nn.Module, batches: Sequence[Any]) -> None:
 
     name, options = VARIANTS.get(method, (method, {}))
     # As PEFT's EVA does it: ranks move, and layers may lose their adapter.
-    config = lk.EVA(rho=2.0, min_rank=0) if name == "eva" else lk.init.METHODS[name]()
+    config = lk.init.EVA(rho=2.0, min_rank=0) if name == "eva" else lk.init.METHODS[name]()
     adapter = get_peft_model(model, _config(model))  # type: ignore[arg-type]
     lk.initialize(adapter, batches if config.wants else None, config, progress=False, **options)
 

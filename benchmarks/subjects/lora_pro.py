@@ -5,7 +5,7 @@ Adam on the full gradient of each layer, and the adjustment of the factors' grad
     faithful    what the authors do, in torch: pseudo-inverses, a Sylvester equation by the general (complex)
                 eigendecomposition, an m x m projector, a pass over memory for each operation on the moments
     careful     the same numbers by symmetric eigendecompositions, without the projector, operations in place
-    ours        `lk.LoraPro`
+    ours        `lk.training.LoraPro`
     op          `lora_pro_adam_` alone, the part that is bound by memory and products
 
 All are checked against each other first and timed in turn. The floor: the bytes of the moments, and the FLOPs of their
@@ -150,12 +150,12 @@ def stepper(side: str, layers: list[Layer]) -> Callable[[], None]:
 
 # The one place where the optimizer comes in.
 def optimizer(layers: list[Layer], mode: str) -> Callable[[], None]:
-    """The step of `lk.LoraPro`, whose parameters share the layers' memory."""
+    """The step of `lk.training.LoraPro`, whose parameters share the layers' memory."""
     pairs = [(torch.nn.Parameter(one.a), torch.nn.Parameter(one.b)) for one in layers]
     for (a, b), one in zip(pairs, layers, strict=True):
         a.grad, b.grad = one.grad_a, one.grad_b
     group = {"pairs": pairs, "scaling": SCALING}
-    instance: Any = lk.LoraPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
+    instance: Any = lk.training.LoraPro([group], lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, mode=mode)
     return instance.step
 
 

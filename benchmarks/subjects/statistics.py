@@ -33,7 +33,7 @@ def check(model: torch.nn.Module, batches: Sequence[Any], values: Any) -> dict[s
     truth = models.exact_covariances(model, batches, [names[0], names[-2]])
     for name in names:
         expected = model.get_submodule(name).weight.grad
-        error = torch.linalg.norm(values[name].output.gradient - expected) / torch.linalg.norm(expected)
+        error = torch.linalg.norm(values[name].sums["gradient"].total - expected) / torch.linalg.norm(expected)
         worst["gradient"] = max(worst["gradient"], float(error))
     for name, expected in truth.items():
         error = torch.linalg.norm(values[name].input.covariance() - expected) / torch.linalg.norm(expected)
@@ -81,7 +81,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     def sketched_eva() -> None:
         results["report"] = lk.initialize(
-            adapters[0], batches, lk.EVA(rho=models.RHO, min_rank=0), form="sketch", progress=False
+            adapters[0], batches, lk.init.EVA(rho=models.RHO, min_rank=0), form="sketch", progress=False
         )
 
     clear()

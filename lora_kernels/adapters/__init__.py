@@ -1,1 +1,1 @@
-"""What an adapter is: its parts in a LoRA layer, and its files."""
+"""All that knows PEFT: LoRA layers, their base weights and parts, reading and writing adapters and their files."""

@@ -1,4 +1,4 @@
-"""The weight under a LoRA layer: whether it can be read, all of it or a few rows at a time, and how."""
+"""Reading the weight under a LoRA layer, whole or a few rows at a time, if it can be read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FLOAT8 = tuple(
     getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 )
-# TransformerEngine's layers whose weight is applied to the normalised input, to which the adapter is not.
+# TransformerEngine's layers, which apply the weight to the normalised input and the adapter to the input itself.
 _NORMALISING = ("LayerNormLinear", "LayerNormMLP")
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, without its graph; gathered from all processes (which must all ask) if it is sharded."""
+    """A parameter, detached; a sharded one is gathered (all processes must call)."""
     value: Any = parameter.detach()
     gathered: torch.Tensor = value.full_tensor() if is_sharded(value) else value
     return gathered
@@ -34,15 +34,9 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 def weight_kind(module: Any) -> str:
     """Whether the weight under a LoRA layer can be read as the matrix that the base layer multiplies by.
 
-    Stored numbers are taken for the weight only where it is known what they mean: codes of an unknown quantization, or
-    8-bit floats beside scales of an unknown form, are not.
-
-    Args:
-        module: a PEFT LoRA layer.
-
-    Returns:
-        `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (a copy can be made: quantized,
-        sharded, or computed from other tensors), or why neither, in words.
+    `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (only a copy: quantized, sharded, or
+    computed from other tensors), or the reason why it cannot be read: codes of an unknown quantization, or 8-bit floats
+    with scales of an unknown form, are not interpreted.
     """
     layer = module.get_base_layer()
     name = type(layer).__name__
@@ -66,20 +60,20 @@ def weight_kind(module: Any) -> str:
         return _float8_kind(layer)
     if not weight.is_floating_point():
         return f"{name} keeps {weight.dtype} codes of an unknown quantization"
-    kept = (layer._parameters.get("weight"), layer._buffers.get("weight"))
-    if type(weight) not in (nn.Parameter, torch.Tensor) or all(each is not weight for each in kept):
+    registered = (layer._parameters.get("weight"), layer._buffers.get("weight"))
+    if type(weight) not in (nn.Parameter, torch.Tensor) or all(tensor is not weight for tensor in registered):
         return DEQUANTIZABLE  # a write would not reach what the weight is computed from
     return PLAIN
 
 
 def _int8_scale(layer: Any) -> torch.Tensor | None:
-    """Largest entries `(m,)` of the rows of bitsandbytes' int8 weights: of the state once the layer has run."""
+    """Largest entries `(m,)` of the rows of bitsandbytes' int8 weights; in the layer's state after its first run."""
     scale: torch.Tensor | None = getattr(getattr(layer, "state", None), "SCB", None)
     return getattr(layer.weight, "SCB", None) if scale is None else scale
 
 
 def _dequantizes_itself(weight: torch.Tensor) -> bool:
-    """Whether a tensor is of a class (torchao's, quanto's) that brings its own `dequantize`."""
+    """Whether a tensor's class (torchao's, quanto's) has its own `dequantize`."""
     own = getattr(type(weight), "dequantize", None)
     return own is not None and own is not torch.Tensor.dequantize
 
@@ -90,7 +84,7 @@ def _float8_kind(layer: Any) -> str:
         return DEQUANTIZABLE
     tensors = {*layer._parameters, *layer._buffers, *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor))}
     if type(layer) in (nn.Linear, *_conv1d()) and tensors <= {"weight", "bias"}:
-        return DEQUANTIZABLE  # nothing could scale it: stored narrowly, and cast before it is used
+        return DEQUANTIZABLE  # no scales: only the storage is 8-bit
     return f"{name} keeps {weight.dtype} numbers, whose scales are of an unknown form"
 
 
@@ -103,7 +97,7 @@ def _conv1d() -> tuple[type, ...]:
 
 
 def _block_scale(layer: Any) -> torch.Tensor | None:
-    """The scales of transformers' `FP8Linear`, one for each block of `block_size` entries, or one for all."""
+    """The scales of transformers' `FP8Linear`, one per block of `block_size` entries, or one for all."""
     scale = getattr(layer, "weight_scale_inv", None)
     if type(layer).__name__ != "FP8Linear" or not isinstance(scale, torch.Tensor):
         return None
@@ -120,32 +114,16 @@ def why_unreadable(module: Any) -> str | None:
 
 
 def check_readable(module: Any, name: str = "") -> None:
-    """Refuse a LoRA layer whose base weight cannot be read.
-
-    Args:
-        module: a PEFT LoRA layer.
-        name: its name in the model, for the message.
-
-    Raises:
-        ValueError: if so, with the reason.
-    """
+    """Raise a ValueError with the reason if the base weight of a LoRA layer, called `name`, cannot be read."""
     reason = why_unreadable(module)
     if reason is not None:
         raise ValueError(f"the base weight of layer {name or type(module).__name__} cannot be read: {reason}")
 
 
 def dense_weight(module: Any, name: str = "") -> torch.Tensor:
-    """The weight under a LoRA layer as the matrix that its output is made with.
+    """The weight `(m, n)` under a LoRA layer, float32 (float64 if the base is); a ValueError if it cannot be read.
 
-    Args:
-        module: a PEFT LoRA layer.
-        name: its name in the model, for the message.
-
-    Returns:
-        W, `(m, n)`, float32 (float64 where the base is), a copy where it is quantized, sharded or of another dtype.
-
-    Raises:
-        ValueError: if it cannot be read.
+    A copy if it is quantized, sharded or of another dtype.
     """
     check_readable(module, name)
     layer = module.get_base_layer()
@@ -169,22 +147,10 @@ def dense_weight(module: Any, name: str = "") -> torch.Tensor:
 
 
 def row_blocks(module: Any, name: str = "", entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
-    """The rows of the weight under a LoRA layer, a few at a time.
+    """A function that yields the rows of the weight under a LoRA layer in blocks `(rows, n)`; a ValueError as above.
 
-    Plain weights are cut, bitsandbytes' 4-bit (NF4, FP4) and int8 weights dequantized block by block. Of any other kind
-    the whole weight is made once and held.
-
-    Args:
-        module: a PEFT LoRA layer.
-        name: its name in the model, for the message.
-        entries: of a block, at most (one row at least).
-
-    Returns:
-        A function that gives blocks of rows `(rows, n)`, in order, each time it is called: float32, or of the dtype of
-        a plain weight.
-
-    Raises:
-        ValueError: if the weight cannot be read.
+    Plain weights are sliced, in their dtype; bitsandbytes' 4-bit (NF4, FP4) and int8 weights are dequantized block by
+    block, others whole and once, to float32. A block has at most `entries` entries, or one row.
     """
     check_readable(module, name)
     layer = module.get_base_layer()
@@ -204,14 +170,14 @@ def row_blocks(module: Any, name: str = "", entries: int = 0) -> Callable[[], It
 
 
 def _oriented(module: Any, weight: torch.Tensor) -> torch.Tensor:
-    """`(m, n)`: transformers' Conv1D, and others by the same convention, keep W^T."""
+    """The weight as `(m, n)`: transformers' Conv1D, and layers that follow it, store W^T."""
     shape = (module.out_features, module.in_features)
-    kept = any(each.__name__ == "Conv1D" for each in type(module.get_base_layer()).__mro__)
-    return weight.mT if kept or (tuple(weight.shape) != shape and tuple(weight.shape) == shape[::-1]) else weight
+    conv1d = any(kind.__name__ == "Conv1D" for kind in type(module.get_base_layer()).__mro__)
+    return weight.mT if conv1d or (tuple(weight.shape) != shape and tuple(weight.shape) == shape[::-1]) else weight
 
 
 def _spread(scale: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Scales of blocks, one for each entry `(m, n)`, or the one for all."""
+    """Scales of blocks, repeated for every entry `(m, n)`, or the one for all."""
     scale = scale.detach().to(torch.float32)
     if layer.block_size is None:
         return scale
@@ -221,7 +187,7 @@ def _spread(scale: torch.Tensor, layer: Any) -> torch.Tensor:
 
 
 def _int8_rows(weight: Any, largest: Any, rows: slice) -> torch.Tensor:
-    # Not by `dequantize` of PEFT or bitsandbytes, which moves the parameter: the layer cannot run any more.
+    # `dequantize` of PEFT and bitsandbytes moves the parameter, after which the layer cannot run.
     scale = (largest.detach().to(torch.float32) / _INT8_LARGEST)[rows].unsqueeze(-1)
     codes: torch.Tensor = weight.data[rows]
     dense: torch.Tensor = codes.to(torch.float32) * scale.to(codes.device)
@@ -229,10 +195,9 @@ def _int8_rows(weight: Any, largest: Any, rows: slice) -> torch.Tensor:
 
 
 def _sliceable(weight: Any, m: int, n: int) -> bool:
-    """Whether a 4-bit weight is packed in its own order, two entries to a byte, with every row in blocks of its own.
+    """Whether a 4-bit weight is packed in order, two entries to a byte, and no block spans two rows.
 
-    (Where a block runs over two rows, bitsandbytes' own kernels for CPUs give other numbers for a part of the rows than
-    for all; the weight of the model is what they make of all.)
+    (With such a block, bitsandbytes' CPU kernels dequantize some of the rows differently from all of them.)
     """
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False) or n % state.blocksize:

@@ -1,4 +1,4 @@
-"""The config of an adapter with parts, and what it writes. Imported only where PEFT is."""
+"""The config of an adapter with parts, and what it saves. Needs PEFT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kernels.adapters.view import lora_layers
 
 
 class Entry(NamedTuple):
-    """What a config knows of one layer: the layer's own containers, so that it knows what is there now.
+    """One layer of an adapter: the layer's own containers, which are up to date.
 
     Attributes:
         r: ranks by adapter.
@@ -26,7 +26,8 @@ class Entry(NamedTuple):
         use_rslora: by adapter.
         lora_start: frozen starts by adapter.
         lora_dash: coordinates by adapter.
-        parameter_name: of the parameter that it adapts, if it is no module's weight.
+        parameter_name: of the parameter that it adapts, if that is not a module's weight.
+        num_experts: how many have their factors in one.
     """
 
     r: dict[str, int]
@@ -35,23 +36,24 @@ class Entry(NamedTuple):
     lora_start: Any
     lora_dash: Any
     parameter_name: str | None
+    num_experts: int
 
 
 @dataclass
 class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
     """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`.
 
-    What it saves is that of the stock adapter which `save_pretrained` writes beside it, all parts joined. Under
-    `auto_mapping`, which PEFT keeps and does not read, stands how `lora_kernels.load` takes them apart.
+    It saves the config of the stock adapter that `save_pretrained` writes, with all parts joined. `auto_mapping`, which
+    PEFT keeps but does not read, tells `lora_kernels.load` how to separate them.
     """
 
     def __post_init__(self) -> None:
-        """A config that nobody has described, as `dataclasses.replace` makes it."""
+        """A config without layers, also for `dataclasses.replace`."""
         super().__post_init__()
         self.prepare()
 
     def prepare(self) -> None:
-        """Attributes that are no fields, which would be saved."""
+        """Set attributes that are not fields, since fields are saved."""
         self.adapter = ""
         self.entries: dict[str, Entry] = {}
         self.dash: dict[str, Any] | None = None
@@ -70,7 +72,9 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
-            scalings = {name: parts.nominal_scaling(entry, self.adapter) for name, entry in self.layers()}
+            scalings = {
+                name: (parts.nominal_scaling(entry, self.adapter), entry.num_experts) for name, entry in self.layers()
+            }
             join_file(Path(save_directory) / WEIGHTS, scalings)
 
     def layers(self) -> list[tuple[str, Entry]]:
@@ -78,7 +82,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         return [(name, entry) for name, entry in self.entries.items() if self.adapter in entry.r]
 
     def joined(self) -> tuple[LoraConfig, dict[str, Any] | None]:
-        """The config of the joined adapter, and what takes it apart (`None` if nothing is joined)."""
+        """The config of the joined adapter, and the mark to separate it (`None` if nothing is joined)."""
         stock = plain_config(self)
         starts = any(parts.start(entry, self.adapter) is not None for _, entry in self.layers())
         if not starts and self.dash is None:
@@ -93,7 +97,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """A copy of a config, of PEFT's own class and without a mark of ours."""
+    """A copy of a config, of PEFT's own class and without our mark."""
     stock = copy.copy(config)
     stock.auto_mapping = {key: value for key, value in (stock.auto_mapping or {}).items() if key != MARK} or None
     if isinstance(stock, PartsLoraConfig):
@@ -110,23 +114,18 @@ def _forget(config: LoraConfig) -> None:
 def _more(entry: Entry, adapter: str) -> int:
     """The rank that the parts of a layer add."""
     start, dash = parts.start(entry, adapter), parts.directions(entry, adapter)
-    return (0 if start is None else start.a.shape[0]) + (
+    return (0 if start is None else start.rank) + (
         dash.coordinates.numel() if dash is not None and dash.launched else 0
     )
 
 
 def tidy(alpha: float) -> float:
-    """A whole number as an integer, which is what `lora_alpha` is declared to be."""
+    """A whole number as an integer, the declared type of `lora_alpha`."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def set_ranks(config: LoraConfig, shapes: dict[str, tuple[int, float]]) -> None:
-    """Make a config say ranks and alphas; the scaling is alpha / r, whatever it was made of.
-
-    Args:
-        config: changed in place.
-        shapes: rank and alpha by the layer's name in the base model.
-    """
+    """Set the ranks and alphas of a config, given by `config_name`; the scaling becomes alpha / r for all."""
     config.use_rslora = False
     config.r = max(rank for rank, _ in shapes.values())
     config.lora_alpha = next(alpha for rank, alpha in shapes.values() if rank == config.r)
@@ -134,14 +133,7 @@ def set_ranks(config: LoraConfig, shapes: dict[str, tuple[int, float]]) -> None:
 
 
 def check(config: Any) -> None:
-    """Refuse a config of a class of its own.
-
-    Args:
-        config: of the adapter.
-
-    Raises:
-        TypeError: if it is no plain `LoraConfig`, nor one that `describe` has set up.
-    """
+    """Raise a TypeError if an adapter's config is of another class than `LoraConfig` or `PartsLoraConfig`."""
     if type(config) not in (LoraConfig, PartsLoraConfig):
         raise TypeError(f"the adapter's config is a {type(config).__name__}, but must be peft's LoraConfig")
 
@@ -157,15 +149,7 @@ def changed_base(config: LoraConfig) -> str | None:
 
 
 def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
-    """Let the layers of an adapter carry parts, and its config describe them when it is saved.
-
-    Args:
-        model: the PEFT model.
-        adapter: the adapter's name.
-
-    Returns:
-        The config: the same object, since others hold it.
-    """
+    """Let the layers of an adapter carry parts, and its config, the same object, describe them when it is saved."""
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
     check(config)
     if type(config) is LoraConfig:
@@ -177,11 +161,12 @@ def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
         if parts.refusal(module, adapter) is None:
             parts.carry(module)
         containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
-        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name)
+        experts = getattr(module, "num_experts", 1)
+        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name, experts)
         config.entries[view.name] = entry
     model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
-    found: PartsLoraConfig = config
-    return found
+    described: PartsLoraConfig = config
+    return described
 
 
 def _add_weighted_adapter(
@@ -204,16 +189,11 @@ def _add_weighted_adapter(
 
 
 def tidy_up(model: nn.Module, adapter: str) -> None:
-    """After parts were added or taken off: what has none is PEFT's own again.
-
-    Args:
-        model: the PEFT model.
-        adapter: the adapter's name.
-    """
+    """After parts were added or removed, make configs and layers without parts PEFT's own again."""
     config: Any = model.peft_config.get(adapter)  # type: ignore[union-attr, operator]
     if isinstance(config, PartsLoraConfig) and config.joined()[1] is None:
         _forget(config)
-    if not any(isinstance(each, PartsLoraConfig) for each in model.peft_config.values()):  # type: ignore[union-attr, operator]
+    if not any(isinstance(other, PartsLoraConfig) for other in model.peft_config.values()):  # type: ignore[union-attr, operator]
         for module in model.modules():
             parts.drop(module)
         vars(model.base_model).pop("add_weighted_adapter", None)

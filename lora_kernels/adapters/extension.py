@@ -1,4 +1,4 @@
-"""What a variant of PEFT's LoRA may add to an adapter's product and still run fused."""
+"""What a variant of PEFT's LoRA can add to an adapter's product in the fused layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Extension(NamedTuple):
 
     Attributes:
         coordinates: `(k,)`, not scaled by s; `None` without LoRA-Dash.
-        left: `(m, k)`, or `None` as long as the coordinates have no directions.
-        right: `(k, n)`, without a gradient, or `None` likewise.
+        left: `(m, k)`, or `None` before the coordinates have directions.
+        right: `(k, n)`, without a gradient, or `None` as `left`.
         start: A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     """
 
@@ -43,17 +43,9 @@ class _Tied(torch.autograd.Function):
 
 
 def tied(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """A tensor whose graph coordinates without directions are part of.
+    """`value`, in whose graph the coordinates get a gradient of exactly zero.
 
-    They must have a gradient, or DistributedDataParallel waits for them. Here it costs nothing, and a NaN elsewhere
-    cannot reach it.
-
-    Args:
-        value: any tensor.
-        coordinates: of any shape.
-
-    Returns:
-        The same values.
+    DistributedDataParallel waits for the gradients of all parameters, also those of coordinates without directions.
     """
-    found: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
-    return found
+    result: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
+    return result

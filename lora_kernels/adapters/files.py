@@ -15,21 +15,14 @@ from lora_kernels.adapters import parts
 WEIGHTS = "adapter_model.safetensors"
 # Under `auto_mapping` of adapter_config.json.
 MARK = "lora_kernels"
-# What a joined adapter's config says otherwise than the adapter's own, which is in the mark.
+# Fields in which a joined adapter's config differs from the adapter's own, which the mark holds.
 OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How an adapter whose parts are joined is taken apart.
+    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter.
 
-    Args:
-        config: its adapter_config.json.
-
-    Returns:
-        The `OWN` values, whether there is a `start`, and the settings of `dash`; `None` for a plain adapter.
-
-    Raises:
-        ValueError: if there is something else in its place.
+    It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
     """
     mapping = config.get("auto_mapping")
     mark = mapping.get(MARK) if isinstance(mapping, dict) else None
@@ -50,12 +43,12 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return mark
 
 
-def join_file(path: Path, scalings: Mapping[str, float]) -> None:
+def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
     """Join the parts in a file that has them beside the factors.
 
     Args:
         path: adapter_model.safetensors.
-        scalings: of the saved config, by layer.
+        scalings: of the saved config, and the number of experts, by layer.
     """
     from safetensors import safe_open  # noqa: PLC0415  (slow to import)
     from safetensors.torch import load_file  # noqa: PLC0415
@@ -67,5 +60,5 @@ def join_file(path: Path, scalings: Mapping[str, float]) -> None:
         return
     state: dict[str, torch.Tensor] = load_file(path)
     for name in layers:
-        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", scalings[name])  # type: ignore[misc]
+        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
     write_tensors(path, state, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""The names by which PEFT's configs speak of layers."""
+"""Names of layers in PEFT's configs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ _Number = TypeVar("_Number", int, float)
 
 
 def config_name(name: str, module: Any = None) -> str:
-    """What the keys of a config's patterns are matched with.
+    """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer.
 
-    Args:
-        name: of a LoRA layer in the PEFT model.
-        module: the layer. One that adapts a parameter (of many experts, say) goes by the parameter's path; where a
-            module has several such, PEFT nests them.
-
-    Returns:
-        The name in the base model.
+    A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of them.
     """
     name = name.removeprefix(PREFIX)
     parameter = getattr(module, "parameter_name", None)
@@ -36,17 +30,10 @@ def matches(key: str, name: str) -> bool:
 
 
 def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha patterns that give every layer its own values.
+    """`rank_pattern` and `alpha_pattern` that give every layer its rank and alpha, by `config_name`.
 
-    No layer matches two keys of different values: the first match would count, but files sort their keys. Keys that are
-    in the config stay where they are true of all layers that they match.
-
-    Args:
-        layers: rank and alpha by `config_name`.
-        config: with the values of all other layers, `r` and `lora_alpha`.
-
-    Returns:
-        `rank_pattern` and `alpha_pattern`.
+    No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
+    config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
     """
     ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
     alphas = _pattern(
@@ -57,21 +44,21 @@ def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict
 
 def _pattern(values: Mapping[str, _Number], default: _Number, keys: Iterable[str]) -> dict[str, _Number]:
     pattern: dict[str, _Number] = {}
-    told: set[str] = set()
+    covered: set[str] = set()
     for key in keys:
         matched = [name for name in values if matches(key, name)]
         if len({values[name] for name in matched}) == 1:
-            told.update(matched)
+            covered.update(matched)
             if values[matched[0]] != default:
                 pattern[key] = values[matched[0]]
     for name, value in values.items():
-        if name not in told and value != default:
+        if name not in covered and value != default:
             pattern[_key(name, values)] = value
     return pattern
 
 
 def _key(name: str, values: Mapping[str, Any]) -> str:
-    """The name itself, or where that would match another layer of another value, an expression of this one alone."""
+    """The name, or an expression that matches nothing else if the name would match a layer of another value."""
     if re.fullmatch(r"[\w.]+", name) and all(
         values[name] == value for other, value in values.items() if matches(name, other)
     ):

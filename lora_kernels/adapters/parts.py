@@ -9,6 +9,9 @@ All of it goes by the adapter's own name. PEFT hands forward, merging and unmerg
 A layer's state dict has the parts as more rank of A and B: `[A; A0; V^T]` and `[B, -B0, U diag(c) / s]`. That is a
 stock adapter of the same function, whoever reads it. Loading takes them apart again, to the bit. Factors that are
 sharded (FSDP2) are left as they are in a state dict; `adapters.config` joins them in the file.
+
+A parameter of many experts can have a frozen start in the layout of its factors, `(experts r, .)`, `(., r experts)`:
+rank within expert in the first, expert within rank in the second. One expert is the ordinary case.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ _PARTS = (START, DASH)
 _CARRIERS = (
     "Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "GPTQLoraLinear", "HqqLoraLinear", "IncLoraLinear",
 )  # fmt: skip
+_OF_EXPERTS = "ParamWrapper"  # asks `get_delta_weight`, in newer versions `get_delta_factors`
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it when it wraps a module
 
 # Names the key of a tensor in a state dict, from the container of PEFT's that it lies in and the rest.
@@ -43,6 +47,7 @@ class Start(nn.Module):
     Attributes:
         a: A0 `(r, n)`.
         b: B0 `(m, r)`.
+        experts: how many have their factors in these; 1 for a linear layer.
         sign: of the product.
     """
 
@@ -50,11 +55,17 @@ class Start(nn.Module):
     a: torch.Tensor
     b: torch.Tensor
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, experts: int = 1) -> None:
         """Take `(r, n)` and `(m, r)`, which must be no views of the adapter's own factors."""
         super().__init__()
+        self.experts = experts
         self.register_buffer("a", a)
         self.register_buffer("b", b)
+
+    @property
+    def rank(self) -> int:
+        """The rank r that it adds."""
+        return self.a.shape[0] // self.experts
 
 
 class Directions(nn.Module):
@@ -95,12 +106,7 @@ class Directions(nn.Module):
 
     @torch.no_grad()
     def launch(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Take directions, at coordinates of zero: the function stays what it was.
-
-        Args:
-            left: `(m, k)`.
-            right: `(k, n)`.
-        """
+        """Set directions `(m, k)` and `(k, n)`, with coordinates of zero: the function does not change."""
         self.left.copy_(left)
         self.right.copy_(right)
         self.coordinates.zero_()
@@ -185,6 +191,10 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if began is None and (dash is None or not dash.launched):
         stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
         return stock
+    if of_experts(layer):
+        left, right, scaling = delta_factors(layer, adapter)
+        product: torch.Tensor = (left @ right) * scaling
+        return product
     weight_b = layer.lora_B[adapter].weight
     wide = torch.promote_types(weight_b.dtype, torch.float32)
     delta: torch.Tensor = weight_b.to(wide) @ layer.lora_A[adapter].weight.to(wide)
@@ -197,16 +207,67 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     return delta.to(weight_b.dtype)
 
 
+def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`get_delta_factors` of a layer of many experts that carries parts.
+
+    Args:
+        layer: PEFT's `ParamWrapper`.
+        adapter: an adapter of it, with a start or without.
+
+    Returns:
+        Factors of all experts and s: `s * left @ right` is what is added to the parameter, in its dtype.
+    """
+    a, b, began = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, start(layer, adapter)
+    firsts, seconds = [a], [b]
+    if began is not None:
+        firsts.append(began.a.to(a))
+        seconds.append(began.sign * began.b.to(b))
+    first, second = _side_by_side(firsts, seconds, layer.num_experts)
+    a, b = first.view(layer.num_experts, -1, first.shape[1]), second.view(second.shape[0], -1, layer.num_experts)
+    b = b.permute(2, 0, 1)
+    left, right = (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT)
+    dtype = layer.get_param().dtype
+    return left.to(dtype), right.to(dtype), layer.scaling[adapter]
+
+
+def _side_by_side(
+    firsts: list[torch.Tensor], seconds: list[torch.Tensor], experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of several products as those of their sum: `(experts r, n)` and `(m, r experts)` of several r."""
+    if experts == 1:
+        return torch.cat(firsts), torch.cat(seconds, 1)
+    first = torch.cat([value.reshape(experts, -1, value.shape[1]) for value in firsts], 1)
+    second = torch.cat([value.reshape(value.shape[0], -1, experts) for value in seconds], 1)
+    return first.flatten(0, 1), second.flatten(1)
+
+
+def first_ranks(a: torch.Tensor, b: torch.Tensor, rank: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ranks of every expert, of factors `(experts r, n)` and `(m, r experts)`, as tensors of their own."""
+    return _part_of(a, b, slice(rank), experts)
+
+
+def _part_of(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some of the ranks of `_side_by_side`, as tensors of their own."""
+    first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
+    second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
+    return first.clone(), second.clone()
+
+
+def of_experts(layer: Any) -> bool:
+    """Whether the factors of a layer are those of many experts."""
+    return bool(getattr(layer, "num_experts", 1) > 1)
+
+
 def start(layer: Any, adapter: str) -> Start | None:
     """The frozen start of an adapter of a layer, or `None`."""
-    found: Start | None = _part(layer, START, adapter)
-    return found
+    part: Start | None = _part(layer, START, adapter)
+    return part
 
 
 def directions(layer: Any, adapter: str) -> Directions | None:
     """The coordinates of an adapter of a layer, or `None`."""
-    found: Directions | None = _part(layer, DASH, adapter)
-    return found
+    part: Directions | None = _part(layer, DASH, adapter)
+    return part
 
 
 def _part(layer: Any, container: str, adapter: str) -> Any:
@@ -225,7 +286,7 @@ def refusal(layer: Any, adapter: str) -> str | None:
         The reason, in words.
     """
     kind = stock_class(layer).__name__
-    if kind not in _CARRIERS:
+    if kind not in _CARRIERS and not (kind == _OF_EXPERTS and of_experts(layer)):
         return f"PEFT's {kind} layer cannot carry anything besides A and B"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, PartsVariant):
@@ -246,6 +307,8 @@ def carry(layer: Any) -> None:
     layer.adapter_layer_names = (*layer.adapter_layer_names, *_PARTS)
     # On the instance: some layers merge by this method alone and do not ask a variant.
     layer.get_delta_weight = functools.partial(delta_weight, layer)
+    if hasattr(layer, "get_delta_factors"):
+        layer.get_delta_factors = functools.partial(delta_factors, layer)
     layer.register_state_dict_post_hook(_join_layer)
     layer.register_load_state_dict_pre_hook(_split_layer)
 
@@ -262,6 +325,7 @@ def drop(layer: Any) -> None:
         delattr(layer, container)
     layer.adapter_layer_names = tuple(name for name in layer.adapter_layer_names if name not in _PARTS)
     del layer.get_delta_weight
+    vars(layer).pop("get_delta_factors", None)
     for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
         for number, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_join_layer, _split_layer):
@@ -269,53 +333,33 @@ def drop(layer: Any) -> None:
 
 
 def add_start(layer: Any, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Give an adapter of a layer its frozen start, in place of the one that it has, if any.
-
-    Args:
-        layer: a layer that carries parts.
-        adapter: the adapter's name.
-        a: A0 `(r, n)`, whole.
-        b: B0 `(m, r)`, whole.
-    """
-    layer.lora_start[adapter] = Start(a, b)
+    """Set the frozen start A0 `(r, n)`, B0 `(m, r)` (not sharded) of an adapter of a layer that carries parts."""
+    layer.lora_start[adapter] = Start(a, b, getattr(layer, "num_experts", 1))
     layer.lora_start.train(layer.training)
     _choose_variant(layer, adapter)
 
 
 def add_directions(layer: Any, adapter: str, k: int) -> Directions:
-    """Give an adapter of a layer LoRA-Dash's coordinates.
-
-    Args:
-        layer: a layer that carries parts.
-        adapter: the adapter's name.
-        k: how many.
-
-    Returns:
-        What was added.
-    """
+    """Add k coordinates of LoRA-Dash to an adapter of a layer that carries parts."""
     weight_a, weight_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    made = Directions(k, weight_a.detach(), weight_b.detach())
-    made.coordinates.requires_grad_(weight_a.requires_grad)
-    layer.lora_dash[adapter] = made
+    dash = Directions(k, weight_a.detach(), weight_b.detach())
+    dash.coordinates.requires_grad_(weight_a.requires_grad)
+    layer.lora_dash[adapter] = dash
     layer.lora_dash.train(layer.training)
     _choose_variant(layer, adapter)
-    return made
+    return dash
 
 
 def remove(layer: Any, adapter: str, container: str) -> None:
-    """Take a part off an adapter of a layer, if it has it.
-
-    Args:
-        layer: any LoRA layer.
-        adapter: the adapter's name.
-        container: `START` or `DASH`.
-    """
+    """Remove a part, in the container `START` or `DASH`, from an adapter of a layer, if it has it."""
     if _part(layer, container, adapter) is not None:
         del getattr(layer, container)[adapter]
         _choose_variant(layer, adapter)
 
 
 def _choose_variant(layer: Any, adapter: str) -> None:
+    if of_experts(layer):
+        return  # no variant is asked there
     if start(layer, adapter) is not None or directions(layer, adapter) is not None:
         layer.lora_variant[adapter] = PartsVariant()
     else:
@@ -323,26 +367,14 @@ def _choose_variant(layer: Any, adapter: str) -> None:
 
 
 def ignore_buffers(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from sending the frozen parts, equal on all processes, before every forward.
-
-    Args:
-        model: what will be wrapped, its parts in place or taken off.
-    """
+    """Keep DistributedDataParallel from broadcasting the frozen parts, equal on all processes, before every forward."""
     frozen = {name for name, _ in model.named_buffers() if f".{START}." in name or f".{DASH}." in name}
     others = (name for name in getattr(model, _IGNORED, []) if f".{START}." not in name and f".{DASH}." not in name)
     setattr(model, _IGNORED, [*others, *sorted(frozen)])
 
 
 def columns(dash: Directions, scaling: float) -> torch.Tensor:
-    """The columns of B that coordinates are, `U diag(c) / s`.
-
-    Args:
-        dash: launched.
-        scaling: s, by which a reader multiplies them.
-
-    Returns:
-        `(m, k)`.
-    """
+    """Launched coordinates as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
     return _columns(dash.left, whole(dash.coordinates), scaling)
 
 
@@ -353,16 +385,17 @@ def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> t
     return left.to(wide) * (coordinates.to(wide) / scaling)
 
 
-def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float) -> None:
-    """Make the parts of one adapter of one layer more rank of its factors, in a state dict.
+def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
+    """Join the parts of one adapter of one layer to its factors, as more rank, in a state dict.
 
-    The bits of c and U, which the product with c / s has rounded away, stay in the state dict, also before the switch:
-    PEFT loads no entry that the model's own state dict has not.
+    The exact c and U stay in the state dict, since U c / s is rounded, and also before the switch: PEFT only loads
+    entries that the model's own state dict has.
 
     Args:
         state: changed in place.
         key: names the entries.
         scaling: s that a reader of the saved config finds.
+        experts: number of experts whose factors are one tensor.
     """
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):
@@ -379,8 +412,8 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float) -> 
             b.append(_columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
             state[key(DASH, "_extra_state")] = torch.tensor([*flags.tolist()[:2], 1])  # and joined
     if len(a) > 1:
-        state[key_a] = torch.cat([block.to(a[0]) for block in a])
-        state[key_b] = torch.cat([block.to(b[0]) for block in b], 1)
+        blocks = [block.to(a[0]) for block in a], [block.to(b[0]) for block in b]
+        state[key_a], state[key_b] = _side_by_side(*blocks, experts)
 
 
 def nominal_scaling(layer: Any, adapter: str) -> float:
@@ -392,7 +425,7 @@ def nominal_scaling(layer: Any, adapter: str) -> float:
 
 def _join_layer(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for adapter in dict.fromkeys((*layer.lora_start, *layer.lora_dash)):
-        join(state, _key_of(prefix, adapter), nominal_scaling(layer, adapter))
+        join(state, _key_of(prefix, adapter), nominal_scaling(layer, adapter), getattr(layer, "num_experts", 1))
 
 
 def _key_of(prefix: str, adapter: str) -> Key:
@@ -409,22 +442,22 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state:
         return
-    a, b, rank = state[key_a], state[key_b], layer.r[adapter]
+    a, b, rank, experts = state[key_a], state[key_b], layer.r[adapter], getattr(layer, "num_experts", 1)
     flags = state.get(key(DASH, "_extra_state"))
     joined = flags is not None and flags.numel() > 2 and bool(flags[2])
     k = state[key(DASH, "coordinates")].numel() if joined else 0
-    more = a.shape[0] - rank - k
-    if more not in (0, rank) or b.dim() != 2 or b.shape[1] != a.shape[0]:
+    more = a.shape[0] // experts - rank - k
+    if more not in (0, rank) or b.dim() != 2 or b.shape[1] != a.shape[0] or a.shape[0] % experts:
         return
     if more:
-        state[key(START, "a")] = a[rank : rank + more].clone()
-        state[key(START, "b")] = Start.sign * b[:, rank : rank + more]
+        state[key(START, "a")], began = _part_of(a, b, slice(rank, rank + more), experts)
+        state[key(START, "b")] = Start.sign * began
     if key(START, "a") not in state:  # a state without a start: the function is that of A and B
         remove(layer, adapter, START)
     elif start(layer, adapter) is None:
-        weight = layer.lora_A[adapter].weight
-        shapes = (rank, layer.in_features), (layer.out_features, rank)
-        add_start(layer, adapter, *(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes))
+        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        zeros = (torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device) for factor in factors)
+        add_start(layer, adapter, *zeros)
     if joined:
         state[key(DASH, "right")] = a[rank + more :].clone()
         if directions(layer, adapter) is None:
@@ -435,4 +468,4 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
             state.setdefault(key(DASH, name), torch.zeros_like(value))
         state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))
     if more or joined:
-        state[key_a], state[key_b] = a[:rank].clone(), b[:, :rank].clone()
+        state[key_a], state[key_b] = first_ranks(a, b, rank, experts)

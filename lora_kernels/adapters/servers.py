@@ -1,6 +1,6 @@
 """What servers of LoRA adapters read of a folder, and what they refuse: functions of its config and tensors alone.
 
-All of them read adapter_config.json and the tensors beside it, and PEFT's rules only in part:
+They read adapter_config.json and the tensors, and follow PEFT's rules only in part:
 
 - vLLM (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`): one scaling for all layers, `lora_alpha / r` or
   `lora_alpha / sqrt(r)` of the config's own values; patterns are dropped. It allocates for `--max-lora-rank`.
@@ -43,50 +43,31 @@ _SETTINGS = {
 
 
 def refusals(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What of an adapter vLLM, SGLang and llama.cpp do not compute.
-
-    Args:
-        config: adapter_config.json, or the fields of a `LoraConfig`.
-        shapes: of the tensors, by name.
-
-    Returns:
-        Names, in words; none if they compute all of it.
-    """
-    found = [word for name, word in _SETTINGS.items() if config.get(name)]
+    """Features of an adapter that vLLM, SGLang and llama.cpp do not compute, from its config and tensor shapes."""
+    refused = [word for name, word in _SETTINGS.items() if config.get(name)]
     if (config.get("bias") or "none") != "none":
-        found.append(f"bias={config['bias']!r}")
+        refused.append(f"bias={config['bias']!r}")
     if any(".lora_embedding_" in name for name in shapes):
-        found.append("embeddings")
+        refused.append("embeddings")
     if any(".lora_A." in name and len(shape) != 2 for name, shape in shapes.items()):
-        found.append("convolutions")
+        refused.append("convolutions")
     others = [name for name in shapes if ".lora_A.weight" not in name and ".lora_B.weight" not in name]
-    if others and not found:
-        found.append(f"the tensor {others[0]}")
-    return found
+    if others and not refused:
+        refused.append(f"the tensor {others[0]}")
+    return refused
 
 
 def slot(rank: int, server: str) -> int:
-    """The rank to write an adapter with.
-
-    Args:
-        rank: the largest of its layers.
-        server: one of `SERVERS`.
-
-    Returns:
-        The smallest `--max-lora-rank` of vLLM that holds it; for others the rank itself.
-
-    Raises:
-        ValueError: if vLLM has none.
-    """
+    """The rank to write an adapter with: the smallest `--max-lora-rank` of vLLM that holds it, elsewhere its own."""
     if server != "vllm":
         return rank
-    found = next((each for each in VLLM_RANKS if each >= rank), None)
-    if found is None:
+    fitting = next((limit for limit in VLLM_RANKS if limit >= rank), None)
+    if fitting is None:
         raise ValueError(
             f"the adapter has a layer of rank {rank}, but vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}: cut it "
             f"(rank={VLLM_RANKS[-1]}), or {MERGE}"
         )
-    return found
+    return fitting
 
 
 def _scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
@@ -98,15 +79,7 @@ def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: float) ->
 
 
 def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, int]:
-    """In how many layers each server multiplies `B A` by another number than PEFT.
-
-    Args:
-        config: adapter_config.json.
-        ranks: of the tensors, by layer.
-
-    Returns:
-        Counts, by server.
-    """
+    """By server, the number of layers in which it scales `B A` differently from PEFT; `ranks` by layer."""
     r, alpha = config["r"], config["lora_alpha"]
     counts = dict.fromkeys(SERVERS, 0)
     for name, rank in ranks.items():
@@ -124,15 +97,7 @@ def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str
 
 
 def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What vLLM, SGLang and llama.cpp need of an adapter folder, get wrong, or refuse.
-
-    Args:
-        config: adapter_config.json.
-        shapes: of the tensors, by name.
-
-    Returns:
-        Sentences.
-    """
+    """Sentences on what vLLM, SGLang and llama.cpp need for an adapter folder, get wrong, or refuse."""
     refused = refusals(config, {name: shape for name, shape in shapes.items() if ".lora_dash." not in name})
     if refused:
         return [f"servers (vLLM, SGLang, llama.cpp) do not compute {', '.join(refused)}: {MERGE}"]
@@ -154,34 +119,27 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
         "sglang": "one alpha/r, no rsLoRA",
         "llama.cpp": "alpha / rank of each tensor, no rsLoRA or patterns",
     }
-    found = []
+    sentences = []
     for server in SERVERS:
         if server in problems:
-            found.append(f"{_SHOWN[server]}: {'; '.join(problems[server])} ({why[server]}): {_EXPORT}")
+            sentences.append(f"{_SHOWN[server]}: {'; '.join(problems[server])} ({why[server]}): {_EXPORT}")
         elif server == "vllm" and highest > VLLM_RANKS[-1]:
-            found.append(
+            sentences.append(
                 f"vLLM: rank {highest} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}: export(rank=...)"
             )
         elif server == "vllm":
-            found.append(f"vLLM: --max-lora-rank {slot(highest, server)}")
+            sentences.append(f"vLLM: --max-lora-rank {slot(highest, server)}")
         elif server == "sglang":
-            found.append(f"SGLang: --max-lora-rank {highest} or more")
+            sentences.append(f"SGLang: --max-lora-rank {highest} or more")
         else:
-            found.append("llama.cpp: convert_lora_to_gguf.py takes it as it is")
-    return found
+            sentences.append("llama.cpp: convert_lora_to_gguf.py takes it as it is")
+    return sentences
 
 
 def common(scalings: Iterable[float]) -> float:
-    """The scaling to write for all layers: that of most of them, so that their B stays as it is to the bit.
-
-    Args:
-        scalings: of the layers.
-
-    Returns:
-        The scaling; 1 where it would be 0, by which B cannot be divided.
-    """
+    """The scaling to write for all layers: the most frequent one, so that most B stay bit for bit; never 0."""
     counts: dict[float, int] = {}
     for scaling in scalings:
         counts[scaling] = counts.get(scaling, 0) + (scaling != 0)
-    best = max(counts, key=lambda each: counts[each], default=0.0)
+    best = max(counts, key=lambda scaling: counts[scaling], default=0.0)
     return best or 1.0

@@ -7,17 +7,13 @@ import importlib.metadata
 import re
 import sys
 
-# The first whose layers know for every adapter whether it is rank-stabilized, which a change of rank needs.
+# The first whose layers store per adapter whether it is rank-stabilized, which a change of rank needs.
 MINIMUM = (0, 18)
 
 
 @functools.cache
 def require_peft() -> None:
-    """Raise where PEFT is missing or too old, before anything of it is used.
-
-    Raises:
-        ImportError: naming both versions.
-    """
+    """Raise an ImportError if PEFT is missing or too old, before it is used."""
     needed = ".".join(map(str, MINIMUM))
     module = sys.modules.get("peft")
     try:

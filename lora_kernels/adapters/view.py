@@ -1,4 +1,4 @@
-"""What a LoRA layer is, whatever class of PEFT's carries it: the one place that looks for them."""
+"""A LoRA layer of any of PEFT's classes, and the only scan for them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class LoraView(NamedTuple):
 
     @property
     def config_name(self) -> str:
-        """What the keys of a config's patterns are matched with."""
+        """The name that the keys of a config's patterns are matched with."""
         return config_name(self.name, self.module)
 
     @property
     def parameter_name(self) -> str | None:
-        """The parameter (of many experts, say) that it adapts, if that is no linear layer's weight."""
+        """The parameter (such as one of many experts) that it adapts, if that is not a linear layer's weight."""
         return getattr(self.module, "parameter_name", None)
 
     def rank(self, adapter: str) -> int:
@@ -43,20 +43,20 @@ class LoraView(NamedTuple):
         return _number(self.module.lora_alpha[adapter])
 
     def rslora(self, adapter: str) -> bool:
-        """Whether its scaling was made as `alpha / sqrt(r)` instead of `alpha / r`."""
+        """Whether its scaling is `alpha / sqrt(r)` instead of `alpha / r`."""
         return bool(self.module.use_rslora.get(adapter, False))
 
     def scaling(self, adapter: str) -> float:
-        """Scaling s as it is now, by which PEFT multiplies `B A`."""
+        """The current scaling s, by which PEFT multiplies `B A`."""
         return _number(self.module.scaling[adapter])
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A `(r, n)` and B `(m, r)` without their graphs, whole where they are sharded (all processes must ask)."""
+        """A `(r, n)` and B `(m, r)`, detached; shards are gathered (all processes must call)."""
         return whole(self.module.lora_A[adapter].weight), whole(self.module.lora_B[adapter].weight)
 
 
 def _number(value: Any) -> float:
-    """Python's own number: PEFT keeps tensors of one for hot-swapping, and what users give."""
+    """A Python number; PEFT stores one-element tensors for hot-swapping."""
     return value.item() if hasattr(value, "item") else value  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from lora_kernels.api.learning_rate import LearningRateAdvice, advise
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.dash import DashRun, LoraDash
+from lora_kernels.training.lora_pro import LoraPro
 
 PREFIX = "landscape/"
 
@@ -20,7 +21,7 @@ PREFIX = "landscape/"
 class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches LoRA-Dash when a Trainer is made, and counts its optimizer steps.
 
-        Trainer(model, args, train_dataset=data, callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[lk.api.LoraDashCallback(lk.LoraDash(k=8))]).train()
 
     The coordinates are parameters before the Trainer makes its optimizer, loads a checkpoint or wraps the model; its
     checkpoints hold coordinates, directions and the count, and `resume_from_checkpoint` goes on from them, before the
@@ -65,24 +66,24 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             RuntimeError: if they are not.
         """
-        held = {id(each) for each in unwrap(model).parameters()}
-        if self.run is None or not all(id(each) in held for each in self.run.coordinates()):
+        parameters = {id(parameter) for parameter in unwrap(model).parameters()}
+        if self.run is None or not all(id(coordinate) in parameters for coordinate in self.run.coordinates()):
             raise RuntimeError(
                 "the model in training has no coordinates of this callback: pass it to Trainer(callbacks=[...]), not "
                 "to add_callback, and a model, not model_init"
             )
-        trained = {id(each) for group in getattr(optimizer, "param_groups", ()) for each in group["params"]}
+        trained = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
         if optimizer is not None and any(
-            each.requires_grad and id(each) not in trained for each in self.run.coordinates()
+            coordinate.requires_grad and id(coordinate) not in trained for coordinate in self.run.coordinates()
         ):
             raise RuntimeError(
                 "the optimizer does not hold the coordinates of LoRA-Dash, which are parameters of the model since the "
                 "Trainer was made: create_optimizer must take all parameters that require gradients (ZeRO, which "
                 "keeps flat shards, is not supported)"
             )
-        for each in self.run.coordinates():
-            saved = getattr(optimizer, "state", {}).get(each, {}).values()
-            if any(isinstance(value, torch.Tensor) and value.shape not in ((), each.shape) for value in saved):
+        for coordinate in self.run.coordinates():
+            state = getattr(optimizer, "state", {}).get(coordinate, {}).values()
+            if any(isinstance(value, torch.Tensor) and value.shape not in ((), coordinate.shape) for value in state):
                 raise RuntimeError(
                     "the optimizer's parameters are in another order than they were in the checkpoint: in both runs, "
                     "attach LoraDash to the model before you make the optimizer"
@@ -97,12 +98,13 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
 class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
     """Measures the adapters every so many steps and adds the numbers to the trainer's logs.
 
-        Trainer(model, args, train_dataset=data, callbacks=[lk.LandscapeCallback(every=50)]).train()
+        trainer = Trainer(model, args, train_dataset=data)
+        lk.api.LandscapeCallback(every=50).attach(trainer)
+        trainer.train()
 
     At a measured step the trainer is asked to log (unless `logging_strategy` is "no"), and the numbers go into that log
     under `landscape/`: into `state.log_history`, and to every callback that reports, such as TensorBoard's. A callback
-    has no way to log by itself, and those that report stand before it in the trainer's list: so it moves to the front
-    of that list when training begins, and completes the trainer's logs before the others read them.
+    in `callbacks=[...]` comes after those of `report_to`, which then miss the numbers.
 
     Attributes:
         monitor: the `LandscapeMonitor` behind it, with `latest`.
@@ -118,10 +120,31 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
         """
         self.monitor = LandscapeMonitor(every, path, **settings)
         self._pending: dict[str, float] = {}
+        self._attached = False
+
+    def attach(self, trainer: Any) -> LandscapeCallback:
+        """Become the first callback of a trainer, so that all others find the numbers in its logs.
+
+        Args:
+            trainer: a transformers Trainer, or one derived from it.
+
+        Returns:
+            This callback.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        self._attached = True
+        return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go to the front of the callbacks, and take what stays."""
-        self._lead()
+        """Begin to measure; a warning if reporting callbacks get the logs before the numbers are in them."""
+        if getattr(args, "report_to", None) and not self._attached:
+            warnings.warn(
+                f"{', '.join(args.report_to)} gets the logs before the numbers of the landscape are in them: use "
+                "LandscapeCallback(...).attach(trainer) instead of callbacks=[...]",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if not state.is_world_process_zero:
             self.monitor.path = None
         self._pending = {}
@@ -145,24 +168,44 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(self._pending)
         self._pending = {}
 
-    def _lead(self) -> None:
-        """Move to the front of the list that calls this callback.
 
-        Its owner, the trainer's callback handler, is none of the arguments of an event: it is found among the callers.
-        """
-        frame = inspect.currentframe()
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            callbacks = getattr(owner, "callbacks", None)
-            if owner is not self and isinstance(callbacks, list) and any(each is self for each in callbacks):
-                # (In place and before the place that the caller has come to: it misses none and calls none twice.)
-                place = next(index for index, each in enumerate(callbacks) if each is self)
-                callbacks.insert(0, callbacks.pop(place))
-                return
-            frame = frame.f_back
-        warnings.warn(
-            "the list of callbacks was not found: the landscape's numbers reach state.log_history and the file, but no "
-            "callback that stands before this one",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+class LearningRateCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures a learning rate on the first training batches when training begins, and warns where yours is outside.
+
+        Trainer(model, args, train_dataset=data, callbacks=[lk.api.LearningRateCallback()]).train()
+
+    The Trainer's rate stays as it is, and training gives the same bits with the callback and without it. A resumed
+    training is not measured.
+
+    Attributes:
+        advice: what was measured; `None` before.
+    """
+
+    def __init__(self) -> None:
+        self.advice: LearningRateAdvice | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, print one line, and warn."""
+        if state.global_step > 0:
+            return
+        name, loader = _optimizer_name(kwargs.get("optimizer")), kwargs.get("train_dataloader")
+        if name is None:
+            kind = type(kwargs.get("optimizer")).__name__
+            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
+        else:
+            # (accelerate's loaders note that they are being read: what is inside does not.)
+            data = getattr(loader, "base_dataloader", loader)
+            self.advice = advise(kwargs["model"], data, name, {})
+        outside = self.advice.judge(args.learning_rate)
+        if state.is_world_process_zero:
+            print(self.advice.summary())
+            if outside is not None:
+                warnings.warn(outside, RuntimeWarning, stacklevel=2)
+
+
+def _optimizer_name(optimizer: Any) -> str | None:
+    """Its name for `suggest_learning_rate`; wrappers hold theirs in `optimizer`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, LoraPro):
+        return "lora_pro_full" if inner.mode == "full" else "lora_pro"
+    return "adamw" if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) else None

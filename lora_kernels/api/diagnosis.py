@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from lora_kernels._checks import check_range, check_type
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import row_blocks, why_unreadable
-from lora_kernels.api import peft as peft_layers
+from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers
+from lora_kernels.api.start import observed
 from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
@@ -24,7 +26,6 @@ from lora_kernels.landscape import (
     WeightNorms,
     certify,
     directions,
-    gradient_of,
     judge,
     leading_directions,
     measure,
@@ -33,14 +34,14 @@ from lora_kernels.landscape import (
     weight_norms,
 )
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.runtime.feed import call_model, model_device, to_device
-from lora_kernels.runtime.loss import loss_items, model_loss
+from lora_kernels.runtime.feed import model_device, to_device
+from lora_kernels.runtime.loss import summed_loss
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.options import read_options
-from lora_kernels.statistics.wants import GRADIENT
+from lora_kernels.statistics.gradients import GRADIENT
+from lora_kernels.statistics.options import CollectKeywords, read_options
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.
@@ -61,65 +62,51 @@ def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Facto
         TypeError: if the model is no PEFT model.
         ValueError: if there is no such adapter.
     """
-    layers = peft_layers.find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
-    found = {layer.view.name: layer.view.factors(adapter_name) for layer in layers.supported}
-    return {name: (a.clone(), b.clone()) for name, (a, b) in found.items()}
+    layers = find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
+    factors = {layer.name: layer.view.factors(adapter_name) for layer in layers.supported}
+    return {name: (a.clone(), b.clone()) for name, (a, b) in factors.items()}
 
 
 def find_adapters(
-    layers: peft_layers.LoraLayers,
+    layers: AdapterLayers,
     adapter_name: str,
     *,
     weights: Mapping[str, WeightNorms | None] | None = None,
     start: Mapping[str, Factors] | None = None,
 ) -> list[Adapter]:
-    """The factors of an adapter's layers.
+    """The factors of an adapter's layers, with norms of their base weights (`weights`, by name).
 
-    Args:
-        layers: from `find_lora_layers`.
-        adapter_name: the adapter.
-        weights: norms of the base weights by layer name.
-        start: factors to measure the drift from. Without them, an adapter with a frozen start is measured from that.
-
-    Returns:
-        One entry per linear layer, in the model's order.
+    The drift is measured from `start`, or else from the frozen start, if there is one.
 
     Raises:
         ValueError: if a factor is on the meta device, or a start has another shape.
     """
-    found = []
-    for each in layers.supported:
-        name, module = each.view
-        a, b = each.view.factors(adapter_name)
+    adapters = []
+    for layer in layers.supported:
+        name, module = layer.view
+        a, b = layer.view.factors(adapter_name)
         if a.is_meta or b.is_meta:
             raise ValueError(f"layer {name} has factors on the meta device: load their values first")
         origin = None if start is None else start.get(name)
-        began = parts.start(module, adapter_name)
-        if start is None and began is not None:
-            origin = (began.a, began.b)
+        frozen = parts.start(module, adapter_name)
+        if start is None and frozen is not None:
+            origin = (frozen.a, frozen.b)
         if origin is not None and (origin[0].shape[1:] != a.shape[1:] or origin[1].shape[:1] != b.shape[:1]):
             raise ValueError(
                 f"start has factors of shapes {tuple(origin[0].shape)} and {tuple(origin[1].shape)} for layer {name}, "
                 f"but must fit {tuple(a.shape)} and {tuple(b.shape)}"
             )
-        found.append(Adapter(name, a, b, float(each.view.scaling(adapter_name)), (weights or {}).get(name), origin))
-    return found
+        scaling = float(layer.view.scaling(adapter_name))
+        adapters.append(Adapter(name, a, b, scaling, (weights or {}).get(name), origin))
+    return adapters
 
 
-def base_norms(layers: peft_layers.LoraLayers) -> dict[str, WeightNorms | None]:
-    """Norms of the weights under an adapter; `None` where W is not at hand: merged, on the meta device, or packed.
-
-    Args:
-        layers: from `find_lora_layers`.
-
-    Returns:
-        By layer name.
-    """
-    found: dict[str, WeightNorms | None] = {}
-    for each in layers.supported:
-        name, module = each.view
-        found[name] = None if _why_no_weight(module) else weight_norms(*_rows(module))
-    return found
+def base_norms(layers: AdapterLayers) -> dict[str, WeightNorms | None]:
+    """By name, norms of the weights under an adapter; `None` where W cannot be read (merged, meta device, packed)."""
+    return {
+        layer.name: None if _why_no_weight(layer.module) else weight_norms(*_rows(layer.module))
+        for layer in layers.supported
+    }
 
 
 def _why_no_weight(module: Any) -> str | None:
@@ -149,7 +136,7 @@ def diagnose(
     weights: bool = True,
     intruders: bool = False,
     thresholds: Thresholds | None = None,
-    **options: Any,
+    **options: Unpack[CollectKeywords],
 ) -> Diagnosis:
     """Tell how training ended: spectra and balance of every layer, and with data a certificate and a verdict.
 
@@ -190,25 +177,25 @@ def diagnose(
         raise TypeError(f"{', '.join(sorted(options))}: options of a pass over data, but no loader is given")
     chosen = read_options({"budget": "auto", **options})
     model = unwrap(model)
-    layers = peft_layers.find_lora_layers(model, adapter_name, allow_merged=True)
+    layers = find_lora_layers(model, adapter_name, allow_merged=True)
     adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
     gain: float | None = None
-    broken = any(each.status == "not_finite" for each in spectra.values())
+    broken = any(spectrum.status == "not_finite" for spectrum in spectra.values())
     if loader is not None:
         _check_active(layers, adapter_name)
     if loader is not None and not broken:
-        targets = [each.target for each in layers.supported]
+        targets, _ = observed(layers)
         statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
-    found = [
-        _layer(each.view.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
-        for each, adapter in zip(layers.supported, adapters, strict=True)
-    ]
+    diagnoses = tuple(
+        _layer(layer.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
+        for layer, adapter in zip(layers.supported, adapters, strict=True)
+    )
     return Diagnosis(
         adapter=adapter_name,
-        layers=tuple(found),
-        verdict=overall(each.verdict for each in found),
+        layers=diagnoses,
+        verdict=overall(layer.verdict for layer in diagnoses),
         thresholds=limits,
         weight_decay=weight_decay,
         batches=0 if statistics is None else statistics.batches,
@@ -228,19 +215,18 @@ def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_ou
     return ()
 
 
-def _check_active(layers: peft_layers.LoraLayers, adapter: str) -> None:
-    for each in layers.supported:
-        module: Any = each.view.module
-        if module.disable_adapters or adapter not in module.active_adapters:
+def _check_active(layers: AdapterLayers, adapter: str) -> None:
+    for layer in layers.supported:
+        if layer.module.disable_adapters or adapter not in layer.module.active_adapters:
             raise ValueError(
-                f"adapter {adapter!r} is not active in layer {each.view.name}: its gradient would be that of another "
+                f"adapter {adapter!r} is not active in layer {layer.name}: its gradient would be that of another "
                 "point; call model.set_adapter, or enable the adapters"
             )
 
 
 def _gain(
     model: nn.Module,
-    layers: peft_layers.LoraLayers,
+    layers: AdapterLayers,
     adapter: str,
     loader: Iterable[Any],
     options: CollectOptions,
@@ -251,7 +237,7 @@ def _gain(
     `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
     a mean over samples is not that over batches.
     """
-    modules: list[Any] = [each.view.module for each in layers.supported]
+    modules = [layer.module for layer in layers.supported]
     if (
         isinstance(loader, Iterator)
         or world_size() > 1
@@ -264,15 +250,11 @@ def _gain(
     with observation_mode(model, gradients=False):
         for batch in itertools.islice(loader, statistics.batches):
             batch = to_device(batch, device)
-            count = float(loss_items(model, batch, options.reduction).sum())
-            if count <= 0:
-                continue
-            items += count
             for place in (0, 1):
                 with _without_product(modules, adapter) if place == 0 else contextlib.nullcontext():
-                    outputs = (options.forward or call_model)(model, batch)
-                loss = float((options.loss or model_loss)(outputs, batch))
-                totals[place] += loss if options.reduction == "sum" else loss * count
+                    total, count = summed_loss(model, batch, options.forward, options.loss, options.reduction)
+                totals[place] += float(total)
+            items += count
     return (totals[0] - totals[1]) / items if items > 0 else None
 
 
@@ -308,15 +290,15 @@ def _layer(
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        gradient = gradient_of(statistics, adapter.name)
+        layer = statistics.get(adapter.name)
         if any(_is_more(module, name) for name in module.active_adapters):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
-        elif gradient is None:
+        elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
         elif adapter.scaling == 0:
             notes.append("no certificate: the scaling is zero")
         else:
-            certificate = certify(adapter, spectrum, gradient, weight_decay, gain)
+            certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from lora_kernels._checks import check_choice, check_range, check_type
-from lora_kernels.api import _starting, guidance
-from lora_kernels.api import peft as peft_layers
+from lora_kernels._checks import check_type
+from lora_kernels.adapters.experts import observed as observed_experts
+from lora_kernels.adapters.layers import base_model_only, find_lora_layers, is_peft_model
 from lora_kernels.api.plain import find_linear_layers, skipped_modules
 from lora_kernels.api.report import InitReport
+from lora_kernels.api.start import Start, observed
 from lora_kernels.init import InitMethod, Redistribution, resolve_method
 from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import unwrap
-from lora_kernels.runtime.progress import progress_bars
-from lora_kernels.statistics import (
-    Plan,
-    Statistics,
-    Target,
-    make_plan,
-    parse_budget,
-)
+from lora_kernels.statistics import Plan, Statistics, Target, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.options import Forward, read_options
+from lora_kernels.statistics.options import CollectKeywords, Forward, PlanKeywords, read_options
 from lora_kernels.statistics.probe import find_groups
 from lora_kernels.statistics.wants import Wants, resolve_wants
 
@@ -37,13 +30,9 @@ from lora_kernels.statistics.wants import Wants, resolve_wants
 def _targets(
     model: nn.Module, targets: Sequence[str] | None, adapter_name: str
 ) -> tuple[Sequence[Target], Mapping[str, str]]:
-    if targets is None and peft_layers.is_peft_model(model):
-        return _observed(peft_layers.find_lora_layers(model, adapter_name))
+    if targets is None and is_peft_model(model):
+        return observed(find_lora_layers(model, adapter_name, without_experts=None))
     return find_linear_layers(model, targets), skipped_modules(model) if targets is None else {}
-
-
-def _observed(layers: peft_layers.LoraLayers) -> tuple[Sequence[Target], Mapping[str, str]]:
-    return [each.target for each in layers.supported], {name: why for name, _, why in layers.unsupported}
 
 
 def collect(
@@ -53,7 +42,7 @@ def collect(
     *,
     targets: Sequence[str] | None = None,
     adapter_name: str = "default",
-    **options: Any,
+    **options: Unpack[CollectKeywords],
 ) -> Statistics:
     """Collect statistics of a model's linear layers, adapters switched off.
 
@@ -81,9 +70,9 @@ def collect(
     model = unwrap(model)
     check_type("loader", loader, Iterable, "an iterable of batches")
     check_type("adapter_name", adapter_name, str, "a name")
-    found, skipped = _targets(model, targets, adapter_name)
-    with peft_layers.base_model_only(model):
-        return collect_targets(model, loader, found, named_wants(wants), chosen, skipped_modules=skipped)
+    layers, skipped = _targets(model, targets, adapter_name)
+    with base_model_only(model), observed_experts(layer.module for layer in layers):
+        return collect_targets(model, loader, layers, named_wants(wants), chosen, skipped_modules=skipped)
 
 
 def plan(
@@ -96,7 +85,7 @@ def plan(
     world_size: int | None = None,
     forward: Forward | None = None,
     share_inputs: bool = True,
-    **options: Any,
+    **options: Unpack[PlanKeywords],
 ) -> Plan:
     """What a collection would keep and send, before any data is read; the model may be on the meta device.
 
@@ -119,20 +108,21 @@ def plan(
         TypeError: on an argument of another type, or an unknown option.
         ValueError: on an argument out of range, a layer that is not there, or a budget that one layer exceeds.
     """
-    unknown = sorted(set(options) - {"budget", "form", "sketch_size", "dtype"})
-    if unknown:
+    if unknown := sorted(set(options) - set(PlanKeywords.__annotations__)):
         raise TypeError(f"plan has no option {', '.join(unknown)}")
     chosen = read_options(options)
     model = unwrap(model)
     check_type("adapter_name", adapter_name, str, "a name")
-    found, _ = _targets(model, targets, adapter_name)
+    layers, _ = _targets(model, targets, adapter_name)
     groups = None
     if batch is not None and share_inputs:
-        with peft_layers.base_model_only(model), observation_mode(model, gradients=False):
-            groups = find_groups(model, found, batch, forward)
-    device = next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
+        modules = (layer.module for layer in layers)
+        with base_model_only(model), observed_experts(modules), observation_mode(model, gradients=False):
+            groups = find_groups(model, layers, batch, forward)
+    devices = (parameter.device for parameter in model.parameters())
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
     return make_plan(
-        found,
+        layers,
         resolve_wants(named_wants(wants)),
         groups=groups,
         budget=parse_budget(chosen.budget, device),
@@ -153,9 +143,11 @@ def initialize(
     base: str = "intact",
     ranks: Redistribution | None = None,
     learning_rate: float | None = None,
+    suggest_rate: bool = False,
+    optimizer: str = "adamw",
     unreached: str = "warn",
     force: bool = False,
-    **options: Any,
+    **options: Unpack[CollectKeywords],
 ) -> InitReport:
     """Give a PEFT adapter a data-aware start. Call it before the optimizer is created.
 
@@ -177,6 +169,10 @@ def initialize(
             then rests). By default they are kept, unless the method's config says otherwise.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the
             start.
+        suggest_rate: measure a learning rate from the new start on the loader's first batches, which are read again
+            (eight of them: about forty forward and four to eight backward passes; see `suggest_learning_rate`). Without
+            a loss, a loader that can be read again, or memory for a backward pass the report says why there is none.
+        optimizer: that you are going to train with, for that rate: `adamw`, `lora_pro` or `lora_pro_full`.
         unreached: what to do about layers that the data never reached, or that its loss does not depend on: `warn`
             (they keep their stock values) or `raise`.
         force: overwrite an adapter whose `lora_B` is not zero; DoRA's magnitudes become |W + s B A| of the new start,
@@ -190,68 +186,29 @@ def initialize(
     Raises:
         TypeError: on an argument of another type, or an unknown option.
         ValueError: on bad arguments or data, a trained adapter, one with LoRA-Dash's coordinates or whose ranks exceed
-            min(m, n) in all layers, an optimizer that holds parameters to be replaced, or base weights that the method
-            reads and that are sharded over processes.
+            min(m, n) in all layers, a change of ranks under DistributedDataParallel or FSDP, or base weights that the
+            method reads and that are sharded over processes.
         RuntimeError: if another process failed.
     """
-    started = time.perf_counter()
-    model = unwrap(model)
     check_type("loader", loader, (Iterable, type(None)), "an iterable of batches")
     check_type("statistics", statistics, (Statistics, type(None)), "Statistics from `collect`")
-    check_type("ranks", ranks, (Redistribution, type(None)), "a Redistribution")
-    check_type("adapter_name", adapter_name, str, "a name")
-    resolved = _starting.for_dataset(resolve_method(method), loader)
-    check_choice("unreached", unreached, ("warn", "raise"))
-    check_choice("base", base, ("intact", "mutate"))
-    if learning_rate is not None:
-        check_range("learning_rate", learning_rate, low=0.0)
-    if ranks is not None:
-        resolved = resolved.keeping_ranks()
-    wants = _starting.with_wants(resolved.wants, ranks)
-    if wants and (loader is None) == (statistics is None):
-        raise ValueError("exactly one of loader and statistics must be given")
-    model = unwrap(model)
-    layers = _starting.untrained_layers(model, resolved, adapter_name, base, force=force)
-    _starting.check_ranks(layers, resolved, ranks)
-    if not wants:
-        statistics = statistics or Statistics({}, 0, 0.0, 0.0)
-    elif statistics is None:
-        assert loader is not None  # one of both was given
-        defaults = _starting.defaults(resolved, ranks, layers)
-        observed, skipped = _observed(layers)
-        chosen = read_options({**defaults, **options})
-        with peft_layers.base_model_only(model):
-            statistics = collect_targets(model, loader, observed, wants, chosen, skipped_modules=skipped)
-    elif set(options) - {"progress"}:
-        names = ", ".join(sorted(set(options) - {"progress"}))
-        raise TypeError(f"{names}: options of a collection, but statistics are given")
-    collected = time.perf_counter()
-    given = _starting.reached_ranks(layers, statistics, wants, unreached)
-    with progress_bars(bool(options.get("progress", True))):
-        found, adjust = _starting.solve(layers, statistics, given, resolved, ranks, adapter_name)
-    # Before the base weights may change: the report compares the start with what they were.
-    reports = _starting.layer_reports(layers, statistics, found, offset_base=resolved.offsets_base, adjust=adjust)
-    decomposed = time.perf_counter()
-    before = _starting.factor_sizes(layers, {})
-    _starting.write(model, layers, found, resolved, adapter_name, base, adjust=adjust, force=force)
-    written = time.perf_counter()
-    advice = _starting.advice(resolved, found, reports, statistics, learning_rate)
-    for sentence in filter(guidance.is_warning, advice):
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
-    return InitReport(
-        method=resolved.name,
-        settings=_starting.settings(resolved, ranks),
+    start = Start(
+        model,
+        resolve_method(method),
         adapter=adapter_name,
-        layers=reports,
-        seconds={
-            "collect": collected - started,
-            "decompose": decomposed - collected,
-            "write": written - decomposed,
-            "total": written - started,
-        },
-        batches=statistics.batches,
-        tokens=statistics.tokens,
-        trainable_before=before,
-        trainable=_starting.factor_sizes(layers, {name: each.factors.rank for name, each in found.items()}),
-        advice=advice,
+        base=base,
+        ranks=ranks,
+        learning_rate=learning_rate,
+        suggest_rate=suggest_rate,
+        optimizer=optimizer,
+        unreached=unreached,
+        force=force,
     )
+    if start.wants and (loader is None) == (statistics is None):
+        raise ValueError("exactly one of loader and statistics must be given")
+    start.check()
+    start.collect(loader, statistics, options)
+    start.solve(progress=bool(options.get("progress", True)))
+    start.write()
+    start.measure_rate(loader, options)
+    return start.report()

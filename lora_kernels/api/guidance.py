@@ -7,8 +7,6 @@ import statistics as quantiles
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.statistics.store import Statistics
 
@@ -33,35 +31,16 @@ class Outlook:
 
     start_change: float | None
     first_step: float | None
-    step_ratio: float
+    step_ratio: float | None
 
 
-def _gradient(statistics: Statistics, name: str) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None:
-    """The mean gradient of a layer, `(m, n)` or as two factors `(m, k)` and `(k, n)`, if it was collected."""
-    layer = statistics.get(name)
-    if layer is None or layer.output is None or statistics.loss_items <= 0:
-        return None
-    if layer.output.gradient is not None:
-        return statistics.mean_gradient(name)
-    sketch = layer.output.sketch
-    if sketch is None:
-        return None
-    found = sketch.svd(min(sketch.size, sketch.out_features, sketch.in_features), scale=1.0 / statistics.loss_items)
-    return found.U * found.S, found.Vh
+NO_OUTLOOK = Outlook(None, None, None)
 
 
 def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
-    """What a start means.
+    """What a start of rank 1 or more means, with first-order changes if the layer's gradient was collected.
 
-    Args:
-        factors: A `(r, n)` and B `(m, r)`, r at least 1.
-        scaling: s.
-        statistics: with the layer's weight gradient, exact or sketched, if the first-order changes are wanted.
-        name: the layer.
-        offset: whether the base takes `s B A` off.
-
-    Returns:
-        The numbers.
+    `offset`: `s B A` of the start is taken off the function again.
     """
     a, b = factors.A.detach(), factors.B.detach()
     (rank, n), m = a.shape, b.shape[0]
@@ -69,16 +48,12 @@ def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: 
     # stock LoRA has B = 0 and A uniform within 1 / sqrt(n), so |A|^2 = r / 3.
     moved = m * float(a.square().sum()) + n * float(b.square().sum())
     ratio = math.sqrt(moved / (m * rank / 3))
-    gradient = _gradient(statistics, name)
-    if gradient is None:
+    layer = statistics.get(name)
+    if layer is None or not layer.has_gradient:
         return Outlook(0.0 if offset or not bool(b.any()) else None, None, ratio)
-    if isinstance(gradient, torch.Tensor):
-        a, b = a.to(gradient), b.to(gradient)
-        of_a, of_b = b.mT @ gradient, gradient @ a.mT
-    else:
-        left, right = gradient
-        a, b = a.to(left), b.to(left)
-        of_a, of_b = (b.mT @ left) @ right, left @ (right @ a.mT)
+    gradient = layer.gradient_operator()
+    of_a, of_b = gradient.transposed_times(b).mT, gradient.times(a.mT)
+    a = a.to(of_a)
     change = 0.0 if offset else scaling * float((of_a * a).sum())
     return Outlook(change, -abs(scaling) * float(of_a.abs().sum() + of_b.abs().sum()), ratio)
 
@@ -86,37 +61,29 @@ def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: 
 def advice(
     method: str, ratios: Iterable[float], *, starts_away: bool, full_rate: bool, learning_rate: float | None
 ) -> tuple[str, ...]:
-    """What to say of learning rates.
+    """Sentences about learning rates, from the `step_ratio` of all layers.
 
-    Args:
-        method: its name.
-        ratios: `Outlook.step_ratio` of the layers.
-        starts_away: whether B is not zero.
-        full_rate: whether the method's authors train at rates of full fine-tuning.
-        learning_rate: that the user is going to use, if known.
-
-    Returns:
-        Sentences. The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves
-        farther than stock LoRA does (`is_warning`).
+    The last is a warning (`is_warning`) if and only if a LoRA-sized rate meets a start away from zero (`starts_away`)
+    that moves farther than stock LoRA does.
     """
-    known = sorted(ratios)
-    if not known:
+    values = list(ratios)
+    if not values:
         return ()
-    # (Nothing is said of starts that move less: LoRA-DA's best rate is not larger, see benchmarks/results/quality_*.)
-    ratio, said = quantiles.median(known), []
+    # (No advice for starts that move less: LoRA-DA's best rate is not larger, see benchmarks/results/quality_*.)
+    ratio, sentences = quantiles.median(values), []
     if full_rate:
-        said.append(f"the authors of {method} train it at rates of full fine-tuning (about 2e-5 for 7B models)")
+        sentences.append(f"the authors of {method} train it at rates of full fine-tuning (about 2e-5 for 7B models)")
     if ratio > _ALIKE:
-        said.append(
+        sentences.append(
             f"a step moves the weights {ratio:.1f} times as far as stock LoRA's at the same rate (median over layers): "
             f"begin with a rate {ratio:.1f} times smaller"
         )
     if learning_rate is not None and starts_away and learning_rate >= LORA_RATE and ratio > _ALIKE:
-        said.append(
+        sentences.append(
             f"{_WARNING}: {method} starts at B != 0, and learning_rate={learning_rate:g} is a rate for B = 0; it moves "
             f"the weights as {learning_rate * ratio:.1e} would there. Try {learning_rate / ratio:.1e}"
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
 _WARNING = "learning rate"

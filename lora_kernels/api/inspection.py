@@ -1,32 +1,25 @@
-"""What `lora-kernels inspect` does: a folder in, a diagnosis, pictures and a page out."""
+"""What `lora-kernels inspect` does: a folder in, a diagnosis and a page out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_kernels._files import replacing, write_text
-from lora_kernels.api.adapter_files import AdapterFolder, read_adapter
-from lora_kernels.api.monitor import latest_run, read_log
-from lora_kernels.landscape import Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+from lora_kernels._files import write_text
+from lora_kernels.adapters.folders import AdapterFolder, read_adapter
+from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
+from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from lora_kernels.reports import PREFIX
 
 
 def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
-    """Diagnose an adapter from its files alone.
-
-    Args:
-        folder: from `read_adapter`.
-        thresholds: of the verdict.
-
-    Returns:
-        Spectra and balance; no layer is compared with its weight.
-    """
+    """Spectra and balance of an adapter from its files alone; no layer is compared with its weight."""
     limits = thresholds or Thresholds()
-    spectra = measure(folder.adapters, rank_tolerance=limits.rank_tolerance)
+    adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
+    spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
     layers = tuple(LayerDiagnosis(name, each, judge(each, None, limits)) for name, each in spectra.items())
     verdict = overall(each.verdict for each in layers)
     notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
@@ -47,23 +40,7 @@ def inspect(
     max_batches: int | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Diagnose an adapter folder, with its base model and data if they are given.
-
-    Args:
-        adapter: a stock PEFT folder.
-        base: folder of the base model.
-        task: which head; by default what the adapter's config says, or else the base model's.
-        texts: data for the certificate; needs the base.
-        labels: of the texts, for a classifier.
-        weight_decay: lambda of training.
-        intruders: compare directions with those of the base weights.
-        batch_size: texts per batch.
-        max_length: tokens at which a text is cut.
-        max_batches: read at most so many.
-        progress: show a bar.
-
-    Returns:
-        The diagnosis.
+    """Diagnose an adapter folder, with its base model and data if they are given; see `lora-kernels inspect`.
 
     Raises:
         ValueError: if the folder is malformed, or data, intruders or a weight decay are given without what they need.
@@ -77,7 +54,7 @@ def inspect(
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     from lora_kernels.api import transformers  # noqa: PLC0415  (an optional dependency)
     from lora_kernels.api.diagnosis import diagnose  # noqa: PLC0415
-    from lora_kernels.api.saved import load  # noqa: PLC0415
+    from lora_kernels.api.loading import load  # noqa: PLC0415
 
     task = transformers.task_for(base, task, labels, folder.config.get("task_type"))
     if texts is None:
@@ -85,7 +62,7 @@ def inspect(
     else:
         bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
-    names = (each.name.removeprefix(PREFIX) for each in folder.adapters)
+    names = (each.name.removeprefix(PREFIX) for each in folder.layers)
     strangers = [name for name in names if name not in layers]
     if strangers:
         raise ValueError(
@@ -100,37 +77,16 @@ def inspect(
     if texts is not None:
         batches = transformers.task_batches(bare, tokenizer, task, texts, labels, batch_size, max_length)
         settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
-    found = diagnose(model, **settings)
-    return replace(found, adapter=str(adapter), notes=(*found.notes, *folder.notes))
+    diagnosis = diagnose(model, **settings)
+    return replace(diagnosis, adapter=str(adapter), notes=(*diagnosis.notes, *folder.notes))
 
 
-def write(diagnosis: Diagnosis, out: Path, monitor: Path | None = None) -> list[Path]:
-    """Write diagnosis.json, the pictures and inspect.html.
-
-    Args:
-        diagnosis: what to show.
-        out: the folder; it is made.
-        monitor: a monitor's file, for the picture over training.
-
-    Returns:
-        The files.
-    """
-    from lora_kernels.landscape import page, plots  # noqa: PLC0415
-
-    log = None if monitor is None else latest_run(read_log(monitor))
-    pictures = {"spectra": out / "spectra.png", "ranks": out / "ranks.png"}
-    with replacing(pictures["spectra"]) as file:
-        plots.plot_spectra(diagnosis, file)
-    with replacing(pictures["ranks"]) as file:
-        plots.plot_ranks(diagnosis, file)
-    if log is not None:
-        pictures["training"] = out / "training.png"
-        with replacing(pictures["training"]) as file:
-            plots.plot_training(log, file)
-    data, page_file = out / "diagnosis.json", out / "inspect.html"
+def write(diagnosis: Diagnosis, out: Path, log: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+    """Write diagnosis.json and inspect.html (the history of training, too, from a monitor's lines) into a folder."""
+    data, page = out / "diagnosis.json", out / "inspect.html"
     write_text(data, diagnosis.to_json() + "\n")
-    write_text(page_file, page.render(diagnosis, pictures))
-    return [data, *pictures.values(), page_file]
+    write_text(page, diagnosis_page(diagnosis, log).to_html())
+    return [data, page]
 
 
 def log_summary(log: Sequence[dict[str, Any]]) -> str:

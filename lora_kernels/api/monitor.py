@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kernels._checks import check_range
 from lora_kernels._files import append_line, parse_json
-from lora_kernels.api import peft as peft_layers
+from lora_kernels.adapters.layers import find_lora_layers
 from lora_kernels.api.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
@@ -37,36 +37,32 @@ LAYER_FIELDS = (
 def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
     """A few numbers for all layers.
 
-    Args:
-        spectra: by layer name.
-
-    Returns:
-        `rank`: mean numerical rank. `entropy_rank`: mean. `nuclear`: sum of the nuclear norms, what weight decay
-        charges. `share`: largest `|s B A|_2 / |W|_2` (only with the weights). `balance`: largest. `drift`: root of
-        the sum of squares (only with the start). `not_finite`: layers whose factors are not finite; they are left out
-        of the others, which are NaN where no layer is left.
+    `rank`: mean numerical rank. `entropy_rank`: mean. `nuclear`: sum of the nuclear norms, what weight decay charges.
+    `share`: largest `|s B A|_2 / |W|_2` (only with the weights). `balance`: largest. `drift`: root of the sum of
+    squares (only with the start). `not_finite`: layers whose factors are not finite; they are left out of the others,
+    which are NaN where no layer is left.
     """
-    good = [each for each in spectra.values() if each.status != "not_finite"]
-    count = len(good) or math.nan
-    found = {
-        "rank": sum(each.numerical_rank for each in good) / count,
-        "entropy_rank": sum(each.entropy_rank for each in good) / count,
-        "nuclear": math.fsum(each.nuclear for each in good) if good else math.nan,
-        "balance": max((each.balance for each in good), default=math.nan),
+    finite = [spectrum for spectrum in spectra.values() if spectrum.status != "not_finite"]
+    count = len(finite) or math.nan
+    numbers = {
+        "rank": sum(spectrum.numerical_rank for spectrum in finite) / count,
+        "entropy_rank": sum(spectrum.entropy_rank for spectrum in finite) / count,
+        "nuclear": math.fsum(spectrum.nuclear for spectrum in finite) if finite else math.nan,
+        "balance": max((spectrum.balance for spectrum in finite), default=math.nan),
     }
-    shares = [each.spectral_share for each in good if each.spectral_share is not None]
+    shares = [spectrum.spectral_share for spectrum in finite if spectrum.spectral_share is not None]
     if shares:
-        found["share"] = max(shares)
-    drifts = [each.drift for each in good if each.drift is not None]
+        numbers["share"] = max(shares)
+    drifts = [spectrum.drift for spectrum in finite if spectrum.drift is not None]
     if drifts:
-        found["drift"] = math.hypot(*drifts)
-    return {**found, "not_finite": float(len(spectra) - len(good))}
+        numbers["drift"] = math.hypot(*drifts)
+    return {**numbers, "not_finite": float(len(spectra) - len(finite))}
 
 
 class LandscapeMonitor:
     """Measures the adapters of a model every so many steps; for plain loops and for Lightning.
 
-        monitor = lk.LandscapeMonitor(every=50, path="landscape.jsonl")
+        monitor = lk.api.LandscapeMonitor(every=50, path="landscape.jsonl")
         for batch in loader:
             ...
             optimizer.step()
@@ -125,7 +121,7 @@ class LandscapeMonitor:
             model: the PEFT model.
         """
         model = unwrap(model)
-        layers = peft_layers.find_lora_layers(model, self.adapter_name, allow_merged=True)
+        layers = find_lora_layers(model, self.adapter_name, allow_merged=True)
         self._norms = base_norms(layers) if self._weights else {}
         self._start = snapshot(model, self.adapter_name) if self._drift else None
         self._started = time.perf_counter()
@@ -157,7 +153,7 @@ class LandscapeMonitor:
         """
         if self._norms is None:
             self.begin(model)
-        layers = peft_layers.find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
+        layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
         adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         numbers = summarize(self.latest)
@@ -167,7 +163,7 @@ class LandscapeMonitor:
 
     def _write(self, numbers: dict[str, float]) -> None:
         assert self.path is not None  # checked by the caller
-        layers = {name: {key: getattr(each, key) for key in LAYER_FIELDS} for name, each in self.latest.items()}
+        layers = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
         line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": layers}
         append_line(self.path, json.dumps(plain(line), allow_nan=False))
 
@@ -200,8 +196,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         ValueError: if the file is missing, or a line was not written by a monitor.
     """
     if not path.is_file():
-        raise ValueError(f"monitor was {str(path)!r}, must be a .jsonl file that a LandscapeMonitor wrote")
-    found: list[dict[str, Any]] = []
+        raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
+    entries: list[dict[str, Any]] = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -221,7 +217,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             or not _is_number(entry.get("step"))
         ):
             raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
-        found.append(entry)
-    if not found:
+        entries.append(entry)
+    if not entries:
         raise ValueError(f"{path} holds no measurement")
-    return found
+    return entries

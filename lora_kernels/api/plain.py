@@ -12,14 +12,10 @@ from lora_kernels.statistics.store import Target
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """The `(in_features, out_features)` of a linear layer.
+    """The `(in_features, out_features)` of a linear layer; `None` for any other module.
 
-    Args:
-        module: any module.
-
-    Returns:
-        The features of an `nn.Linear` (quantized ones derive from it) or of a transformers `Conv1D`, whose weight is
-        stored transposed; `None` for anything else.
+    A linear layer is an `nn.Linear` (quantized ones derive from it) or a transformers `Conv1D`, whose weight is stored
+    transposed.
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -30,14 +26,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> Sequence[Target]:
-    """The linear layers of a model.
-
-    Args:
-        model: any module.
-        names: full module names; all linear layers if `None`.
-
-    Returns:
-        The layers, in the model's order.
+    """The linear layers of a model: those of the full `names`, or all of them in its order.
 
     Raises:
         TypeError: if names are something else.
@@ -62,26 +51,15 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
         chosen = [name for name, module in modules.items() if linear_features(module) is not None]
         if not chosen:
             raise ValueError(f"model ({type(model).__name__}) has no linear layer")
-    found = []
-    for name in chosen:
-        features = linear_features(modules[name])
-        if features is not None:
-            found.append(Target(name, modules[name], *features))
-    return found
+    features = ((name, linear_features(modules[name])) for name in chosen)
+    return [Target(name, modules[name], *sizes) for name, sizes in features if sizes is not None]
 
 
 def skipped_modules(model: nn.Module) -> dict[str, str]:
-    """Modules that hold matrices but are no linear layers, so that they are not observed.
-
-    Args:
-        model: any module.
-
-    Returns:
-        By module name, why.
-    """
-    found = {}
+    """Modules that hold matrices but are no linear layers, so that they are not observed, with the reason."""
+    reasons = {}
     for name, module in model.named_modules():
-        matrices = [key for key, each in module.named_parameters(recurse=False) if each.dim() >= 2]
+        matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() >= 2]
         if not matrices or linear_features(module) is not None:
             continue
         kind = type(module).__name__
@@ -91,5 +69,5 @@ def skipped_modules(model: nn.Module) -> dict[str, str]:
             reason = f"{kind}: its inputs are patches, not rows"
         else:
             reason = f"{kind}: {', '.join(matrices)} belong to no linear layer with an input of its own"
-        found[name] = reason
-    return found
+        reasons[name] = reason
+    return reasons

@@ -10,6 +10,7 @@ from typing import ClassVar
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lora_kernels.api.learning_rate import LearningRateAdvice
 from lora_kernels.reports import Report, Table, short_name
 
 
@@ -31,7 +32,7 @@ class LayerReport:
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
         solver: how they were found.
         start_share: `|s B A| / |W|` (Frobenius) at the start.
-        start_change: predicted change of the mean loss by the start itself, or `None`; see `guidance.Outlook`.
+        start_change: predicted change of the mean loss by the start itself (first order), or `None`.
         first_step: predicted change of the mean loss by Adam's first step, per unit of learning rate, or `None`.
         step_ratio: how much farther a step moves the weight than from stock LoRA's start, or `None`.
         notes: facts a user should know.
@@ -63,12 +64,13 @@ class InitReport(Report):
         settings: its config.
         adapter: the adapter's name.
         layers: one entry per LoRA layer, in the model's order.
-        seconds: wall time of `collect`, `decompose`, `write`, and `total`.
+        seconds: wall time of `collect`, `decompose`, `write`, `rate`, and `total`.
         batches: batches read.
         tokens: tokens counted.
         trainable_before: parameters of the adapter's factors before.
         trainable: and now.
         advice: on learning rates.
+        learning_rate: measured from the new start, or `None` where it was not asked for.
     """
 
     text_width: ClassVar[int] = 140
@@ -83,6 +85,7 @@ class InitReport(Report):
     trainable_before: int
     trainable: int
     advice: tuple[str, ...] = ()
+    learning_rate: LearningRateAdvice | None = None
 
     def __iter__(self) -> Iterator[LayerReport]:
         """The layers."""
@@ -130,7 +133,8 @@ class InitReport(Report):
             "Adam's first step, per unit of learning rate"
         )
         yield table
-        yield Text("\n".join((self.summary(), *self.advice)))
+        measured = () if self.learning_rate is None else (self.learning_rate.summary(),)
+        yield Text("\n".join((self.summary(), *measured, *self.advice)))
 
 
 def _percent(value: float | None) -> str:

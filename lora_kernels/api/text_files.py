@@ -11,11 +11,7 @@ from lora_kernels._files import parse_json
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the rows of a file that must have certain columns.
-
-    Args:
-        path: a `.csv` file with a header row, or a `.jsonl` file with one object per line; UTF-8.
-        columns: columns (CSV) or keys (JSON Lines) that every row must have.
+    """Read a `.csv` file with a header row, or a `.jsonl` file with an object per line, that has certain columns.
 
     Yields:
         Pairs of a place (file and line, for messages) and the row.
@@ -24,10 +20,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
         ValueError: if the file is missing, of another kind or malformed, or a column is missing.
     """
     if not path.is_file():
-        raise ValueError(f"data was {str(path)!r}, must be an existing .csv or .jsonl file")
+        raise ValueError(f"data is {str(path)!r}, but must be an existing .csv or .jsonl file")
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"data was {str(path)!r}, must end in .csv or .jsonl")
+        raise ValueError(f"data is {str(path)!r}, but must end in .csv or .jsonl")
     try:
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
@@ -35,14 +31,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """Read one column of texts.
-
-    Args:
-        path: see `read_rows`.
-        column: the column.
-
-    Returns:
-        The texts, white space collapsed, empty ones left out.
+    """One column of texts, white space collapsed, without empty ones.
 
     Raises:
         ValueError: as `read_rows`, or if a value is no text, or no text is left.
@@ -51,7 +40,7 @@ def read_texts(path: Path, column: str) -> list[str]:
     for place, row in read_rows(path, (column,)):
         value = row[column]
         if not isinstance(value, str):
-            raise ValueError(f"{place}: {column!r} was {value!r}, must be a text")
+            raise ValueError(f"{place}: {column!r} is {value!r}, but must be a text")
         if value.strip():
             texts.append(" ".join(value.split()))
     if not texts:
@@ -60,15 +49,7 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Read texts and their labels.
-
-    Args:
-        path: see `read_rows`.
-        text_column: the column of the text.
-        label_column: the column of the label.
-
-    Returns:
-        Texts and labels, in the file's order.
+    """Texts and their labels, in the file's order.
 
     Raises:
         ValueError: as `read_rows`, or if a text or label is missing or empty.
@@ -77,9 +58,9 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list
     for place, row in read_rows(path, (text_column, label_column)):
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: {text_column!r} was {text!r}, must be a text that is not empty")
+            raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be a text that is not empty")
         if not isinstance(label, (str, int)) or not str(label).strip():
-            raise ValueError(f"{place}: {label_column!r} was {label!r}, must be a string or an integer")
+            raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
         texts.append(" ".join(text.split()))
         labels.append(str(label).strip())
     if not texts:
@@ -88,16 +69,7 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list
 
 
 def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
-    """`read_labelled`, or without a label column `read_texts`.
-
-    Args:
-        path: see there.
-        text_column: see there.
-        label_column: see there, or `None`.
-
-    Returns:
-        The texts, and their labels if a column was named.
-    """
+    """The texts, and their labels if a column of them is named."""
     if label_column is None:
         return read_texts(path, text_column), None
     return read_labelled(path, text_column, label_column)
@@ -113,7 +85,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
                 raise ValueError(f"{path.name}: the columns {twice} stand in the header twice")
             for column in columns:
                 if column not in header:
-                    raise ValueError(f"{path.name}: the columns were {header}, must include {column!r}")
+                    raise ValueError(f"{path.name}: the columns are {header}, but must include {column!r}")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(
@@ -136,8 +108,8 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[
             except ValueError as error:
                 raise ValueError(f"{error}; it must be one JSON object in UTF-8") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{place} was a {type(row).__name__}, must be a JSON object")
+                raise ValueError(f"{place} is a {type(row).__name__}, but must be a JSON object")
             for column in columns:
                 if column not in row:
-                    raise ValueError(f"{place}: the keys were {sorted(row)}, must include {column!r}")
+                    raise ValueError(f"{place}: the keys are {sorted(row)}, but must include {column!r}")
             yield place, row

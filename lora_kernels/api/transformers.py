@@ -30,19 +30,7 @@ def _model_class(task: str) -> Any:
 
 
 def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder, nothing from a hub.
-
-    Args:
-        folder: with `config.json`, weights and a tokenizer.
-        task: which head, one of `TASKS`; the adapter's layer names depend on it.
-        labels: see `load_model`.
-
-    Returns:
-        Model (evaluation mode) and tokenizer; a tokenizer without a padding token pads with its end token.
-
-    Raises:
-        ValueError: if the task is unknown, or transformers cannot load the folder.
-    """
+    """`load_model`, and the folder's tokenizer; one without a padding token pads with its end token."""
     model = load_model(folder, task, labels)
     import transformers  # noqa: PLC0415  (an optional dependency)
 
@@ -60,20 +48,10 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
 def task_for(
     model: Path, asked: str | None = None, labels: Sequence[str] | None = None, task_type: str | None = None
 ) -> str:
-    """Which head to load a model with.
+    """Which head to load a model with, from its folder or config file.
 
-    Args:
-        model: folder of the model, or its config file.
-        asked: what the user named.
-        labels: of the data.
-        task_type: of an adapter, as PEFT calls it.
-
-    Returns:
-        What was asked for; else the head that the adapter was made with; else a classifier where there are labels; else
-        the head that the config names.
-
-    Raises:
-        ValueError: if the task is unknown.
+    The one asked for; else the head that the adapter was made with (PEFT's `task_type`); else a classifier where there
+    are labels; else the head that the config names.
     """
     if asked is not None:
         check_choice("task", asked, TASKS)
@@ -83,14 +61,9 @@ def task_for(
 
 
 def task_of(model: Path) -> str:
-    """Which head the weights of a folder were saved with.
+    """Which head the weights of a folder, or of a config file, were saved with.
 
-    Args:
-        model: folder of the model, or its config file.
-
-    Returns:
-        One of `TASKS`; `base` for a model without a head, or with another one; `causal-lm` where the
-        config names no architecture.
+    `base` for a model without a head, or with another one; `causal-lm` where the config names no architecture.
     """
     try:
         settings = read_json(model if model.suffix == ".json" else model / "config.json")
@@ -104,23 +77,14 @@ def task_of(model: Path) -> str:
 
 
 def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> Any:
-    """Load a model from a folder, nothing from a hub.
+    """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails.
 
-    Args:
-        folder: with `config.json` and weights.
-        task: which head, one of `TASKS`.
-        labels: of the data. A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class
-            for each, in alphabetical order.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ValueError: if the task is unknown, or transformers cannot load the folder.
+    A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the `labels`,
+    in alphabetical order.
     """
     check_choice("task", task, TASKS)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model was {str(folder)!r}, must be a folder with a transformers config.json")
+        raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")
     head: dict[str, Any] = {}
     if labels is not None and task == "sequence-classification" and task_of(folder) != task:
         names = sorted(set(labels))
@@ -137,15 +101,8 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
 def empty_model(config_file: Path, task: str) -> Any:
     """A model on the meta device, made from a config file alone: shapes without memory.
 
-    Args:
-        config_file: a transformers `config.json`.
-        task: which head, one of `TASKS`.
-
-    Returns:
-        The model, in evaluation mode.
-
     Raises:
-        ValueError: if the task is unknown, or the file is no config that transformers knows.
+        ValueError: if the task is unknown, or the file is no config that transformers can make a model of.
     """
     check_choice("task", task, TASKS)
     settings = read_json(config_file)
@@ -163,15 +120,8 @@ def empty_model(config_file: Path, task: str) -> Any:
 
 
 def example_batch(model: Any) -> dict[str, torch.Tensor] | None:
-    """A minimal batch for a transformers model, on its device.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The batch, or `None` if the kind of its main input is not known.
-    """
-    device, dtype = next((each.device, each.dtype) for each in model.parameters())
+    """A minimal batch for a transformers model, on its device; `None` if the kind of its main input is not known."""
+    device, dtype = next((parameter.device, parameter.dtype) for parameter in model.parameters())
     ids = torch.ones(1, 8, dtype=torch.long, device=device)
     if model.main_input_name == "input_ids":
         both = {"input_ids": ids, "decoder_input_ids": ids}
@@ -185,14 +135,7 @@ def example_batch(model: Any) -> dict[str, torch.Tensor] | None:
 
 
 def linear_targets(model: Any) -> list[str]:
-    """The layers that `target_modules="all-linear"` of PEFT means: all linear layers but the output layer.
-
-    Args:
-        model: a transformers model.
-
-    Returns:
-        Module names.
-    """
+    """The names of the layers that PEFT's `target_modules="all-linear"` means: all linear ones but the output layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         name for name, module in model.named_modules() if linear_features(module) is not None and module is not head
@@ -200,18 +143,7 @@ def linear_targets(model: Any) -> list[str]:
 
 
 def label_ids(model: Any, labels: Sequence[str]) -> list[int]:
-    """The numbers that a classifier gives to labels, by the names or the numbers in its config.
-
-    Args:
-        model: a transformers sequence classifier.
-        labels: names or numbers.
-
-    Returns:
-        A number per label.
-
-    Raises:
-        ValueError: if a label is unknown.
-    """
+    """The numbers that a classifier gives to labels, by the names or the numbers in its config."""
     known = {str(name): int(index) for name, index in model.config.label2id.items()}
     known |= {str(index): index for index in range(model.config.num_labels)}
     for label in labels:
@@ -229,19 +161,10 @@ def text_batches(
     causal: bool = False,
     labels: Sequence[int] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Tokenise texts into padded batches, in their order.
+    """Tokenise texts into padded batches of `input_ids` and `attention_mask`, `(batch, tokens)` int64, in their order.
 
-    Args:
-        tokenizer: a transformers tokenizer with a padding token.
-        texts: what to tokenise.
-        batch_size: texts per batch.
-        max_length: tokens at which a text is cut.
-        causal: label every token with itself, padding with -100 (causal models shift their labels).
-        labels: of the texts, for a classifier.
-
-    Returns:
-        Batches with `input_ids` and `attention_mask`, `(batch, tokens)` int64, and labels if there are any:
-        `(batch, tokens)` or `(batch,)` int64.
+    `causal` labels every token with itself, padding with -100 (causal models shift their labels); `labels` are those of
+    a classifier, `(batch,)`.
     """
     check_range("batch_size", batch_size, low=1, integer=True)
     check_range("max_length", max_length, low=1, integer=True)
@@ -267,21 +190,7 @@ def task_batches(
     batch_size: int,
     max_length: int,
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches with the labels that a model's head takes; see `text_batches`.
-
-    Args:
-        model: as `load` returned it for the task.
-        tokenizer: likewise.
-        task: one of `TASKS`.
-        texts: what to tokenise.
-        labels: of the texts, for a classifier; without them a causal model's labels are its tokens, and other batches
-            have none.
-        batch_size: texts per batch.
-        max_length: tokens at which a text is cut.
-
-    Returns:
-        The batches.
-    """
+    """`text_batches` with the labels that a model's head takes: without `labels`, a causal model's are its tokens."""
     numbers = None if labels is None else label_ids(model, labels)
     causal = task == "causal-lm" and labels is None
     return text_batches(tokenizer, texts, batch_size, max_length, causal=causal, labels=numbers)

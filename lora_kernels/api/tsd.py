@@ -21,7 +21,7 @@ class LoraTSD:
     (TSD is short for task-specific directions here; an optimizer goes by the same letters.) What the adapter has
     changed at the switch is `s B A` less what it started from, which the frozen start of `base="intact"` holds.
 
-        report, run = lk.LoraTSD().attach(model, loader)
+        report, run = lk.api.LoraTSD().attach(model, loader)
 
     Args:
         init: where the adapter starts.

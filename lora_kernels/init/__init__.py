@@ -1,4 +1,4 @@
-"""Floor 4: initialisation methods, pure functions of statistics. No module and no hook in here."""
+"""Initialisation methods, pure functions of statistics. No module and no hook in here."""
 
 from lora_kernels.init.corda import CorDA
 from lora_kernels.init.eva import EVA

@@ -14,7 +14,7 @@ from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import InitMethod
 from lora_kernels.init.problem import LayerProblem
 from lora_kernels.init.ranks import Redistribution, offers, redistribute
-from lora_kernels.statistics.wants import INPUT_SECOND
+from lora_kernels.statistics.moments import INPUT_SECOND
 
 
 @dataclass(frozen=True)

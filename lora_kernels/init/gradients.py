@@ -14,7 +14,7 @@ from lora_kernels.init.factors import LayerFactors
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerProblem, batch_size
 from lora_kernels.linalg.randomized_svd import randomized_svd
-from lora_kernels.statistics.wants import GRADIENT
+from lora_kernels.statistics.gradients import GRADIENT
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,10 @@ class GradientMethod(LayerwiseMethod):
 
     def _reconstruct(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
         for layer in layers:
-            sketch = layer.sketch
-            triplets = sketch.svd(count, scale=1.0 / layer.items)
+            triplets = layer.gradient_svd(count)
             assert triplets.error is not None  # a sketch has probes
             residual = float(triplets.error / triplets.S[0])
-            yield _triplets(triplets.U, triplets.S, triplets.Vh, residual, triplets.method, sketch.left.dtype)
+            yield _triplets(triplets.U, triplets.S, triplets.Vh, residual, triplets.method, layer.sums_dtype(GRADIENT))
 
 
 def _triplets(

@@ -19,8 +19,9 @@ from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg import fix_signs
+from lora_kernels.statistics.gradients import FISHER, GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND
 from lora_kernels.statistics.store import Statistics
-from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
 
 # What a Fisher-preconditioned step reads.
 WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}

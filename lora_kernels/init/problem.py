@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
-from lora_kernels.statistics.moments import InputMoments
-from lora_kernels.statistics.outputs import OutputStatistics
-from lora_kernels.statistics.sketches import GradientSketch, stream_of
-from lora_kernels.statistics.store import LayerStatistics, Statistics
-from lora_kernels.statistics.wants import FISHER, GRADIENT, INPUT_SECOND
+from lora_kernels.linalg.randomized_svd import RandomizedSVD
+from lora_kernels.statistics.gradients import FISHER, GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sketches import stream_of
+from lora_kernels.statistics.store import LayerStatistics
 
 _WORDS = {INPUT_SECOND: "second moment of the input", FISHER: "Fisher diagonal", GRADIENT: "weight gradient"}
 # Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
@@ -55,8 +55,8 @@ class LayerProblem:
 
     @property
     def items(self) -> float:
-        """By what its sum of gradients is divided; those of a plain mapping are means already."""
-        return self.collection.loss_items if isinstance(self.collection, Statistics) else 1.0
+        """By what its sum of gradients is divided."""
+        return 0.0 if self.seen is None else self.seen.loss_items
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,11 +70,8 @@ class LayerProblem:
     @property
     def device(self) -> torch.device:
         """Where the sums are, or else the base weight."""
-        if self.seen is not None and self.seen.input is not None:
-            return self.seen.input.total.device
-        if self.output is not None:
-            return self.output.count.device
-        return self.under.weight().device
+        sums = () if self.seen is None else self.seen.sums.values()
+        return next((part.count.device for part in sums), None) or self.under.weight().device
 
     @property
     def under(self) -> BaseLayer:
@@ -103,38 +100,38 @@ class LayerProblem:
         """Rows counted."""
         return 0.0 if self.seen is None else self.seen.tokens
 
-    @property
-    def output(self) -> OutputStatistics | None:
-        """The sums of its output gradients."""
-        return None if self.seen is None else self.seen.output
-
     def second_moment(self) -> torch.Tensor:
-        """Mean of `x x^T`, `(n, n)` float64, exact, not centred."""
-        assert self.seen is not None and isinstance(self.seen.input, InputMoments)
-        return finite("second moment of the input", self.name, self.seen.input.covariance(center=False))
+        """Mean of `x x^T`, `(n, n)` float64, not centred."""
+        return finite("second moment of the input", self.name, self._statistics().input_covariance())
 
     def input_mean(self) -> torch.Tensor:
         """Mean of x, `(n,)` float64."""
-        assert self.seen is not None and self.seen.input is not None
-        return self.seen.input.mean()
+        inputs = self._statistics().input
+        assert inputs is not None  # `problems` has checked it
+        return inputs.mean()
 
     def fisher(self) -> torch.Tensor:
         """Mean of the squared output gradients, `(m,)` float64."""
-        assert self.output is not None and self.output.fisher is not None
-        return finite("Fisher diagonal", self.name, self.output.fisher.to(torch.float64) / self.output.tokens)
+        return finite("Fisher diagonal", self.name, self._statistics().fisher())
 
     def gradient(self) -> torch.Tensor:
         """Gradient of the mean loss, `(m, n)` in the dtype of the sums, exact."""
-        assert self.output is not None and self.output.gradient is not None
-        return finite("weight gradient", self.name, self.output.gradient) / self.items
+        return finite("weight gradient", self.name, self._statistics().gradient())
 
-    @property
-    def sketch(self) -> GradientSketch:
-        """The sketch of the sum of its gradients."""
-        assert self.output is not None and self.output.sketch is not None
-        for side in (self.output.sketch.left, self.output.sketch.right):
-            finite("gradient sketch", self.name, side)
-        return self.output.sketch
+    def gradient_svd(self, rank: int) -> RandomizedSVD:
+        """The leading singular triplets of the same, or of its sketch (then in float64)."""
+        seen = self._statistics()
+        for sums in seen.sums[GRADIENT].tensors().values():
+            finite("weight gradient", self.name, sums)
+        return seen.gradient_svd(rank)
+
+    def sums_dtype(self, statistic: str) -> torch.dtype:
+        """Dtype of the sums of a statistic."""
+        return self._statistics().sums[statistic].dtype
+
+    def _statistics(self) -> LayerStatistics:
+        assert self.seen is not None  # `problems` has checked it
+        return self.seen
 
     @property
     def input_key(self) -> Hashable:
@@ -143,27 +140,18 @@ class LayerProblem:
 
     def has(self, statistic: str, *, exact: bool) -> bool:
         """Whether a statistic was collected."""
-        if statistic == INPUT_SECOND:
-            sums = None if self.seen is None else self.seen.input
-            return isinstance(sums, InputMoments) or (sums is not None and not exact)
-        if self.output is None:
-            return False
-        if statistic == GRADIENT:
-            return self.output.gradient is not None or (self.output.sketch is not None and not exact)
-        return self.output.fisher is not None
+        form = None if self.seen is None else self.seen.form(statistic)
+        return form == "exact" or (form is not None and not exact)
 
     def why_unusable(self, wants: Iterable[str]) -> str | None:
         """Why its statistics say nothing, or `None`."""
-        inputs = None if self.seen is None else self.seen.input
-        if INPUT_SECOND in wants and inputs is not None and inputs.tokens <= 0:
+        sums = {} if self.seen is None else {name: self.seen.sums[name] for name in wants if name in self.seen.sums}
+        if INPUT_SECOND in sums and sums[INPUT_SECOND].tokens <= 0:
             return "it saw no token in the collection pass"
-        if self.output is None:
-            return None
-        if FISHER in wants and self.output.tokens <= 0:
+        if FISHER in sums and sums[FISHER].tokens <= 0:
             return "it counted no row in the backward pass: there was none, or all were masked"
-        gradient = self.output.gradient if self.output.sketch is None else self.output.sketch.left
-        for name, sums in ((FISHER, self.output.fisher), (GRADIENT, gradient)):
-            if name in wants and sums is not None and not bool(sums.any()):
+        for name in (FISHER, GRADIENT):
+            if name in sums and sums[name].is_zero:
                 return f"its {_WORDS[name]} is zero: the loss of this data does not depend on it"
         return None
 

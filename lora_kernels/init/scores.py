@@ -12,8 +12,9 @@ from lora_kernels.init.lora_da import WANTS
 from lora_kernels.init.method import solve_layers
 from lora_kernels.init.problem import LayerProblem, problems
 from lora_kernels.linalg import randomized_svd
+from lora_kernels.statistics.gradients import GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND
 from lora_kernels.statistics.store import Statistics
-from lora_kernels.statistics.wants import GRADIENT, INPUT_SECOND
 
 _DAMPING = 1e-6
 _ROUNDS = 4
@@ -33,7 +34,7 @@ def gradient_energy(statistics: Statistics, offered: Mapping[str, int], *, seed:
     def energies(layer: LayerProblem) -> torch.Tensor:
         if layer.has(GRADIENT, exact=True):
             return _energies(layer.gradient(), layer.rank, seed)
-        return layer.sketch.svd(layer.rank, scale=1.0 / layer.items).S.square()
+        return layer.gradient_svd(layer.rank).S.square()
 
     return _score(problems(statistics, offered, {GRADIENT: False}), energies)
 

@@ -1,9 +1,9 @@
-"""Floor 4: what a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
+"""What a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
 
 Pure functions of factors, weights and statistics: spectra, balance, optimality certificate, verdict.
 """
 
-from lora_kernels.landscape.certificate import Certificate, Gradient, certify, gradient_of
+from lora_kernels.landscape.certificate import Certificate, certify
 from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions, factor_spectra, measure
 from lora_kernels.landscape.verdict import Thresholds, Verdict, judge, overall
@@ -13,7 +13,6 @@ __all__ = [
     "Adapter",
     "Certificate",
     "Diagnosis",
-    "Gradient",
     "LayerDiagnosis",
     "Overlap",
     "Spectrum",
@@ -23,7 +22,6 @@ __all__ = [
     "certify",
     "directions",
     "factor_spectra",
-    "gradient_of",
     "judge",
     "leading_directions",
     "measure",

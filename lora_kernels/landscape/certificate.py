@@ -1,4 +1,4 @@
-"""Is an adapter a minimum? The optimality conditions of the nuclear-norm problem, checked with the loss gradient.
+"""Whether an adapter is a minimum: the optimality conditions of the nuclear-norm problem, checked with the gradient.
 
 With `F(A, B) = loss(W + s B A) + (lambda / 2)(|A|_F^2 + |B|_F^2)`, the decay is `(lambda / s) |s B A|_*` on the update
 at every balanced point, and an update D minimises `loss + (lambda / s) |D|_*` in the region where the loss is convex if
@@ -17,7 +17,7 @@ from lora_kernels._checks import check_number, check_range, check_type
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.gradients import Gradient
 
 OBJECTIVE = (
     "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "
@@ -32,21 +32,21 @@ class Certificate:
     Attributes:
         objective: what is certified, in words.
         weight_decay: lambda.
-        threshold: `lambda / |s|`, what `|G|_2` may be at a minimum.
+        threshold: `lambda / |s|`, the largest `|G|_2` at a minimum.
         gradient_norm: `|G|_2`, the best estimate.
-        gradient_norm_low: a lower bound on it (but for rounding).
+        gradient_norm_low: a lower bound on it, up to rounding.
         gradient_norm_high: an upper bound, with probability `linalg.randomized_svd.CONFIDENCE` where it is not exact.
         source: `exact`, or `sketch` where G was reconstructed from random sketches.
-        directions: singular directions of the update that were looked at, its numerical rank.
-        alignment: `|U^T G V + (lambda / s) I|_2 s / lambda` on them, `None` where the update is zero.
-        alignment_error: what the sketch may add to it, relative in the same way; 0 where G is exact.
+        directions: number of singular directions of the update that were checked, its numerical rank.
+        alignment: `|U^T G V + (lambda / s) I|_2 s / lambda` on them, `None` if the update is zero.
+        alignment_error: a bound on the sketch's part in it, relative in the same way; 0 if G is exact.
         stationarity: length of F's gradient with respect to both factors over `lambda (|A|_F^2 + |B|_F^2)^(1/2)`: 0
             at a stationary point, about 1 or more where loss and decay do not balance. 0 where both factors are zero.
-        implied_weight_decay: the lambda for which the factors come closest to stationary; beside the one given, it
-            tells whether this is the objective that was trained. Negative while they still grow.
-        cost: `(lambda / s) |s B A|_*`, what the decay charges for this update where the factors are balanced.
-        gain: mean loss without the adapter's update (of all layers) less that with it, if it was measured. A minimum
-            never costs more than it gains, since then zero would be lower.
+        implied_weight_decay: the lambda at which the factors are closest to stationary. Far from the one given, this is
+            not the objective that was trained; negative while the factors grow.
+        cost: `(lambda / s) |s B A|_*`, the decay's part of the objective if the factors are balanced.
+        gain: mean loss without the adapter's update (of all layers) minus that with it, if it was measured. At a
+            minimum the cost is at most the gain: otherwise zero would be lower.
     """
 
     objective: str
@@ -66,7 +66,7 @@ class Certificate:
 
     @property
     def ratio(self) -> float:
-        """`s |G|_2 / lambda`: 1 at a minimum that is not zero, below 1 where zero is the minimum, above 1 at none."""
+        """`s |G|_2 / lambda`: 1 at a minimum that is not zero, below 1 if zero is the minimum, never above 1 at one."""
         return self.gradient_norm / self.threshold
 
     @property
@@ -80,61 +80,13 @@ class Certificate:
         return self.gradient_norm_high / self.threshold
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """The loss gradient of one layer, `(m, n)`, as `left right` where it is known by a sketch.
-
-    Attributes:
-        left: `(m, n)`, or `(m, k)`.
-        right: `(k, n)`, or `None`.
-        error: a bound on the spectral norm of what the sketch leaves out, with probability `CONFIDENCE`.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor | None = None
-    error: float = 0.0
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """G x."""
-        x = x.to(self.left)
-        return self.left @ x if self.right is None else self.left @ (self.right @ x)
-
-    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
-        """G^T y."""
-        product = self.left.mT @ y.to(self.left)
-        return product if self.right is None else self.right.mT @ product
-
-    def norm(self) -> tuple[float, float, float]:
-        """The spectral norm, and bounds from below and above."""
-        if self.right is None:
-            found = spectral_norm(self.left)
-            return found.value, found.value, found.upper
-        value = float(torch.linalg.vector_norm(self.left, dim=0).max()) if self.left.numel() else 0.0
-        return value, max(0.0, value - self.error), value + self.error
-
-
-def gradient_of(statistics: Statistics, name: str) -> Gradient | None:
-    """The mean loss gradient of a layer, if it was collected.
-
-    Args:
-        statistics: with the weight gradient, exact or sketched.
-        name: the layer.
-
-    Returns:
-        The gradient; `None` where the data or its loss never reached the layer.
-    """
-    layer = statistics.get(name)
-    if layer is None or layer.output is None or statistics.loss_items <= 0 or float(layer.output.calls) == 0:
-        return None
-    if layer.output.gradient is not None:
-        return Gradient(statistics.mean_gradient(name))
-    sketch = layer.output.sketch
-    if sketch is None:
-        return None
-    size = min(sketch.size, sketch.out_features, sketch.in_features)
-    found = sketch.svd(size, scale=1.0 / statistics.loss_items)
-    assert found.error is not None  # sketches carry probes
-    return Gradient(found.U * found.S, found.Vh, float(found.error))
+def _norm(gradient: Gradient) -> tuple[float, float, float]:
+    """The spectral norm, and bounds from below and above."""
+    if gradient.right is None:
+        found = spectral_norm(gradient.left)
+        return found.value, found.value, found.upper
+    value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
+    return value, max(0.0, value - gradient.error), value + gradient.error
 
 
 @without_autocast()
@@ -154,7 +106,7 @@ def certify(
         The numbers.
 
     Raises:
-        TypeError: if one of them is something else.
+        TypeError: if an argument has the wrong type.
         ValueError: if lambda is not positive, the scaling is zero, shapes do not match, or an entry is not finite.
     """
     check_type("adapter", adapter, Adapter, "an Adapter")
@@ -166,24 +118,20 @@ def certify(
     if weight_decay == 0 or adapter.scaling == 0 or not math.isfinite(weight_decay):
         raise ValueError(
             f"layer {adapter.name} has weight_decay {weight_decay!r} and scaling {adapter.scaling!r}, "
-            "but a certificate needs both finite and not zero"
+            "but both must be finite and not zero for a certificate"
         )
-    n = gradient.left.shape[1] if gradient.right is None else gradient.right.shape[1]
-    if (gradient.left.shape[0], n) != spectrum.shape:
+    if gradient.shape != spectrum.shape:
         raise ValueError(
-            f"the gradient of layer {adapter.name} has shape {(gradient.left.shape[0], n)}, "
-            f"but must have shape {spectrum.shape}"
+            f"the gradient of layer {adapter.name} has shape {gradient.shape}, but must have shape {spectrum.shape}"
         )
-    for what, part in (
-        ("A", adapter.a),
-        ("B", adapter.b),
-        ("the gradient", gradient.left),
-        ("the gradient", gradient.right),
-    ):
+    parts = (("A", adapter.a), ("B", adapter.b), ("the gradient", gradient.left), ("the gradient", gradient.right))
+    for what, part in parts:
         if part is not None and (part.device.type == "meta" or not bool(torch.isfinite(part).all())):
-            raise ValueError(f"{what} of layer {adapter.name} holds NaN or infinite entries, or none")
+            raise ValueError(
+                f"{what} of layer {adapter.name} has entries that are NaN or infinite, or no entries (meta)"
+            )
     threshold = weight_decay / abs(adapter.scaling)
-    value, low, high = gradient.norm()
+    value, low, high = _norm(gradient)
     alignment = None
     if spectrum.numerical_rank:
         u, _, v = directions(adapter, spectrum.numerical_rank)
@@ -210,7 +158,7 @@ def certify(
 
 
 def _stationarity(adapter: Adapter, gradient: Gradient, weight_decay: float) -> tuple[float, float | None]:
-    """Relative length of F's gradient by the factors, and the decay that would make it shortest."""
+    """Relative length of F's gradient with respect to the factors, and the decay that would minimise it."""
     a, b = adapter.a.detach().to(torch.float64), adapter.b.detach().to(torch.float64)
     of_a = adapter.scaling * gradient.transposed_times(b).to(a).mT
     of_b = adapter.scaling * gradient.times(a.mT).to(b)

@@ -1,98 +1,234 @@
-"""A diagnosis as one HTML page that opens anywhere: pictures inside, nothing loaded from elsewhere, no script."""
+"""Reports as one HTML page: grids of depth x module, and the most notable layers. No script, nothing loaded."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
-from html import escape
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis, number
-from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, STILL_TRAINING
+from lora_kernels.reports import short_name
 
-_COLOURS = {LOUD_FAILURE: "#b3261e", LOW_RANK_MINIMUM: "#1b7f3b", STILL_TRAINING: "#8a6100"}
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1d1d1f }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd }
-td { text-align: right; font-variant-numeric: tabular-nums } td.name, td.verdict { text-align: left }
-th { text-align: right; position: sticky; top: 0; background: #fff } th:first-child { text-align: left }
-img { max-width: 100%; height: auto } .quiet { color: #666 } figure { margin: 1.5rem 0 } .wide { overflow-x: auto }
-"""
-_MEANING = {
-    "rank": "singular values of s B A above the tolerance, of the adapter's rank",
-    "stable": "stable rank: squared Frobenius norm over squared spectral norm",
-    "entropy": "entropy rank: exponential of the entropy of the normalised singular values",
-    "|sBA|₂": "spectral norm of the update",
-    "|sBA|*": "nuclear norm of the update",
-    "of |W|₂": "spectral norm relative to that of the base weight",
-    "balance": "|AAᵀ − BᵀB| / (|A|² + |B|²): zero at every stationary point under weight decay",
-    "s|G|₂/λ": "1 at a minimum that is not zero",
-    "alignment": "UᵀGV against −(λ/s) I on the update's directions, relative",
-    "stationarity": "gradient of the objective by the factors, relative to that of the decay",
-}
+# Columns up to which a cell is wide enough for a number.
+_WITH_TEXT = 48
+# Letters of a module that fit beside its row.
+_LABEL = 20
+_NO_VALUE, _NOT_FINITE = "#d9d9d9", "#000"
 
 
-def _row(each: LayerDiagnosis, certified: bool) -> str:
-    seen, found = each.spectrum, each.certificate
-    cells = [
-        f"{seen.numerical_rank}/{seen.rank}",
-        number(seen.stable_rank),
-        number(seen.entropy_rank),
-        number(seen.spectral),
-        number(seen.nuclear),
-        number(seen.spectral_share),
-        number(seen.balance),
-    ]
-    if certified:
-        cells += ["", "", ""] if found is None else []
-        cells += [] if found is None else [f"{found.ratio:.4g}", number(found.alignment), number(found.stationarity)]
-    middle = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    colour = _COLOURS.get(each.verdict.kind, "#666")
-    reasons = escape("; ".join((*each.verdict.reasons, *each.notes)), quote=True)
-    verdict = escape(each.verdict.kind.replace("_", " "))
-    return (
-        f'<tr><td class="name">{escape(each.name)}</td>{middle}'
-        f'<td class="verdict" style="color:{colour}" title="{reasons}">{verdict}</td></tr>'
-    )
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A value per layer, drawn as a table of modules (down) and blocks (across).
 
-
-def render(diagnosis: Diagnosis, pictures: Mapping[str, Path]) -> str:
-    """The page.
-
-    Args:
-        diagnosis: what is shown.
-        pictures: title to PNG file.
-
-    Returns:
-        HTML; everything from the adapter is escaped.
+    Attributes:
+        title: what is shown.
+        meaning: one sentence on how to read it.
+        values: by layer name; `None` is drawn grey and NaN black. Layers that share a cell (experts of a block) are
+            drawn as their mean.
+        texts: what stands in a cell, where it has one layer and is wide enough.
+        tips: what a pointer over a cell shows beside the name.
+        high: value of the darkest colour; the lightest is 0.
+        log: colours are logarithmic instead, up to the largest value and over one to three decades.
+        hue: of the colours, in degrees.
+        palette: labels and colours; a value is then an index, and a cell of several layers has the largest.
     """
-    certified = any(each.certificate is not None for each in diagnosis)
-    columns = list(_MEANING)[: None if certified else -3]
-    heads = "".join(f'<th title="{escape(_MEANING[each], quote=True)}">{escape(each)}</th>' for each in columns)
-    images = "".join(
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<img alt="{escape(title, quote=True)}" src="data:image/png;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode("ascii")}"></figure>'
-        for title, file in pictures.items()
-    )
-    notes = [*diagnosis.notes, *(f"{name}: {why}" for name, why in diagnosis.unsupported)]
-    if certified:
-        notes.append(f"Certified: {next(each.certificate.objective for each in diagnosis if each.certificate)}.")
-    loud = [each for each in diagnosis if each.verdict.kind == LOUD_FAILURE]
-    reasons = "".join(f"<li>{escape(each.name)}: {escape('; '.join(each.verdict.reasons))}</li>" for each in loud[:20])
-    rows = "\n".join(_row(each, certified) for each in diagnosis)
-    meaning = "".join(f"<li><b>{escape(each)}</b>: {escape(_MEANING[each])}</li>" for each in columns)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Loss landscape of {escape(diagnosis.adapter)}</title>
-<style>{_STYLE}</style></head><body>
-<h1>Loss landscape of {escape(diagnosis.adapter)}</h1>
-<p style="color:{_COLOURS.get(diagnosis.verdict.kind, "#666")}"><b>{escape(diagnosis.summary())}</b></p>
-<ul>{reasons}</ul>
-<p class="quiet">{"<br>".join(escape(each) for each in notes)}</p>
-{images}
-<div class="wide"><table><thead><tr><th>layer</th>{heads}<th>verdict</th></tr></thead><tbody>
-{rows}
-</tbody></table></div>
-<ul class="quiet">{meaning}<li>hold the pointer over a verdict for its reasons</li></ul>
-</body></html>
-"""
+
+    title: str
+    meaning: str
+    values: Mapping[str, float | None]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    tips: Mapping[str, str] = field(default_factory=dict)
+    high: float = 1.0
+    log: bool = False
+    hue: int = 215
+    palette: tuple[tuple[str, str], ...] = ()
+
+    def colours(self, names: Sequence[str]) -> tuple[str, str]:
+        """Background and text colour of the cell of these layers."""
+        values = [value for name in names if (value := self.values.get(name)) is not None]
+        if not values:
+            return _NO_VALUE, "#000"
+        if self.palette:
+            return self.palette[int(max(values))][1], "#fff"
+        mean = sum(values) / len(values)
+        if math.isnan(mean):
+            return _NOT_FINITE, "#fff"
+        level = self._level(mean)
+        return self._colour(level), "#fff" if level > 0.75 else "#000"
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """Values of the lightest and of the darkest colour."""
+        if not self.log:
+            return 0.0, self.high
+        positive = [value for value in self.values.values() if value is not None and 0 < value < math.inf]
+        high = max(positive, default=1.0)
+        return max(high / 1000, min(high / 10, min(positive, default=high))), high
+
+    def _level(self, value: float) -> float:
+        low, high = self._ends
+        if self.log:
+            value, low, high = (math.log(max(number, 1e-300)) for number in (value, low, high))
+        return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else float(value >= high)
+
+    @property
+    def legend(self) -> list[tuple[str, str]]:
+        """Labels and colours: of the palette, as far as it is used, or of the ends of the scale."""
+        if self.palette:
+            used = {int(value) for value in self.values.values() if value is not None}
+            return [entry for index, entry in enumerate(self.palette) if index in used]
+        return [(f"{end:.2g}", self._colour(level)) for level, end in enumerate(self._ends)]
+
+    def _colour(self, level: float) -> str:
+        return f"hsl({self.hue} 65% {95 - 60 * level:.0f}%)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something notable that layers have in common.
+
+    Attributes:
+        title: its name.
+        meaning: what it means.
+        advice: what to do.
+        layers: names and their number in words, the most notable first.
+    """
+
+    title: str
+    meaning: str
+    advice: str
+    layers: tuple[tuple[str, str], ...]
+
+
+def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, tuple[tuple[str, str], ...]]]:
+    """Findings with those of their layers that are to be shown, `count` in all, each finding with at least three."""
+    share, left = max(3, count // max(1, len(findings))), count
+    chosen = []
+    for index, finding in enumerate(findings):
+        last = index == len(findings) - 1
+        layers = finding.layers[: left if last else min(share, left)]
+        left -= len(layers)
+        if layers:
+            chosen.append((finding, layers))
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A number over training steps.
+
+    Attributes:
+        title: what is shown.
+        points: steps and values; NaN is left out.
+    """
+
+    title: str
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def line(self) -> str:
+        """The points of an SVG polyline in a box of 100 x 40, x to the right and y down."""
+        points = [point for point in self.points if math.isfinite(point[1])]
+        if not points:
+            return ""
+        (left, right), (low, high) = ((min(side), max(side)) for side in zip(*points, strict=True))
+        return " ".join(
+            f"{100 * (x - left) / ((right - left) or 1):.2f},{40 - 40 * (y - low) / ((high - low) or 1):.2f}"
+            for x, y in points
+        )
+
+    @property
+    def change(self) -> str:
+        """The first and the last value."""
+        return f"{self.points[0][1]:.3g} → {self.points[-1][1]:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: of the page.
+        headline: the result in a sentence.
+        colour: of the headline.
+        facts: the numbers of the whole model.
+        grids: of all layers.
+        hint: what to add for a better result, and the command line that does it.
+        findings: the most serious first.
+        history: title, curves and grids of a monitor.
+        notes: facts a user should know.
+    """
+
+    title: str
+    headline: str
+    colour: str = "#1d1d1f"
+    facts: Sequence[str] = ()
+    grids: Sequence[Grid] = ()
+    hint: tuple[str, str] | None = None
+    findings: Sequence[Finding] = ()
+    history: tuple[str, Sequence[Curve], Sequence[Grid]] | None = None
+    notes: Sequence[str] = ()
+
+    def to_html(self) -> str:
+        """The page; all text is escaped."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: PLC0415  (slow to import)
+
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["short_name"] = short_name
+        template = environment.get_template("page.html.j2")
+        return template.render(page=self, layout=layout, chosen=select(self.findings), with_text=_WITH_TEXT)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of module: its label, its full name with `*` for numbers, and the layers of each block."""
+
+    label: str
+    kind: str
+    cells: tuple[tuple[str, ...], ...]
+    span: int
+
+
+def layout(names: Iterable[str]) -> tuple[list[int], list[Row]]:
+    """Blocks, and a row per kind of module; a layer outside all blocks has one cell as wide as they are."""
+    places: dict[str, dict[int | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        kind, block = _place(name)
+        places[kind][block].append(name)
+    blocks = sorted({block for row in places.values() for block in row if block is not None})
+    rows = []
+    for label, (kind, row) in zip(_labels(list(places)), places.items(), strict=True):
+        if None in row:
+            rows.append(Row(label, kind, (tuple(row[None]),), max(1, len(blocks))))
+        else:
+            rows.append(Row(label, kind, tuple(tuple(row.get(block, ())) for block in blocks), 1))
+    return blocks, rows
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """The kind of a layer, its name with `*` for every number, and the block it lies in, the first of them."""
+    parts = short_name(name).split(".")
+    numbers = [part for part in parts if part.isdecimal() and len(part) < 10]
+    kind = ".".join("*" if part in numbers else part for part in parts)
+    return kind, int(numbers[0]) if numbers else None
+
+
+def _labels(kinds: Sequence[str]) -> list[str]:
+    """The shortest tail of each dotted name in which no other name ends; a long one without its middle."""
+    tails = {kind: [kind.split(".", count)[-1] for count in range(kind.count("."), -1, -1)] for kind in kinds}
+    counts = Counter(tail for kind in kinds for tail in tails[kind])
+    labels = []
+    for kind in kinds:
+        usable = (tail for tail in tails[kind] if counts[tail] == 1 and not tail.startswith("*."))
+        labels.append(next(usable, kind))
+    short = [re.sub(r"\..*\.", "…", label) if len(label) > _LABEL else label for label in labels]
+    return [brief if short.count(brief) == 1 else label for brief, label in zip(short, labels, strict=True)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -23,10 +25,10 @@ class LayerDiagnosis:
 
     Attributes:
         name: the layer.
-        spectrum: what the factors say.
-        verdict: the verdict, with its reasons.
-        certificate: the optimality conditions, where data and a weight decay were given and reached the layer.
-        overlap: of the update's directions with those of the weight, where it was asked for.
+        spectrum: measured from the factors.
+        verdict: with its reasons.
+        certificate: the optimality conditions, if data and a weight decay were given and the data reached the layer.
+        overlap: of the update's directions with those of the weight, if requested.
         notes: facts a user should know.
     """
 
@@ -45,8 +47,8 @@ class Diagnosis(Report):
     Attributes:
         adapter: the adapter's name, or its folder.
         layers: one entry per linear LoRA layer, in the model's order.
-        verdict: on all of them.
-        thresholds: where the lines were drawn.
+        verdict: on the whole adapter.
+        thresholds: of the verdicts.
         weight_decay: lambda, if it was given.
         batches: batches read.
         tokens: tokens counted.
@@ -69,16 +71,15 @@ class Diagnosis(Report):
         return iter(self.layers)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain Python values, derived ones included; what is not finite becomes `None`."""
-        found = asdict(self)
-        for entry, layer in zip(found["layers"], self.layers, strict=True):
+        """Plain Python values, with the derived ones; numbers that are not finite become `None`."""
+        values = asdict(self)
+        for entry, layer in zip(values["layers"], self.layers, strict=True):
             for name in ("spectral", "spectral_share", "frobenius_share"):
                 entry["spectrum"][name] = getattr(layer.spectrum, name)
             if layer.certificate is not None:
                 for name in ("ratio", "ratio_low", "ratio_high"):
                     entry["certificate"][name] = getattr(layer.certificate, name)
-        made: dict[str, object] = plain(found)  # type: ignore[assignment]
-        return made
+        return cast("dict[str, object]", plain(values))
 
     def summary(self) -> str:
         """One line: the verdict and its counts."""
@@ -91,38 +92,40 @@ class Diagnosis(Report):
         Yields:
             What rich prints.
         """
-        certified = any(each.certificate is not None for each in self.layers)
+        certified = [layer.certificate for layer in self.layers if layer.certificate is not None]
         table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}")
         names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance")
         for column in (*names, *(("s|G|_2/lambda", "alignment", "stationarity") if certified else ())):
             table.add_column(column, justify="right")
         table.add_column("verdict")
-        for each in self.layers:
-            seen = each.spectrum
+        for layer in self.layers:
+            spectrum, certificate, kind = layer.spectrum, layer.certificate, layer.verdict.kind
             row = [
-                f"{seen.numerical_rank}/{seen.rank}",
-                number(seen.entropy_rank),
-                number(seen.spectral),
-                number(seen.spectral_share),
-                number(seen.balance),
+                f"{spectrum.numerical_rank}/{spectrum.rank}",
+                number(spectrum.entropy_rank),
+                number(spectrum.spectral),
+                number(spectrum.spectral_share),
+                number(spectrum.balance),
             ]
-            if certified:
-                found = each.certificate
-                row += ["", "", ""] if found is None else [_bracket(found), number(found.alignment)]
-                row += [] if found is None else [number(found.stationarity)]
-            style = _STYLES.get(each.verdict.kind, "yellow")
-            table.add_row(short_name(each.name), *row, Text(each.verdict.kind.replace("_", " "), style=style))
+            if certificate is not None:
+                row += [_bracket(certificate), number(certificate.alignment), number(certificate.stationarity)]
+            elif certified:
+                row += ["", "", ""]
+            table.add_row(short_name(layer.name), *row, Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow")))
         yield table
         yield Text(self.summary(), style=_STYLES.get(self.verdict.kind, "yellow"))
-        loud = [each for each in self.layers if each.verdict.kind == LOUD_FAILURE]
-        for each in loud[:5]:
-            yield Text(f"{short_name(each.name)}: {'; '.join(each.verdict.reasons)}")
-        notes = [*self.notes, *counted((each.name, note) for each in self.layers for note in each.notes)]
-        notes += counted(self.unsupported)
-        if certified:
-            notes.append(f"certified: {next(each.certificate.objective for each in self.layers if each.certificate)}")
-        if notes:
+        loud = [layer for layer in self.layers if layer.verdict.kind == LOUD_FAILURE]
+        for layer in loud[:5]:
+            yield Text(f"{short_name(layer.name)}: {'; '.join(layer.verdict.reasons)}")
+        if notes := self.all_notes():
             yield Text("\n".join(notes), style="dim")
+
+    def all_notes(self) -> list[str]:
+        """Notes on the whole, on layers, on layers that were left out, and what was certified."""
+        notes = [*self.notes, *counted((layer.name, note) for layer in self.layers for note in layer.notes)]
+        notes += counted(self.unsupported)
+        objectives = (layer.certificate.objective for layer in self.layers if layer.certificate is not None)
+        return [*notes, *(f"certified: {objective}" for objective in itertools.islice(objectives, 1))]
 
 
 def number(value: float | None) -> str:
@@ -130,6 +133,6 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _bracket(found: Certificate) -> str:
-    high = f" <={found.ratio_high:.3g}" if found.ratio_high > 1.001 * found.ratio else ""
-    return f"{found.ratio:.4g}{high}"
+def _bracket(certificate: Certificate) -> str:
+    high = f" <={certificate.ratio_high:.3g}" if certificate.ratio_high > 1.001 * certificate.ratio else ""
+    return f"{certificate.ratio:.4g}{high}"

@@ -1,6 +1,6 @@
-"""What the factors of an adapter say by themselves: the spectrum of `s B A`, its norms and ranks, and the balance.
+"""Spectrum, norms, ranks and balance of an update `s B A`, from its factors alone.
 
-Nothing of the size of a weight is ever formed: every number comes from r x r matrices.
+The product is never formed: every number comes from r x r matrices.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from lora_kernels.landscape.weights import WeightNorms
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.small_linalg import factor_spectrum
 
-# Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes the
-# directions that the loss does not hold to zero exponentially; those that it holds stay well above.
+# Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes
+# directions without a loss gradient to zero exponentially; the others stay well above.
 RANK_TOLERANCE = 1e-2
-# Entries of factors that are in float64 at a time (64 MB).
+# Entries of factors that are converted to float64 at a time (64 MB).
 _CHUNK = 2**23
-
-STATUSES = ("ok", "zero", "not_finite")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Adapter:
         a: `(r, n)`, any float dtype.
         b: `(m, r)`, likewise.
         scaling: s.
-        weight: norms of W, if they are known.
-        start: the factors A and B at the start of training, if they are known (same scaling).
+        weight: norms of W, if known.
+        start: the factors A and B at the start of training, if known (same scaling).
     """
 
     name: str
@@ -50,8 +48,8 @@ class Adapter:
         """Check the shapes.
 
         Raises:
-            TypeError: if a factor is no tensor of floats.
-            ValueError: if the factors do not fit together.
+            TypeError: if a factor is not a float tensor.
+            ValueError: if the shapes of the factors do not match.
         """
         check_type("scaling", self.scaling, (int, float), "a number")
         if self.start is not None and (not isinstance(self.start, (tuple, list)) or len(self.start) != 2):
@@ -79,21 +77,22 @@ class Spectrum:
         shape: (m, n).
         rank: r, rows of A.
         scaling: s.
-        status: `ok`, `zero` (the update is zero: B or A is), or `not_finite` (NaN or infinite factors; all numbers
-            are then NaN, all ranks 0).
+        status: `ok`, `zero` (the update is zero), or `not_finite` (NaN or infinite factors: all numbers are NaN, all
+            ranks 0).
         values: the r singular values of `s B A`, descending.
-        nuclear: their sum.
-        frobenius: the root of the sum of their squares.
-        numerical_rank: how many exceed `rank_tolerance` times the largest.
-        rank_tolerance: see there.
+        nuclear: nuclear norm, the sum of the values.
+        frobenius: Frobenius norm.
+        numerical_rank: number of values above `rank_tolerance` times the largest.
+        rank_tolerance: relative to the largest value.
         stable_rank: `|.|_F^2 / |.|_2^2`, between 1 and the rank; 0 for a zero update.
-        entropy_rank: exponential of the entropy of the values divided by their sum (Roy and Vetterli 2007), likewise.
+        entropy_rank: exponential of the entropy of the values divided by their sum (Roy and Vetterli 2007); the same
+            range.
         norm_a: `|A|_F`.
         norm_b: `|B|_F`.
         balance: `|A A^T - B^T B|_F / (|A|_F^2 + |B|_F^2)`, between 0 and 1; zero at every stationary point under weight
             decay, and 1 while B is zero and A has rank one.
-        weight: norms of the base weight, if they were given.
-        drift: `|s B A - s B0 A0|_F` from the start, if that was given.
+        weight: norms of the base weight, if given.
+        drift: `|s B A - s B0 A0|_F`, the distance from the start, if that was given.
     """
 
     name: str
@@ -151,35 +150,33 @@ def factor_spectra(
 
     Args:
         factors: pairs of A `(r, n)` and B `(m, r)`; 16-bit factors are widened to float32.
-        scalings: s of each pair, or of all.
+        scalings: one s per pair, or one for all.
         backend: of `ops.factor_spectrum`.
 
     Returns:
-        Per pair `(r,)` float64 on its device, descending; NaN throughout where a factor holds NaN or infinite
-        entries.
+        Per pair `(r,)` float64 on its device, descending; all NaN if a factor holds NaN or infinite entries.
 
     Raises:
-        TypeError: if a factor is no tensor of floats, or a scaling no number.
-        ValueError: if the scalings are not as many as the pairs, or the factors of a pair do not fit together.
-        RuntimeError: if the backend asked for cannot take the call.
+        TypeError: if a factor is not a float tensor, or a scaling is not a number.
+        ValueError: if the number of scalings is not that of the pairs, or the shapes of a pair do not match.
+        RuntimeError: if the requested backend does not support the call.
     """
     if not isinstance(factors, (tuple, list)):
         raise TypeError(f"factors must be a sequence of pairs, got {type(factors).__name__} {repr_short(factors)}")
-    for index, each in enumerate(factors):
-        _check_pair(f"factors[{index}]", each)
+    for index, pair in enumerate(factors):
+        _check_pair(f"factors[{index}]", pair)
     if not isinstance(scalings, (int, float, tuple, list)):
         raise TypeError(f"scalings must be a number or numbers, got {type(scalings).__name__} {repr_short(scalings)}")
     for scaling in scalings if isinstance(scalings, (tuple, list)) else (scalings,):
         check_number("scalings", scaling)
-    each_scaling = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
-    if len(each_scaling) != len(factors):
-        raise ValueError(f"scalings has {len(each_scaling)} entries, but must have {len(factors)}, one per pair")
-    answers: list[torch.Tensor | None] = [None] * len(factors)
+    scaling_of = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
+    if len(scaling_of) != len(factors):
+        raise ValueError(f"scalings has {len(scaling_of)} entries, but must have {len(factors)}, one per pair")
+    spectra: dict[int, torch.Tensor] = {}
     for indices, a, b in _buckets(factors):
-        values, _, _, _ = _measured(a, b, backend)
-        for index, row in zip(indices, values, strict=True):
-            answers[index] = row * abs(each_scaling[index])
-    return [each for each in answers if each is not None]
+        for index, values in zip(indices, _measured(a, b, backend)[0], strict=True):
+            spectra[index] = values * abs(scaling_of[index])
+    return [spectra[index] for index in range(len(factors))]
 
 
 def _check_pair(name: str, pair: object) -> None:
@@ -193,13 +190,13 @@ def _buckets(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Pairs of one shape, dtype and device, stacked."""
-    found: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
+    buckets: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, (a, b) in enumerate(factors):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-        found[a.shape, b.shape, a.device, dtype].append(index)
+        buckets[a.shape, b.shape, a.device, dtype].append(index)
     stacked = []
-    for key, indices in found.items():
-        a, b = (torch.stack([factors[index][side].detach().to(key[3]) for index in indices]) for side in (0, 1))
+    for (_, _, _, dtype), indices in buckets.items():
+        a, b = (torch.stack([factors[index][side].detach().to(dtype) for index in indices]) for side in (0, 1))
         stacked.append((indices, a, b.to(a.device)))
     return stacked
 
@@ -207,28 +204,28 @@ def _buckets(
 def _measured(
     a: torch.Tensor, b: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a batch of pairs: singular values of `B A`, `|A|_F`, `|B|_F`, and the balance; float64, NaN if not finite."""
+    """Singular values of `B A` `(batch, r)`, `|A|_F`, `|B|_F` and balance `(batch,)`; float64, NaN if not finite."""
     count, rank = a.shape[:2]
-    norms = [torch.linalg.vector_norm(each, dim=(-2, -1), dtype=torch.float64) for each in (a, b)]
-    finite = torch.isfinite(norms[0]) & torch.isfinite(norms[1])
+    norm_a, norm_b = (torch.linalg.vector_norm(factor, dim=(-2, -1), dtype=torch.float64) for factor in (a, b))
+    finite = torch.isfinite(norm_a) & torch.isfinite(norm_b)
     if not bool(finite.all()):
         nan = torch.full((count,), math.nan, dtype=torch.float64, device=a.device)
         values, balance = nan.unsqueeze(-1).repeat(1, rank), nan.clone()
         if bool(finite.any()):
             values[finite], _, _, balance[finite] = _measured(a[finite], b[finite], backend)
-        return values, torch.where(finite, norms[0], nan), torch.where(finite, norms[1], nan), balance
+        return values, torch.where(finite, norm_a, nan), torch.where(finite, norm_b, nan), balance
     values = factor_spectrum(a, b, backend=backend).to(torch.float64)
     if rank:
-        # Products that float32 cannot hold are taken in float64.
-        lost = ~torch.isfinite(values[:, 0]) | ((values[:, 0] == 0) & (norms[0] > 0) & (norms[1] > 0))
+        # Products that overflow or underflow in float32 are computed in float64.
+        lost = ~torch.isfinite(values[:, 0]) | ((values[:, 0] == 0) & (norm_a > 0) & (norm_b > 0))
         if a.dtype == torch.float32 and bool(lost.any()):
             values[lost] = factor_spectrum(a[lost].double(), b[lost].double(), backend=backend)
-    return values, norms[0], norms[1], _balance(a, b, norms[0], norms[1])
+    return values, norm_a, norm_b, _balance(a, b, norm_a, norm_b)
 
 
 def _balance(a: torch.Tensor, b: torch.Tensor, norm_a: torch.Tensor, norm_b: torch.Tensor) -> torch.Tensor:
     """`|A A^T - B^T B|_F / (|A|_F^2 + |B|_F^2)`, `(batch,)`; 0 where both factors are zero."""
-    # Divided by the larger norm first, so that no square overflows or vanishes.
+    # Divided by the larger norm first, so that no square overflows or underflows.
     scale = torch.maximum(norm_a, norm_b)
     scale = torch.where(scale > 0, scale, 1.0)
     step = max(1, _CHUNK // max(1, a.shape[1] * max(a.shape[2], b.shape[1])))
@@ -246,7 +243,7 @@ def _balance(a: torch.Tensor, b: torch.Tensor, norm_a: torch.Tensor, norm_b: tor
 def measure(
     adapters: Sequence[Adapter], *, rank_tolerance: float = RANK_TOLERANCE, backend: str = "auto"
 ) -> dict[str, Spectrum]:
-    """Measure adapters, all of one shape in one batch. Adapters that are zero or not finite get answers, not errors.
+    """Measure adapters, those of one shape in one batch. Adapters that are zero or not finite are not errors.
 
     Args:
         adapters: the layers.
@@ -254,44 +251,41 @@ def measure(
         backend: of `ops.factor_spectrum`.
 
     Returns:
-        By layer name, in the given order.
+        Spectra by layer name, in the given order.
 
     Raises:
-        TypeError: if one is no adapter.
-        ValueError: if the tolerance is out of range, or a factor on the meta device.
-        RuntimeError: if the backend asked for cannot take the call.
+        TypeError: if an entry is not an `Adapter`.
+        ValueError: if the tolerance is out of range, or a factor is on the meta device.
+        RuntimeError: if the requested backend does not support the call.
     """
     if not isinstance(adapters, (tuple, list)):
         raise TypeError(f"adapters must be a sequence of Adapter, got {type(adapters).__name__} {repr_short(adapters)}")
-    for each in adapters:
-        check_type("adapters", each, Adapter, "a sequence of Adapter")
-        _check_pair(each.name, (each.a, each.b))
+    for adapter in adapters:
+        check_type("adapters", adapter, Adapter, "a sequence of Adapter")
+        _check_pair(adapter.name, (adapter.a, adapter.b))
     check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
     numbers: dict[int, tuple[list[float], float, float, float]] = {}
-    for indices, a, b in _buckets([(each.a, each.b) for each in adapters]):
-        found = [each.tolist() for each in _measured(a, b, backend)]  # one transfer each
-        numbers |= {index: tuple(each[row] for each in found) for row, index in enumerate(indices)}  # type: ignore[misc]
+    for indices, a, b in _buckets([(adapter.a, adapter.b) for adapter in adapters]):
+        columns = (column.tolist() for column in _measured(a, b, backend))  # four transfers per bucket
+        numbers.update(zip(indices, zip(*columns, strict=True), strict=True))
     drifts = _drifts(adapters, backend)
     return {
-        each.name: _spectrum(each, *numbers[index], rank_tolerance, drifts.get(index))
-        for index, each in enumerate(adapters)
+        adapter.name: _spectrum(adapter, *numbers[index], rank_tolerance, drifts.get(index))
+        for index, adapter in enumerate(adapters)
     }
 
 
 def _drifts(adapters: Sequence[Adapter], backend: str) -> dict[int, float]:
-    """`|s B A - s B0 A0|_F` where the start is known: the product of `[B, -B0]` and `[A; A0]`."""
-    with_start = [(index, each) for index, each in enumerate(adapters) if each.start is not None]
-    pairs = []
-    for _, each in with_start:
-        assert each.start is not None  # selected
-        a0, b0 = (part.to(each.a.device) for part in each.start)
-        pairs.append(
-            (torch.cat((_working(each.a), _working(a0))), torch.cat((_working(each.b), -_working(b0)), dim=-1))
-        )
-    spectra = factor_spectra(pairs, [each.scaling for _, each in with_start], backend=backend)
-    return {
-        index: float(torch.linalg.vector_norm(values)) for (index, _), values in zip(with_start, spectra, strict=True)
-    }
+    """`|s B A - s B0 A0|_F` by index where the start is known: the norm of `[B, -B0] [A; A0]`."""
+    indices, pairs, scalings = [], [], []
+    for index, adapter in enumerate(adapters):
+        if adapter.start is not None:
+            a, b, a0, b0 = (_working(factor.to(adapter.a.device)) for factor in (adapter.a, adapter.b, *adapter.start))
+            indices.append(index)
+            pairs.append((torch.cat((a, a0)), torch.cat((b, -b0), dim=-1)))
+            scalings.append(adapter.scaling)
+    spectra = factor_spectra(pairs, scalings, backend=backend)
+    return {index: float(torch.linalg.vector_norm(values)) for index, values in zip(indices, spectra, strict=True)}
 
 
 def _spectrum(
@@ -304,18 +298,18 @@ def _spectrum(
     drift: float | None,
 ) -> Spectrum:
     shape, rank = (adapter.b.shape[0], adapter.a.shape[1]), adapter.a.shape[0]
-    scaled = tuple(abs(adapter.scaling) * each for each in values)
-    finite = not any(math.isnan(each) for each in (*scaled, norm_a, norm_b))
+    scaled = tuple(abs(adapter.scaling) * value for value in values)
+    finite = not any(math.isnan(value) for value in (*scaled, norm_a, norm_b))
     largest = scaled[0] if scaled else 0.0
     nuclear = frobenius = stable = entropy = 0.0
     if not finite:
         nuclear = frobenius = stable = entropy = math.nan
     elif largest > 0:
-        relative = [each / largest for each in scaled]
-        energy, total = math.fsum(each * each for each in relative), math.fsum(relative)
+        relative = [value / largest for value in scaled]
+        energy, total = math.fsum(value * value for value in relative), math.fsum(relative)
         nuclear, frobenius, stable = total * largest, math.sqrt(energy) * largest, energy
-        shares = [each / total for each in relative]
-        entropy = math.exp(-math.fsum(each * math.log(each) for each in shares if each > 0))
+        shares = [value / total for value in relative]
+        entropy = math.exp(-math.fsum(share * math.log(share) for share in shares if share > 0))
     return Spectrum(
         name=adapter.name,
         shape=shape,
@@ -325,7 +319,7 @@ def _spectrum(
         values=scaled,
         nuclear=nuclear,
         frobenius=frobenius,
-        numerical_rank=sum(each > rank_tolerance * largest for each in scaled) if finite else 0,
+        numerical_rank=sum(value > rank_tolerance * largest for value in scaled) if finite else 0,
         rank_tolerance=rank_tolerance,
         stable_rank=stable,
         entropy_rank=entropy,
@@ -341,14 +335,14 @@ def directions(adapter: Adapter, count: int) -> tuple[torch.Tensor, torch.Tensor
     """The leading singular triplets of `s B A`, without forming it.
 
     Args:
-        adapter: factors of finite entries.
-        count: how many, at most min(r, m, n).
+        adapter: the factors, with finite entries.
+        count: number of triplets, at most min(r, m, n).
 
     Returns:
         U `(m, count)`, S `(count,)` and V `(n, count)`, float64, on the factors' device.
 
     Raises:
-        TypeError: if it is no adapter.
+        TypeError: if `adapter` is not an `Adapter`.
         ValueError: if the count is out of range, or a factor is not finite or on the meta device.
     """
     check_type("adapter", adapter, Adapter, "an Adapter")
@@ -360,6 +354,6 @@ def directions(adapter: Adapter, count: int) -> tuple[torch.Tensor, torch.Tensor
     left, core_b = torch.linalg.qr(adapter.b.detach().to(torch.float64))
     right, core_a = torch.linalg.qr(adapter.a.detach().to(torch.float64).mT)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
-    # A negative scaling turns the directions of one side.
-    turned = left @ u[:, :count] * (1.0 if adapter.scaling >= 0 else -1.0)
-    return turned, s[:count] * abs(adapter.scaling), right @ vh.mT[:, :count]
+    # A negative scaling flips the directions of one side.
+    sign = 1.0 if adapter.scaling >= 0 else -1.0
+    return left @ u[:, :count] * sign, s[:count] * abs(adapter.scaling), right @ vh.mT[:, :count]

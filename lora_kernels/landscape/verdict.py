@@ -1,9 +1,9 @@
-"""Did training end well? A verdict from the numbers, with the thresholds that decided."""
+"""Whether training ended well: a verdict, with the numbers and thresholds that decided."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from lora_kernels._checks import check_range, check_type, repr_short
 from lora_kernels.landscape.certificate import Certificate
@@ -15,24 +15,26 @@ RANK_LIMITED = "rank_limited"
 LOUD_FAILURE = "loud_failure"
 NOT_JUDGED = "not_judged"
 KINDS = (LOW_RANK_MINIMUM, STILL_TRAINING, RANK_LIMITED, LOUD_FAILURE, NOT_JUDGED)
+# The verdict on a model is the first of these that one of its layers has.
+WORST_FIRST = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where the verdict draws its lines: see `benchmarks/results/landscape.json` for what they were chosen from.
+    """Thresholds of the verdict; `benchmarks/results/landscape.json` has the runs that they were chosen from.
 
     Attributes:
         rank_tolerance: share of the largest singular value below which one does not count towards the rank.
         stationarity: largest `Certificate.stationarity` of a stationary point.
-        ratio: how far `s |G|_2 / lambda` may exceed 1 at a minimum.
+        ratio: largest excess of `s |G|_2 / lambda` over 1 at a minimum.
         alignment: largest `Certificate.alignment` at a minimum.
-        full_rank: share of the adapter's rank from which on the numerical rank counts as full.
-        loud_share: `|s B A|_2 / |W|_2` from which on an update is large whatever the gradient says: the geometric mean
-            of the largest share in a sane run of the demo and the smallest at 100 times its learning rate.
+        full_rank: smallest share of the adapter's rank at which the numerical rank counts as full.
+        loud_share: smallest `|s B A|_2 / |W|_2` at which an update counts as large whatever the gradient is: the
+            geometric mean of the largest share in a sound run of MiniLM-L6 and the smallest at 100 times its rate.
 
     Raises:
-        TypeError: if one is no number.
-        ValueError: if one is out of range.
+        TypeError: if a threshold is not a number.
+        ValueError: if a threshold is out of range.
     """
 
     rank_tolerance: float = RANK_TOLERANCE
@@ -44,9 +46,8 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for each in fields(self):
-            high = 1.0 if each.name in ("rank_tolerance", "full_rank") else None
-            check_range(each.name, getattr(self, each.name), low=0.0, high=high)
+        for name, value in vars(self).items():
+            check_range(name, value, low=0.0, high=1.0 if name in ("rank_tolerance", "full_rank") else None)
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Verdict:
     """A verdict.
 
     Attributes:
-        kind: one of `KINDS`. `low_rank_minimum`: the certificate closes. `loud_failure`: an update that uses the
-            adapter's whole rank and is large, at a stationary point that is no minimum, or large beyond measure at any
-            point; or factors that are not finite. `rank_limited`: such a stationary point, but not large: with this
-            decay a larger rank would go lower. `still_training`: not stationary, or at a saddle. `not_judged`: the
-            numbers that would decide were not given.
+        kind: one of `KINDS`. `low_rank_minimum`: the optimality conditions are met. `loud_failure`: the update uses the
+            adapter's whole rank and is large, either at a stationary point that is not a minimum, or above
+            `loud_share` anywhere; or the factors are not finite. `rank_limited`: such a stationary point, but not
+            large: with this decay a larger rank would reach a lower loss. `still_training`: not stationary, or at a
+            saddle. `not_judged`: the numbers that would decide were not given.
         reasons: the numbers and thresholds that decided, in words.
     """
 
@@ -71,14 +72,14 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
 
     Args:
         spectrum: its measurement.
-        certificate: its optimality conditions; without them only a loud failure can be told.
-        thresholds: where the lines are.
+        certificate: its optimality conditions; without them only a loud failure can be detected.
+        thresholds: of the verdict.
 
     Returns:
         The verdict.
 
     Raises:
-        TypeError: if one of them is something else.
+        TypeError: if an argument has the wrong type.
     """
     check_type("spectrum", spectrum, Spectrum, "a Spectrum")
     check_type("certificate", certificate, (Certificate, type(None)), "a Certificate or None")
@@ -86,21 +87,21 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
     limits = thresholds or Thresholds()
     if spectrum.status == "not_finite":
         return Verdict(LOUD_FAILURE, ("the factors hold NaN or infinite entries",))
-    rank = sum(each > limits.rank_tolerance * spectrum.spectral for each in spectrum.values)
+    rank = sum(value > limits.rank_tolerance * spectrum.spectral for value in spectrum.values)
     usable = min(spectrum.rank, *spectrum.shape)
     full = usable > 0 and rank >= limits.full_rank * usable
     ranks = f"numerical rank {rank} of {usable} (tolerance {limits.rank_tolerance:g})"
     share = spectrum.spectral_share
-    sizes = "" if share is None else f"|s B A|_2 is {share:.3g} of |W|_2"
+    sizes = [] if share is None else [f"|s B A|_2 is {share:.3g} of |W|_2"]
     if certificate is not None:
-        found = _by_certificate(certificate, limits, full, share, (ranks, *((sizes,) if sizes else ())))
-        if found is not None:
-            return found
+        verdict = _by_certificate(certificate, limits, full, share, (ranks, *sizes))
+        if verdict is not None:
+            return verdict
     if full and share is not None and not share < limits.loud_share:
-        return Verdict(LOUD_FAILURE, (ranks, f"{sizes}, at least {limits.loud_share:g}"))
+        return Verdict(LOUD_FAILURE, (ranks, f"{sizes[0]}, at least {limits.loud_share:g}"))
     if certificate is None:
-        told = "no weight decay or no data was given: minima cannot be told from other points"
-        return Verdict(NOT_JUDGED, (ranks, *((sizes,) if sizes else ()), told))
+        reason = "no weight decay or no data was given: minima cannot be distinguished from other points"
+        return Verdict(NOT_JUDGED, (ranks, *sizes, reason))
     return Verdict(STILL_TRAINING, (*_facts(certificate, limits), ranks))
 
 
@@ -116,24 +117,24 @@ def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
 
 
 def _by_certificate(
-    certificate: Certificate, limits: Thresholds, full: bool, share: float | None, seen: tuple[str, ...]
+    certificate: Certificate, limits: Thresholds, full: bool, share: float | None, measured: tuple[str, ...]
 ) -> Verdict | None:
-    """A minimum, or a stationary point of full rank that is not a minimum."""
+    """The verdict on a minimum, or on a stationary point of full rank that is not a minimum."""
     facts = _facts(certificate, limits)
     if not certificate.stationarity <= limits.stationarity:
         return None
     aligned = certificate.alignment is None or certificate.alignment + certificate.alignment_error <= limits.alignment
     if certificate.ratio_high <= 1 + limits.ratio and aligned:
         note = ("the whole rank is in use: a larger r may go lower",) if full else ()
-        return Verdict(LOW_RANK_MINIMUM, (*facts, *seen, *note))
+        return Verdict(LOW_RANK_MINIMUM, (*facts, *measured, *note))
     if full and certificate.ratio_low > 1 + limits.ratio:
-        return _stuck(certificate, limits, share, (*facts, *seen))
+        return _stuck(certificate, limits, share, (*facts, *measured))
     return None
 
 
 def _stuck(certificate: Certificate, limits: Thresholds, share: float | None, facts: tuple[str, ...]) -> Verdict:
-    """At a stationary point of full rank that is no minimum: the rank is too small, or the update too large."""
-    facts = (*facts, "stationary at full rank, and no minimum")
+    """The verdict on a stationary point of full rank that is not a minimum."""
+    facts = (*facts, "stationary at full rank, and not a minimum")
     cost, gain = certificate.cost, certificate.gain
     if gain is not None:
         facts = (*facts, f"its decay costs {cost:.3g}, and all updates together gain {gain:.3g} in loss")
@@ -142,15 +143,13 @@ def _stuck(certificate: Certificate, limits: Thresholds, share: float | None, fa
     if share is not None and not share < limits.loud_share:
         return Verdict(LOUD_FAILURE, (*facts, f"large: at least {limits.loud_share:g} of the weight"))
     if gain is None:
-        told = "whether the rank is too small or the update too large takes the losses with and without it"
-        return Verdict(NOT_JUDGED, (*facts, told))
+        reason = "without the losses with and without it, a small rank cannot be distinguished from a large update"
+        return Verdict(NOT_JUDGED, (*facts, reason))
     return Verdict(RANK_LIMITED, (*facts, "a larger rank would go lower with this decay"))
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict on a model: loud where one layer is, a minimum where all layers are.
-
-    Between them, the first of `still_training`, `not_judged` and `rank_limited` that a layer has.
+    """The verdict on a model: the first of `WORST_FIRST` that one of its layers has.
 
     Args:
         verdicts: of its layers.
@@ -159,16 +158,15 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
         The verdict, with the counts.
 
     Raises:
-        TypeError: if one of them is no verdict.
+        TypeError: if an entry is not a `Verdict`.
     """
     check_type("verdicts", verdicts, Iterable, "verdicts")
-    if hasattr(verdicts, "dtype"):  # a tensor, or an array, calls itself iterable
+    if hasattr(verdicts, "dtype"):  # tensors and arrays are iterable too
         raise TypeError(f"verdicts must be verdicts, got {type(verdicts).__name__} {repr_short(verdicts)}")
-    found = list(verdicts)
-    for each in found:
-        check_type("verdicts", each, Verdict, "verdicts")
-    kinds = [each.kind for each in found]
+    kinds = []
+    for verdict in verdicts:
+        check_type("verdicts", verdict, Verdict, "verdicts")
+        kinds.append(verdict.kind)
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
     reasons = (f"{len(kinds)} layers: {counts}",) if kinds else ("no layer",)
-    order = (LOUD_FAILURE, STILL_TRAINING, NOT_JUDGED, RANK_LIMITED, LOW_RANK_MINIMUM)
-    return Verdict(next((kind for kind in order if kind in kinds), NOT_JUDGED), reasons)
+    return Verdict(next((kind for kind in WORST_FIRST if kind in kinds), NOT_JUDGED), reasons)

@@ -1,4 +1,4 @@
-"""Norms and leading directions of base weights, which are read in blocks of rows (a quantized one is never whole)."""
+"""Norms and leading directions of base weights, read in blocks of rows, so that a quantized one is never whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lora_kernels._checks import as_device, check_range, check_tensor, check_type, repr_short
 from lora_kernels.linalg.randomized_svd import LinearOperator, RandomizedSVD, randomized_svd
 
-# Called anew for every product with the weight: its rows, in order, in blocks of any height.
+# Yields the rows of a weight in order, in blocks of any height; called once per product.
 RowBlocks = Callable[[], Iterable[torch.Tensor]]
 
 
@@ -20,8 +20,8 @@ class WeightNorms:
     """Norms of a base weight.
 
     Attributes:
-        spectral: the largest singular value, from below, by a Krylov method (to about 1e-4).
-        frobenius: the root of the sum of squares.
+        spectral: the largest singular value, a lower bound by a Krylov method (to about 1e-4).
+        frobenius: the Frobenius norm.
     """
 
     spectral: float
@@ -29,16 +29,7 @@ class WeightNorms:
 
 
 def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> LinearOperator:
-    """A weight known by its rows, as products.
-
-    Args:
-        blocks: its rows.
-        shape: (m, n).
-        device: of the blocks.
-
-    Returns:
-        The operator, in float32.
-    """
+    """A weight `(m, n)` that is read in blocks of rows, as a float32 operator."""
 
     def matmul(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([block.to(torch.float32) @ x for block in blocks()], dim=-2)
@@ -60,33 +51,33 @@ def _checked(blocks: object, shape: object, device: object) -> torch.device:
         raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {repr_short(shape)}")
     for size in shape:
         check_range("shape", size, low=1, integer=True)
-    found = as_device("device", device)
-    if found.type == "meta":
-        raise ValueError(f"device is {found}, but the blocks must hold numbers")
-    return found
+    checked = as_device("device", device)
+    if checked.type == "meta":
+        raise ValueError(f"device is {checked}, but the blocks must hold numbers")
+    return checked
 
 
 def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> WeightNorms:
     """Spectral and Frobenius norm of a weight.
 
     Args:
-        blocks: its rows.
+        blocks: a function that yields the rows in blocks.
         shape: (m, n).
         device: of the blocks.
 
     Returns:
-        The norms; NaN where the weight holds NaN or infinite entries.
+        The norms; NaN if the weight holds NaN or infinite entries.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if `shape` is not a shape, or there is no such device.
+        TypeError: if an argument has the wrong type.
+        ValueError: if `shape` is not a shape, or the device does not exist.
     """
     device = _checked(blocks, shape, device)
     frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
     if frobenius == 0.0 or not math.isfinite(frobenius):
         return WeightNorms(0.0, 0.0) if frobenius == 0.0 else WeightNorms(math.nan, math.nan)
-    found = randomized_svd(as_operator(blocks, shape, device), 1, n_iter=3, probes=0)
-    return WeightNorms(float(found.S[0]), frobenius)
+    leading = randomized_svd(as_operator(blocks, shape, device), 1, n_iter=3, probes=0)
+    return WeightNorms(float(leading.S[0]), frobenius)
 
 
 def leading_directions(
@@ -95,17 +86,17 @@ def leading_directions(
     """The leading singular triplets of a weight.
 
     Args:
-        blocks: its rows.
+        blocks: a function that yields the rows in blocks.
         shape: (m, n).
-        count: how many; no more than min(m, n) are given.
+        count: number of triplets, cut to min(m, n).
         device: of the blocks.
 
     Returns:
         The triplets, float32.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if `shape` is not a shape, there is no such device, or the count is not positive.
+        TypeError: if an argument has the wrong type.
+        ValueError: if `shape` is not a shape, the device does not exist, or the count is not positive.
     """
     device = _checked(blocks, shape, device)
     check_range("count", count, low=1, integer=True)
@@ -116,15 +107,15 @@ def leading_directions(
 class Overlap:
     """How much of an update's leading singular directions lies in the leading directions of the weight.
 
-    An update whose direction has hardly a part in them brings a new large singular direction into the model, an
-    intruder dimension (arXiv 2410.21228), once it is as large as the weight's own.
+    A direction of the update that is nearly orthogonal to them, and as large, is new to the model: an intruder
+    dimension (arXiv 2410.21228).
 
     Attributes:
         left: per direction, `|P u|` with P the projection onto the weight's leading left directions, in [0, 1].
-        right: likewise for the right ones.
-        chance: what a random direction would have on the left, `sqrt(count / m)`.
-        intruders: how many directions have a singular value above the smallest of those leading ones of the weight and
-            less than `INTRUDER` on both sides.
+        right: the same for the right directions.
+        chance: the expected `left` of a random direction, `sqrt(count / m)`.
+        intruders: number of directions with a singular value above the smallest of the weight's leading ones, and both
+            `left` and `right` below `INTRUDER`.
     """
 
     left: tuple[float, ...]
@@ -133,7 +124,7 @@ class Overlap:
     intruders: int
 
 
-# Cosine below which a direction is none of the weight's (the middle of the range that arXiv 2410.21228 looks at).
+# Cosine below which a direction is not one of the weight's (the middle of the range studied in arXiv 2410.21228).
 INTRUDER = 0.5
 
 
@@ -141,7 +132,7 @@ def overlap(
     update: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     weight: RandomizedSVD,
 ) -> Overlap:
-    """Compare the directions of an update with those of its weight.
+    """Compare the leading directions of an update with those of its weight.
 
     Args:
         update: U `(m, k)`, S `(k,)` and V `(n, k)` of the update.
@@ -151,7 +142,7 @@ def overlap(
         The comparison.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
         ValueError: if shapes do not match.
     """
     if not isinstance(update, (tuple, list)) or len(update) != 3:

@@ -1,4 +1,4 @@
-"""Floor 2: matrix algorithms made of ops."""
+"""Matrix algorithms made of ops."""
 
 from lora_kernels.linalg.basis import core_basis
 from lora_kernels.linalg.eigen import TopEigenpairs, eigh_topk

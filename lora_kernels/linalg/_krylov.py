@@ -1,4 +1,4 @@
-"""Bases of block Krylov iterations, and the singular triplets that they hold."""
+"""Bases of block Krylov iterations, and their Ritz triplets."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import torch
 from lora_kernels.ops.orthonormalize import gram, orthonormalize, times
 from lora_kernels.ops.small_linalg import eigh
 
-# Below this share of the largest singular value the squares in a float64 Gram matrix show in a float32 result.
+# Singular values below this share of the largest lose float32 accuracy in a float64 Gram matrix.
 _GRAM_FLOOR = 1e-4
-# Basis blocks this far from orthonormal are repaired by a Cholesky factor; farther, dependent directions are dropped.
+# Up to this distance from orthonormal a Cholesky factor repairs a basis; beyond it, dependent columns are dropped.
 _REPAIRABLE, _DEPENDENT = 0.3, 1e-2
-# Products of columns no larger than this need no repair: the blocks themselves are no better.
+# Inner products of columns up to this need no repair: the blocks themselves are no more orthonormal.
 _NEGLIGIBLE = {torch.float32: 4e-7, torch.float64: 1e-14}
-# Columns of the next block may be this ill conditioned before it is orthonormalised with care.
+# Condition number of the next block up to which scaling by a Cholesky factor is enough.
 _LOOSE_CONDITION = 1e3
 
 
 def _scaled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns that span y and are well conditioned, which is all that the next product needs; and y's Gram matrix.
-
-    The product with the inverse factor is taken in y's dtype: in float32 it costs orthogonality, not the span.
-    """
+    """Well conditioned columns with the span of y, not orthonormal in float32, and y's Gram matrix."""
     product = gram(y)
     lower, info = torch.linalg.cholesky_ex(product)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
@@ -37,7 +34,7 @@ def _scaled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """The part of y orthogonal to the columns of a block."""
+    """Y minus its projection onto the orthonormal columns of a block."""
     inside = block.mT @ y
     if y.dim() == 2:
         return torch.addmm(y, block, inside, alpha=-1.0)
@@ -47,25 +44,25 @@ def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def grow(
     apply: Callable[[torch.Tensor, bool], torch.Tensor], first: torch.Tensor, rounds: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Alternate products with A^T and A, from the result of a first one with A.
+    """Alternate products with A^T and A, starting from `first = A x`.
 
-    `apply` multiplies a block by the matrix, or by its transpose if told so; `rounds` pairs of products follow the
-    second one; all blocks are kept (block Krylov, by Golub-Kahan bidiagonalisation) or only the last. Returns blocks of
-    orthonormal columns, their images under A^T, and the Gram matrices of the images but for the last one.
+    `apply(block, transposed)` multiplies by A or A^T. With `keep` all blocks are kept (block Krylov by Golub-Kahan
+    bidiagonalisation), otherwise only the last. Returns blocks of orthonormal columns, their images under A^T, and the
+    Gram matrices of all images but the last.
     """
     blocks = [orthonormalize(first)[0]]
     images, grams = [apply(blocks[0], True)], []
     for _ in range(rounds):
         direction, product = _scaled(images[-1])
-        fresh = apply(direction, False)
+        following = apply(direction, False)
         if keep:
-            # What cancellation leaves of the overlap in float32, `ritz` repairs; float64 has that done here.
-            for block in blocks * (2 if fresh.dtype == torch.float64 else 1):
-                fresh = _without(fresh, block)
+            # `ritz` repairs the overlap that cancellation leaves in float32; in float64 a second pass removes it.
+            for block in blocks * (2 if following.dtype == torch.float64 else 1):
+                following = _without(following, block)
             grams.append(product)
         else:
             blocks, images = [], []
-        blocks.append(orthonormalize(fresh)[0])
+        blocks.append(orthonormalize(following)[0])
         images.append(apply(blocks[-1], True))
     return blocks, images, grams
 
@@ -73,21 +70,21 @@ def grow(
 def _careful_ritz(
     basis: torch.Tensor, image: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The triplets of one `basis image^T` in float64 without squaring."""
-    kept, wide = basis.dtype, basis.to(torch.float64)
+    """The triplets of one `basis image^T` in float64, without squaring the image."""
+    dtype, wide = basis.dtype, basis.to(torch.float64)
     values, vectors = torch.linalg.eigh(gram(wide))
-    # Columns that repeat others are noise. As many as one block are independent, and a block has `rank` or more.
+    # Dependent columns are dropped. The independent ones are at least a block, which has `rank` columns or more.
     whiten = vectors[:, values > _DEPENDENT] * values[values > _DEPENDENT].rsqrt()
     wide, image = wide @ whiten, image.to(torch.float64) @ whiten
     q, r = orthonormalize(image)
     left, s, right = torch.linalg.svd(r, full_matrices=False)  # image = q left s right
-    return (wide @ right.mT[:, :rank]).to(kept), s[:rank].to(kept), (q @ left[:, :rank]).to(kept)
+    return (wide @ right.mT[:, :rank]).to(dtype), s[:rank].to(dtype), (q @ left[:, :rank]).to(dtype)
 
 
 def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
-    if parts[0].stride(-1) != 1 and parts[0].stride(-2) == 1:  # products from the left: their columns are contiguous
+    if parts[0].stride(-1) != 1 and parts[0].stride(-2) == 1:  # columns are contiguous
         return torch.cat([part.mT for part in parts], dim=-2).mT
     return torch.cat(parts, dim=-1)
 
@@ -107,8 +104,8 @@ def ritz(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The leading triplets of `Q Q^+ A`, Q the blocks side by side: `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`.
 
-    `blocks` `(b, p, c)` have orthonormal columns, almost orthogonal to those of the others; `images` `(b, q, c)` are
-    `A^T` times a block, `grams` their known Gram matrices, float64.
+    `blocks` `(b, p, c)` have orthonormal columns, nearly orthogonal to those of other blocks; `images` `(b, q, c)` are
+    A^T times the blocks; `grams` are the Gram matrices of the first images, as far as known, float64.
     """
     count = len(blocks)
     batch, _, width = blocks[0].shape
@@ -129,7 +126,7 @@ def ritz(
     lower = None
     if not bool((difference <= _NEGLIGIBLE[basis.dtype]).all()):
         overlap[hard] = eye
-        # Q C^-T is orthonormal, and image C^-T is what A^T makes of it.
+        # Q C^-T is orthonormal, and A^T Q C^-T = image C^-T.
         lower = torch.linalg.cholesky(overlap)
         half = torch.linalg.solve_triangular(lower, square, upper=False)
         square = torch.linalg.solve_triangular(lower, half.mT, upper=False)

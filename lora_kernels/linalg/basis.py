@@ -1,4 +1,4 @@
-"""The core directions of a weight: its whole singular value decomposition, kept on disk if asked."""
+"""The core directions of a weight: its full singular value decomposition, optionally cached on disk."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from safetensors import SafetensorError, safe_open
 from lora_kernels._checks import check_tensor
 from lora_kernels._files import write_tensors
 
-# Below this share of the largest singular value, the squares in the Gram matrix have lost what tells directions apart.
+# Below this share of the largest singular value, squaring in the Gram matrix has mixed the directions.
 _TRAILING = 1e-3
-# Of what a product with a file's factors may differ from that with the weight, in units of the rounding of its dtype.
+# Largest difference between a product with cached factors and one with the weight, in units of the dtype's rounding.
 _ROUNDINGS = 1e3
 
 
 def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The full singular value decomposition of a base weight, by one symmetric eigensolve in float64.
 
-    With V the eigenvectors of the smaller Gram matrix in descending order, W V is graded, and its QR decomposition is
-    U and sigma but for the trailing part, where squaring has mixed directions: that block is decomposed by itself.
-    Errors are within 1e3 of those of a float64 decomposition; a float32 one, which takes about as long, loses the
-    directions of small singular values (they move by its error over their gap).
+    With V the eigenvectors of the smaller Gram matrix in descending order, the QR decomposition of W V gives U and
+    sigma except for the trailing part, where squaring has mixed directions; that block is decomposed by itself. Errors
+    are within 1e3 of those of a float64 decomposition. A float32 decomposition takes about as long, but loses the
+    directions of small singular values.
 
     Args:
         weight: `(m, n)`.
-        cache: folder where it is kept, under a digest of the weight's values; a file that cannot be read is made anew.
+        cache: folder of cached decompositions, by a digest of the weight; a file that cannot be read is replaced.
 
     Returns:
         U `(m, k)`, sigma `(k,)` descending and V^T `(k, n)`, k = min(m, n): float32, or the weight's dtype if wider.
 
     Raises:
-        TypeError: if the weight is no tensor of floats.
-        ValueError: if it is no matrix or holds NaN or infinite entries, or the file in the cache is of another weight.
+        TypeError: if the weight is not a float tensor.
+        ValueError: if it is not a matrix or holds NaN or infinite entries, or the cached file is of another weight.
     """
     check_tensor("weight", weight, numbers=True)
     if weight.dim() != 2:
@@ -44,17 +44,13 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
         raise ValueError("weight holds NaN or infinite entries")
     file = None if cache is None or weight.numel() == 0 else Path(cache) / f"{_digest(weight)}.safetensors"
     if file is not None:
-        kept = _read(file, weight)
-        if kept is not None:
-            return kept
+        cached = _read(file, weight)
+        if cached is not None:
+            return cached
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.numel() == 0:
-        m, n = weight.shape
-        return (
-            weight.new_empty(m, 0, dtype=dtype),
-            weight.new_empty(0, dtype=dtype),
-            weight.new_empty(0, n, dtype=dtype),
-        )
+        u, s, vh = (weight.new_empty(size, dtype=dtype) for size in ((weight.shape[0], 0), (0,), (0, weight.shape[1])))
+        return u, s, vh
     u, s, vh = (factor.to(dtype) for factor in _decompose(weight.to(torch.float64)))
     if file is not None:
         write_tensors(file, {"u": u, "s": s, "vh": vh})
@@ -94,12 +90,12 @@ def _read(file: Path, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         with safe_open(str(file), framework="pt", device=str(weight.device)) as opened:
             u, s, vh = (opened.get_tensor(name) for name in ("u", "s", "vh"))
     except (SafetensorError, OSError):
-        return None  # cut off while it was written by something else
+        return None  # truncated
     m, n = weight.shape
     k, dtype = min(m, n), torch.promote_types(weight.dtype, torch.float32)
     if (u.shape, s.shape, vh.shape) != ((m, k), (k,), (k, n)) or u.dtype != dtype:
         raise ValueError(f"{file} holds a decomposition of another shape or dtype than its weight's: delete it")
-    # A file under the right name may still hold something else: one product with a fixed vector tells.
+    # The name is not proof: one product with a fixed vector is compared.
     probe = torch.linspace(-1.0, 1.0, n, dtype=torch.float64, device=weight.device).cos()
     product = u.to(torch.float64) @ (s.to(torch.float64) * (vh.to(torch.float64) @ probe))
     error = torch.linalg.vector_norm(product - weight.to(torch.float64) @ probe)

@@ -13,10 +13,10 @@ def damped_cholesky(
     attempts: int = 16,
     what: str = "matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Cholesky factors of `M + damping I`, and the damping used, `(...)`.
+    """The Cholesky factors of `M + damping I`, M `(..., n, n)`, and the damping used, `(...)`; changes the diagonals.
 
-    Where a factorisation of M `(..., n, n)` fails, its damping is raised tenfold, to `least` at least. It is added to
-    the diagonals in place. After so many attempts a ValueError says that `what` is not positive definite.
+    Where a factorisation fails, its damping is raised tenfold, at least to `least`. After the last attempt a ValueError
+    says that `what` is not positive definite.
     """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     plain = diagonal.clone()

@@ -15,9 +15,9 @@ from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.small_linalg import eigh as small_eigh
 from lora_kernels.ops.small_linalg import fix_signs
 
-# Below this order a full decomposition costs less than the iteration (k = 32, float64, 2 CPU cores: even at about 600).
+# Up to this order a full decomposition costs less than the iteration (measured: k = 32, float64, 2 CPU cores).
 DIRECT_ORDER = 600
-# The Krylov basis must stay well below the order of the matrix for the iteration to pay.
+# The order of the matrix must be at least this many times the size of the Krylov basis.
 _BASIS_SHARE = 3
 _SMALL_ORDER = 128
 
@@ -30,9 +30,9 @@ class TopEigenpairs:
         values: `(..., k)`, descending.
         vectors: `(..., n, k)`, orthonormal columns with the signs of `ops.eigh`.
         residuals: `(...)`, the largest `||S v - lambda v||` over the k pairs, relative to the largest `|lambda|`.
-        method: `direct` (full decomposition), `krylov`, or `krylov+direct` where the iteration did not reach the
-            tolerance within its budget and the full decomposition answered instead.
-        products: how many block products with the matrix were spent (0 for `direct`).
+        method: `direct` (full decomposition), `krylov`, or `krylov+direct` if the iteration did not converge and the
+            full decomposition was computed instead.
+        products: number of block products with the matrix (0 for `direct`).
     """
 
     values: torch.Tensor
@@ -47,7 +47,7 @@ def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, produc
         identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
         dense = matrices.matmul(identity)
         matrices = (dense + dense.mT) / 2
-    # Above what the batched small solver takes, only the signs of the k wanted columns are worth fixing.
+    # The small solver fixes all signs; above its sizes only those of the k requested columns are fixed.
     solve = small_eigh if matrices.shape[-1] <= _SMALL_ORDER else torch.linalg.eigh
     values, vectors = solve(matrices)
     values, vectors = values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
@@ -55,7 +55,7 @@ def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, produc
 
 
 def krylov_depth(n: int, k: int, oversample: int) -> int | None:
-    """How many blocks a round of `eigh_topk` adds to the first one; `None` where the full decomposition costs less."""
+    """Blocks that a round of `eigh_topk` adds to the first one; `None` if the full decomposition costs less."""
     block = min(n, k + oversample)
     if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
         return None
@@ -69,7 +69,7 @@ def _residuals(image: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor)
 
 
 def _orthonormalize(block: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
-    # Twice is enough (Giraud, Langou, Rozloznik 2005): the second projection removes what rounding left of the first.
+    # Two projections are enough (Giraud, Langou, Rozloznik 2005): the second removes the rounding of the first.
     for _ in range(2):
         if basis is not None:
             block = block - basis @ (basis.mT @ block)
@@ -98,19 +98,19 @@ def eigh_topk(
 ) -> TopEigenpairs:
     """The k largest eigenpairs of symmetric matrices by a thick-restarted block Krylov iteration.
 
-    Each round grows the orthonormal basis `[V, S V, S^2 V, ...]` from a block of `k + oversample` columns and takes
+    Every round grows the orthonormal basis `[V, S V, S^2 V, ...]` from a block of `k + oversample` columns and computes
     the Ritz pairs of the whole basis (Musco and Musco 2015, arXiv 1504.05477, section 3; restart as in Wu and Simon
-    2000). It stops when `||S v - lambda v|| <= tolerance * lambda_1` for each of the k pairs. The whole batch shares
-    every product. Small matrices, and a k that is a large share of n, take the full decomposition, which is cheaper.
+    2000), until `||S v - lambda v|| <= tolerance * lambda_1` for all k pairs. Products are batched. Small matrices, and
+    a k that is a large share of n, get the full decomposition, which is cheaper.
 
     Args:
         matrices: `(..., n, n)` symmetric, both triangles valid. float16/bfloat16/float32 are computed in float64. Or a
             symmetric float64 `LinearOperator`: the full decomposition multiplies it with the identity.
         k: number of pairs, 1 <= k <= n.
-        oversample: extra columns of the block; more converges in fewer, dearer rounds.
+        oversample: extra columns of the block; more columns need fewer rounds, which cost more.
         tolerance: relative residual at which a pair counts as converged.
-        max_restarts: rounds before the full decomposition takes over.
-        seed: the starting block is drawn from Philox with this key: the same seed gives the same bits.
+        max_restarts: largest number of rounds before the full decomposition is computed instead.
+        seed: Philox key of the starting block: the same seed gives the same bits.
 
     Returns:
         The pairs in float64.
@@ -154,9 +154,8 @@ def eigh_topk(
         bases, images = [vectors], [image]
         for _ in range(depth):
             basis = torch.cat(bases, dim=-1)
-            fresh = _orthonormalize(images[-1], basis)
-            bases.append(fresh)
-            images.append(apply(fresh))
+            bases.append(_orthonormalize(images[-1], basis))
+            images.append(apply(bases[-1]))
             products += 1
         values, vectors, image = _rayleigh_ritz(torch.cat(bases, dim=-1), torch.cat(images, dim=-1), block)
         residual = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2)[..., :k].amax(-1)
@@ -165,6 +164,6 @@ def eigh_topk(
             values, vectors = values[..., :k], fix_signs(vectors[..., :k])
             return TopEigenpairs(values, vectors, _residuals(apply(vectors), values, vectors), "krylov", products)
         if worst * min(1.0, worst / previous) ** remaining > tolerance and previous < float("inf"):
-            break  # at this pace the remaining rounds do not get there: a spectrum without decay
+            break  # at this rate the remaining rounds will not converge: the spectrum does not decay
         previous = worst
     return _direct(matrices, k, "krylov+direct", products)

@@ -17,12 +17,12 @@ from lora_kernels.ops.random_matrix.op import check_key
 METHODS = ("krylov", "subspace")
 # The a-posteriori bounds hold with at least this probability.
 CONFIDENCE = 0.999
-# CPU: matrices of up to so many elements are multiplied from the left, larger ones from the right (measured: 0.4 to 0.7
-# of the other form's time at 1024 x 1024 and 512 x 512, 1.4 to 1.9 at 2048 x 5504).
+# On CPUs, matrices of up to this many elements are transposed by a product from the left (measured: 0.4 to 0.7 of the
+# time of the other form at 1024 x 1024 and 512 x 512, 1.4 to 1.9 at 2048 x 5504).
 _ROWWISE = 1 << 21
-# Columns of a block are a multiple of this where we choose: the width of the vendors' float32 kernels.
+# Default blocks have a multiple of this many columns: the width of vendors' float32 kernels.
 _LANES = 16
-# Up to this rank krylov's default is two rounds with a block of the rank; beyond it, three with half of that.
+# Up to this rank krylov's default is two rounds with `rank` columns; above it, three rounds with half as many.
 _WIDE_RANK = 24
 
 
@@ -35,10 +35,10 @@ class RandomizedSVD:
         S: `(..., rank)`, descending.
         Vh: `(..., rank, n)`, orthonormal rows.
         error: `(...)`, an upper bound on the spectral norm of `A - U diag(S) Vh` that holds with probability
-            `CONFIDENCE` for each matrix, or `None` where no probes were drawn.
-        method: `krylov`, `subspace`, `two_sided`, or `direct` where the basis would have been as large as the matrix
-            and the full decomposition answered instead.
-        products: how many block products with the matrix or its transpose were spent.
+            `CONFIDENCE` for each matrix, or `None` without probes.
+        method: `krylov`, `subspace`, `two_sided`, or `direct` (the full decomposition, as the basis would have been as
+            large as the matrix).
+        products: number of block products with the matrix or its transpose.
     """
 
     U: torch.Tensor
@@ -51,14 +51,14 @@ class RandomizedSVD:
 
 @dataclass(frozen=True)
 class LinearOperator:
-    """A matrix, or a batch of them, known by its products.
+    """A matrix, or a batch of matrices, given by its products.
 
     Attributes:
         shape: `(..., m, n)`.
-        matmul: `(..., n, k)` to `A x`, `(..., m, k)`; must also take a block without the leading sizes.
-        rmatmul: `(..., m, k)` to `A^T y`, `(..., n, k)`.
-        dtype: of the blocks that both get, float32 or float64.
-        device: of these blocks.
+        matmul: x `(..., n, k)` to `A x` `(..., m, k)`; must also accept x without the leading sizes.
+        rmatmul: y `(..., m, k)` to `A^T y` `(..., n, k)`.
+        dtype: of x and y, float32 or float64.
+        device: of x and y.
     """
 
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class LinearOperator:
 
 
 def fix_pair(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the entry of largest magnitude of each column of u `(..., m, k)` positive; v `(..., n, k)` turns with it."""
+    """Make the entry of largest magnitude of each column of u `(..., m, k)` positive, with v `(..., n, k)` to match."""
     largest = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, v * signs
@@ -78,20 +78,19 @@ def fix_pair(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
     """An upper bound `(...)` on the spectral norm of E from its products `(..., m, p)` with gaussian vectors.
 
-    `|E| <= alpha sqrt(2 / pi) max_i |E w_i|` but for a probability of `alpha^-p` (Halko, Martinsson and Tropp 2011,
-    eq. 4.3); alpha is chosen so that this is `1 - CONFIDENCE` whatever p, so more probes make it tighter.
+    `|E| <= alpha sqrt(2 / pi) max_i |E w_i|` with probability `1 - alpha^-p` (Halko, Martinsson and Tropp 2011,
+    eq. 4.3); alpha is chosen for `CONFIDENCE`, so that more probes make the bound tighter.
     """
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
-    # In float64, where no square of a float32 number overflows or vanishes.
+    # In float64, where squares of float32 numbers neither overflow nor underflow.
     longest = torch.linalg.vector_norm(residuals, dim=-2, dtype=torch.float64).amax(-1)
     bound: torch.Tensor = longest * (alpha * math.sqrt(2.0 / math.pi))
     return bound.to(residuals.dtype)
 
 
-def _operator(a: torch.Tensor) -> LinearOperator:
-    # 16-bit matrices are widened once: their products with a 16-bit block would round what the iteration lives on.
+def dense_operator(a: torch.Tensor) -> LinearOperator:
+    """A tensor as an operator; 16-bit tensors are widened, since 16-bit products would lose the small directions."""
     wide = a.detach().to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-
     rowwise = wide.device.type == "cpu" and wide.shape[-2] * wide.shape[-1] <= _ROWWISE
 
     def rmatmul(y: torch.Tensor) -> torch.Tensor:
@@ -101,10 +100,10 @@ def _operator(a: torch.Tensor) -> LinearOperator:
 
 
 def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | None) -> tuple[int, int]:
-    """Columns of the block and rounds, where the caller leaves them open (see `randomized_svd`).
+    """Columns of the block and number of rounds, with the defaults of `randomized_svd`.
 
-    The defaults are the cheapest that leave a smaller error than subspace iteration with 8 extra columns and 2 rounds,
-    on spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
+    The defaults are the cheapest with a smaller error than subspace iteration with 8 extra columns and 2 rounds, on
+    spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
     """
     if method == "subspace":
         return rank + (8 if oversample is None else oversample), 2 if n_iter is None else n_iter
@@ -117,10 +116,10 @@ def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | Non
 
 
 def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: LinearOperator) -> torch.Tensor:
-    """The start block and the probes, side by side.
+    """The start block and the probes `(rows, width + probes)`.
 
-    Signs are several times cheaper than gaussian numbers and serve a block as well, unless it is so narrow that a few
-    of them coincide by chance. The bound needs gaussian probes.
+    Random signs are several times cheaper than gaussian numbers and as good for a block, unless it is so narrow that
+    columns can coincide. The bound needs gaussian probes.
     """
     kind = "rademacher" if width >= _LANES else "gaussian"
     start = random_matrix(rows, width, kind=kind, seed=seed, stream=stream, device=operator.device)
@@ -136,8 +135,8 @@ def _check_operator(a: LinearOperator) -> None:
 
 
 def _name_bad_matrix(a: torch.Tensor | LinearOperator, product: torch.Tensor) -> None:
-    """A NaN or infinite entry spoils a row of the first product, which is far smaller than the matrix."""
-    # The sum is far cheaper than a test of each entry; where it overflows by itself the entries are looked at.
+    """Raise if the first product shows that a matrix has NaN or infinite entries; it is smaller than the matrix."""
+    # The sum is cheaper than a test of all entries, which decides if the sum overflows.
     if bool(torch.isfinite(product.sum())) or bool(torch.isfinite(product).all()):
         return
     where = a if isinstance(a, torch.Tensor) else product
@@ -149,22 +148,17 @@ def _name_bad_matrix(a: torch.Tensor | LinearOperator, product: torch.Tensor) ->
 
 
 class _Counted:
-    """The products of an operator, checked and counted; odd steps are with the transpose."""
+    """The products of an operator, checked and counted."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator, self.count = operator, 0
 
     def __call__(self, block: torch.Tensor, transposed: bool) -> torch.Tensor:
         self.count += 1
-        call, rows = (
-            (self.operator.rmatmul, self.operator.shape[-1])
-            if transposed
-            else (self.operator.matmul, self.operator.shape[-2])
-        )
-        product = call(block)
-        expected = (*self.operator.shape[:-2], rows, block.shape[-1])
+        name = "rmatmul" if transposed else "matmul"
+        product: torch.Tensor = getattr(self.operator, name)(block)
+        expected = (*self.operator.shape[:-2], self.operator.shape[-1 if transposed else -2], block.shape[-1])
         if tuple(product.shape) != expected or product.dtype != block.dtype:
-            name = "rmatmul" if transposed else "matmul"
             raise ValueError(
                 f"{name} returned {product.dtype} {tuple(product.shape)}, but must return {block.dtype} {expected}"
             )
@@ -179,11 +173,8 @@ def _direct(
     dense = apply(identity, False) if n <= m else apply(identity, True).mT
     _name_bad_matrix(a, dense)
     u, s, vh = torch.linalg.svd(dense.to(torch.float64), full_matrices=False)
-    return (
-        u[..., :rank].to(operator.dtype),
-        s[..., :rank].to(operator.dtype),
-        vh[..., :rank, :].mT.to(operator.dtype),
-    )
+    u, s, v = (factor[..., :rank].to(operator.dtype) for factor in (u, s, vh.mT))
+    return u, s, v
 
 
 @without_autocast()
@@ -200,30 +191,29 @@ def randomized_svd(
 ) -> RandomizedSVD:
     """The `rank` leading singular triplets from `2 n_iter + 2` products with blocks of `rank + oversample` columns.
 
-    `subspace` (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) keeps the last block of the iteration,
-    `krylov` (Musco and Musco 2015, algorithm 2, by Golub-Kahan bidiagonalisation with full orthogonalisation) all of
-    them, which for the same products gives a far smaller error. Both orthonormalise after every product and take the
-    Ritz triplets from the last images, so no further product is spent on them. All arithmetic is that of float32
-    products (float64 for float64 input) with float64 Gram matrices. The matrices of a batch share the random block, so
-    a matrix gives the same triplets alone and in a batch, up to rounding. Not differentiable.
+    `subspace` (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) keeps the last block of the iteration;
+    `krylov` (Musco and Musco 2015, algorithm 2, by Golub-Kahan bidiagonalisation with full orthogonalisation) keeps all
+    blocks, with a far smaller error for the same products. Both orthonormalise after every product and compute the Ritz
+    triplets from the last images, without a further product. Products are in float32 (float64 for float64 input), Gram
+    matrices in float64. The matrices of a batch share the random block, so a matrix has the same triplets alone and in
+    a batch, up to rounding. Not differentiable.
 
     Args:
         a: `(..., m, n)` float16, bfloat16, float32 or float64; 16-bit is widened to a float32 copy. Or a
             `LinearOperator`.
         rank: number of triplets, 1 <= rank <= min(m, n).
-        oversample: extra columns of the block; by default 8 for `subspace`. `krylov` has `n_iter + 1` blocks in its
-            basis; by default they have `rank` columns with two rounds and half as many with three, up to a multiple of
-            16.
+        oversample: extra columns of the block; by default 8 for `subspace`. The basis of `krylov` has `n_iter + 1`
+            blocks; by default of `rank` columns with two rounds and half as many with three, rounded up to 16.
         n_iter: rounds of two products after the first two; by default 2 for `subspace`, and for `krylov` 2 up to rank
-            24 and 3 above. `krylov`'s error is then no larger, at fewer operations.
+            24 and 3 above.
         method: `krylov` or `subspace`.
         probes: gaussian vectors for the bound on the error; 0 for none.
         seed: 64-bit key of the random block: the same seed gives the same bits.
-        stream: which block (a layer, say), in [0, 2^32).
+        stream: number of the random block (such as that of a layer), in [0, 2^32).
 
     Returns:
-        The triplets, in float32 (float64 for float64), and the bound. Where the basis, `(n_iter + 1)` blocks, would
-        not fit `min(m, n)` the decomposition is complete and `method` says `direct`.
+        The triplets, in float32 (float64 for float64), and the bound. If the basis would exceed `min(m, n)`, the full
+        decomposition is computed, and `method` is `direct`.
 
     Raises:
         TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
@@ -236,7 +226,7 @@ def randomized_svd(
         check_tensor("a", a, numbers=True)
         if a.dim() < 2:
             raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., m, n)")
-        operator = _operator(a)
+        operator = dense_operator(a)
     *batch, m, n = operator.shape
     check_range("rank", rank, low=1, high=min(m, n), integer=True)
     check_choice("method", method, METHODS)
@@ -255,7 +245,7 @@ def randomized_svd(
     if math.prod(batch) == 0:
         u, s, v = (drawn.new_empty(*batch, *size) for size in ((m, rank), (rank,), (n, rank)))
         return RandomizedSVD(u, s, v.mT, drawn.new_empty(batch) if probes else None, method, 0)
-    # The bound's products share the pass over a with the first block.
+    # The probes share the pass over a with the first block.
     first = apply(drawn, False) if columns else drawn.new_empty(*batch, m, 0)
     _name_bad_matrix(a, first)
     if direct:

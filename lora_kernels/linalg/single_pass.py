@@ -1,4 +1,4 @@
-"""Decompositions from sketches alone: the matrix itself is gone. Batched over leading sizes, float64 inside."""
+"""Decompositions from sketches alone, without the matrix. Batched over leading sizes; computed in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.small_linalg import fix_signs
 
-__all__ = ["Nystrom", "RandomizedSVD", "nystrom", "two_sided"]
-
 _UNIT = 2.0**-52
-# Psi G Omega is known from both sketches. Rounding parts the two by little; sketches of different matrices, entirely.
+# Largest relative difference of Psi G Omega from either sketch: far above rounding, far below that of two matrices.
 _MISMATCH = 0.5
 
 
@@ -27,11 +25,11 @@ class Nystrom:
     Attributes:
         values: `(..., rank)` float64, descending, not negative.
         vectors: `(..., n, rank)` float64, orthonormal columns; the entry of largest magnitude of each is positive.
-        residual: `(...)` float64, the nuclear norm of `M - M_r`, or `None` where the trace was not given. A Nystrom
-            approximation never exceeds M, so this is `trace(M) - sum(values)` and no estimate; it also bounds the
-            Frobenius and the spectral norm.
-        shift: `(...)` float64, what was added to M before the factorisation and taken off the values after: the level
-            of rounding in the sketch. Values below it mean nothing.
+        residual: `(...)` float64, the nuclear norm of `M - M_r`, or `None` without the trace. A Nystrom approximation
+            never exceeds M, so this is exactly `trace(M) - sum(values)`; it also bounds the Frobenius and the spectral
+            norm.
+        shift: `(...)` float64, added to M before the factorisation and subtracted from the values: the level of
+            rounding in the sketch. Values below it are noise.
     """
 
     values: torch.Tensor
@@ -54,7 +52,7 @@ def _check_sketch(name: str, value: torch.Tensor, rows: int | None = None) -> to
 
 
 def _check_batch(name: str, value: torch.Tensor, other: str, second: torch.Tensor) -> None:
-    """Leading sizes must be the same, or those of the test matrix none."""
+    """Check that the leading sizes are equal, or that the second matrix has none."""
     if second.dim() > 2 and second.shape[:-2] != value.shape[:-2]:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and {other} {tuple(second.shape)}: their batches differ"
@@ -62,7 +60,7 @@ def _check_batch(name: str, value: torch.Tensor, other: str, second: torch.Tenso
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Frobenius norms, safe from overflow and underflow of the squares; `(..., 1, 1)`."""
+    """Frobenius norms `(..., 1, 1)` without overflow or underflow of squares."""
     scale = x.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     norm: torch.Tensor = torch.linalg.matrix_norm(x / scale, keepdim=True)
@@ -74,9 +72,9 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     """The leading eigenpairs of a positive semidefinite M from its sketch `Y = M Omega`.
 
     Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3: `Y (Omega^T Y)^+ Y^T`, computed for
-    `M + shift` so that the core has a Cholesky factor. The result does not change with Omega's scale or basis, and
-    scales with Y. `Omega^T Y` would be symmetric without rounding: how far it is from that is the noise of the sketch,
-    and the shift is chosen above it.
+    `M + shift` so that the core has a Cholesky factor. The result does not depend on Omega's scale or basis, and scales
+    with Y. Without rounding, `Omega^T Y` is symmetric: its asymmetry is the noise of the sketch, and a lower bound for
+    the shift.
 
     Args:
         y: `(..., n, k)` float32 or float64.
@@ -89,8 +87,8 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
 
     Raises:
         TypeError: on another dtype.
-        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or no shift makes the
-            core positive definite.
+        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the core is not
+            positive definite with any shift.
     """
     wide = _check_sketch("y", y)
     test = _check_sketch("omega", omega, y.shape[-2])
@@ -105,7 +103,7 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     if test.shape[-1] != k:
         raise ValueError(f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k)")
     check_range("rank", rank, low=1, high=min(k, n), integer=True)
-    if k > n:  # the sketch is larger than M, which it gives away
+    if k > n:  # the sketch is larger than M and determines it
         basis, wide, k = torch.eye(n, dtype=torch.float64, device=y.device), wide @ torch.linalg.pinv(test), n
     else:
         basis, triangle = orthonormalize(test)
@@ -150,19 +148,19 @@ def two_sided(
     Args:
         y: `(..., m, k)` float32 or float64.
         z: `(..., l, n)`, l >= k.
-        omega: `(n, k)` or `(..., n, k)`; only used to see that the four belong together.
+        omega: `(n, k)` or `(..., n, k)`; only used to check that the sketches are of one matrix.
         psi: `(l, m)` or `(..., l, m)`.
         rank: number of triplets, 1 <= rank <= min(k, m, n).
-        probe: `(t, G t)`, `(n, p)` and `(..., m, p)`: independent gaussian vectors that had no part in y, and what G
-            made of them, for the bound on the error.
+        probe: `(t, G t)`, `(n, p)` and `(..., m, p)`: gaussian vectors that are independent of omega, and their
+            products with G, for the bound on the error.
 
     Returns:
         Triplets in float64; `error` is `None` without a probe.
 
     Raises:
         TypeError: on another dtype.
-        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the sketches are not
-            of one matrix.
+        ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the sketches are of
+            different matrices.
     """
     left = _check_sketch("y", y)
     right = _check_sketch("z", z)
@@ -184,7 +182,7 @@ def two_sided(
     if bool(apart.any()):
         index = int(apart.reshape(-1).nonzero()[0])
         raise ValueError(f"z Omega and Psi y of matrix {index} differ, but both must be Psi G Omega")
-    if k > m:  # y spans everything
+    if k > m:  # y spans the whole space
         q = torch.eye(m, dtype=torch.float64, device=y.device).expand(*left.shape[:-2], m, m)
     else:
         q, _ = orthonormalize(left)

@@ -1,4 +1,4 @@
-"""The largest singular value of one matrix, from below by a Krylov method and from above by random probes."""
+"""Bounds on the largest singular value of one matrix: below by a Krylov method, above by random probes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels._checks import check_range, check_tensor
-from lora_kernels.linalg.randomized_svd import LinearOperator, probe_bound, randomized_svd
+from lora_kernels.linalg.randomized_svd import LinearOperator, dense_operator, probe_bound, randomized_svd
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.random_matrix import random_matrix
 from lora_kernels.ops.random_matrix.op import check_key
 
-# Triplets that are taken off before the rest is probed.
+# Leading triplets that are removed before the remainder is probed.
 _TRIPLETS = 8
-# Up to this smaller size all singular values of a matrix that is at hand are taken (half a second on one core).
+# Up to this smaller size the full decomposition of a dense matrix is computed (half a second on one core).
 _COMPLETE = 512
-# Of the generator: apart from the blocks that `randomized_svd` draws, from which its probes must be independent.
+# Step of the generator: the probes must be independent of the blocks that `randomized_svd` draws.
 _STEP = 2
 
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """A bracket of a spectral norm.
+    """Bounds on a spectral norm, up to rounding.
 
     Attributes:
-        value: `|A v|` for a unit vector v, the best estimate; never above the norm, rounding apart.
-        upper: never below the norm with probability `CONFIDENCE`, rounding apart; equal to `value` where the
-            decomposition was complete.
+        value: `|A v|` for a unit vector v: a lower bound, and the best estimate.
+        upper: an upper bound with probability `CONFIDENCE`; equal to `value` after a full decomposition.
     """
 
     value: float
@@ -41,10 +40,10 @@ def _finite(a: torch.Tensor) -> torch.Tensor:
     return a.detach()
 
 
-def _rest(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
+def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
     """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`.
 
-    `|E|^(2 q + 1) = |(E E^T)^q E|`, and the bound of `probe_bound` is off by a factor that the root shrinks.
+    `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
     """
     drawn = random_matrix(
         a.shape[-1], probes, kind="gaussian", seed=seed, stream=stream, step=_STEP, device=torch.device(a.device)
@@ -57,29 +56,26 @@ def _rest(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int
         largest = float(block.abs().max())
         if largest == 0.0:
             return 0.0
-        # By a power of two, which rounds nothing; after every product, so that none overflows or vanishes.
+        # Scaled by a power of two, which is exact, after every product, so that none overflows or underflows.
         exponent = math.frexp(largest)[1]
         block, logarithm = torch.ldexp(block, torch.tensor(-exponent, device=block.device)), logarithm + exponent
     bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
     return bound
 
 
-def _upper(s: list[float], coupling: torch.Tensor, rest: float) -> float:
-    """The smallest bound on `[[S1, 0, 0], [0, S2, 0], [C1, C2, D]]` over all cuts of S, with `|[C2, D]| <= rest`.
+def _upper(s: list[float], coupling: torch.Tensor, remainder: float) -> float:
+    """The smallest bound on `[[S1, 0, 0], [0, S2, 0], [C1, C2, D]]` over all cuts of S, with `|[C2, D]| <= remainder`.
 
-    The last triplets have seldom converged, and C2 is then no small perturbation; the first ones have.
+    C1 is small where the first triplets have converged; the last triplets seldom have, and C2 is then large.
     """
     best = math.inf
     for cut in range(len(s) + 1):
-        first, second = (float(torch.linalg.matrix_norm(c, 2)) if c.shape[1] else 0.0 for c in _split(coupling, cut))
+        halves = coupling[:, :cut], coupling[:, cut:]
+        first, second = (float(torch.linalg.matrix_norm(half, 2)) if half.shape[1] else 0.0 for half in halves)
         following = s[cut] if cut < len(s) else 0.0
-        lower = min(math.hypot(following, rest), max(following, rest) + second)
+        lower = min(math.hypot(following, remainder), max(following, remainder) + second)
         best = min(best, max(s[0], lower) + first)
     return best
-
-
-def _split(x: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return x[:, :cut], x[:, cut:]
 
 
 @without_autocast()
@@ -92,27 +88,27 @@ def spectral_norm(
     seed: int = 0,
     stream: int = 0,
 ) -> SpectralNorm:
-    """The spectral norm of a matrix, with a bound that its own products prove.
+    """The spectral norm of a matrix, with a lower and an upper bound from its products.
 
     The leading triplets are Ritz triplets with `A^T U = V S`, so `A = U S V^T + E` with `E = (I - U U^T) A`, and in the
     bases of V and U the norm is at most `max(S_1, |E|) + |A V - U S|`. The first term is bounded by powers of E on
-    gaussian probes (Halko, Martinsson and Tropp 2011, eq. 4.3), the second is known, and small where only those
-    triplets are split off that have converged.
+    gaussian probes (Halko, Martinsson and Tropp 2011, eq. 4.3); the second is computed, and is small for triplets that
+    have converged.
 
     Args:
         a: `(m, n)` float tensor, or a `LinearOperator` of that shape.
         rounds: of the Krylov method.
-        power: q, how many more pairs of products the probes are put through; 0 gives the plain bound.
+        power: q, additional pairs of products with the probes; 0 gives the plain bound.
         probes: gaussian vectors.
         seed: 64-bit key: the same seed gives the same bits.
-        stream: which matrix, in [0, 2^32).
+        stream: number of the matrix, in [0, 2^32).
 
     Returns:
-        The bracket.
+        The bounds.
 
     Raises:
         TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
-        ValueError: if it is no matrix, a number is out of range, or an entry is NaN or infinite.
+        ValueError: if it is not a matrix, a number is out of range, or an entry is NaN or infinite.
     """
     check_range("rounds", rounds, low=0, integer=True)
     check_key(seed, stream)
@@ -130,8 +126,7 @@ def spectral_norm(
         if min(a.shape) <= _COMPLETE:
             value = float(torch.linalg.matrix_norm(_finite(a).to(torch.float64), 2))
             return SpectralNorm(value, value)
-        wide = a.detach().to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-        operator = LinearOperator(tuple(wide.shape), lambda x: wide @ x, lambda y: wide.mT @ y, wide.dtype, wide.device)
+        operator = dense_operator(a)
     triplets = min(_TRIPLETS, *a.shape)
     leading = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
     value = float(leading.S[0])
@@ -139,5 +134,5 @@ def spectral_norm(
         return SpectralNorm(value, value)
     u, s, v = leading.U, leading.S, leading.Vh.mT
     coupling = (operator.matmul(v.contiguous()) - u * s).to(torch.float64)
-    rest = _rest(operator, u, probes, power, seed, stream)
-    return SpectralNorm(value, _upper(s.tolist(), coupling, rest))
+    remainder = _remainder_bound(operator, u, probes, power, seed, stream)
+    return SpectralNorm(value, _upper(s.tolist(), coupling, remainder))

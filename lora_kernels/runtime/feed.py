@@ -1,4 +1,4 @@
-"""Reading batches: bounds, a digest of what was read, and what a batch means to a model."""
+"""Reading batches with a limit and a digest of those read, and calling a model with them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,21 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def without_peft(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model; another model as it is."""
+    """The model inside a PEFT model; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
 def trimmer(model: nn.Module, observed: Sequence[nn.Module]) -> Callable[[Any], Any]:
-    """What to leave out of a batch when nobody wants the model's output.
+    """A function that reduces a batch to what the observed modules need, if the model's output is not used.
 
-    Args:
-        model: the model.
-        observed: the modules that must run on all rows.
-
-    Returns:
-        A function of a batch. For transformers models that can be told how many rows of logits to compute, and whose
-        output layer is not observed: the mapping without labels, for one row. Otherwise the batch as it is.
+    For transformers models with `logits_to_keep` whose output layer is not observed, it drops the labels and asks for
+    one row of logits; otherwise it returns the batch unchanged.
     """
     inner: Any = without_peft(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if (
         not isinstance(head, nn.Module)
-        or {id(each) for each in head.modules()} & {id(each) for each in observed}
+        or {id(module) for module in head.modules()} & {id(module) for module in observed}
         or "logits_to_keep" not in inspect.signature(inner.forward).parameters
     ):
         return lambda batch: batch
@@ -54,7 +49,7 @@ def trimmer(model: nn.Module, observed: Sequence[nn.Module]) -> Callable[[Any], 
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a (nested) batch; other values pass through."""
+    """Move the tensors of a (nested) batch; other values are unchanged."""
     if isinstance(batch, torch.Tensor):
         return batch.detach().to(device)
     if isinstance(batch, Mapping):
@@ -65,17 +60,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device that holds the model's first parameter.
-
-    Args:
-        model: any module.
-
-    Returns:
-        That device; the CPU if there are no parameters.
-
-    Raises:
-        ValueError: if base weights are on the meta device.
-    """
+    """The device of the model's first parameter (the CPU without any); a ValueError if all are on the meta device."""
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
     if devices:
         return devices[0]
@@ -94,29 +79,22 @@ def _feed_digest(batch: Any, digest: Any) -> None:
             digest.update(str(key).encode())
             _feed_digest(batch[key], digest)
     elif isinstance(batch, (tuple, list)):
-        for each in batch:
-            _feed_digest(each, digest)
+        for value in batch:
+            _feed_digest(value, digest)
     else:
         digest.update(repr(batch).encode())
 
 
 class Feed:
-    """The batches of one pass, after those that an interrupted run has read already.
+    """The batches of one pass, without those that an interrupted run has read.
 
     Attributes:
-        done: batches handed out so far, those skipped included.
-        digest: of all batches up to `done`, if asked for.
+        done: number of batches read, with those skipped.
+        digest: of these batches, if `wants_digest`.
     """
 
     def __init__(self, loader: Iterable[Any], limit: int | None, *, skip: int = 0, digest: str = "") -> None:
-        """Prepare to read.
-
-        Args:
-            loader: yields batches.
-            limit: read at most this many, or `None`.
-            skip: batches to pass over.
-            digest: what the digest must be after them.
-        """
+        """Read at most `limit` batches, skipping the first `skip`, whose digest must be `digest`."""
         self.loader, self.limit, self.skip, self.expected = loader, limit, skip, digest
         self.done = 0
         self._stopped = False
@@ -131,17 +109,14 @@ class Feed:
             self.digest = digest.hexdigest()
 
     def stop(self) -> None:
-        """Hand out nothing more."""
+        """Stop after the current batch."""
         self._stopped = True
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches to process.
+        """The batches to process; a ValueError if the first ones are not those that an interrupted run has read.
 
         Yields:
-            Batches as the loader gave them.
-
-        Raises:
-            ValueError: if the data does not begin with what an interrupted run has read.
+            Batches of the loader.
         """
         if self.limit is not None and self.skip >= self.limit:
             self.done, self.digest = self.skip, self.expected

@@ -1,4 +1,4 @@
-"""The loss of a batch, and how its mean is undone so that statistics do not depend on the batch size.
+"""The loss of a batch, and the number of items it is a mean over, so that statistics do not depend on the batch size.
 
 A training loss is a mean over items (tokens or samples), so gradients shrink with the batch. Statistics use the
 gradient of the *sum* over items: it adds over batches, and 16 batches of 1 sample give what 4 batches of 4 give.
@@ -15,52 +15,40 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice
-from lora_kernels.runtime.feed import without_peft
+from lora_kernels.runtime.feed import call_model, without_peft
 
-IGNORED_LABEL = -100  # of labels that no loss counts, transformers' own
+IGNORED_LABEL = -100  # as in transformers
 Loss = Callable[[Any, Any], torch.Tensor]
 REDUCTIONS = ("auto", "next_tokens", "tokens", "samples", "sum")
 Reduction = str | Callable[[Any], torch.Tensor]
 
 
 class MissingLossError(ValueError):
-    """A model that was called for its loss returned none."""
+    """A model did not return a loss."""
 
 
 def model_loss(outputs: Any, batch: Any) -> torch.Tensor:
-    """The loss that a model returned.
-
-    Args:
-        outputs: of the model: an object or mapping with `loss`, a tuple that starts with it, or the loss itself.
-        batch: what the model was called with.
-
-    Returns:
-        A scalar tensor.
-
-    Raises:
-        MissingLossError: if there is none.
-    """
-    found = getattr(outputs, "loss", None)
-    if found is None and isinstance(outputs, Mapping):
-        found = outputs.get("loss")
-    if found is None and isinstance(outputs, (tuple, list)) and outputs:
-        found = outputs[0]
-    if found is None and isinstance(outputs, torch.Tensor):
-        found = outputs
-    if not isinstance(found, torch.Tensor) or found.numel() != 1 or not found.is_floating_point():
+    """The scalar loss in a model's outputs: their `loss`, the first of a tuple, or the outputs themselves."""
+    loss = getattr(outputs, "loss", None)
+    if loss is None and isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    if loss is None and isinstance(outputs, (tuple, list)) and outputs:
+        loss = outputs[0]
+    if loss is None and isinstance(outputs, torch.Tensor):
+        loss = outputs
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         has = "with" if isinstance(batch, Mapping) and "labels" in batch else "without"
         raise MissingLossError(
             f"the model's output ({type(outputs).__name__}, from a batch {has} labels) holds no scalar loss: "
             "put labels into the batch, or pass loss=lambda outputs, batch: ..."
         )
-    return found
+    return loss
 
 
 def _first_tensor(batch: Any) -> torch.Tensor | None:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
-    return next(
-        (each for each in values if isinstance(each, torch.Tensor) and not each.is_nested and each.dim() > 0), None
-    )
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return next((tensor for tensor in tensors if not tensor.is_nested and tensor.dim() > 0), None)
 
 
 def batch_size(batch: Any) -> int:
@@ -70,19 +58,16 @@ def batch_size(batch: Any) -> int:
 
 
 def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tensor:
-    """How many items of each sample the loss of a batch is a mean over.
+    """Number of items per sample that the loss of a batch is a mean over, `(samples,)` float64.
 
     Args:
-        model: the model; `auto` asks it for its `loss_type` (transformers).
-        batch: the batch, on the model's device.
+        model: `auto` reads its `loss_type` (transformers).
+        batch: on the model's device.
         reduction: `next_tokens`: positions whose following label is not -100 (causal models, which shift their
-            labels). `tokens`: labels that are not -100. `samples`: one per sample. `sum`: the loss is a sum already.
-            `auto`: `next_tokens` for transformers models with the loss type ForCausalLM; else `tokens` where
-            `batch["labels"]` are integers `(batch, tokens)`; else `samples`. A function of the batch that returns the
-            counts, `(samples,)`.
-
-    Returns:
-        `(samples,)` float64. For `sum`: ones.
+            labels). `tokens`: labels that are not -100. `samples`: one per sample. `sum`: the loss is a sum; counts are
+            ones. `auto`: `next_tokens` for transformers models with the loss type ForCausalLM; else `tokens` if
+            `batch["labels"]` are integers `(batch, tokens)`; else `samples`. Or a function of the batch that returns
+            the counts.
 
     Raises:
         ValueError: if the reduction is unknown, labels are needed and missing, or a function's counts have another
@@ -111,3 +96,18 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
         counted = labels[:, 1:] if reduction == "next_tokens" else labels
         return (counted != IGNORED_LABEL).sum(1).to(torch.float64)
     return torch.ones(samples, dtype=torch.float64, device=device)
+
+
+def summed_loss(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    loss: Loss | None,
+    reduction: Reduction,
+) -> tuple[torch.Tensor, float]:
+    """The sum of the losses of a batch's items, and their number; the model is not called where that is 0."""
+    items = float(loss_items(model, batch, reduction).sum())
+    if items <= 0:
+        return torch.zeros(()), 0.0
+    value = (loss or model_loss)((forward or call_model)(model, batch), batch)
+    return value if reduction == "sum" else value * items, items

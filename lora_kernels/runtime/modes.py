@@ -1,4 +1,4 @@
-"""How a model stands while it is observed: modes and flags that are put back, whatever happens; what is sharded."""
+"""Temporary evaluation and observation modes, restored in `finally`; sharded parameters."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return not plain and hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds (for a plain tensor, itself); shares its memory."""
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Evaluation mode for a while; every module's flag is restored at the end.
-
-    Args:
-        model: the model.
-        gradients: whether a backward pass will run.
+    """Evaluation mode inside this context; `gradients` says whether a backward pass will run.
 
     Yields:
         Nothing.
@@ -37,8 +39,8 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
         model.eval()
         for module in training:
             if hasattr(module, _PACKS):
-                # In evaluation mode, bitsandbytes packs 4-bit weights for CPUs into a format for good through which
-                # no gradient flows, neither now nor in training. The flag has no other meaning there.
+                # In evaluation mode, bitsandbytes repacks 4-bit weights on CPUs for good, into a format without
+                # gradients. The flag has no other meaning there.
                 module.training = True
                 _check_unpacked(module, gradients)
         yield
@@ -49,25 +51,20 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Evaluation mode; parameters without gradients; all flags and random states are restored at the end.
+    """Evaluation mode without a key-value cache, in which gradients flow through activations alone.
 
-    Nor is a key-value cache kept, which transformers models make by default outside of training. Gradients flow
-    through activations alone: no parameter requires one, so none is computed and no `.grad` is made.
-
-    Args:
-        model: the model to observe.
-        gradients: whether a backward pass will run.
+    No parameter requires a gradient, so that no `.grad` is computed. Flags and random states are restored at the end.
 
     Yields:
         Nothing.
     """
-    # FSDP2 reads the flags of its shards when it first gathers them: they stay as they are. (No weight gradient is
-    # computed there either: the backward pass asks for the gradient of the anchor alone.)
-    flags = [(each, each.requires_grad) for each in model.parameters() if not is_sharded(each)]
+    # FSDP2 reads the flags of its shards at the first gather, so they are not changed. (No weight gradient is computed
+    # there either: the backward pass asks for the gradient of the anchor alone.)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not is_sharded(parameter)]
     started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     config = getattr(model, "config", None)
-    # (Without a cache, transformers looks at positions, which have no values on the meta device.)
-    caches = getattr(config, "use_cache", None) and not any(each.is_meta for each in model.parameters())
+    # (Without a cache, transformers reads positions, which have no values on the meta device.)
+    caches = getattr(config, "use_cache", None) and not any(parameter.is_meta for parameter in model.parameters())
     devices = list(range(torch.cuda.device_count())) if started else []
     try:
         with (

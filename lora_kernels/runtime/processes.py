@@ -1,4 +1,4 @@
-"""Several processes: who computes what, and a failure on one is a failure on all. Plain torch.distributed."""
+"""Sharing work among processes, where a failure on one is a failure on all. Plain torch.distributed."""
 
 from __future__ import annotations
 
@@ -32,21 +32,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def gather(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks."""
-    found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def raise_together(error: BaseException | None) -> None:
-    """Let a failure on one process be a failure on all, instead of a wait without end.
-
-    Args:
-        error: what went wrong here, or `None`.
-
-    Raises:
-        BaseException: this process's own error.
-        RuntimeError: if only others failed.
-    """
+    """Raise this process's error, or a RuntimeError with those of other processes, so that none waits forever."""
     if world_size() == 1:
         if error is not None:
             raise error
@@ -60,21 +52,13 @@ def raise_together(error: BaseException | None) -> None:
 
 
 def owners(weights: Sequence[float], processes: int) -> list[int]:
-    """Who computes what: the heaviest first, each to the process that has the least to do so far.
-
-    Args:
-        weights: of every piece of work.
-        processes: how many share it.
-
-    Returns:
-        The process of every piece.
-    """
+    """The process of every task, given the tasks' weights: the heaviest first, to the process with the least load."""
     loads = [0.0] * processes
-    found = [0] * len(weights)
+    assigned = [0] * len(weights)
     for index in sorted(range(len(weights)), key=lambda index: -weights[index]):
-        found[index] = loads.index(min(loads))
-        loads[found[index]] += weights[index]
-    return found
+        assigned[index] = loads.index(min(loads))
+        loads[assigned[index]] += weights[index]
+    return assigned
 
 
 def share_out(
@@ -83,31 +67,28 @@ def share_out(
     device: torch.device,
     weigh: Callable[[Key], float] | None = None,
 ) -> dict[Key, Any]:
-    """Compute a value per key, the keys shared out over the processes; every process gets all values, the same bits.
+    """Compute a value per key, with the keys shared among the processes; all processes get all values, bit for bit.
 
     Args:
         keys: the same on every process, in the same order.
-        compute: called for this process's keys; returns anything that can be pickled.
-        device: where the tensors of values that come from other processes are to live.
-        weigh: how long the value of a key takes, in any unit; all the same by default.
-
-    Returns:
-        The values by key.
+        compute: called for this process's keys; returns a value that can be pickled.
+        device: of the tensors in the values.
+        weigh: the time for a key, in any unit; equal by default.
     """
     ordered = list(keys)
     if world_size() == 1:
         return {key: compute(key) for key in ordered}
-    found: dict[Key, Any] = {}
+    values: dict[Key, Any] = {}
     error: BaseException | None = None
     try:
-        who = owners([1.0 if weigh is None else weigh(key) for key in ordered], world_size())
-        mine = {key: compute(key) for key, owner in zip(ordered, who, strict=True) if owner == rank()}
+        assigned = owners([1.0 if weigh is None else weigh(key) for key in ordered], world_size())
+        mine = {key: compute(key) for key, owner in zip(ordered, assigned, strict=True) if owner == rank()}
     except Exception as caught:
         mine, error = {}, caught
     raise_together(error)
     buffer = io.BytesIO()
     torch.save(mine, buffer)
     for part in gather(buffer.getvalue()):
-        # Also this process's own values make the trip, so that all hold the same. They are pickles of this very run.
-        found.update(torch.load(io.BytesIO(part), map_location=device, weights_only=False))
-    return {key: found[key] for key in ordered}
+        # This process's own values too, so that all processes hold the same. The pickles are of this run.
+        values.update(torch.load(io.BytesIO(part), map_location=device, weights_only=False))
+    return {key: values[key] for key in ordered}

@@ -1,12 +1,12 @@
-"""Floor 3: what passes over data leave behind."""
+"""What passes over data leave behind."""
 
 from lora_kernels.runtime.loss import loss_items
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.collector import collect
+from lora_kernels.statistics.gradients import FisherDiagonal, Gradient, WeightGradient
 from lora_kernels.statistics.masks import token_weights
-from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.moments import InputMoments, OutputMoments
 from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.sketches import GradientSketch, InputSketch
 from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
@@ -15,14 +15,17 @@ from lora_kernels.statistics.wants import STATISTICS, resolve_wants
 __all__ = [
     "STATISTICS",
     "CollectOptions",
+    "FisherDiagonal",
+    "Gradient",
     "GradientSketch",
     "InputMoments",
     "InputSketch",
     "LayerStatistics",
-    "OutputStatistics",
+    "OutputMoments",
     "Plan",
     "Statistics",
     "Target",
+    "WeightGradient",
     "collect",
     "loss_items",
     "make_plan",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,20 +20,35 @@ from lora_kernels.runtime.loss import batch_size, loss_items, model_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
 from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.budget import parse_budget
-from lora_kernels.statistics.fingerprint import check_fingerprint, fingerprint
+from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.outputs import OutputStatistics
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.storage import Held, Progress
+from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.wants import Wants, resolve_wants
+
+Result = TypeVar("Result")
 
 
 class _FailedElsewhere(Exception):
     """Another process has failed in this step; it says why after the pass."""
+
+
+def _together(step: Callable[[], Result], world: int) -> Result:
+    """The result of a step that every process takes; a failure on one process fails all of them."""
+    if world == 1:
+        return step()
+    error: BaseException | None = None
+    try:
+        result = step()
+    except Exception as caught:
+        error = caught
+    processes.raise_together(error)
+    return result
 
 
 class Collection:
@@ -55,40 +71,37 @@ class Collection:
         self.device = model_device(self.model)
         self.world = processes.world_size() if options.distributed else 1
         # The forward of a sharded model is a collective call: all processes must take the same number of steps.
-        self.lockstep = self.world > 1 and any(is_sharded(each) for each in self.model.parameters())
+        self.lockstep = self.world > 1 and any(is_sharded(parameter) for parameter in self.model.parameters())
         self.encoder_decoder = is_encoder_decoder(self.model)
         self._told = False
         self._trim = trimmer(self.model, [target.module for target in targets])
         self.progress = Progress(skipped_modules=dict(skipped_modules))
-        self.finished: list[Held] = []
-        self.resumed: list[Held] = []
+        self.finished: list[LayerSums] = []
+        self.resumed: list[LayerSums] = []
         self.path: Path | None = None
         self.identity: dict[str, Any] = fingerprint(self.model, targets, wants, options)
         if options.checkpoint is not None:
-            self._take_up(Path(options.checkpoint))
+            self._resume(Path(options.checkpoint))
 
-    def _take_up(self, path: Path) -> None:
+    def _resume(self, path: Path) -> None:
         if self.world > 1:
             path = path.with_name(f"{path.name}.{processes.rank()}-of-{self.world}")
         self.path = path
         self.identity["form"] = [self.options.form, str(self.options.budget)]
         if not path.exists():
             return
-        held, self.progress, found = storage.read(path, self.device)
-        check_fingerprint(path, found, self.identity)
+        parts, self.progress, stored = storage.read(path, self.device)
+        check_fingerprint(path, stored, self.identity)
         current = 0 if self.progress.complete else self.progress.current
-        self.finished, self.resumed = held[: len(held) - current], held[len(held) - current :]
+        self.finished, self.resumed = parts[: len(parts) - current], parts[len(parts) - current :]
 
     def plan(self) -> Plan:
         """The plan; with a budget, a first forward pass finds which layers read the same tensor.
 
-        Returns:
-            The plan.
-
         Raises:
             ValueError: if a second pass is needed and the loader cannot be read twice.
         """
-        budget = parse_budget(self.options.budget, self.device)
+        budget = _together(lambda: parse_budget(self.options.budget, self.device), self.world)
         groups = None
         one_shot = isinstance(self.loader, Iterator)
         if budget is not None and self.options.share_inputs and not one_shot:
@@ -113,41 +126,37 @@ class Collection:
         return plan
 
     def _probe(self) -> list[list[str]] | None:
-        batch = next(iter(self.loader), None)
+        batch = _together(lambda: next(iter(self.loader), None), self.world)
         if self.lockstep:
             batch = distributed.first_batch(batch, batch is not None)
-        if batch is None:
-            return None
-        with observation_mode(self.model, gradients=False):
-            return find_groups(self.model, self.targets, to_device(batch, self.device), self.options.forward)
+
+        def find() -> list[list[str]] | None:
+            if batch is None:
+                return None
+            with observation_mode(self.model, gradients=False):
+                return find_groups(self.model, self.targets, to_device(batch, self.device), self.options.forward)
+
+        return _together(find, self.world)
 
     def run(self) -> Statistics:
-        """All passes, the reduction over processes, and the final file.
-
-        Returns:
-            The statistics.
-        """
-        if not self.progress.complete:
-            plan = self.plan()
-            self._check_plan(plan)
-        while not self.progress.complete:
-            error: BaseException | None = None
-            try:
-                self._pass(plan)
-            except Exception as caught:
-                error = caught
-            if self.world > 1:
-                processes.raise_together(error)
-            elif error is not None:
-                raise error
-            self._next(plan)
-        held, progress = self.finished, self.progress
+        """All passes, the reduction over processes, and the final file."""
+        everyone = [self.progress]
         if self.world > 1:
-            held = distributed.agree(held, self.device)
-            distributed.all_reduce(held, self.device)
+            everyone = agree_on_start(self.identity, self.progress)
+            self.progress.apart = sorted({name for progress in everyone for name in progress.apart})
+        if not all(progress.complete for progress in everyone):
+            plan = self.plan()
+            _together(lambda: self._check_plan(plan), self.world)
+            # A run of several processes may have been stopped when only some of them had finished a pass.
+            for number in range(min(progress.number for progress in everyone), plan.passes):
+                _together(functools.partial(self._pass, plan, number), self.world)
+        parts, progress = self.finished, self.progress
+        if self.world > 1:
+            parts = distributed.agree(parts, self.device)
+            distributed.all_reduce(parts, self.device)
             progress = distributed.reduce_progress(progress)
         targets = [(target.name, target.in_features, target.out_features) for target in self.targets]
-        statistics = assemble(targets, held, progress, self.identity)
+        statistics = assemble(targets, parts, progress, self.identity)
         _check_reached(statistics, self.wants)
         return statistics
 
@@ -160,23 +169,22 @@ class Collection:
             )
         self.progress.plan = digest
 
-    def _next(self, plan: Plan) -> None:
-        progress = self.progress
-        progress.number, progress.done, progress.digest = progress.number + 1, 0, ""
-        progress.complete = progress.number == plan.passes
-        if self.path is not None:
-            storage.write(self.path, self.finished, progress, self.identity)
-
-    def _pass(self, plan: Plan) -> None:
+    def _pass(self, plan: Plan, number: int) -> None:
+        """Read the data once, unless this process has done so; then only in step with the others, if it must."""
         progress, options = self.progress, self.options
+        ahead = progress.number > number
+        if ahead and not self.lockstep:
+            return
         started, earlier = time.perf_counter(), progress.seconds
-        observer = Observer(self.model, self.targets, plan, progress.number, options)
-        self._restore(observer)
+        observer = Observer(self.model, self.targets, plan, number, options, progress.apart)
+        if not ahead:
+            self._restore(observer)
         length = len(self.loader) if isinstance(self.loader, Sized) else None
-        total = min((each for each in (length, options.max_batches) if each is not None), default=None)
-        feed = Feed(self.loader, options.max_batches, skip=progress.done, digest=progress.digest)
+        total = min((limit for limit in (length, options.max_batches) if limit is not None), default=None)
+        loader = () if ahead else self.loader
+        feed = Feed(loader, options.max_batches, skip=0 if ahead else progress.done, digest=progress.digest)
         feed.wants_digest = self.path is not None
-        label = "collecting statistics" + (f", pass {progress.number + 1} of {plan.passes}" if plan.passes > 1 else "")
+        label = "collecting statistics" + (f", pass {number + 1} of {plan.passes}" if plan.passes > 1 else "")
         with (
             observation_mode(self.model, gradients=observer.gradients),
             observer,
@@ -185,9 +193,9 @@ class Collection:
             bar.update(progress.done)
             steps = self._lockstep(feed) if self.lockstep else ((batch, True) for batch in feed)
             try:
-                for batch, counts in steps:
+                for step, (batch, counts) in enumerate(steps):
                     observer.counting = counts
-                    tokens = self._step(observer, batch, feed.done - 1)
+                    tokens = self._step(observer, batch, feed.done - 1, first=step == 0)
                     if not counts:
                         continue
                     progress.done, progress.digest = feed.done, feed.digest
@@ -204,15 +212,20 @@ class Collection:
                 if self.lockstep and not self._told:  # the others wait for this process's next step
                     distributed.step_state(distributed.FAILED, self.device)
                 raise
+        if ahead:
+            return
         observer.check_all()
-        progress.current = 0
         self.resumed = []
-        self.finished += _offload(self._held(observer), plan)
+        self.finished += _offload(_sums_of(observer), plan)
         _warn_unaligned(observer)
+        progress.number, progress.done, progress.digest, progress.current = number + 1, 0, "", 0
+        progress.complete = progress.number == plan.passes
+        if self.path is not None:
+            storage.write(self.path, self.finished, progress, self.identity)
 
     def _save(self, observer: Observer) -> None:
         assert self.path is not None  # checked by the caller
-        current = self._held(observer)
+        current = _sums_of(observer)
         self.progress.current = len(current)
         storage.write(self.path, [*self.finished, *current], self.progress, self.identity)
 
@@ -232,7 +245,7 @@ class Collection:
             batch = distributed.first_batch(batch, batch is not None)
             yield batch, fresh is not None
 
-    def _step(self, observer: Observer, batch: Any, number: int) -> float:
+    def _step(self, observer: Observer, batch: Any, number: int, *, first: bool) -> float:
         """One batch; returns the tokens counted so far."""
         progress, options = self.progress, self.options
         batch = to_device(batch, self.device)
@@ -243,9 +256,13 @@ class Collection:
             if options.weighting == "sample":
                 factors = torch.where(per_sample > 0, 1.0 / per_sample.clamp_min(1.0), 0.0).to(options.dtype)
         weights = BatchWeights.of(batch, options.mask, encoder_decoder=self.encoder_decoder, factors=factors)
-        observer.begin(number, weights)
         given = batch if observer.gradients or options.forward is not None else self._trim(batch)
-        outputs = (options.forward or call_model)(self.model, given)
+        forward = options.forward or call_model
+        observer.begin(number, weights, batch)
+        outputs = forward(self.model, given)
+        if self._separate(observer, number, first=first):
+            observer.begin(number, weights, batch)
+            outputs = forward(self.model, given)
         # Sharded weights are gathered in the backward pass too: there every process must go through it.
         if observer.gradients and (items > 0 or self.lockstep):
             counts = items > 0 and observer.counting
@@ -262,6 +279,31 @@ class Collection:
         if observer.gradients and progress.number == observer.plan.backward:
             progress.loss_items += items if factors is None else float((factors > 0).sum())
         return progress.tokens
+
+    def _separate(self, observer: Observer, number: int, *, first: bool) -> bool:
+        """Part layers that share a tensor in some calls only; whether the batch must run again, with sums of their own.
+
+        After the first batch it is too late: then the input of such a layer is left out.
+        """
+        names = observer.sharing.deviating() if observer.counting else []
+        fresh = first and self.progress.done == 0 and not self.resumed
+        if self.lockstep and first:
+            everyone = processes.gather((names, fresh))
+            fresh = all(other for _, other in everyone)
+            if fresh:  # all run the batch again, or none
+                names = [name for others, _ in everyone for name in others]
+        if not names:
+            return False
+        if fresh:
+            self.progress.apart = sorted({*self.progress.apart, *names})
+            observer.restart(self.progress.apart)
+            return True
+        for name in names:
+            observer.sharing.leave_out(name)
+            self.progress.left_out.append(name)
+            note = f"no input_second: it stopped sharing its input in batch {number}; pass share_inputs=False"
+            self.progress.notes.setdefault(name, []).append(note)
+        return False
 
     def _loss(self, observer: Observer, outputs: Any, batch: Any, number: int | None) -> torch.Tensor:
         """The loss of a batch, checked if the batch has a number; where one process has none, no one goes on."""
@@ -282,38 +324,39 @@ class Collection:
         if weights.tokens is not None:
             return self.progress.tokens + float(weights.tokens.sum(dtype=torch.float64))
         groups = observer.sharing.distinct()
-        sums = groups[0].sums if groups else next(iter(observer.outputs.values()), None)
-        return self.progress.tokens if sums is None else sums.tokens
+        parts = [groups[0].sums] if groups else [part for sums in observer.outputs.values() for part in sums.values()]
+        return parts[0].tokens if parts else self.progress.tokens
 
     def _note(self, observer: Observer) -> None:
         for name, count in observer.skipped.items():
-            self.progress.skipped[name] = count + self._skipped_before.get(name, 0)
+            self.progress.skipped_rows[name] = count + self._skipped_before.get(name, 0)
         for name, note in (*observer.unaligned.items(), *observer.unassigned.items()):
             lines = self.progress.notes.setdefault(name, [])
             if note not in lines:
                 lines.append(note)
 
     def _restore(self, observer: Observer) -> None:
-        self._skipped_before = dict(self.progress.skipped)
-        for each in self.resumed:
-            if isinstance(each.sums, OutputStatistics):
-                observer.outputs[each.layers[0]] = each.sums
+        self._skipped_before = dict(self.progress.skipped_rows)
+        observer.sharing.left_out.update(self.progress.left_out)
+        for part in self.resumed:
+            statistic = part.sums.statistic
+            if BY_NAME[statistic].needs_backward:
+                observer.outputs.setdefault(part.layers[0], {})[statistic] = part.sums
             else:
-                observer.sharing.adopt(each.layers, each.sums)
-
-    @staticmethod
-    def _held(observer: Observer) -> list[Held]:
-        inputs = [Held(list(group.members), group.sums) for group in observer.sharing.distinct()]
-        return inputs + [Held([name], sums) for name, sums in observer.outputs.items()]
+                observer.sharing.adopt(part.layers, part.sums)  # type: ignore[arg-type]
 
 
-def _offload(held: list[Held], plan: Plan) -> list[Held]:
+def _sums_of(observer: Observer) -> list[LayerSums]:
+    inputs = [LayerSums(list(group.members), group.sums) for group in observer.sharing.distinct()]
+    return inputs + [LayerSums([name], part) for name, sums in observer.outputs.items() for part in sums.values()]
+
+
+def _offload(parts: list[LayerSums], plan: Plan) -> list[LayerSums]:
     """Where passes follow, finished sums make room on the device."""
-    if plan.passes == 1:
-        return held
-    for each in held:
-        each.sums.to(torch.device("cpu"))
-    return held
+    if plan.passes > 1:
+        for part in parts:
+            part.sums.to(torch.device("cpu"))
+    return parts
 
 
 def _warn_unaligned(observer: Observer) -> None:
@@ -337,8 +380,7 @@ def _check_reached(statistics: Statistics, wants: Mapping[str, bool]) -> None:
         raise ValueError(
             f"no token was counted in {statistics.batches} batches: every token is masked, or no target was called"
         )
-    outputs = [layer.output for layer in statistics.values() if layer.output is not None]
-    if outputs and statistics.loss_items <= 0:
+    if any(BY_NAME[name].needs_backward for name in wants) and statistics.loss_items <= 0:
         raise ValueError(
             f"no item has a loss in {statistics.batches} batches: every label is -100 (needed for {', '.join(wants)})"
         )
@@ -372,7 +414,11 @@ def collect(
     Raises:
         ValueError: on an argument out of range, an empty loader, a batch set without any counted token, an input,
             gradient or loss that is not finite, or a checkpoint of something else.
-        RuntimeError: if the sharing of inputs changes between batches, or another process failed.
+        RuntimeError: if another process failed.
     """
     chosen = options or CollectOptions()
-    return Collection(model, loader, targets, resolve_wants(wants), chosen, skipped_modules or {}).run()
+
+    def prepare() -> Collection:
+        return Collection(model, loader, targets, resolve_wants(wants), chosen, skipped_modules or {})
+
+    return _together(prepare, processes.world_size() if chosen.distributed else 1).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,60 +13,52 @@ from torch import distributed
 from lora_kernels.runtime.processes import gather, rank
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.moments import pack_lower, packed_size, unpack_lower_
-from lora_kernels.statistics.storage import Held, Progress
+from lora_kernels.statistics.storage import LayerSums, Progress
 
 Groups = list[list[str]] | None
 _BUCKET = 64 * 2**20
 IDLE, READY, FAILED = range(3)
 
 
-def agree(held: Sequence[Held], device: torch.device) -> list[Held]:
-    """Give every process the same list of sums; what a process never saw starts at zero.
+def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
+    """The same list of sums on every process, in one order; what a process never saw starts at zero.
 
-    Args:
-        held: the sums of this process.
-        device: where sums that another process alone has seen are made.
-
-    Returns:
-        Sums in one order on all processes.
-
-    Raises:
-        RuntimeError: if processes disagree about which layers read the same tensor.
+    Layers that shared an input on one process but not on another have sums of their own everywhere: where they shared,
+    these are copies.
     """
-    described = [(each.sums.kind, tuple(each.layers), each.sums.settings(), str(_dtype(each))) for each in held]
-    mine = {(kind, layers): each for (kind, layers, _, _), each in zip(described, held, strict=True)}
-    agreed: list[Held] = []
-    seen: set[tuple[str, tuple[str, ...]]] = set()
-    owner: dict[tuple[str, str], tuple[str, ...]] = {}
-    for per_rank in gather(described):
+    described = [(part.sums.kind, part.layers, part.sums.settings(), str(part.sums.dtype)) for part in parts]
+    everyone = gather(described)
+    # Layers stay together if they are so on every process that has called one of them.
+    partners: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    empty: dict[tuple[str, str], tuple[dict[str, Any], str]] = {}
+    for per_rank in everyone:
         for kind, layers, settings, dtype in per_rank:
             for layer in layers:
-                if owner.setdefault((kind, layer), layers) != layers:
-                    raise RuntimeError(
-                        f"processes disagree about which layers read the same tensor as {layer}: "
-                        f"{owner[(kind, layer)]} and {layers}; pass share_inputs=False"
-                    )
-            if (kind, layers) in seen:
-                continue
-            seen.add((kind, layers))
-            empty = None
-            if (kind, layers) not in mine:
-                empty = storage.rebuild(kind, settings, device, getattr(torch, dtype.removeprefix("torch.")))
-            agreed.append(mine[(kind, layers)] if empty is None else Held(list(layers), empty))
-    return agreed
+                partners.setdefault((kind, layer), []).append(tuple(layers))
+                empty.setdefault((kind, layer), (settings, dtype))
+    mine = {(part.sums.kind, layer): part for part in parts for layer in part.layers}
+    agreed: dict[tuple[str, tuple[str, ...]], LayerSums] = {}
+    for (kind, layer), groups in partners.items():
+        together = [name for name in groups[0] if partners[(kind, name)] == groups]
+        if together[0] != layer:
+            continue
+        part = mine.get((kind, layer))
+        if part is None:
+            settings, dtype = empty[(kind, layer)]
+            sums = storage.rebuild(kind, settings, device, getattr(torch, dtype.removeprefix("torch.")))
+        else:
+            sums = part.sums if part.layers[0] == layer else copy.deepcopy(part.sums)
+        agreed[(kind, tuple(together))] = LayerSums(together, sums)
+    return list(agreed.values())
 
 
-def _dtype(held: Held) -> torch.dtype:
-    return next(value.dtype for name, value in held.sums.tensors().items() if name not in ("count", "calls"))
-
-
-def all_reduce(held: Sequence[Held], device: torch.device) -> None:
+def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
     """Add up sums over all processes, in place.
 
     Sums travel in flat buckets, one dtype each; of symmetric sums only the lower triangle travels.
 
     Args:
-        held: the same sums in the same order on every process (see `agree`).
+        parts: the same sums in the same order on every process (see `agree`).
         device: where the process group can reduce (NCCL: a GPU; sums of earlier passes wait on the host).
     """
     bucket: list[tuple[torch.Tensor, bool]] = []
@@ -92,7 +85,7 @@ def all_reduce(held: Sequence[Held], device: torch.device) -> None:
         if len(in_flight) > 1:  # one bucket travels while the next is packed
             land()
 
-    entries = [(value, name in each.sums.triangular) for each in held for name, value in each.sums.tensors().items()]
+    entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
     for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
         bucket += [entries[position] for position in positions]
         flush()
@@ -123,28 +116,20 @@ def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[in
 
 
 def reduce_progress(progress: Progress) -> Progress:
-    """Add up the counts of all processes.
-
-    Args:
-        progress: of this process.
-
-    Returns:
-        The sum, equal on all processes; notes are united.
-    """
+    """Add up the counts of all processes, in place; notes are united."""
     everyone: list[Progress] = gather(progress)
     skipped: dict[str, int] = {}
     notes: dict[str, list[str]] = {}
-    for each in everyone:
-        for name, count in each.skipped.items():
+    for other in everyone:
+        for name, count in other.skipped_rows.items():
             skipped[name] = skipped.get(name, 0) + count
-        for name, lines in each.notes.items():
+        for name, lines in other.notes.items():
             notes.setdefault(name, []).extend(line for line in lines if line not in notes.get(name, []))
-    progress.skipped, progress.notes = skipped, notes
-    progress.tokens = sum(each.tokens for each in everyone)
-    progress.loss_items = sum(each.loss_items for each in everyone)
-    progress.samples = sum(each.samples for each in everyone)
-    progress.batches = sum(each.batches for each in everyone)
-    progress.seconds = max(each.seconds for each in everyone)
+    progress.skipped_rows, progress.notes = skipped, notes
+    for name in ("tokens", "loss_items", "samples", "batches"):
+        setattr(progress, name, sum(getattr(other, name) for other in everyone))
+    progress.left_out = sorted({name for other in everyone for name in other.left_out})
+    progress.seconds = max(other.seconds for other in everyone)
     return progress
 
 
@@ -174,8 +159,8 @@ def agree_on_plan(budget: int | None, groups: Groups) -> tuple[int | None, Group
         The smallest budget, and the groups of the first process that knows them.
     """
     everyone = gather((budget, groups))
-    budgets = [each for each, _ in everyone if each is not None]
-    return min(budgets, default=None), next((each for _, each in everyone if each is not None), None)
+    budgets = [other for other, _ in everyone if other is not None]
+    return min(budgets, default=None), next((others for _, others in everyone if others is not None), None)
 
 
 def first_batch(batch: Any, have: bool) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.runtime.processes import gather
 from lora_kernels.statistics.options import CollectOptions
+from lora_kernels.statistics.storage import Progress
 from lora_kernels.statistics.store import Target
 
 _SAMPLES = 64  # entries of each parameter that identify its values
@@ -73,7 +75,8 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.as_subclass(torch.Tensor)]
 
 
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """In what a fingerprint differs from the expected one, in words; empty if in nothing."""
     keys = [key for key in expected if json.loads(json.dumps(expected[key])) != found.get(key)]
     named = []
     for key in keys:
@@ -96,6 +99,27 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
     Raises:
         ValueError: if they differ; the message says in what.
     """
-    differences = _differences(found, expected)
-    if differences:
-        raise ValueError(f"{path} holds statistics of something else: it differs in {differences}; delete or move it")
+    different = differences(found, expected)
+    if different:
+        raise ValueError(f"{path} holds statistics of something else: it differs in {different}; delete or move it")
+
+
+def agree_on_start(identity: Mapping[str, Any], progress: Progress) -> list[Progress]:
+    """The progress of every process.
+
+    Raises:
+        ValueError: on every process, if they were given different models, options or plans.
+    """
+    # Values of parameters may differ (shards), and the memory of one machine from that of another.
+    mine = {key: identity[key] for key in ("model", "targets", "wants", "options")}
+    everyone = gather((mine, identity.get("form") is not None, progress))
+    for number, (theirs, checkpointed, other) in enumerate(everyone):
+        first, first_checkpointed, first_progress = everyone[0]
+        different = differences(theirs, first)
+        if checkpointed != first_checkpointed:
+            different = "checkpoint"
+        elif first_progress.plan and other.plan and first_progress.plan != other.plan:
+            different = "the plan of its checkpoint"
+        if different:
+            raise ValueError(f"process {number} must collect the same as process 0, but differs in {different}")
+    return [other for _, _, other in everyone]

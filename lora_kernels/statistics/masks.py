@@ -13,6 +13,8 @@ from lora_kernels.runtime.loss import IGNORED_LABEL
 
 MASKS = ("attention", "labels", "next_labels")
 
+_SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+
 Mask = str | Callable[[Any], torch.Tensor | None] | None
 
 
@@ -96,11 +98,13 @@ class BatchWeights:
         tokens: `(batch, tokens)` of the model's input sequence, or `None`.
         decoder: the same for the decoder's sequence; unused by other models.
         factors: `(batch,)`, by which the gradients of each sample are multiplied, or `None`.
+        lengths: of the sequences of the batch, in tokens.
     """
 
     tokens: torch.Tensor | None = None
     decoder: torch.Tensor | None = None
     factors: torch.Tensor | None = None
+    lengths: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, batch: Any, mask: Mask, *, encoder_decoder: bool, factors: torch.Tensor | None = None) -> BatchWeights:
@@ -117,17 +121,15 @@ class BatchWeights:
         Returns:
             The weights.
         """
+        sequences = (_tensor(batch, key) for key in _SEQUENCES)
+        lengths = frozenset(value.shape[1] for value in sequences if value is not None and value.dim() >= 2)
         if not encoder_decoder or not isinstance(mask, str):
             weights = token_weights(batch, mask)
-            return cls(weights, weights, factors)
+            return cls(weights, weights, factors, lengths)
         labels = _tensor(batch, "labels")
         counted = labels != IGNORED_LABEL if labels is not None and labels.dim() == 2 else None
         decoder = _attention(batch, "decoder_attention_mask") if mask == "attention" else None
-        return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors)
-
-    def rows(self, shape: torch.Size, *, decoder: bool = False) -> tuple[torch.Tensor | None, bool]:
-        """The weights of one layer's rows, and whether the mask fits them; see `align`."""
-        return align(self.decoder if decoder else self.tokens, shape)
+        return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors, lengths)
 
     def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
         """The factor of each row of one layer, or `None` for ones.
@@ -148,7 +150,9 @@ class BatchWeights:
             return self.factors.expand(shape)
         if shape and shape[0] == samples:
             return self.factors.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
-        lengths = {each.shape[1] for each in (self.tokens, self.decoder) if each is not None}
+        lengths = self.lengths | {mask.shape[1] for mask in (self.tokens, self.decoder) if mask is not None}
+        if any(shape[:2] == (length, samples) for length in lengths):
+            return self.factors.reshape(1, -1, *([1] * (len(shape) - 2))).expand(shape)
         if len(shape) == 1 and any(shape[0] == samples * length for length in lengths):
             return self.factors.repeat_interleave(shape[0] // samples)
         raise UnassignedRowsError(
@@ -158,20 +162,38 @@ class BatchWeights:
 
 
 def align(weights: torch.Tensor | None, rows: torch.Size) -> tuple[torch.Tensor | None, bool]:
-    """Fit the token weights of a batch to the rows of one layer's input.
-
-    Args:
-        weights: `(batch, tokens)` or `None`.
-        rows: the leading sizes of the layer's input.
+    """Fit the token weights `(batch, tokens)` of a batch to the rows of one layer's input.
 
     Returns:
-        The weights in the shape `rows`, and whether they fit. Rows that are one per sample (a pooled input) or that
-        cannot be matched to tokens get `None`: all of them count.
+        The weights in the shape `rows`, the leading sizes of the input, and whether they fit: as `(batch, tokens)` with
+        further sizes after or between, as `(tokens, batch, ...)`, or flat. Rows that are one per sample (a pooled
+        input) or that cannot be matched to tokens get `None`: all of them count.
     """
     if weights is None:
         return None, True
-    if rows == weights.shape:
-        return weights, True
     if len(rows) == 1 and rows[0] == weights.numel():
         return weights.reshape(-1), True
-    return None, rows == weights.shape[:1]
+    placed = _place(weights.shape[0], weights.shape[1], rows)
+    if placed is None:
+        return None, rows == weights.shape[:1]
+    first, second = placed
+    if first > second:
+        weights, first, second = weights.mT, second, first
+    sizes = [1] * len(rows)
+    sizes[first], sizes[second] = weights.shape
+    return weights.reshape(sizes).expand(rows), True
+
+
+def _place(batch: int, tokens: int, rows: torch.Size) -> tuple[int, int] | None:
+    """Where batch and tokens are among the sizes of rows; `None` if they are not, or it is ambiguous."""
+    if len(rows) < 2:
+        return None
+    if rows[0] == batch:
+        places = [place for place in range(1, len(rows)) if rows[place] == tokens]
+        if len(places) == 1 or (places and tokens == 1):
+            return 0, places[0]
+        if places and places[0] == 1:
+            return 0, 1
+    if rows[:2] == (tokens, batch):
+        return 1, 0
+    return None

@@ -1,36 +1,27 @@
-"""Running first and second moments of a layer's input."""
+"""Sums that add over batches and processes; first and second moments of inputs and output gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from lora_kernels.ops.covariance import covariance_
 
+INPUT_SECOND = "input_second"
+OUTPUT_SECOND = "output_second"
 _PANEL = 512
 
 
 def pack_lower(matrix: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of a square matrix as a vector, by panels of rows: about half the memory.
-
-    Args:
-        matrix: `(n, n)`.
-
-    Returns:
-        `(packed_size(n),)`; on the diagonal panels also what lies above the diagonal.
-    """
+    """The lower triangle of `(n, n)` as `(packed_size(n),)`, by panels of rows; diagonal panels are kept whole."""
     size = matrix.shape[0]
     return torch.cat([matrix[low : low + _PANEL, : low + _PANEL].reshape(-1) for low in range(0, max(size, 1), _PANEL)])
 
 
 def unpack_lower_(matrix: torch.Tensor, packed: torch.Tensor) -> None:
-    """Write what `pack_lower` gave back into a matrix.
-
-    Args:
-        matrix: `(n, n)`.
-        packed: of `pack_lower`.
-    """
+    """Write the result of `pack_lower` into a matrix `(n, n)`."""
     offset = 0
     for low in range(0, matrix.shape[0], _PANEL):
         panel = matrix[low : low + _PANEL, : low + _PANEL]
@@ -44,38 +35,79 @@ def packed_size(size: int) -> int:
 
 
 def as_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Activations as the ops take them: 16-bit ones as they are, wider ones in the dtype of the sums.
-
-    Args:
-        x: any floating tensor.
-        dtype: of the sums, float32 or float64.
-
-    Returns:
-        x without its graph.
-    """
+    """Activations without their graph: 16-bit ones as they are, wider ones in the dtype of the sums."""
     x = x.detach()
     return x.to(dtype) if torch.float64 in (dtype, x.dtype) else x
 
 
 class Accumulator:
-    """Sums that add over batches and processes.
+    """Sums over the rows of one layer that add over batches and processes.
 
     Attributes:
+        count: scalar float64 tensor, the (weighted) number of rows.
         kind: name of the class in stored files.
+        statistic: the statistic it is the sum of.
+        form: `exact` or `sketch`.
+        arguments: of the constructor, apart from device and dtype.
         fields: attributes that hold the sums.
         triangular: those of them of which only the lower triangle counts.
+        main: the one that is zero if and only if nothing was added.
+        vector: a small one that is finite if all are, or empty.
+        features_of: the size of the layer that the argument `features` stands for.
+        reads_input: whether `update` of a sum of output gradients reads the layer's input.
     """
 
     kind: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]
+    statistic: ClassVar[str]
+    form: ClassVar[str] = "exact"
+    arguments: ClassVar[tuple[str, ...]] = ("features",)
+    fields: ClassVar[tuple[str, ...]] = ("count", "total")
     triangular: ClassVar[tuple[str, ...]] = ()
+    main: ClassVar[str] = "total"
+    vector: ClassVar[str] = "total"
+    features_of: ClassVar[str] = "in_features"
+    reads_input: ClassVar[bool] = False
+    kinds: ClassVar[dict[str, type[Accumulator]]] = {}
+
+    count: torch.Tensor
+
+    def __init_subclass__(cls) -> None:
+        """Register the class by its kind."""
+        cls.kinds[cls.kind] = cls
+
+    @classmethod
+    def empty(cls, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
+        """Zero sums, from a mapping that holds at least the arguments."""
+        return cls(device=device, dtype=dtype, **{name: settings[name] for name in cls.arguments})  # type: ignore[call-arg]
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that rebuild an empty one, apart from device and dtype."""
+        return {name: getattr(self, name) for name in self.arguments}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All sums, by name."""
         return {name: getattr(self, name) for name in self.fields}
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments that rebuild an empty one, but for the device and dtype."""
+    def to(self, device: torch.device) -> None:
+        """Move the sums."""
+        for name in self.fields:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def add(
+        self,
+        g: torch.Tensor,
+        x: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Add the output gradients of one call, for sums of them; `count` is added in the forward pass.
+
+        Args:
+            g: `(..., m)`, the gradients of the sum of losses by the outputs.
+            x: `(..., n)`, the inputs; `None` if no sum of the layer reads them.
+            weight: `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
+            factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
+        """
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -83,10 +115,26 @@ class Accumulator:
         for sums in self.tensors().values():
             sums.zero_()
 
-    def to(self, device: torch.device) -> None:
-        """Move the sums."""
-        for name in self.fields:
-            setattr(self, name, getattr(self, name).to(device))
+    @property
+    def tokens(self) -> float:
+        """The number of rows (waits for the device)."""
+        return float(self.count)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the sums."""
+        return getattr(self, self.main).dtype  # type: ignore[no-any-return]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing but zeros was added (waits for the device)."""
+        return not bool(getattr(self, self.main).any())
+
+    def check_counted(self) -> float:
+        """The number of rows, above zero."""
+        if self.tokens <= 0:
+            raise ValueError(f"the {self.statistic} holds {self.tokens:g} tokens: none was seen, or all were masked")
+        return self.tokens
 
 
 class InputMoments(Accumulator):
@@ -102,8 +150,10 @@ class InputMoments(Accumulator):
     """
 
     kind = "input_moments"
+    statistic = INPUT_SECOND
     fields = ("count", "total", "second")
     triangular = ("second",)
+    main = "second"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Start at zero.
@@ -132,15 +182,6 @@ class InputMoments(Accumulator):
         else:
             self.count += weight.sum(dtype=torch.float64)
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments that rebuild an empty one, but for the device and dtype."""
-        return {"features": self.features}
-
-    @property
-    def tokens(self) -> float:
-        """`sum w_t` as a Python number (waits for the device)."""
-        return float(self.count)
-
     def mean(self) -> torch.Tensor:
         """The mean input, `(n,)` float64; zero where nothing was counted."""
         return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
@@ -160,9 +201,7 @@ class InputMoments(Accumulator):
         Raises:
             ValueError: if no token was counted.
         """
-        tokens = self.tokens
-        if tokens <= 0:
-            raise ValueError(f"the moments hold {tokens:g} tokens: nothing was collected, or every token was masked")
+        tokens = self.check_counted()
         mean = self.mean()
         result = torch.empty(self.features, self.features, dtype=torch.float64, device=self.second.device)
         for low in range(0, self.features, _PANEL):
@@ -175,3 +214,23 @@ class InputMoments(Accumulator):
             result[:low, low:high] = rows[:, :low].mT
             result[low:high, low:high] = diagonal + diagonal.tril(-1).mT
         return result
+
+
+class OutputMoments(InputMoments):
+    """The same of a layer's output gradients; rows are counted in the forward pass."""
+
+    kind = "output_moments"
+    statistic = OUTPUT_SECOND
+    features_of = "out_features"
+
+    def add(
+        self,
+        g: torch.Tensor,
+        x: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Add the gradients of a call; see `Accumulator.add`."""
+        if factors is not None and factors.dtype != torch.bool:
+            g = g * factors.unsqueeze(-1)  # not squared weights: the count is of tokens
+        covariance_(self.second, as_rows(g, self.second.dtype), weight, self.total)

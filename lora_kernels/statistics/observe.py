@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,15 @@ from torch import nn
 
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
-from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError
-from lora_kernels.statistics.moments import InputMoments
+from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
+from lora_kernels.statistics.moments import Accumulator
 from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.outputs import OutputStatistics
-from lora_kernels.statistics.plan import Plan, co_size
-from lora_kernels.statistics.sharing import InputSharing, InputSums
-from lora_kernels.statistics.sketches import InputSketch, stream_of
+from lora_kernels.statistics.plan import Plan
+from lora_kernels.statistics.sharing import InputSharing
+from lora_kernels.statistics.sketches import stream_of
+from lora_kernels.statistics.statistic import BY_NAME, add_gradients
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import INPUT_SECOND
+from lora_kernels.statistics.towers import Towers
 
 
 class _Root(torch.autograd.Function):
@@ -46,11 +46,17 @@ class _Call:
 
 
 def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    x = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     if x is None or x.dim() == 0 or x.shape[-1] != target.in_features or not x.is_floating_point():
         seen = "no tensor" if x is None else f"{x.dtype} {tuple(x.shape)}"
         raise ValueError(f"layer {target.name} was called with {seen}, expected (..., {target.in_features})")
     return x
+
+
+def _routed(target: Target, x: torch.Tensor) -> tuple[torch.Size, torch.Tensor | None]:
+    """The leading sizes of all rows, of which an expert (`adapters.experts.ExpertLayer`) gets those of some numbers."""
+    rows: torch.Tensor | None = getattr(target.module, "rows", None)
+    return (x.shape[:-1], None) if rows is None else (torch.Size([target.module.tokens]), rows)  # type: ignore[list-item]
 
 
 class Observer:
@@ -58,7 +64,7 @@ class Observer:
 
     Attributes:
         sharing: the input sums, by group.
-        outputs: the output sums, by layer.
+        outputs: the sums of output gradients, by layer and statistic.
         weights: of the current batch.
         counting: while this is false, the graph is built as ever (in step with other processes) but nothing is added.
         forwarding: false during the backward pass, where checkpointed layers run forward a second time.
@@ -68,13 +74,27 @@ class Observer:
         skipped: rows left out because they were not finite, by layer.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], plan: Plan, number: int, options: CollectOptions):
-        """Prepare for pass `number` of a plan."""
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        plan: Plan,
+        number: int,
+        options: CollectOptions,
+        apart: Iterable[str] = (),
+    ) -> None:
+        """Prepare for pass `number` of a plan; layers in `apart` share no input."""
         self.options, self.plan = options, plan
-        self.forms = {target.name: plan.form_of(target.name, number) for target in targets}
-        self.targets = {target.name: target for target in targets if self.forms[target.name]}
-        self.sharing = InputSharing(share=options.share_inputs)
-        self.outputs: dict[str, OutputStatistics] = {}
+        forms = {target.name: plan.form_of(target.name, number) for target in targets}
+        self.targets = {target.name: target for target in targets if forms[target.name]}
+        self._inputs: dict[str, list[tuple[str, str]]] = {}
+        self._outputs: dict[str, list[tuple[str, str]]] = {}
+        for name, statistics in forms.items():
+            for statistic, form in statistics.items():
+                chosen = self._outputs if BY_NAME[statistic].needs_backward else self._inputs
+                chosen.setdefault(name, []).append((statistic, form))
+        self.sharing = InputSharing(share=options.share_inputs, apart=apart)
+        self.outputs: dict[str, dict[str, Accumulator]] = {}
         self.weights = BatchWeights()
         self.counting = True
         self._discarding = False
@@ -85,22 +105,26 @@ class Observer:
         self._aligned_once = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
-        self._sharded = any(is_sharded(each) for each in model.parameters())
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._model = model
+        self._towers = Towers(model)
+        reductions = (getattr(module, "_get_feature_vector_attention_mask", None) for module in model.modules())
+        self._to_frames: Callable[[int, torch.Tensor], torch.Tensor] | None = next(filter(None, reductions), None)
         self._in_decoder = False
         self._encoder_storage: set[int] = set()
+        self._sequences: dict[str, str] = {}
 
     @property
     def gradients(self) -> bool:
         """Whether this pass needs a backward pass."""
-        return any(set(forms) - {INPUT_SECOND} for forms in self.forms.values())
+        return bool(self._outputs)
 
     def __enter__(self) -> Observer:
         """Set the hooks."""
         try:
-            for target in self.targets.values():
+            for name, target in self.targets.items():
                 self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
-                if set(self.forms[target.name]) - {INPUT_SECOND}:
+                if name in self._outputs:
                     self._handles.append(target.module.register_forward_hook(self._after(target), with_kwargs=True))
             if is_encoder_decoder(self._model):
                 decoder = self._model.get_decoder()  # type: ignore[operator]
@@ -112,34 +136,52 @@ class Observer:
 
     def __exit__(self, *_: object) -> None:
         """Remove the hooks."""
+        self._towers.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def begin(self, number: int, weights: BatchWeights) -> None:
-        """Prepare for a batch.
-
-        Args:
-            number: of the batch.
-            weights: of its tokens.
-        """
+    def begin(self, number: int, weights: BatchWeights, batch: Any) -> None:
+        """Prepare for a batch, its number and the weights of its tokens."""
         self.weights, self._in_decoder = weights, False
         self.sharing.begin(number)
+        if weights.tokens is not None:
+            self._towers.begin(batch)
+
+    def restart(self, apart: Iterable[str]) -> None:
+        """Forget what was observed; layers in `apart` share no input from now on."""
+        self.sharing = InputSharing(share=self.options.share_inputs, apart=apart)
+        self.outputs.clear()
+        self.skipped.clear()
 
     def _enter_decoder(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
         self._in_decoder = True  # until the batch ends: what follows (an output layer) has the decoder's rows
         states = kwargs.get("encoder_hidden_states")
         self._encoder_storage = {states.untyped_storage()._cdata} if isinstance(states, torch.Tensor) else set()
 
+    def _sequence(self, name: str, x: torch.Tensor) -> str:
+        """The sequence whose rows a layer reads: `tokens`, `decoder`, or `other` (of a tower, without a mask)."""
+        if self.forwarding:  # a checkpointed layer runs again outside of its tower
+            if self.weights.tokens is not None and self._towers.holds(x):
+                self._sequences[name] = "other"
+            else:
+                decoder = self._in_decoder and x.untyped_storage()._cdata not in self._encoder_storage
+                self._sequences[name] = "decoder" if decoder else "tokens"
+        return self._sequences.get(name, "tokens")
+
     def _rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        decoder = self._in_decoder and x.untyped_storage()._cdata not in self._encoder_storage
-        weight, fits = self.weights.rows(x.shape[:-1], decoder=decoder)
+        tokens, rows = _routed(self.targets[name], x)
+        sequence = self._sequence(name, x)
+        mask = {"tokens": self.weights.tokens, "decoder": self.weights.decoder}.get(sequence)
+        weight, fits = align(mask, tokens)
+        if not fits and mask is not None and self._to_frames is not None and x.dim() == 3:
+            # A mask of an audio model's samples, as that of its frames.
+            weight, fits = align(self._to_frames(x.shape[1], mask), x.shape[:-1])
         if not fits:
-            mask = self.weights.decoder if decoder else self.weights.tokens
             shape = None if mask is None else tuple(mask.shape)
             self.unaligned.setdefault(name, f"mask {shape} does not match input {tuple(x.shape)}: all rows counted")
-        self._aligned_once |= weight is not None
-        return weight
+        self._aligned_once |= weight is not None or sequence == "other"
+        return weight if weight is None or rows is None else weight[rows]
 
     def _without_bad_rows(self, name: str, value: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
         if self.options.nonfinite != "skip":
@@ -149,76 +191,80 @@ class Observer:
         self.skipped[name] = self.skipped.get(name, 0) + int(dropped.sum())
         return finite if weight is None else weight * finite
 
+    def _new(self, target: Target, statistic: str, form: str, device: torch.device) -> Any:
+        return BY_NAME[statistic].new(
+            form,
+            (target.out_features, target.in_features),
+            device,
+            self.options.dtype,
+            sketch_size=self.plan.sketch_size,
+            seed=self.options.seed,
+            stream=stream_of(target.name),
+        )
+
     def _before(self, target: Target) -> Callable[..., None]:
-        name, form = target.name, self.forms[target.name].get(INPUT_SECOND)
-
-        def make() -> InputSums:
-            where, dtype = x_device[0], self.options.dtype
-            if form == "exact":
-                return InputMoments(target.in_features, where, dtype)
-            size, seed = self.plan.sketch_size, self.options.seed
-            return InputSketch(target.in_features, where, dtype, size=size, seed=seed, stream=stream_of(name))
-
-        x_device = [torch.device("cpu")]
+        name = target.name
 
         @without_autocast()
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.counting or not self.forwarding:
                 return
             x = _tensor_of(target, args, kwargs).detach()
-            if form is None:
-                return
-            x_device[0] = x.device
-            weight = self._rows(name, x)
-            sums = self.sharing.assign(name, x, make)
-            if sums is not None:
-                sums.update(x, self._without_bad_rows(name, x, weight))
+            for statistic, form in self._inputs.get(name, ()):
+                weight = self._rows(name, x)
+                sums = self.sharing.assign(name, x, functools.partial(self._new, target, statistic, form, x.device))
+                if sums is not None:
+                    sums.update(x, self._without_bad_rows(name, x, weight))
 
         return observe
 
-    def _output_sums(self, target: Target, device: torch.device) -> OutputStatistics:
-        """The output sums of a layer, empty ones at its first call."""
-        if target.name not in self.outputs:
-            forms = {name: form for name, form in self.forms[target.name].items() if name != INPUT_SECOND}
-            size, seed = self.plan.sketch_size, self.options.seed
-            sketch = {"size": size, "co_size": co_size(size), "seed": seed, "stream": stream_of(target.name)}
-            self.outputs[target.name] = OutputStatistics(
-                target.out_features, target.in_features, device, self.options.dtype, forms=forms, sketch=sketch
-            )
-        return self.outputs[target.name]
+    def _output_sums(self, target: Target, x: torch.Tensor, device: torch.device) -> tuple[dict[str, Accumulator], Any]:
+        """The sums of a layer's output gradients and the factors of its rows; none if those are not of samples."""
+        if target.name in self.unassigned:
+            return {}, None
+        sums = self.outputs.setdefault(target.name, {})
+        for statistic, form in self._outputs[target.name]:
+            if statistic not in sums:
+                sums[statistic] = self._new(target, statistic, form, device)
+        try:
+            tokens, rows = _routed(target, x)
+            factors = self.weights.row_factors(tokens)
+            return sums, factors if factors is None or rows is None else factors[rows]
+        except UnassignedRowsError as error:
+            self.unassigned[target.name] = str(error)
+            for part in sums.values():
+                part.clear()  # of earlier calls, too
+            return {}, None
 
     def _after(self, target: Target) -> Callable[..., torch.Tensor | None]:
         def tap(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> torch.Tensor | None:
             if not isinstance(output, torch.Tensor):
                 raise TypeError(f"layer {target.name} returned {type(output).__name__}, expected one tensor")
             x = _tensor_of(target, args, kwargs).detach()
-            weight = self._rows(target.name, x) if self.counting else None
-            sums = self._output_sums(target, output.device) if self.counting else None
-            factors = None
-            if sums is not None and target.name not in self.unassigned:
-                try:
-                    factors = self.weights.row_factors(x.shape[:-1])
-                except UnassignedRowsError as error:
-                    self.unassigned[target.name] = str(error)
-                    sums.clear()  # of earlier calls, too
-            if target.name in self.unassigned:
-                sums = None
-            if sums is not None and self.forwarding:
-                sums.count += x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
+            sums: dict[str, Accumulator] = {}
+            weight = factors = None
+            if self.counting:
+                weight = self._rows(target.name, x)
+                sums, factors = self._output_sums(target, x, output.device)
+            if sums and self.forwarding:
+                rows = x.shape[:-1].numel() if weight is None else weight.sum(dtype=torch.float64)
+                for part in sums.values():
+                    part.count += rows
             if not torch.is_grad_enabled():  # the first forward of a (reentrant) checkpoint: the second one has a graph
                 return None
             if self._sharded or not output.requires_grad:
                 output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
                 assert isinstance(output, torch.Tensor)
-            if sums is not None:
-                call = _Call(x if sums.needs_input else None, x._version, weight, factors)
+            if sums:
+                reads_input = any(part.reads_input for part in sums.values())
+                call = _Call(x if reads_input else None, x._version, weight, factors)
                 output.register_hook(functools.partial(self._receive, target.name, sums, call))  # type: ignore[no-untyped-call]
             return output
 
         return tap
 
     @without_autocast()
-    def _receive(self, name: str, sums: OutputStatistics, call: _Call, g: torch.Tensor | None) -> None:
+    def _receive(self, name: str, sums: dict[str, Accumulator], call: _Call, g: torch.Tensor | None) -> None:
         # An undefined gradient: nothing downstream depends on this output.
         if self._discarding or g is None or name in self.unassigned:
             return
@@ -232,22 +278,18 @@ class Observer:
         g = g.detach()
         if self.options.nonfinite == "skip":
             # A row sum in float32 is finite if and only if the row is.
-            row_sums = [each.sum(-1, dtype=torch.float32) for each in (g, x) if each is not None]
+            row_sums = [value.sum(-1, dtype=torch.float32) for value in (g, x) if value is not None]
             kept = self._without_bad_rows(name, torch.stack(row_sums, dim=-1), weight)
             assert kept is not None  # skip
             counted = row_sums[0].numel() if weight is None else weight.sum(dtype=torch.float64)
-            sums.count += kept.sum(dtype=torch.float64) - counted
+            for part in sums.values():
+                part.count += kept.sum(dtype=torch.float64) - counted
             finite = torch.isfinite(torch.stack(row_sums, dim=-1)).all(dim=-1)
             weight, factors = kept, finite if factors is None else factors * finite
-        sums.update(g, x, weight, factors)
+        add_gradients(sums, g, x, weight, factors)
 
     def backward(self, loss: torch.Tensor, *, discard: bool = False) -> None:
-        """Send the gradient of a scalar through the graph; the hooks do the rest.
-
-        Args:
-            loss: the scalar, a sum over items.
-            discard: go through the graph without adding anything (in step with other processes).
-        """
+        """Send the gradient of a sum over items through the graph; `discard` adds nothing (in step with others)."""
         self.forwarding, self._discarding = False, discard
         try:
             if self._sharded:
@@ -259,15 +301,7 @@ class Observer:
             self.forwarding, self._discarding = True, False
 
     def check_loss(self, loss: torch.Tensor, batch: int) -> None:
-        """Refuse a loss that gives no gradients.
-
-        Args:
-            loss: a scalar.
-            batch: number of the batch, for the message.
-
-        Raises:
-            ValueError: if it is not finite, or does not depend on any observed layer.
-        """
+        """Refuse a loss that does not depend on an observed layer, or is not finite."""
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on any observed layer: no gradient can reach one")
         if self.options.nonfinite == "raise" and not bool(torch.isfinite(loss.detach())):
@@ -275,28 +309,13 @@ class Observer:
             raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
 
     def check_inputs(self, batch: int) -> None:
-        """Refuse input sums that are not finite (one wait for each device).
-
-        Args:
-            batch: number of the batch, for the message.
-
-        Raises:
-            ValueError: naming the layers and the batch.
-        """
+        """Refuse input sums that are not finite (one wait for each device)."""
         groups = self.sharing.distinct()
         sums = [(", ".join(group.members), group.sums.total) for group in groups]
         _refuse_nonfinite(sums, "input", f"in batch {batch}")
 
     def check(self, batch: int) -> None:
-        """After a batch: groups held, sums finite.
-
-        Args:
-            batch: number of the batch, for messages.
-
-        Raises:
-            ValueError: if the mask fits no layer, or sums are not finite.
-        """
-        self.sharing.end()
+        """After a batch: refuse a mask that fits no layer, and sums that are not finite."""
         mask = self.weights.tokens
         if mask is not None and not self._aligned_once:
             raise ValueError(
@@ -304,37 +323,27 @@ class Observer:
                 "pass mask=None or a mask function"
             )
         self.check_inputs(batch)
-        # One small sum stands for all of a layer. Weight gradients are read once, at the end: reading them after every
-        # batch would cost as much memory traffic as adding to them.
-        first = [(name, next(iter(self._vectors(sums)), None)) for name, sums in self.outputs.items()]
-        outputs = [(name, each) for name, each in first if each is not None and each.dim() == 1]
-        _refuse_nonfinite(outputs, "gradient", f"in batch {batch}")
-
-    @staticmethod
-    def _vectors(sums: OutputStatistics) -> Iterator[torch.Tensor]:
-        tensors = sums.tensors()
-        for name in ("fisher", "second.total", "sketch.left", "gradient"):
-            if name in tensors:
-                yield tensors[name]
+        # Weight gradients are read once, at the end: reading them after every batch would cost as much memory traffic
+        # as adding to them.
+        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values() if part.vector]
+        vectors = [(name, getattr(part, part.vector)) for name, part in parts]
+        _refuse_nonfinite(vectors, "gradient", f"in batch {batch}")
 
     def check_all(self) -> None:
-        """At the end of a pass: every sum is finite.
-
-        Raises:
-            ValueError: naming the layers.
-        """
-        found = [(name, each) for name, sums in self.outputs.items() for each in self._vectors(sums)]
-        _refuse_nonfinite(found, "gradient", "in some batch")
+        """At the end of a pass: refuse sums of gradients that are not finite."""
+        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values()]
+        values = [(name, getattr(part, part.vector or part.main)) for name, part in parts]
+        _refuse_nonfinite(values, "gradient", "in some batch")
 
 
 def _refuse_nonfinite(sums: Sequence[tuple[str, torch.Tensor]], what: str, when: str) -> None:
     if not sums:
         return
     by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-    for name, each in sums:
-        by_device.setdefault(each.device, []).append((name, torch.isfinite(each.sum(dtype=torch.float64))))
-    for found in by_device.values():
-        for (name, _), good in zip(found, torch.stack([flag for _, flag in found]).tolist(), strict=True):
+    for name, value in sums:
+        by_device.setdefault(value.device, []).append((name, torch.isfinite(value.sum(dtype=torch.float64))))
+    for flags in by_device.values():
+        for (name, _), good in zip(flags, torch.stack([flag for _, flag in flags]).tolist(), strict=True):
             if not good:
                 raise ValueError(
                     f'non-finite {what} (NaN or infinity) in layer {name} {when}; nonfinite="skip" leaves such rows out'

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.runtime.loss import REDUCTIONS, Loss, Reduction
@@ -101,19 +102,37 @@ class CollectOptions:
         return {**{key: named(getattr(self, key)) for key in keys}, "dtype": str(self.dtype)}
 
 
+class PlanKeywords(TypedDict, total=False):
+    """Fields of `CollectOptions` that a plan depends on, as keywords."""
+
+    dtype: torch.dtype
+    form: str
+    sketch_size: int
+    budget: Budget
+
+
+class CollectKeywords(PlanKeywords, total=False):
+    """The fields of `CollectOptions`, as keywords."""
+
+    mask: Mask
+    forward: Forward | None
+    loss: Loss | None
+    reduction: Reduction
+    weighting: str
+    max_batches: int | None
+    max_tokens: int | None
+    share_inputs: bool
+    nonfinite: str
+    seed: int
+    checkpoint: str | Path | None
+    checkpoint_every: int
+    distributed: bool
+    progress: bool
+
+
 def read_options(options: Mapping[str, Any]) -> CollectOptions:
-    """The options of a collection, given as keywords.
-
-    Args:
-        options: by name.
-
-    Returns:
-        The options.
-
-    Raises:
-        TypeError: if a name is unknown.
-    """
-    unknown = sorted(set(options) - {each.name for each in fields(CollectOptions)})
+    """The options of a collection, given as keywords; a TypeError if a name is unknown."""
+    unknown = sorted(set(options) - {field.name for field in fields(CollectOptions)})
     if unknown:
-        raise TypeError(f"unknown option {', '.join(unknown)}; see statistics.CollectOptions for those there are")
+        raise TypeError(f"unknown option {', '.join(unknown)}; options are the fields of statistics.CollectOptions")
     return CollectOptions(**options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,16 +16,11 @@ from lora_kernels.reports import Printed, Table
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.moments import packed_size
-from lora_kernels.statistics.sketches import PROBES
+from lora_kernels.statistics.statistic import BY_NAME
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import FISHER, INPUT_SECOND, OF_GRADIENTS, OUTPUT_SECOND, SKETCHABLE, STATISTICS
+from lora_kernels.statistics.wants import STATISTICS
 
 FORMS = ("auto", "exact", "sketch")
-# Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
-# section 4.5: the reconstruction needs l > k, and about 2 k is the best split of a given memory).
-_CO_SIZE = 2
-# Bytes of the two counts that a layer has beside the sums of its output gradients.
-_COUNTS = 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Entry:
     number: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(Printed):
     """The plan of a collection; prints as a table.
 
@@ -76,27 +70,20 @@ class Plan(Printed):
     @property
     def pass_bytes(self) -> tuple[int, ...]:
         """Memory of the sums of each pass, per process."""
-        found = Counter({number: 0 for number in range(self.passes)})
+        sizes = [0] * self.passes
         for entry in self.entries:
-            found[entry.number] += entry.bytes
-        for _, number in self._outputs:
-            found[number] += _COUNTS
-        return tuple(found[number] for number in range(self.passes))
+            sizes[entry.number] += entry.bytes
+        return tuple(sizes)
 
     @property
     def total_bytes(self) -> int:
         """Memory of all sums together (what is kept at the end, and about the size of a stored file)."""
-        return sum(entry.bytes for entry in self.entries) + _COUNTS * len({layer for layer, _ in self._outputs})
-
-    @property
-    def _outputs(self) -> set[tuple[str, int]]:
-        """Layers with sums of their output gradients, by pass: each has two counts beside them."""
-        return {(entry.layers[0], entry.number) for entry in self.entries if entry.statistic in OF_GRADIENTS}
+        return sum(entry.bytes for entry in self.entries)
 
     @property
     def message_bytes(self) -> int:
         """Bytes that each process contributes to the reduction of all sums over processes."""
-        return sum(entry.message for entry in self.entries) + _COUNTS * len(self._outputs)
+        return sum(entry.message for entry in self.entries)
 
     @property
     def communication(self) -> int:
@@ -106,7 +93,7 @@ class Plan(Printed):
     @property
     def backward(self) -> int | None:
         """The first pass that runs backward too, or `None`."""
-        return min((entry.number for entry in self.entries if entry.statistic in OF_GRADIENTS), default=None)
+        return min((entry.number for entry in self.entries if BY_NAME[entry.statistic].needs_backward), default=None)
 
     def form_of(self, layer: str, number: int) -> dict[str, str]:
         """Statistic names and forms of one layer in one pass."""
@@ -128,7 +115,7 @@ class Plan(Printed):
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:
-            names = ", ".join(re.sub(r"\.\d+\.", ".*.", name) for name in entry.layers)
+            names = ", ".join(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in entry.layers)
             rows.setdefault((names, entry.statistic, entry.form, entry.bytes), []).append(entry)
         for (names, statistic, form, size), entries in rows.items():
             numbers = sorted({entry.number + 1 for entry in entries})
@@ -150,61 +137,27 @@ class Plan(Printed):
             yield "which layers read the same tensor is not known: each is counted by itself (an upper bound)"
 
 
-def sums_of(
-    statistic: str, form: str, target: Target, sketch_size: int, dtype: torch.dtype
-) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
-    """The tensors of one set of sums.
-
-    Args:
-        statistic: see `wants.STATISTICS`.
-        form: `exact` or `sketch`.
-        target: the layer.
-        sketch_size: columns of a sketch.
-        dtype: of the sums.
-
-    Returns:
-        Dtype, shape, and whether the lower triangle stands for the tensor.
-    """
-    m, n = target.out_features, target.in_features
-    count: tuple[torch.dtype, tuple[int, ...], bool] = (torch.float64, (), False)
-    if statistic in (INPUT_SECOND, OUTPUT_SECOND):
-        order = n if statistic == INPUT_SECOND else m
-        if form == "sketch":
-            return [count, *[(dtype, (order,), False)] * 2, (dtype, (order, sketch_size + PROBES), False)]
-        return [count, (dtype, (order,), False), (dtype, (order, order), True)]
-    if statistic == FISHER:
-        return [(dtype, (m,), False)]
-    if form == "exact":
-        return [(dtype, (m, n), False)]
-    return [(dtype, (m, sketch_size + PROBES), False), (dtype, (n, co_size(sketch_size)), False)]
-
-
 def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the sums, and of what is reduced over processes."""
-    sums = sums_of(statistic, form, target, sketch_size, dtype)
-    sent = [packed_size(shape[0]) if triangular else math.prod(shape) for _, shape, triangular in sums]
-    return (
-        sum(math.prod(shape) * kind.itemsize for kind, shape, _ in sums),
-        sum(size * kind.itemsize for (kind, _, _), size in zip(sums, sent, strict=True)),
-    )
-
-
-def co_size(sketch_size: int) -> int:
-    """Rows of `Psi G` that go with `sketch_size` columns of `G Omega`."""
-    return _CO_SIZE * sketch_size
+    held = sent = 0
+    shape = (target.out_features, target.in_features)
+    for kind, size, triangular in BY_NAME[statistic].shapes(form, shape, dtype, sketch_size):
+        held += math.prod(size) * kind.itemsize
+        sent += (packed_size(size[0]) if triangular else math.prod(size)) * kind.itemsize
+    return held, sent
 
 
 def _can_sketch(statistic: str, target: Target, sketch_size: int) -> bool:
     """A sketch pays where it is smaller than half of the exact sums."""
-    if statistic not in SKETCHABLE:
+    if BY_NAME[statistic].sketch is None:
         return False
     exact = _sizes(statistic, "exact", target, sketch_size, torch.float32)[0]
     return 2 * _sizes(statistic, "sketch", target, sketch_size, torch.float32)[0] < exact
 
 
 def _check_budget(entries: Sequence[Entry], budget: int | None) -> None:
-    largest = max(entries, key=_held)
-    if budget is not None and _held(largest) > budget:
+    largest = max(entries, key=lambda entry: entry.bytes)
+    if budget is not None and largest.bytes > budget:
         raise ValueError(
             f"budget is {show_bytes(budget)}, but the {largest.form} {largest.statistic} of {largest.layers[0]} alone "
             f"takes {show_bytes(largest.bytes)}"
@@ -217,30 +170,25 @@ def _assign(groups: Sequence[Sequence[Entry]], budget: int | None) -> tuple[tupl
         return tuple(entry for group in groups for entry in group), 1
     placed, number, used = [], 0, 0
     for group in groups:
-        whole = sum(map(_held, group))
+        whole = sum(entry.bytes for entry in group)
         if used and used + whole > budget:
             number, used = number + 1, 0
         for entry in group:
-            if used + _held(entry) > budget:  # the group alone is larger than a pass: it is split
+            if used + entry.bytes > budget:  # the group alone is larger than a pass: it is split
                 number, used = number + 1, 0
             placed.append(replace(entry, number=number))
-            used += _held(entry)
+            used += entry.bytes
     return tuple(placed), number + 1
 
 
-def _held(entry: Entry) -> int:
-    """Bytes in a pass, with the counts of the layer (which it may have in common with other sums of its)."""
-    return entry.bytes + (_COUNTS if entry.statistic in OF_GRADIENTS else 0)
-
-
 def _messages(entries: Sequence[Entry], targets: Mapping[str, Target], sketch_size: int, dtype: torch.dtype) -> int:
-    sums = [
-        (kind, shape)
-        for entry in entries
-        for kind, shape, _ in sums_of(entry.statistic, entry.form, targets[entry.layers[0]], sketch_size, dtype)
-    ]
-    outputs = {(entry.layers[0], entry.number) for entry in entries if entry.statistic in OF_GRADIENTS}
-    return len(buckets(sums + [(torch.float64, ())] * (2 * len(outputs))))
+    sums: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    for entry in entries:
+        target = targets[entry.layers[0]]
+        shape = (target.out_features, target.in_features)
+        shapes = BY_NAME[entry.statistic].shapes(entry.form, shape, dtype, sketch_size)
+        sums += [(kind, size) for kind, size, _ in shapes]
+    return len(buckets(sums))
 
 
 def make_plan(
@@ -279,7 +227,7 @@ def make_plan(
     """
     check_type("targets", targets, Sequence, "a sequence of Target")
     for target in targets:
-        if not all(hasattr(target, each) for each in ("name", "in_features", "out_features")):
+        if not all(hasattr(target, name) for name in ("name", "in_features", "out_features")):
             raise TypeError(f"targets must be a sequence of Target, got {repr_short(target)} in it")
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
@@ -318,20 +266,28 @@ def make_plan(
 
     planned: list[list[Entry]] = []
     for group in partition:
-        owners = [(INPUT_SECOND, group)] if INPUT_SECOND in wants else []
-        owners += [(each, [name]) for name in group for each in wants if each != INPUT_SECOND]
+        owners = [(name, group) for name in wants if not BY_NAME[name].needs_backward]
+        owners += [(name, [layer]) for layer in group for name in wants if BY_NAME[name].needs_backward]
         exact = [entry(statistic, layers, "exact") for statistic, layers in owners]
-        planned.append([(form == "sketch" and sketched(each)) or each for each in exact])
+        planned.append([(form == "sketch" and sketched(part)) or part for part in exact])
     if form == "auto" and budget is not None:
         _sketch_until_it_fits(planned, sketched, budget)
-    _check_budget([each for group in planned for each in group], budget)
+    _check_budget([part for group in planned for part in group], budget)
     entries, passes = _assign(planned, budget)
     messages = _messages(entries, by_name, sketch_size, dtype) if world_size > 1 else 0
-    return Plan(entries, passes, budget, world_size, sketch_size, groups is not None, messages)
+    return Plan(
+        entries=entries,
+        passes=passes,
+        budget=budget,
+        world_size=world_size,
+        sketch_size=sketch_size,
+        shared=groups is not None,
+        messages=messages,
+    )
 
 
 def _sketch_until_it_fits(planned: list[list[Entry]], sketched: Callable[[Entry], Entry | None], budget: int) -> None:
-    total = sum(_held(each) for group in planned for each in group)
+    total = sum(part.bytes for group in planned for part in group)
     places = [(group, index) for group in planned for index in range(len(group))]
     for group, index in sorted(places, key=lambda place: -place[0][place[1]].bytes):
         if total <= budget:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,28 +16,19 @@ from lora_kernels.statistics.store import Target
 def find_groups(
     model: nn.Module, targets: Sequence[Target], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[list[str]]:
-    """Groups of layers that read the same tensor, in the order of their first call.
+    """Names of layers that read the same tensors in all their calls, in the order of the first; without uncalled ones.
 
-    Args:
-        model: a model on any device, also on `meta`.
-        targets: the layers.
-        batch: an example, as for the collection.
-        forward: called as `forward(model, batch)`.
-
-    Returns:
-        Names; layers that were not called are left out.
+    The model may be on any device, also on `meta`.
     """
     identity = InputIdentity()
-    groups: dict[Any, list[str]] = {}
-    seen: set[str] = set()
+    inputs: dict[str, list[Hashable]] = {}
     handles = []
 
     def hook(name: str) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
-            if x is not None and name not in seen:
-                seen.add(name)
-                groups.setdefault(identity(x), []).append(name)
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            if x is not None:
+                inputs.setdefault(name, []).append(identity(x))
 
         return observe
 
@@ -49,4 +40,7 @@ def find_groups(
     finally:
         for handle in handles:
             handle.remove()
+    groups: dict[Hashable, list[str]] = {}
+    for name, sequence in inputs.items():
+        groups.setdefault(tuple(sequence), []).append(name)
     return list(groups.values())

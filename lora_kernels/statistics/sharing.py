@@ -7,7 +7,7 @@ activation is kept alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,13 +21,14 @@ InputSums = InputMoments | InputSketch
 
 @dataclass
 class InputGroup:
-    """Layers with one input, and what was seen of them in the current batch."""
+    """Layers with one input; of the current batch the inputs that were added, and how often each layer was called."""
 
     sums: InputSums
     born: int
     members: list[str] = field(default_factory=list)
     inputs: list[Hashable] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
+    strangers: set[str] = field(default_factory=set)  # members that read another input than the group's
 
 
 class InputIdentity:
@@ -56,10 +57,11 @@ class InputIdentity:
 class InputSharing:
     """Decides, call by call, whether an input is new to the sums."""
 
-    def __init__(self, *, share: bool) -> None:
-        """Start without groups; with `share=False` every layer is alone."""
-        self.share = share
+    def __init__(self, *, share: bool, apart: Iterable[str] = ()) -> None:
+        """Start without groups; layers in `apart`, or all with `share=False`, are alone."""
+        self.share, self.apart = share, set(apart)
         self.groups: dict[str, InputGroup] = {}
+        self.left_out: set[str] = set()
         self.batch = 0
         self._identity = InputIdentity()
         self._first: dict[Hashable, InputGroup] = {}
@@ -72,6 +74,7 @@ class InputSharing:
         for group in self.groups.values():
             group.inputs.clear()
             group.calls.clear()
+            group.strangers.clear()
 
     def adopt(self, members: list[str], sums: InputSums) -> None:
         """Continue a group of an earlier process (see `storage`)."""
@@ -83,20 +86,19 @@ class InputSharing:
         return list({id(group): group for group in self.groups.values()}.values())
 
     def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
-        """Register a call of layer `name` with input `x`.
+        """The sums that the input `(..., n)` of a call must be added to.
 
         Args:
             name: the layer.
-            x: `(..., n)`, its input.
-            make: gives the empty sums of a new group.
+            x: its input.
+            make: returns the empty sums of a new group.
 
         Returns:
-            The sums that `x` must be added to, or `None` if another layer of the group has added it already.
-
-        Raises:
-            RuntimeError: if layers that shared an input in an earlier batch no longer do.
+            The sums, or `None` if another layer of the group has added the input already.
         """
-        identity = self._identity(x) if self.share else object()
+        if name in self.left_out:
+            return None
+        identity = self._identity(x) if self.share and name not in self.apart else object()
         group = self.groups.get(name)
         if group is None:
             group = self._first.get(identity)
@@ -108,24 +110,22 @@ class InputSharing:
         group.calls[name] = call + 1
         if call < len(group.inputs):
             if group.inputs[call] != identity:
-                raise RuntimeError(self._broken(group))
+                group.strangers.add(name)
             return None
         group.inputs.append(identity)
         self._first.setdefault(identity, group)
         return group.sums
 
-    def end(self) -> None:
-        """Check that the groups held in this batch.
+    def deviating(self) -> list[str]:
+        """After a forward pass, the layers whose inputs of this batch are not those that their groups added."""
+        return [
+            name
+            for group in self.distinct()
+            for name in group.members
+            if name in group.strangers or group.calls.get(name, 0) != len(group.inputs)
+        ]
 
-        Raises:
-            RuntimeError: if some layers of a group were called and others were not.
-        """
-        for group in self.distinct():
-            if len({group.calls.get(member, 0) for member in group.members}) > 1:
-                raise RuntimeError(self._broken(group))
-
-    def _broken(self, group: InputGroup) -> str:
-        return (
-            f"layers {', '.join(group.members)} read one tensor in batch {group.born} but not in batch {self.batch}: "
-            "their sums cannot be shared; pass share_inputs=False"
-        )
+    def leave_out(self, name: str) -> None:
+        """Drop a layer from its group: the sums are no longer those of its inputs."""
+        self.groups.pop(name).members.remove(name)
+        self.left_out.add(name)

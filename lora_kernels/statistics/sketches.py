@@ -7,7 +7,6 @@ CRC-32 of the layer's name.
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 
@@ -16,7 +15,8 @@ from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
-from lora_kernels.statistics.moments import Accumulator, as_rows
+from lora_kernels.statistics.gradients import GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -44,7 +44,11 @@ class InputSketch(Accumulator):
     """
 
     kind = "input_sketch"
+    statistic = INPUT_SECOND
+    form = "sketch"
+    arguments = ("features", "size", "seed", "stream")
     fields = ("count", "total", "squares", "product")
+    main = "product"
 
     def __init__(
         self,
@@ -87,15 +91,6 @@ class InputSketch(Accumulator):
         else:
             self.count += weight.sum(dtype=torch.float64)
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments that rebuild an empty one, but for the device and dtype."""
-        return {"features": self.features, "size": self.size, "seed": self.seed, "stream": self.stream}
-
-    @property
-    def tokens(self) -> float:
-        """`sum w_t` as a Python number (waits for the device)."""
-        return float(self.count)
-
     def mean(self) -> torch.Tensor:
         """The mean input, `(n,)` float64; zero where nothing was counted."""
         return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
@@ -104,6 +99,11 @@ class InputSketch(Accumulator):
         """The exact trace of the covariance, or of the raw second moment `M / N`."""
         raw = float(self.squares.sum(dtype=torch.float64)) / self.tokens
         return max(0.0, raw - float(self.mean().square().sum())) if center else raw
+
+    def covariance(self, *, center: bool = True) -> torch.Tensor:
+        """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
+        pairs, _ = self.components(min(self.size, self.features), center=center)
+        return (pairs.vectors * pairs.values) @ pairs.vectors.mT
 
     def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
@@ -120,9 +120,7 @@ class InputSketch(Accumulator):
         Raises:
             ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
         """
-        tokens = self.tokens
-        if tokens <= 0:
-            raise ValueError(f"the sketch holds {tokens:g} tokens: nothing was collected, or every token was masked")
+        tokens = self.check_counted()
         if rank > self.size:
             raise ValueError(
                 f"{rank} components are asked of a sketch with {self.size} columns: collect with sketch_size={2 * rank}"
@@ -158,12 +156,19 @@ class GradientSketch(Accumulator):
         in_features: n.
         size: k, columns of `G Omega`.
         co_size: l, rows of `Psi G`; at least k for a stable reconstruction.
+        count: scalar float64 tensor, the rows of the layer; not counted by `update`.
         left: `(m, k + PROBES)`, `sum w_t g_t (x_t^T Omega)`.
         right: `(n, l)`, `sum w_t x_t (g_t^T Psi^T)`.
     """
 
     kind = "gradient_sketch"
-    fields = ("left", "right")
+    statistic = GRADIENT
+    form = "sketch"
+    arguments = ("out_features", "in_features", "size", "co_size", "seed", "stream")
+    fields = ("count", "left", "right")
+    main = "left"
+    vector = ""
+    reads_input = True
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class GradientSketch(Accumulator):
         """
         self.out_features, self.in_features = out_features, in_features
         self.size, self.co_size, self.seed, self.stream = size, co_size, seed, stream
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.left = torch.zeros(out_features, size + PROBES, dtype=dtype, device=device)
         self.right = torch.zeros(in_features, co_size, dtype=dtype, device=device)
 
@@ -210,10 +216,16 @@ class GradientSketch(Accumulator):
         sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
         sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments that rebuild an empty one, but for the device and dtype."""
-        names = ("out_features", "in_features", "size", "co_size", "seed", "stream")
-        return {name: getattr(self, name) for name in names}
+    def add(
+        self,
+        g: torch.Tensor,
+        x: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Add the gradients of a call; see `Accumulator.add`."""
+        assert x is not None  # it reads inputs
+        self.update(g, x, factors)
 
     def svd(self, rank: int, *, scale: float = 1.0) -> RandomizedSVD:
         """The leading singular triplets of `scale * G`, reconstructed from the sketch.

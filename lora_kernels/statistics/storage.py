@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,42 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_kernels._files import parse_json, write_tensors
-from lora_kernels.statistics.moments import InputMoments, pack_lower, unpack_lower_
-from lora_kernels.statistics.outputs import OutputStatistics
-from lora_kernels.statistics.sketches import InputSketch
+from lora_kernels.statistics.moments import Accumulator, pack_lower, unpack_lower_
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "lora_kernels_statistics"
 
-Sums = InputMoments | InputSketch | OutputStatistics
-_KINDS: dict[str, Any] = {each.kind: each for each in (InputMoments, InputSketch, OutputStatistics)}
+
+@dataclass(kw_only=True)
+class Counts:
+    """What a collection has read.
+
+    Attributes:
+        batches: number of batches read in each pass, over all processes.
+        samples: number of samples read in each pass.
+        tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
+        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
+            differentiated. 0 without a backward pass.
+        seconds: wall time of the passes.
+        skipped_rows: rows left out because they were not finite (`nonfinite="skip"`), by layer.
+        skipped_modules: modules with weights that are not linear layers and were not observed, and why.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    tokens: float = 0.0
+    loss_items: float = 0.0
+    seconds: float = 0.0
+    skipped_rows: dict[str, int] = field(default_factory=dict)
+    skipped_modules: dict[str, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, Any]:
+        """The counts, by name."""
+        return {part.name: getattr(self, part.name) for part in fields(Counts)}
 
 
-@dataclass
-class Progress:
+@dataclass(kw_only=True)
+class Progress(Counts):
     """How far a run has come.
 
     Attributes:
@@ -38,50 +61,39 @@ class Progress:
         done: batches read in it.
         digest: of these batches.
         complete: whether nothing is left to do.
-        tokens: counted in the first pass.
-        loss_items: of the first pass that differentiates.
-        samples: of the first pass.
-        batches: of the first pass.
-        seconds: spent so far.
-        skipped: rows left out, by layer.
         notes: by layer.
-        skipped_modules: see `Statistics`.
         plan: digest of the plan.
         current: how many of the stored sums belong to the current, unfinished pass.
+        apart: layers that read a tensor with others in some calls only, and have sums of their own.
+        left_out: layers that came to do so in a later batch: their inputs are not known.
     """
 
     number: int = 0
     done: int = 0
     digest: str = ""
     complete: bool = False
-    tokens: float = 0.0
-    loss_items: float = 0.0
-    samples: int = 0
-    batches: int = 0
-    seconds: float = 0.0
-    skipped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    skipped_modules: dict[str, str] = field(default_factory=dict)
     plan: str = ""
     current: int = 0
+    apart: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Held:
-    """Sums and the layers they belong to."""
+class LayerSums:
+    """Sums and the layers they belong to: several where they read the same tensor."""
 
     layers: list[str]
-    sums: Sums
+    sums: Accumulator
 
 
-def _flat(held: Iterable[Held]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def _flat(parts: Iterable[LayerSums]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     tensors, specs = {}, []
-    for index, each in enumerate(held):
-        sums = each.sums
+    for index, part in enumerate(parts):
+        sums = part.sums
         for name, value in sums.tensors().items():
             tensors[f"{index}.{name}"] = (pack_lower(value) if name in sums.triangular else value).contiguous().cpu()
-        dtype = str(next(v for n, v in sums.tensors().items() if n not in ("count", "calls")).dtype)
-        specs.append({"kind": sums.kind, "layers": each.layers, "dtype": dtype, "settings": sums.settings()})
+        specs.append({"kind": sums.kind, "layers": part.layers, "dtype": str(sums.dtype), "settings": sums.settings()})
     return tensors, specs
 
 
@@ -94,23 +106,23 @@ def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) ->
     return digest.hexdigest()
 
 
-def write(path: Path, held: Iterable[Held], progress: Progress, identity: Mapping[str, Any]) -> None:
+def write(path: Path, parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]) -> None:
     """Write sums and progress, so that at any moment the file is either the old one or the new one, whole.
 
     Args:
         path: the file.
-        held: the sums.
+        parts: the sums.
         progress: how far the run has come.
         identity: from `fingerprint`.
     """
-    tensors, specs = _flat(held)
+    tensors, specs = _flat(parts)
     document = {"format": _FORMAT, "fingerprint": dict(identity), "progress": asdict(progress), "sums": specs}
     document = json.loads(json.dumps(document))
     metadata = {_KEY: json.dumps({**document, "digest": _digest(tensors, document)})}
     write_tensors(path, tensors, metadata)
 
 
-def read(path: Path, device: torch.device) -> tuple[list[Held], Progress, dict[str, Any]]:
+def read(path: Path, device: torch.device) -> tuple[list[LayerSums], Progress, dict[str, Any]]:
     """Read what `write` wrote.
 
     Args:
@@ -148,10 +160,10 @@ def read(path: Path, device: torch.device) -> tuple[list[Held], Progress, dict[s
 
 def _rebuilt(
     tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any], device: torch.device
-) -> tuple[list[Held], Progress, dict[str, Any]]:
+) -> tuple[list[LayerSums], Progress, dict[str, Any]]:
     for _name, _inputs, _outputs in document["fingerprint"]["targets"]:
         pass  # triples, or an error
-    held = []
+    parts = []
     for index, spec in enumerate(document["sums"]):
         if not isinstance(spec["layers"], list) or not spec["layers"]:
             raise ValueError(f"sums {index} are of no layer")
@@ -163,23 +175,10 @@ def _rebuilt(
                 unpack_lower_(value, stored.to(device))
             else:
                 value.copy_(stored)
-        held.append(Held(spec["layers"], sums))
-    return held, Progress(**document["progress"]), document["fingerprint"]
+        parts.append(LayerSums(spec["layers"], sums))
+    return parts, Progress(**document["progress"]), document["fingerprint"]
 
 
-def rebuild(kind: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Sums:
-    """Empty sums of a kind.
-
-    Args:
-        kind: `input_moments`, `input_sketch` or `output`.
-        settings: from their `settings()`.
-        device: where they live.
-        dtype: of the sums.
-
-    Returns:
-        The sums, zero.
-    """
-    arguments = dict(settings)
-    sizes = [arguments.pop(name) for name in ("out_features", "in_features", "features") if name in arguments]
-    sums: Sums = _KINDS[kind](*sizes, device, dtype, **arguments)
-    return sums
+def rebuild(kind: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
+    """Zero sums of a kind, with the `settings()` of others."""
+    return Accumulator.kinds[kind].empty(settings, device, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import as_device
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
-from lora_kernels.statistics.outputs import OutputStatistics
-from lora_kernels.statistics.sharing import InputSums
-from lora_kernels.statistics.storage import Held, Progress
+from lora_kernels.statistics.gradients import FISHER, GRADIENT, Gradient
+from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputMoments
+from lora_kernels.statistics.sketches import GradientSketch, InputSketch
+from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics.storage import Counts, LayerSums, Progress
+
+_ROUNDS = 4  # of the randomized SVD of an exact gradient
 
 
 @dataclass(frozen=True)
@@ -34,62 +39,156 @@ class Target:
     out_features: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
-    """What was seen of one layer.
+    """What was seen of one layer; its methods answer with means over tokens or over loss items.
 
     Attributes:
         name: the layer's name.
         in_features: n.
         out_features: m.
-        input: the sums of its input (exact or a sketch), shared (the same object) by layers that read the same tensor;
-            `None` if the layer was never called, or they were not asked for.
-        shared_with: the other layers that share `input`.
+        sums: by statistic; those of the input are shared (the same object) by layers that read the same tensor.
+            Without those that were not asked for, and empty if the layer was never called.
+        shared_with: the other layers that share the sums of the input.
         notes: facts a user should know, in words.
-        output: the sums of its output gradients; `None` if the layer was never called, or they were not asked for.
+        loss_items: what sums of gradients are divided by; `Statistics` sets it for its layers.
     """
 
     name: str
     in_features: int
     out_features: int
-    input: InputSums | None
+    sums: Mapping[str, Accumulator] = field(default_factory=dict)
     shared_with: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    output: OutputStatistics | None = None
+    loss_items: float = 1.0
 
     @property
     def tokens(self) -> float:
         """Rows counted for this layer."""
-        sums = self.input if self.input is not None else self.output
-        return 0.0 if sums is None else sums.tokens
+        return next((sums.tokens for sums in self.sums.values()), 0.0)
+
+    @property
+    def input(self) -> InputMoments | InputSketch | None:
+        """The sums of its input, exact or a sketch."""
+        sums = self.sums.get(INPUT_SECOND)
+        assert sums is None or isinstance(sums, (InputMoments, InputSketch))
+        return sums
+
+    def form(self, statistic: str) -> str | None:
+        """`exact` or `sketch`; `None` if the statistic was not collected."""
+        return self.sums[statistic].form if statistic in self.sums else None
+
+    def reached(self, wants: Iterable[str]) -> bool:
+        """Whether data reached the layer, and its loss gradients if one of these statistics needs them."""
+        backward = [self.sums.get(name) for name in wants if BY_NAME[name].needs_backward]
+        return self.tokens > 0 and all(sums is not None and not sums.is_zero for sums in backward)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a weight gradient was collected, exact or sketched, that is not zero."""
+        return self.loss_items > 0 and GRADIENT in self.sums and not self.sums[GRADIENT].is_zero
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the mean loss by the weight, `(m, n)`; of a sketch its reconstruction.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        return self.gradient_operator().dense()
+
+    def gradient_operator(self) -> Gradient:
+        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error.
+
+        Raises:
+            ValueError: if it was not collected.
+        """
+        sums = self._sums(GRADIENT)
+        if not isinstance(sums, GradientSketch):
+            return Gradient(sums.total / self._items())  # type: ignore[attr-defined]
+        triplets = self.gradient_svd(min(sums.size, self.in_features, self.out_features))
+        assert triplets.error is not None  # sketches carry probes
+        return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
+
+    def gradient_svd(self, rank: int, *, seed: int = 0) -> RandomizedSVD:
+        """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
+
+        Args:
+            rank: number of triplets.
+            seed: of the random start, where the gradient is exact.
+
+        Raises:
+            ValueError: if the gradient was not collected, or its sketch has fewer columns.
+        """
+        sums = self._sums(GRADIENT)
+        if isinstance(sums, GradientSketch):
+            return sums.svd(rank, scale=1.0 / self._items())
+        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS, seed=seed)
+
+    def fisher(self) -> torch.Tensor:
+        """The mean squared output gradient over tokens, `(m,)` float64.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        sums = self._sums(FISHER)
+        return sums.total.to(torch.float64) / sums.check_counted()  # type: ignore[attr-defined, no-any-return]
+
+    def output_second(self, *, center: bool = False) -> torch.Tensor:
+        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64.
+
+        Args:
+            center: whether to subtract the outer product of their mean.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        return self._sums(OUTPUT_SECOND).covariance(center=center)  # type: ignore[attr-defined, no-any-return]
+
+    def input_covariance(self, *, center: bool = False) -> torch.Tensor:
+        """The mean of x x^T over the inputs of all tokens, `(n, n)` float64; of a sketch its reconstruction.
+
+        Args:
+            center: whether to subtract the outer product of the mean input.
+
+        Raises:
+            ValueError: if it was not collected, or no token was counted.
+        """
+        return self._sums(INPUT_SECOND).covariance(center=center)  # type: ignore[attr-defined, no-any-return]
+
+    def _sums(self, statistic: str) -> Accumulator:
+        if statistic not in self.sums:
+            raise ValueError(f'layer {self.name} has no {statistic}: collect it with wants=("{statistic}",)')
+        return self.sums[statistic]
+
+    def _items(self) -> float:
+        if self.loss_items <= 0:
+            raise ValueError(f"layer {self.name} has loss_items 0: its mean gradient is not known")
+        return self.loss_items
 
 
-@dataclass(frozen=True)
-class Statistics(Mapping[str, LayerStatistics]):
+@dataclass(kw_only=True, eq=False)
+class Statistics(Counts, Mapping[str, LayerStatistics]):
     """Statistics of all observed layers, by name, in the model's order.
 
     Attributes:
         layers: the statistics by layer name.
         batches: number of batches read in each pass, over all processes.
+        samples: number of samples read in each pass.
         tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
+        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
+            differentiated. 0 without a backward pass.
         seconds: wall time of the passes.
         skipped_rows: rows left out because they were not finite (`nonfinite="skip"`), by layer.
-        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
-            differentiated; a weight gradient divided by it is the mean loss gradient. 0 without a backward pass.
-        samples: number of samples read in each pass.
         skipped_modules: modules with weights that are not linear layers and were not observed, and why.
         fingerprint: of the model, the targets and the options (see `storage`).
     """
 
-    layers: dict[str, LayerStatistics]
-    batches: int
-    tokens: float
-    seconds: float
-    skipped_rows: dict[str, int] = field(default_factory=dict)
-    loss_items: float = 0.0
-    samples: int = 0
-    skipped_modules: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Tell the layers how many items their gradients are sums over."""
+        self.layers = {name: replace(layer, loss_items=self.loss_items) for name, layer in self.layers.items()}
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """The statistics of a layer."""
@@ -103,32 +202,15 @@ class Statistics(Mapping[str, LayerStatistics]):
         """Number of layers."""
         return len(self.layers)
 
-    def mean_gradient(self, name: str) -> torch.Tensor:
-        """The gradient of the mean loss with respect to a layer's weight.
-
-        Args:
-            name: the layer.
-
-        Returns:
-            `(m, n)` in the dtype of the sums.
-
-        Raises:
-            ValueError: if the exact gradient was not collected.
-        """
-        sums = self.layers[name].output
-        if sums is None or sums.gradient is None:
-            raise ValueError(f'layer {name} has no exact weight gradient: collect it with wants=("gradient",)')
-        return sums.gradient / self.loss_items
-
     def save(self, path: str | Path) -> None:
         """Write the statistics to one safetensors file, atomically.
 
         Args:
             path: the file.
         """
-        held, progress = _disassemble(self)
-        targets = [[each.name, each.in_features, each.out_features] for each in self.values()]
-        storage.write(Path(path), held, progress, {**self.fingerprint, "targets": targets})
+        parts, progress = _disassemble(self)
+        targets = [[layer.name, layer.in_features, layer.out_features] for layer in self.values()]
+        storage.write(Path(path), parts, progress, {**self.fingerprint, "targets": targets})
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Statistics:
@@ -146,85 +228,55 @@ class Statistics(Mapping[str, LayerStatistics]):
             ValueError: if the file is missing, truncated, changed, or holds an unfinished run, or there is no such
                 device.
         """
-        held, progress, identity = storage.read(Path(path), as_device("device", device))
+        parts, progress, identity = storage.read(Path(path), as_device("device", device))
         if not progress.complete:
             raise ValueError(
                 f"{path} holds an unfinished run (pass {progress.number + 1}, {progress.done} batches): "
                 "call collect with checkpoint= this file to finish it"
             )
         targets = [(str(name), int(n), int(m)) for name, n, m in identity["targets"]]
-        return assemble(targets, held, progress, identity)
+        return assemble(targets, parts, progress, identity)
 
 
 def assemble(
-    targets: Sequence[tuple[str, int, int]], held: Iterable[Held], progress: Progress, identity: Mapping[str, Any]
+    targets: Sequence[tuple[str, int, int]], parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]
 ) -> Statistics:
-    """The statistics made of sums.
-
-    Args:
-        targets: name, in_features and out_features of every observed layer.
-        held: the sums.
-        progress: counts, notes.
-        identity: the fingerprint.
-
-    Returns:
-        The statistics.
-    """
-    inputs: dict[str, Held] = {}
-    outputs: dict[str, OutputStatistics] = {}
-    for each in held:
-        if isinstance(each.sums, OutputStatistics):
-            outputs[each.layers[0]] = _merged(outputs.get(each.layers[0]), each.sums)
-        else:
-            inputs |= dict.fromkeys(each.layers, each)
+    """The statistics made of sums, for layers given by name, in_features and out_features."""
+    sums: dict[str, dict[str, Accumulator]] = {name: {} for name, _, _ in targets}
+    partners: dict[str, list[str]] = {}
+    for part in parts:
+        of_input = not BY_NAME[part.sums.statistic].needs_backward
+        members = [name for name in part.layers if not of_input or name not in progress.left_out]
+        for name in members:
+            sums[name][part.sums.statistic] = part.sums
+        if of_input:
+            partners |= dict.fromkeys(members, members)
     layers = {}
     for name, in_features, out_features in targets:
-        group, output = inputs.get(name), outputs.get(name)
+        seen = {statistic: sums[name][statistic] for statistic in BY_NAME if statistic in sums[name]}
         notes = list(progress.notes.get(name, []))
-        if group is None and output is None:
+        backward = [part for statistic, part in seen.items() if BY_NAME[statistic].needs_backward]
+        if not seen and not notes:
             notes.append("never called in this pass")
-        if output is not None and float(output.calls) == 0:
+        if backward and all(part.is_zero for part in backward):
             notes.append("no gradient was counted for this layer")
-        others = tuple(each for each in group.layers if each != name) if group else ()
-        sums = group.sums if group else None
-        assert not isinstance(sums, OutputStatistics)
-        layers[name] = LayerStatistics(name, in_features, out_features, sums, others, tuple(notes), output)
-    return Statistics(
-        layers,
-        progress.batches,
-        progress.tokens,
-        progress.seconds,
-        progress.skipped,
-        progress.loss_items,
-        progress.samples,
-        progress.skipped_modules,
-        dict(identity),
-    )
+        layers[name] = LayerStatistics(
+            name=name,
+            in_features=in_features,
+            out_features=out_features,
+            sums=seen,
+            shared_with=tuple(other for other in partners.get(name, ()) if other != name),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+    return Statistics(layers=layers, fingerprint=dict(identity), **progress.counts())
 
 
-def _merged(first: OutputStatistics | None, second: OutputStatistics) -> OutputStatistics:
-    """The sums of one layer that different passes collected."""
-    if first is None:
-        return second
-    for name in ("fisher", "second", "gradient", "sketch"):
-        value = getattr(second, name)
-        if value is not None:
-            setattr(first, name, value)
-    first.forms |= second.forms
-    return first
-
-
-def _disassemble(statistics: Statistics) -> tuple[list[Held], Progress]:
+def _disassemble(statistics: Statistics) -> tuple[list[LayerSums], Progress]:
     """The sums of statistics, each once, and their counts."""
-    inputs: dict[int, Held] = {}
-    held = []
-    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
+    parts: dict[int, LayerSums] = {}
     for name, layer in statistics.items():
-        if layer.input is not None:
-            inputs.setdefault(id(layer.input), Held([], layer.input)).layers.append(name)
-        if layer.output is not None:
-            held.append(Held([name], layer.output))
-    counts = (statistics.tokens, statistics.loss_items, statistics.samples, statistics.batches, statistics.seconds)
-    progress = Progress(0, statistics.batches, "", True, *counts, statistics.skipped_rows, notes)
-    progress.skipped_modules = statistics.skipped_modules
-    return [*inputs.values(), *held], progress
+        for sums in layer.sums.values():
+            parts.setdefault(id(sums), LayerSums([], sums)).layers.append(name)
+    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
+    progress = Progress(done=statistics.batches, complete=True, notes=notes, **statistics.counts())
+    return list(parts.values()), progress

@@ -6,17 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, runtime_checkable
 
 from lora_kernels._checks import check_choice, check_type, repr_short
+from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.statistic import BY_NAME
 
-INPUT_SECOND = "input_second"
-OUTPUT_SECOND = "output_second"
-FISHER = "fisher"
-GRADIENT = "gradient"
-
-STATISTICS = (INPUT_SECOND, OUTPUT_SECOND, FISHER, GRADIENT)
-# What needs a backward pass.
-OF_GRADIENTS = frozenset({OUTPUT_SECOND, FISHER, GRADIENT})
-# What a random sketch can stand in for.
-SKETCHABLE = frozenset({INPUT_SECOND, GRADIENT})
+STATISTICS = tuple(BY_NAME)
 
 
 @runtime_checkable

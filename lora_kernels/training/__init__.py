@@ -1,4 +1,4 @@
-"""Floor 4: training. The fused forward of PEFT's LoRA layers, LoRA-Dash, and the LoRA-Pro optimizer."""
+"""Training: the fused forward of PEFT's LoRA layers, LoRA-Dash, and the LoRA-Pro optimizer."""
 
 from lora_kernels.training.acceleration import AccelerateReport, LayerPath, accelerate, reference_mode, restore
 from lora_kernels.training.dash import DashLayer, DashReport, DashRun, LoraDash

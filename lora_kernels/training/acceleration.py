@@ -13,13 +13,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
+from lora_kernels.adapters.experts import chain_of
 from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
 from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
 from lora_kernels.training.description import base_is_fused, eager_reason
-from lora_kernels.training.experts import OUTER, chain_of, experts_reason
+from lora_kernels.training.experts import OUTER, experts_reason
 from lora_kernels.training.guard import Guard
 from lora_kernels.training.lora_layer import FusedForward, class_of, is_experts, supported
 

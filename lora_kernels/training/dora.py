@@ -7,17 +7,18 @@ With dropout PEFT computes `x W^T + bias + (c - 1) * d W^T + c * s d A^T B^T` of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_kernels.adapters.base_weight import row_blocks
+from lora_kernels.adapters.dora import NORM_BLOCK, block_entries, block_height, caching_enabled, row_norms
 from lora_kernels.runtime.modes import is_sharded
 
-# Entries that are computed at a time: on a CPU by each thread, few enough for its second-level cache.
-_NORM_BLOCK, _SCALE_BLOCK, _GPU_BLOCK = 2**17, 2**15, 2**24
+# Entries that are scaled at a time: on a CPU by each thread, few enough for its second-level cache.
+_SCALE_BLOCK = 2**15
 # The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
 _CACHE_KEY = "lora_kernels"
 
@@ -43,46 +44,6 @@ def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
     return None
 
 
-def _block_entries(device: torch.device, of_a_thread: int) -> int:
-    return of_a_thread * torch.get_num_threads() if device.type == "cpu" else _GPU_BLOCK
-
-
-def _height(device: torch.device, columns: int, of_a_thread: int) -> int:
-    return max(1, _block_entries(device, of_a_thread) // max(1, columns))
-
-
-def row_norms(
-    weight: torch.Tensor | Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, scaling: Any
-) -> torch.Tensor:
-    """`|W + s B A|` by row, `(m,)` float32 (float64 where one of the three is), without a graph.
-
-    From the sums themselves, a few rows at a time: `|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is
-    wrong where the two nearly cancel. W is `(m, n)`, or its rows, in order, in blocks of any height.
-    """
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        if isinstance(weight, torch.Tensor):
-            wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-            if torch.compiler.is_compiling():
-                total: torch.Tensor = torch.linalg.vector_norm(
-                    weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
-                )
-                return total
-            weight = weight.split(_height(a.device, a.shape[1], _NORM_BLOCK))  # type: ignore[no-untyped-call]
-        else:
-            wide = torch.promote_types(a.dtype, torch.float32)
-        left, right = b.to(wide) * scaling, a.to(wide)
-        norms = left.new_empty(b.shape[0])
-        buffer, low = left.new_empty(0, a.shape[1]), 0
-        for rows in weight:
-            high = low + rows.shape[0]
-            if len(buffer) < len(rows):
-                buffer = left.new_empty(rows.shape)
-            total = buffer[: len(rows)].copy_(rows).addmm_(left[low:high], right)
-            torch.linalg.vector_norm(total, dim=1, out=norms[low:high])
-            low = high
-    return norms  # type: ignore[no-any-return]
-
-
 def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
     """`|W + s B A|` by row, `(m,)` without a graph, of a layer as it is.
 
@@ -100,7 +61,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
     holder = layer.lora_magnitude_vector[adapter]
     store = getattr(holder, "_dora_cache", None)  # PEFT 0.18 has none
     key = None
-    if cached and store is not None and not holder.training and _caching():
+    if cached and store is not None and not holder.training and caching_enabled():
         key = _key(layer.get_base_layer(), a, b, s)
         before = store.get(_CACHE_KEY)
         if before is not None and _same(before[0], key):
@@ -151,13 +112,7 @@ def _rows(layer: Any) -> Any:
     if plain and weight.is_floating_point() and weight.element_size() > 1:  # type: ignore[union-attr]
         return weight
     device = next(iter(layer.lora_A.values())).weight.device
-    return row_blocks(layer, entries=_block_entries(device, _NORM_BLOCK))()
-
-
-def _caching() -> bool:
-    from peft.tuners.lora import dora  # noqa: PLC0415  (peft is an optional dependency)
-
-    return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
+    return row_blocks(layer, entries=block_entries(device, NORM_BLOCK))()
 
 
 def _key(base: Any, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> tuple[Any, ...]:
@@ -298,5 +253,5 @@ class _Rescaled(torch.autograd.Function):
 
 def _cuts(rows: torch.Tensor, *, whole: bool) -> list[slice]:
     """Blocks of rows that stay in the cache, or one block."""
-    height = len(rows) if whole else _height(rows.device, rows.shape[1], _SCALE_BLOCK)
+    height = len(rows) if whole else block_height(rows.device, rows.shape[1], _SCALE_BLOCK)
     return [slice(low, low + height) for low in range(0, len(rows), max(1, height))]

@@ -19,6 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
+from lora_kernels.adapters import parts
+from lora_kernels.adapters.experts import PRODUCTS, TRAITS, chain_of, first_meets_inputs
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -27,9 +29,7 @@ from lora_kernels.training.lora_layer import GLOBAL_HOOKS, SEEDS, FusedForward, 
 
 NAME = "lora_kernels"  # of the implementation
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 OUTER = "another parameter of the same experts runs PEFT's own forward"
-_TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
 
 
 class Term(NamedTuple):
@@ -121,18 +121,6 @@ class FusedExperts(FusedForward):
             warn_once(reason)
         return reason is None
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # The factors of all experts in one matrix have no joined parts.
-        super(FusedForward, self)._load_from_state_dict(*args)  # type: ignore[misc]
-
-
-def chain_of(wrapper: Any) -> list[Any]:
-    """A wrapper and those inside of it, around one module of experts."""
-    chain = [wrapper]
-    while hasattr(chain[-1].base_layer, "parameter_name") and hasattr(chain[-1].base_layer, "lora_A"):
-        chain.append(chain[-1].base_layer)
-    return chain
-
 
 def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
     """Why a wrapper, and those inside of it, have to run PEFT's own forward as they are now, or `None`.
@@ -146,7 +134,7 @@ def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
     """
     chain = chain_of(wrapper)
     base = chain[-1].base_layer
-    if not all(hasattr(base, trait) for trait in _TRAITS):
+    if not all(hasattr(base, trait) for trait in TRAITS):
         return f"{type(base).__name__} takes no implementation from transformers' registry of experts"
     if "parametrizations" in base._modules:
         return OUTER
@@ -185,7 +173,7 @@ def _implementation_reason(name: str | None) -> str | None:
 
 def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
     name, parameter = wrapper.parameter_name, wrapper.get_param()
-    if name not in _PRODUCTS:
+    if name not in PRODUCTS:
         return f"the parameter {name} is not the weight of a product of experts"
     if parameter.dim() != 3 or parameter.dtype not in FLOATS or not is_whole(parameter, gathered):
         return f"the parameter {name} is quantized, sharded or no stack of matrices"
@@ -204,7 +192,6 @@ def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
 
 def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
     """By parameter, the low-rank parts of its active adapters."""
-    transposed = chain[-1].base_layer.is_transposed
     terms: dict[str, list[Term]] = {}
     for wrapper in chain:
         if wrapper.merged:
@@ -216,12 +203,15 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
                 if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                     with torch.inference_mode(False):  # graphs are to keep it
                         state = torch.tensor([hash((adapter, scaling)) & SEEDS])
-                term = Term(*factors_of(wrapper, adapter, transposed), scaling, state)
-                terms.setdefault(wrapper.parameter_name, []).append(term)
+                mine = terms.setdefault(wrapper.parameter_name, [])
+                mine.append(Term(*factors_of(wrapper, adapter), scaling, state))
+                began = parts.start(wrapper, adapter)
+                if began is not None:
+                    mine.append(Term(*_by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
     return terms
 
 
-def factors_of(wrapper: Any, adapter: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A `(experts, r, n)` and B `(experts, m, r)` of the products with a parameter, differentiable.
 
     PEFT keeps the factors of all experts in two matrices, the rows of the first by expert and rank, the columns of the
@@ -231,16 +221,19 @@ def factors_of(wrapper: Any, adapter: str, transposed: bool) -> tuple[torch.Tens
     Args:
         wrapper: of a parameter of experts.
         adapter: an adapter that it has.
-        transposed: whether the parameter is `(experts, n, m)`.
 
     Returns:
         Both factors.
     """
-    first, second, experts = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.num_experts
+    return _by_expert(wrapper, wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
+
+
+def _by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    experts = wrapper.num_experts
     rank = first.shape[0] // experts
     left = first.reshape(experts, rank, first.shape[1])
     right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
-    if transposed or getattr(wrapper, "_did_swap_in_out_features", False):
+    if first_meets_inputs(wrapper):
         return left, right
     return right.mT, left.mT
 

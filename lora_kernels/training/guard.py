@@ -1,4 +1,4 @@
-"""A look at the first backward pass: does every adapter learn?"""
+"""A look at the first backward pass and the first steps: does every adapter learn?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.training.movement import NARROW, Movement
 
 
 def _problem(sizes: Sequence[float]) -> str | None:
@@ -23,7 +24,7 @@ def _problem(sizes: Sequence[float]) -> str | None:
 
 
 class Guard:
-    """Watches one backward pass and goes away.
+    """Watches one backward pass and goes away; parameters of 16 bits are handed to `Movement`.
 
     It judges when the last of the watched factors has its gradient. Where some never get one, nothing says when a
     backward pass is over (reentrant checkpoints run several inside of one): it then judges when the model is next
@@ -97,9 +98,17 @@ class Guard:
             name: _problem([float(self.seen[id(factor)]) for factor in pair if id(factor) in self.seen])
             for name, pair in self.pairs.items()
         }
+        narrow = {
+            id(factor): f"{which} of {name}"
+            for name, pair in self.pairs.items()
+            for which, factor in zip("AB", pair, strict=True)
+            if factor.dtype in NARROW
+        }
         self.close()
         bad = {name: problem for name, problem in problems.items() if problem is not None}
         if not bad:
+            if narrow:
+                Movement.watch_next(narrow, strict=self.strict)
             return
         name, problem = next(iter(bad.items()))
         message = f"{len(bad)} of {len(problems)} adapters learn nothing in the first backward pass"

@@ -84,16 +84,18 @@ class FusedForward:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse an adapter with parts joined to its factors, where nothing would take them apart."""
-        for adapter, rank in self.r.items():  # type: ignore[attr-defined]
+        experts = getattr(self, "num_experts", 1)
+        for adapter, own in self.r.items():  # type: ignore[attr-defined]
+            rank = own * experts
             factor = state_dict.get(f"{prefix}lora_A.{adapter}.weight")
             joined = f"{prefix}lora_dash.{adapter}.coordinates" in state_dict or (
                 factor is not None and factor.shape[0] == 2 * rank
             )
             if joined and factor is not None and factor.shape[0] != rank and not hasattr(self, "lora_start"):
                 raise RuntimeError(
-                    f"{prefix[:-1]} was saved with rank {factor.shape[0]} but is of rank {rank} here: a frozen start "
-                    "or coordinates were saved as rank with it; lora_kernels.load(model, folder) takes them apart, "
-                    "also before transformers' Trainer resumes"
+                    f"{prefix[:-1]} was saved with rank {factor.shape[0] // experts} but is of rank {own} here: a "
+                    "frozen start or coordinates were saved as rank with it; lora_kernels.load(model, folder) takes "
+                    "them apart, also before transformers' Trainer resumes"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
@@ -246,7 +248,7 @@ class Prepared:
             (modules, "lora_dropout"),
         ]  # fmt: skip
         for name in names:
-            cells += [(layer.scaling, name), (layer.lora_variant, name)]
+            cells += [(layer.scaling, name), (layer.r, name), (layer.lora_variant, name)]
             for group in ("lora_A", "lora_B", "lora_dropout"):
                 part = modules[group]._modules[name]
                 cells.append((modules[group]._modules, name))

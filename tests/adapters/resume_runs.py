@@ -34,11 +34,11 @@ def begun(method):
 def trainer(model, folder, kind):
     more = {}
     if "dash" in kind:
-        more["callbacks"] = [lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))]
+        more["callbacks"] = [lk.api.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))]
         if "own" in kind:  # the optimizer is to hold the coordinates
             lk.LoraDash(k=3, pre_launch=3).attach(model)
     if kind == "lora_pro":
-        more["optimizer_cls_and_kwargs"] = lk.lora_pro_cls_and_kwargs(model, lr=1e-2)
+        more["optimizer_cls_and_kwargs"] = lk.training.lora_pro_cls_and_kwargs(model, lr=1e-2)
     elif "lora_pro" in kind:
         more["optimizers"] = (lk.create_lora_pro_optimizer(model, lr=1e-2), None)
     elif "adamw dash" in kind:

@@ -80,7 +80,10 @@ def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method
     experts = [view for view in lora_layers(model) if view.parameter_name is not None]
     status = {layer.name: layer.status for layer in report}
     assert (len(experts) >= 2) == (CONVERTS or name in PARAMETERS)
-    assert {status[view.name] for view in experts} <= {"unsupported"}
+    # Llama 4 routes by itself, and before transformers 5 all do.
+    started = name != "Llama4Text" and Version(transformers.__version__).major >= 5
+    routed = [view for view in experts if view.parameter_name != "weight"]  # (routers are parameters, too)
+    assert {status[view.name] for view in routed} <= {"initialised" if started else "unsupported"}
     assert "initialised" in status.values()
     nudge(model)
     expected = logits(model)
@@ -97,4 +100,4 @@ def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method
     assert all(f"{view.name}.lora_B.weight" in tensors for view in experts)
     for view in experts:
         view.module.lora_B["default"].weight.data.zero_()
-    assert not experts or relative_error(logits(model), expected) > 1e-3
+    assert not experts or relative_error(logits(model), expected) > 3e-4

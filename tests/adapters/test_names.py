@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import lora_kernels as lk
+from lora_kernels.adapters.layers import is_tied, places
 from lora_kernels.adapters.names import config_name, matches, patterns
-from lora_kernels.api.peft import is_tied, places
 from tests.adapters.start_models import nudge
 
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -94,7 +94,7 @@ class Nested(nn.Module):
         return self.q(x) + self.a["q"](x.relu()) + self.a["q-x"](x.abs()) + self.b["a"]["q"](x[:, :1].expand(-1, 16))
 
 
-@pytest.mark.parametrize("method", [lk.EVA(rho=3.0, min_rank=1), lk.EVA(rho=3.0, min_rank=0), "pissa"])
+@pytest.mark.parametrize("method", [lk.init.EVA(rho=3.0, min_rank=1), lk.init.EVA(rho=3.0, min_rank=0), "pissa"])
 def test_names_that_are_tails_of_others(tmp_path, method):
     targets = ["q", "a.q-x"]
     model = get_peft_model(Nested(), LoraConfig(r=4, target_modules=targets, alpha_pattern={"a.q": 2}))

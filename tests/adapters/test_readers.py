@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.adapters import servers
-from lora_kernels.api.adapter_files import read_adapter
+from lora_kernels.adapters.folders import read_adapter
 from tests.adapters.start_models import BATCH, BATCHES, TARGETS, nudge, wrapped
 from tests.helpers.readers import READERS, Refused, read
 from tests.statistics.models import tiny_llama
@@ -38,9 +38,9 @@ ROWS = {
     "EVA, LoRA-DA, plain LoRA": ("eva", {}, None, "====", "===="),
     "LoRA-GA, PiSSA, CorDA, task directions": ("lora_ga", {}, None, "====", "===="),
     "LoRA-Dash": ("eva", {}, launched, "=---", "===="),
-    "`EVA(rho=2)` or `ranks=`": (lk.EVA(rho=2.0), {}, None, "==-x", "==-x"),
+    "`EVA(rho=2)` or `ranks=`": (lk.init.EVA(rho=2.0), {}, None, "==-x", "==-x"),
     "the same, `adjust_scaling_factors=False`": (
-        lk.EVA(rho=2.0, adjust_scaling_factors=False),
+        lk.init.EVA(rho=2.0, adjust_scaling_factors=False),
         {},
         None,
         "=x-=",
@@ -132,7 +132,7 @@ def test_every_method_is_right_in_every_reader(method, settings, tmp_path):
     data = None if method in ("pissa", "task_directions") else BATCHES
     if method == "task_directions":
         nudge(model)
-        method = lk.TaskDirections(update="adapter")
+        method = lk.init.TaskDirections(update="adapter")
     lk.initialize(model, data, method=method, force=not isinstance(method, str), progress=False)
     nudge(model)
     truth = true_changes(model)

@@ -99,7 +99,7 @@ def test_an_optimizer_without_the_factors_is_refused_before_training(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     model, other = started(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match="holds no factor of the adapter"):
-        Trainer(model, arguments, train_dataset=Data(), optimizers=(other, None), callbacks=[lk.LoraDashCallback()])
+        Trainer(model, arguments, train_dataset=Data(), optimizers=(other, None), callbacks=[lk.api.LoraDashCallback()])
 
     class Forgetful(Trainer):
         def create_optimizer(self, model=None):
@@ -107,7 +107,7 @@ def test_an_optimizer_without_the_factors_is_refused_before_training(tmp_path):
             self.optimizer = torch.optim.SGD(trained, lr=0.1)
             return self.optimizer
 
-    made = Forgetful(wrapped(), arguments, train_dataset=Data(), callbacks=[lk.LoraDashCallback()])
+    made = Forgetful(wrapped(), arguments, train_dataset=Data(), callbacks=[lk.api.LoraDashCallback()])
     with pytest.raises(RuntimeError, match="optimizer does not hold the coordinates"):
         made.train()
     assert made.state.global_step == 0

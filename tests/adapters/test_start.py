@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.api.saved import compress
+from lora_kernels.adapters.export import compress
 from lora_kernels.init import LayerFactors, LoraFactors
 from lora_kernels.init.method import LayerwiseMethod
 from tests.conftest import relative_error

@@ -39,7 +39,7 @@ def trainer(folder, *, steps=6, accelerated=False, dropout=0.0, callback=None, *
         seed=5,
         **settings,
     )
-    callback = callback or lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
+    callback = callback or lk.api.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
     return Trainer(model, arguments, train_dataset=Data(), eval_dataset=Data(), callbacks=[callback]), callback
 
 
@@ -67,7 +67,7 @@ def test_resumed_before_the_switch_at_it_and_after_it(tmp_path, accelerated):
 
 
 def test_accumulation_and_evaluation_do_not_count(tmp_path):
-    run_of = lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
+    run_of = lk.api.LoraDashCallback(lk.LoraDash(k=3, pre_launch=3))
     made, _ = trainer(
         tmp_path, steps=4, callback=run_of, gradient_accumulation_steps=3, eval_strategy="steps", eval_steps=1
     )
@@ -86,27 +86,27 @@ def test_accumulation_and_evaluation_do_not_count(tmp_path):
 def test_a_callback_that_comes_too_late_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     made = Trainer(wrapped(), arguments, train_dataset=Data())
-    made.add_callback(lk.LoraDashCallback())
+    made.add_callback(lk.api.LoraDashCallback())
     with pytest.raises(RuntimeError, match=r"pass it to Trainer\(callbacks"):
         made.train()
     with pytest.raises(TypeError, match="config must be a LoraDash"):
-        lk.LoraDashCallback(3)
+        lk.api.LoraDashCallback(3)
 
 
 def test_an_optimizer_of_ones_own(tmp_path):
     model = wrapped()
     lk.LoraDash(k=3, pre_launch=2).attach(model)  # again by the callback
     arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
-    callback = lk.LoraDashCallback(lk.LoraDash(k=3, pre_launch=2))
+    callback = lk.api.LoraDashCallback(lk.LoraDash(k=3, pre_launch=2))
     made = Trainer(model, arguments, train_dataset=Data(), callbacks=[callback], optimizers=(adam(model), None))
     made.train()
     assert all(bool(each.any()) for each in callback.run.coordinates())
 
 
 def test_importing_the_package_imports_no_transformers():
-    code = "import sys, lora_kernels as lk; lk.LandscapeMonitor; "
+    code = "import sys, lora_kernels as lk; lk.api.LandscapeMonitor; "
     code += "assert 'transformers' not in sys.modules and 'peft' not in sys.modules; "
-    code += "lk.LoraDash(); assert 'peft' not in sys.modules; assert issubclass(lk.LoraDashCallback, object)"
+    code += "lk.LoraDash(); assert 'peft' not in sys.modules; assert issubclass(lk.api.LoraDashCallback, object)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lk.nothing

@@ -179,7 +179,7 @@ def test_sketches_bracket_the_exact_norm():
 
 def test_spectra_alone_follow_the_update_and_the_weight():
     model = wrapped()
-    start = lk.snapshot(model)
+    start = lk.api.snapshot(model)
     found = lk.diagnose(model, start=start, intruders=True)
     assert found.verdict.kind == NOT_JUDGED and found.batches == 0 and "no data" in found.notes[0]
     for each in found:
@@ -204,13 +204,13 @@ def test_the_drift_is_from_the_frozen_start():
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert parts.start(layer, "default") is not None
     assert all(each.spectrum.drift == pytest.approx(0, abs=1e-5) for each in lk.diagnose(model))
-    start, last = lk.snapshot(model), lk.diagnose(model).layers[-1]
+    start, last = lk.api.snapshot(model), lk.diagnose(model).layers[-1]
     assert last.spectrum.spectral > 0.1
     model.get_submodule(last.name).lora_B["default"].weight.data.add_(1.0)
     moved = lk.diagnose(model).layers[-1].spectrum.drift
     assert lk.diagnose(model, start=start).layers[-1].spectrum.drift == pytest.approx(moved, rel=1e-4) and moved > 1
     assert (
-        lk.diagnose(model, start=lk.snapshot(model)).layers[-1].spectrum.drift < 1e-3 * moved
+        lk.diagnose(model, start=lk.api.snapshot(model)).layers[-1].spectrum.drift < 1e-3 * moved
     )  # a start that is given
 
 

@@ -13,7 +13,7 @@ from lora_kernels.init.factors import LoraFactors
 from lora_kernels.statistics import Statistics
 from tests.statistics.models import padded, samples, tiny_llama
 
-EMPTY = Statistics({}, 0, 0.0, 0.0)
+EMPTY = Statistics()
 
 
 def wrapped(**changes):
@@ -51,11 +51,13 @@ def test_first_step_is_what_adam_does(method):
 
 def test_start_change_is_what_the_start_does():
     model, batches = wrapped(), padded(samples(), 4)
-    stats = lk.collect(model, batches, lk.LoraDA(), dtype=torch.float64, weighting="token", progress=False)
+    stats = lk.collect(model, batches, lk.init.LoraDA(), dtype=torch.float64, weighting="token", progress=False)
     with torch.no_grad():
         before = float(loss_of(model.eval(), batches))
     with pytest.warns(RuntimeWarning, match="collected with"):
-        report = lk.initialize(model, statistics=stats, method=lk.LoraDA(gamma=3e4, population_size=8), progress=False)
+        report = lk.initialize(
+            model, statistics=stats, method=lk.init.LoraDA(gamma=3e4, population_size=8), progress=False
+        )
     with torch.no_grad():
         change = float(loss_of(model.eval(), batches)) - before
     predicted = sum(each.start_change for each in report)
@@ -98,17 +100,17 @@ def test_warns_where_a_lora_rate_meets_a_start_away_from_zero():
             if "base_layer" in name:
                 value *= 50  # to the singular values of a trained model
     with pytest.warns(RuntimeWarning, match=r"pissa starts at B != 0, and learning_rate=0.001"):
-        report = lk.initialize(model, method=lk.PiSSA(), learning_rate=1e-3, progress=False)
+        report = lk.initialize(model, method=lk.init.PiSSA(), learning_rate=1e-3, progress=False)
     assert any("full fine-tuning" in each for each in report.advice) and report.advice[-1] in str(report).replace(
         "\n", " "
     )
     json.loads(report.to_json())
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        lk.initialize(wrapped(), method=lk.PiSSA(), learning_rate=2e-5, progress=False)
+        lk.initialize(wrapped(), method=lk.init.PiSSA(), learning_rate=2e-5, progress=False)
         lk.initialize(wrapped(), batches, "eva", learning_rate=1e-3, progress=False)
     with pytest.raises(ValueError, match="learning_rate"):
-        lk.initialize(wrapped(), method=lk.PiSSA(), learning_rate=-1.0)
+        lk.initialize(wrapped(), method=lk.init.PiSSA(), learning_rate=-1.0)
 
 
 def test_advice():

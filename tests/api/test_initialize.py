@@ -1,5 +1,4 @@
 import copy
-import gc
 import json
 import math
 
@@ -44,7 +43,7 @@ def adapted(rank=4, model=None, **options):
 
 
 def run(model, loader=None, method=None, **options):
-    return lk.initialize(model, loader or text(), method or lk.EVA(rho=2.0), progress=False, **options)
+    return lk.initialize(model, loader or text(), method or lk.init.EVA(rho=2.0), progress=False, **options)
 
 
 def ranks(model, adapter="default"):
@@ -77,7 +76,7 @@ def test_by_default_every_layer_keeps_its_rank_and_no_adapter_is_removed_unless_
     model = adapted(rank=8)
     assert {each.rank for each in lk.initialize(model, text(), progress=False)} == {8}
     assert model.peft_config["default"].rank_pattern == {} and set(ranks(model).values()) == {8}
-    for options in ({"method": lk.EVA(rho=4.0)}, {"method": "eva", "ranks": lk.Redistribution(rho=4.0)}):
+    for options in ({"method": lk.init.EVA(rho=4.0)}, {"method": "eva", "ranks": lk.init.Redistribution(rho=4.0)}):
         model = adapted(rank=1)
         found = [each.rank for each in lk.initialize(model, text(), progress=False, **options)]
         assert set(found) == {1}  # as many ranks as layers, one for each
@@ -90,7 +89,7 @@ def test_by_default_every_layer_keeps_its_rank_and_no_adapter_is_removed_unless_
 
 def test_rank_zero_removes_the_adapter_and_the_config_says_so(tmp_path):
     model = adapted(rank=1)
-    report = run(model, method=lk.EVA(rho=4.0, min_rank=0))
+    report = run(model, method=lk.init.EVA(rho=4.0, min_rank=0))
     removed = {each.name for each in report if each.status == "removed"}
     assert removed and all(type(model.get_submodule(name)) is nn.Linear for name in removed)
     assert {each.name for each in report if each.rank} == set(ranks(model))
@@ -108,7 +107,7 @@ def test_alpha_follows_the_rank(rslora):
     assert all(m.scaling["default"] == pytest.approx(scaling) for m in model.modules() if hasattr(m, "lora_A"))
     assert len({m.lora_alpha["default"] for m in model.modules() if hasattr(m, "lora_A")}) > 1
     fixed = adapted(lora_alpha=10)
-    run(fixed, method=lk.EVA(rho=2.0, adjust_scaling_factors=False))
+    run(fixed, method=lk.init.EVA(rho=2.0, adjust_scaling_factors=False))
     assert {m.lora_alpha["default"] for m in fixed.modules() if hasattr(m, "lora_A")} == {10}
 
 
@@ -119,7 +118,7 @@ def test_same_directions_as_peft_and_at_least_its_variance():
     )
     model = adapted()
     stats = lk.collect(model, loader, progress=False)
-    lk.initialize(model, method=lk.EVA(rho=1.0), statistics=stats, progress=False)
+    lk.initialize(model, method=lk.init.EVA(rho=1.0), statistics=stats, progress=False)
     assert len(theirs) == 14
     for name, vectors in theirs.items():
         s = stats[name].input.covariance()
@@ -151,7 +150,7 @@ def test_classifier_with_pooled_layers():
         LoraConfig(r=2, target_modules=["query", "key", "pooler.dense"], modules_to_save=["classifier"]),
     )
     head = copy.deepcopy(model.get_submodule("base_model.model.classifier").state_dict())
-    report = run(model, method=lk.EVA(rho=1.0))
+    report = run(model, method=lk.init.EVA(rho=1.0))
     tokens = {each.name.rsplit(".", 2)[-2]: each.tokens for each in report}
     assert tokens["pooler"] == 16 and tokens["self"] > 16
     after = model.get_submodule("base_model.model.classifier").state_dict()
@@ -173,7 +172,7 @@ def test_other_adapters_and_other_state_survive():
     model.train()
     kept = {n: p.clone() for n, p in model.named_parameters() if "default" in n or "lora" not in n}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    report = run(model, adapter_name="second", method=lk.EVA(rho=2.0, min_rank=1))
+    report = run(model, adapter_name="second", method=lk.init.EVA(rho=2.0, min_rank=1))
     assert [each.rank for each in report] == [m.r["second"] for m in model.modules() if "second" in getattr(m, "r", ())]
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in kept.items())
@@ -183,7 +182,7 @@ def test_other_adapters_and_other_state_survive():
 def test_removing_a_layer_keeps_the_other_adapter_on_it():
     model = adapted(rank=1)
     model.add_adapter("second", LoraConfig(r=1, target_modules="all-linear"))
-    report = run(model, adapter_name="second", method=lk.EVA(rho=4.0, min_rank=0))
+    report = run(model, adapter_name="second", method=lk.init.EVA(rho=4.0, min_rank=0))
     gone = next(each.name for each in report if each.status == "removed")
     module = model.get_submodule(gone)
     assert "default" in module.r and "second" not in module.r
@@ -211,20 +210,53 @@ def test_adapter_on_the_meta_device_is_materialised():
     assert torch.isfinite(logits(model, text(1)[0])).all()
 
 
-def test_an_optimizer_that_would_go_stale_is_refused():
+def test_an_optimizer_made_before_trains_the_new_factors():
     model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = text(1)[0]
+    stale = model(**batch, labels=batch["input_ids"]).loss  # a graph of the old factors is still alive
     before = ranks(model)
-    weights = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"an optimizer \(AdamW\) already holds parameters"):
-        run(model)
-    assert ranks(model) == before
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    run(model, method=lk.EVA(rho=1.0))  # ranks stay, weights are written in place
-    del optimizer
-    gc.collect()
     run(model)
     assert ranks(model) != before
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(p, start[n]) for n, p in model.named_parameters() if n in start and "lora_B" in n)
+    assert model(**batch, labels=batch["input_ids"]).loss < loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+def test_ranks_of_an_accelerated_model_change():
+    model, batch = adapted(), text(1)[0]
+    lk.accelerate(model)
+    logits(model, batch)  # prepares the layers for the ranks that they have
+    before = ranks(model)
+    run(model)
+    assert ranks(model) != before
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    fused = logits(model, batch)
+    lk.restore(model)
+    torch.testing.assert_close(fused, logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_under_distributed_data_parallel_stay(tmp_path):
+    """It averages no gradient of factors whose shape it does not know."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(adapted())
+        before, weights = ranks(model.module), {n: p.detach().clone() for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="ranks of a model in DistributedDataParallel cannot change"):
+            run(model)
+        assert ranks(model.module) == before
+        assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+        run(model, method=lk.init.EVA(rho=1.0))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def batch_logits(model):
@@ -245,7 +277,7 @@ def test_force_over_a_trained_magnitude_or_bias_gives_the_function_of_the_base(s
     model, base = adapted(**settings), batch_logits(llama())
     scatter(model)
     assert (batch_logits(model) - base).abs().max() > 0.01
-    run(model, method=lk.EVA(rho=rho), force=True)
+    run(model, method=lk.init.EVA(rho=rho), force=True)
     torch.testing.assert_close(batch_logits(model), base, rtol=1e-5, atol=2e-6)
     scatter(model)  # what the start left is still trained
     assert (batch_logits(model) - base).abs().max() > 0.01
@@ -260,7 +292,7 @@ def test_force_leaves_no_norms_of_before_in_peft_s_cache():
     scatter(model)
     with DoraCaching():
         batch_logits(model)
-        run(model, method=lk.EVA(rho=1.0), force=True)
+        run(model, method=lk.init.EVA(rho=1.0), force=True)
         torch.testing.assert_close(batch_logits(model), base, rtol=1e-5, atol=2e-6)
 
 
@@ -270,7 +302,7 @@ def test_lora_da_on_dora_computes_what_it_says(trained):
     model = adapted(use_dora=True)
     if trained:
         scatter(model)
-    run(model, batches, lk.LoraDA(gamma=1.0), force=trained)
+    run(model, batches, lk.init.LoraDA(gamma=1.0), force=trained)
     for module in model.modules():
         if hasattr(module, "lora_A"):
             total = module.get_base_layer().weight + module.scaling["default"] * (
@@ -297,22 +329,22 @@ def test_force_over_trained_biases_of_the_base_is_refused(bias):
 
     data = [torch.randn(9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     model = get_peft_model(Biased(), LoraConfig(r=2, target_modules=["q"], bias=bias))
-    run(model, loader=data, method=lk.EVA(rho=1.0), force=True)  # of an adapter that is as it was made
+    run(model, loader=data, method=lk.init.EVA(rho=1.0), force=True)  # of an adapter that is as it was made
     scatter(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"trained with bias='{bias}'.*make the model anew"):
-        run(model, loader=data, method=lk.EVA(rho=1.0), force=True)
+        run(model, loader=data, method=lk.init.EVA(rho=1.0), force=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     unbiased = adapted(bias=bias)  # a Llama has none
     scatter(unbiased)
-    run(unbiased, method=lk.EVA(rho=1.0), force=True)
+    run(unbiased, method=lk.init.EVA(rho=1.0), force=True)
     torch.testing.assert_close(batch_logits(unbiased), batch_logits(llama()), rtol=1e-5, atol=2e-6)
 
 
 def test_a_fresh_magnitude_keeps_its_bits():
     model = adapted(use_dora=True)
     before = {name: value.clone() for name, value in model.named_parameters() if "magnitude" in name}
-    run(model, method=lk.EVA(rho=1.0))
+    run(model, method=lk.init.EVA(rho=1.0))
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
 
 
@@ -352,8 +384,8 @@ def test_failure_before_writing_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="must be at most min"):
         run(adapted(rank=40))
     for options in (
-        {"method": lk.EVA(rho=2.0, min_rank=5)},
-        {"method": "lora_ga", "ranks": lk.Redistribution(min_rank=5)},
+        {"method": lk.init.EVA(rho=2.0, min_rank=5)},
+        {"method": "lora_ga", "ranks": lk.init.Redistribution(min_rank=5)},
     ):
         with pytest.raises(ValueError, match="budget"):
             lk.initialize(model, unread(), progress=False, **options)
@@ -363,12 +395,12 @@ def test_failure_before_writing_leaves_the_model_as_it_was():
 def test_statistics_serve_several_methods_and_must_fit():
     model = adapted()
     stats = lk.collect(model, text(), progress=False)
-    one = lk.initialize(model, statistics=stats, method=lk.EVA(rho=1.0), progress=False)
+    one = lk.initialize(model, statistics=stats, method=lk.init.EVA(rho=1.0), progress=False)
     first = {n: p.clone() for n, p in model.named_parameters() if "lora_A" in n}
     again = adapted()
-    lk.initialize(again, text(), lk.EVA(rho=1.0), progress=False)
+    lk.initialize(again, text(), lk.init.EVA(rho=1.0), progress=False)
     assert all(torch.equal(dict(again.named_parameters())[n], p) for n, p in first.items())
-    two = lk.initialize(model, statistics=stats, method=lk.EVA(rho=2.0, whiten=True), progress=False)
+    two = lk.initialize(model, statistics=stats, method=lk.init.EVA(rho=2.0, whiten=True), progress=False)
     assert {each.rank for each in one} == {4} and len({each.rank for each in two}) > 1
     other = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="statistics have no entry"):
@@ -417,23 +449,20 @@ def test_ambiguous_names_are_rebuilt_exactly(tmp_path):
     base = Outer()
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["proj"]))
     data = [torch.randn(50, 6) * torch.tensor([9.0, 4, 2, 1, 0.1, 0.1])]
-    run(model, loader=data, method=lk.EVA(rho=3.0, min_rank=0))
+    run(model, loader=data, method=lk.init.EVA(rho=3.0, min_rank=0))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert ranks(loaded) == ranks(model)
     # Force every mixture of ranks and removals on names of which one is the tail of another.
-    from lora_kernels.api import peft as integration
-    from lora_kernels.init import LoraFactors
+    from lora_kernels.adapters.layers import find_lora_layers
+    from lora_kernels.adapters.writing import write
 
     for wanted in ((1, 2, 3), (3, 1, 2), (0, 2, 1), (2, 0, 0), (0, 0, 1), (3, 0, 3)):
         model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["proj"]))
-        layers = integration.find_lora_layers(model)
-        names = [each.target.name for each in layers.supported]
-        factors = {
-            name: LoraFactors(torch.randn(rank, 6), torch.randn(6, rank))
-            for name, rank in zip(names, wanted, strict=True)
-        }
-        integration.write(model, layers, factors, "default", adjust_scaling_factors=True)
+        layers = find_lora_layers(model)
+        names = [layer.name for layer in layers.supported]
+        factors = {name: (torch.randn(rank, 6), torch.randn(6, rank)) for name, rank in zip(names, wanted, strict=True)}
+        write(model, layers, factors, "default", adjust_scaling_factors=True)
         model.save_pretrained(tmp_path / str(wanted))
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(wanted))
         assert ranks(loaded) == ranks(model), wanted

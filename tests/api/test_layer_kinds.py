@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import lora_kernels as lk
-from lora_kernels.api import entry
+from lora_kernels.api import start
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
@@ -115,8 +115,8 @@ def test_a_head_narrower_than_the_rank_keeps_its_values(method, monkeypatch):
         observed.extend(target.name for target in targets)
         return collect_targets(model, loader, targets, *rest, **options)
 
-    collect_targets = entry.collect_targets
-    monkeypatch.setattr(entry, "collect_targets", collect)
+    collect_targets = start.collect_targets
+    monkeypatch.setattr(start, "collect_targets", collect)
     report = lk.initialize(model, [batch], method, progress=False)
     *others, last = report
     assert {layer.status for layer in others} == {"initialised"} and len(others) == 12

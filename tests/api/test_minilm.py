@@ -33,7 +33,7 @@ def first_layers(setting):
 def test_directions_are_those_of_the_exact_covariance(setting, first_layers):
     model, batches = first_layers, setting[1]
     adapted = wrap(model, "stock")
-    lk.initialize(adapted, batches, lk.EVA(rho=1.0), progress=False)
+    lk.initialize(adapted, batches, lk.init.EVA(rho=1.0), progress=False)
     layers = {
         name.removeprefix("base_model.model."): module.lora_A["default"].weight.detach().double()
         for name, module in adapted.named_modules()
@@ -62,7 +62,7 @@ def test_captures_at_least_what_peft_captures(setting, first_layers):
     adapted, theirs = wrap(model, "stock"), wrap(model, "eva")
     theirs.peft_config["default"].eva_config.rho = 1.0
     state = get_eva_state_dict(theirs, batches, show_progress_bar=False)
-    lk.initialize(adapted, batches, lk.EVA(rho=1.0), progress=False)
+    lk.initialize(adapted, batches, lk.init.EVA(rho=1.0), progress=False)
     truth = exact_covariances(model, batches, [name.removeprefix("base_model.model.") for name in state])
     for name, rows in state.items():
         ours = adapted.get_submodule(name).lora_A["default"].weight.detach()

@@ -32,8 +32,8 @@ def train(model, rate, steps, monitor=None):
 
 def test_every_so_many_steps_into_the_file_and_back(tmp_path):
     model, path = wrapped(), tmp_path / "logs" / "landscape.jsonl"
-    monitor = lk.LandscapeMonitor(3, path, drift=True)
-    start = lk.snapshot(model)
+    monitor = lk.api.LandscapeMonitor(3, path, drift=True)
+    start = lk.api.snapshot(model)
     monitor.begin(model)
     found = train(model, 1e-2, 7, monitor)
     assert [each is not None for each in found] == [False, False, True, False, False, True, False]
@@ -59,7 +59,7 @@ def test_a_relative_path_holds_after_a_change_of_directory(tmp_path, monkeypatch
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    monitor = lk.LandscapeMonitor(1, "log.jsonl")
+    monitor = lk.api.LandscapeMonitor(1, "log.jsonl")
     monkeypatch.chdir(tmp_path / "two")
     monitor.step(wrapped())
     assert len(read_log(tmp_path / "one" / "log.jsonl")) == 1 and not list((tmp_path / "two").iterdir())
@@ -71,23 +71,23 @@ def test_norms_of_weights_are_taken_once(monkeypatch):
     calls = []
     real = module.base_norms
     monkeypatch.setattr(module, "base_norms", lambda layers: calls.append(1) or real(layers))
-    model, watched = wrapped(), lk.LandscapeMonitor(1)
+    model, watched = wrapped(), lk.api.LandscapeMonitor(1)
     for _ in range(3):
         watched.step(model)
     assert calls == [1] and watched.count == 3
-    assert "share" not in lk.LandscapeMonitor(1, weights=False).step(model)
+    assert "share" not in lk.api.LandscapeMonitor(1, weights=False).step(model)
     assert watched.step(model, 12)["rank"] == 0 and watched.count == 12
 
 
 def test_factors_that_break_are_counted(tmp_path):
     model, path = wrapped(), tmp_path / "log.jsonl"
-    monitor = lk.LandscapeMonitor(1, path)
-    name = next(name for name in lk.snapshot(model))
+    monitor = lk.api.LandscapeMonitor(1, path)
+    name = next(name for name in lk.api.snapshot(model))
     model.get_submodule(name).lora_A["default"].weight.data.fill_(math.nan)
     numbers = monitor.step(model)
     assert numbers["not_finite"] == 1 and math.isfinite(numbers["nuclear"])
     assert read_log(path)[0]["layers"][name]["nuclear"] is None
-    for name in lk.snapshot(model):
+    for name in lk.api.snapshot(model):
         model.get_submodule(name).lora_A["default"].weight.data.fill_(math.inf)
     assert monitor.step(model)["not_finite"] == 4 and math.isnan(monitor.measure(model)["nuclear"])
 
@@ -103,7 +103,7 @@ def test_a_sane_run_and_a_hundred_times_its_rate_are_told_apart():
 
 def test_bad_logs_and_arguments(tmp_path):
     with pytest.raises(ValueError, match="every"):
-        lk.LandscapeMonitor(0)
+        lk.api.LandscapeMonitor(0)
     with pytest.raises(ValueError, match=r"must be a \.jsonl file"):
         read_log(tmp_path / "none.jsonl")
     path = tmp_path / "log.jsonl"
@@ -155,12 +155,14 @@ def reporter():
 
 def test_the_trainer_hands_the_numbers_to_every_callback(tmp_path):
     model, report, path = wrapped(), reporter(), tmp_path / "landscape.jsonl"
-    callback = lk.LandscapeCallback(every=3, path=path)
-    training = trainer(model, tmp_path, [report, callback])
+    callback = lk.api.LandscapeCallback(every=3, path=path)
+    training = trainer(model, tmp_path, [report])
+    assert callback.attach(training) is callback.attach(training) and report in training.callback_handler.callbacks
     before = [type(each).__name__ for each in training.callback_handler.callbacks]
     training.train()
     after = [type(each).__name__ for each in training.callback_handler.callbacks]
     assert sorted(before) == sorted(after) and after[0] == "LandscapeCallback"
+    assert after.count("LandscapeCallback") == 1
     shown = {step: logs for step, logs in report.seen if "landscape/rank" in logs}
     assert sorted(shown) == [3, 6]
     history = {entry["step"]: entry for entry in training.state.log_history if "landscape/rank" in entry}
@@ -177,7 +179,7 @@ def test_the_trainer_hands_the_numbers_to_every_callback(tmp_path):
 def test_the_trainer_that_does_not_log_is_not_made_to(tmp_path):
     report, path = reporter(), tmp_path / "landscape.jsonl"
     training = trainer(
-        wrapped(), tmp_path, [report, lk.LandscapeCallback(every=2, path=path)], logging_strategy="no", max_steps=4
+        wrapped(), tmp_path, [report, lk.api.LandscapeCallback(every=2, path=path)], logging_strategy="no", max_steps=4
     )
     training.train()
     assert [line["step"] for line in read_log(path)] == [2, 4]
@@ -187,7 +189,7 @@ def test_the_trainer_that_does_not_log_is_not_made_to(tmp_path):
 def test_the_callback_is_one_of_transformers_and_can_be_derived_from(tmp_path):
     from transformers import TrainerCallback
 
-    class Louder(lk.LandscapeCallback):
+    class Louder(lk.api.LandscapeCallback):
         steps = 0
 
         def on_step_end(self, *args, **kwargs):
@@ -195,20 +197,20 @@ def test_the_callback_is_one_of_transformers_and_can_be_derived_from(tmp_path):
             return super().on_step_end(*args, **kwargs)
 
     louder = Louder(every=2)
-    assert isinstance(louder, TrainerCallback) and isinstance(louder, lk.LandscapeCallback)
+    assert isinstance(louder, TrainerCallback) and isinstance(louder, lk.api.LandscapeCallback)
     training = trainer(wrapped(), tmp_path, [louder], max_steps=2)
     training.train()
     assert louder.steps == 2 and louder.monitor.latest
     assert training.callback_handler.callbacks.count(louder) == 1
 
 
-def test_outside_of_a_trainer_it_says_what_it_cannot_do():
+def test_a_callback_that_comes_after_the_reporting_ones_says_so():
     from types import SimpleNamespace
 
-    callback, model = lk.LandscapeCallback(every=1), wrapped()
+    callback, model = lk.api.LandscapeCallback(every=1), wrapped()
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, log_history=[])
-    with pytest.warns(RuntimeWarning, match="no callback that stands before"):
-        callback.on_train_begin(None, state, None, model=model)
+    with pytest.warns(RuntimeWarning, match=r"tensorboard gets the logs before .* use LandscapeCallback\(...\).attach"):
+        callback.on_train_begin(SimpleNamespace(report_to=["tensorboard"]), state, None, model=model)
     control = SimpleNamespace(should_log=False)
     callback.on_step_end(SimpleNamespace(logging_strategy="steps"), state, control, model=model)
     assert control.should_log
@@ -227,7 +229,7 @@ class Wrapped(torch.nn.parallel.DistributedDataParallel):
 
 def test_a_wrapped_model_is_looked_into():
     model = wrapped()
-    one, other = (lk.LandscapeMonitor(1, drift=True) for _ in range(2))
+    one, other = (lk.api.LandscapeMonitor(1, drift=True) for _ in range(2))
     one.begin(Wrapped(model))
     assert one.step(Wrapped(model)) == other.step(model)
 
@@ -243,11 +245,11 @@ def test_a_resumed_run_measures_again_what_came_after_its_checkpoint(tmp_path):
 
 def test_a_log_that_was_cut_off_is_continued(tmp_path):
     path, model = tmp_path / "log.jsonl", wrapped()
-    killed = lk.LandscapeMonitor(1, path)
+    killed = lk.api.LandscapeMonitor(1, path)
     for _ in range(3):
         killed.step(model)
     path.write_bytes(path.read_bytes()[:-50])
-    again = lk.LandscapeMonitor(1, path)
+    again = lk.api.LandscapeMonitor(1, path)
     for _ in range(2):
         again.step(model)
     assert [entry["step"] for entry in read_log(path)] == [1, 2, 1, 2]

@@ -7,116 +7,106 @@ import pytest
 import torch
 from rich.console import Console
 
+pytest.importorskip("peft")
 from benchmarks.demo import __main__ as orchestration
 from benchmarks.demo.__main__ import main, run
-from benchmarks.demo.config import DEFAULT_RATES, DEFAULT_STEPS, OTHER_RATE, DemoConfig
+from benchmarks.demo.config import OURS, RANDOM, RATES, STOCK, DemoConfig
 from benchmarks.demo.roundtrip import RoundTrip
-from benchmarks.demo.study import RATES_ONLY
-from benchmarks.records import RESULTS
+from lora_kernels.init import METHODS
+
+FILES = {"demo.json", "loss.png", "adapter"}
 
 
 @pytest.fixture
-def config(tiny_model, colour_file, tmp_path):
-    return DemoConfig(
-        model=tiny_model,
-        data=colour_file,
-        rank=4,
-        steps=8,
-        seeds=2,
-        batch_size=8,
-        max_tokens=8,
-        out=tmp_path / "out",
-        threads=1,
-    )
+def config(tiny_decoder, tmp_path):
+    sizes = {"rank": 4, "steps": 8, "init_batches": 2, "held_out": 4, "answer_tokens": 5, "max_tokens": 96}
+    return DemoConfig(model=tiny_decoder, rate=(1e-2, 1e-2), out=tmp_path / "out", threads=1, **sizes)
+
+
+def printed(config):
+    output = io.StringIO()
+    status = run(config, Console(file=output, width=160))
+    return status, output.getvalue(), json.loads((config.out / "demo.json").read_text())
 
 
 def test_the_whole_demo_on_a_tiny_model(config):
-    output = io.StringIO()
     threads = torch.get_num_threads()
-    assert run(config, Console(file=output, width=140)) == 0
-    assert torch.get_num_threads() == threads
-    text = output.getvalue()
-    assert "run 4/4  eva, seed 1, step 8: held-out loss" in text
-    assert "Held-out loss, EVA against random LoRA:" in text
-    assert "Adapter: reloaded logits are" in text
-    assert {path.name for path in config.out.iterdir()} == {"demo.json", "loss.png", "adapter"}
+    status, text, record = printed(config)
+    assert status == 0 and torch.get_num_threads() == threads
+    assert "lora_kernels: start lora_ga, accelerated layers, learning rate 0.01 (given)" in text
+    assert "step   8: held-out loss stock PEFT" in text and "Gained: " in text
+    assert "Adapter: reloaded logits are" in text and {path.name for path in config.out.iterdir()} == FILES
+    for title in ("Question", "Right answer", "Before", "After, stock PEFT", "After, lora_kernels"):
+        assert f"\n{title}:\n" in text
 
-    record = json.loads((config.out / "demo.json").read_text())
-    assert [(each["arm"], each["seed"]) for each in record["runs"]] == [
-        ("random", 0),
-        ("eva", 0),
-        ("random", 1),
-        ("eva", 1),
-    ]
-    assert all(len(each["train_loss"]) == 8 and all(map(math.isfinite, each["train_loss"])) for each in record["runs"])
-    assert record["round_trip"]["ok"]
-    assert record["learning_rates"]["eva"] == {"rate": DEFAULT_RATES["eva"], "from": "from the rate study"}
-    assert record["task"]["labels"] == ["blue", "green", "red"]
-    assert record["config"]["threads"] == record["threads"] == 1
-    assert (
-        record["versions"]["torch"] == torch.__version__.split("+")[0]
-        or record["versions"]["torch"] == torch.__version__
-    )
-    ends = [each["evaluations"][-1]["loss"] for each in record["runs"] if each["arm"] == "eva"]
-    assert record["summary"]["eva"]["loss_mean"][-1] == pytest.approx(sum(ends) / 2)
-    saved = json.loads((config.out / "adapter" / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "LORA"
+    stock, ours = record["sides"]
+    assert (stock["name"], ours["name"]) == (STOCK, OURS) and stock["start_seconds"] < ours["start_seconds"]
+    for side in (stock, ours):
+        assert len(side["step_seconds"]) == len(side["train_loss"]) == 8 and all(map(math.isfinite, side["train_loss"]))
+        assert [point["step"] for point in side["evaluations"]] == list(config.evaluate_at) == [0, 1, 2, 3, 4, 6, 8]
+        assert side["evaluations"][0]["seconds"] == side["start_seconds"]
+        assert side["evaluations"][-1]["loss"] < side["evaluations"][0]["loss"]
+    # One base, one order of batches: both begin with the same loss, and the starts tell them apart.
+    assert stock["train_loss"][0] == pytest.approx(ours["train_loss"][0], rel=1e-4)
+    assert stock["train_loss"][-1] != pytest.approx(ours["train_loss"][-1], rel=1e-4)
+    losses = [side["evaluations"][-1]["loss"] for side in (stock, ours)]
+    (row,) = [row for row in record["rows"] if row["measure"] == "loss after 8 steps"]
+    assert [row["stock"], row["ours"]] == losses
+    assert record["round_trip"]["ok"] and record["task"]["test"] == 4 and record["environment"]["versions"]["torch"]
+    assert json.loads((config.out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_with_a_random_start_only_the_layers_differ(config):
+    _, text, record = printed(dataclasses.replace(config, method=RANDOM))
+    stock, ours = (side["train_loss"] for side in record["sides"])
+    assert ours == pytest.approx(stock, rel=1e-4) and record["round_trip"]["ok"]
+    assert "lora_kernels: start random, accelerated layers" in text
+
+
+def test_ones_own_texts_at_the_default_rates(config, tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"How many dollars are {i} dollars ?"}) for i in range(20)))
+    _, text, record = printed(dataclasses.replace(config, data=file, method="eva", rate=None))
+    assert "own.jsonl; 16 training and 4 held-out texts" in text
+    assert [side["rate"] for side in record["sides"]] == [RATES[RANDOM], RATES["eva"]]
+    assert "learning rate 0.003 (this start's default)" in text
+    assert set(RATES) == {RANDOM, *METHODS}
 
 
 def test_a_failed_check_is_a_failed_demo(config, monkeypatch):
     failed = RoundTrip(False, 0.5, "reloaded logits DIFFER by 5.0e-01")
     monkeypatch.setattr(orchestration, "check_round_trip", lambda *args: failed)
-    output = io.StringIO()
-    settings = DemoConfig(**{**config.__dict__, "seeds": 1, "method": "random"})
-    assert run(settings, Console(file=output, width=140)) == 1
-    assert "DIFFER by 5.0e-01" in output.getvalue()
-    assert {path.name for path in config.out.iterdir()} == {"demo.json", "loss.png", "adapter"}
-    record = json.loads((config.out / "demo.json").read_text())
-    assert record["verdict"] == []
-    assert not record["round_trip"]["ok"]
+    status, text, record = printed(dataclasses.replace(config, steps=2))
+    assert status == 1 and "DIFFER by 5.0e-01" in text and not record["round_trip"]["ok"]
+    assert {path.name for path in config.out.iterdir()} == FILES
 
 
-def test_a_bad_option_is_one_line_and_exit_status_2(capsys):
-    assert main(["--rank", "0"]) == 2
-    assert capsys.readouterr().err == "benchmarks.demo: error: rank is 0, but must be an integer of at least 1\n"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "0"], "rank is 0, but must be an integer of at least 1"),
+        (["--rate", "1e-3", "2"], "rate is (0.001, 2.0), but must be above 0 and below 1"),
+        (["--method", "magic"], "method is 'magic', but must be one of random, corda, "),
+        (["--dropout", "1"], "dropout is 1.0, but must be at least 0 and below 1"),
+        (["--data", "nowhere.jsonl"], "data is 'nowhere.jsonl', but must be an existing .jsonl or .csv file"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_status_2(options, message, capsys):
+    assert main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.demo: error: {message}")
 
 
-def test_the_default_rates_are_those_of_the_study():
-    study = json.loads((RESULTS / "demo_rates.json").read_text())
-    defaults, protocol = DemoConfig(), study["protocol"]
-    assert {arm: choice["rate"] for arm, choice in study["tuning"].items()} == DEFAULT_RATES
-    assert not any(choice["at_edge"] for choice in study["tuning"].values())
-    assert protocol["evaluate_at"][-1] == DEFAULT_STEPS and not protocol["head_rates"]
-    for name in ("rank", "batch_size", "max_tokens"):
-        assert protocol[name] == getattr(defaults, name) == getattr(RATES_ONLY, name)
-    assert protocol["rates"] == list(RATES_ONLY.rates) and protocol["tuning_seeds"] == list(RATES_ONLY.tuning_seeds)
-    # The study's seeds are not the demo's, and the choice follows from the curves in the record.
-    assert min(protocol["tuning_seeds"]) >= defaults.seeds
-    for arm, entry in study["tuning"].items():
-        runs = [each for each in study["runs"] if each["arm"] == arm]
-        means = {
-            rate: sum(each["evaluations"][-1]["loss"] for each in runs if each["learning_rate"] == rate)
-            / len(protocol["tuning_seeds"])
-            for rate in protocol["rates"]
-            if all("evaluations" in each for each in runs if each["learning_rate"] == rate)
-        }
-        assert entry["rate"] == min(means, key=means.get)
-        assert entry["losses"][f"{entry['rate']:g}"] == pytest.approx(min(means.values()))
+def test_the_command_line(monkeypatch):
+    configs = []
+    monkeypatch.setattr(orchestration, "run", lambda config: configs.append(config) or 0)
+    assert main([]) == main(["--quick", "--steps", "5", "--rate", "1e-4"]) == main(["--rate", "1e-4", "1e-3"]) == 0
+    assert configs[0] == DemoConfig() and (configs[1].steps, configs[1].held_out) == (5, 8)
+    assert (configs[1].rate, configs[2].rate) == ((1e-4, 1e-4), (1e-4, 1e-3))
+    with pytest.raises(SystemExit):
+        main(["--rate", "1e-3", "1e-3", "1e-3"])
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora_da"])
-def test_any_method_accelerated(config, method):
-    config = dataclasses.replace(config, method=method, accelerate=True, seeds=1)
-    output = io.StringIO()
-    assert run(config, Console(file=output, width=140)) == 0, output.getvalue()
-    record = json.loads((config.out / "demo.json").read_text())
-    assert [each["arm"] for each in record["runs"]] == ["random", method] and record["round_trip"]["ok"]
-    assert record["learning_rates"][method]["from"] == "from the study on another task"
-
-
-def test_the_other_rates_are_those_of_the_study_on_another_task():
-    record = json.loads((RESULTS / "quality_banking77.json").read_text())
-    chosen = record["tuning"]
-    # Optimizers are the study's alone.
-    starts = {arm for arm, settings in record["arms"].items() if "training" not in (settings or {})}
-    assert {chosen[arm]["rate"] for arm in starts - set(DEFAULT_RATES)} == {OTHER_RATE}
+def test_texts_without_room_for_an_answer_are_refused(config):
+    with pytest.raises(ValueError, match="max_tokens is 5, but must leave room for answers: of 2000 training"):
+        run(dataclasses.replace(config, max_tokens=5))

@@ -172,7 +172,7 @@ add(Case(landscape.overall, adapters().map(lambda each: {"verdicts": [landscape.
 def _certify(draw):
     adapter = draw(adapters(QUIET))
     shape = (adapter.b.shape[0], adapter.a.shape[1])
-    gradient = landscape.Gradient(draw(tensors(shape, torch.float32, QUIET)))
+    gradient = statistics.Gradient(draw(tensors(shape, torch.float32, QUIET)))
     return {"adapter": adapter, "spectrum": _spectrum(adapter), "gradient": gradient, "weight_decay": 0.1, "gain": None}
 
 

@@ -64,12 +64,12 @@ case(lk.initialize, model=adapted, loader=loaders(), method=st.sampled_from(("ev
      corrupt=("model", "method", "statistics", "adapter_name", "base", "ranks", "learning_rate", "unreached"),
 )  # fmt: skip
 case(lk.diagnose, model=lambda: adapted(False), adapter_name="default", weights=True)
-case(lk.snapshot, model=lambda: adapted(False), adapter_name="default")
+case(lk.api.snapshot, model=lambda: adapted(False), adapter_name="default")
 case(lk.accelerate, model=adapted, strict=False, guard=False, corrupt=("model",))
 case(lk.restore, model=accelerated)
 case(lk.verify, model=accelerated, batch=lambda: torch.randn(3, 6), forward=None, loss=None, corrupt=("model",))
 case(lk.create_lora_pro_optimizer, model=lambda: adapted(False), lr=1e-3)
-case(lk.lora_pro_cls_and_kwargs, model=lambda: adapted(False), lr=1e-3)
+case(lk.training.lora_pro_cls_and_kwargs, model=lambda: adapted(False), lr=1e-3)
 case(
     lk.LoraDash,
     k=4,
@@ -80,7 +80,7 @@ case(
     corrupt=("k", "pre_launch", "epsilon"),
 )
 case(
-    lk.LandscapeMonitor,
+    lk.api.LandscapeMonitor,
     every=5,
     path=None,
     adapter_name="default",

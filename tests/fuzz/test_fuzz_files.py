@@ -17,8 +17,8 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import cli
+from lora_kernels.adapters.folders import read_adapter
 from lora_kernels.api import monitor, text_files
-from lora_kernels.api.adapter_files import read_adapter
 from lora_kernels.api.transformers import empty_model
 from lora_kernels.ops.lora_linear import table
 
@@ -80,7 +80,7 @@ def command(capsys, *arguments):
 
 def test_statistics_with_edited_bytes_are_refused(statistics, tmp_path):
     whole = statistics.read_bytes()
-    expected = lk.Statistics.load(statistics)
+    expected = lk.statistics.Statistics.load(statistics)
 
     @examples(60)
     @given(edited(whole) | NOISE)
@@ -89,7 +89,7 @@ def test_statistics_with_edited_bytes_are_refused(statistics, tmp_path):
             return
         file = tmp_path / "edited.safetensors"
         file.write_bytes(content)
-        worked, found = outcome(lk.Statistics.load, {"path": file})
+        worked, found = outcome(lk.statistics.Statistics.load, {"path": file})
         if worked:  # only what means the same may pass: white space of a header, say
             assert list(found) == list(expected)
             for name in expected:
@@ -104,7 +104,7 @@ def test_no_bit_of_the_sums_can_be_changed(statistics, tmp_path):
     file = tmp_path / "changed.safetensors"
     for place in range(start, len(whole), 7):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        worked, error = outcome(lk.Statistics.load, {"path": file})
+        worked, error = outcome(lk.statistics.Statistics.load, {"path": file})
         assert not worked and "digest" in str(error)
 
 
@@ -131,7 +131,7 @@ def test_statistics_whose_digest_is_right_and_whose_content_is_not(statistics, t
     file = tmp_path / "other.safetensors"
     whole = {storage._KEY: json.dumps({**document, "digest": storage._digest(tensors, document)})}
     save_file(tensors, file, whole)
-    worked, error = outcome(lk.Statistics.load, {"path": file})
+    worked, error = outcome(lk.statistics.Statistics.load, {"path": file})
     assert not worked and str(file) in str(error)
 
 
@@ -249,7 +249,7 @@ def test_other_files_in_strange_places(tmp_path, name, capsys):
             assert not outcome(table.read, {"path": file})[0]
             assert command(capsys, "tune", "--model-config", file) == 2
         elif name == "x.safetensors":
-            assert not outcome(lk.Statistics.load, {"path": file})[0]
+            assert not outcome(lk.statistics.Statistics.load, {"path": file})[0]
         else:
             assert not outcome(text_files.read_texts, {"path": file, "column": "text"})[0]
             if name == "data.jsonl":
@@ -369,4 +369,4 @@ def test_a_header_that_claims_more_than_there_is(statistics, tmp_path):
     for length in (0, 1, 2**31, 2**62, 2**64 - 1, len(whole)):
         file = tmp_path / "long.safetensors"
         file.write_bytes(struct.pack("<Q", length) + whole[8:])
-        assert not outcome(lk.Statistics.load, {"path": Path(file)})[0]
+        assert not outcome(lk.statistics.Statistics.load, {"path": Path(file)})[0]

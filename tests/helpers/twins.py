@@ -446,7 +446,7 @@ def second_order(twin: Twin, seed: int) -> dict[str, Any]:
 
 @operation(lambda d: {"seed": d.seed()}, 1)
 def second_order_in_reference_mode(twin: Twin, seed: int) -> dict[str, Any]:
-    with lk.reference_mode(twin.model) if twin.fused else contextlib.nullcontext():
+    with lk.training.reference_mode(twin.model) if twin.fused else contextlib.nullcontext():
         x = twin.input(seed)
         (first,) = torch.autograd.grad(loss(twin(x)), x, create_graph=True)
         return twin.gradients(first, x)
@@ -696,7 +696,7 @@ def restore(twin: Twin, again: bool, seed: int) -> dict[str, Any]:
 @operation(lambda d: {"seed": d.seed()}, 0.5)
 def reference_mode(twin: Twin, seed: int) -> dict[str, Any]:
     x = twin.input(seed)
-    with lk.reference_mode(twin.model) if twin.fused else contextlib.nullcontext():
+    with lk.training.reference_mode(twin.model) if twin.fused else contextlib.nullcontext():
         output = twin(x)
     return twin.gradients(output, x)
 

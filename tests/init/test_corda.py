@@ -5,12 +5,12 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 
-from lora_kernels import CorDA
-from lora_kernels.init import resolve_method
+from lora_kernels.init import CorDA, resolve_method
 from lora_kernels.init.factors import BaseLayer
-from lora_kernels.statistics import InputMoments, LayerStatistics
+from lora_kernels.statistics import InputMoments
 from lora_kernels.statistics.sketches import InputSketch
 from tests.helpers.accuracy import assert_accurate
+from tests.helpers.layers import layer_statistics
 
 MODES = {"instruction_previewed": "ipm", "knowledge_preserved": "kpm"}
 
@@ -19,7 +19,7 @@ def layer(name, x, out_features, moments=None):
     if moments is None:
         moments = InputMoments(x.shape[-1], x.device)
         moments.update(x)
-    return LayerStatistics(name, moments.features, out_features, moments)
+    return layer_statistics(name, out_features, moments.features, moments)
 
 
 def data(tokens=400, n=20, decay=0.9):
@@ -142,8 +142,8 @@ def test_a_layer_without_inputs_starts_as_stock_lora_and_the_others_as_ever():
 
 def test_errors():
     weight, statistics = torch.randn(9, 20), {"l": layer("l", data(), 9)}
-    sketch = LayerStatistics("l", 20, 9, InputSketch(20, torch.device("cpu"), size=8))
-    for missing in ({}, {"l": LayerStatistics("l", 20, 9, None)}, {"l": sketch}):
+    sketch = layer_statistics("l", 9, 20, InputSketch(20, torch.device("cpu"), size=8))
+    for missing in ({}, {"l": layer_statistics("l", 9, 20)}, {"l": sketch}):
         with pytest.raises(ValueError, match="no exact second moment of the input of layer l"):
             CorDA().factors(missing, {"l": 2}, base=base_of(weight))
     with pytest.raises(ValueError, match="starts from the base weight, but base has no layer l"):

@@ -3,16 +3,16 @@ import math
 import pytest
 import torch
 
-from lora_kernels import EVA
-from lora_kernels.init import METHODS, resolve_method
-from lora_kernels.statistics import InputMoments, LayerStatistics
+from lora_kernels.init import EVA, METHODS, resolve_method
+from lora_kernels.statistics import InputMoments
+from tests.helpers.layers import layer_statistics
 
 
 def layer(name, x, out_features=30, moments=None):
     if moments is None:
         moments = InputMoments(x.shape[-1], x.device)
         moments.update(x)
-    return LayerStatistics(name, moments.features, out_features, moments)
+    return layer_statistics(name, out_features, moments.features, moments)
 
 
 def data(tokens=500, n=20, decay=0.8, mean=1.0):
@@ -143,7 +143,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"layer l has rank 30, but must be between 1 and min\(m, n\) = 20"):
         EVA().factors({"l": layer("l", data())}, {"l": 30})
     with pytest.raises(ValueError, match="no second moment of the input of layer l"):
-        EVA().factors({"l": LayerStatistics("l", 3, 3, None)}, {"l": 1})
+        EVA().factors({"l": layer_statistics("l", 3, 3)}, {"l": 1})
     with pytest.raises(ValueError, match="layer a has rank 30, .* = 20; layer b has rank 21"):
         EVA().factors({"a": layer("a", data()), "b": layer("b", data())}, {"a": 30, "b": 21})
 

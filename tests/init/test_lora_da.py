@@ -8,21 +8,19 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
-from lora_kernels import LoraDA
-from lora_kernels.init import resolve_method
+from lora_kernels.init import LoraDA, resolve_method
 from lora_kernels.init.curvature import InputMetric
 from lora_kernels.init.lora_da import DIRECT_ORDER
-from lora_kernels.statistics import InputMoments, LayerStatistics, Statistics
-from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics import InputMoments, Statistics
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
+from tests.helpers.layers import fisher_diagonal, layer_statistics, weight_gradient
 from tests.statistics.models import padded, samples, tiny_llama
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = load_file(FOLDER / "lora_da.safetensors")
 ABOUT = json.loads((FOLDER / "lora_da.json").read_text())
 MODULES, RANK = ABOUT["modules"], ABOUT["rank"]
-EXACT = {"fisher": "exact", "gradient": "exact"}
 
 
 def moments(second, tokens, total=None):
@@ -34,18 +32,16 @@ def moments(second, tokens, total=None):
 
 
 def outputs(gradient, fisher, tokens):
-    made = OutputStatistics(*gradient.shape, gradient.device, gradient.dtype, forms=EXACT)
-    made.gradient, made.fisher = gradient, fisher
-    made.count, made.calls = (torch.tensor(float(each), dtype=torch.float64) for each in (tokens, 1))
-    return made
+    return weight_gradient(gradient, tokens), fisher_diagonal(fisher, tokens)
 
 
 def of(*layers, items=1.0, samples=12, **changes):
-    return Statistics({each.name: each for each in layers}, 1, 1.0, 0.0, loss_items=items, samples=samples, **changes)
+    by_name = {layer.name: layer for layer in layers}
+    return Statistics(layers=by_name, batches=1, tokens=1.0, loss_items=items, samples=samples, **changes)
 
 
-def layer(inputs, output, name="l"):
-    return LayerStatistics(name, inputs.features, output.out_features, inputs, output=output)
+def layer(inputs, gradients, name="l"):
+    return layer_statistics(name, gradients[1].features, inputs.features, inputs, *gradients)
 
 
 def made(n=30, m=20, tokens=200, name="l", decay=0.9, inputs=None):
@@ -66,8 +62,8 @@ def dense(layer, method, population):
     """Every step of the definition, dense: D, Gamma (of D over its norm) and that norm."""
     c = layer.input.covariance(center=False)
     c = c + method.damping * torch.eye(len(c), dtype=c.dtype)
-    w = 1 / (layer.output.fisher.double() / layer.output.tokens + method.damping)
-    d = -torch.linalg.inv(c) @ layer.output.gradient.double().mT * w
+    w = 1 / (layer.sums["fisher"].total.double() / layer.sums["fisher"].tokens + method.damping)
+    d = -torch.linalg.inv(c) @ layer.sums["gradient"].total.double().mT * w
     sigma = torch.linalg.matrix_norm(d, 2) if method.normalize else torch.ones(())
     d = d / sigma
     variance = method.variance_weight * w.sum() / population / sigma**2
@@ -204,7 +200,7 @@ def test_layers_share_one_factorisation_and_keep_their_order(monkeypatch):
 
 def test_explained_variance_is_of_the_centred_input():
     x = 3 + torch.randn(500, 12, dtype=torch.float64) * torch.linspace(0.1, 2, 12)
-    stats = of(layer(moments(x.mT @ x, 500, x.sum(0)), made(12, 9).output))
+    stats = of(layer(moments(x.mT @ x, 500, x.sum(0)), [made(12, 9).sums[name] for name in ("gradient", "fisher")]))
     answer = LoraDA().factors(stats, {"l": 4})["l"]
     a, centred = torch.linalg.qr(answer.factors.A.double().mT).Q, x - x.mean(0)
     assert answer.explained_variance == pytest.approx(float((centred @ a).square().sum() / centred.square().sum()))
@@ -228,14 +224,14 @@ def test_open_population_and_useless_directions_are_said():
     assert LoraDA().remarks(stats) == ("population_size was left open: taken as the 12 samples read",)
     assert not LoraDA(population_size=12).remarks(stats) and not LoraDA(variance_weight=0.0).remarks(stats)
     thin = made()
-    thin.output.gradient = thin.output.gradient[:, :1] * torch.ones(30, dtype=torch.float64)
+    thin.sums["gradient"].total = thin.sums["gradient"].total[:, :1] * torch.ones(30, dtype=torch.float64)
     for weight in (0.0, 0.03):
         answer = LoraDA(variance_weight=weight, population_size=12).factors(of(thin), {"l": 3})["l"]
         assert answer.notes == ("only 1 of 3 directions gain more than their variance costs",)
         a = answer.factors.A.double() * 32
         assert float((a @ a.mT - torch.eye(3)).abs().max()) < 1e-6
     dead = made()
-    dead.output.fisher[:15] = 0
+    dead.sums["fisher"].total[:15] = 0
     assert "half of the Fisher diagonal" in LoraDA(output_damping_ratio=0.5).factors(of(dead), {"l": 2})["l"].notes[0]
 
 
@@ -245,21 +241,24 @@ def test_statistics_of_another_convention_are_said():
         LoraDA().factors(stats, {"l": 2})
 
 
-def without(**changes):
+def without(statistic):
     good = made()
-    for name, value in changes.items():
-        setattr(good.output, name, value)
+    return of(replace(good, sums={name: sums for name, sums in good.sums.items() if name != statistic}))
+
+
+def with_total(statistic, value):
+    good = made()
+    good.sums[statistic].total = value
     return of(good)
 
 
 @pytest.mark.parametrize(
     "stats, message",
     [
-        (lambda: of(LayerStatistics("l", 5, 5, None)), "no exact second moment of the input of layer l"),
-        (lambda: of(replace(made(), output=None)), "no exact Fisher diagonal of layer l"),
-        (lambda: without(fisher=None), "no exact Fisher diagonal of layer l"),
-        (lambda: without(gradient=None, sketch=object()), "no exact weight gradient of layer l"),
-        (lambda: without(fisher=torch.full((20,), torch.nan)), "the Fisher diagonal of layer l holds NaN"),
+        (lambda: of(layer_statistics("l", 5, 5)), "no exact second moment of the input of layer l"),
+        (lambda: without("fisher"), "no exact Fisher diagonal of layer l"),
+        (lambda: without("gradient"), "no exact weight gradient of layer l"),
+        (lambda: with_total("fisher", torch.full((20,), torch.nan)), "the Fisher diagonal of layer l holds NaN"),
         (lambda: of(made(), items=0.0), "statistics hold no loss"),
         (lambda: of(made(), samples=0), "statistics count no samples: give population_size"),
     ],
@@ -270,17 +269,17 @@ def test_statistics_that_will_not_do(stats, message):
 
 
 @pytest.mark.parametrize(
-    "changes, why",
+    "change, why",
     [
-        ({"gradient": torch.zeros(20, 30)}, "its weight gradient is zero"),
-        ({"fisher": torch.zeros(20)}, "its Fisher diagonal is zero"),
-        ({"count": torch.zeros(())}, "it counted no row in the backward pass"),
+        (("gradient", "total", torch.zeros(20, 30)), "its weight gradient is zero"),
+        (("fisher", "total", torch.zeros(20)), "its Fisher diagonal is zero"),
+        (("fisher", "count", torch.zeros(())), "it counted no row in the backward pass"),
     ],
 )
-def test_a_layer_that_the_loss_does_not_depend_on_starts_as_stock_lora(changes, why):
+def test_a_layer_that_the_loss_does_not_depend_on_starts_as_stock_lora(change, why):
     good, bad = made(name="good"), made(name="bad")
-    for name, value in changes.items():
-        setattr(bad.output, name, value)
+    statistic, name, value = change
+    setattr(bad.sums[statistic], name, value)
     found = LoraDA(population_size=9).factors(of(bad, good), {"bad": 2, "good": 2})
     alone = LoraDA(population_size=9).factors(of(good), {"good": 2})["good"]
     assert list(found) == ["bad", "good"] and torch.equal(found["good"].factors.B, alone.factors.B)

@@ -5,12 +5,11 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lora_kernels import LoraGA, Statistics
-from lora_kernels.init import resolve_method
+from lora_kernels.init import LoraGA, resolve_method
 from lora_kernels.init.factors import BaseLayer
 from lora_kernels.init.lora_ga import DIRECTIONS, SCALES
-from lora_kernels.statistics import LayerStatistics
-from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.statistics import Statistics
+from tests.helpers.layers import fisher_diagonal, gradient_layer, layer_statistics, sketched_gradient_layer
 
 CPU = torch.device("cpu")
 
@@ -19,21 +18,6 @@ def matrix(m, n, decay=0.8):
     k = min(m, n)
     u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(n, k)).Q
     return (u * decay ** torch.arange(k)) @ v.mT
-
-
-def layer(name, gradient):
-    m, n = gradient.shape
-    output = OutputStatistics(m, n, CPU, forms={"gradient": "exact"})
-    output.gradient.copy_(gradient)
-    return LayerStatistics(name, n, m, None, output=output)
-
-
-def sketched(g, x, size):
-    m, n = g.shape[-1], x.shape[-1]
-    sizes = {"size": size, "co_size": 2 * size, "seed": 3, "stream": 5}
-    output = OutputStatistics(m, n, CPU, forms={"gradient": "sketch"}, sketch=sizes)
-    output.update(g, x)
-    return LayerStatistics("l", n, m, None, output=output)
 
 
 def base_of(weight, scaling=1.5):
@@ -62,7 +46,7 @@ def test_same_start_as_peft(direction, scale, shape):
     theirs = get_peft_model(model, config).base_model.model[0]
     peft_a, peft_b = theirs.lora_A["default"].weight.data, theirs.lora_B["default"].weight.data
     # As a collection would hold it: the sum over the items.
-    statistics = Statistics({"l": layer("l", gradient * 500)}, 1, 500.0, 0.0, loss_items=500.0)
+    statistics = Statistics(layers={"l": gradient_layer("l", gradient * 500)}, loss_items=500.0)
     method = LoraGA(direction=direction, scale=scale, gamma=9)
     found = method.factors(statistics, {"l": 4}, base=base_of(weight))["l"]
     a, b = found.factors.A, found.factors.B
@@ -80,7 +64,7 @@ def test_same_start_as_peft(direction, scale, shape):
 
 def test_equals_the_definition_and_the_bound_holds():
     gradient = matrix(200, 150, decay=0.9)
-    found = LoraGA().factors({"l": layer("l", gradient)}, {"l": 8})["l"]
+    found = LoraGA().factors({"l": gradient_layer("l", gradient)}, {"l": 8})["l"]
     u, s, vh = torch.linalg.svd(gradient.double())
     assert float(((found.factors.A.double() * vh[:8]).sum(-1).abs() - 1).abs().max()) < 1e-6
     expected = s[8:16] * 200**0.25 / 4
@@ -90,8 +74,8 @@ def test_equals_the_definition_and_the_bound_holds():
 
 def test_a_sketch_gives_the_same():
     x, g = torch.randn(300, 6) @ matrix(6, 70), torch.randn(300, 6) @ matrix(6, 50)
-    sums = Statistics({"l": sketched(g, x, 24)}, 1, 300.0, 0.0, loss_items=300.0)
-    exact = Statistics({"l": layer("l", g.mT @ x)}, 1, 300.0, 0.0, loss_items=300.0)
+    sums = Statistics(layers={"l": sketched_gradient_layer("l", g, x, 24)}, loss_items=300.0)
+    exact = Statistics(layers={"l": gradient_layer("l", g.mT @ x)}, loss_items=300.0)
     one, two = (LoraGA(scale="unit").factors(each, {"l": 3})["l"] for each in (sums, exact))
     torch.testing.assert_close(one.factors.A, two.factors.A, rtol=0, atol=1e-4)
     torch.testing.assert_close(one.factors.B, two.factors.B, rtol=0, atol=1e-4 * float(two.factors.B.abs().max()))
@@ -99,8 +83,8 @@ def test_a_sketch_gives_the_same():
 
 
 def test_random_is_seeded_and_repeats_are_bitwise():
-    layers = {name: layer(name, matrix(40, 30)) for name in ("a", "b", "c")}
-    layers["c"] = layer("c", matrix(30, 40))
+    layers = {name: gradient_layer(name, matrix(40, 30)) for name in ("a", "b", "c")}
+    layers["c"] = gradient_layer("c", matrix(30, 40))
     ranks = {"a": 6, "c": 6, "b": 6}
     method = LoraGA(direction="random", scale="unit", seed=7)
     one, two = (method.factors(layers, ranks) for _ in range(2))
@@ -109,7 +93,7 @@ def test_random_is_seeded_and_repeats_are_bitwise():
         assert torch.equal(one[name].factors.A, two[name].factors.A)
         assert torch.equal(one[name].factors.B, two[name].factors.B)
         # A and B hold the same triplets: G A^T is B.
-        product = layers[name].output.gradient @ one[name].factors.A.mT
+        product = layers[name].sums["gradient"].total @ one[name].factors.A.mT
         torch.testing.assert_close(product, one[name].factors.B, rtol=0, atol=1e-4)
     other = LoraGA(direction="random", scale="unit", seed=8).factors(layers, ranks)
     assert not torch.equal(other["a"].factors.A, one["a"].factors.A)
@@ -117,7 +101,7 @@ def test_random_is_seeded_and_repeats_are_bitwise():
 
 def test_a_zero_gradient_is_said():
     found = LoraGA(scale="weight_svd").factors(
-        {"l": layer("l", torch.zeros(12, 15))}, {"l": 3}, base=base_of(torch.randn(12, 15))
+        {"l": gradient_layer("l", torch.zeros(12, 15))}, {"l": 3}, base=base_of(torch.randn(12, 15))
     )["l"]
     assert "its weight gradient is zero" in found.notes[0] and found.solver == "stock"
     assert torch.isfinite(found.factors.A).all() and float(found.factors.B.abs().max()) == 0
@@ -127,7 +111,7 @@ def test_a_zero_gradient_is_said():
 @pytest.mark.parametrize("scale", SCALES)
 def test_fewer_directions_than_2r_in_the_gradient_are_said_and_rounding_is_not_blown_up(scale, form):
     g, x = torch.randn(3, 40), torch.randn(3, 50)
-    statistics = layer("l", g.mT @ x) if form == "exact" else sketched(g, x, 16)
+    statistics = gradient_layer("l", g.mT @ x) if form == "exact" else sketched_gradient_layer("l", g, x, 16)
     weight = torch.randn(40, 50)
     found = LoraGA(scale=scale).factors({"l": statistics}, {"l": 4}, base=base_of(weight))["l"]
     assert "the gradient has 3 directions above rounding for the 2r = 8 of A and B" in found.notes[0]
@@ -142,18 +126,22 @@ def test_fewer_directions_than_2r_in_the_gradient_are_said_and_rounding_is_not_b
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e4])
 def test_gradients_of_any_size_give_the_same_directions_and_their_size_is_said(size):
     gradient = matrix(40, 30)
-    plain, scaled = (LoraGA().factors({"l": layer("l", gradient * each)}, {"l": 4})["l"] for each in (1.0, size))
+    plain, scaled = (
+        LoraGA().factors({"l": gradient_layer("l", gradient * each)}, {"l": 4})["l"] for each in (1.0, size)
+    )
     torch.testing.assert_close(scaled.factors.A, plain.factors.A, rtol=0, atol=1e-4)
     torch.testing.assert_close(scaled.factors.B / size, plain.factors.B, rtol=0, atol=1e-4)
     assert not plain.notes and "need another gamma" in scaled.notes[0]
     weight = base_of(torch.randn(40, 30))
-    relative = LoraGA(scale="weight_svd").factors({"l": layer("l", gradient * size)}, {"l": 4}, base=weight)["l"]
+    relative = LoraGA(scale="weight_svd").factors({"l": gradient_layer("l", gradient * size)}, {"l": 4}, base=weight)[
+        "l"
+    ]
     assert not relative.notes and 1 < float(relative.factors.B.norm(dim=0).max()) < 20
 
 
 @pytest.mark.parametrize("size", [1e18, 1e38])
 def test_factors_that_would_round_the_weight_away_leave_the_stock_start(size):
-    statistics, base = {"l": layer("l", matrix(40, 30) * size)}, base_of(torch.randn(40, 30))
+    statistics, base = {"l": gradient_layer("l", matrix(40, 30) * size)}, base_of(torch.randn(40, 30))
     found = LoraGA(gamma=1e-20).factors(statistics, {"l": 4})["l"]
     assert found.solver == "stock" and "another gamma" in found.notes[0] and not found.factors.B.any()
     relative = LoraGA(scale="weight_svd").factors(statistics, {"l": 4}, base=base)["l"]
@@ -165,7 +153,7 @@ def test_factors_that_would_round_the_weight_away_leave_the_stock_start(size):
 @pytest.mark.parametrize("rank", [2, 3])
 def test_fewer_than_2r_directions_are_all_given_away(rank, direction, form):
     g, x = torch.randn(50, 3), torch.randn(50, 15)
-    statistics = layer("l", g.mT @ x) if form == "exact" else sketched(g, x, 8)
+    statistics = gradient_layer("l", g.mT @ x) if form == "exact" else sketched_gradient_layer("l", g, x, 8)
     found = LoraGA(direction=direction, scale="weight_svd").factors(
         {"l": statistics}, {"l": rank}, base=base_of(torch.randn(3, 15))
     )["l"]
@@ -186,22 +174,22 @@ def test_fewer_than_2r_directions_are_all_given_away(rank, direction, form):
 
 
 def test_errors():
-    statistics = {"l": layer("l", matrix(12, 15))}
-    empty = LayerStatistics("l", 15, 12, None, output=OutputStatistics(12, 15, CPU, forms={"fisher": "exact"}))
-    for missing in ({}, {"l": LayerStatistics("l", 15, 12, None)}, {"l": empty}):
+    statistics = {"l": gradient_layer("l", matrix(12, 15))}
+    empty = layer_statistics("l", 12, 15, fisher_diagonal(torch.zeros(12)))
+    for missing in ({}, {"l": layer_statistics("l", 12, 15)}, {"l": empty}):
         with pytest.raises(ValueError, match="no weight gradient of layer l"):
             LoraGA().factors(missing, {"l": 2})
     with pytest.raises(ValueError, match="hold no loss"):
-        LoraGA().factors(Statistics(statistics, 1, 1.0, 0.0), {"l": 2})
+        LoraGA().factors(Statistics(layers=statistics), {"l": 2})
     with pytest.raises(ValueError, match=r"layer l has rank 13, but must be between 1 and min\(m, n\) = 12"):
         LoraGA().factors(statistics, {"l": 13})
     for scale in ("weight_svd", "gd"):
         with pytest.raises(ValueError, match="base has no layer l"):
             LoraGA(scale=scale).factors(statistics, {"l": 2})
     with pytest.raises(ValueError, match="the weight gradient of layer l holds NaN"):
-        LoraGA().factors({"l": layer("l", torch.full((12, 15), torch.nan))}, {"l": 2})
+        LoraGA().factors({"l": gradient_layer("l", torch.full((12, 15), torch.nan))}, {"l": 2})
     with pytest.raises(ValueError, match="8 triplets are asked of a sketch with 6 columns"):
-        LoraGA().factors({"l": sketched(torch.randn(50, 12), torch.randn(50, 15), 6)}, {"l": 4})
+        LoraGA().factors({"l": sketched_gradient_layer("l", torch.randn(50, 12), torch.randn(50, 15), 6)}, {"l": 4})
     with pytest.raises(ValueError, match="direction is 'up'"):
         LoraGA(direction="up")
     with pytest.raises(ValueError, match="scale is 'gd_scale'"):

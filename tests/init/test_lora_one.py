@@ -2,11 +2,10 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import LoraOne, Statistics
-from lora_kernels.init import METHODS, resolve_method
-from lora_kernels.statistics import LayerStatistics
-from lora_kernels.statistics.outputs import OutputStatistics
+from lora_kernels.init import METHODS, LoraOne, resolve_method
+from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
+from tests.helpers.layers import gradient_layer, sketched_gradient_layer
 from tests.statistics.models import padded, samples, tiny_llama
 
 CPU = torch.device("cpu")
@@ -16,21 +15,6 @@ def matrix(m, n, decay=0.8):
     k = min(m, n)
     u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(n, k)).Q
     return (u * decay ** torch.arange(k)) @ v.mT
-
-
-def layer(name, gradient):
-    m, n = gradient.shape
-    output = OutputStatistics(m, n, CPU, gradient.dtype, forms={"gradient": "exact"})
-    output.gradient.copy_(gradient)
-    return LayerStatistics(name, n, m, None, output=output)
-
-
-def sketched(g, x, size):
-    m, n = g.shape[-1], x.shape[-1]
-    sizes = {"size": size, "co_size": 2 * size, "seed": 3, "stream": 5}
-    output = OutputStatistics(m, n, CPU, forms={"gradient": "sketch"}, sketch=sizes)
-    output.update(g, x)
-    return LayerStatistics("l", n, m, None, output=output)
 
 
 def definition(gradient, rank, gamma):
@@ -45,7 +29,7 @@ def definition(gradient, rank, gamma):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_definition(shape, gamma, dtype):
     gradient, rank = matrix(*shape).to(dtype), min(6, *shape)
-    found = LoraOne(gamma=gamma).factors({"l": layer("l", gradient)}, {"l": rank})["l"]
+    found = LoraOne(gamma=gamma).factors({"l": gradient_layer("l", gradient)}, {"l": rank})["l"]
     a, b = definition(gradient, rank, gamma)
     got_a, got_b = found.factors.A.double(), found.factors.B.double()
     assert relative_error(got_b @ got_a, b @ a) < 1e-5
@@ -61,7 +45,7 @@ def test_equals_the_definition(shape, gamma, dtype):
 @pytest.mark.parametrize("size", [1e-18, 1.0, 1e18])
 def test_a_sketch_gives_the_same_whatever_the_size_of_the_gradient(size):
     x, g = torch.randn(300, 6) @ matrix(6, 70), size * torch.randn(300, 6) @ matrix(6, 50)
-    sums = Statistics({"l": sketched(g, x, 24)}, 1, 300.0, 0.0, loss_items=300.0)
+    sums = Statistics(layers={"l": sketched_gradient_layer("l", g, x, 24)}, loss_items=300.0)
     a, b = definition(g.double().mT @ x.double(), 3, 128.0)
     found = LoraOne().factors(sums, {"l": 3})["l"]
     assert relative_error(found.factors.B.double() @ found.factors.A.double(), b @ a) < 1e-4
@@ -70,7 +54,7 @@ def test_a_sketch_gives_the_same_whatever_the_size_of_the_gradient(size):
 
 def test_fewer_directions_than_r_leave_rows_that_can_learn():
     gradient = torch.randn(20, 2) @ torch.randn(2, 30)
-    found = LoraOne().factors({"l": layer("l", gradient)}, {"l": 5})["l"]
+    found = LoraOne().factors({"l": gradient_layer("l", gradient)}, {"l": 5})["l"]
     a, b = definition(gradient, 2, 128.0)
     assert relative_error(found.factors.B.double() @ found.factors.A.double(), b @ a) < 1e-5
     assert "2 directions above rounding for r = 5" in found.notes[0]
@@ -79,7 +63,7 @@ def test_fewer_directions_than_r_leave_rows_that_can_learn():
 
 
 def test_a_zero_gradient_leaves_the_stock_start():
-    layers = {"zero": layer("zero", torch.zeros(12, 15)), "good": layer("good", matrix(12, 15))}
+    layers = {"zero": gradient_layer("zero", torch.zeros(12, 15)), "good": gradient_layer("good", matrix(12, 15))}
     found = LoraOne().factors(layers, {"zero": 3, "good": 3})
     assert found["zero"].solver == "stock" and "its weight gradient is zero" in found["zero"].notes[0]
     assert found["good"].solver != "stock" and bool(found["good"].factors.B.any())

@@ -6,8 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels import PiSSA
-from lora_kernels.init import resolve_method
+from lora_kernels.init import PiSSA, resolve_method
 from lora_kernels.init.factors import BaseLayer
 
 

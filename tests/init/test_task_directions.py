@@ -10,7 +10,7 @@ from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
-EMPTY = Statistics({}, 0, 0.0, 0.0)
+EMPTY = Statistics()
 NAME = "model.layers.1.mlp.down_proj"
 
 
@@ -34,7 +34,7 @@ def known(m=14, n=10, changed=(7, 2, 5)):
 def test_the_directions_with_the_largest_rates_are_chosen_in_order():
     weight, adapter, u, v = known()
     base = {"l": BaseLayer(lambda: weight, 2.0, lambda: adapter)}
-    found = lk.TaskDirections(update="adapter", share=0.1).factors(EMPTY, {"l": 3}, base=base)["l"]
+    found = lk.init.TaskDirections(update="adapter", share=0.1).factors(EMPTY, {"l": 3}, base=base)["l"]
     for row, index in enumerate((7, 2, 5)):
         a, b = found.factors.A[row].double(), found.factors.B[:, row].double()
         assert float(a @ v[:, index]).__abs__() / float(a.norm()) > 1 - 1e-5
@@ -48,13 +48,13 @@ def test_the_directions_with_the_largest_rates_are_chosen_in_order():
 
 def test_the_gradient_step_is_the_one_of_the_statistics():
     model, batches = wrapped(), padded(samples(), 4)
-    method = lk.TaskDirections(share=0.2)
+    method = lk.init.TaskDirections(share=0.2)
     stats = lk.collect(model, batches, method, weighting="sample", progress=False)
     name = f"base_model.model.{NAME}"
     layer, weight = stats[name], model.get_submodule(name).get_base_layer().weight.detach().double()
     second = layer.input.covariance(center=False) + 1e-6 * torch.eye(layer.in_features)
-    fisher = layer.output.fisher.double() / layer.output.tokens + 1e-6
-    update = -(stats.mean_gradient(name).double() / fisher.unsqueeze(1)) @ torch.linalg.inv(second)
+    fisher = layer.sums["fisher"].total.double() / layer.sums["fisher"].tokens + 1e-6
+    update = -(stats[name].gradient().double() / fisher.unsqueeze(1)) @ torch.linalg.inv(second)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     rates = torch.einsum("mk,mn,kn->k", u, update, vh).abs() / (s + 1e-6 * s[0])
     before = model(**batches[0]).logits
@@ -75,8 +75,8 @@ def test_a_short_run_of_training_can_be_the_update():
     optimizer.step()
     del optimizer
     with pytest.raises(ValueError, match="force=True"):
-        lk.initialize(model, method=lk.TaskDirections(update="adapter"))
-    report = lk.initialize(model, method=lk.TaskDirections(update="adapter"), force=True, progress=False)
+        lk.initialize(model, method=lk.init.TaskDirections(update="adapter"))
+    report = lk.initialize(model, method=lk.init.TaskDirections(update="adapter"), force=True, progress=False)
     assert all(layer.status == "initialised" for layer in report.layers)
     assert relative_error(model(**batch).logits, before) < 1e-5  # the run's own change is gone
 
@@ -85,14 +85,14 @@ def test_errors():
     weight, adapter, *_ = known()
     base = {"l": BaseLayer(lambda: weight, 2.0, lambda: adapter)}
     with pytest.raises(ValueError, match="base has no layer l"):
-        lk.TaskDirections(update="adapter").factors(EMPTY, {"l": 3})
+        lk.init.TaskDirections(update="adapter").factors(EMPTY, {"l": 3})
     with pytest.raises(ValueError, match="rank"):
-        lk.TaskDirections(update="adapter").factors(EMPTY, {"l": 11}, base=base)
+        lk.init.TaskDirections(update="adapter").factors(EMPTY, {"l": 11}, base=base)
     zero = copy.deepcopy(adapter)
     zero.B.zero_()
     base = {"l": BaseLayer(lambda: weight, 2.0, lambda: zero)}
-    found = lk.TaskDirections(update="adapter").factors(EMPTY, {"l": 3}, base=base)["l"]
+    found = lk.init.TaskDirections(update="adapter").factors(EMPTY, {"l": 3}, base=base)["l"]
     assert found.solver == "stock" and "its update is zero" in found.notes[0]
     for bad in ({"share": 0.0}, {"update": "magic"}, {"epsilon": -1.0}, {"damping": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            lk.TaskDirections(**bad)
+            lk.init.TaskDirections(**bad)

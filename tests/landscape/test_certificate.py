@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.landscape import Adapter, Gradient, Thresholds, certify, judge, measure, overall
+from lora_kernels.landscape import Adapter, Thresholds, certify, judge, measure, overall
 from lora_kernels.landscape.verdict import (
     KINDS,
     LOUD_FAILURE,
@@ -17,6 +17,7 @@ from lora_kernels.landscape.verdict import (
     Verdict,
 )
 from lora_kernels.landscape.weights import WeightNorms
+from lora_kernels.statistics import Gradient
 
 DECAY = 0.3
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from lora_kernels.linalg import nystrom, two_sided
-from lora_kernels.linalg.single_pass import Nystrom, RandomizedSVD
+from lora_kernels.linalg import Nystrom, RandomizedSVD, nystrom, two_sided
 
 I = torch.arange(1, 201, dtype=torch.float64)
 SPECTRA = {

@@ -46,8 +46,7 @@ def bits(stats):
     return digest(
         value.tril() if name in sums.triangular else value
         for layer in stats.values()
-        for sums in (layer.input, layer.output)
-        if sums is not None
+        for sums in layer.sums.values()
         for name, value in sums.tensors().items()
     )
 
@@ -120,7 +119,7 @@ def main(out):
 
     # Factors: decompositions are shared out, all processes write the same.
     model = peft_model()
-    lk.initialize(model, mine, lk.EVA(rho=2.0), progress=False)
+    lk.initialize(model, mine, lk.init.EVA(rho=2.0), progress=False)
     factors = {name: each.detach() for name, each in model.named_parameters() if "lora_" in name}
     equal_everywhere(digest(factors.values()))
     model = peft_model()
@@ -131,8 +130,8 @@ def main(out):
     for layer in ready.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(ready)
-    expect(ValueError, "sharded", lambda: lk.initialize(ready, mine, lk.EVA(rho=2.0), progress=False))
-    lk.initialize(ready, mine, lk.EVA(rho=1.0), progress=False)
+    expect(ValueError, "sharded", lambda: lk.initialize(ready, mine, lk.init.EVA(rho=2.0), progress=False))
+    lk.initialize(ready, mine, lk.init.EVA(rho=1.0), progress=False)
     inside = {name: each.full_tensor() for name, each in ready.named_parameters() if "lora_A" in name}
     equal_everywhere(digest(inside.values()))
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lora_kernels import collect
+from lora_kernels.statistics import Statistics
 
 
 class Block(nn.Module):
@@ -107,12 +108,44 @@ class Routed(nn.Module):
         return y + self.rare(x.exp()) if "rare" in step else y
 
 
-def test_sharing_that_breaks_is_an_error_with_a_way_out():
-    data = [torch.randn(3, 4) for _ in range(2)]
-    with pytest.raises(RuntimeError, match="a, b read one tensor in batch 0 but not in batch 1.*share_inputs=False"):
-        collect(Routed([["share"], []]), data, progress=False)
-    stats = collect(Routed([["share"], []]), data, share_inputs=False, targets=["a", "b"], progress=False)
-    assert stats["a"].input.tokens == 6
+def test_a_layer_whose_sharing_ends_in_a_later_batch_is_left_out_and_said(tmp_path):
+    data, options = [torch.randn(3, 4) for _ in range(3)], {"targets": ["a", "b"], "progress": False}
+    whole = collect(Routed([[], [], []]), data, share_inputs=False, **options)
+    stats = collect(Routed([["share"], [], ["share"]]), data, **options)
+    torch.testing.assert_close(stats["a"].input.covariance(), whole["a"].input.covariance(), rtol=0, atol=0)
+    assert stats["b"].input is None and stats["b"].tokens == 0 and not stats["a"].shared_with
+    assert stats["b"].notes == ("no input_second: it stopped sharing its input in batch 1; pass share_inputs=False",)
+    stats.save(tmp_path / "s.safetensors")
+    assert Statistics.load(tmp_path / "s.safetensors")["b"].notes == stats["b"].notes
+
+
+class TwoInputs(nn.Module):
+    """As DeBERTa: all layers read x, two of them another tensor too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = x.exp()
+        return (self.v(x) + self.q(x) + self.k(x) + self.q(y) * self.k(y)).square().mean()
+
+
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_layers_that_share_in_some_calls_only_have_sums_of_their_own(budget):
+    data, wants, model = [torch.randn(3, 4) for _ in range(2)], ("input_second", "fisher"), TwoInputs()
+    options = {"progress": False, "dtype": torch.float64, "budget": budget}
+    stats = collect(model.double(), [x.double() for x in data], wants, targets=["q", "k", "v"], **options)
+    assert model.calls == 3 + (budget is not None)  # the first batch ran twice, and the probe
+    x = torch.cat(data).double()
+    both = torch.cat([x, x.exp()])
+    for name, rows in {"q": both, "k": both, "v": x}.items():
+        torch.testing.assert_close(stats[name].input_covariance(), rows.mT @ rows / len(rows))
+        assert stats[name].sums["fisher"].tokens == len(rows)
+    assert stats["q"].shared_with == ("k",) and not stats["v"].shared_with and not stats["v"].notes
 
 
 def test_layers_that_join_late_or_never_run():
@@ -210,7 +243,7 @@ def test_nonfinite_inputs():
     assert torch.isfinite(stats["second"].input.covariance()).all()
 
 
-def test_unaligned_rows_are_counted_and_said():
+def test_rows_that_are_tokens_first_are_masked():
     class TokensFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -220,9 +253,25 @@ def test_unaligned_rows_are_counted_and_said():
             x = self.embed(input_ids)
             return self.b(self.a(x).transpose(0, 1) * 1.0)
 
+    model, data = TokensFirst(), batches(1)
+    stats = collect(model, data, progress=False)
+    rows = model.a(model.embed(data[0]["input_ids"]))[data[0]["attention_mask"].bool()]
+    assert stats["b"].input.tokens == len(rows) < 28
+    torch.testing.assert_close(stats["b"].input_covariance(), (rows.mT @ rows / len(rows)).double())
+
+
+def test_unaligned_rows_are_counted_and_said():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(50, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, input_ids, attention_mask):
+            return self.b(self.a(self.embed(input_ids))[:, 1:])
+
     with pytest.warns(RuntimeWarning, match="does not match the input rows of 1 layers .first: b"):
-        stats = collect(TokensFirst(), batches(1), progress=False)
-    assert stats["b"].input.tokens == 28 and "all rows counted" in stats["b"].notes[0]
+        stats = collect(Halves(), batches(1), progress=False)
+    assert stats["b"].input.tokens == 24 and "all rows counted" in stats["b"].notes[0]
     assert stats["a"].input.tokens < 28
 
 

@@ -25,12 +25,12 @@ def gather(model, batches, wants=STATISTICS, **options):
 def compare(stats, truth, tolerance):
     for name in truth:
         layer, sums = stats[name], truth[name]
-        n = layer.output.tokens
+        n = layer.sums["fisher"].tokens
         assert n == layer.input.tokens == sums["rows"]
-        assert relative_error(layer.output.gradient, sums["gradient"]) < tolerance
-        assert relative_error(layer.output.fisher, sums["fisher"]) < tolerance
+        assert relative_error(layer.sums["gradient"].total, sums["gradient"]) < tolerance
+        assert relative_error(layer.sums["fisher"].total, sums["fisher"]) < tolerance
         assert relative_error(layer.input.covariance(center=False) * n, sums["input"]) < tolerance
-        assert relative_error(layer.output.second.covariance(center=False) * n, sums["output"]) < tolerance
+        assert relative_error(layer.sums["output_second"].covariance(center=False) * n, sums["output"]) < tolerance
 
 
 @pytest.mark.parametrize("size", [1, 4, 3])
@@ -41,7 +41,7 @@ def test_every_statistic_equals_single_sample_autograd_whatever_the_batch_size(s
     compare(stats, truth, 1e-12)
     assert stats.loss_items == items and stats.samples == len(made)
     expected = truth["lm_head"]["gradient"] / items
-    torch.testing.assert_close(stats.mean_gradient("lm_head"), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(stats["lm_head"].gradient(), expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -52,7 +52,7 @@ def test_sample_weighting_is_the_loop_over_single_samples(size):
     compare(stats, truth, 1e-6)  # transformers computes the loss in float32
     assert stats.loss_items == items == len(made)
     token = gather(tiny_llama(torch.float64), padded(made, size))
-    assert relative_error(token["lm_head"].output.fisher, stats["lm_head"].output.fisher) > 0.1
+    assert relative_error(token["lm_head"].sums["fisher"].total, stats["lm_head"].sums["fisher"].total) > 0.1
 
 
 def test_float32_sums_of_a_float32_model():
@@ -72,7 +72,7 @@ def test_the_mean_over_items_is_what_accumulated_training_steps_see():
     stats = gather(tiny_llama(torch.float64), batches, "gradient")
     for name, module in model.named_modules():
         if name in NAMES:
-            assert relative_error(stats.mean_gradient(name), module.weight.grad) < 1e-6  # a loss in float32
+            assert relative_error(stats[name].gradient(), module.weight.grad) < 1e-6  # a loss in float32
 
 
 def test_labels_mask_changes_the_fisher_and_second_moments_but_not_the_gradient():
@@ -83,12 +83,12 @@ def test_labels_mask_changes_the_fisher_and_second_moments_but_not_the_gradient(
         gather(tiny_llama(torch.float64), batches, mask="next_labels"),
     )
     name = "model.layers.0.mlp.down_proj"
-    torch.testing.assert_close(masked[name].output.gradient, everything[name].output.gradient)
-    assert masked[name].output.tokens < everything[name].output.tokens
-    assert (masked[name].output.fisher <= everything[name].output.fisher * (1 + 1e-12)).all()
-    assert relative_error(masked[name].output.fisher, everything[name].output.fisher) > 1e-3
+    torch.testing.assert_close(masked[name].sums["gradient"].total, everything[name].sums["gradient"].total)
+    assert masked[name].sums["fisher"].tokens < everything[name].sums["fisher"].tokens
+    assert (masked[name].sums["fisher"].total <= everything[name].sums["fisher"].total * (1 + 1e-12)).all()
+    assert relative_error(masked[name].sums["fisher"].total, everything[name].sums["fisher"].total) > 1e-3
     # The head's gradient is zero where there is no label: there the mask removes nothing.
-    torch.testing.assert_close(masked["lm_head"].output.fisher, everything["lm_head"].output.fisher)
+    torch.testing.assert_close(masked["lm_head"].sums["fisher"].total, everything["lm_head"].sums["fisher"].total)
 
 
 def test_model_is_left_as_it_was():
@@ -131,8 +131,8 @@ def test_a_loss_and_a_forward_of_the_users_own():
     mirror = copy.deepcopy(model)
     total = sum(5 * (mirror(x) - y).square().mean() for x, y in data)  # a mean over samples, undone
     total.backward()
-    assert relative_error(stats["0"].output.gradient, mirror[0].weight.grad) < 1e-12
-    assert relative_error(stats["2"].output.gradient, mirror[2].weight.grad) < 1e-12
+    assert relative_error(stats["0"].sums["gradient"].total, mirror[0].weight.grad) < 1e-12
+    assert relative_error(stats["2"].sums["gradient"].total, mirror[2].weight.grad) < 1e-12
     assert stats.loss_items == 15
 
 
@@ -144,7 +144,7 @@ def test_reduction_can_be_a_sum_a_name_or_a_function():
     def run(reduction, loss):
         settings = {"forward": lambda model, batch: model(batch[0]), "loss": loss, "reduction": reduction}
         stats = lk.collect(model, data, "gradient", dtype=torch.float64, progress=False, **settings)
-        return stats[""].output.gradient, stats.loss_items
+        return stats[""].sums["gradient"].total, stats.loss_items
 
     def squares(outputs, batch):
         return (outputs - batch[1]).square().sum(1)
@@ -186,7 +186,7 @@ def test_experts_with_few_or_no_tokens():
     model = Experts().double()
     batches = [{"input_ids": torch.randint(0, 50, (2, 6)), "labels": torch.randint(0, 5, (2, 6))} for _ in range(4)]
     stats = lk.collect(model, batches, STATISTICS, dtype=torch.float64, progress=False, mask=None)
-    assert stats["experts.3.0"].output is None and "never called" in stats["experts.3.0"].notes[0]
+    assert not stats["experts.3.0"].sums and "never called" in stats["experts.3.0"].notes[0]
     mirror = copy.deepcopy(model)
     sum(12 * mirror(**batch)[0] for batch in batches).backward()
     route = torch.cat(
@@ -194,9 +194,9 @@ def test_experts_with_few_or_no_tokens():
     )
     for number in range(3):
         layer = stats[f"experts.{number}.0"]
-        assert layer.input.tokens == layer.output.tokens == int((route == number).sum())
+        assert layer.input.tokens == layer.sums["fisher"].tokens == int((route == number).sum())
         if layer.tokens:
-            assert relative_error(layer.output.gradient, mirror.experts[number][0].weight.grad) < 1e-12
+            assert relative_error(layer.sums["gradient"].total, mirror.experts[number][0].weight.grad) < 1e-12
     assert stats["head"].tokens == 48
 
 
@@ -213,7 +213,7 @@ def test_a_layer_that_the_loss_does_not_reach_says_so():
     stats = lk.collect(Two(), [torch.randn(5, 4)], "gradient", progress=False)
     assert any("no gradient was counted" in note for note in stats["idle"].notes)
     assert not stats["used"].notes
-    assert float(stats["idle"].output.gradient.abs().max()) == 0.0
+    assert float(stats["idle"].sums["gradient"].total.abs().max()) == 0.0
 
 
 def test_outputs_changed_in_place_and_inputs_changed_in_place():
@@ -234,7 +234,7 @@ def test_outputs_changed_in_place_and_inputs_changed_in_place():
     stats = lk.collect(model, [x.clone()], ("gradient", "fisher"), dtype=torch.float64, progress=False)
     mirror = copy.deepcopy(model)
     (5 * mirror(x)).backward()
-    assert relative_error(stats["a"].output.gradient, mirror.a.weight.grad) < 1e-12
+    assert relative_error(stats["a"].sums["gradient"].total, mirror.a.weight.grad) < 1e-12
     with pytest.raises(RuntimeError, match="layer a was changed in place after"):
         lk.collect(InPlace(True).double(), [x.clone()], "gradient", dtype=torch.float64, progress=False)
 
@@ -244,6 +244,6 @@ def test_sums_of_two_halves_add_to_the_whole():
     whole = gather(tiny_llama(torch.float64), padded(made, 4))
     parts = [gather(tiny_llama(torch.float64), padded(half, 4)) for half in (made[:4], made[4:])]
     for name in NAMES:
-        total = sum(part[name].output.gradient for part in parts)
-        assert relative_error(total, whole[name].output.gradient) < 1e-12
+        total = sum(part[name].sums["gradient"].total for part in parts)
+        assert relative_error(total, whole[name].sums["gradient"].total) < 1e-12
     assert sum(part.loss_items for part in parts) == whole.loss_items

@@ -74,8 +74,14 @@ def test_mask_errors():
 
 def test_alignment():
     weights = ATTENTION.bool()
-    assert align(weights, torch.Size([2, 4]))[0] is weights
+    assert torch.equal(align(weights, torch.Size([2, 4]))[0], weights)
     assert torch.equal(align(weights, torch.Size([8]))[0], weights.reshape(-1))
     assert align(weights, torch.Size([2])) == (None, True)  # one row per sample
-    assert align(weights, torch.Size([4, 2])) == (None, False)  # tokens first: not ours to guess
+    assert torch.equal(align(weights, torch.Size([4, 2]))[0], weights.mT)  # tokens first
+    assert torch.equal(align(weights, torch.Size([2, 1, 4]))[0], weights[:, None])  # DeepSeek's kv_b_proj
+    assert torch.equal(align(weights, torch.Size([2, 4, 3]))[0], weights[:, :, None].expand(2, 4, 3))  # heads
+    assert align(weights, torch.Size([2, 3, 4, 4])) == (None, False)  # ambiguous
+    assert align(weights, torch.Size([2, 5])) == (None, False)
+    square = torch.tensor([[True, False], [True, True]])
+    assert torch.equal(align(square, torch.Size([2, 2]))[0], square)  # batch first, where both would do
     assert align(None, torch.Size([3])) == (None, True)

@@ -18,9 +18,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def tensors_of(stats):
     seen = {}
     for layer in stats.values():
-        for sums in (layer.input, layer.output):
-            if sums is not None:
-                seen |= {id(value): value for name, value in sums.tensors().items()}
+        for sums in layer.sums.values():
+            seen |= {id(value): value for value in sums.tensors().values()}
     return list(seen.values())
 
 
@@ -133,7 +132,7 @@ def test_sketched_and_postponed_collections_follow_the_plan():
     assert passes > 2 and len(reads) == passes + 1  # one more for the groups
     for name in whole:
         torch.testing.assert_close(exact[name].input.second.tril(), whole[name].input.second.tril(), rtol=0, atol=0)
-        torch.testing.assert_close(exact[name].output.fisher, whole[name].output.fisher, rtol=0, atol=0)
+        torch.testing.assert_close(exact[name].sums["fisher"].total, whole[name].sums["fisher"].total, rtol=0, atol=0)
     with pytest.raises(ValueError, match="iterator that can be read once"):
         lk.collect(model, iter(batches), wants, form="exact", budget=150_000, progress=False)
 
@@ -171,3 +170,11 @@ def test_it_prints():
     console.print(lk.plan(tiny_llama(), "lora_da", budget="1MB", world_size=2))
     text = console.export_text()
     assert "upper bound" in text and "budget 1 MB" in text
+
+
+def test_the_keywords_of_a_collection_are_its_options():
+    from typing import get_type_hints
+
+    from lora_kernels.statistics.options import CollectKeywords, CollectOptions
+
+    assert get_type_hints(CollectKeywords) == get_type_hints(CollectOptions)

@@ -137,7 +137,7 @@ def test_sketched_eva_captures_the_variance_of_exact_eva():
         model = tiny_llama(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
         batches = padded(samples(24), 4)
-        report = lk.initialize(model, batches, lk.EVA(rho=1.0), progress=False, **options)
+        report = lk.initialize(model, batches, lk.init.EVA(rho=1.0), progress=False, **options)
         stats = lk.collect(model, batches, progress=False)
         captured = {}
         for name, layer in stats.items():

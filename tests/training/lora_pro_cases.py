@@ -94,4 +94,4 @@ class ByTheBook:
 
 
 def optimizer_for(pairs, scaling=1.5, lr=0.02, **options):
-    return lk.LoraPro([{"pairs": pairs, "scaling": scaling}], lr=lr, **options)
+    return lk.training.LoraPro([{"pairs": pairs, "scaling": scaling}], lr=lr, **options)

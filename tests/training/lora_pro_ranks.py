@@ -94,7 +94,7 @@ class Few(nn.Module):
 def few_rows(wrap, share, options):
     """Trained factors of a wrapped `Few`, on this process's share of the rows of a batch."""
     model = wrap(Few())
-    optimizer = lk.LoraPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
+    optimizer = lk.training.LoraPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
     x = torch.randn(8, 7, generator=torch.Generator().manual_seed(4))[share]
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -357,7 +357,7 @@ def test_double_backward_in_reference_mode():
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     lk.accelerate(model)
     x = torch.randn(3, 40, requires_grad=True)
-    with lk.reference_mode(model):
+    with lk.training.reference_mode(model):
         (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         g.square().sum().backward()
     assert x.grad.abs().max() > 0 and layer.fused
@@ -541,7 +541,7 @@ def one_layer(**settings):
 def assert_pefts(model, x, before):
     """The first call after a change gives what PEFT's forward gives, and not what was there before."""
     y = model(x)
-    with lk.reference_mode(model):
+    with lk.training.reference_mode(model):
         torch.testing.assert_close(y, model(x))
     assert relative_error(y, before) > 0.1
 
@@ -600,7 +600,7 @@ def test_batched_gradients_are_refused_and_zeros_without_memory_taken():
     model, _layer, x = one_layer()
     with pytest.raises(RuntimeError, match="batched gradients.*reference_mode"):
         torch.autograd.functional.jacobian(model, x, vectorize=True)
-    with lk.reference_mode():
+    with lk.training.reference_mode():
         assert torch.autograd.functional.jacobian(model, x, vectorize=True).shape == (3, 5, 3, 6)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(model(x), x, torch._efficientzerotensor((3, 5)))
@@ -675,7 +675,7 @@ def test_dropout_that_is_switched_off_is_seen_by_the_next_call(change):
     assert not torch.equal(model(x), model(x))
     change(model, layer)
     y = model(x)
-    with lk.reference_mode(model):
+    with lk.training.reference_mode(model):
         torch.testing.assert_close(y, model(x))
     layer.lora_dropout["default"].train().p = 0.5
     assert not torch.equal(model(x), model(x))

@@ -161,8 +161,8 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
                 value.zero_()
     batches = BATCHES
     before = logits(model)
-    init = lk.TaskDirections(cache=str(tmp_path / "bases"))
-    tsd = lk.LoraTSD(init=init, dash=lk.LoraDash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")))
+    init = lk.init.TaskDirections(cache=str(tmp_path / "bases"))
+    tsd = lk.api.LoraTSD(init=init, dash=lk.LoraDash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")))
     report, run = tsd.attach(model, batches, progress=False)
     assert all(each.status == "initialised" for each in report.layers) and run.adapter == "default"
     files = {each.name for each in (tmp_path / "bases").iterdir()}
@@ -197,4 +197,4 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
     with pytest.raises(TypeError, match="settings of LoraTSD"):
         tsd.attach(wrapped(), batches, method="eva")
     with pytest.raises(TypeError, match="init must be a TaskDirections"):
-        lk.LoraTSD(init="eva")
+        lk.api.LoraTSD(init="eva")

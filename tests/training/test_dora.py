@@ -158,7 +158,7 @@ def test_frozen_magnitudes_and_vmap():
 @pytest.mark.parametrize("block", [2**18, 50, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_row_norms(dtype, block, monkeypatch):
-    monkeypatch.setattr(dora, "_NORM_BLOCK", block)
+    monkeypatch.setattr("lora_kernels.adapters.dora.NORM_BLOCK", block)
     torch.manual_seed(2)
     weight, a, b = torch.randn(33, 17).to(dtype), torch.randn(4, 17).to(dtype), torch.randn(33, 4).to(dtype)
     truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)

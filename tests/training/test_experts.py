@@ -23,7 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.training.experts import FusedExperts, chain_of, experts_reason, factors_of
+from lora_kernels.adapters.experts import chain_of
+from lora_kernels.training.experts import FusedExperts, experts_reason, factors_of
 from tests.adapters.test_experts_files import IDS, MODELS, SIZES
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -166,7 +167,7 @@ def test_factors_are_those_of_pefts_delta(kind, rank):
     model = wrapped(kind, r=rank, sizes=sizes)
     for wrapper in chain_of(experts_of(model)):
         transposed = wrapper.get_base_layer().is_transposed
-        a, b = factors_of(wrapper, "default", transposed)
+        a, b = factors_of(wrapper, "default")
         delta = wrapper.get_delta_weight("default").double()
         expected = delta.mT if transposed else delta
         found = wrapper.scaling["default"] * b.double() @ a.double()
@@ -325,7 +326,7 @@ def test_unloaded_experts_are_stock_again():
 def test_reference_mode_runs_pefts_own():
     stock, fused = both(wrapped())
     inputs = routed(fused, 10, 2)
-    with lk.reference_mode():
+    with lk.training.reference_mode():
         expected, found = run(stock, *inputs), run(fused, *inputs)
     assert all(torch.equal(found[part], value) for part, value in expected.items())
 

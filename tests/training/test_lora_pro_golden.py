@@ -25,7 +25,7 @@ def run(golden, trajectory, lr, truth_of=None, **options):
     dtype = torch.float64 if trajectory.endswith("f64") else torch.float32
     pairs = [tuple(torch.nn.Parameter(golden[f"layer{k}.{name}0"].to(dtype)) for name in "AB") for k in range(LAYERS)]
     options = {"mode": "full", "damping": DAMPING, **options}
-    optimizer = lk.LoraPro([{"pairs": pairs, "scaling": 2.0}], lr=lr, **options)
+    optimizer = lk.training.LoraPro([{"pairs": pairs, "scaling": 2.0}], lr=lr, **options)
     errors = {}
 
     def compare(key, found):

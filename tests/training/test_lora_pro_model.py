@@ -151,12 +151,15 @@ def test_factors_of_several_experts_in_one_matrix_are_no_pair():
 def test_models_without_pairs_are_refused():
     for model in (tiny_llama(), wrapped()):
         model.requires_grad_(False)
-        for make in (partial(lk.create_lora_pro_optimizer, lr=1e-3), partial(lk.lora_pro_cls_and_kwargs, lr=1e-3)):
+        for make in (
+            partial(lk.create_lora_pro_optimizer, lr=1e-3),
+            partial(lk.training.lora_pro_cls_and_kwargs, lr=1e-3),
+        ):
             with warnings.catch_warnings(), pytest.raises(ValueError, match="trains no LoRA pair"):
                 warnings.simplefilter("error")
                 make(model)
     with pytest.raises(TypeError, match="got weight_decay"):
-        lk.lora_pro_cls_and_kwargs(wrapped(), lr=1e-3, weight_decay=0.1)
+        lk.training.lora_pro_cls_and_kwargs(wrapped(), lr=1e-3, weight_decay=0.1)
     with pytest.raises(ValueError, match="mode is 'fast'"):
         lk.create_lora_pro_optimizer(wrapped(), lr=1e-3, mode="fast")
 
@@ -185,7 +188,7 @@ def trainer(folder, way, mode, steps, **options):
     if way == "optimizers":
         optimizer = lk.create_lora_pro_optimizer(model, lr=7e-3, weight_decay=0.05, **options)
         return Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
-    found = lk.lora_pro_cls_and_kwargs(model, lr=7e-3, **options)
+    found = lk.training.lora_pro_cls_and_kwargs(model, lr=7e-3, **options)
     return Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=found)
 
 

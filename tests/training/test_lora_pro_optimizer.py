@@ -45,7 +45,7 @@ class Run:
     def __init__(self, dtype=torch.float32, b_scale=0.0, **options):
         self.pairs, self.others = factors(dtype=dtype, b_scale=b_scale), extras(dtype)
         groups = [{"pairs": self.pairs, "scaling": 1.5}, {"params": self.others, "lr": 0.01, "weight_decay": 0.2}]
-        self.optimizer = lk.LoraPro(groups, lr=0.02, weight_decay=0.1, **options)
+        self.optimizer = lk.training.LoraPro(groups, lr=0.02, weight_decay=0.1, **options)
 
     def step(self, number):
         set_gradients(self.pairs, 1.5, number)
@@ -85,7 +85,7 @@ def test_adamw_looks_at_strides():
     )
     assert not one.is_contiguous()
     gradient = torch.randn(4, 3)
-    optimizers = lk.LoraPro([one], lr=0.1), torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
+    optimizers = lk.training.LoraPro([one], lr=0.1), torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
     for parameter, optimizer in zip((one, other), optimizers, strict=True):
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -110,7 +110,7 @@ def test_moments_that_were_saved_in_another_order_of_memory():
 def test_short_parameters_without_a_pair_keep_float32_moments():
     (one,) = extras(torch.bfloat16)[:1]
     wide = nn.Parameter(one.detach().float())
-    optimizers = lk.LoraPro([one], lr=0.1), torch.optim.AdamW([wide], lr=0.1, weight_decay=0.0, fused=True)
+    optimizers = lk.training.LoraPro([one], lr=0.1), torch.optim.AdamW([wide], lr=0.1, weight_decay=0.0, fused=True)
     set_extra_gradients([one], 0)
     wide.grad = one.grad.float()
     for each in optimizers:
@@ -271,7 +271,7 @@ class Layer(nn.Module):
 
 def layer_optimizer(layer, **options):
     groups = [{"pairs": [(layer.a, layer.b)], "scaling": 2.0}, {"params": [layer.base.bias]}]
-    return lk.LoraPro(groups, **{"lr": 0.05, **options})
+    return lk.training.LoraPro(groups, **{"lr": 0.05, **options})
 
 
 def data():
@@ -333,7 +333,7 @@ def test_each_group_has_its_own_numbers(mode):
         {"lr": 0.1, "betas": (0.5, 0.6), "eps": 1e-2, "weight_decay": 0.3},
         {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0},
     ]
-    together = lk.LoraPro([{"pairs": one, "scaling": 1.5, **settings[0]}], lr=1.0, mode=mode)
+    together = lk.training.LoraPro([{"pairs": one, "scaling": 1.5, **settings[0]}], lr=1.0, mode=mode)
     together.add_param_group({"pairs": other, "scaling": 0.5, **settings[1]})
     single = [
         optimizer_for(alone[0], 1.5, mode=mode, **settings[0]),
@@ -430,7 +430,7 @@ def test_pairs_are_found_in_any_groups(mode):
         {"params": [other.others[1], *(a for a, _ in pairs), other.others[2]], "weight_decay": 0.1},
         {"params": []},
     ]
-    other.optimizer = lk.LoraPro(groups, 0.02, mode=mode, pairs=[(a, b, 1.5) for a, b in pairs])
+    other.optimizer = lk.training.LoraPro(groups, 0.02, mode=mode, pairs=[(a, b, 1.5) for a, b in pairs])
     for step in range(3):
         one.step(step)
         other.step(step)
@@ -506,7 +506,7 @@ A, B, SQUARE = parameter(2, 5), parameter(4, 2), parameter(3, 3)
 )
 def test_bad_arguments(groups, options, error, message):
     with pytest.raises(error, match=message):
-        lk.LoraPro(groups, **{"lr": 1e-3, **options})
+        lk.training.LoraPro(groups, **{"lr": 1e-3, **options})
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
@@ -540,7 +540,7 @@ def test_gradients_that_cannot_be_used():
     other = nn.Parameter(torch.ones(3, 4))
     other.grad = torch.eye(3, 4).to_sparse()
     with pytest.raises(ValueError, match="gradient of parameter 0 of group 0 has layout"):
-        lk.LoraPro([other], lr=0.1).step()
+        lk.training.LoraPro([other], lr=0.1).step()
 
 
 def test_factors_that_are_not_finite_are_named():

@@ -25,11 +25,11 @@ _casts = torch.is_autocast_enabled
 
 TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
-    "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
+    "`with lora_kernels.training.reference_mode():`, where PEFT's own layers run"
 )
 TRANSFORMED = (
     "a fused LoRA layer cannot run inside torch.func transforms, nor take batched gradients: call them inside "
-    "`with lora_kernels.reference_mode():`, where PEFT's own layers run"
+    "`with lora_kernels.training.reference_mode():`, where PEFT's own layers run"
 )
 _OTHER_ADAPTER = (
     "a checkpointed LoRA layer was recomputed with other adapters active, or another scaling or dropout, than when it "

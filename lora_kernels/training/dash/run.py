@@ -41,7 +41,7 @@ class LoraDash:
             optimizer.step()
             run.step(optimizer)
 
-    With transformers' Trainer: `callbacks=[lk.LoraDashCallback(lk.LoraDash(k=8))]`.
+    With transformers' Trainer: `callbacks=[lk.api.LoraDashCallback(lk.LoraDash(k=8))]`.
 
     Args:
         k: directions per layer.

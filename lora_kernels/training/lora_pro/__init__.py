@@ -1,9 +1,9 @@
 """LoRA-Pro (arXiv 2407.18242) as a torch optimizer: LoRA pairs that follow the gradient of the full weight.
 
     optimizer = lk.create_lora_pro_optimizer(peft_model, lr=1e-4)
-    optimizer = lk.LoraPro([{"pairs": [(A, B), ...], "scaling": 2.0}, {"params": head.parameters()}], lr=1e-4)
+    optimizer = lk.training.LoraPro([{"pairs": [(A, B), ...], "scaling": 2.0}, {"params": head.parameters()}], lr=1e-4)
     Trainer(..., optimizers=(optimizer, None))
-    Trainer(..., optimizer_cls_and_kwargs=lk.lora_pro_cls_and_kwargs(peft_model, lr=1e-4))
+    Trainer(..., optimizer_cls_and_kwargs=lk.training.lora_pro_cls_and_kwargs(peft_model, lr=1e-4))
 
 A step on A and B moves `W + s B A` by `E = s B dA + s dB A`, to first order. Of all `(dA, dB)`, LoRA-Pro takes those
 for which E is closest to the gradient of the full weight; they have a closed form in A, B and the gradients that

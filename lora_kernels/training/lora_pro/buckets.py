@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.runtime.processes import world_size
 
 _WORD = 2**64 - 1
@@ -19,12 +19,6 @@ _WORD = 2**64 - 1
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic for a parameter of some dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds (for a plain tensor, itself); shares its memory."""
-    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return part
 
 
 def like_rows(parameter: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -186,9 +180,9 @@ def draw_seed() -> int:
     return seed[0]
 
 
-def mix(seed: int, pair: int) -> int:
-    """The seed of a pair, below 2^63, by the finaliser of SplitMix64; the op adds step, row and column."""
-    word = (seed + 0x9E3779B97F4A7C15 * (pair + 1)) & _WORD
+def mix(seed: int, number: int) -> int:
+    """The seed of a pair or a step, below 2^63, by the finaliser of SplitMix64."""
+    word = (seed + 0x9E3779B97F4A7C15 * (number + 1)) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return (word ^ (word >> 31)) >> 1

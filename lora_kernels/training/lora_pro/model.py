@@ -13,7 +13,8 @@ from torch import nn
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.training.lora_pro.optimizer import LoraPro, Mode, Scaling
+from lora_kernels.training.lora_pro.optimizer import LoraPro, Mode, RoundingMode, Scaling
+from lora_kernels.training.movement import Movement, trained_names
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
 
@@ -84,11 +85,14 @@ def create_lora_pro_optimizer(
     weight_decay: float = 0.0,
     damping: float = 1e-8,
     state_dtype: torch.dtype | None = None,
+    rounding: RoundingMode = "nearest",
 ) -> LoraPro:
     """LoRA-Pro for all that a PEFT model trains: pairs by LoRA-Pro, the rest (heads, biases, ...) by AdamW.
 
     Create it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of a
     layer is read at every step. Embeddings are pairs as well: in `full` mode their moments have the size of the table.
+    If parameters of 16 bits hardly move in the first steps, because rounding swallows what is added to them, a
+    RuntimeWarning says so.
 
     Args:
         model: with PEFT's LoRA layers.
@@ -99,6 +103,7 @@ def create_lora_pro_optimizer(
         weight_decay: decoupled; of factors and other matrices, not of biases and norms (parameters with one axis).
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
         state_dtype: of the moments in `full` mode: `None`, float32; or `torch.bfloat16` with stochastic rounding.
+        rounding: of bfloat16 parameters after a step, `nearest` or `stochastic` (see `LoraPro`).
 
     Returns:
         The optimizer.
@@ -114,7 +119,7 @@ def create_lora_pro_optimizer(
     matrices = [parameter for parameter in others if parameter.dim() > 1]
     vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
-    return LoraPro(
+    optimizer = LoraPro(
         groups,
         lr,
         mode=mode,
@@ -123,7 +128,11 @@ def create_lora_pro_optimizer(
         weight_decay=weight_decay,
         damping=damping,
         state_dtype=state_dtype,
+        rounding=rounding,
     )
+    if rounding == "nearest":
+        Movement.watch(optimizer, trained_names(model))
+    return optimizer
 
 
 def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> tuple[type[LoraPro], dict[str, Any]]:
@@ -135,7 +144,7 @@ def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> t
     Args:
         model: the PEFT model that the Trainer gets.
         lr: learning rate.
-        options: mode, betas, eps, damping or state_dtype of `LoraPro`.
+        options: mode, betas, eps, damping, state_dtype or rounding of `LoraPro`.
 
     Returns:
         The class and its arguments.
@@ -144,7 +153,9 @@ def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> t
         TypeError: on another option.
         ValueError: if the model trains no LoRA pair.
     """
-    unknown = sorted(set(options) - {"mode", "betas", "eps", "damping", "state_dtype"})
+    unknown = sorted(set(options) - {"mode", "betas", "eps", "damping", "state_dtype", "rounding"})
     if unknown:
-        raise TypeError(f"options must be of mode, betas, eps, damping and state_dtype, got {', '.join(unknown)}")
+        raise TypeError(
+            f"options must be of mode, betas, eps, damping, state_dtype and rounding, got {', '.join(unknown)}"
+        )
     return LoraPro, {"pairs": find_pairs(model), "lr": lr, **options}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lora_kernels._checks import check_choice, check_range, check_tensor
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.training.lora_pro.adjustment import Adjustment
 from lora_kernels.training.lora_pro.buckets import (
     Bucket,
@@ -23,15 +23,15 @@ from lora_kernels.training.lora_pro.buckets import (
     Scratch,
     draw_seed,
     like_rows,
-    local,
     mix,
     working_dtype,
     wrap,
 )
-from lora_kernels.training.lora_pro.update import Entry, adamw_, descend_
+from lora_kernels.training.lora_pro.update import Entry, Rounding, adamw_, descend_
 
 Mode = Literal["efficient", "full"]
 MODES = ("efficient", "full")
+RoundingMode = Literal["nearest", "stochastic"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
 
@@ -141,6 +141,9 @@ class LoraPro(Optimizer):
         damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
         state_dtype: of the moments in `full` mode: `None`, float32 (float64 for float64 parameters); or
             `torch.bfloat16` with stochastic rounding, seeded from torch's default generator.
+        rounding: of bfloat16 parameters after a step: `nearest`, which leaves them as they are where the step is below
+            half of their precision (a 256th to a 512th of a number), or `stochastic`, which keeps the mean; seeded like
+            bfloat16 moments.
 
     Raises:
         TypeError: on a wrong type or dtype.
@@ -159,24 +162,28 @@ class LoraPro(Optimizer):
         weight_decay: float = 0.0,
         damping: float = 1e-8,
         state_dtype: torch.dtype | None = None,
+        rounding: RoundingMode = "nearest",
     ) -> None:
         check_choice("mode", mode, MODES)
         check_choice("state_dtype", state_dtype, (None, torch.bfloat16))
         if state_dtype == torch.bfloat16 and mode != "full":
             raise ValueError('state_dtype is torch.bfloat16, which needs mode="full": efficient states are small')
+        check_choice("rounding", rounding, ("nearest", "stochastic"))
         check_range("damping", damping, low=0.0, high=1e30)
-        self.mode, self.damping, self.state_dtype = mode, damping, state_dtype
+        self.mode, self.damping, self.state_dtype, self.rounding = mode, damping, state_dtype, rounding
         self._pairs: list[Pair] = []
         self._scalings: dict[tuple[Any, ...], torch.Tensor] = {}
         self._scratch = Scratch()
-        seed = draw_seed() if state_dtype == torch.bfloat16 else 0
+        seed = draw_seed() if state_dtype == torch.bfloat16 or rounding == "stochastic" else 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        if rounding == "stochastic":
+            defaults["steps"] = 0  # of the optimizer; saved with the groups
         super().__init__(params, defaults)
         self._locate(pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""
-        own = ("mode", "damping", "state_dtype", "_pairs")
+        own = ("mode", "damping", "state_dtype", "rounding", "_pairs")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -364,10 +371,18 @@ class LoraPro(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        rounding = self._next_rounding()
         for wave in self._waves():
-            self._step_pairs(wave)
-        adamw_(self._plain_entries(), self.param_groups)
+            self._step_pairs(wave, rounding)
+        adamw_(self._plain_entries(), self.param_groups, rounding)
         return loss
+
+    def _next_rounding(self) -> Rounding | None:
+        if self.rounding != "stochastic" or not self.param_groups:
+            return None
+        first = self.param_groups[0]
+        first["steps"] += 1
+        return Rounding(mix(mix(first["seed"], len(self._pairs)), first["steps"]))
 
     def _plain_entries(self) -> list[Entry]:
         paired = {place for pair in self._pairs for place in (pair.a, pair.b)}
@@ -415,7 +430,7 @@ class LoraPro(Optimizer):
                 open_waves[key] = wave, room - needed
         return waves
 
-    def _step_pairs(self, wave: list[Bucket]) -> None:
+    def _step_pairs(self, wave: list[Bucket], rounding: Rounding | None) -> None:
         scaling = tuple(value for bucket in wave for value in bucket.scaling)
         device = wave[0].parameters[0][0].device
         if (scaling, device) not in self._scalings:
@@ -431,7 +446,7 @@ class LoraPro(Optimizer):
                 self._project(bucket)
         adjust(cross=True)
         entries = [entry for bucket in wave for entry in self._entries(bucket)]
-        (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups)
+        (descend_ if self.mode == "full" else adamw_)(entries, self.param_groups, rounding)
 
     def _project(self, bucket: Bucket) -> None:
         """Replace the raw gradients by those of Adam's direction of the full weight."""

@@ -5,7 +5,6 @@ import torch
 
 from benchmarks.demo import model as models
 from benchmarks.demo import training
-from benchmarks.demo.config import DemoConfig
 from benchmarks.demo.data import MASK, Example
 from benchmarks.demo.files import read_task
 from benchmarks.demo.model import Batches, build_model, parameter_groups
@@ -140,36 +139,6 @@ def test_a_folder_without_tokenizer_or_model_is_named(tmp_path):
         models.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="must hold a text model"):
         build_model(tmp_path, 2, 2, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": 0}, "rank is 0, but must be an integer of at least 1"),
-        ({"steps": 2.5}, r"steps is 2\.5, but must be an integer of at least 4"),
-        ({"threads": 0}, "threads is 0, but must be an integer of at least 1"),
-        ({"method": "evil"}, "method is 'evil', but must be one of "),
-        ({"learning_rate": 2.0}, r"learning_rate is 2\.0, but must be above 0 and below 1"),
-        ({"model": "nowhere"}, "model is 'nowhere', but must be a folder"),
-        ({"data": "nowhere.csv"}, r"data is 'nowhere\.csv', but must be an existing"),
-        ({"out": __file__}, "must be a folder"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    from pathlib import Path
-
-    paths = {name: Path(value) for name, value in settings.items() if isinstance(value, str) and name != "method"}
-    with pytest.raises(ValueError, match=message):
-        DemoConfig(**{**settings, **paths})
-
-
-def test_rates():
-    config = DemoConfig(learning_rate=0.01)
-    assert config.rate("eva") == 0.01
-    assert config.rate_source("eva") == "given"
-    assert DemoConfig().rate_source("eva") == "from the rate study"
-    assert DemoConfig(method="random").arms == ("random",)
-    assert DemoConfig().arms == ("random", "eva")
 
 
 def test_the_head_has_a_rate_of_its_own(inputs):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -16,7 +16,6 @@ from lora_kernels._files import read_json
 from lora_kernels.adapters import servers
 from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.parts import Start
-from lora_kernels.landscape import Adapter
 from lora_kernels.reports import PREFIX
 
 CONFIG = "adapter_config.json"
@@ -28,41 +27,41 @@ _OTHERS = {
 }
 
 
+class SavedLayer(NamedTuple):
+    """What is trained of a linear layer: A `(r, n)`, B `(m, r)`, scaling, and the A and B of a frozen start, if any."""
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    start: tuple[torch.Tensor, torch.Tensor] | None
+
+
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
         path: the folder.
         config: its adapter_config.json.
-        adapters: the linear layers, what is trained of them; the drift is measured from the frozen start, if any.
+        layers: the linear layers.
         unsupported: other LoRA layers, and why.
         notes: facts about the whole, such as what servers need or refuse.
     """
 
     path: Path
     config: dict[str, Any]
-    adapters: tuple[Adapter, ...]
+    layers: tuple[SavedLayer, ...]
     unsupported: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of an adapter folder, what is read of it checked.
-
-    Args:
-        folder: with adapter_config.json.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: if there is no such file, it cannot be read, is of another method, or holds a wrong value.
-    """
+    """The config of an adapter folder; a ValueError if it is missing, of another method, or holds a wrong value."""
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(
-            f"adapter was {str(folder)!r}, must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
+            f"adapter is {str(folder)!r}, but must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
         )
     config = read_json(file)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -93,17 +92,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder, by name.
-
-    Args:
-        folder: with adapter_model.safetensors.
-
-    Returns:
-        The tensors.
-
-    Raises:
-        ValueError: if there is no such file, or it cannot be read.
-    """
+    """The tensors of an adapter folder, by name; a ValueError if there is no safetensors file that can be read."""
     from safetensors import SafetensorError  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -113,7 +102,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         why = (
             f"; {other.name} is a pickle, which is not read: save the adapter as safetensors" if other.exists() else ""
         )
-        raise ValueError(f"adapter was {str(folder)!r}, must be a folder with {WEIGHTS}{why}")
+        raise ValueError(f"adapter is {str(folder)!r}, but must be a folder with {WEIGHTS}{why}")
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -149,7 +138,7 @@ def _trained(
 
 def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A and B by layer name, in the order of the file."""
-    found = {}
+    factors = {}
     for key, a in tensors.items():
         if not key.endswith(_A):
             if key.endswith(_B) and key.removesuffix(_B) + _A not in tensors:
@@ -160,14 +149,16 @@ def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tup
         if b is None:
             raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_B beside it")
         if not (a.is_floating_point() and b.is_floating_point()):
-            raise ValueError(f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, must be floats")
+            raise ValueError(
+                f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, but must be floats"
+            )
         if a.dim() == 2 and (b.dim() != 2 or a.shape[0] != b.shape[1]):
             raise ValueError(
                 f"layer {name} of {folder / WEIGHTS} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
                 "but must have A (r, n) and B (m, r)"
             )
-        found[name] = (a, b)
-    return found
+        factors[name] = (a, b)
+    return factors
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -178,42 +169,36 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def read_adapter(path: str | Path) -> AdapterFolder:
     """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
 
-    Args:
-        path: a folder with adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        Its layers.
-
     Raises:
         ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"adapter was {str(folder)!r}, must be a folder")
+        raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")
     config, tensors = read_config(folder), read_tensors(folder)
     factors = _factors(folder, tensors)
-    wrapped = {str(each).rpartition(".")[0] for each in config.get("target_parameters") or ()}
+    wrapped = {str(name).rpartition(".")[0] for name in config.get("target_parameters") or ()}
     mark = mark_of(config)
-    adapters, unsupported = [], []
+    layers, unsupported = [], []
     for name in sorted(factors, key=_natural):
         a, b = factors[name]
         if a.dim() != 2:
             unsupported.append((name, f"factors of {a.dim()} dimensions (a convolution): not a linear layer"))
-        elif any(name.removesuffix(".base_layer").endswith(each) for each in wrapped if each):
+        elif any(name.removesuffix(".base_layer").endswith(module) for module in wrapped if module):
             unsupported.append((name, "target_parameters: factors of several matrices in one"))
         else:
-            scaling, origin = _scaling(config, name, a.shape[0], folder), None
+            scaling, start = _scaling(config, name, a.shape[0], folder), None
             if mark is not None:
-                a, b, origin = _trained(a, b, mark, name)
-            adapters.append(Adapter(name, a, b, scaling, None, origin))
+                a, b, start = _trained(a, b, mark, name)
+            layers.append(SavedLayer(name, a, b, scaling, start))
     for key in tensors:
         for part, why in _OTHERS.items():
             if part in key and why:
                 unsupported.append((key.partition(part)[0], why))
-    if not adapters:
+    if not layers:
         raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B})")
     notes = []
     if config.get("use_dora"):
         notes.append("DoRA: the update is more than s B A, whose spectrum is shown")
     notes += servers.notes(config, {key: tuple(value.shape) for key, value in tensors.items()})
-    return AdapterFolder(folder, config, tuple(adapters), tuple(unsupported), tuple(notes))
+    return AdapterFolder(folder, config, tuple(layers), tuple(unsupported), tuple(notes))

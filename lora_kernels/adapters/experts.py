@@ -1,0 +1,264 @@
+"""The experts of a module of many, each seen as a linear layer with an adapter of its own.
+
+PEFT adapts a parameter `(experts, ...)` as one layer, a `ParamWrapper`, and keeps the factors of all experts in two
+matrices: the rows of the first are ordered by expert and rank, the columns of the second by rank and expert. Which of
+the two meets the inputs depends on the layout of the parameter and on PEFT's version. Here is the only place that
+knows; `ExpertLayer` is what the rest works with. While statistics are collected, a module of experts runs an
+implementation out of transformers' registry that calls each expert with the rows that go to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kernels._checks import FLOATS
+from lora_kernels.runtime.modes import is_sharded
+
+PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
+TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
+_OBSERVED = "lora_kernels_observed"  # the implementation in transformers' registry
+_LAYERS = "_lora_kernels_experts"  # where a module of experts keeps its layers while it is observed
+
+
+def chain_of(wrapper: Any) -> list[Any]:
+    """A wrapper and those inside of it, around one module of experts."""
+    chain = [wrapper]
+    while hasattr(chain[-1].base_layer, "parameter_name") and hasattr(chain[-1].base_layer, "lora_A"):
+        chain.append(chain[-1].base_layer)
+    return chain
+
+
+def first_meets_inputs(wrapper: Any) -> bool:
+    """Whether the first of PEFT's two matrices is the one that the inputs are multiplied by (A)."""
+    base = chain_of(wrapper)[-1].base_layer
+    return bool(base.is_transposed or getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+class Factor(NamedTuple):
+    """One factor of one expert, as PEFT's linear layers show theirs."""
+
+    weight: torch.Tensor
+    bias: None = None
+
+
+class _Base(nn.Module):
+    """What is under the adapter of one expert."""
+
+    def __init__(self, layer: ExpertLayer) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W `(m, n)`, a view."""
+        layer = self.__dict__["layer"]
+        matrix: torch.Tensor = layer.wrapper.get_param().detach()[layer.expert]
+        return matrix.mT if layer.transposed else matrix
+
+
+class ExpertLayer(nn.Module):
+    """One expert of a parameter with its adapters; called, it is the product of the rows that go to this expert.
+
+    Attributes:
+        wrapper: PEFT's layer for all experts.
+        wrapper_name: its name in the model.
+        expert: its number.
+        in_features: n.
+        out_features: m.
+        rows: of the current call, the numbers of the tokens that its rows are.
+        tokens: of how many.
+    """
+
+    wrapper: Any
+    expert: int
+    rows: torch.Tensor | None
+    tokens: int
+    operands: tuple[torch.Tensor, torch.Tensor | None] | None
+    lora_magnitude_vector: dict[str, Any] = {}  # noqa: RUF012  (no adapter of a parameter is DoRA)
+
+    def __init__(self, name: str, wrapper: Any, expert: int) -> None:
+        """See one expert of a wrapper, by the wrapper's name in the model."""
+        super().__init__()
+        # Not as submodules: whoever walks through the model meets the wrapper.
+        self.__dict__ |= {"wrapper": wrapper, "expert": expert, "rows": None, "tokens": 0, "operands": None}
+        self.wrapper_name = name
+        self.transposed = chain_of(wrapper)[-1].base_layer.is_transposed
+        m, n = wrapper.get_param().shape[1:]
+        self.out_features, self.in_features = (n, m) if self.transposed else (m, n)
+        self.direct = first_meets_inputs(wrapper)
+
+    @property
+    def r(self) -> Any:
+        """Ranks by adapter."""
+        return self.wrapper.r
+
+    @property
+    def lora_alpha(self) -> Any:
+        """Alphas by adapter."""
+        return self.wrapper.lora_alpha
+
+    @property
+    def use_rslora(self) -> Any:
+        """By adapter, whether the scaling is `alpha / sqrt(r)`."""
+        return self.wrapper.use_rslora
+
+    @property
+    def scaling(self) -> Any:
+        """Scalings by adapter."""
+        return self.wrapper.scaling
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged."""
+        return bool(self.wrapper.merged)
+
+    def get_base_layer(self) -> nn.Module:
+        """What is under the adapter."""
+        return _Base(self)
+
+    def _parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of this expert, views: writing to them writes to PEFT's matrices."""
+        first, second = self.wrapper.lora_A[adapter].weight.detach(), self.wrapper.lora_B[adapter].weight.detach()
+        rank = first.shape[0] // self.wrapper.num_experts
+        left = first[self.expert * rank : (self.expert + 1) * rank]
+        right = second[:, self.expert :: self.wrapper.num_experts]
+        return (left, right) if self.direct else (right.mT, left.mT)
+
+    @property
+    def lora_A(self) -> dict[str, Factor]:  # noqa: N802  (PEFT's name)
+        """A by adapter, views."""
+        return {adapter: Factor(self._parts(adapter)[0]) for adapter in self.wrapper.lora_A}
+
+    @property
+    def lora_B(self) -> dict[str, Factor]:  # noqa: N802  (PEFT's name)
+        """B by adapter, views."""
+        return {adapter: Factor(self._parts(adapter)[1]) for adapter in self.wrapper.lora_A}
+
+    @torch.no_grad()
+    def put(self, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Write A `(r, n)` and B `(m, r)`."""
+        for part, value in zip(self._parts(adapter), (a, b), strict=True):
+            part.copy_(value)
+
+    def call(
+        self, x: torch.Tensor, operands: tuple[torch.Tensor, torch.Tensor | None], rows: torch.Tensor, tokens: int
+    ) -> Any:
+        """The product, by way of the hooks on this layer."""
+        self.__dict__ |= {"operands": operands, "rows": rows, "tokens": tokens}
+        try:
+            return self(x)
+        finally:
+            self.__dict__ |= {"operands": None}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T` with the bias; inside of `call`."""
+        assert self.operands is not None  # called by `call` alone
+        weight, bias = self.operands
+        return nn.functional.linear(x, weight, bias)
+
+
+def why_unseen(wrapper: Any, adapter: str) -> str | None:
+    """Why the experts of a wrapper cannot be seen as layers, or `None`."""
+    base, name = chain_of(wrapper)[-1].base_layer, wrapper.parameter_name
+    if wrapper.get_param().dim() != 3:
+        return f"target_parameters ({name}): {type(base).__name__} is no module of experts (a router, say)"
+    if name not in PRODUCTS or not all(hasattr(base, trait) for trait in TRAITS):
+        return f"target_parameters ({name}): {type(base).__name__} is not a module of experts that transformers routes"
+    forward: Any = type(base).forward
+    if "experts_interface" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
+        return f"target_parameters ({name}): {type(base).__name__} does not ask transformers' registry of experts"
+    if getattr(base, "_is_expert_parallel", False):
+        return f"target_parameters ({name}): its experts are shared out over processes"
+    parameter, factors = wrapper.get_param(), (wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
+    if parameter.dtype not in FLOATS or any(map(is_sharded, (parameter, *factors))):
+        return f"target_parameters ({name}): it is quantized or sharded"
+    return None
+
+
+def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
+    """One layer for each expert of a wrapper's parameter, by a name of its own: experts, parameter, number."""
+    stem = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
+    return {f"{stem}.{expert}": ExpertLayer(name, wrapper, expert) for expert in range(wrapper.num_experts)}
+
+
+class _Config:
+    """The config of a module of experts while it is observed."""
+
+    _experts_implementation = _OBSERVED
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+@contextlib.contextmanager
+def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the modules of experts so that those of their experts that are among `modules` are called as layers.
+
+    Args:
+        modules: layers of a model, of any kind.
+
+    Yields:
+        Nothing.
+    """
+    by_base: dict[Any, dict[str, dict[int, ExpertLayer]]] = defaultdict(lambda: defaultdict(dict))
+    for module in modules:
+        if isinstance(module, ExpertLayer):
+            base = chain_of(module.wrapper)[-1].base_layer
+            by_base[base][module.wrapper.parameter_name][module.expert] = module
+    if by_base:
+        from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
+
+        moe.ALL_EXPERTS_FUNCTIONS[_OBSERVED] = _forward
+    configs = {base: base.config for base in by_base}
+    try:
+        for base, layers in by_base.items():
+            base.config, base.__dict__[_LAYERS] = _Config(base.config), layers
+        yield
+    finally:
+        for base, config in configs.items():
+            base.config = config
+            base.__dict__.pop(_LAYERS, None)
+
+
+def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+    """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
+    tokens, count = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    bounds = torch.searchsorted(ids, torch.arange(module.num_experts + 1, device=ids.device, dtype=ids.dtype)).tolist()
+    rows = order // count
+    layers = module.__dict__[_LAYERS]
+
+    def product(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(module, name)
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        parts = []
+        for expert, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if low == high:
+                continue
+            operands = (
+                weight[expert].mT if module.is_transposed else weight[expert],
+                None if bias is None else bias[expert],
+            )
+            layer = layers[name].get(expert) if name in layers else None
+            if layer is None:
+                parts.append(nn.functional.linear(x[low:high], *operands))
+            else:
+                parts.append(layer.call(x[low:high], operands, rows[low:high], tokens))
+        return torch.cat(parts)
+
+    inner = product(hidden_states[rows], "gate_up_proj" if module.has_gate else "up_proj")
+    out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    result = torch.zeros(tokens, out.shape[1], dtype=out.dtype, device=out.device).index_add(0, rows, out)
+    return result.to(hidden_states.dtype)
