@@ -98,8 +98,8 @@ figures: $(VENV)/.dev ## docs/figures, docs/results.md and the README's table fr
 	@$(BIN)/python -m benchmarks.pages
 	@$(BIN)/python -m benchmarks.figures
 
-gpu: $(VENV)/.dev ## tests, tuning and comparisons that need a GPU, in 9 minutes, into gpu-out/
-	@$(BIN)/python -m benchmarks.gpu --out gpu-out
+gpu: $(VENV)/.dev ## all that needs a GPU, in four calls of 9 minutes, into gpu-out/ and gpu-out.tar.gz
+	@for call in 1 2 3 4; do $(BIN)/python -m benchmarks.gpu --call $$call --out gpu-out --pack gpu-out.tar.gz; done
 
 aot: $(VENV)/.dev ## compile every shipped kernel configuration for every supported chip
 	@$(BIN)/python -m benchmarks.aot

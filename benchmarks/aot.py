@@ -1,12 +1,12 @@
 """Compile every shipped kernel configuration for every supported chip, without a GPU, and check what came out.
 
 `python -m benchmarks.aot [--quick] [--chips CHIP ...] [--match PATTERN] [--triton VERSION ...] [--out FILE]`. Checked
-per Triton kernel, configuration and chip, each compiled as the launcher would: it builds; no register spills
-and no local memory; shared memory fits; the chip's own tensor-core instruction is there, and not serialised, where one
-must be; it stores to memory. What Triton learns from the arguments changes the code, so a kernel is compiled for
-multiples of 16, for other sizes, and for ones (which become constants). The CUDA files are compiled for their own chips
-and checked for spills. Other versions of Triton, which compile differently, are installed beside the environment, into
-build/aot.
+per Triton kernel, configuration and chip, each compiled as the launcher would: it builds; no register spills and no
+local memory (a few bytes, where nothing is aligned); shared memory fits; the chip's own tensor-core instruction is
+there, and not serialised, where one must be; it stores to memory. What Triton learns from the arguments changes the
+code, so a kernel is compiled for multiples of 16, for other sizes, and for ones (which become constants). The CUDA
+files are compiled for their own chips and checked for spills. Other versions of Triton, which compile differently, are
+installed beside the environment, into build/aot.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from lora_kernels.ops._op import OPS
 OF_OPS = {op.kernel_module for op in OPS.values() if op.kernel_module is not None}
 KERNEL_MODULES = sorted({"lora_kernels.ops._reduce", *OF_OPS})
 RECORD = Path(__file__).parent / "results" / "aot.json"
+# Bytes that may spill where nothing is known of the arguments: such kernels load element by element, and run rarely.
+RAGGED_SPILL = 16
 QUICK_CHIPS = ("sm_90", "sm_120", "gfx942")
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
 
@@ -245,7 +247,7 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     stores, shared = sum(text.count(store) for store in chip.stores), int(compiled.metadata.shared)
     serialised = sorted(set(re.findall(r"C75\d\d", report)))
     checks = {
-        f"{spills} spilled, {local} bytes of stack": spills or local,
+        f"{spills} spilled, {local} bytes of stack": max(spills, local) > (0 if case["aligned"] else RAGGED_SPILL),
         f"{shared} bytes of shared memory, {chip.shared} there": shared > chip.shared,
         f"no matrix instruction ({chip.matrix})": case["matrix"] and not matrix,
         f"matrix instructions serialised ({', '.join(serialised)})": case["matrix"] and serialised,

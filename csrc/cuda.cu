@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     eigh_kernel(const T* __restrict__ matrices, T* __restrict__ values, T* __restrict__ vectors,
                 int* __restrict__ info, int n) {
   extern __shared__ unsigned char raw[];
+  const int pitch = n | 1;  // odd: a column's entries lie in different banks, too
   T* const a = reinterpret_cast<T*>(raw);
-  T* const v = a + n * n;  // row i: eigenvector i
+  T* const v = a + n * pitch;  // row i: eigenvector i
   __shared__ T scratch[kThreads];
   __shared__ Rotation<Scalar<T>> turns[kMaxPairs];
   __shared__ int order[2 * kMaxPairs];
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int e = tid; e < n * n; e += kThreads) {
     const int i = e / n, j = e % n;
     const T x = matrix[i >= j ? e : j * n + i];
-    a[e] = x;
-    v[e] = i == j ? T(1) : T(0);
+    a[i * pitch + j] = x;
+    v[i * pitch + j] = i == j ? T(1) : T(0);
     bad |= !isfinite(x);
     largest = fmax(largest, fabs(x));
   }
@@ -59,8 +60,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   T total = T(0);
   for (int e = tid; e < n * n; e += kThreads) {
-    a[e] = bad ? T(0) : a[e] / scale;
-    total += a[e] * a[e];
+    T& x = a[e / n * pitch + e % n];
+    x = bad ? T(0) : x / scale;
+    total += x * x;
   }
   const T threshold = jacobi_threshold(block_sum(total, scratch), n);
 
@@ -68,7 +70,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   int status = bad ? kNotFinite : kNotConverged;
   for (int sweep = 0; sweep <= kMaxSweeps; ++sweep) {
     T off = T(0);
-    for (int e = tid; e < n * n; e += kThreads) off += e / n == e % n ? T(0) : a[e] * a[e];
+    for (int e = tid; e < n * n; e += kThreads) {
+      const T x = a[e / n * pitch + e % n];
+      off += e / n == e % n ? T(0) : x * x;
+    }
     if (block_sum(off, scratch) <= threshold) {
       status = bad ? kNotFinite : kOk;
       break;
@@ -78,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         int p, q;
         tournament_pair(players, round, k, p, q);
         if (q >= n) continue;
-        const T apq = a[p * n + q];
-        turns[k] = jacobi_rotation<Scalar<T>>(a[p * n + p], a[q * n + q], apq, apq == T(0));
+        const T apq = a[p * pitch + q];
+        turns[k] = jacobi_rotation<Scalar<T>>(a[p * pitch + p], a[q * pitch + q], apq, apq == T(0));
       }
       __syncthreads();
       for (int e = tid; e < players / 2 * n; e += kThreads) {  // rows of a, and eigenvectors
@@ -87,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         tournament_pair(players, round, e / n, p, q);
         if (q >= n) continue;
         const Rotation<Scalar<T>> turn = turns[e / n];
-        const int i = p * n + e % n, j = q * n + e % n;
+        const int i = p * pitch + e % n, j = q * pitch + e % n;
         const T x = a[i], y = a[j], u = v[i], w = v[j];
         a[i] = turn.first(x, y);
         a[j] = turn.second(x, y);
@@ -100,28 +105,32 @@ __global__ void __launch_bounds__(kThreads, 2)
         tournament_pair(players, round, e / n, p, q);
         if (q >= n) continue;
         const Rotation<Scalar<T>> turn = turns[e / n];
-        const int row = e % n;
-        const T x = a[row * n + p], y = a[row * n + q];
-        a[row * n + p] = row == q ? T(0) : turn.first(x, y);
-        a[row * n + q] = row == p ? T(0) : turn.second(x, y);
+        const int row = e % n, i = row * pitch + p, j = row * pitch + q;
+        const T x = a[i], y = a[j];
+        a[i] = row == q ? T(0) : turn.first(x, y);
+        a[j] = row == p ? T(0) : turn.second(x, y);
       }
       __syncthreads();
     }
   }
   for (int i = tid; i < n; i += kThreads) {  // rank of each eigenvalue among all
     int rank = 0;
-    for (int j = 0; j < n; ++j) rank += a[j * n + j] < a[i * n + i] || (a[j * n + j] == a[i * n + i] && j < i);
+    const T value = a[i * pitch + i];
+    for (int j = 0; j < n; ++j) {
+      const T other = a[j * pitch + j];
+      rank += other < value || (other == value && j < i);
+    }
     order[rank] = i;
   }
   __syncthreads();
   T* const my_values = values + int64_t(blockIdx.x) * n;
   T* const my_vectors = vectors + int64_t(blockIdx.x) * n * n;
-  for (int k = tid; k < n; k += kThreads) my_values[k] = a[order[k] * n + order[k]] * scale;
-  for (int e = tid; e < n * n; e += kThreads) my_vectors[e] = v[order[e % n] * n + e / n];
+  for (int k = tid; k < n; k += kThreads) my_values[k] = a[order[k] * (pitch + 1)] * scale;
+  for (int e = tid; e < n * n; e += kThreads) my_vectors[e] = v[order[e % n] * pitch + e / n];
   if (tid == 0) info[blockIdx.x] = status;
 }
 
-size_t eigh_bytes(int n, int element_size) { return size_t(2) * n * n * element_size; }
+size_t eigh_bytes(int n, int element_size) { return size_t(2) * n * (n | 1) * element_size; }
 
 }  // namespace
 

@@ -209,10 +209,12 @@ __global__ void __launch_bounds__(kThreads)
       break;
     }
   }
+  __syncthreads();  // without a sweep (bad input) some may still read the norms
   square_rows();
   for (int i = tid; i < n; i += kThreads) {  // place of each value in descending order
     int rank = 0;
     for (int j = 0; j < n; ++j) rank += norms[j] > norms[i] || (norms[j] == norms[i] && j < i);
+    if (bad) rank = i;  // NaN has no order
     values[int64_t(blockIdx.x) * n + rank] = sqrt(norms[i]);
   }
   if (tid == 0) info[blockIdx.x] = bad ? kNotFinite : status;

@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu`: the rehearsal on a CPU, and what becomes of parts that fail, hang or no longer fit."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import experts, layers, part, timing
+from benchmarks.gpu import experts, layers, part, starts, sweep, timing
 from benchmarks.gpu.runner import Part
 from benchmarks.lora_layers import HandWritten, gradients
 from benchmarks.rates import Floor, Rates
@@ -143,6 +144,52 @@ def test_only_the_parts_that_are_asked_for(tmp_path, broken):
         run(tmp_path, [broken("fine")], "--parts", "finer")
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, [broken("fine")], "--minutes", "0")
+
+
+def test_four_calls_leave_one_file(tmp_path, broken):
+    packed = tmp_path / "all.tar.gz"
+    names = {"fine": 0, "early": 1, "cases": 2, "fail": 3}
+    parts = [dataclasses.replace(broken(name), call=call) for name, call in names.items()]
+    for call, status in ((1, 1), (2, 1), (3, 1), (4, 0)):
+        assert run(tmp_path / "out", parts, "--call", str(call), "--pack", str(packed)) == status
+    with tarfile.open(packed) as archive:
+        assert {f"gpu_{name}.json" for name in names} < set(archive.getnames())
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert [log.count(f"== {name}\n") for name in names] == [1, 1, 1, 1]  # what all need, the first one runs
+
+
+def test_every_call_fits_into_ten_minutes():
+    for call in range(1, gpu.CALLS + 1):
+        most = sum(part.most for part in gpu.PARTS if part.call == call)
+        assert 0 < most <= 9 * 60, f"call {call} may take {most} s"
+    assert sum(part.most for part in gpu.PARTS if part.call in (0, 1)) <= 9 * 60
+
+
+def test_the_sweep_compares_tiles_that_are_right(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    one = part.Run("sweep", tmp_path, time.monotonic() + 300, True)
+    sweep.sweep(one)
+    entries = one.record["entries"]
+    assert one.failures == [] and one.record["left_out"] == []
+    assert {entry["kernel"] for entry in entries} == {
+        "covariance", "gradient", "shrink", "tsreduce", "expand", "lora_pro"
+    }  # fmt: skip
+    for entry in entries:
+        assert entry["shipped_over_best"] >= 1 and len(entry["seconds"]) == 3 and entry["refused"] == {}
+
+
+@pytest.mark.parametrize("method", ["eva", "pissa"])
+def test_starts_of_the_rehearsal(tmp_path, method):
+    pytest.importorskip("peft")
+    one = part.Run("starts", tmp_path, time.monotonic() + 60, True)
+    one.each([{"method": method, "batches": 2, "batch": 2, "length": 12, "rank": 4}], starts._start)
+    assert one.failures == [] and one.record["entries"][0]["initialize_seconds"] > 0
+
+
+def test_a_slow_side_ends_the_rounds(monkeypatch):
+    calls = []
+    timing.interleaved({"slow": lambda: calls.append(time.sleep(0.01))}, 50, torch.device("cpu"), most=0.0)
+    assert len(calls) == 4  # one before, three timed
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

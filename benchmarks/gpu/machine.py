@@ -26,10 +26,10 @@ from benchmarks.rates import measure
 _INTERRUPTED = 8.0  # seconds that a program has to write what it knows
 
 
-def _said(*command: str) -> str | None:
+def _said(*command: str, limit: float = 20.0) -> str | None:
     """What a program prints; `None` if it is not there or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -109,7 +109,7 @@ def build(run: Run) -> None:
         build_extension(chip, ROOT / "build" / f"gpu-{chip}", ROOT / "lora_kernels")
     run.record |= {"chip": f"sm_{chip}", "build_seconds": round(time.monotonic() - started, 1)}
     code = "from lora_kernels.ops import _ext; print(*_ext.load())"
-    loaded = _said(sys.executable, "-c", code)
+    loaded = _said(sys.executable, "-c", code, limit=90)  # a first import of torch may take long
     run.record["extension"] = loaded
     if loaded is None or loaded.startswith("None"):
         run.failures.append(f"the extension cannot be imported: {loaded}")
@@ -171,13 +171,23 @@ def _counted(file: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
 
 
 def tests(run: Run) -> None:
-    """`pytest -m gpu`, several at a time where xdist is installed; in a rehearsal one small file."""
-    file, log = run.folder / "tests.xml", run.folder / "tests.log"
+    """`pytest -m gpu` but for small linear algebra, which is most tests."""
+    _tests(run, ["--ignore-glob=*small_linalg*"])
+
+
+def small_tests(run: Run) -> None:
+    """`pytest -m gpu` of small linear algebra."""
+    _tests(run, [f"tests/ops/{file.name}" for file in sorted((ROOT / "tests" / "ops").glob("test_small_linalg*.py"))])
+
+
+def _tests(run: Run, selection: Sequence[str]) -> None:
+    """Several at a time where xdist is installed; in a rehearsal one small file."""
+    file, log = run.folder / f"{run.name}.xml", run.folder / f"{run.name}.log"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={file}"]
     if not run.rehearsal and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # what takes time is compiling
-    command += run.pick(["-m", "gpu"], ["tests/ops/test_tiles.py"])
+    command += run.pick(["-m", "gpu", *selection], ["tests/ops/test_tiles.py"])
     code = _run(command, run.left, log)
     output = log.read_text(errors="replace")
     summary = output.rstrip().rsplit("\n", 1)[-1].strip("= ")
@@ -207,22 +217,34 @@ def tests(run: Run) -> None:
     run.record["note"] = ", ".join(f"{value} {kind}" for kind, value in counts.items())
 
 
+_SELF_TESTS = """
+from lora_kernels.self_tests import self_tests
+for test in self_tests():
+    if test.device == "cuda" and (test.error is not None or test.broken):
+        print(test.op, test.backend, "FAILED " + test.reason if test.broken else "PASSED", flush=True)
+"""
 _REFUSED = ("Device not supported", "not supported on this")
 
 
 def sanitizer(run: Run) -> None:
-    """compute-sanitizer (the part's name is its tool) over a few tests of the CUDA file."""
+    """compute-sanitizer (the part's name is its tool) over the self-test of every op, and tests of the CUDA files."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None or run.rehearsal:
         run.record["note"] = "no compute-sanitizer here" if program is None else "not in a rehearsal"
         print(run.record["note"])
         return
-    command = [program, "--tool", run.name, "--error-exitcode", "77", sys.executable, "-m", "pytest", "-v", "-x"]
-    command += ["-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda and not torch and (batches or strides)"]
+    check = [program, "--tool", run.name, "--error-exitcode", "77", sys.executable]
+    # In the allocator's large blocks an access beyond a tensor's end stays within the block.
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    ops = run.folder / f"{run.name}_ops.log"
+    first = _run([*check, "-c", _SELF_TESTS], run.left / 2, ops)
+    command = [*check, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-m", "gpu"]
+    command += ["-k", "cuda and not torch and (batches or strides)"]
     command += [f"tests/ops/test_small_linalg{suffix}.py" for suffix in ("", "_solve", "_spectrum")]
     log = run.folder / f"{run.name}.log"
     code = _run(command, run.left, log)
-    text = log.read_text(errors="replace")
+    code = first if first not in (0, None) else code
+    text = ops.read_text(errors="replace") + log.read_text(errors="replace")
     print(text[-3000:])
     errors = [int(one) for one in re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)]
     passed = len(re.findall(r"PASSED", text))

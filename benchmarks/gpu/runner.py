@@ -35,12 +35,14 @@ class Part:
         target: `module:function`, called with a `benchmarks.gpu.part.Run`.
         least: seconds that must be left to begin it.
         most: seconds that it may take.
+        call: of which call it is, from 1; 0 if every call needs it and one has to run it.
     """
 
     name: str
     target: str
     least: float
     most: float
+    call: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Runner:
     def failed(self) -> bool:
         """Whether a part failed or was stopped."""
         return any(outcome.status in ("failed", "stopped") for outcome in self.outcomes)
+
+    def has(self, part: Part) -> bool:
+        """Whether an earlier call left the part's record, without an error."""
+        return _read(self.folder / f"gpu_{part.name}.json").get("status") == "ok"
 
     def run(self, part: Part) -> None:
         """Run a part, or skip it if the time left is too short; never raises because of what it does."""
@@ -137,6 +143,7 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
+            **({"TRITON_INTERPRET": "1"} if self.rehearsal else {}),
             # What is tuned here is what the later parts measure.
             "LORA_KERNELS_CACHE": str(self.folder / "tuned.json"),
         }

@@ -51,7 +51,7 @@ def _by_clock(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, wall: bool = False
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, wall: bool = False, most: float = 15.0
 ) -> dict[str, dict[str, float]]:
     """Time several calls in turn, so that drift of the machine meets all alike; the order turns.
 
@@ -60,6 +60,7 @@ def interleaved(
         rounds: how often each is timed; two rounds before are not counted (one on a CPU).
         device: whose events measure; the clock on a CPU.
         wall: by the clock all the same, from an idle GPU to an idle GPU.
+        most: seconds after which no further round begins, if three were timed.
 
     Returns:
         Per name p20, p50 and p80 in seconds, and `host`: the median of what the host took to start the call's work.
@@ -67,8 +68,10 @@ def interleaved(
     events = device.type == "cuda" and not wall
     ahead = torch.empty(_AHEAD_BYTES, dtype=torch.uint8, device=device) if events else None
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    names, warm = list(calls), 2 if device.type == "cuda" else 1
+    names, warm, end = list(calls), 2 if device.type == "cuda" else 1, time.monotonic() + most
     for number in range(rounds + warm):
+        if number >= warm + 3 and time.monotonic() > end:
+            break
         for name in names[number % len(names) :] + names[: number % len(names)]:
             samples = _by_clock(calls[name]) if ahead is None else _on_gpu(calls[name], ahead)
             if number >= warm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -45,6 +46,15 @@ class InputMetric:
     def solve(self, block: torch.Tensor) -> torch.Tensor:
         """`C^{-1}` times a block `(n, k)`."""
         return torch.cholesky_solve(block, self.lower)
+
+    @functools.cached_property
+    def inverse(self) -> torch.Tensor:
+        """`C^{-1}`, `(n, n)`."""
+        return torch.cholesky_inverse(self.lower)
+
+    def solve_thin(self, block: torch.Tensor) -> torch.Tensor:
+        """`solve` for many calls with few columns: triangular solves of these would only wait on a GPU."""
+        return self.inverse @ block if block.is_cuda else self.solve(block)
 
     def explained(self, vectors: torch.Tensor) -> float:
         """Share of the (centred) input variance in the span of orthonormal columns `(n, k)`."""

@@ -181,7 +181,7 @@ class LoraDA(LayerwiseMethod):
             return self.variance_weight * float(inverse.sum()) / self.population_size
         gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
         bias = self.bias_weight * float(torch.linalg.norm(gram))
-        return self.variance_weight * bias / float(torch.linalg.norm(torch.cholesky_inverse(metric.lower)))
+        return self.variance_weight * bias / float(torch.linalg.norm(metric.inverse))
 
 
 def _gram(step: torch.Tensor) -> LinearOperator:
@@ -207,7 +207,7 @@ def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: 
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         product = step @ (step.mT @ x)
-        return bias * product - variance * metric.solve(x) if variance > 0 else bias * product
+        return bias * product - variance * metric.solve_thin(x) if variance > 0 else bias * product
 
     n, m = step.shape
     if variance > 0 or (n <= m and n > DIRECT_ORDER):

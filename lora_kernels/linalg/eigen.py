@@ -10,6 +10,7 @@ from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops import _philox
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.small_linalg import eigh as small_eigh
 from lora_kernels.ops.small_linalg import fix_signs
@@ -72,7 +73,7 @@ def _orthonormalize(block: torch.Tensor, basis: torch.Tensor | None) -> torch.Te
     for _ in range(2):
         if basis is not None:
             block = block - basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
+        block = orthonormalize(block)[0]  # on a GPU products, where Householder QR would loop over the batch
     return block
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
 from lora_kernels.init import LoraDA, resolve_method
+from lora_kernels.init.curvature import InputMetric
 from lora_kernels.init.lora_da import DIRECT_ORDER
 from lora_kernels.statistics import InputMoments, Statistics
 from tests.conftest import relative_error
@@ -169,7 +170,10 @@ def test_golden_from_the_collector_whatever_the_batch_size(run, dtype):
 
 @pytest.mark.parametrize("n, m", [(650, 620), (620, 650), (700, 40), (40, 700)])
 @pytest.mark.parametrize("weight", [0.0, 0.03, 30.0])
-def test_large_layers_without_dense_products(n, m, weight):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_large_layers_without_dense_products(n, m, weight, on_gpu, monkeypatch):
+    if on_gpu:  # there the inverse of C is formed
+        monkeypatch.setattr(InputMetric, "solve_thin", lambda metric, block: metric.inverse @ block)
     stats = of(made(n, m, 2 * n, decay=0.97))
     method = LoraDA(variance_weight=weight, population_size=1000, damping=1e-3)
     found = method.factors(stats, {"l": 6})["l"]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lora_kernels.linalg import LinearOperator, eigh_topk
+from lora_kernels.ops.orthonormalize import op as columns
 from lora_kernels.ops.small_linalg import fix_signs
 
 
@@ -30,6 +31,17 @@ def test_krylov_matches_the_full_decomposition(kind):
     torch.testing.assert_close(found.values, values, rtol=0, atol=1e-12)
     assert angle(found.vectors, vectors) < 1e-6
     assert float(found.residuals.max()) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_on_a_gpu_blocks_are_orthonormalised_by_products(kind, monkeypatch):
+    monkeypatch.setattr(columns, "_householder_is_faster", lambda y: False)  # as there
+    a = symmetric(800, SPECTRA[kind])
+    expected = torch.linalg.eigvalsh(a).flip(-1)[:24]
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    pairs = eigh_topk(a, 24)
+    assert pairs.method == "krylov" and float(pairs.residuals) <= 1e-9
+    torch.testing.assert_close(pairs.values, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (5, 2), (40, 40), (700, 300), (300, 30)])

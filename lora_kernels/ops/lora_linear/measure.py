@@ -30,7 +30,9 @@ MARGIN = 0.98
 LIMIT, ROUNDING = 2.0, 5e-7
 # Rows that are checked: blocks all over the matrix.
 _BLOCKS, _BLOCK = 8, 32
-_FLUSHED = 2**28  # bytes: more than any second-level cache
+# Bytes written before each timed call, and how often: more than any second-level cache, and about 1 ms, in which the
+# host queues the call's kernels (40 to 90 us); else a gap of the host's would be timed.
+_FLUSHED, _FLUSHES = 2**28, 12
 _THRESHOLD = round(0.1 * 65536)
 
 
@@ -136,7 +138,8 @@ def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
-    flushed.zero_()
+    for _ in range(_FLUSHES):
+        flushed.zero_()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
     call()
