@@ -55,10 +55,10 @@ def minilm() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """MiniLM-L6 and 16 batches of 32 docstrings of the standard library."""
     from transformers import AutoModel, AutoTokenizer
 
-    from benchmarks.demo.data import docstring_task
-    from benchmarks.demo.model import model_folder
+    from benchmarks import minilm as packaged
+    from benchmarks.docstrings import docstring_task
 
-    folder = model_folder(None)
+    folder = packaged.folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     texts = [example.text for example in docstring_task().train][: 16 * 32]
     batches = []

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import language_model, records
 from benchmarks.demo import plots, report
 from benchmarks.demo.config import OURS, QUICK, RANDOM, RATES, STOCK, DemoConfig
+from benchmarks.demo.model import load, quiet_transformers
 from benchmarks.demo.roundtrip import check_round_trip
 from benchmarks.demo.side import Recipe, Side, prepare
 from benchmarks.demo.texts import Batch, Encoder, Example, Task, read_task, word_problems
@@ -46,21 +46,13 @@ def run(config: DemoConfig, console: Console | None = None) -> int:
     """
     # A log file has no width of its own; 80 columns would break the lines.
     console = console or Console(width=None if sys.stdout.isatty() else 120)
-    _quiet()
+    quiet_transformers()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
         return _Demo(config, console).run()
     finally:
         torch.set_num_threads(threads)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 class _Demo:
@@ -121,7 +113,7 @@ class _Demo:
         answers = {"prompt": self._prompt(shown), "reference": shown.answer.strip(), "before": before}
         answers |= {side.name: self._answer(side.model, shown) for side in (stock, ours)}
         for title, text in zip(
-            ("Question", "Right answer", "Before", "After, stock PEFT", "After, lora_kernels"),
+            ("Prompt", "Right answer", "Before", "After, stock PEFT", "After, lora_kernels"),
             answers.values(),
             strict=True,
         ):
@@ -236,21 +228,6 @@ class _Demo:
         return str(self.tokenizer.decode(ids[0, length:], skip_special_tokens=True)).strip()
 
 
-def load(folder: Path, device: str) -> tuple[Any, Any]:
-    """A frozen causal language model in float32, in evaluation mode, and its tokenizer with a padding token."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model is {str(folder)!r}, but must hold a causal language model: {error}") from error
-    if tokenizer.eos_token is None:
-        raise ValueError(f"model is {str(folder)!r}, but must have a tokenizer with an end token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
 def _memory(side: Side, batch: Batch) -> int | None:
     """Bytes that a pass forward and backward needs at most; None where that is not known. Nothing is trained."""
 
@@ -286,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, help=".jsonl or .csv with question and answer, or text (default: generated)"
     )
-    parser.add_argument("--method", help="start of our side: lora_ga, eva, lora_da, ..., or random (default: lora_ga)")
+    parser.add_argument("--method", help="start of our side: eva, lora_ga, lora_da, ..., or random (default: eva)")
     parser.add_argument(
         "--rate", type=float, nargs="+", metavar="RATE", help="learning rate of both sides, or PEFT's and ours"
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves all above, on the safe side.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MEASURES = {"loss": True, "accuracy": False}  # whether lower is better
+MEASURES = {"loss": True, "accuracy": False, "general_loss": True}  # whether lower is better
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,6 @@ def compare(random: Sequence[float], method: Sequence[float], lower_is_better: b
     if abs(mean) <= half_width:
         return Comparison(mean, half_width, "level")
     return Comparison(mean, half_width, "ahead" if (mean < 0) == lower_is_better else "behind")
-
-
-def stages(comparisons: Sequence[tuple[int, Comparison]], words: Mapping[str, str]) -> str:
-    """Verdicts of increasing steps in words, such as "ahead at steps 10 and 25, then level at step 50"."""
-    groups: list[tuple[str, list[str]]] = []
-    for step, comparison in comparisons:
-        if groups and groups[-1][0] == comparison.verdict:
-            groups[-1][1].append(str(step))
-        else:
-            groups.append((comparison.verdict, [str(step)]))
-    return ", then ".join(f"{words[verdict]} at {_enumerate(steps)}" for verdict, steps in groups)
-
-
-def _enumerate(steps: Sequence[str]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps[:-1])} and {steps[-1]}"
 
 
 def format_difference(comparison: Comparison, measure: str) -> str:

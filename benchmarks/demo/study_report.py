@@ -18,21 +18,24 @@ TITLES = {
     "eva": "EVA",
     "lora_da": "LoRA-DA",
     "lora_ga": "LoRA-GA",
+    "lora_one": "LoRA-One",
     "corda": "CorDA",
     "pissa": "PiSSA",
     "task_directions": "task directions",
     "lora_pro": "LoRA-Pro",
     "lora_pro_efficient": "LoRA-Pro, efficient",
     "lora_dash": "LoRA-Dash",
+    "dora": "DoRA",
+    "rslora": "rsLoRA",
 }
 WORDS = {"ahead": "helps", "behind": "harms"}
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, and two of Tol's; the shapes
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, and others; the shapes
 # differ as well.
 _COLOURS = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"),
-    *("#882255", "#332288"),
+    *("#882255", "#332288", "#999933", "#44AA99", "#AA4466"),
 )
-_MARKERS = "osD^vPX*<h"
+_MARKERS = "osD^vPX*<h>dp"
 
 Comparisons = dict[str, list[tuple[int, Comparison]]]  # by measure: step and comparison
 
@@ -49,6 +52,24 @@ def final_runs(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if run["part"] == "final":
             groups[run["arm"]].append(run)
     return groups
+
+
+def measures(record: Mapping[str, Any]) -> list[str]:
+    """What was measured: `loss`, and `accuracy` of classifiers or `general_loss` of language models."""
+    point = next(point for run in record["runs"] if run["part"] == "final" for point in run.get("evaluations", ()))
+    return [measure for measure in MEASURES if measure in point]
+
+
+def name(measure: str) -> str:
+    """How a measure is written."""
+    return measure.replace("_", " ")
+
+
+def before(record: Mapping[str, Any]) -> str:
+    """The losses before training, in a sentence; nothing in a record without them."""
+    point = next((run["before"] for run in record["runs"] if "before" in run and run["arm"] == BASELINE), {})
+    losses = [f"{name(measure)} {point[measure]:.3f}" for measure in MEASURES if measure in point]
+    return f"Before training: {', '.join(losses)}." if losses else ""
 
 
 def values(runs: Sequence[Mapping[str, Any]], measure: str, step: int) -> list[float]:
@@ -68,7 +89,7 @@ def compare_all(record: Mapping[str, Any]) -> dict[str, Comparisons | None]:
             measure: [
                 (step, compare(values(baseline, measure, step), values(runs, measure, step), lower)) for step in steps
             ]
-            for measure, lower in MEASURES.items()
+            for measure, lower in ((measure, MEASURES[measure]) for measure in measures(record))
         }
         for arm, runs in by_arm.items()
     }
@@ -91,7 +112,7 @@ def findings(record: Mapping[str, Any]) -> dict[str, Any]:
     summary = {
         arm: {
             measure: [_mean_and_spread(values(runs, measure, step)) for step in record["protocol"]["evaluate_at"]]
-            for measure in MEASURES
+            for measure in measures(record)
         }
         for arm, runs in final_runs(record).items()
     }
@@ -114,11 +135,12 @@ def _mean_and_spread(numbers: Sequence[float]) -> dict[str, float | int | None]:
 def mean_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """A table with its headings: by arm the rate, and mean loss and accuracy by step."""
     steps = record["protocol"]["evaluate_at"]
-    rows = [["start", "rate", *(f"{measure} @ {step}" for measure in MEASURES for step in steps)]]
+    rows = [["start", "rate", *(f"{name(measure)} @ {step}" for measure in measures(record) for step in steps)]]
     for arm, summary in record["summary"].items():
         choice = record["tuning"][arm]
         cells = [title(arm), f"{choice['rate']:g}{' (edge)' if choice['at_edge'] else ''}"]
-        for measure, form in (("loss", ".3f"), ("accuracy", ".1%")):
+        for measure in measures(record):
+            form = ".1%" if measure == "accuracy" else ".3f"
             means = [point["mean"] for point in summary[measure]]
             cells += ["diverged" if mean is None else f"{mean:{form}}" for mean in means]
         rows.append(cells)
@@ -127,10 +149,11 @@ def mean_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 def comparison_rows(record: Mapping[str, Any]) -> list[list[str]]:
     """A table with its headings: by arm the differences from random LoRA after the last step, and verdicts by step."""
-    rows = [["start", "loss at the end", "accuracy at the end", "by loss", "by accuracy"]]
+    names = [name(measure) for measure in measures(record)]
+    rows = [["start", *(f"{one} at the end" for one in names), *(f"by {one}" for one in names)]]
     for arm, comparisons in compare_all(record).items():
         if comparisons is None:
-            rows.append([title(arm), *["diverged"] * 4])
+            rows.append([title(arm), *["diverged"] * 2 * len(names)])
             continue
         ends = [format_difference(by_step[-1][1], measure) for measure, by_step in comparisons.items()]
         rows.append([title(arm), *ends, *(short_verdict(by_step) for by_step in comparisons.values())])
@@ -141,7 +164,7 @@ def chance(record: Mapping[str, Any]) -> str:
     """How many of the comparisons are expected to differ by chance."""
     seeds = len(record["protocol"]["seeds"])
     arms = sum(comparisons is not None for comparisons in compare_all(record).values())
-    count = arms * len(MEASURES) * len(record["protocol"]["evaluate_at"])
+    count = arms * len(measures(record)) * len(record["protocol"]["evaluate_at"])
     return f"{seeds} seeds; of {count} comparisons at 95 %, {0.05 * count:.1f} are expected to differ by chance."
 
 
@@ -149,7 +172,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     """Both tables, for a terminal."""
     grids = []
     for rows, caption in (
-        (mean_rows(record), "held-out; means over seeds"),
+        (mean_rows(record), f"held-out; means over seeds. {before(record)}"),
         (comparison_rows(record), f"minus random LoRA, with 95 % t intervals. {chance(record)}"),
     ):
         grid = Table(title=record["data"]["name"], caption=caption)
@@ -162,7 +185,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draws held-out loss and accuracy against the step, and their differences from random LoRA.
+    """Draws the held-out measures against the step, and their differences from random LoRA; loss against seconds too.
 
     Above: mean over seeds, with bars from the lowest to the highest seed. Below: paired differences with their 95 % t
     intervals. The arms stand side by side at each step, in the order of the legend.
@@ -170,15 +193,19 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     by_arm, compared, steps = final_runs(record), compare_all(record), record["protocol"]["evaluate_at"]
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
+    columns = measures(record)
+    timed = all("seconds" in point for runs in by_arm.values() for run in runs for point in run.get("evaluations", ()))
+    figure = Figure(figsize=(12, 13 if timed else 9), layout="constrained")
+    grid = figure.add_gridspec(3 if timed else 2, len(columns))
+    top = [figure.add_subplot(grid[0, column]) for column in range(len(columns))]
+    bottom = [figure.add_subplot(grid[1, column], sharex=top[column]) for column in range(len(columns))]
     places = list(range(len(steps)))
     for index, (arm, runs) in enumerate(by_arm.items()):
-        shift = (index - (len(by_arm) - 1) / 2) * 0.09
+        shift = (index - (len(by_arm) - 1) / 2) * 0.9 / max(10, len(by_arm))
         xs = [place + shift for place in places]
         style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 6}
         label = f"{title(arm)}, rate {record['tuning'][arm]['rate']:g}"
-        for column, measure in enumerate(MEASURES):
+        for column, measure in enumerate(columns):
             scale = 100 if measure == "accuracy" else 1
             groups = [[scale * value for value in values(runs, measure, step)] for step in steps]
             if all(groups):
@@ -188,30 +215,49 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     [max(group) - mean for mean, group in zip(means, groups, strict=True)],
                 ]
                 # The lines join the true places: shifted ones would look like a delay.
-                panels[0][column].plot(places, means, linewidth=1, alpha=0.6, color=style["color"])
-                panels[0][column].errorbar(xs, means, yerr=bars, linestyle="none", elinewidth=1.5, label=label, **style)
+                top[column].plot(places, means, linewidth=1, alpha=0.6, color=style["color"])
+                top[column].errorbar(xs, means, yerr=bars, linestyle="none", elinewidth=1.5, label=label, **style)
             comparisons = compared.get(arm)
             if comparisons is not None:
                 differences = [scale * comparison.difference for _, comparison in comparisons[measure]]
                 widths = [scale * (comparison.half_width or 0.0) for _, comparison in comparisons[measure]]
-                panels[1][column].errorbar(
+                bottom[column].errorbar(
                     xs, differences, yerr=widths, linestyle="none", elinewidth=1.5, capsize=2, **style
                 )
-    for column, (measure, unit) in enumerate((("loss", "nats"), ("accuracy", "%"))):
-        top, bottom = panels[0][column], panels[1][column]
-        top.set_title(f"held-out {measure}: mean, lowest and highest seed")
-        top.set_ylabel(f"{measure} ({unit})")
+    if timed:
+        _draw_seconds(figure.add_subplot(grid[2, :]), by_arm, steps)
+    for column, measure in enumerate(columns):
+        above, below = top[column], bottom[column]
+        unit = "%" if measure == "accuracy" else "nats"
+        above.set_title(f"held-out {name(measure)}: mean, lowest and highest seed")
+        above.set_ylabel(f"{name(measure)} ({unit})")
         better = "below" if MEASURES[measure] else "above"
-        bottom.set_title(f"minus random LoRA, 95 % interval; {better} 0 is better")
-        bottom.set_ylabel(f"difference ({'percentage points' if unit == '%' else unit})")
-        bottom.axhline(0.0, color=_COLOURS[0], linewidth=1)
-        bottom.set_xlabel("step")
-        for axes in (top, bottom):
+        below.set_title(f"minus random LoRA, 95 % interval; {better} 0 is better")
+        below.set_ylabel(f"difference ({'percentage points' if unit == '%' else unit})")
+        below.axhline(0.0, color=_COLOURS[0], linewidth=1)
+        below.set_xlabel("step")
+        for axes in (above, below):
             axes.set_xticks(places, [str(step) for step in steps])
             axes.grid(axis="y", alpha=0.3)
             for place in places[1:]:
                 axes.axvline(place - 0.5, color="0.9", linewidth=1, zorder=0)
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    handles, labels = top[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"{record['data']['name']}; {record['model']['name']}, rank {record['protocol']['rank']}")
     figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_seconds(axes: Any, by_arm: Mapping[str, Sequence[Mapping[str, Any]]], steps: Sequence[int]) -> None:
+    for index, runs in enumerate(by_arm.values()):
+        seconds, losses = ([values(runs, measure, step) for step in steps] for measure in ("seconds", "loss"))
+        if all(losses):
+            axes.plot(
+                [statistics.fmean(group) for group in seconds],
+                [statistics.fmean(group) for group in losses],
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+            )
+    axes.set(
+        title="held-out loss, means over seeds", xlabel="seconds of start and training steps", ylabel="loss (nats)"
+    )
+    axes.grid(alpha=0.3)

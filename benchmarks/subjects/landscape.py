@@ -7,14 +7,13 @@ monitor: what the monitor costs of a training step.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from benchmarks import records
+from benchmarks import minilm, records
 from benchmarks.records import CONSOLE
 from benchmarks.sensing import PROBLEMS, sensing
 from benchmarks.subject import Subject, nothing
@@ -23,19 +22,6 @@ from lora_kernels.landscape.verdict import LOUD_FAILURE
 
 # Of the runs of MiniLM-L6: steps, a rate at which it trains well, and factors of it.
 DEMO_STEPS, DEMO_RATE, DEMO_FACTORS = 40, 3e-3, (1, 100)
-
-
-def _demo_model(seed: int) -> tuple[Any, Any, Any]:
-    """MiniLM-L6 with stock LoRA, an endless stream of its batches, and its optimizer's groups."""
-    from benchmarks.demo.data import docstring_task
-    from benchmarks.demo.model import model_folder, parameter_groups, quiet_transformers
-    from benchmarks.demo.training import Inputs, Run
-
-    quiet_transformers()
-    inputs, run = Inputs(model_folder(None), docstring_task()), Run("random", seed, DEMO_RATE)
-    model = inputs.model(run)
-    endless = itertools.chain.from_iterable(itertools.repeat(inputs.loader(run)))
-    return model, endless, lambda rate: parameter_groups(model, rate, 3e-3)
 
 
 def _train(model: Any, batches: Any, optimizer: torch.optim.Optimizer, steps: int) -> float:
@@ -63,9 +49,9 @@ def demo(steps: int = DEMO_STEPS) -> dict[str, Any]:
     rows = []
     for factor in DEMO_FACTORS:
         torch.manual_seed(0)
-        model, batches, groups = _demo_model(0)
+        model, batches = minilm.classifier(0)
         rate = factor * DEMO_RATE
-        loss = _train(model, batches, torch.optim.AdamW(groups(rate), weight_decay=0.0), steps)
+        loss = _train(model, batches, torch.optim.AdamW(minilm.parameter_groups(model, rate), weight_decay=0.0), steps)
         diagnosis = diagnose(model)
         shares = sorted(layer.spectrum.spectral_share or math.nan for layer in diagnosis)
         full = sum(layer.spectrum.numerical_rank == layer.spectrum.rank for layer in diagnosis)
@@ -100,8 +86,8 @@ def monitor(rounds: int = 21, every: int = 50) -> dict[str, Any]:
     """
     from lora_kernels.api import LandscapeMonitor
 
-    model, batches, groups = _demo_model(0)
-    optimizer = torch.optim.AdamW(groups(3e-3), weight_decay=0.0)
+    model, batches = minilm.classifier(0)
+    optimizer = torch.optim.AdamW(minilm.parameter_groups(model, DEMO_RATE), weight_decay=0.0)
     watched = LandscapeMonitor(every)
     watched.begin(model)
     calls = {"step": lambda: _train(model, batches, optimizer, 1), "measurement": lambda: watched.measure(model)}

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 pytest.importorskip("peft")
+from benchmarks import records
 from benchmarks.demo import __main__ as orchestration
 from benchmarks.demo.__main__ import main, run
 from benchmarks.demo.config import OURS, RANDOM, RATES, STOCK, DemoConfig
@@ -20,7 +21,7 @@ FILES = {"demo.json", "loss.png", "adapter"}
 @pytest.fixture
 def config(tiny_decoder, tmp_path):
     sizes = {"rank": 4, "steps": 8, "init_batches": 2, "held_out": 4, "answer_tokens": 5, "max_tokens": 96}
-    return DemoConfig(model=tiny_decoder, rate=(1e-2, 1e-2), out=tmp_path / "out", threads=1, **sizes)
+    return DemoConfig(model=tiny_decoder, method="lora_ga", rate=(1e-2, 1e-2), out=tmp_path / "out", threads=1, **sizes)
 
 
 def printed(config):
@@ -36,7 +37,7 @@ def test_the_whole_demo_on_a_tiny_model(config):
     assert "lora_kernels: start lora_ga, accelerated layers, learning rate 0.01 (given)" in text
     assert "step   8: held-out loss stock PEFT" in text and "Gained: " in text
     assert "Adapter: reloaded logits are" in text and {path.name for path in config.out.iterdir()} == FILES
-    for title in ("Question", "Right answer", "Before", "After, stock PEFT", "After, lora_kernels"):
+    for title in ("Prompt", "Right answer", "Before", "After, stock PEFT", "After, lora_kernels"):
         assert f"\n{title}:\n" in text
 
     stock, ours = record["sides"]
@@ -54,6 +55,21 @@ def test_the_whole_demo_on_a_tiny_model(config):
     assert [row["stock"], row["ours"]] == losses
     assert record["round_trip"]["ok"] and record["task"]["test"] == 4 and record["environment"]["versions"]["torch"]
     assert json.loads((config.out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_record_is_shown_among_the_results(config, tmp_path, monkeypatch):
+    pytest.importorskip("jinja2")
+    from benchmarks import pages
+
+    for file in records.RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = dataclasses.replace(config, steps=2)
+    _, _, record = printed(config)
+    (tmp_path / "demo.json").write_bytes((config.out / "demo.json").read_bytes())
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    page = pages.page()
+    assert "## The demo" in page and f"> {record['verdict'][0]}\n" in page
+    assert "| held-out loss in nats per token | stock PEFT | lora_kernels |" in page
 
 
 def test_with_a_random_start_only_the_layers_differ(config):

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("peft")
 from benchmarks.demo import study_report
-from benchmarks.demo.data import docstring_task
+from benchmarks.demo.side import Recipe
 from benchmarks.demo.study import (
     ARMS,
     QUICK,
@@ -15,6 +15,7 @@ from benchmarks.demo.study import (
     Runs,
     Setup,
     Worker,
+    general_texts,
     main,
     neighbour,
     read,
@@ -25,22 +26,16 @@ from lora_kernels.init import EVA
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, tmp_path_factory):
+def finished(tiny_decoder, tmp_path_factory):
     """A quick study of all arms: its folder, and what its partial file held."""
     folder = tmp_path_factory.mktemp("quality")
-    lines = ["text,category"]
-    words = ["warm", "cold", "round", "square", "big", "small", "old"]
-    for label in ("red", "green", "blue"):
-        lines += [f"{label} {first} {second},{label}" for first in words for second in words[:3]]
-    (folder / "colours.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert main(command(folder, tiny_model)) == 0
+    assert main(command(folder, tiny_decoder)) == 0
     return folder
 
 
 def command(folder, model):
-    data, partial = str(folder / "colours.csv"), str(folder / "partial.jsonl")
-    options = ["--quick", "--workers", "1", "--model", str(model), "--out", str(folder), "--resume", partial]
-    return ["--data", data, *options]
+    partial = str(folder / "partial.jsonl")
+    return ["--quick", "--workers", "1", "--model", str(model), "--out", str(folder), "--resume", partial]
 
 
 def grid(arm):
@@ -48,79 +43,85 @@ def grid(arm):
 
 
 def test_the_study_from_end_to_end(finished):
-    record = json.loads((finished / "quality_colours_quick.json").read_text())
+    record = json.loads((finished / "quality_word_problems_quick.json").read_text())
     assert set(record["summary"]) == set(ARMS) and set(record["comparisons"]) == set(ARMS) - {"random"}
     for arm, choice in record["tuning"].items():
         assert set(choice["losses"]) == {f"{rate:g}" for rate in grid(arm)}
     runs = study_report.final_runs(record)
     for arm, (run,) in runs.items():
         assert [point["step"] for point in run["evaluations"]] == [2, 4, 8]
-        assert run["learning_rate"] == record["tuning"][arm]["rate"] and run["head_rate"] == 0.003
-        assert run["ranks_in_all"] == 4 * 13 and (run["init_seconds"] > 0) == (ARMS[arm].method is not None)
+        assert run["learning_rate"] == record["tuning"][arm]["rate"]
+        for point in run["evaluations"]:
+            assert point["seconds"] > run["init_seconds"] > 0 and point["general_loss"] > 0
+        assert run["evaluations"][-1]["loss"] == run["final_loss"] < run["before"]["loss"]
+    # Only LoRA-One moves the function before the first step.
+    starts = {arm: run["before"]["loss"] for arm, (run,) in runs.items() if arm != "lora_one"}
+    assert list(starts.values()) == pytest.approx([starts["random"]] * len(starts), rel=1e-3)
+    assert study_report.before(record).startswith(f"Before training: loss {starts['random']:.3f}, general loss ")
     # Every arm is another one.
     assert len({run["final_loss"] for (run,) in runs.values()}) == len(ARMS)
-    assert (finished / "quality_colours_quick.png").stat().st_size > 20_000
-    # The run that tried the head is one of random LoRA's.
+    assert (finished / "quality_word_problems_quick.png").stat().st_size > 20_000
     assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in ARMS)
     assert study_report.comparison_rows(record)[1][3] == "one seed: no verdict"
 
 
-def test_a_killed_study_goes_on_and_repeats_to_the_bit(finished, tiny_model, monkeypatch):
-    first = json.loads((finished / "quality_colours_quick.json").read_text())
+def untimed(value):
+    """A run without what the clock says."""
+    if isinstance(value, list):
+        return [untimed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: untimed(item) for name, item in value.items() if "seconds" not in name}
+
+
+def test_a_killed_study_goes_on_and_repeats_to_the_bit(finished, tiny_decoder, monkeypatch):
+    first = json.loads((finished / "quality_word_problems_quick.json").read_text())
     partial = finished / "partial.jsonl"
     whole = partial.read_bytes()
     partial.write_bytes(whole[:-20])
     done = []
     run = Worker.run
     monkeypatch.setattr(Worker, "run", lambda self, job: done.append(job) or run(self, job))
-    main(command(finished, tiny_model))
+    main(command(finished, tiny_decoder))
     assert len(done) == 1 and done[0].part == "final"
-    again = json.loads((finished / "quality_colours_quick.json").read_text())
-    times = {"seconds", "init_seconds", "train_seconds"}
-    bare = [[{k: v for k, v in each.items() if k not in times} for each in rec["runs"]] for rec in (first, again)]
+    again = json.loads((finished / "quality_word_problems_quick.json").read_text())
+    bare = [[untimed(run) for run in record["runs"]] for record in (first, again)]
     assert bare[0] == bare[1] and first["comparisons"] == again["comparisons"]
     done.clear()
-    main(command(finished, tiny_model))
+    main(command(finished, tiny_decoder))
     assert not done  # the run that was cut off is there now
 
 
-def test_runs_of_another_study_do_not_count(finished, tiny_model):
-    setup = Setup(finished / "colours.csv", model=tiny_model, protocol=QUICK, arms={"random": Arm()})
+def test_runs_of_another_study_do_not_count(finished, tiny_decoder):
+    setup = Setup(model=tiny_decoder, protocol=QUICK, arms={"random": Arm()})
     assert not Runs(setup, 1, finished / "partial.jsonl", {"another": "study"}).entries
 
 
-def test_other_processes_give_the_same_bits(finished, tiny_model):
-    setup = Setup(finished / "colours.csv", model=tiny_model, protocol=QUICK, arms={"random": Arm(), "eva": Arm(EVA())})
-    job = Job("tune", "eva", 100, 1e-3, 3e-3)
+def test_other_processes_give_the_same_bits(finished, tiny_decoder):
+    setup = Setup(model=tiny_decoder, protocol=QUICK, arms={"random": Arm(), "eva": Arm(Recipe(EVA()))})
+    job = Job("tune", "eva", 100, 1e-3)
     with Runs(setup, 2, None, {}) as runs:
         (there,) = runs.do([job])
     (here,) = Runs(setup, 1, None, {}).do([job])
     assert there["train_loss"] == here["train_loss"] and there["final_loss"] == here["final_loss"]
 
 
-def test_without_data_the_task_is_the_demos():
-    tasks = read(Setup())
-    assert tasks["final"].fingerprint == docstring_task().fingerprint
-    texts = {example.text for example in tasks["final"].test}
-    assert not texts & {example.text for part in ("train", "test") for example in getattr(tasks["tune"], part)}
+def test_no_validation_or_test_text_is_trained_on(tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(40)))
+    for setup, sizes in ((Setup(), (2000, 64, 64)), (Setup(own), (32, 4, 4))):
+        final, tune = (read(setup)[part] for part in ("final", "tune"))
+        parts = [set(final.train), set(tune.test), set(final.test)]
+        assert final.train == tune.train and tuple(map(len, parts)) == sizes
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    own.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(9)))
+    with pytest.raises(ValueError, match="must have at least 10 different texts"):
+        read(Setup(own))
 
 
-def test_a_folder_keeps_its_split_and_no_test_text_is_trained_on(tmp_path):
-    rows = [f"text {i} of {label},{label}" for label in "ab" for i in range(20)]
-    (tmp_path / "train.csv").write_text("\n".join(["text,intent", *rows, rows[0]]) + "\n", encoding="utf-8")
-    (tmp_path / "test.csv").write_text("\n".join(["text,intent", rows[3], "new,b"]) + "\n", encoding="utf-8")
-    tasks = read(Setup(tmp_path))
-    final, tuning = tasks["final"], tasks["tune"]
-    assert [example.text for example in final.test] == ["text 3 of a", "new"] and final.dropped == 2
-    assert final.train == tuning.train and (len(final.train), len(tuning.test)) == (35, 4)
-    parts = [{example.text for example in part} for part in (final.train, tuning.test, final.test)]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    (tmp_path / "test.csv").write_text("text,intent\nnew,c\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"labels without training texts: \['c'\]"):
-        read(Setup(tmp_path))
-    (tmp_path / "test.csv").unlink()
-    with pytest.raises(ValueError, match=r"must hold one of test\.csv and test\.jsonl"):
-        read(Setup(tmp_path))
+def test_general_texts_are_docstrings_without_masked_names():
+    texts = general_texts(8)
+    assert len(set(texts)) == 8 and not any(example.prompt or "[MASK]" in example.answer for example in texts)
 
 
 def test_the_grid_goes_on_in_thirds():
@@ -198,6 +199,6 @@ def test_what_is_said_where_nothing_can_be_told_apart_or_a_seed_diverged():
 
 def test_arms_need_something_to_be_compared_with(tmp_path):
     with pytest.raises(ValueError, match="must include 'random'"):
-        study(Setup(tmp_path, arms={"eva": Arm(EVA())}))
+        study(Setup(tmp_path, arms={"eva": Arm(Recipe(EVA()))}))
     with pytest.raises(SystemExit):
         main(["--workers", "0"])

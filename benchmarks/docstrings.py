@@ -1,4 +1,4 @@
-"""A task that every machine has: docstrings of the standard library, labelled by the package they come from.
+"""Docstrings of the standard library, texts that every machine has, labelled by the package they come from.
 
 The docstrings are read with `ast` from the source files that ship with every Python; nothing is imported. The label
 is the top-level package. Three rules keep the task honest: the split is by source file, so no module is on both
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import re
 import sysconfig
 import warnings
@@ -38,7 +37,7 @@ class Example:
     Attributes:
         text: What the model reads.
         label: Class name.
-        source: Where it comes from: a source file relative to the library, or `file:row` for the user's data.
+        source: Where it comes from: a source file relative to the library.
     """
 
     text: str
@@ -63,18 +62,6 @@ class TextTask:
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     dropped: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over labels, texts and the split, for the record."""
-        rows = [[self.labels], *([[e.text, e.label, e.source] for e in part] for part in (self.train, self.test))]
-        return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
-
-    @property
-    def majority_accuracy(self) -> float:
-        """Accuracy on the test part of always naming its most frequent class."""
-        counts = [sum(e.label == label for e in self.test) for label in self.labels]
-        return max(counts) / len(self.test)
 
 
 def docstring_task(root: Path | None = None, classes: int = CLASSES) -> TextTask:
@@ -108,17 +95,6 @@ def docstring_task(root: Path | None = None, classes: int = CLASSES) -> TextTask
         train=tuple(example for example in kept if example.source not in held_out),
         test=tuple(example for example in kept if example.source in held_out),
         dropped=len(raw) - len(kept),
-    )
-
-
-def hold_out(task: TextTask) -> TextTask:
-    """Split a docstring task's training part once more by source file, to choose settings without the test part."""
-    held_out = {source for label in task.labels for source in _test_files(task.train, label)}
-    return TextTask(
-        name=f"{task.name}, held-out part of the training files",
-        labels=task.labels,
-        train=tuple(example for example in task.train if example.source not in held_out),
-        test=tuple(example for example in task.train if example.source in held_out),
     )
 
 
