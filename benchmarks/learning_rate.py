@@ -12,7 +12,7 @@ Two parts, both of which go on from the record (`learning_rate.json`) where they
 
 The best rate of a sweep is the lowest point of the parabola, in the logarithm of the rate, through its best rate and
 the two neighbours. The record's `shares` are that rate over the rate at which the line turns. The share of an optimizer
-is calibrated on the docstrings (MiniLM); the other tasks are the test of it.
+is calibrated on docstrings, and the other tasks are the test of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.demo.data import docstring_task
 from benchmarks.demo.model import quiet_transformers
 from benchmarks.demo.training import INIT_BATCHES, Run
 
-NAME, CALIBRATION = "learning_rate", "quality_docstrings"
+NAME = "learning_rate"
 SEED = 100  # of the studies' tuning runs
 OPTIMIZERS = {"lora_pro": "lora_pro_full", "lora_pro_efficient": "lora_pro"}  # by the studies' arms; AdamW else
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -83,7 +83,7 @@ def summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     calibrated = {
         optimizer: statistics.geometric_mean(values)
         for optimizer, by_key in shares.items()
-        if (values := [value for key, value in by_key.items() if f"/{CALIBRATION}/" in key])
+        if (values := [value for key, value in by_key.items() if "docstrings" in key])
     }
     return {"shares": shares, "calibrated": calibrated}
 
@@ -97,7 +97,7 @@ def _line(model: Any, loader: Any, optimizer: str) -> dict[str, Any]:
 def minilm(record: Record, banking77: Path | None) -> None:
     """Measure the lines of the arms whose sweeps are recorded."""
     torch.set_num_threads(1)
-    folders = {CALIBRATION: None, "demo_rates": None} | ({"quality_banking77": banking77} if banking77 else {})
+    folders = {"quality_docstrings": None, "demo_rates": None} | ({"quality_banking77": banking77} if banking77 else {})
     for name, folder in folders.items():
         sweep = json.loads((records.RESULTS / f"{name}.json").read_text())
         protocol = study.Protocol() if folder is not None else study.SHORT
