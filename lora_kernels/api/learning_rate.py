@@ -400,7 +400,7 @@ def suggest_learning_rate(
                 return probe.loss(of_loss)
 
         points, turn, reason = find_turn(loss_at, start)
-    fall = 0.0 if start == 0 else 1.0 - min(points.values()) / abs(start)
+    fall = 0.0 if start == 0 else (start - min(points.values())) / abs(start)
     if reason is None and fall < _LEAST_FALL:
         reason = (
             f"the first step lowers the loss of other batches by {100 * fall:.1g} % only, and a line that flat does "
