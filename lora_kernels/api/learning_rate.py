@@ -403,7 +403,7 @@ def suggest_learning_rate(
     fall = 0.0 if start == 0 else (start - min(points.values())) / abs(start)
     if reason is None and fall < _LEAST_FALL:
         reason = (
-            f"the first step lowers the loss of other batches by {100 * fall:.1g} % only, and a line that flat does "
+            f"the first step lowers the loss of other batches by {100 * fall:.2g} % only, and a line that flat does "
             "not speak for training (a new head, or a gradient that is mostly noise: larger or more batches help there)"
         )
     low: float | None = None
