@@ -19,6 +19,9 @@ Protocol:
 - `general_loss` is the loss on docstrings of the standard library, text that no run trains on: what it gains over its
   value before training is forgotten.
 - Arms are compared with random LoRA, paired by seed: a 95 % t interval of the mean difference.
+- `advice` sets what `lk.suggest_learning_rate` says, before training and on the batches that the start read, beside the
+  sweep: the turn of the line, the suggestion, and the validation loss of a run at the suggested rate. The advice for a
+  seed sees no text of the sweep's evaluation.
 
 Every run is a function of (arm, seed, rate) alone, on one thread; `--workers` of them go on at a time. Seconds in the
 record are those of runs side by side: `--workers 1` on a quiet machine if they are to be quoted.
@@ -45,12 +48,13 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+import lora_kernels as lk
 from benchmarks import language_model, records
 from benchmarks.demo import study_report as report
 from benchmarks.demo.model import load, quiet_transformers
 from benchmarks.demo.side import GRADIENT_CLIP, WARMUP_SHARE, DivergedError, Recipe, Side, mean_loss, prepare
 from benchmarks.demo.study_report import BASELINE
-from benchmarks.demo.texts import Encoder, Example, Task, read_task, word_problems
+from benchmarks.demo.texts import Batch, Encoder, Example, Task, read_task, word_problems
 from benchmarks.docstrings import MASK, docstring_task
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, LoraOne, PiSSA, TaskDirections
 
@@ -73,6 +77,10 @@ class Arm:
         if self.rates is not None:
             settings["rates"] = list(self.rates)
         return settings
+
+
+# What `lk.suggest_learning_rate` calls the optimizer of a recipe.
+ADVISED = {"adamw": "adamw", "lora_pro": "lora_pro_full", "lora_pro_efficient": "lora_pro"}
 
 
 # Variants, such as {"eva_rho2": _start(EVA(rho=2.0))}, are added here.
@@ -147,8 +155,13 @@ QUICK = Protocol(
 )
 
 
+SHORT = Protocol(
+    evaluate_at=(5, 10, 20, 30), max_tokens=128, tuning_seeds=(100,), held_out=48, general=32, rates=(3e-4, 1e-3, 3e-3)
+)
+
+
 class Job(NamedTuple):
-    """One run. `part` is `tune` (evaluated once, on the validation texts) or `final`."""
+    """One run. `part` is `tune` (evaluated once, on the validation texts), `final` or `advice` (rate 0, untrained)."""
 
     part: str
     arm: str
@@ -215,20 +228,33 @@ class Worker:
         torch.set_num_threads(1)
         started = time.perf_counter()
         try:
-            entry |= self._train(job)
+            entry |= self._advice(job) if job.part == "advice" else self._train(job)
         except DivergedError as error:
             entry |= {"final_loss": None, "diverged": str(error)}
         finally:
             torch.set_num_threads(threads)
         return {**entry, "seconds": round(time.perf_counter() - started, 2)}
 
-    def _train(self, job: Job) -> dict[str, Any]:
+    def _prepared(self, job: Job) -> tuple[Side, list[Batch]]:
+        """The side of a job, and the batches of its steps."""
         protocol = self.setup.protocol
         stream = self.encoder.shuffled(self.train, protocol.batch_size, job.seed)
         batches = list(itertools.islice(stream, max(protocol.steps, protocol.init_batches)))
         recipe = self.setup.arms[job.arm].recipe
         options = {"steps": protocol.steps, "rank": protocol.rank, "seed": job.seed}
-        side = prepare(job.arm, recipe, self.base, job.rate, batches[: protocol.init_batches], **options)
+        return prepare(job.arm, recipe, self.base, job.rate, batches[: protocol.init_batches], **options), batches
+
+    def _advice(self, job: Job) -> dict[str, Any]:
+        side, batches = self._prepared(job)
+        optimizer = ADVISED[self.setup.arms[job.arm].recipe.optimizer]
+        advice = lk.suggest_learning_rate(
+            side.model, batches[: self.setup.protocol.init_batches], optimizer=optimizer
+        ).to_dict()
+        return {key: advice[key] for key in ("optimizer", "turn", "rate", "low", "high", "reason", "line")}
+
+    def _train(self, job: Job) -> dict[str, Any]:
+        protocol = self.setup.protocol
+        side, batches = self._prepared(job)
         final = job.part == "final"
         before = self._measured(side, job.part) if final else None
         evaluations = []
@@ -305,7 +331,7 @@ class Runs:
                 with self._path.open("a", encoding="utf-8") as file:
                     # The newline goes first: it ends a line that was cut off.
                     file.write("\n" + json.dumps({"study": self._study, **entry}, allow_nan=False))
-            end = f"diverged: {entry['diverged']}" if "diverged" in entry else f"loss {entry['final_loss']:.4f}"
+            end = f"diverged: {entry['diverged']}" if "diverged" in entry else _outcome(entry)
             CONSOLE.print(
                 f"{number}/{len(missing)} {entry['part']} {entry['arm']}, seed {entry['seed']}, rate "
                 f"{entry['learning_rate']:g}: {end} ({entry['seconds']:.0f} s)",
@@ -326,11 +352,20 @@ class Runs:
         return (future.result() for future in as_completed(futures))
 
 
+def _outcome(entry: Mapping[str, Any]) -> str:
+    return f"turn {entry['turn']}" if entry["part"] == "advice" else f"loss {entry['final_loss']:.4f}"
+
+
 def _job(entry: Mapping[str, Any]) -> Job:
     return Job(entry["part"], entry["arm"], entry["seed"], entry["learning_rate"])
 
 
 Losses = dict[tuple[str, float], float | None]
+
+
+def _rounded(rate: float) -> float:
+    """A suggested rate as one would type it: two digits."""
+    return float(f"{rate:.1e}")
 
 
 def neighbour(rate: float, up: bool) -> float:
@@ -428,6 +463,13 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
         grids = {name: arm.rates or protocol.rates for name, arm in setup.arms.items()}
         tuning = tune(grids, protocol.extensions, of_arms)
         CONSOLE.print(f"rates: { {arm: choice['rate'] for arm, choice in tuning.items()} }", highlight=False)
+        # LoRA-Dash starts as random LoRA does, and is random LoRA until it selects its directions.
+        asked = [
+            Job("advice", arm, seed, 0.0) for arm in setup.arms if arm != "lora_dash" for seed in protocol.tuning_seeds
+        ]
+        advice = runs.do(asked)
+        suggested = [(entry["arm"], _rounded(entry["rate"])) for entry in advice if entry.get("rate") is not None]
+        of_arms(suggested)
         final = [Job("final", arm, seed, tuning[arm]["rate"]) for seed in protocol.seeds for arm in setup.arms]
         runs.do(final)
     order = list(setup.arms)
@@ -443,7 +485,7 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
             "this process": round(time.perf_counter() - started, 1),
             "all runs": round(sum(entry["seconds"] for entry in runs.entries.values()), 1),
         },
-        "runs": [runs.entries[job] for job in (*tuned, *final)],
+        "runs": [runs.entries[job] for job in (*tuned, *asked, *final)],
     }
     return {**record, **report.findings(record)}
 
@@ -480,7 +522,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--short", action="store_true", help="30 steps, one tuning seed: hours become minutes")
+    length.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record and the figure")
     options = parser.parse_args(arguments)
     if options.workers < 1:
@@ -488,7 +532,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # For the workers, which import everything anew.
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     arms = {name: arm for name, arm in ARMS.items() if name == BASELINE or name in options.arms}
-    setup = Setup(options.data, options.model, QUICK if options.quick else Protocol(), arms)
+    protocol = QUICK if options.quick else SHORT if options.short else Protocol()
+    setup = Setup(options.data, options.model, protocol, arms)
     record = study(setup, options.workers, options.resume)
     data = "word_problems" if options.data is None else options.data.resolve().stem
     file = records.save(f"quality_{options.name or data}{'_quick' if options.quick else ''}", record, options.out)

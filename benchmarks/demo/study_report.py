@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -124,7 +125,84 @@ def findings(record: Mapping[str, Any]) -> dict[str, Any]:
         }
         for arm, comparisons in compare_all(record).items()
     }
-    return {"summary": summary, "comparisons": compared}
+    return {"summary": summary, "comparisons": compared, "advice": advice(record)}
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The best rate of a sweep: the lowest point of the parabola, over log(rate), through the best and its neighbours.
+
+    At an edge it is the grid's own.
+    """
+    rates = sorted(losses)
+    place = min(range(len(rates)), key=lambda index: losses[rates[index]])
+    if not 0 < place < len(rates) - 1:
+        return rates[place]
+    x = [math.log(rate) for rate in rates[place - 1 : place + 2]]
+    y = [losses[rate] for rate in rates[place - 1 : place + 2]]
+    rise, fall = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    bend = (fall - rise) / (x[2] - x[0])
+    return math.exp((x[0] + x[1]) / 2 - rise / (2 * bend))
+
+
+def advice(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By arm, what was advised beside what the sweep found, means over the tuning seeds.
+
+    `share` is the sweep's best rate over the rate at which the line turns, `ratio` the suggestion over the best rate,
+    and `excess` how far the loss at the suggestion is above the lowest of the sweep, as a share of that.
+    """
+    by_arm: dict[str, dict[str, Any]] = {}
+    for arm, choice in record["tuning"].items():
+        runs = [run for run in record["runs"] if run["part"] == "advice" and run["arm"] == arm]
+        if not runs:
+            continue
+        swept = {float(rate): loss for rate, loss in choice["losses"].items() if loss is not None}
+        best, lowest = best_rate(swept), min(swept.values())
+        row: dict[str, Any] = {"optimizer": runs[0].get("optimizer"), "best": best, "lowest": lowest}
+        turns = [run["turn"] for run in runs if run.get("turn") is not None]
+        if turns:
+            row |= {"turn": statistics.geometric_mean(turns)}
+            row |= {"share": best / row["turn"]}
+        rates = {run["seed"]: float(f"{run['rate']:.1e}") for run in runs if run.get("rate") is not None}
+        losses = [
+            run["final_loss"]
+            for run in record["runs"]
+            if run["part"] == "tune" and run["arm"] == arm and rates.get(run["seed"]) == run["learning_rate"]
+        ]
+        if rates and None not in losses:
+            row |= {"rate": statistics.geometric_mean(rates.values()), "loss": statistics.fmean(losses)}
+            row |= {"ratio": row["rate"] / best, "excess": row["loss"] / lowest - 1}
+        row["reasons"] = [run["reason"] for run in runs if run.get("reason")]
+        by_arm[arm] = row
+    return by_arm
+
+
+def advice_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """A table with its headings: by arm the sweep's best rate, the suggestion, and the losses at both."""
+    rows = [["start", "best rate", "loss there", "line turns at", "suggested", "ratio", "loss there"]]
+    for arm, row in record["advice"].items():
+        cells = [
+            title(arm),
+            f"{row['best']:.1e}",
+            f"{row['lowest']:.3f}",
+            f"{row['turn']:.1e}" if "turn" in row else "-",
+        ]
+        if "rate" in row:
+            cells += [f"{row['rate']:.1e}", f"{row['ratio']:.2f}", f"{row['loss']:.3f} ({row['excess']:+.1%})"]
+        else:
+            cells += ["none", "-", "-"]
+        rows.append(cells)
+    return rows
+
+
+def hits(record: Mapping[str, Any]) -> str:
+    """How often the advice was within a factor of 2 of the best rate, and its loss within 1 %."""
+    rows = record["advice"].values()
+    near = sum("ratio" in row and 0.5 <= row["ratio"] <= 2 for row in rows)
+    good = sum("excess" in row and row["excess"] <= 0.01 for row in rows)
+    return (
+        f"Of {len(rows)} arms the suggestion is within a factor of 2 of the sweep's best rate for {near}, and ends "
+        f"within 1 % of its lowest loss for {good}."
+    )
 
 
 def _mean_and_spread(numbers: Sequence[float]) -> dict[str, float | int | None]:
@@ -169,11 +247,12 @@ def chance(record: Mapping[str, Any]) -> str:
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
-    """Both tables, for a terminal."""
+    """The tables, for a terminal."""
     grids = []
     for rows, caption in (
         (mean_rows(record), f"held-out; means over seeds. {before(record)}"),
         (comparison_rows(record), f"minus random LoRA, with 95 % t intervals. {chance(record)}"),
+        (advice_rows(record), f"learning rates, on the validation texts. {hits(record)}"),
     ):
         grid = Table(title=record["data"]["name"], caption=caption)
         for index, heading in enumerate(rows[0]):

@@ -48,7 +48,7 @@ OPTIMIZERS = tuple(_SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
 _FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
 # A line whose loss falls by a smaller share does not speak for training: that of a new head, say.
-_LEAST_FALL = 0.002
+_LEAST_FALL = 0.05
 # How far the first step goes before the gradient of factors is asked for that had none (A, while B = 0).
 _SECOND_STEP = 1e-4
 _EPS = 1e-8  # of AdamW, and of LoRA-Pro

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -61,8 +62,55 @@ def test_the_study_from_end_to_end(finished):
     # Every arm is another one.
     assert len({run["final_loss"] for (run,) in runs.values()}) == len(ARMS)
     assert (finished / "quality_word_problems_quick.png").stat().st_size > 20_000
-    assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in ARMS)
+    assert set(record["advice"]) == set(ARMS) - {"lora_dash"}
+    for arm, row in record["advice"].items():
+        assert row["lowest"] == min(record["tuning"][arm]["losses"].values())
+        assert row.get("share") == (row["best"] / row["turn"] if "turn" in row else None)
+        # A model with random weights: its lines are too flat for a suggestion.
+        assert row["reasons"] if "rate" not in row else row["excess"] == row["loss"] / row["lowest"] - 1
+    asked = [run for run in record["runs"] if run["part"] == "advice"]
+    suggested = {(run["arm"], float(f"{run['rate']:.1e}")) for run in asked if run["rate"] is not None}
+    new = [pair for pair in suggested if pair[1] not in grid(pair[0])]
+    assert len(record["runs"]) == sum(len(grid(arm)) + 1 for arm in ARMS) + len(asked) + len(new)
     assert study_report.comparison_rows(record)[1][3] == "one seed: no verdict"
+
+
+def test_the_best_rate_of_a_sweep_lies_between_the_rates_that_were_tried():
+    """The least of a parabola in the logarithm of the rate is found exactly."""
+    losses = {rate: (math.log(rate) - math.log(2e-3)) ** 2 + 1 for rate in (3e-4, 1e-3, 3e-3, 1e-2)}
+    assert study_report.best_rate(losses) == pytest.approx(2e-3)
+    assert study_report.best_rate({1e-3: 1.0, 3e-3: 2.0}) == 1e-3  # at the edge
+
+
+def test_advice_is_judged_by_the_sweep_and_by_a_run_of_its_own():
+    runs = [
+        {
+            "part": "advice",
+            "arm": "eva",
+            "seed": 100,
+            "optimizer": "adamw",
+            "turn": 4e-3,
+            "rate": 1.234e-3,
+            "reason": None,
+        },
+        {"part": "tune", "arm": "eva", "seed": 100, "learning_rate": 1.2e-3, "final_loss": 1.1},
+        {"part": "tune", "arm": "eva", "seed": 100, "learning_rate": 1e-3, "final_loss": 1.0},
+        {"part": "advice", "arm": "pissa", "seed": 100, "turn": 8e-3, "rate": None, "reason": "flat"},
+    ]
+    sweep = {"losses": {"0.001": 1.0, "0.002": 2.0}}
+    record = {"runs": runs, "tuning": {"eva": sweep, "pissa": sweep}}
+    record["advice"] = study_report.advice(record)
+    eva, pissa = record["advice"]["eva"], record["advice"]["pissa"]
+    assert (
+        eva["share"] == pytest.approx(0.25)
+        and eva["ratio"] == pytest.approx(1.2)
+        and eva["excess"] == pytest.approx(0.1)
+    )
+    assert "rate" not in pissa and pissa["reasons"] == ["flat"]
+    assert study_report.hits(record).startswith(
+        "Of 2 arms the suggestion is within a factor of 2 of the sweep's best rate for 1,"
+    )
+    assert study_report.advice_rows(record)[2][-3:] == ["none", "-", "-"]
 
 
 def untimed(value):
