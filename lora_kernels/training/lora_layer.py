@@ -25,7 +25,7 @@ from lora_kernels.ops import Dropout, _backend, lora_delta
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._dropout import lowered
 from lora_kernels.ops.lora_linear import op as lora_op
-from lora_kernels.ops.lora_linear.op import TRANSFORMED, LoraFunction, run_forward
+from lora_kernels.ops.lora_linear.op import TRANSFORMED, LoraFunction, apply_directly, run_forward
 from lora_kernels.ops.lora_linear.passes import Scalars
 from lora_kernels.training import dora
 from lora_kernels.training.description import (
@@ -50,6 +50,9 @@ GLOBAL_HOOKS = tuple(
     hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and name.endswith("hooks")
 )
 SEEDS = 2**63 - 1
+# Asked at every call. A tensor that a transform has left behind is a wrapper without memory.
+_transformed, _unwrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.unwrap_if_dead
+_compiling, _casts, _cast_dtype = torch.compiler.is_compiling, torch.is_autocast_enabled, torch.get_autocast_dtype
 
 
 class FusedForward:
@@ -69,7 +72,7 @@ class FusedForward:
             `(..., m)`.
         """
         if not args and not kwargs:
-            if torch.compiler.is_compiling():
+            if _compiling():
                 traced = Prepared.make(self, x) if runs_fused(self) else None
                 if traced is not None:
                     return traced.run(x)
@@ -294,7 +297,7 @@ class Prepared:
             or x.shape[-1] != self.inputs
             or own["_active_adapter"] != self.active
             or any(self.empty)
-            or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None) is not self.cast
+            or (_cast_dtype(kind) if _casts(kind) else None) is not self.cast
             or _backend._override is not self.override
             or tuple(map(type, self.parts)) != self.classes
             or self.stock.forward is not self.forward
@@ -329,11 +332,14 @@ class Prepared:
         Raises:
             RuntimeError: inside a `torch.func` transform.
         """
-        if self.state is not None and torch._C._are_functorch_transforms_active():
-            raise RuntimeError(TRANSFORMED)
+        if self.state is not None:
+            if _transformed():
+                raise RuntimeError(TRANSFORMED)
+            x = _unwrapped(x)
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
         if self.simple and torch.is_grad_enabled():
-            y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
+            apply = apply_directly if self.state is not None else LoraFunction.apply
+            y: torch.Tensor = apply(  # type: ignore[no-untyped-call]
                 x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, seed, self.state, self.scalars
             )
             return y

@@ -702,3 +702,11 @@ def test_recomputation_of_what_was_not_recorded_raises(change):
         y.sum().backward()
     fresh = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
     fresh.sum().backward()  # the same as was recorded
+
+
+def test_a_tensor_that_a_transform_has_left_behind():
+    """It is a wrapper whose memory belongs to another tensor."""
+    model, layer, x = one_layer()
+    left = []
+    torch.func.grad(lambda z: left.append(2 * z) or z.sum())(x.detach())
+    torch.testing.assert_close(model(left[0]), model(2 * x.detach()), rtol=0, atol=0)

@@ -65,7 +65,7 @@ def test_a_wrong_layer_is_found(part, monkeypatch):
             *others, db, a0, b0, seed, state, scalars = real.backward(ctx, g)
             return (*others, db / 2 if part == "dB" else db, a0, b0, seed, state, scalars)
 
-    monkeypatch.setattr(lora_layer, "LoraFunction", Wrong)
+    monkeypatch.setattr(lora_layer, "apply_directly", Wrong.apply)
     model = wrapped()
     lk.accelerate(model)
     report = lk.verify(model, BATCH)

@@ -169,6 +169,11 @@ class LoraFunction(torch.autograd.Function):
         return dx, dw, start, da, db, None, None, None, None, None
 
 
+# `LoraFunction.apply` without a walk over its arguments, which looks for what `torch.func` transforms have left behind.
+# For calls outside of them, and not under tracing.
+apply_directly = super(torch.autograd.Function, LoraFunction).apply
+
+
 def refuse_other_adapter(state: torch.Tensor | None, recorded: torch.Tensor | None) -> None:
     """Raise if the layer that was recomputed (`state`) is not what it was when it was recorded."""
     if state is not recorded and (state is None or recorded is None or not torch.equal(state, recorded)):
