@@ -294,18 +294,22 @@ class Runs:
     """Does jobs once, in `workers` processes (1: in this one), and keeps their entries, also in a file of JSON lines.
 
     A study that was killed goes on from that file: entries of another study, and a line that was cut off, do not count.
+    `common` is what a run depends on, with all arms; a run does not depend on the other arms, which may be added later.
     """
 
     def __init__(self, setup: Setup, workers: int, path: Path | None, common: Mapping[str, Any]) -> None:
         self.entries: dict[Job, dict[str, Any]] = {}
         self._path = path
-        self._study = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
+        self._studies = {
+            arm: hashlib.sha256(json.dumps({**common, "arms": settings}, sort_keys=True).encode()).hexdigest()
+            for arm, settings in common.get("arms", {}).items()
+        }
         for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry.pop("study") == self._study:
+            if entry.pop("study") == self._studies.get(entry["arm"]):
                 self.entries[_job(entry)] = entry
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
@@ -330,7 +334,7 @@ class Runs:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="utf-8") as file:
                     # The newline goes first: it ends a line that was cut off.
-                    file.write("\n" + json.dumps({"study": self._study, **entry}, allow_nan=False))
+                    file.write("\n" + json.dumps({"study": self._studies[entry["arm"]], **entry}, allow_nan=False))
             end = f"diverged: {entry['diverged']}" if "diverged" in entry else _outcome(entry)
             CONSOLE.print(
                 f"{number}/{len(missing)} {entry['part']} {entry['arm']}, seed {entry['seed']}, rate "

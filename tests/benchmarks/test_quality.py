@@ -142,7 +142,14 @@ def test_a_killed_study_goes_on_and_repeats_to_the_bit(finished, tiny_decoder, m
 
 def test_runs_of_another_study_do_not_count(finished, tiny_decoder):
     setup = Setup(model=tiny_decoder, protocol=QUICK, arms={"random": Arm()})
-    assert not Runs(setup, 1, finished / "partial.jsonl", {"another": "study"}).entries
+    another = {"another": "study", "arms": {"random": Arm().settings()}}
+    assert not Runs(setup, 1, finished / "partial.jsonl", another).entries
+
+
+def test_a_study_of_fewer_arms_finds_its_runs(finished, tiny_decoder, monkeypatch):
+    monkeypatch.setattr(Worker, "run", lambda self, job: pytest.fail(f"{job} is done already"))
+    record = study(Setup(model=tiny_decoder, protocol=QUICK, arms={"random": Arm()}), 1, finished / "partial.jsonl")
+    assert {run["arm"] for run in record["runs"]} == {"random"}
 
 
 def test_other_processes_give_the_same_bits(finished, tiny_decoder):
