@@ -123,7 +123,7 @@ def run_case(name: str, method: str, options: dict[str, Any], world: int, quick:
             "reductions": plan.messages,
             "reduced_bytes": plan.message_bytes if world > 1 else 0,
             # Seven of a collection, one of a pass, and two of the forward pass before a plan with a budget.
-            "objects": plan.passes + 7 + 2 * probes if world > 1 else 0,
+            "objects": plan.passes + 8 + 2 * probes if world > 1 else 0,
         },
         "found": {
             "bytes": _held(statistics),
