@@ -122,7 +122,7 @@ def run_case(name: str, method: str, options: dict[str, Any], world: int, quick:
             "passes": plan.passes,
             "reductions": plan.messages,
             "reduced_bytes": plan.message_bytes if world > 1 else 0,
-            # Seven of a collection, one of a pass, and two of the forward pass before a plan with a budget.
+            # Eight of a collection, one of a pass, and two of the forward pass before a plan with a budget.
             "objects": plan.passes + 8 + 2 * probes if world > 1 else 0,
         },
         "found": {
