@@ -19,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import lora_kernels as lk
 from benchmarks import language_model, records
 from benchmarks.demo import plots, report
-from benchmarks.demo.config import OURS, QUICK, RANDOM, RATES, STOCK, DemoConfig
+from benchmarks.demo.config import OURS, QUICK, RANDOM, STOCK, STOCK_RATE, DemoConfig
 from benchmarks.demo.model import load, quiet_transformers
 from benchmarks.demo.roundtrip import check_round_trip
-from benchmarks.demo.side import Recipe, Side, prepare
+from benchmarks.demo.side import Recipe, Side, prepare, timed
 from benchmarks.demo.texts import Batch, Encoder, Example, Task, read_task, word_problems
 
 CHECKED_TEXTS = 4
@@ -157,16 +158,11 @@ class _Demo:
                 (OURS, config.method, Recipe(method, accelerate=True)),
             )
         ):
-            # The one place where a learning rate is chosen. Advice that is measured belongs here: the model and the
-            # batches that a start reads are at hand.
-            rate, source = (
-                (RATES[start], "this start's default") if config.rate is None else (config.rate[index], "given")
-            )
             side = prepare(
                 name,
                 recipe,
                 self.base,
-                rate,
+                STOCK_RATE if config.rate is None else config.rate[index],
                 seen,
                 steps=config.steps,
                 rank=config.rank,
@@ -174,10 +170,22 @@ class _Demo:
                 seed=config.seed,
                 progress=self.console.is_terminal,
             )
+            source = "of many examples; PEFT advises none" if config.rate is None else "given"
+            if config.rate is None and name == OURS:
+                source = self._advise(side, seen)
             layers = "PEFT's layers" if name == STOCK else "accelerated layers"
-            self._print(f"{name}: start {start}, {layers}, learning rate {rate:g} ({source})")
+            self._print(f"{name}: start {start}, {layers}, learning rate {side.rate:.2g} ({source})")
             sides.append(side)
         return sides[0], sides[1]
+
+    def _advise(self, side: Side, batches: Sequence[Batch]) -> str:
+        """Give a side the rate that is suggested for it, on its clock; returns where the rate comes from."""
+        advice, seconds = timed(lambda: lk.suggest_learning_rate(side.model, batches))
+        side.start_seconds += seconds
+        if advice.rate is None:
+            return f"of many examples: {advice.reason}"
+        side.rate = advice.rate
+        return f"suggested in {seconds:.0f} s; {advice.low:.1e} to {advice.high:.1e}"
 
     def _train(self, stock: Side, ours: Side) -> dict[str, int]:
         """Train both sides step by step in turn; returns by side what a step needs in memory, nothing if not known."""
@@ -265,7 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--method", help="start of our side: eva, lora_ga, lora_da, ..., or random (default: eva)")
     parser.add_argument(
-        "--rate", type=float, nargs="+", metavar="RATE", help="learning rate of both sides, or PEFT's and ours"
+        "--rate",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        help="learning rate of both sides, or PEFT's and ours (default: 3e-4, and the suggested one)",
     )
     parser.add_argument("--model", type=Path, help="folder of a causal language model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dropout", type=float, help="of the adapters' inputs (default: 0)")

@@ -8,12 +8,14 @@ import torch
 from rich.console import Console
 
 pytest.importorskip("peft")
+from peft import PeftModel
+
+import lora_kernels as lk
 from benchmarks import records
 from benchmarks.demo import __main__ as orchestration
 from benchmarks.demo.__main__ import main, run
-from benchmarks.demo.config import OURS, RANDOM, RATES, STOCK, DemoConfig
+from benchmarks.demo.config import OURS, RANDOM, STOCK, STOCK_RATE, DemoConfig
 from benchmarks.demo.roundtrip import RoundTrip
-from lora_kernels.init import METHODS
 
 FILES = {"demo.json", "loss.png", "adapter"}
 
@@ -79,14 +81,23 @@ def test_with_a_random_start_only_the_layers_differ(config):
     assert "lora_kernels: start random, accelerated layers" in text
 
 
-def test_ones_own_texts_at_the_default_rates(config, tmp_path):
+@pytest.mark.parametrize("rate", [0.0123, None])
+def test_ones_own_texts_at_the_suggested_rate(config, tmp_path, monkeypatch, rate):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"How many dollars are {i} dollars ?"}) for i in range(20)))
+    measured = lk.api.LearningRateAdvice(optimizer="adamw", rate=rate, low=0.01, high=0.02, reason="it is flat")
+    asked = []
+    monkeypatch.setattr(lk, "suggest_learning_rate", lambda *arguments: asked.append(arguments) or measured)
     _, text, record = printed(dataclasses.replace(config, data=file, method="eva", rate=None))
     assert "own.jsonl; 16 training and 4 held-out texts" in text
-    assert [side["rate"] for side in record["sides"]] == [RATES[RANDOM], RATES["eva"]]
-    assert "learning rate 0.003 (this start's default)" in text
-    assert set(RATES) == {RANDOM, *METHODS}
+    assert [side["rate"] for side in record["sides"]] == [STOCK_RATE, STOCK_RATE if rate is None else rate]
+    assert "stock PEFT: start random, PEFT's layers, learning rate 0.0003 (of many examples; PEFT advises none)" in text
+    expected = (
+        "0.0003 (of many examples: it is flat)" if rate is None else "0.012 (suggested in 0 s; 1.0e-02 to 2.0e-02)"
+    )
+    assert f"accelerated layers, learning rate {expected}" in text
+    ((model, batches),) = asked
+    assert len(batches) == config.init_batches and isinstance(model, PeftModel)
 
 
 def test_a_failed_check_is_a_failed_demo(config, monkeypatch):
