@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,26 @@ class Layout:
         return partial
 
 
+def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
+
+    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
+    those of the transposed weight, which makes no difference to LoRA-Pro.
+    """
+    if experts == 1:
+        return a, b
+    columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
+    return a.reshape(-1, a.shape[1] // experts, a.shape[2]), columns.flatten(0, 1)
+
+
+def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `split_experts`."""
+    if experts == 1:
+        return a, b
+    columns = b.view(len(b) // experts, experts, *b.shape[1:]).permute(0, 2, 3, 1)
+    return a.reshape(-1, experts * a.shape[1], a.shape[2]), columns.flatten(2)
+
+
 class Scratch:
     """Memory for temporaries of a step, reused on the CPU: fresh pages cost more than the arithmetic on them."""
 
@@ -123,6 +143,7 @@ class Bucket:
     scaling: list[float]  # s by pair
     parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B by pair
     rows: Layout  # of A and B
+    experts: int = 1  # e that have their pairs in one A `(e r, n)` and one B `(m, r e)`; L counts each
     a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
     b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
     grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
@@ -148,13 +169,30 @@ class Bucket:
                 torch._foreach_copy_(list(stack.unbind(0)), tensors)
             stacks.append(stack)
         whole = self.rows.whole(stacks[0], first.shape[0])
-        (self.a, self.grad_a), (self.b, self.grad_b) = torch.split(whole, count), torch.split(stacks[1], count)
+        split_a, split_b = split_experts(whole, stacks[1], self.experts)
+        (self.a, self.grad_a), (self.b, self.grad_b) = split_a.chunk(2), split_b.chunk(2)
         self.out_a = scratch.empty((slot, "out", 0), self.a.shape, dtype, device)
         self.out_b = scratch.empty((slot, "out", 1), self.b.shape, dtype, device)
         # Next to the copies, while they are in the processor's cache.
         self.grams = self._grams(scratch)
         self.contract()
         return self
+
+    @property
+    def matrices(self) -> list[tuple[int, float]]:
+        """Index and s of the pair that each of the L matrices belongs to."""
+        pairs = zip(self.indices, self.scaling, strict=True)
+        return [pair for pair in pairs for _ in range(self.experts)]
+
+    def adjusted(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """By pair, `out_a` and `out_b` as the parameters are: the rows of this process.
+
+        Yields:
+            Of A and of B.
+        """
+        all_a, all_b = join_experts(self.out_a, self.out_b, self.experts)
+        own = self.rows.own(all_a.shape[1])
+        yield from zip(all_a[:, own], all_b, strict=True)
 
     def _grams(self, scratch: Scratch) -> torch.Tensor:
         grams = []
