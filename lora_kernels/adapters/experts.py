@@ -22,7 +22,7 @@ from lora_kernels.runtime.modes import is_sharded
 
 PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
-_OBSERVED = "lora_kernels_observed"  # the implementation in transformers' registry
+OBSERVED = "lora_kernels_observed"  # the implementation in transformers' registry
 _LAYERS = "_lora_kernels_experts"  # where a module of experts keeps its layers while it is observed
 
 
@@ -151,7 +151,10 @@ class ExpertLayer(nn.Module):
 
     def _parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of this expert, views: writing to them writes to PEFT's matrices."""
-        first, second = self.wrapper.lora_A[adapter].weight.detach(), self.wrapper.lora_B[adapter].weight.detach()
+        return self.of(self.wrapper.lora_A[adapter].weight.detach(), self.wrapper.lora_B[adapter].weight.detach())
+
+    def of(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A `(r, n)` and B `(m, r)` of this expert, views of matrices in PEFT's layout."""
         rank = first.shape[0] // self.wrapper.num_experts
         left = first[self.expert * rank : (self.expert + 1) * rank]
         right = second[:, self.expert :: self.wrapper.num_experts]
@@ -217,7 +220,7 @@ def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
 class _Config:
     """The config of a module of experts while it is observed."""
 
-    _experts_implementation = _OBSERVED
+    _experts_implementation = OBSERVED
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -244,7 +247,7 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
     if by_base:
         from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
 
-        moe.ALL_EXPERTS_FUNCTIONS[_OBSERVED] = _forward
+        moe.ALL_EXPERTS_FUNCTIONS[OBSERVED] = _forward
     configs = {base: base.config for base in by_base}
     try:
         for base, layers in by_base.items():
