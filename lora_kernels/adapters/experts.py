@@ -55,6 +55,26 @@ def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[
     return (left, right) if first_meets_inputs(wrapper) else (right.mT, left.mT)
 
 
+def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
+
+    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
+    those of the transposed weight (see `by_expert`).
+    """
+    if experts == 1:
+        return a, b
+    columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
+    return a.reshape(-1, a.shape[1] // experts, a.shape[2]), columns.flatten(0, 1)
+
+
+def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `split_experts`."""
+    if experts == 1:
+        return a, b
+    columns = b.view(len(b) // experts, experts, *b.shape[1:]).permute(0, 2, 3, 1)
+    return a.reshape(-1, experts * a.shape[1], a.shape[2]), columns.flatten(2)
+
+
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort the choices `(tokens, k)` of experts.
 

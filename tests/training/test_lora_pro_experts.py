@@ -10,8 +10,8 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_kernels as lk
+from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.training.lora_pro.buckets import join_experts, split_experts
 from tests.conftest import relative_error
 from tests.training.lora_pro_cases import ByTheBook, full_gradients
 

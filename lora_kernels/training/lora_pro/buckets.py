@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.runtime.processes import world_size
 
@@ -99,26 +100,6 @@ class Layout:
         return partial
 
 
-def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
-
-    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
-    those of the transposed weight, which makes no difference to LoRA-Pro.
-    """
-    if experts == 1:
-        return a, b
-    columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
-    return a.reshape(-1, a.shape[1] // experts, a.shape[2]), columns.flatten(0, 1)
-
-
-def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo `split_experts`."""
-    if experts == 1:
-        return a, b
-    columns = b.view(len(b) // experts, experts, *b.shape[1:]).permute(0, 2, 3, 1)
-    return a.reshape(-1, experts * a.shape[1], a.shape[2]), columns.flatten(2)
-
-
 class Scratch:
     """Memory for temporaries of a step, reused on the CPU: fresh pages cost more than the arithmetic on them."""
 
@@ -143,7 +124,9 @@ class Bucket:
     scaling: list[float]  # s by pair
     parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B by pair
     rows: Layout  # of A and B
-    experts: int = 1  # e that have their pairs in one A `(e r, n)` and one B `(m, r e)`; L counts each
+    # How many have their pairs in one A `(e r, n)` and one B `(m, r e)`; L counts each. PEFT's A and B may be those of
+    # the transposed weight, which makes no difference to LoRA-Pro.
+    experts: int = 1
     a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
     b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
     grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
