@@ -281,6 +281,8 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
     """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
+    if hidden_states.is_meta:
+        return torch.empty_like(hidden_states)  # who goes where is in the numbers
     tokens, count = top_k_index.shape
     _, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     bounds = offsets.tolist()
