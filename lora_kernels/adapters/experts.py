@@ -37,7 +37,17 @@ def chain_of(wrapper: Any) -> list[Any]:
 def first_meets_inputs(wrapper: Any) -> bool:
     """Whether the first of PEFT's two matrices is the one that the inputs are multiplied by (A)."""
     base = chain_of(wrapper)[-1].base_layer
+    if wrapper.num_experts == 1:
+        return not base.is_transposed  # PEFT adds `B A` to one matrix as it is stored
     return bool(base.is_transposed or getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+def why_no_sum(wrapper: Any, adapter: str) -> str | None:
+    """Why PEFT cannot add the update of one expert to its matrix, or `None`."""
+    first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    if wrapper.num_experts > 1 or (second.shape[0], first.shape[1]) == tuple(wrapper.get_param().shape[1:]):
+        return None
+    return "PEFT's update of one expert is of the transposed shape in this layout, and cannot be added to its weight"
 
 
 def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,6 +235,8 @@ def why_unseen(wrapper: Any, adapter: str) -> str | None:
         return f"target_parameters ({name}): {type(base).__name__} does not ask transformers' registry of experts"
     if getattr(base, "_is_expert_parallel", False):
         return f"target_parameters ({name}): its experts are shared out over processes"
+    if (reason := why_no_sum(wrapper, adapter)) is not None:
+        return f"target_parameters ({name}): {reason}"
     parameter, factors = wrapper.get_param(), (wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
     if parameter.dtype not in FLOATS or any(map(is_sharded, (parameter, *factors))):
         return f"target_parameters ({name}): it is quantized or sharded"
@@ -305,7 +317,8 @@ def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
                 parts.append(nn.functional.linear(x[low:high], *operands))
             else:
                 parts.append(layer.call(x[low:high], operands, rows[low:high], tokens))
-        return torch.cat(parts)
+        width = weight.shape[2 if module.is_transposed else 1]
+        return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
 
     inner = product(hidden_states[rows], "gate_up_proj" if module.has_gate else "up_proj")
     out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")

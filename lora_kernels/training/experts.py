@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import OBSERVED, PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert
+from lora_kernels.adapters.experts import OBSERVED, PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert, why_no_sum
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -184,6 +184,8 @@ def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
         if adapter not in wrapper.lora_A:
             continue
         factors = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+        if (reason := why_no_sum(wrapper, adapter)) is not None:
+            return reason
         if any(not plain_linear(factor, gathered) or factor.bias is not None for factor in factors):
             return f"the factors of adapter {adapter!r} are sharded, hooked into or no plain linear layers"
         if wrapper.lora_variant.get(adapter) is not None or type(wrapper.lora_dropout[adapter]) is not nn.Identity:
