@@ -196,6 +196,7 @@ class Plan(Command):
     Attributes:
         config: config.json of a transformers model; no weights are needed
         method: a method (eva, lora_da, ...) or a statistic (gradient, ...)
+        rank: r of every layer and expert, which a method's sketches follow
         task: causal-lm, sequence-classification or base (default: as the config says)
         world: number of processes
         json: print the plan as JSON
@@ -203,6 +204,7 @@ class Plan(Command):
 
     config: Path
     method: str
+    rank: int = 16
     task: str | None = None
     world: int = 1
     json: bool = False
@@ -219,13 +221,25 @@ class Plan(Command):
     def run(self, collection: dict[str, Any]) -> int:
         """Print the plan."""
         import lora_kernels as lk  # noqa: PLC0415
+        from lora_kernels._checks import check_range  # noqa: PLC0415
         from lora_kernels.api import transformers  # noqa: PLC0415
+        from lora_kernels.init import METHODS  # noqa: PLC0415
         from lora_kernels.reports import console  # noqa: PLC0415
 
+        check_range("rank", self.rank, low=1, integer=True)
         model = transformers.empty_model(self.config, transformers.task_for(self.config, self.task))
-        collection |= {"targets": transformers.linear_targets(model), "world_size": self.world}
+        bare, experts = model, transformers.expert_parameters(model)
+        if experts:
+            model = transformers.with_experts(model, experts, self.rank)
+        else:
+            collection["targets"] = transformers.linear_targets(model)
+            if others := [name for name, value in model.named_parameters() if ".experts." in name and value.dim() == 3]:
+                what = f"{len(others)} parameters, such as {others[0]}"
+                print(f"not in this plan (experts that cannot be observed): {what}", file=sys.stderr)
+        size = METHODS[self.method]().sketch_size([self.rank]) if self.method in METHODS else 0
+        collection = {"sketch_size": max(64, size), **collection, "world_size": self.world}
         try:
-            plan = lk.plan(model, self.method, batch=transformers.example_batch(model), **collection)
+            plan = lk.plan(model, self.method, batch=transformers.example_batch(bare), **collection)
         except Exception as error:  # noqa: BLE001  (some models cannot run without numbers, and fail in any way)
             plan = lk.plan(model, self.method, **collection)
             reason = " ".join(str(error).split())
@@ -234,6 +248,8 @@ class Plan(Command):
             print(plan.to_json())
         else:
             console(140).print(plan)
+            for line in transformers.of_experts(model, self.rank) if experts else ():
+                console(140).print(line)
         return 0
 
 

@@ -22,7 +22,7 @@ from lora_kernels.runtime.modes import is_sharded
 
 PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 TRAITS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
-_OBSERVED = "lora_kernels_observed"  # the implementation in transformers' registry
+OBSERVED = "lora_kernels_observed"  # the implementation in transformers' registry
 _LAYERS = "_lora_kernels_experts"  # where a module of experts keeps its layers while it is observed
 
 
@@ -37,7 +37,17 @@ def chain_of(wrapper: Any) -> list[Any]:
 def first_meets_inputs(wrapper: Any) -> bool:
     """Whether the first of PEFT's two matrices is the one that the inputs are multiplied by (A)."""
     base = chain_of(wrapper)[-1].base_layer
+    if wrapper.num_experts == 1:
+        return not base.is_transposed  # PEFT adds `B A` to one matrix as it is stored
     return bool(base.is_transposed or getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+def why_no_sum(wrapper: Any, adapter: str) -> str | None:
+    """Why PEFT cannot add the update of one expert to its matrix, or `None`."""
+    first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    if wrapper.num_experts > 1 or (second.shape[0], first.shape[1]) == tuple(wrapper.get_param().shape[1:]):
+        return None
+    return "PEFT's update of one expert is of the transposed shape in this layout, and cannot be added to its weight"
 
 
 def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +63,26 @@ def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[
     left = first.reshape(experts, rank, first.shape[1])
     right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
     return (left, right) if first_meets_inputs(wrapper) else (right.mT, left.mT)
+
+
+def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
+
+    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
+    those of the transposed weight (see `by_expert`).
+    """
+    if experts == 1:
+        return a, b
+    columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
+    return a.reshape(-1, a.shape[1] // experts, a.shape[2]), columns.flatten(0, 1)
+
+
+def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `split_experts`."""
+    if experts == 1:
+        return a, b
+    columns = b.view(len(b) // experts, experts, *b.shape[1:]).permute(0, 2, 3, 1)
+    return a.reshape(-1, experts * a.shape[1], a.shape[2]), columns.flatten(2)
 
 
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -151,7 +181,10 @@ class ExpertLayer(nn.Module):
 
     def _parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of this expert, views: writing to them writes to PEFT's matrices."""
-        first, second = self.wrapper.lora_A[adapter].weight.detach(), self.wrapper.lora_B[adapter].weight.detach()
+        return self.of(self.wrapper.lora_A[adapter].weight.detach(), self.wrapper.lora_B[adapter].weight.detach())
+
+    def of(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A `(r, n)` and B `(m, r)` of this expert, views of matrices in PEFT's layout."""
         rank = first.shape[0] // self.wrapper.num_experts
         left = first[self.expert * rank : (self.expert + 1) * rank]
         right = second[:, self.expert :: self.wrapper.num_experts]
@@ -202,6 +235,8 @@ def why_unseen(wrapper: Any, adapter: str) -> str | None:
         return f"target_parameters ({name}): {type(base).__name__} does not ask transformers' registry of experts"
     if getattr(base, "_is_expert_parallel", False):
         return f"target_parameters ({name}): its experts are shared out over processes"
+    if (reason := why_no_sum(wrapper, adapter)) is not None:
+        return f"target_parameters ({name}): {reason}"
     parameter, factors = wrapper.get_param(), (wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
     if parameter.dtype not in FLOATS or any(map(is_sharded, (parameter, *factors))):
         return f"target_parameters ({name}): it is quantized or sharded"
@@ -217,7 +252,7 @@ def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
 class _Config:
     """The config of a module of experts while it is observed."""
 
-    _experts_implementation = _OBSERVED
+    _experts_implementation = OBSERVED
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -244,7 +279,7 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
     if by_base:
         from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
 
-        moe.ALL_EXPERTS_FUNCTIONS[_OBSERVED] = _forward
+        moe.ALL_EXPERTS_FUNCTIONS[OBSERVED] = _forward
     configs = {base: base.config for base in by_base}
     try:
         for base, layers in by_base.items():
@@ -258,6 +293,8 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
     """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
+    if hidden_states.is_meta:
+        return torch.empty_like(hidden_states)  # who goes where is in the numbers
     tokens, count = top_k_index.shape
     _, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     bounds = offsets.tolist()
@@ -280,7 +317,8 @@ def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
                 parts.append(nn.functional.linear(x[low:high], *operands))
             else:
                 parts.append(layer.call(x[low:high], operands, rows[low:high], tokens))
-        return torch.cat(parts)
+        width = weight.shape[2 if module.is_transposed else 1]
+        return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
 
     inner = product(hidden_states[rows], "gate_up_proj" if module.has_gate else "up_proj")
     out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")

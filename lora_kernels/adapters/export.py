@@ -13,6 +13,7 @@ from torch import nn
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
+from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.files import WEIGHTS
 from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers, is_wrapped
 from lora_kernels.adapters.view import LoraView
@@ -63,18 +64,19 @@ def export(
     Its frozen start is r more rank, LoRA-Dash's coordinates are k more (with B columns `c_i u_i / s`). Unlike
     `save_pretrained`, it writes the scaling that the layers have (`set_scale`), can cut the rank, and leaves out what a
     run needs to go on. All linear layers get one scaling, that of most of them; the rest is multiplied into their B.
+    Experts that are one parameter, convolutions and embeddings keep their own, by a pattern.
 
     Args:
         model: the PEFT model.
         path: a folder. If it is there, its adapter is replaced in one step and its other files stay.
-        rank: `"exact"`, or the rank to cut every layer to.
+        rank: `"exact"`, or the rank to cut every linear layer and expert to.
         adapter_name: the adapter.
         serving: write what PEFT, vLLM, SGLang and llama.cpp compute alike: one rank for all layers (the smaller ones
             padded with zeros), one alpha, no patterns, no rsLoRA, `target_modules` as a list. `True` or `"vllm"`: the
             rank is one of vLLM's `--max-lora-rank`; `"llama.cpp"`: the largest that a layer has.
 
     Returns:
-        By layer, the rank written and the error of cutting.
+        By layer, the rank written and the error of cutting; of experts, the largest.
 
     Raises:
         ValueError: if `rank` is neither `"exact"` nor a positive number, `serving` is not one of its values, the
@@ -93,7 +95,7 @@ def export(
         check_range("rank", rank, low=1, integer=True)
     if not isinstance(serving, bool):
         check_choice("serving", serving, ("vllm", "llama.cpp"))
-    layers = find_lora_layers(model, adapter_name)
+    layers = find_lora_layers(model, adapter_name, allow_none=True)
     changed = changed_base(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
     if changed is not None:
         raise ValueError(f"adapter {adapter_name!r} cannot be written for the unmodified base: {changed}")
@@ -108,7 +110,7 @@ def export(
     factors = {name: _product(view, adapter_name, rank) for name, view in views.items()}
     scalings = {name: view.scaling(adapter_name) for name, view in views.items()}
     scaling = servers.common(scalings.values())
-    highest = max(a.shape[0] for a, _, _ in factors.values())
+    highest = max((a.shape[0] for a, _, _ in factors.values()), default=0)
     width = servers.slot(highest, "llama.cpp" if serving == "llama.cpp" else "vllm") if serving else 0
     exported: dict[str, ExportedLayer] = {}
     shapes: dict[str, tuple[int, float]] = {}
@@ -129,8 +131,11 @@ def export(
     for name, old, _why in layers.unsupported:
         other = LoraView(name, model.get_submodule(name))
         start = parts.start(other.module, adapter_name)  # (joined to the factors in the state dict)
-        joined = old + (0 if start is None else start.rank)
-        shapes[other.config_name] = (joined, tidy(other.scaling(adapter_name) * joined))
+        exported[name] = ExportedLayer(old + (0 if start is None else start.rank), 0.0)
+        if other.parameter_name is not None and not isinstance(rank, str) and exported[name].rank > rank:
+            exported[name] = _cut_experts(state, name, other.module.num_experts, rank)
+        written = exported[name].rank
+        shapes[other.config_name] = (written, tidy(other.scaling(adapter_name) * written))
     set_ranks(config, shapes)
     if serving or isinstance(config.target_modules, str):  # servers want a list
         list_modules(model, adapter_name, config, always=bool(serving))
@@ -143,6 +148,16 @@ def export(
     return exported
 
 
+def _cut_experts(state: dict[str, torch.Tensor], name: str, experts: int, rank: int) -> ExportedLayer:
+    """Cut every expert of a parameter to a rank, in a state dict; the error is the largest of theirs."""
+    key_a, key_b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    pairs = split_experts(state[key_a].detach().unsqueeze(0), state[key_b].detach().unsqueeze(0), experts)
+    cut = [compress(a, b, rank) for a, b in zip(*pairs, strict=True)]
+    first, second = join_experts(torch.stack([a for a, _, _ in cut]), torch.stack([b for _, b, _ in cut]), experts)
+    state[key_a], state[key_b] = first[0].to(state[key_a].dtype), second[0].to(state[key_b].dtype)
+    return ExportedLayer(rank, max(error for _, _, error in cut))
+
+
 def _check_servable(config: Any, layers: AdapterLayers, state: Mapping[str, torch.Tensor]) -> None:
     """Refuse what no server computes, before anything is written."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -151,7 +166,7 @@ def _check_servable(config: Any, layers: AdapterLayers, state: Mapping[str, torc
         name, _, why = layers.unsupported[0]
         refused = [f"layer {name} ({why})"]
     if refused:
-        raise ValueError(f"servers of adapters do not compute {', '.join(refused)}: {servers.MERGE}")
+        raise ValueError(f"servers of adapters do not compute {servers.words(refused)}")
 
 
 def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -120,10 +120,12 @@ def find_lora_layers(
     *,
     allow_merged: bool = False,
     without_experts: str | None = _ONE_LAYER,
+    allow_none: bool = False,
 ) -> AdapterLayers:
     """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged.
 
     `without_experts`: why parameters of experts are left out; with `None` each of their experts is a layer.
+    `allow_none`: whether layers that are not supported may be all that there is.
 
     Raises:
         TypeError: if the model is no PEFT model or the adapter no LoRA adapter.
@@ -162,7 +164,7 @@ def find_lora_layers(
                 "(ZeRO-3, FSDP) must be initialised before they are sharded"
             )
         supported.append(AdapterLayer(view, *numbers))
-    if not supported:
+    if not supported and not (allow_none and unsupported):
         raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
     return AdapterLayers(tuple(supported), tuple(unsupported))
 

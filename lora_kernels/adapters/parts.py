@@ -204,7 +204,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if dash is not None and dash.launched:
         delta = delta + (dash.left.to(wide) * dash.coordinates.to(wide)) @ dash.right.to(wide)
     delta = delta.mT if getattr(layer, "fan_in_fan_out", False) else delta
-    return delta.to(weight_b.dtype)
+    return delta.to(layer.get_param().dtype if _of_parameter(layer) else weight_b.dtype)
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -258,6 +258,11 @@ def of_experts(layer: Any) -> bool:
     return bool(getattr(layer, "num_experts", 1) > 1)
 
 
+def _of_parameter(layer: Any) -> bool:
+    """Whether a layer adapts a parameter, of one expert or many."""
+    return stock_class(layer).__name__ == _OF_EXPERTS
+
+
 def start(layer: Any, adapter: str) -> Start | None:
     """The frozen start of an adapter of a layer, or `None`."""
     part: Start | None = _part(layer, START, adapter)
@@ -286,7 +291,7 @@ def refusal(layer: Any, adapter: str) -> str | None:
         The reason, in words.
     """
     kind = stock_class(layer).__name__
-    if kind not in _CARRIERS and not (kind == _OF_EXPERTS and of_experts(layer)):
+    if kind not in (*_CARRIERS, _OF_EXPERTS):
         return f"PEFT's {kind} layer cannot carry anything besides A and B"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, PartsVariant):
@@ -358,7 +363,7 @@ def remove(layer: Any, adapter: str, container: str) -> None:
 
 
 def _choose_variant(layer: Any, adapter: str) -> None:
-    if of_experts(layer):
+    if _of_parameter(layer):
         return  # no variant is asked there
     if start(layer, adapter) is not None or directions(layer, adapter) is not None:
         layer.lora_variant[adapter] = PartsVariant()

@@ -25,13 +25,22 @@ _SHOWN = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _EXPORT = "write it with lora_kernels.export(model, path, serving=True)"
 MERGE = "merge the adapter instead (model.merge_and_unload()) and serve the merged model"
+_EXPERTS = "target_parameters (experts)"
+# What each does with PEFT's layout of experts: vLLM's `FusedMoE3DWithLoRA` (`is_3d_moe_weight` of its models,
+# vllm/lora/model_manager.py, `_stack_moe_lora_weights`); SGLang knows no such name; llama.cpp's converter neither.
+_OF_EXPERTS = (
+    "vLLM alone reads experts, for models whose experts it keeps in one tensor (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE and "
+    "others with is_3d_moe_weight), where all layers have one rank and one alpha, and gate_up_proj and down_proj are "
+    "both adapted: a plain export (serving=False) is what it loads then; SGLang leaves experts out without an error, "
+    "and llama.cpp's converter stops at them"
+)
 # Settings of the config that make more of an adapter than s B A of linear layers.
 _SETTINGS = {
     "modules_to_save": "modules_to_save",
     "use_dora": "DoRA",
     "lora_bias": "lora_bias",
     "trainable_token_indices": "trainable_token_indices",
-    "target_parameters": "target_parameters (experts)",
+    "target_parameters": _EXPERTS,
     "alora_invocation_tokens": "aLoRA",
     "layer_replication": "layer_replication",
     "arrow_config": "Arrow",
@@ -55,6 +64,12 @@ def refusals(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if others and not refused:
         refused.append(f"the tensor {others[0]}")
     return refused
+
+
+def words(refused: Iterable[str]) -> str:
+    """What is refused, what to do instead, and which server makes an exception."""
+    refused = list(refused)
+    return f"{', '.join(refused)}: {MERGE}" + (f" ({_OF_EXPERTS})" if refused == [_EXPERTS] else "")
 
 
 def slot(rank: int, server: str) -> int:
@@ -100,7 +115,7 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
     """Sentences on what vLLM, SGLang and llama.cpp need for an adapter folder, get wrong, or refuse."""
     refused = refusals(config, {name: shape for name, shape in shapes.items() if ".lora_dash." not in name})
     if refused:
-        return [f"servers (vLLM, SGLang, llama.cpp) do not compute {', '.join(refused)}: {MERGE}"]
+        return [f"servers (vLLM, SGLang, llama.cpp) do not compute {words(refused)}"]
     if any(".lora_dash." in name for name in shapes):
         return [f"servers (vLLM, SGLang, llama.cpp): refused, for what LoRA-Dash needs to go on training: {_EXPORT}"]
     ranks = {name.partition(".lora_A.")[0]: shape[0] for name, shape in shapes.items() if ".lora_A." in name}

@@ -14,7 +14,10 @@ from typing_extensions import Unpack
 from lora_kernels._checks import check_range, check_type
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import row_blocks, why_unreadable
-from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers
+from lora_kernels.adapters.experts import ExpertLayer
+from lora_kernels.adapters.experts import observed as observed_experts
+from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, find_lora_layers
+from lora_kernels.adapters.starting import carrier
 from lora_kernels.api.start import observed
 from lora_kernels.landscape import (
     Adapter,
@@ -33,6 +36,7 @@ from lora_kernels.landscape import (
     overlap,
     weight_norms,
 )
+from lora_kernels.landscape.experts import rows
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import summed_loss
@@ -56,13 +60,13 @@ def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Facto
         adapter_name: the adapter.
 
     Returns:
-        By layer name A `(r, n)` and B `(m, r)`.
+        By name of a layer, or of an expert, A `(r, n)` and B `(m, r)`.
 
     Raises:
         TypeError: if the model is no PEFT model.
         ValueError: if there is no such adapter.
     """
-    layers = find_lora_layers(unwrap(model), adapter_name, allow_merged=True)
+    layers = find_lora_layers(unwrap(model), adapter_name, allow_merged=True, without_experts=None)
     factors = {layer.name: layer.view.factors(adapter_name) for layer in layers.supported}
     return {name: (a.clone(), b.clone()) for name, (a, b) in factors.items()}
 
@@ -88,9 +92,11 @@ def find_adapters(
         if a.is_meta or b.is_meta:
             raise ValueError(f"layer {name} has factors on the meta device: load their values first")
         origin = None if start is None else start.get(name)
-        frozen = parts.start(module, adapter_name)
+        frozen = parts.start(carrier(layer), adapter_name)
         if start is None and frozen is not None:
             origin = (frozen.a, frozen.b)
+            if isinstance(module, ExpertLayer):
+                origin = module.of(*origin)
         if origin is not None and (origin[0].shape[1:] != a.shape[1:] or origin[1].shape[:1] != b.shape[:1]):
             raise ValueError(
                 f"start has factors of shapes {tuple(origin[0].shape)} and {tuple(origin[1].shape)} for layer {name}, "
@@ -138,7 +144,7 @@ def diagnose(
     thresholds: Thresholds | None = None,
     **options: Unpack[CollectKeywords],
 ) -> Diagnosis:
-    """Tell how training ended: spectra and balance of every layer, and with data a certificate and a verdict.
+    """Tell how training ended: spectra and balance of every layer and expert, with data a certificate and a verdict.
 
     Under weight decay a second-order stationary point is either of low rank and small, and then a minimum, or of high
     rank and large (arXiv 2502.09376). The model is run in evaluation mode with its adapters on; nothing is changed.
@@ -177,7 +183,7 @@ def diagnose(
         raise TypeError(f"{', '.join(sorted(options))}: options of a pass over data, but no loader is given")
     chosen = read_options({"budget": "auto", **options})
     model = unwrap(model)
-    layers = find_lora_layers(model, adapter_name, allow_merged=True)
+    layers = find_lora_layers(model, adapter_name, allow_merged=True, without_experts=None)
     adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
     gain: float | None = None
@@ -186,16 +192,17 @@ def diagnose(
         _check_active(layers, adapter_name)
     if loader is not None and not broken:
         targets, _ = observed(layers)
-        statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
+        with observed_experts(target.module for target in targets):
+            statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
     diagnoses = tuple(
-        _layer(layer.module, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
+        _layer(layer, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for layer, adapter in zip(layers.supported, adapters, strict=True)
     )
     return Diagnosis(
         adapter=adapter_name,
         layers=diagnoses,
-        verdict=overall(layer.verdict for layer in diagnoses),
+        verdict=overall(row.verdict for row in rows(diagnoses)),
         thresholds=limits,
         weight_decay=weight_decay,
         batches=0 if statistics is None else statistics.batches,
@@ -217,7 +224,8 @@ def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_ou
 
 def _check_active(layers: AdapterLayers, adapter: str) -> None:
     for layer in layers.supported:
-        if layer.module.disable_adapters or adapter not in layer.module.active_adapters:
+        module = carrier(layer)
+        if module.disable_adapters or adapter not in module.active_adapters:
             raise ValueError(
                 f"adapter {adapter!r} is not active in layer {layer.name}: its gradient would be that of another "
                 "point; call model.set_adapter, or enable the adapters"
@@ -237,7 +245,7 @@ def _gain(
     `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
     a mean over samples is not that over batches.
     """
-    modules = [layer.module for layer in layers.supported]
+    modules = list(dict.fromkeys(carrier(layer) for layer in layers.supported))
     if (
         isinstance(loader, Iterator)
         or world_size() > 1
@@ -273,7 +281,7 @@ def _without_product(modules: Sequence[Any], adapter: str) -> Iterator[None]:
 
 
 def _layer(
-    module: Any,
+    place: AdapterLayer,
     adapter: Adapter,
     spectrum: Spectrum,
     statistics: Statistics | None,
@@ -283,16 +291,20 @@ def _layer(
     intruders: bool,
 ) -> LayerDiagnosis:
     notes: list[str] = []
-    certificate = None
+    module, certificate = place.module, None
+    layer = None if statistics is None else statistics.get(adapter.name)
+    tokens = None if layer is None else layer.tokens
+    expert = module if isinstance(module, ExpertLayer) else None
     unreadable = _why_no_weight(module)
     if unreadable is not None:
         notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        layer = statistics.get(adapter.name)
-        if any(_is_more(module, name) for name in module.active_adapters):
+        if any(_is_more(carrier(place), name) for name in carrier(place).active_adapters):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
+        elif expert is not None and tokens == 0:
+            pass  # the summary of the experts names it
         elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
         elif adapter.scaling == 0:
@@ -303,7 +315,8 @@ def _layer(
     if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)
     verdict = judge(spectrum, certificate, limits)
-    return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes))
+    parameter = None if expert is None else adapter.name.rpartition(".")[0]
+    return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), parameter, tokens)
 
 
 def _is_more(module: Any, adapter: str) -> bool:

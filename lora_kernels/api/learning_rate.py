@@ -284,13 +284,14 @@ def _lora_pro_step(
 ) -> dict[int, torch.Tensor]:
     """The first step of LoRA-Pro per unit of rate, by the optimizer itself on copies; one pair at a time."""
     steps: dict[int, torch.Tensor] = {}
-    for a, b, scaling in pairs:
+    for a, b, scaling, experts in pairs:
         keys = id(a), id(b)
         before = [values[key].detach().to(gradients[key].dtype) for key in keys]
         copies = [nn.Parameter(value.clone()) for value in before]
         for copy, key in zip(copies, keys, strict=True):
             copy.grad = gradients[key].clone()
-        LoraPro([{"pairs": [copies], "scaling": scaling}], 1.0, mode=mode, eps=_EPS).step()
+        group = {"pairs": [copies], "scaling": scaling, "experts": experts}
+        LoraPro([group], 1.0, mode=mode, eps=_EPS).step()
         steps |= {key: copy.detach() - value for key, copy, value in zip(keys, copies, before, strict=True)}
     return steps
 

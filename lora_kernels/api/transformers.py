@@ -10,7 +10,12 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import read_json
+from lora_kernels.adapters.experts import PRODUCTS, TRAITS
+from lora_kernels.adapters.layers import find_lora_layers
+from lora_kernels.adapters.versions import require_peft
+from lora_kernels.adapters.view import lora_layers
 from lora_kernels.api.plain import linear_features
+from lora_kernels.reports import counted
 from lora_kernels.runtime.loss import IGNORED_LABEL
 
 TASKS = ("causal-lm", "sequence-classification", "base")
@@ -140,6 +145,49 @@ def linear_targets(model: Any) -> list[str]:
     return [
         name for name, module in model.named_modules() if linear_features(module) is not None and module is not head
     ]
+
+
+def expert_parameters(model: Any) -> list[str]:
+    """The names of the parameters that hold many experts, for PEFT's `target_parameters`."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        for parameter in PRODUCTS
+        if all(hasattr(module, trait) for trait in TRAITS)
+        and isinstance(value := getattr(module, parameter, None), torch.Tensor)
+        and value.dim() == 3
+    ]
+
+
+def with_experts(model: Any, parameters: Sequence[str], rank: int) -> Any:
+    """A PEFT model with an adapter of one rank on the linear layers and parameters of experts of a model."""
+    require_peft()
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
+
+    config = LoraConfig(r=rank, target_modules=linear_targets(model), target_parameters=list(parameters))
+    return get_peft_model(model, config)
+
+
+def of_experts(model: Any, rank: int) -> list[str]:
+    """What there is to know of the experts of a PEFT model before training: rows, sizes, and what is left out."""
+    views = [view for view in lora_layers(model) if view.parameter_name is not None]
+    sizes = [sum(value.numel() for value in view.factors("default")) for view in views]
+    trained, inside = sum(value.numel() for value in model.parameters() if value.requires_grad), sum(sizes)
+    counts, chosen = {view.module.num_experts for view in views}, getattr(model.config, "num_experts_per_tok", None)
+    experts = " or ".join(map(str, sorted(counts)))
+    lines = [f"experts: {len(views)} parameters of {experts}; every expert has sums of its own, of its rows alone"]
+    if isinstance(chosen, int) and 0 < chosen < min(counts):
+        lines[0] += f" ({chosen} experts per token: about 1/{min(counts) / chosen:.3g} of the tokens)"
+    lines.append(f"rank {rank} of every layer and expert: {_millions(trained)} trained, {_millions(inside)} in experts")
+    if isinstance(chosen, int) and 1 < chosen <= rank:
+        less = rank // chosen
+        lines[-1] += f" (rank {less}, which is r / k, in experts: {_millions(inside * less / rank)})"
+    left_out = find_lora_layers(model, without_experts=None).unsupported
+    return lines + [f"left out: {line}" for line in counted((name, why) for name, _, why in left_out)]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f} M"
 
 
 def label_ids(model: Any, labels: Sequence[str]) -> list[int]:

@@ -4,6 +4,7 @@ Pure functions of factors, weights and statistics: spectra, balance, optimality 
 """
 
 from lora_kernels.landscape.certificate import Certificate, certify
+from lora_kernels.landscape.experts import ExpertsDiagnosis
 from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions, factor_spectra, measure
 from lora_kernels.landscape.verdict import Thresholds, Verdict, judge, overall
@@ -13,6 +14,7 @@ __all__ = [
     "Adapter",
     "Certificate",
     "Diagnosis",
+    "ExpertsDiagnosis",
     "LayerDiagnosis",
     "Overlap",
     "Spectrum",

@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lora_kernels.landscape.certificate import Certificate
+from lora_kernels.landscape.experts import ExpertsDiagnosis, rows
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
@@ -24,12 +25,14 @@ class LayerDiagnosis:
     """One layer.
 
     Attributes:
-        name: the layer.
+        name: the layer; of an expert, the name of its parameter and its number.
         spectrum: measured from the factors.
         verdict: with its reasons.
         certificate: the optimality conditions, if data and a weight decay were given and the data reached the layer.
         overlap: of the update's directions with those of the weight, if requested.
         notes: facts a user should know.
+        parameter: of many experts, where the layer is one of them.
+        tokens: counted tokens that reached it, if data was given.
     """
 
     name: str
@@ -38,6 +41,8 @@ class LayerDiagnosis:
     certificate: Certificate | None = None
     overlap: Overlap | None = None
     notes: tuple[str, ...] = ()
+    parameter: str | None = None
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Diagnosis(Report):
 
     Attributes:
         adapter: the adapter's name, or its folder.
-        layers: one entry per linear LoRA layer, in the model's order.
+        layers: one entry per linear LoRA layer, in the model's order, and one per expert.
         verdict: on the whole adapter.
         thresholds: of the verdicts.
         weight_decay: lambda, if it was given.
@@ -70,9 +75,15 @@ class Diagnosis(Report):
         """The layers."""
         return iter(self.layers)
 
+    @property
+    def experts(self) -> list[ExpertsDiagnosis]:
+        """The experts of a parameter together, a summary for each parameter of experts."""
+        return [row for row in rows(self.layers) if isinstance(row, ExpertsDiagnosis)]
+
     def to_dict(self) -> dict[str, object]:
         """Plain Python values, with the derived ones; numbers that are not finite become `None`."""
         values = asdict(self)
+        values["experts"] = [asdict(summary) for summary in self.experts]
         for entry, layer in zip(values["layers"], self.layers, strict=True):
             for name in ("spectral", "spectral_share", "frobenius_share"):
                 entry["spectrum"][name] = getattr(layer.spectrum, name)
@@ -98,20 +109,11 @@ class Diagnosis(Report):
         for column in (*names, *(("s|G|_2/lambda", "alignment", "stationarity") if certified else ())):
             table.add_column(column, justify="right")
         table.add_column("verdict")
-        for layer in self.layers:
-            spectrum, certificate, kind = layer.spectrum, layer.certificate, layer.verdict.kind
-            row = [
-                f"{spectrum.numerical_rank}/{spectrum.rank}",
-                number(spectrum.entropy_rank),
-                number(spectrum.spectral),
-                number(spectrum.spectral_share),
-                number(spectrum.balance),
-            ]
-            if certificate is not None:
-                row += [_bracket(certificate), number(certificate.alignment), number(certificate.stationarity)]
-            elif certified:
-                row += ["", "", ""]
-            table.add_row(short_name(layer.name), *row, Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow")))
+        for layer in rows(self.layers):
+            kind = layer.verdict.kind
+            cells = _of_experts(layer) if isinstance(layer, ExpertsDiagnosis) else _of_layer(layer)
+            verdict = Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow"))
+            table.add_row(*(cells if certified else cells[:-3]), verdict)
         yield table
         yield Text(self.summary(), style=_STYLES.get(self.verdict.kind, "yellow"))
         loud = [layer for layer in self.layers if layer.verdict.kind == LOUD_FAILURE]
@@ -123,6 +125,7 @@ class Diagnosis(Report):
     def all_notes(self) -> list[str]:
         """Notes on the whole, on layers, on layers that were left out, and what was certified."""
         notes = [*self.notes, *counted((layer.name, note) for layer in self.layers for note in layer.notes)]
+        notes += [f"{short_name(summary.name)}: {note}" for summary in self.experts for note in summary.notes()]
         notes += counted(self.unsupported)
         objectives = (layer.certificate.objective for layer in self.layers if layer.certificate is not None)
         return [*notes, *(f"certified: {objective}" for objective in itertools.islice(objectives, 1))]
@@ -131,6 +134,24 @@ class Diagnosis(Report):
 def number(value: float | None) -> str:
     """A number in a table."""
     return "" if value is None else f"{value:.3g}"
+
+
+def _of_layer(layer: LayerDiagnosis) -> list[str]:
+    spectrum, certificate = layer.spectrum, layer.certificate
+    numbers = spectrum.entropy_rank, spectrum.spectral, spectrum.spectral_share, spectrum.balance
+    conditions = ["", "", ""]
+    if certificate is not None:
+        conditions = [_bracket(certificate), number(certificate.alignment), number(certificate.stationarity)]
+    ranks = f"{spectrum.numerical_rank}/{spectrum.rank}"
+    return [short_name(layer.name), ranks, *map(number, numbers), *conditions]
+
+
+def _of_experts(layer: ExpertsDiagnosis) -> list[str]:
+    low, high = layer.ranks
+    numbers = layer.entropy_rank, layer.spectral, layer.spectral_share, layer.balance
+    conditions = layer.ratio, layer.alignment, layer.stationarity
+    ranks = f"{low}-{high}/{layer.rank}" if low < high else f"{low}/{layer.rank}"
+    return [f"{short_name(layer.name)} ({layer.count} experts)", ranks, *map(number, (*numbers, *conditions))]
 
 
 def _bracket(certificate: Certificate) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from lora_kernels.ops.small_linalg import factor_spectrum
 RANK_TOLERANCE = 1e-2
 # Entries of factors that are converted to float64 at a time (64 MB).
 _CHUNK = 2**23
+# Entries of factors that are stacked for one batched call (256 MB in float32).
+_STACK = 2**26
 
 
 @dataclass(frozen=True)
@@ -188,17 +190,22 @@ def _check_pair(name: str, pair: object) -> None:
 
 def _buckets(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Pairs of one shape, dtype and device, stacked."""
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Pairs of one shape, dtype and device, stacked; not too many (of experts, say) at a time.
+
+    Yields:
+        Their indices, and the stacks of A and of B.
+    """
     buckets: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, (a, b) in enumerate(factors):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         buckets[a.shape, b.shape, a.device, dtype].append(index)
-    stacked = []
-    for (_, _, _, dtype), indices in buckets.items():
-        a, b = (torch.stack([factors[index][side].detach().to(dtype) for index in indices]) for side in (0, 1))
-        stacked.append((indices, a, b.to(a.device)))
-    return stacked
+    for (shape_a, shape_b, _, dtype), members in buckets.items():
+        step = max(1, _STACK // max(1, shape_a.numel() + shape_b.numel()))
+        for low in range(0, len(members), step):
+            indices = members[low : low + step]
+            a, b = (torch.stack([factors[index][side].detach().to(dtype) for index in indices]) for side in (0, 1))
+            yield indices, a, b.to(a.device)
 
 
 def _measured(

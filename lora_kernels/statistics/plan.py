@@ -12,7 +12,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
-from lora_kernels.reports import Printed, Table
+from lora_kernels.reports import Printed, Table, short_name
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.moments import packed_size
@@ -115,7 +115,7 @@ class Plan(Printed):
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:
-            names = ", ".join(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in entry.layers)
+            names = ", ".join(re.sub(r"\.\d+(?=\.|$)", ".*", short_name(name)) for name in entry.layers)
             rows.setdefault((names, entry.statistic, entry.form, entry.bytes), []).append(entry)
         for (names, statistic, form, size), entries in rows.items():
             numbers = sorted({entry.number + 1 for entry in entries})
@@ -130,6 +130,8 @@ class Plan(Printed):
             f"largest pass {show_bytes(max(self.pass_bytes, default=0))} per process ({limit}); "
             f"all sums {show_bytes(self.total_bytes)}"
         )
+        if sketches := sum(entry.form == "sketch" for entry in self.entries):
+            yield f"{sketches:,} of {len(self.entries):,} sums are sketches of {self.sketch_size} columns"
         if self.world_size > 1:
             sent = show_bytes(self.communication)
             yield f"{self.world_size} processes: each sends {sent} in {self.messages} all-reductions to add up the sums"

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert
+from lora_kernels.adapters.experts import OBSERVED, PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert, why_no_sum
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -30,6 +30,7 @@ from lora_kernels.training.lora_layer import GLOBAL_HOOKS, SEEDS, FusedForward, 
 NAME = "lora_kernels"  # of the implementation
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 OUTER = "another parameter of the same experts runs PEFT's own forward"
+COLLECTED = "statistics of its experts are collected"
 
 
 class Term(NamedTuple):
@@ -117,7 +118,7 @@ class FusedExperts(FusedForward):
         if any(GLOBAL_HOOKS) or (type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor)):
             return False
         reason = experts_reason(self)
-        if reason is not None and reason not in (self.__dict__.get("_eager_reason"), OUTER):
+        if reason is not None and reason not in (self.__dict__.get("_eager_reason"), OUTER, COLLECTED):
             warn_once(reason)
         return reason is None
 
@@ -162,6 +163,8 @@ def _implementation_reason(name: str | None) -> str | None:
         registry, products = moe.ALL_EXPERTS_FUNCTIONS, (moe._grouped_linear, moe._batched_linear)
     except (ImportError, AttributeError):
         return "this version of transformers has no registry of experts that is known"
+    if name == OBSERVED:
+        return COLLECTED
     if name not in _IMPLEMENTATIONS:
         return f"the experts' implementation is {name!r}"
     if name != "eager" and registry[name] is not getattr(moe, f"{name}_experts_forward") or not all(products):
@@ -181,6 +184,8 @@ def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
         if adapter not in wrapper.lora_A:
             continue
         factors = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+        if (reason := why_no_sum(wrapper, adapter)) is not None:
+            return reason
         if any(not plain_linear(factor, gathered) or factor.bias is not None for factor in factors):
             return f"the factors of adapter {adapter!r} are sharded, hooked into or no plain linear layers"
         if wrapper.lora_variant.get(adapter) is not None or type(wrapper.lora_dropout[adapter]) is not nn.Identity:

@@ -101,3 +101,79 @@ def test_saved_and_exported_experts_are_the_same_function(tmp_path, name, method
     for view in experts:
         view.module.lora_B["default"].weight.data.zero_()
     assert not experts or relative_error(logits(model), expected) > 3e-4
+
+
+def experts_alone(name, r=4):
+    experts = PARAMETERS.get(name, "mlp.experts")
+    names = [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
+    return get_peft_model(make(name), LoraConfig(r=r, lora_alpha=6, target_modules=[], target_parameters=names))
+
+
+REGISTRY = pytest.mark.skipif(Version(transformers.__version__).major < 5, reason="experts are modules there")
+
+
+@REGISTRY
+@pytest.mark.parametrize("method", [None, "pissa", "lora_ga", "lora_one"])
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_an_adapter_of_experts_alone_is_exported(tmp_path, name, method):
+    model = experts_alone(name)
+    if method is not None:
+        lk.initialize(model, None if method == "pissa" else [{"input_ids": IDS, "labels": IDS}], method, progress=False)
+    nudge(model)
+    expected = logits(model)
+    written = lk.export(model, tmp_path)
+    joined = 8 if method in ("pissa", "lora_ga") else 4
+    assert [(layer.rank, layer.error) for layer in written.values()] == [(joined, 0.0)] * 4
+    assert relative_error(logits(PeftModel.from_pretrained(make(name), tmp_path)), expected) < 1e-5
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == joined and not config["rank_pattern"] and not config["target_modules"]
+
+
+@REGISTRY
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_every_expert_is_cut_to_its_best_approximation(tmp_path, name):
+    """`rank=` held for linear layers alone: a start of experts doubled what it was to cut."""
+    model = experts_alone(name)
+    lk.initialize(model, None, "pissa", progress=False)
+    nudge(model)
+    written = lk.export(model, tmp_path, rank=3)
+    cut = PeftModel.from_pretrained(make(name), tmp_path)
+    views = [view for view in lora_layers(model) if view.parameter_name is not None]
+    for view, other in zip(views, lora_layers(cut), strict=True):
+        assert other.rank("default") == 3 == written[view.name].rank
+        errors = []
+        pairs = zip(*(layer.module.get_delta_weight("default").double() for layer in (view, other)), strict=True)
+        for whole, small in pairs:
+            u, s, vh = torch.linalg.svd(whole)
+            best = (u[:, :3] * s[:3]) @ vh[:3]
+            assert relative_error(small, best) < 1e-4
+            errors.append(float(s[3:].norm() / s.norm()))
+        assert written[view.name].error == pytest.approx(max(errors), rel=1e-3) and max(errors) > 1e-2
+
+
+@REGISTRY
+def test_servers_that_read_experts_are_named_before_anything_is_written(tmp_path):
+    model = experts_alone("GptOss")
+    for serving in (True, "vllm", "llama.cpp"):
+        with pytest.raises(ValueError, match=r"merge the adapter.*vLLM alone reads experts.*gpt-oss.*SGLang leaves"):
+            lk.export(model, tmp_path / "out", serving=serving)
+    assert not (tmp_path / "out").exists()
+
+
+@REGISTRY
+def test_a_plain_export_is_what_vllm_computes_of_experts(tmp_path):
+    """`reshape(experts, -1, n)` of A and `reshape(m, -1, experts)` of B, gate_up_proj under `experts.base_layer`."""
+    model = experts_alone("GptOss")
+    lk.initialize(model, None, "pissa", progress=False)
+    nudge(model)
+    lk.export(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for view in lora_layers(model):
+        assert view.name.endswith(".base_layer") == (view.parameter_name == "gate_up_proj")
+        a, b = (tensors[f"{view.name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        change = scaling * b.reshape(b.shape[0], -1, 4).permute(2, 0, 1) @ a.reshape(4, -1, a.shape[1])
+        expected = view.module.get_delta_weight("default")
+        direct = change.shape == expected.shape and relative_error(change, expected) < 1e-4
+        assert direct or relative_error(change.mT, expected) < 1e-4

@@ -48,6 +48,7 @@ def test_a_balance_in_parts_is_that_of_the_whole(monkeypatch):
     adapters = [Adapter(str(i), *(10.0**i * x for x in draw(30, 20, 4, seed=i)), 1.0) for i in range(5)]
     whole = measure(adapters)
     monkeypatch.setattr(spectra, "_CHUNK", 2 * 4 * 30)  # two pairs at a time
+    monkeypatch.setattr(spectra, "_STACK", 3 * 4 * 50)  # and three in a stack
     assert {name: each.balance for name, each in measure(adapters).items()} == pytest.approx(
         {name: each.balance for name, each in whole.items()}, rel=1e-12
     )

@@ -76,25 +76,29 @@ def resumed(options, ids):
 
 
 class Few(nn.Module):
-    """Pairs with fewer rows than processes, and with a number of rows that processes cannot share evenly."""
+    """Pairs with fewer rows than processes, rows that processes cannot share evenly, and those of three experts."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        for name, shape in (("a", (3, 7)), ("b", (1, 3)), ("c", (2, 7)), ("d", (5, 2))):
+        for name, shape in (("a", (3, 7)), ("b", (1, 3)), ("c", (2, 7)), ("d", (5, 2)), ("e", (6, 7)), ("f", (5, 6))):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator)))
 
     def forward(self, x):
-        return x @ (2.0 * self.b @ self.a).T + x @ (2.0 * self.d @ self.c).T
+        y = x @ (2.0 * self.b @ self.a).T + x @ (2.0 * self.d @ self.c).T
+        first, second = self.e.view(3, 2, 7), self.f.view(5, 2, 3)
+        return y + torch.einsum("bn,ern,mre->bm", torch.tanh(x), first, second)
 
     def pairs(self):
-        return [(self.a, self.b), (self.c, self.d)]
+        return [(self.a, self.b), (self.c, self.d), (self.e, self.f)]
 
 
 def few_rows(wrap, share, options):
     """Trained factors of a wrapped `Few`, on this process's share of the rows of a batch."""
     model = wrap(Few())
-    optimizer = lk.training.LoraPro([{"pairs": model.pairs(), "scaling": 2.0}], lr=0.05, **options)
+    optimizer = lk.training.LoraPro(
+        [{"pairs": model.pairs(), "scaling": [2.0, 2.0, 1.0], "experts": [1, 1, 3]}], lr=0.05, **options
+    )
     x = torch.randn(8, 7, generator=torch.Generator().manual_seed(4))[share]
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -59,11 +59,11 @@ def test_scaling_is_that_of_each_layer_and_adapter_now():
     for name, each in model.named_parameters():
         each.requires_grad_("lora_" in name)
     found = {}
-    for a, b, scaling in find_pairs(model):
+    for a, b, scaling, _ in find_pairs(model):
         found.setdefault((len(a), b.shape[1]), set()).add(round(scaling(), 6))
     assert found == {(2, 2): {3.0}, (4, 4): {1.5, 1.25}, (3, 3): {round(7 / 3**0.5, 6)}}
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    scaling = next(s for a, _, s in find_pairs(model) if a is layer.lora_A["default"].weight)
+    scaling = next(s for a, _, s, _ in find_pairs(model) if a is layer.lora_A["default"].weight)
     layer.scale_layer(2.0)
     assert scaling() == 6.0
 
@@ -137,15 +137,14 @@ class Mixture(nn.Module):
         return self.experts(x)
 
 
-def test_factors_of_several_experts_in_one_matrix_are_no_pair():
+def test_factors_of_several_experts_in_one_matrix_are_a_pair_each():
     config = LoraConfig(r=2, target_modules=["linear"], target_parameters=["experts.weight"])
     model = get_peft_model(Mixture(), config)
-    with pytest.warns(RuntimeWarning, match=r"factors of all experts are in one matrix \(1\)"):
-        optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
-    assert [[tuple(each.shape) for each in group["params"]] for group in optimizer.param_groups] == [
-        [(2, 6), (4, 2)],
-        [(6, 5), (6, 6)],
-    ]
+    optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
+    (group,) = optimizer.param_groups
+    shapes = [tuple(value.shape) for value in group["params"]]
+    assert sorted(shapes) == [(2, 6), (4, 2), (6, 5), (6, 6)]
+    assert sorted(pair.experts for pair in optimizer._pairs) == [1, 3]
 
 
 def test_models_without_pairs_are_refused():

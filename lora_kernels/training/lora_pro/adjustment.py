@@ -30,7 +30,7 @@ def _eigenpairs(grams: torch.Tensor, buckets: Sequence[Bucket]) -> tuple[torch.T
     try:
         values, vectors = eigh(grams)
     except ValueError as error:
-        indices = [index for bucket in buckets for index in bucket.indices]
+        indices = [index for bucket in buckets for index, _ in bucket.matrices]
         broken = [index for index, pair in zip(indices, grams.unbind(1), strict=True) if not pair.isfinite().all()]
         if not broken:
             raise
@@ -45,8 +45,8 @@ class Adjustment:
     """The adjusted gradients of pairs of one rank, for fixed factors."""
 
     def __init__(self, buckets: Sequence[Bucket], scaling: torch.Tensor, damping: float) -> None:
-        """One batched eigendecomposition for all pairs, of one rank, dtype and device; `scaling` `(pairs,)` float64."""
-        self.buckets, self._sizes = buckets, [len(bucket.indices) for bucket in buckets]
+        """One batched eigendecomposition for all pairs, of one rank, dtype and device; `scaling` `(L,)` float64."""
+        self.buckets, self._sizes = buckets, [len(bucket.a) for bucket in buckets]
         values, vectors = _eigenpairs(torch.cat([bucket.grams for bucket in buckets], 1), buckets)
         self._squared = scaling.square().view(-1, 1, 1)
         epsilon = values.shape[-1] * torch.finfo(values.dtype).eps

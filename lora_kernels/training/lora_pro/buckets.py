@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import distributed
 
+from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.runtime.processes import world_size
 
@@ -123,6 +124,9 @@ class Bucket:
     scaling: list[float]  # s by pair
     parameters: list[tuple[torch.Tensor, torch.Tensor]]  # A and B by pair
     rows: Layout  # of A and B
+    # How many have their pairs in one A `(e r, n)` and one B `(m, r e)`; L counts each. PEFT's A and B may be those of
+    # the transposed weight, which makes no difference to LoRA-Pro.
+    experts: int = 1
     a: torch.Tensor = field(init=False)  # A, `(L, r, n)`, whole
     b: torch.Tensor = field(init=False)  # B, `(L, m', r)`, the rows of this process
     grad_a: torch.Tensor = field(init=False)  # `(L, r, n)`, whole
@@ -148,13 +152,30 @@ class Bucket:
                 torch._foreach_copy_(list(stack.unbind(0)), tensors)
             stacks.append(stack)
         whole = self.rows.whole(stacks[0], first.shape[0])
-        (self.a, self.grad_a), (self.b, self.grad_b) = torch.split(whole, count), torch.split(stacks[1], count)
+        split_a, split_b = split_experts(whole, stacks[1], self.experts)
+        (self.a, self.grad_a), (self.b, self.grad_b) = split_a.chunk(2), split_b.chunk(2)
         self.out_a = scratch.empty((slot, "out", 0), self.a.shape, dtype, device)
         self.out_b = scratch.empty((slot, "out", 1), self.b.shape, dtype, device)
         # Next to the copies, while they are in the processor's cache.
         self.grams = self._grams(scratch)
         self.contract()
         return self
+
+    @property
+    def matrices(self) -> list[tuple[int, float]]:
+        """Index and s of the pair that each of the L matrices belongs to."""
+        pairs = zip(self.indices, self.scaling, strict=True)
+        return [pair for pair in pairs for _ in range(self.experts)]
+
+    def adjusted(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """By pair, `out_a` and `out_b` as the parameters are: the rows of this process.
+
+        Yields:
+            Of A and of B.
+        """
+        all_a, all_b = join_experts(self.out_a, self.out_b, self.experts)
+        own = self.rows.own(all_a.shape[1])
+        yield from zip(all_a[:, own], all_b, strict=True)
 
     def _grams(self, scratch: Scratch) -> torch.Tensor:
         grams = []

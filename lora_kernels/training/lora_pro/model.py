@@ -16,7 +16,7 @@ from lora_kernels.adapters.view import lora_layers
 from lora_kernels.training.lora_pro.optimizer import LoraPro, Mode, RoundingMode, Scaling
 from lora_kernels.training.movement import Movement, trained_names
 
-_Pair = tuple[torch.Tensor, torch.Tensor, Scaling]
+_Pair = tuple[torch.Tensor, torch.Tensor, Scaling, int]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,11 @@ def _why_not_a_pair(layer: Any, a: Any, b: Any) -> str | None:
         return "one factor is frozen"
     if a.dim() != 2 or b.dim() != 2:
         return f"factors of {type(layer).__name__} are not matrices (of a convolution, or flattened by FSDP1)"
-    if getattr(layer, "num_experts", 1) != 1:
-        return "factors of all experts are in one matrix"
     return None
 
 
 def find_pairs(model: nn.Module) -> list[_Pair]:
-    """A, B and the scaling of each LoRA pair that a PEFT model trains, variants such as DoRA included; at least one.
+    """A, B, scaling and number of experts of all LoRA pairs that a PEFT model trains, DoRA's included; at least one.
 
     Warns about trained factors that are not a pair; they get AdamW.
     """
@@ -64,7 +62,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
                 continue
             reason = _why_not_a_pair(layer, a, b)
             if reason is None:
-                pairs.append((a, b, LayerScaling(layer, adapter)))
+                pairs.append((a, b, LayerScaling(layer, adapter), getattr(layer, "num_experts", 1)))
             else:
                 unpaired[reason] += 1
     if unpaired:
@@ -113,9 +111,10 @@ def create_lora_pro_optimizer(
         ValueError: if the model trains no LoRA pair, or a number is out of range.
     """
     pairs = find_pairs(model)
-    paired = {id(factor) for a, b, _ in pairs for factor in (a, b)}
+    paired = {id(factor) for pair in pairs for factor in pair[:2]}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in paired]
-    groups: list[dict[str, Any]] = [{"pairs": [(a, b) for a, b, _ in pairs], "scaling": [s for _, _, s in pairs]}]
+    entries = ("scaling", [pair[2] for pair in pairs]), ("experts", [pair[3] for pair in pairs])
+    groups: list[dict[str, Any]] = [{"pairs": [pair[:2] for pair in pairs], **dict(entries)}]
     matrices = [parameter for parameter in others if parameter.dim() > 1]
     vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)

@@ -37,6 +37,7 @@ _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side
 
 
 Scaling = float | Callable[[], float]
+PairEntry = tuple[torch.Tensor, torch.Tensor, Scaling] | tuple[torch.Tensor, torch.Tensor, Scaling, int]
 Place = tuple[int, int]  # number of the group, and of the parameter in it
 
 
@@ -47,6 +48,7 @@ class Pair:
     a: Place
     b: Place
     scaling: Scaling  # s, or a function that says what it is now
+    experts: int = 1
 
     def current_scaling(self, name: str) -> float:
         """The scaling as it is now, finite and not zero."""
@@ -56,14 +58,17 @@ class Pair:
         return value
 
 
-def check_pair(name: str, a: Any, b: Any) -> None:
-    """Check that A `(r, n)` and B `(m, r)` can be the factors of a pair."""
+def check_pair(name: str, a: Any, b: Any, experts: Any) -> None:
+    """Check that A `(experts r, n)` and B `(m, r experts)` can be the factors of a pair, or of a pair per expert."""
+    check_range("experts", experts, low=1, integer=True)
     check_tensor(f"A of {name}", a, shape=(None, None))
     check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
     if a is b:
         raise ValueError(f"A and B of {name} are the same parameter, but must be two")
     if min(*a.shape, *b.shape) == 0:
         raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
+    if a.shape[0] % experts:
+        raise ValueError(f"A of {name} has {a.shape[0]} rows, but must have as many for each of {experts} experts")
     if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
         raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
 
@@ -118,9 +123,9 @@ class LoraPro(Optimizer):
 
     Parameters in no pair get AdamW. Arithmetic is in float32 (float64 for float64 parameters) whatever the parameters'
     dtype, and results are rounded to it; states are float32 (float64), keyed by parameter (`step`, `exp_avg`,
-    `exp_avg_sq`; in `full` mode those of B are `(m, n)`, and A has `step` alone). Weight decay is decoupled. `step`
-    uses the gradients as they are: accumulation, unscaling and clipping come before, and so act on the gradients of A
-    and B, not on the adjusted ones. A pair without gradients is skipped.
+    `exp_avg_sq`; in `full` mode those of B are `(m, n)`, of experts `(m, experts n)`, and A has `step` alone). Weight
+    decay is decoupled. `step` uses the gradients as they are: accumulation, unscaling and clipping come before, and so
+    act on the gradients of A and B, not on the adjusted ones. A pair without gradients is skipped.
 
     On several processes: under DDP all processes take equal steps. Under FSDP2 (`fully_shard`) factors are sharded by
     rows: the rows of A are gathered, those of B and of the moments of the full weight stay local. In `full` mode with
@@ -131,9 +136,12 @@ class LoraPro(Optimizer):
         params: parameters, or groups. A group is `{"params": [...]}`, or `{"pairs": [(A, B), ...], "scaling": s}` with
             A `(r, n)` and B `(m, r)` and the weight `W + s B A`; its scaling is a number, a function without arguments
             that is called at every step, or one of these per pair. Each group may have its own lr, betas, eps and
-            weight_decay (a pair uses betas and eps of B's group).
+            weight_decay (a pair uses betas and eps of B's group). With `"experts"`, a number or one per pair, A
+            `(experts r, n)` (by expert and rank) and B `(m, r experts)` (by rank and expert) hold a pair for each
+            expert, as PEFT's `target_parameters` have them.
         lr: learning rate.
-        pairs: `(A, B, scaling)` for parameters that are given in ordinary groups, in any of them.
+        pairs: `(A, B, scaling)` or `(A, B, scaling, experts)` for parameters that are given in ordinary groups, in any
+            of them.
         mode: `efficient` or `full`.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment; above 0 in `full` mode.
@@ -155,7 +163,7 @@ class LoraPro(Optimizer):
         params: Iterable[Any],
         lr: float | torch.Tensor,
         *,
-        pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]] = (),
+        pairs: Sequence[PairEntry] = (),
         mode: Mode = "efficient",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -211,8 +219,9 @@ class LoraPro(Optimizer):
         if self.mode == "full" and {**self.defaults, **group}["eps"] == 0:  # 0 / 0 before the first gradient
             raise ValueError('eps is 0, but must be above 0 with mode="full"')
         if "pairs" not in group:
-            if "scaling" in group:
-                raise ValueError("scaling belongs to a group with pairs, but this one has params")
+            for name in ("scaling", "experts"):
+                if name in group:
+                    raise ValueError(f"{name} belongs to a group with pairs, but this one has params")
             super().add_param_group(group)
             return
         if "params" in group:
@@ -221,24 +230,29 @@ class LoraPro(Optimizer):
             raise ValueError("a group with pairs needs its scaling")
         pairs, number = [tuple(pair) for pair in group.pop("pairs")], len(self.param_groups)
         scalings = check_scalings(group.pop("scaling"), len(pairs))
-        for index, pair in enumerate(pairs):
+        experts = group.pop("experts", 1)
+        counts = list(experts) if isinstance(experts, Sequence) else [experts] * len(pairs)
+        if len(counts) != len(pairs):
+            raise ValueError(f"experts has {len(counts)} entries, but must be a number or one per pair ({len(pairs)})")
+        for index, (pair, count) in enumerate(zip(pairs, counts, strict=True)):
             if len(pair) != 2:
                 raise ValueError(f"pairs[{index}] has {len(pair)} entries, but must be (A, B)")
-            self._check_pair(f"pairs[{index}]", *pair)
+            self._check_pair(f"pairs[{index}]", *pair, count)
         group["params"] = [parameter for pair in pairs for parameter in pair]
         if len({id(parameter) for parameter in group["params"]}) != len(group["params"]):
             raise ValueError("pairs holds a parameter twice")
         super().add_param_group(group)
         self._pairs += [
-            Pair((number, 2 * index), (number, 2 * index + 1), scaling) for index, scaling in enumerate(scalings)
+            Pair((number, 2 * index), (number, 2 * index + 1), scaling, count)
+            for index, (scaling, count) in enumerate(zip(scalings, counts, strict=True))
         ]
 
-    def _check_pair(self, name: str, a: Any, b: Any) -> None:
-        check_pair(name, a, b)
+    def _check_pair(self, name: str, a: Any, b: Any, experts: Any = 1) -> None:
+        check_pair(name, a, b, experts)
         if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
             raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
-    def _locate(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> None:
+    def _locate(self, pairs: Sequence[PairEntry]) -> None:
         """Find the parameters of pairs in the groups."""
         places = {
             id(parameter): (number, index)
@@ -246,9 +260,9 @@ class LoraPro(Optimizer):
             for index, parameter in enumerate(group["params"])
         }
         paired = {place for pair in self._pairs for place in (pair.a, pair.b)}
-        for index, (a, b, scaling) in enumerate(pairs):
+        for index, (a, b, scaling, *experts) in enumerate(pairs):
             name = f"pairs[{index}]"
-            self._check_pair(name, a, b)
+            self._check_pair(name, a, b, *experts)
             pair_places = []
             for parameter, factor in ((a, "A"), (b, "B")):
                 place = places.get(id(parameter))
@@ -258,7 +272,7 @@ class LoraPro(Optimizer):
                     raise ValueError(f"{factor} of {name} is in two pairs")
                 paired.add(place)
                 pair_places.append(place)
-            self._pairs.append(Pair(pair_places[0], pair_places[1], check_scalings(scaling, 1)[0]))
+            self._pairs.append(Pair(pair_places[0], pair_places[1], check_scalings(scaling, 1)[0], *experts))
 
     def _at(self, place: Place) -> torch.Tensor:
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
@@ -330,7 +344,8 @@ class LoraPro(Optimizer):
             parameter = self._at(place)
             expected = tuple(parameter.shape)
             if place in full:
-                expected = (parameter.shape[0], self._at(full[place].a).shape[1])
+                pair = full[place]
+                expected = (parameter.shape[0], pair.experts * self._at(pair.a).shape[1])
             if isinstance(moment, torch.Tensor) and tuple(moment.shape) != expected:
                 raise ValueError(
                     f"state_dict holds moments of shape {tuple(moment.shape)} where mode={self.mode!r} has {expected}: "
@@ -411,27 +426,28 @@ class LoraPro(Optimizer):
                 )
             for name, parameter in (("A", a), ("B", b)):
                 check_gradient(f"{name} of pair {index}", parameter.grad)  # type: ignore[arg-type]
-            kinds[a.shape, b.shape, a.dtype, a.device, Layout.of(b)].append(index)
+            kinds[a.shape, b.shape, pair.experts, a.dtype, a.device, Layout.of(b)].append(index)
         waves: list[list[Bucket]] = []
         open_waves: dict[tuple[Any, ...], tuple[list[Bucket], int]] = {}  # with the elements that are still free
-        for ((rank, n), (m, _), dtype, device, rows), indices in kinds.items():
-            key, limit = (rank, working_dtype(dtype), device), _WAVE["cpu" if device.type == "cpu" else "gpu"]
-            size = max(1, limit // (rank * (m + n)))
+        for ((height, n), (m, _), experts, dtype, device, rows), indices in kinds.items():
+            key = (height // experts, working_dtype(dtype), device)
+            limit = _WAVE["cpu" if device.type == "cpu" else "gpu"]
+            size = max(1, limit // (height * (m + n)))
             for low in range(0, len(indices), size):
                 part = indices[low : low + size]
                 scaling = [self._pairs[index].current_scaling(f"pair {index}") for index in part]
                 parameters = [(self._at(self._pairs[index].a), self._at(self._pairs[index].b)) for index in part]
-                needed = len(part) * rank * (m + n)
+                needed = len(part) * height * (m + n)
                 wave, room = open_waves.get(key, ([], 0))
                 if needed > room:
                     wave, room = [], limit
                     waves.append(wave)
-                wave.append(Bucket(part, scaling, parameters, rows))
+                wave.append(Bucket(part, scaling, parameters, rows, experts))
                 open_waves[key] = wave, room - needed
         return waves
 
     def _step_pairs(self, wave: list[Bucket], rounding: Rounding | None) -> None:
-        scaling = tuple(value for bucket in wave for value in bucket.scaling)
+        scaling = tuple(value for bucket in wave for _, value in bucket.matrices)
         device = wave[0].parameters[0][0].device
         if (scaling, device) not in self._scalings:
             if len(self._scalings) > 64:  # scalings that change at every step
@@ -450,35 +466,38 @@ class LoraPro(Optimizer):
 
     def _project(self, bucket: Bucket) -> None:
         """Replace the raw gradients by those of Adam's direction of the full weight."""
-        n, first = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
-        offset = bucket.rows.own(first).start
-        for row, index in enumerate(bucket.indices):
-            a, b = bucket.parameters[row]
-            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, n)
+        n, m = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
+        own = bucket.rows.own(m)
+        by_expert = own.stop - own.start, bucket.experts, n
+        for number, (index, (a, b)) in enumerate(zip(bucket.indices, bucket.parameters, strict=True)):
+            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, bucket.experts * n)
             for factor_state in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
                 factor_state["step"] += 1
-            bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
-                local(state["exp_avg"]),
-                local(state["exp_avg_sq"]),
-                bucket.a[row],
-                bucket.b[row],
-                bucket.out_a[row],
-                bucket.out_b[row],
-                scaling=bucket.scaling[row],
-                betas=group["betas"],
-                eps=group["eps"],
-                step=int(state["step"]),
-                seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
-                row_offset=offset,
-            )
+            mean, square = (local(state[key]).view(by_expert) for key in _MOMENTS)
+            for expert in range(bucket.experts):
+                row = number * bucket.experts + expert
+                bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
+                    mean[:, expert],
+                    square[:, expert],
+                    bucket.a[row],
+                    bucket.b[row],
+                    bucket.out_a[row],
+                    bucket.out_b[row],
+                    scaling=bucket.scaling[number],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    step=int(state["step"]),
+                    seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
+                    row_offset=expert * m + own.start,
+                )
         bucket.rows.add_up(bucket.grad_a)
         bucket.contract()
 
     def _entries(self, bucket: Bucket) -> list[Entry]:
-        own, entries = bucket.rows.own(bucket.a.shape[1]), []
-        for row, index in enumerate(bucket.indices):
-            pair, gradients = self._pairs[index], (bucket.out_a[row, own], bucket.out_b[row])
-            for place, parameter, gradient in zip((pair.a, pair.b), bucket.parameters[row], gradients, strict=True):
+        entries = []
+        for index, parameters, gradients in zip(bucket.indices, bucket.parameters, bucket.adjusted(), strict=True):
+            pair = self._pairs[index]
+            for place, parameter, gradient in zip((pair.a, pair.b), parameters, gradients, strict=True):
                 state = self._state_of(parameter) if self.mode == "efficient" else {}
                 entries.append(Entry(place[0], local(parameter), gradient, state))
         return entries
