@@ -90,7 +90,8 @@ def forward(
         )  # fmt: skip
         return y, t
     mask = mask_of(threshold, seed, stream)
-    a, b = cast(a, dtype), cast(b, dtype)
+    if a0 is not None or not _casts_itself(backend, a, b):
+        a, b = cast(a, dtype), cast(b, dtype)
     if a0 is None or b0 is None:
         t = _project(x, a, scaling, mask, backend)
     elif mask is None and scaling != 0:
@@ -122,7 +123,7 @@ def backward(
     scalars: Scalars,
     need_x: bool,
 ) -> tuple[_Optional, _Optional, _Optional]:
-    """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` in float32 (float64 for float64).
+    """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` of their factors' dtypes.
 
     g is `(tokens, m)` with contiguous rows, t as `forward` returned it. x is `None` where dA is not needed, t where dB
     is not, W where dx has no such part.
@@ -130,6 +131,7 @@ def backward(
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = g.dtype, g.shape[0]
     dx = da = db = None
+    kinds = a.dtype, b.dtype
     if backend == "cpp" and forms.override is None and forms.untuned():
         (rank, inputs), (outputs, columns), flags = a.shape, b.shape, 0
         if columns != rank or g.shape[1] != outputs or not (a.is_cpu and b.is_cpu):
@@ -161,18 +163,17 @@ def backward(
             g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
             weight is not None, da_at, db_at,
         )  # fmt: skip
-        return dx, da, db
-    mask, rank = mask_of(threshold, seed, stream), a.shape[0]
+        return dx, None if da is None else cast(da, kinds[0]), None if db is None else cast(db, kinds[1])
+    mask, rank, factors, u = mask_of(threshold, seed, stream), a.shape[0], (a, b), None
     if need_x or x is not None:
-        a = cast(a, dtype)
+        if a0 is not None or not _casts_itself(backend, a, b):
+            a, b = cast(a, dtype), cast(b, dtype)
         stacked = need_x and b0 is not None and scaling != 0
         if stacked and b0 is not None:
-            both = torch.cat((cast(b, dtype), _scaled(b0, frozen_scaling / scaling, dtype)), 1)
+            both = torch.cat((b, _scaled(b0, frozen_scaling / scaling, dtype)), 1)
             u = _project(g, both.mT, scaling, None, backend)
         else:
-            u = _project(g, cast(b, dtype).mT, scaling, None, backend)
-        if x is not None:
-            da = _launch.tsreduce(u[:, :rank], x, mask, backend)
+            u = _project(g, b.mT, scaling, None, backend)
         if need_x:
             terms = [forms.Term(u[:, :rank], a, mask)]
             if a0 is not None and b0 is not None:
@@ -186,9 +187,13 @@ def backward(
                     terms.append(forms.Term(tail, frozen))
             dx = g.new_empty((g.shape[0], a.shape[1]))
             _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
-    if t is not None:
-        db = _launch.tsreduce(t[:, :rank], g, None, backend).mT.contiguous()
-    return dx, da, db
+    first, second = (part if part is None or part.shape[1] == rank else part[:, :rank] for part in (u, t))
+    return dx, *_launch.factor_gradients(*factors, first, x, mask, second, g, backend)
+
+
+def _casts_itself(backend: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the kernels round factors where they load them, which saves two launches per pass."""
+    return backend == "triton" and a.dtype == b.dtype == _FLOAT
 
 
 def _combine(
