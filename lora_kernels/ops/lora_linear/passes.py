@@ -26,7 +26,7 @@ from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
 
 _Optional = torch.Tensor | None
-# Of a sum without a large product.
+# Of a sum without a large product, and of all where nothing was measured.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD, _FLOAT = 2**64 - 1, torch.float32
 
@@ -175,7 +175,7 @@ def backward(
         else:
             u = _project(g, b.mT, scaling, None, backend)
         if need_x:
-            terms = [forms.Term(u[:, :rank], a, mask)]
+            terms = [forms.Term(u if a0 is None else u[:, :rank], a, mask)]
             if a0 is not None and b0 is not None:
                 frozen = cast(a0, dtype)
                 if stacked and mask is None:
@@ -187,8 +187,10 @@ def backward(
                     terms.append(forms.Term(tail, frozen))
             dx = g.new_empty((g.shape[0], a.shape[1]))
             _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
-    first, second = (part if part is None or part.shape[1] == rank else part[:, :rank] for part in (u, t))
-    return dx, *_launch.factor_gradients(*factors, first, x, mask, second, g, backend)
+    if a0 is not None:  # its columns need no gradient
+        u, t = (None if part is None else part[:, :rank] for part in (u, t))
+    da, db = _launch.factor_gradients(*factors, u, x, mask, t, g, backend)
+    return dx, da, db
 
 
 def _casts_itself(backend: str, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -209,7 +211,7 @@ def _combine(
 ) -> None:
     """`out = (base or bias) + left right + the terms`, in the form that is chosen for it."""
     choice = _ONLY
-    if right is not None:
+    if right is not None and (forms.override is not None or not forms.untuned()):
         n, m = right.shape if product == "forward" else reversed(right.shape)
         rank, masked = sum(term.t.shape[1] for term in terms), any(term.mask is not None for term in terms)
         choice = forms.choose(product, out.device, out.dtype, (left.shape[0], n, m), rank, masked, backend)

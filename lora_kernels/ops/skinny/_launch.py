@@ -137,8 +137,9 @@ def _expand_cpp(
     )  # fmt: skip
 
 
-def _run(product: str, backend: str, *args: Any) -> None:
-    provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")(*args)
+@functools.cache
+def _of(product: str, backend: str) -> Callable[..., None]:
+    return provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")
 
 
 def shrink(
@@ -147,7 +148,7 @@ def shrink(
     """`out = scale * drop(x) a^T`: `(tokens, n)` and `(r, n)` give `(tokens, r)`, contiguous."""
     if out.numel() == 0 or x.shape[1] == 0:
         return out.zero_()
-    _run("shrink", backend, out, x, a, scale, mask)
+    _of("shrink", backend)(out, x, a, scale, mask)
     return out
 
 
@@ -162,7 +163,7 @@ def tsreduce(
         out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     if out.numel() == 0 or z.shape[0] == 0:
         return out.zero_()
-    _run("tsreduce", backend, out, t, z, mask)
+    _of("tsreduce", backend)(out, t, z, mask)
     return out
 
 
@@ -184,7 +185,7 @@ def factor_gradients(
     da = None if x is None else torch.empty(a.shape, dtype=a.dtype, device=g.device)
     db = None if t is None else torch.empty(b.shape, dtype=b.dtype, device=g.device)
     if da is not None and db is not None and 0 not in (g.shape[0], da.numel(), db.numel()):
-        provider("skinny.kernel:tsreduce_pair")((da, db), u, x, mask, t, g)
+        _of("tsreduce_pair", backend)((da, db), u, x, mask, t, g)
     else:
         if u is not None and x is not None:
             tsreduce(u, x, mask, backend, da)
@@ -209,5 +210,5 @@ def expand(
     if t.shape[1] == 0:
         start = bias if base is None else base
         return out.zero_() if start is None else out if start is out else out.copy_(start.expand_as(out))
-    _run("expand", backend, out, t, b, base, bias, mask)
+    _of("expand", backend)(out, t, b, base, bias, mask)
     return out
