@@ -16,8 +16,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from lora_kernels.ops import _tiles
-
 NO_STREAM = 7
 
 
@@ -70,10 +68,15 @@ class Launches(list):
         return [kernel.src.fn.__name__ for kernel, _, _ in self]
 
 
+LAUNCHES = Launches()  # one list: Triton keeps compiled kernels, which write there
+
+
 @contextlib.contextmanager
-def fake_gpu(processors=132):
+def fake_gpu():
     """Kernels are compiled to nothing and launched to nothing; gives the `Launches`."""
-    launches = Launches()
+    launches = LAUNCHES
+    launches.clear()
+    launches.compiled = 0
 
     def compiled(src, target=None, options=None, **_):
         kernel = object.__new__(triton.compiler.CompiledKernel)
@@ -91,8 +94,6 @@ def fake_gpu(processors=132):
         launches.compiled += 1
         return kernel
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.compiler, "compile", compiled))
-        stack.enter_context(mock.patch.object(_tiles, "capability_of", lambda device: (9, 0)))
-        driver.set_active(FakeDriver())
+    driver.set_active(FakeDriver())
+    with mock.patch.object(triton.compiler, "compile", compiled):
         yield launches
