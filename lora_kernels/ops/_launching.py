@@ -1,10 +1,10 @@
 """Launches of Triton kernels that skip Triton's front end where the same launch was made before.
 
-`kernel[grid](...)` binds and specialises every argument at each call: 10 to 20 us, where the launch itself takes 3. What it
-specialises on are the types of arguments, whether addresses are multiples of 16, and the values of numbers. So a launch
-with the numbers and dtypes of an earlier one, and all addresses multiples of 16, runs what was compiled for that one, by
-`CompiledKernel[grid]`. Interpreted kernels, AMD's (there, sizes of tensors count too) and versions of Triton in which this
-was not checked (`tests/ops/test_launching.py`) always go through the front end.
+`kernel[grid](...)` binds and specialises every argument at each call: 10 to 20 us, where the launch itself takes 3. It
+specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers. So a launch with
+the numbers and dtypes of an earlier one, and all addresses multiples of 16, runs what was compiled for that one, by
+`CompiledKernel[grid]`. Interpreted kernels, AMD's (there, sizes of tensors count too) and versions of Triton in which
+this was not checked (`tests/ops/test_launching.py`) always go through the front end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def launch(
     numbers: tuple[float, ...],
     constants: Constants,
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, **constants)`, on the current stream of the tensors' device, the current one."""
+    """`kernel[grid](*tensors, *numbers, **constants)` on the current stream; the tensors' device is the current one."""
     addresses, dtypes, bits = [], [], 0
     for tensor in tensors:
         address = tensor.data_ptr()

@@ -10,7 +10,6 @@ import types
 from unittest import mock
 
 import torch
-import triton
 import triton.compiler
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase

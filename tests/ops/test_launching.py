@@ -1,4 +1,4 @@
-"""Prepared launches: what Triton's front end would launch, how many launches a layer has, and none of it interpreted."""
+"""Prepared launches: they are those of Triton's front end, a layer has few, and interpreted kernels have none."""
 
 import os
 import subprocess

@@ -447,7 +447,12 @@ def tsreduce_pair(
     least: int = 256,
 ) -> None:
     """Launch `pair_kernel`: `u^T drop(x)` `(r, n)` and `g^T t` `(m, r)`, contiguous; otherwise as `tsreduce`."""
-    (tokens, size), rank, second_size, (u_stride, t_stride) = x.shape, u.shape[1], g.shape[1], (u.stride(0), t.stride(0))
+    (tokens, size), rank, second_size, (u_stride, t_stride) = (
+        x.shape,
+        u.shape[1],
+        g.shape[1],
+        (u.stride(0), t.stride(0)),
+    )
     aligned = is_aligned(rank, u_stride | t_stride, x, g)
     seed, factor, threshold, stream = _drop(mask, x)
     grid, chunk, constants = _plan(
