@@ -52,10 +52,11 @@ def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     casts = known and torch.is_autocast_enabled(device.type)
     modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
-    if device.type != "cuda" and not casts and not modes:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (elsewhere or casts or modes):
         return _NOTHING
     stack = contextlib.ExitStack()
-    if device.type == "cuda":
+    if elsewhere:
         stack.enter_context(torch.cuda.device(device))
     if casts:
         stack.enter_context(torch.autocast(device.type, enabled=False))

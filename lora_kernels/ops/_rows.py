@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 
 from lora_kernels.ops import _ext
@@ -18,6 +22,25 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+# Weights and their selections, of the block that shares them; see `shared_selections`.
+Selections = dict[tuple[object, ...], tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]]
+_shared: ContextVar[Selections | None] = ContextVar("selections", default=None)
+_MOST_SHARED = 8  # a batch has a mask or two, seen in a few shapes
+
+
+@contextlib.contextmanager
+def shared_selections(kept: Selections) -> Iterator[None]:
+    """Work out the rows that count only once for the same weights: on a GPU, each time waits for the device.
+
+    `kept` holds them, for calls in several blocks. Weights must not be changed behind autograd's back meanwhile.
+    """
+    token = _shared.set(kept)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The `(rows,)` int64 that count (`None`: all) and their `(rows,)` real weights (`None`: ones), by `(...)` weights.
 
@@ -25,6 +48,19 @@ def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
     """
     if weight is None:
         return None, None
+    kept = _shared.get()
+    if kept is None or weight.is_inference():
+        return _selection(weight)
+    # A view of the same numbers; the tensor that is kept beside them keeps their memory.
+    key = (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), weight._version)
+    if key not in kept:
+        if len(kept) >= _MOST_SHARED:
+            del kept[next(iter(kept))]
+        kept[key] = weight, _selection(weight)
+    return kept[key][1]
+
+
+def _selection(weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     flat = weight.reshape(-1)
     index = flat.nonzero().squeeze(-1)
     if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered

@@ -105,7 +105,10 @@ def rank_for(rank: int) -> tuple[int, int]:
 
 def is_aligned(*matrices: torch.Tensor) -> bool:
     """Whether Triton will find every width, stride and address to be a multiple of 16, and so vectorise loads."""
-    return all(n % 16 == 0 for matrix in matrices for n in (matrix.shape[1], matrix.stride(0), matrix.data_ptr()))
+    bits = 0
+    for matrix in matrices:
+        bits |= matrix.shape[1] | matrix.stride(0) | matrix.data_ptr()
+    return bits % 16 == 0
 
 
 def signed32(word: int) -> int:

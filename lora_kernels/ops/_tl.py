@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.runtime import JITFunction
 
 
 @triton.jit
@@ -13,6 +14,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# Whether kernels run in the interpreter, which Triton decides when it is imported.
+INTERPRETED = not isinstance(dot, JITFunction)
 
 
 @triton.jit

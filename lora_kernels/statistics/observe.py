@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops._rows import Selections, shared_selections
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
 from lora_kernels.statistics.moments import Accumulator
@@ -96,6 +97,7 @@ class Observer:
         self.sharing = InputSharing(share=options.share_inputs, apart=apart)
         self.outputs: dict[str, dict[str, Accumulator]] = {}
         self.weights = BatchWeights()
+        self._selections: Selections = {}
         self.counting = True
         self._discarding = False
         self.forwarding = True
@@ -144,6 +146,7 @@ class Observer:
     def begin(self, number: int, weights: BatchWeights, batch: Any) -> None:
         """Prepare for a batch, its number and the weights of its tokens."""
         self.weights, self._in_decoder = weights, False
+        self._selections.clear()
         self.sharing.begin(number)
         if weights.tokens is not None:
             self._towers.begin(batch)
@@ -214,7 +217,8 @@ class Observer:
                 weight = self._rows(name, x)
                 sums = self.sharing.assign(name, x, functools.partial(self._new, target, statistic, form, x.device))
                 if sums is not None:
-                    sums.update(x, self._without_bad_rows(name, x, weight))
+                    with shared_selections(self._selections):
+                        sums.update(x, self._without_bad_rows(name, x, weight))
 
         return observe
 
@@ -286,7 +290,8 @@ class Observer:
                 part.count += kept.sum(dtype=torch.float64) - counted
             finite = torch.isfinite(torch.stack(row_sums, dim=-1)).all(dim=-1)
             weight, factors = kept, finite if factors is None else factors * finite
-        add_gradients(sums, g, x, weight, factors)
+        with shared_selections(self._selections):
+            add_gradients(sums, g, x, weight, factors)
 
     def backward(self, loss: torch.Tensor, *, discard: bool = False) -> None:
         """Send the gradient of a sum over items through the graph; `discard` adds nothing (in step with others)."""

@@ -44,9 +44,11 @@ def adam(rows, columns, rank):
 
 
 def skinny_products(tokens, size, rank):
-    skinny.shrink(matrix(tokens, rank), matrix(tokens, size), matrix(rank, size), 1.0, None)
-    skinny.tsreduce(matrix(rank, size, FLOAT), matrix(tokens, rank), matrix(tokens, size), None)
-    skinny.expand(matrix(tokens, size), matrix(tokens, rank), matrix(rank, size), None, None, None)
+    x, t, a = matrix(tokens, size), matrix(tokens, rank), matrix(rank, size)
+    skinny.shrink(t, x, a, 1.0, None)
+    skinny.tsreduce(matrix(rank, size, FLOAT), t, x, None)
+    skinny.tsreduce_pair((a, matrix(size, rank)), t, x, None, t, x)
+    skinny.expand(x, t, a, None, None, None)
 
 
 def grouped_products(rows, size, experts, rank=16):

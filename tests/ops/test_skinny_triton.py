@@ -65,6 +65,41 @@ def test_tsreduce(tokens, width, rank, dtype, dropout, poisoned_memory):
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
 @pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_both_sums_over_tokens_in_one_launch(tokens, width, rank, dtype, dropout, poisoned_memory):
+    u, t = (draw(tokens, rank + 3, dtype=dtype)[:, 1 : 1 + rank] for _ in range(2))
+    x, g = draw(tokens, width + 8, dtype=dtype)[:, 5 : 5 + width], draw(tokens, 2 * width + 1, dtype=dtype)
+    for least, kind in ((10**6, torch.float32), (PARTS, torch.float32), (10**6, dtype), (PARTS, dtype)):
+        da = torch.empty(rank, width, dtype=kind, device=DEVICE)
+        db = torch.empty(2 * width + 1, rank, dtype=kind, device=DEVICE)
+        kernel.tsreduce_pair((da, db), u, x, mask_of(dropout), t, g, TINY, least)
+        check(da, lambda u, x: reference.tsreduce(u, x, dropout), (u, x), tokens)
+        check(db, lambda t, g: reference.tsreduce(t, g).mT, (t, g), tokens)
+
+
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_sums_over_tokens_are_written_where_and_as_they_belong(tokens, width, rank, poisoned_memory):
+    t, z = draw(tokens, rank, dtype=torch.float16), draw(tokens, width, dtype=torch.float16)
+    for least in (10**6, PARTS):
+        out = torch.empty(width, rank, dtype=torch.float16, device=DEVICE)
+        kernel.tsreduce(out.mT, t, z, None, TINY, least)
+        check(out, lambda t, z: reference.tsreduce(t, z).mT, (t, z), tokens)
+
+
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
+def test_float32_factors_beside_16_bit_operands(tokens, width, rank, poisoned_memory):
+    x, t, out = (draw(tokens, size, dtype=torch.float16) for size in (width, rank, rank))
+    wide = torch.empty_like(x)
+    # Numbers of 16 bits, as the interpreter does not round what the device rounds where it is loaded.
+    for a in (draw(rank, width, dtype=torch.float16).float(), draw(width, rank, dtype=torch.float16).float().mT):
+        kernel.shrink(out, x, a, 0.7, None, TINY, 10**6)
+        check(out, lambda x, a: reference.shrink(x, a, 0.7), (x, a), width)
+        kernel.expand(wide, t, a, None, None, None, TINY)
+        check(wide, reference.expand, (t, a), rank + 1)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens, width, rank", SHAPES)
 def test_expand(tokens, width, rank, dtype, dropout, poisoned_memory):
     t, bias, base = (
         draw(tokens, rank, dtype=dtype),
@@ -127,6 +162,17 @@ def test_ranks_are_tiled():
     assert rank_for(1) == (16, 1) and rank_for(16) == (16, 1) and rank_for(17) == (32, 1)
     assert rank_for(64) == (64, 1) and rank_for(65) == (64, 2)
     assert config.step_for(40, torch.float32) == 16 and config.step_for(40, torch.float16) == 64
+
+
+def test_flat_tiles_replace_parts_of_sums(monkeypatch):
+    """Between one and two tiles per multiprocessor; fewer tokens are cut into parts, more need neither."""
+    monkeypatch.setattr(config, "processors", lambda device: 132)
+    config.shrink_config.cache_clear()
+    device, sizes = torch.device("cpu"), (2048, 8192, 16896)
+    chosen = [config.shrink_config(tokens, torch.bfloat16, True, device) for tokens in sizes]
+    config.shrink_config.cache_clear()
+    if kernel.build_platform() == "cuda":
+        assert [of == config.FLAT for of in chosen] == [False, True, False]
 
 
 def test_too_many_tokens_for_a_grid():

@@ -280,3 +280,20 @@ def test_random_state_of_python_is_left_alone():
     before = random.getstate()
     collect(Block(), batches(), progress=False)
     assert random.getstate() == before
+
+
+def test_the_rows_that_count_are_looked_up_once_per_batch(monkeypatch):
+    """Each look-up waits for the device: as many as there are shapes of the mask, not as there are layers."""
+    lookups, nonzero = [], torch.Tensor.nonzero
+
+    def counted(tensor):
+        lookups.append(tensor.shape)
+        return nonzero(tensor)
+
+    data = batches()
+    monkeypatch.setattr(torch.Tensor, "nonzero", counted)
+    wants = ("input_second", "gradient")
+    for share in (True, False):
+        lookups.clear()
+        collect(Block(), data, wants, loss=lambda output, batch: output.sum(), share_inputs=share)
+        assert len(lookups) == len(data)

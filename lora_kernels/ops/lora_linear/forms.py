@@ -231,6 +231,8 @@ def combine(
         from lora_kernels.ops.lora_linear import kernel  # noqa: PLC0415
 
         (t, b, mask), *terms = terms
-        kernel.linear(out, left, right, t, b, bias, mask, kernel.fitting(choice.config, out, left, right))
+        kernel.linear(
+            out, left, right, t, _launch.cast(b, t.dtype), bias, mask, kernel.fitting(choice.config, out, left, right)
+        )
     for t, b, mask in terms:
         _launch.expand(out, t, b, base=out, mask=mask, backend=backend)

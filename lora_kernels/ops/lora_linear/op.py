@@ -87,11 +87,11 @@ def _backward(
 
 
 def _backward_fake(g: torch.Tensor, x: Any, t: Any, _weight: Any, a: Any, b: Any, *others: Any) -> Any:
-    wide, need_x = torch.promote_types(g.dtype, torch.float32), others[-2]
+    need_x = others[-2]
     return (
         g.new_empty((g.shape[0], a.shape[1]) if need_x else (0,)),
-        g.new_empty(0) if x is None else a.new_empty(a.shape, dtype=wide),
-        g.new_empty(0) if t is None else b.new_empty(b.shape, dtype=wide),
+        g.new_empty(0) if x is None else a.new_empty(a.shape),
+        g.new_empty(0) if t is None else b.new_empty(b.shape),
     )
 
 
@@ -160,8 +160,7 @@ class LoraFunction(torch.autograd.Function):
                 dx = None
             elif g.dim() != 2:
                 dx = dx.view(*g.shape[:-1], a.shape[1])  # type: ignore[union-attr]
-            da = cast(da, a.dtype) if need_a else None  # type: ignore[arg-type]
-            db = cast(db, b.dtype) if need_b else None  # type: ignore[arg-type]
+            da, db = da if need_a else None, db if need_b else None
         if need_weight:
             dw = cast(torch.mm(rows.mT, source), ctx.dtypes[0])  # type: ignore[arg-type]
         if need_start:

@@ -26,7 +26,7 @@ from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
 
 _Optional = torch.Tensor | None
-# Of a sum without a large product.
+# Of a sum without a large product, and of all where nothing was measured.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD, _FLOAT = 2**64 - 1, torch.float32
 
@@ -90,7 +90,8 @@ def forward(
         )  # fmt: skip
         return y, t
     mask = mask_of(threshold, seed, stream)
-    a, b = cast(a, dtype), cast(b, dtype)
+    if a0 is not None or not _casts_itself(backend, a, b):
+        a, b = cast(a, dtype), cast(b, dtype)
     if a0 is None or b0 is None:
         t = _project(x, a, scaling, mask, backend)
     elif mask is None and scaling != 0:
@@ -122,7 +123,7 @@ def backward(
     scalars: Scalars,
     need_x: bool,
 ) -> tuple[_Optional, _Optional, _Optional]:
-    """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` in float32 (float64 for float64).
+    """Dx `(tokens, n)` of g's dtype, dA `(r, n)` and dB `(m, r)` of their factors' dtypes.
 
     g is `(tokens, m)` with contiguous rows, t as `forward` returned it. x is `None` where dA is not needed, t where dB
     is not, W where dx has no such part.
@@ -130,6 +131,7 @@ def backward(
     scaling, frozen_scaling, threshold, stream, backend = scalars
     dtype, tokens = g.dtype, g.shape[0]
     dx = da = db = None
+    kinds = a.dtype, b.dtype
     if backend == "cpp" and forms.override is None and forms.untuned():
         (rank, inputs), (outputs, columns), flags = a.shape, b.shape, 0
         if columns != rank or g.shape[1] != outputs or not (a.is_cpu and b.is_cpu):
@@ -161,20 +163,19 @@ def backward(
             g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
             weight is not None, da_at, db_at,
         )  # fmt: skip
-        return dx, da, db
-    mask, rank = mask_of(threshold, seed, stream), a.shape[0]
+        return dx, None if da is None else cast(da, kinds[0]), None if db is None else cast(db, kinds[1])
+    mask, rank, factors, u = mask_of(threshold, seed, stream), a.shape[0], (a, b), None
     if need_x or x is not None:
-        a = cast(a, dtype)
+        if a0 is not None or not _casts_itself(backend, a, b):
+            a, b = cast(a, dtype), cast(b, dtype)
         stacked = need_x and b0 is not None and scaling != 0
         if stacked and b0 is not None:
-            both = torch.cat((cast(b, dtype), _scaled(b0, frozen_scaling / scaling, dtype)), 1)
+            both = torch.cat((b, _scaled(b0, frozen_scaling / scaling, dtype)), 1)
             u = _project(g, both.mT, scaling, None, backend)
         else:
-            u = _project(g, cast(b, dtype).mT, scaling, None, backend)
-        if x is not None:
-            da = _launch.tsreduce(u[:, :rank], x, mask, backend)
+            u = _project(g, b.mT, scaling, None, backend)
         if need_x:
-            terms = [forms.Term(u[:, :rank], a, mask)]
+            terms = [forms.Term(u if a0 is None else u[:, :rank], a, mask)]
             if a0 is not None and b0 is not None:
                 frozen = cast(a0, dtype)
                 if stacked and mask is None:
@@ -186,9 +187,15 @@ def backward(
                     terms.append(forms.Term(tail, frozen))
             dx = g.new_empty((g.shape[0], a.shape[1]))
             _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
-    if t is not None:
-        db = _launch.tsreduce(t[:, :rank], g, None, backend).mT.contiguous()
+    if a0 is not None:  # its columns need no gradient
+        u, t = (None if part is None else part[:, :rank] for part in (u, t))
+    da, db = _launch.factor_gradients(*factors, u, x, mask, t, g, backend)
     return dx, da, db
+
+
+def _casts_itself(backend: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the kernels round factors where they load them, which saves two launches per pass."""
+    return backend == "triton" and a.dtype == b.dtype == _FLOAT
 
 
 def _combine(
@@ -204,7 +211,7 @@ def _combine(
 ) -> None:
     """`out = (base or bias) + left right + the terms`, in the form that is chosen for it."""
     choice = _ONLY
-    if right is not None:
+    if right is not None and (forms.override is not None or not forms.untuned()):
         n, m = right.shape if product == "forward" else reversed(right.shape)
         rank, masked = sum(term.t.shape[1] for term in terms), any(term.mask is not None for term in terms)
         choice = forms.choose(product, out.device, out.dtype, (left.shape[0], n, m), rank, masked, backend)

@@ -1,14 +1,13 @@
 """The three products on each backend, on tensors that are already checked. Every function fills what it is given.
 
-Wide operands have unit column stride; b and a have any strides. All are of one dtype, but the result of `tsreduce` is
-float32 (float64 for float64).
+Wide operands have unit column stride; b and a have any strides. All are of one dtype, but the result of `tsreduce`, and
+that factors may be float32 for Triton.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -137,8 +136,9 @@ def _expand_cpp(
     )  # fmt: skip
 
 
-def _run(product: str, backend: str, *args: Any) -> None:
-    provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")(*args)
+@functools.cache
+def _of(product: str, backend: str) -> Callable[..., None]:
+    return provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")
 
 
 def shrink(
@@ -147,20 +147,50 @@ def shrink(
     """`out = scale * drop(x) a^T`: `(tokens, n)` and `(r, n)` give `(tokens, r)`, contiguous."""
     if out.numel() == 0 or x.shape[1] == 0:
         return out.zero_()
-    _run("shrink", backend, out, x, a, scale, mask)
+    _of("shrink", backend)(out, x, a, scale, mask)
     return out
 
 
 def tsreduce(
     t: torch.Tensor, z: torch.Tensor, mask: Mask | None, backend: str, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`t^T drop(z)`: `(tokens, r)` and `(tokens, d)` give `(r, d)` float32 (float64 for float64), new by default."""
+    """`t^T drop(z)`: `(tokens, r)` and `(tokens, d)` give `(r, d)`, new by default: float32 (float64 for float64).
+
+    Another dtype, or a transposed view, only Triton writes.
+    """
     if out is None:
         out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     if out.numel() == 0 or z.shape[0] == 0:
         return out.zero_()
-    _run("tsreduce", backend, out, t, z, mask)
+    _of("tsreduce", backend)(out, t, z, mask)
     return out
+
+
+def factor_gradients(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    u: torch.Tensor | None,
+    x: torch.Tensor | None,
+    mask: Mask | None,
+    t: torch.Tensor | None,
+    g: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`u^T drop(x)` like A `(r, n)` and `g^T t` like B `(m, r)`, contiguous; `None` without x or without t."""
+    if backend != "triton":
+        da = None if x is None or u is None else cast(tsreduce(u, x, mask, backend), a.dtype)
+        db = None if t is None else cast(tsreduce(t, g, None, backend), b.dtype).mT.contiguous()
+        return da, db
+    da = None if x is None else torch.empty(a.shape, dtype=a.dtype, device=g.device)
+    db = None if t is None else torch.empty(b.shape, dtype=b.dtype, device=g.device)
+    if da is not None and db is not None and 0 not in (g.shape[0], da.numel(), db.numel()):
+        _of("tsreduce_pair", backend)((da, db), u, x, mask, t, g)
+    else:
+        if u is not None and x is not None:
+            tsreduce(u, x, mask, backend, da)
+        if t is not None and db is not None:
+            tsreduce(t, g, None, backend, db.mT)
+    return da, db
 
 
 def expand(
@@ -179,5 +209,5 @@ def expand(
     if t.shape[1] == 0:
         start = bias if base is None else base
         return out.zero_() if start is None else out if start is out else out.copy_(start.expand_as(out))
-    _run("expand", backend, out, t, b, base, bias, mask)
+    _of("expand", backend)(out, t, b, base, bias, mask)
     return out

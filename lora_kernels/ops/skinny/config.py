@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,26 @@ def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform:
     """The configuration of `shrink`, `reduce` or `expand`; `aligned` says whether loads can be vectorised."""
     single = dtype == torch.float32
     return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
+
+
+# Half the tokens per tile: twice the tiles, where a chip would otherwise be filled by parts of sums, one more launch.
+FLAT = SkinnyConfig(32, 64, 4, 4)
+
+
+def shrink_configs(dtype: torch.dtype, aligned: bool, platform: str) -> tuple[SkinnyConfig, ...]:
+    """The configurations of `shrink`, of many tokens and of fewer."""
+    usual = config_for("shrink", dtype, aligned, platform)
+    return (usual, FLAT) if aligned and dtype != torch.float32 and platform == "cuda" else (usual,)
+
+
+@functools.lru_cache(maxsize=1024)
+def shrink_config(tokens: int, dtype: torch.dtype, aligned: bool, device: torch.device) -> SkinnyConfig:
+    """The configuration of `shrink`: flat tiles where they alone give every multiprocessor one without parts of sums."""
+    usual, *flat = shrink_configs(dtype, aligned, build_platform())
+    number = processors(device)
+    if flat and -(-tokens // usual.tokens) < 2 * number and -(-tokens // FLAT.tokens) >= number:
+        return FLAT
+    return usual
 
 
 def step_for(rank: int, dtype: torch.dtype) -> int:

@@ -4,27 +4,39 @@
     out[c, j] = factor * sum_k  t[k, c] * m[k, j] z[k, j]           reduce_kernel
     y[k, j]   = base[k, j] + factor * m[k, j] sum_c t[k, c] b[c, j]   expand_kernel
 
-All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, made where it is
-needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few tiles its
-sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits.
+All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where it
+is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few tiles its
+sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums over tokens
+are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit operands.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._launching import Constants, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
-from lora_kernels.ops._tl import dot, keep_tile, load_key
-from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, parts_for, step_for, tall_for
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
+from lora_kernels.ops.skinny.config import (
+    FLAT,
+    SkinnyConfig,
+    config_for,
+    is_aligned,
+    parts_for,
+    shrink_config,
+    shrink_configs,
+    step_for,
+    tall_for,
+)
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
@@ -90,39 +102,21 @@ def shrink_kernel(
             x = tl.where(keep, x, tl.zeros_like(x))
         place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
         a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
-        acc = dot(x, a, acc, PRECISION, UPCAST)
+        acc = dot(x, a if UPCAST else a.to(x.dtype), acc, PRECISION, UPCAST)
     at = (tl.program_id(2).to(tl.int64) * n_tokens + token)[:, None] * rank + lane[None, :]
     mask = (token[:, None] < n_tokens) & (lane[None, :] < rank)
     tl.store(out_ptr + at, (acc * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "chunk", "threshold", "stream"])
-def reduce_kernel(
-    out_ptr,  # (splits, rank, size) float32
-    x_ptr,  # z: (n_tokens, size)
-    t_ptr,  # (n_tokens, rank)
-    seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    rank,
-    chunk,
-    x_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """A tile of `factor * t^T drop(z)` over one part of the tokens. Programs that share columns are neighbours."""
-    rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
+@triton.jit
+def reduce_tile(
+    out_ptr, x_ptr, t_ptr, seed_ptr, block, size, n_tokens, rank, chunk, x_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of `factor * t^T drop(z)`, `(rank, size)` or transposed, over one part of the tokens."""
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2) * chunk
     last = tl.minimum(first + chunk, n_tokens)
     if HAS_DROPOUT:
@@ -142,12 +136,91 @@ def reduce_kernel(
             other=0.0,
         )
         if HAS_DROPOUT:
-            group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+            group = block * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
             keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
             z = tl.where(keep, z, tl.zeros_like(z))
         acc = dot(t, z, acc, PRECISION, UPCAST)
-    at = (tl.program_id(2).to(tl.int64) * rank + lane)[:, None] * size + column[None, :]
-    tl.store(out_ptr + at, acc * factor, mask=(lane[:, None] < rank) & (column[None, :] < size))
+    at = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
+    result = (acc * factor).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, result, mask=(lane[:, None] < rank) & (column[None, :] < size))
+
+
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "chunk", "threshold", "stream"])
+def reduce_kernel(
+    out_ptr,  # (splits, rank, size), or (splits, size, rank) if TRANSPOSED
+    x_ptr,  # z: (n_tokens, size)
+    t_ptr,  # (n_tokens, rank)
+    seed_ptr,  # (1,) int64, if HAS_DROPOUT
+    size,
+    n_tokens,
+    rank,
+    chunk,
+    x_stride,
+    t_stride,
+    factor,
+    threshold,
+    stream,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of `factor * t^T drop(z)` over one part of the tokens. Programs that share columns are neighbours."""
+    rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
+    out_ptr += tl.program_id(2).to(tl.int64) * rank * size
+    reduce_tile(
+        out_ptr, x_ptr, t_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk, x_stride, t_stride,
+        factor, threshold, stream, TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_DROPOUT, PRECISION, UPCAST,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens", "rank", "u_stride", "t_stride", "chunk", "threshold", "stream"])
+def pair_kernel(
+    out_ptr,  # dA: (splits, rank, size)
+    second_ptr,  # dB: (splits, second_size, rank); a part of both is rank * (size + second_size) long if there are many
+    x_ptr,  # (n_tokens, size)
+    u_ptr,  # (n_tokens, rank)
+    g_ptr,  # (n_tokens, second_size)
+    t_ptr,  # (n_tokens, rank)
+    seed_ptr,  # (1,) int64, if HAS_DROPOUT
+    size,
+    second_size,
+    n_tokens,
+    rank,
+    chunk,
+    x_stride,
+    u_stride,
+    g_stride,
+    t_stride,
+    factor,
+    threshold,
+    stream,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of `factor * u^T drop(x)` or, in the later programs, of `g^T t`, over one part of the tokens."""
+    rank, u_stride, t_stride = known(rank, ALIGNED), known(u_stride, ALIGNED), known(t_stride, ALIGNED)
+    part = tl.program_id(2).to(tl.int64) * rank * (size + second_size)
+    blocks = tl.cdiv(size, COLUMNS)
+    if tl.program_id(1) < blocks:
+        reduce_tile(
+            out_ptr + part, x_ptr, u_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk, x_stride, u_stride,
+            factor, threshold, stream, TOKENS, COLUMNS, RANK, False, HAS_DROPOUT, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        reduce_tile(
+            second_ptr + part, g_ptr, t_ptr, seed_ptr, tl.program_id(1) - blocks, second_size, n_tokens, rank, chunk,
+            g_stride, t_stride, 1.0, 0, 0, TOKENS, COLUMNS, RANK, True, False, PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "threshold", "stream"])
@@ -193,7 +266,7 @@ def expand_kernel(
         )
         place = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
         b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
-        acc = dot(t, b, acc, PRECISION, UPCAST)
+        acc = dot(t, b if UPCAST else b.to(t.dtype), acc, PRECISION, UPCAST)
     mask = (token[:, None] < n_tokens) & (column[None, :] < size)
     if HAS_DROPOUT:
         group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
@@ -210,17 +283,24 @@ def expand_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def sum_parts_kernel(
     out_ptr,  # (size,)
-    partial_ptr,  # (splits, size) float32
+    second_ptr,  # (second_size,), if PAIR
+    partial_ptr,  # (splits, size + second_size) float32
     size,
+    second_size,
     splits,
     PART: tl.constexpr,
+    PAIR: tl.constexpr,
 ):
-    """Add the parts, in order."""
+    """Add the parts, in order, of one result or of two."""
     place = tl.program_id(0) * PART + tl.arange(0, PART)
+    total = size + second_size if PAIR else size
     acc = tl.zeros((PART,), dtype=tl.float32)
     for split in range(0, splits):
-        acc += tl.load(partial_ptr + tl.cast(split, tl.int64) * size + place, mask=place < size, other=0.0)
+        acc += tl.load(partial_ptr + tl.cast(split, tl.int64) * total + place, mask=place < total, other=0.0)
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=place < size)
+    if PAIR:
+        mask = (place >= size) & (place < total)
+        tl.store(second_ptr + (place - size), acc.to(second_ptr.dtype.element_ty), mask=mask)
 
 
 def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bool]:
@@ -238,8 +318,69 @@ def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tupl
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
 
 
-def _sum_parts(out: torch.Tensor, partial: torch.Tensor) -> None:
-    sum_parts_kernel[(-(-out.numel() // _PART),)](out, partial, out.numel(), partial.shape[0], PART=_PART)
+class _Plan(NamedTuple):
+    """What a launch is besides its tensors."""
+
+    grid: tuple[int, int, int]
+    chunk: int  # steps or tokens of a part of the sum
+    constants: Constants
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    product: str,
+    sizes: tuple[int, ...],
+    tokens: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: SkinnyConfig | None,
+    least: int,
+    drops: bool,
+    aligned: bool,
+    **flags: bool,
+) -> _Plan:
+    """Of `shrink`, `reduce` or `expand`, over matrices of some sizes; flags in the order of the kernel's parameters."""
+    if config is None:
+        few = product == "shrink"
+        config = shrink_config(tokens, dtype, aligned, device) if few else config_for(product, dtype, aligned)
+    (width, blocks), chunk = rank_for(rank), 0
+    if product == "shrink":
+        tall = tall_for(tokens, config)
+        tiles = blocks * tall * (2 if config == FLAT else 1)  # of which one per multiprocessor is enough
+        splits, chunk = parts_for(tiles, sizes[0], config.columns, device, least)
+        grid, chunk = (blocks, tall, splits), chunk // config.columns
+    elif product == "reduce":
+        wide = sum(-(-size // config.columns) for size in sizes)
+        splits, chunk = parts_for(blocks * wide, tokens, config.tokens, device, least)
+        grid = blocks, wide, splits
+    else:
+        grid, width = (-(-sizes[0] // config.columns), tall_for(tokens, config), 1), step_for(rank, dtype)
+    constants = Constants(
+        config.warps, config.stages, TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, **flags,
+        HAS_DROPOUT=drops, PRECISION=precision(dtype, build_platform()), UPCAST=INTERPRETED,
+    )  # fmt: skip
+    return _Plan(grid, chunk, _kept(constants))
+
+
+_every: dict[tuple[Any, ...], Constants] = {}
+
+
+def _kept(constants: Constants) -> Constants:
+    """The first of equal constants, so that plans share what was compiled."""
+    return _every.setdefault(tuple(constants.arguments.items()), constants)
+
+
+_SUM, _SUM_PAIR = Constants(PART=_PART, PAIR=False), Constants(PART=_PART, PAIR=True)
+
+
+def _sum_parts(partial: torch.Tensor, out: torch.Tensor, second: torch.Tensor | None = None) -> None:
+    size, second_size = out.numel(), 0 if second is None else second.numel()
+    launch(
+        sum_parts_kernel, (-(-(size + second_size) // _PART), 1, 1),
+        (out, out if second is None else second, partial), (size, second_size, partial.shape[0]),
+        _SUM if second is None else _SUM_PAIR,
+    )  # fmt: skip
 
 
 def shrink(
@@ -252,24 +393,20 @@ def shrink(
     least: int = 512,
 ) -> None:
     """Launch `shrink_kernel`; x has unit column stride, no size is zero, a part has `least` columns or more."""
-    (tokens, size), rank = x.shape, a.shape[0]
+    (tokens, size), rank, stride = x.shape, a.shape[0], x.stride(0)
     aligned = is_aligned(rank, rank, x)
-    config = config or config_for("shrink", x.dtype, aligned)
     a, transposed = _oriented(a, mask)
     seed, factor, threshold, stream = _drop(mask, x, scale)
-    width, blocks = rank_for(rank)
-    tall = tall_for(tokens, config)
-    splits, chunk = parts_for(blocks * tall, size, config.columns, x.device, least)
-    target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
-    shrink_kernel[(blocks, tall, splits)](
-        target, x, a, seed, size, tokens, rank, chunk // config.columns, x.stride(0), factor, threshold, stream,
-        TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, TRANSPOSED=transposed,
-        ALIGNED=aligned, HAS_DROPOUT=mask is not None, PRECISION=precision(x.dtype, build_platform()),
-        UPCAST=interpreting(),
-        num_warps=config.warps, num_stages=config.stages,
+    grid, steps, constants = _plan(
+        "shrink", (size,), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
+        TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
+    splits = grid[2]
+    target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
+    numbers = (size, tokens, rank, steps, stride, factor, threshold, stream)
+    launch(shrink_kernel, grid, (target, x, a, seed), numbers, constants)
     if splits > 1:
-        _sum_parts(out, target)
+        _sum_parts(target, out)
 
 
 def tsreduce(
@@ -280,24 +417,59 @@ def tsreduce(
     config: SkinnyConfig | None = None,
     least: int = 256,
 ) -> None:
-    """Launch `reduce_kernel`; t and z have unit column stride, no size is zero, a part has `least` tokens or more."""
+    """Launch `reduce_kernel`; t and z have unit column stride, `out` or `out.mT` is contiguous, no size is zero.
+
+    A part has `least` tokens or more.
+    """
     (tokens, size), rank = z.shape, t.shape[1]
-    aligned = is_aligned(rank, t.stride(0), z)
-    config = config or config_for("reduce", z.dtype, aligned)
+    aligned, transposed = is_aligned(rank, t.stride(0), z), not out.is_contiguous()
     seed, factor, threshold, stream = _drop(mask, z)
-    width, blocks = rank_for(rank)
-    wide = -(-size // config.columns)
-    splits, chunk = parts_for(blocks * wide, tokens, config.tokens, z.device, least)
-    target = out if splits == 1 else torch.empty(splits, rank, size, dtype=torch.float32, device=z.device)
-    reduce_kernel[(blocks, wide, splits)](
-        target, z, t, seed, size, tokens, rank, chunk, z.stride(0), t.stride(0), factor, threshold, stream,
-        TOKENS=config.tokens, COLUMNS=config.columns, RANK=width,
-        ALIGNED=aligned, HAS_DROPOUT=mask is not None, PRECISION=precision(z.dtype, build_platform()),
-        UPCAST=interpreting(),
-        num_warps=config.warps, num_stages=config.stages,
+    grid, chunk, constants = _plan(
+        "reduce", (size,), tokens, rank, z.dtype, z.device, config, least, mask is not None, aligned,
+        TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
+    splits = grid[2]
+    target = out if splits == 1 else torch.empty(splits, rank, size, dtype=torch.float32, device=z.device)
+    numbers = (size, tokens, rank, chunk, z.stride(0), t.stride(0), factor, threshold, stream)
+    launch(reduce_kernel, grid, (target, z, t, seed), numbers, constants)
     if splits > 1:
-        _sum_parts(out, target)
+        _sum_parts(target, out)
+
+
+def tsreduce_pair(
+    outs: tuple[torch.Tensor, torch.Tensor],
+    u: torch.Tensor,
+    x: torch.Tensor,
+    mask: Mask | None,
+    t: torch.Tensor,
+    g: torch.Tensor,
+    config: SkinnyConfig | None = None,
+    least: int = 256,
+) -> None:
+    """Launch `pair_kernel`: `u^T drop(x)` `(r, n)` and `g^T t` `(m, r)`, contiguous; otherwise as `tsreduce`."""
+    (tokens, size), rank, second_size, (u_stride, t_stride) = (
+        x.shape,
+        u.shape[1],
+        g.shape[1],
+        (u.stride(0), t.stride(0)),
+    )
+    aligned = is_aligned(rank, u_stride | t_stride, x, g)
+    seed, factor, threshold, stream = _drop(mask, x)
+    grid, chunk, constants = _plan(
+        "reduce", (size, second_size), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
+        ALIGNED=aligned,
+    )  # fmt: skip
+    splits, (first, second) = grid[2], outs
+    if splits > 1:
+        partial = torch.empty(splits, rank * (size + second_size), dtype=torch.float32, device=x.device)
+        first, second = partial, partial[0, rank * size :]
+    numbers = (
+        size, second_size, tokens, rank, chunk, x.stride(0), u_stride, g.stride(0), t_stride,
+        factor, threshold, stream,
+    )  # fmt: skip
+    launch(pair_kernel, grid, (first, second, x, u, g, t, seed), numbers, constants)
+    if splits > 1:
+        _sum_parts(partial, *outs)
 
 
 def expand(
@@ -310,36 +482,36 @@ def expand(
     config: SkinnyConfig | None = None,
 ) -> None:
     """Launch `expand_kernel`; `out`, t and base (which may be `out`) have unit column stride, no size is zero."""
-    (tokens, size), rank = out.shape, t.shape[1]
-    aligned = is_aligned(rank, t.stride(0), out, *(() if base is None else (base,)))
-    config = config or config_for("expand", out.dtype, aligned)
+    (tokens, size), rank, t_stride, source = out.shape, t.shape[1], t.stride(0), out if base is None else base
+    aligned = is_aligned(rank, t_stride, out) if source is out else is_aligned(rank, t_stride, out, source)
     b, transposed = _oriented(b, mask)
     seed, factor, threshold, stream = _drop(mask, out)
-    source = out if base is None else base
-    expand_kernel[(-(-size // config.columns), tall_for(tokens, config))](
-        out, source, out if bias is None else bias, t, b, seed,
-        size, tokens, rank, out.stride(0), source.stride(0), t.stride(0), factor, threshold, stream,
-        TOKENS=config.tokens, COLUMNS=config.columns, RANK=step_for(rank, out.dtype), TRANSPOSED=transposed,
-        ADD=base is not None, HAS_BIAS=bias is not None, ALIGNED=aligned, HAS_DROPOUT=mask is not None,
-        PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
-        num_warps=config.warps, num_stages=config.stages,
+    grid, _, constants = _plan(
+        "expand", (size,), tokens, rank, out.dtype, out.device, config, 0, mask is not None, aligned,
+        TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
+    numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor, threshold, stream)
+    launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, seed), numbers, constants)
 
 
 def _aot_case(
-    kernel: Any, rank: int, drop: bool, dtype: torch.dtype, out: str, label: str, flags: dict[str, bool], **where: Any
-) -> dict[str, Any]:
+    kernel: Any, rank: int, drop: bool, dtype: torch.dtype, out: str, label: str, flags: dict[str, bool],
+    config: SkinnyConfig, factor: str = "", **where: Any,
+) -> dict[str, Any]:  # fmt: skip
     platform, x = where["platform"], f"*{AOT_DTYPES[dtype]}"
-    config = config_for(kernel.__name__.removesuffix("_kernel"), dtype, where["aligned"], platform)
     fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "HAS_DROPOUT": drop}
     fixed |= {"ALIGNED": where["aligned"]}
     fixed |= {"PRECISION": precision(dtype, platform), "UPCAST": False}
-    types = dict.fromkeys(("rank", "steps", "t_stride", "threshold", "stream"), "i32")
-    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr", "bias_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}"}
+    numbers = ("rank", "steps", "t_stride", "u_stride", "g_stride", "second_size", "threshold", "stream")
+    types = dict.fromkeys(numbers, "i32")
+    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr", "bias_ptr", "u_ptr", "g_ptr"), x)
+    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}", "second_ptr": f"*{out}"}
+    if factor:
+        types["factor_ptr"], label = f"*{factor}", f"{label} {factor} factor"
     # All are bound by memory. Where a mask meets the left operand in registers, the compiler may serialise products
     # (C7515); fewer than 64 rows go to the older matrix instruction on later chips.
-    older = (kernel is shrink_kernel and drop) or (kernel is reduce_kernel and rank < 64)
+    few = (config.tokens if kernel is shrink_kernel else rank) < 64 and kernel is not expand_kernel
+    older = (kernel is shrink_kernel and drop) or few
     launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
     shape = f"{x[1:]} {config.tokens}x{config.columns}x{rank}" + " dropout" * drop + label
     return aot_case(kernel, shape, {**fixed, **flags}, types, **where, **launch)
@@ -354,16 +526,26 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where = {"platform": platform, "aligned": aligned}
+        of = functools.partial(config_for, dtype=dtype, aligned=aligned, platform=platform)
+        factors = ("", "fp32") if x != "fp32" else ("",)
         for rank, drop in itertools.product((16, 32, 64), flags):
-            yield _aot_case(reduce_kernel, rank, drop, dtype, "fp32", "", {}, **where)
-            for transposed in (False,) if drop else flags:
+            for out in dict.fromkeys((x, "fp32")):
+                for transposed in (False,) if drop else flags:
+                    label, given = " transposed" * transposed + f" to {out}", {"TRANSPOSED": transposed}
+                    yield _aot_case(reduce_kernel, rank, drop, dtype, out, label, given, of("reduce"), **where)
+                yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, of("reduce"), **where)
+            for transposed, factor in itertools.product((False,) if drop else flags, factors):
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
-                for out in dict.fromkeys((x, "fp32")):
-                    form = label + " split" * (out != x)
-                    yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, **where)
+                for config in shrink_configs(dtype, aligned, platform):
+                    for out in dict.fromkeys((x, "fp32")):
+                        form = label + " split" * (out != x)
+                        yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, config, factor, **where)
                 forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
                 for add, bias in forms:
                     form = label + " add" * add + " bias" * bias
                     both = {**given, "ADD": add, "HAS_BIAS": bias}
-                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, **where)
-        yield aot_case(sum_parts_kernel, x, {"PART": _PART}, {"out_ptr": f"*{x}"}, **where)
+                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, of("expand"), factor, **where)
+        for pair in flags:
+            types = {"out_ptr": f"*{x}", "second_ptr": f"*{x}", "second_size": "i32"}
+            label = x + " pair" * pair
+            yield aot_case(sum_parts_kernel, label, {"PART": _PART, "PAIR": pair}, types, **where)

@@ -1,0 +1,73 @@
+"""Launches of Triton kernels that skip Triton's front end where the same launch was made before.
+
+`kernel[grid](...)` binds and specialises every argument at each call: 10 to 20 us, where the launch itself takes 3. It
+specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers. So a launch with
+the numbers and dtypes of an earlier one, and all addresses multiples of 16, runs what was compiled for that one, by
+`CompiledKernel[grid]`. Interpreted kernels, AMD's (there, sizes of tensors count too) and versions of Triton in which
+this was not checked (`tests/ops/test_launching.py`) always go through the front end.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import JITFunction, driver
+
+from lora_kernels.ops._tiles import build_platform
+from lora_kernels.ops._tl import INTERPRETED
+
+KNOWN_TRITON = ((3, 4), (3, 5), (3, 6), (3, 7))
+_MOST_KEPT = 4096  # launches of one kernel: numbers of tokens differ from batch to batch
+_ONES = (1, 1)
+
+
+class Constants:
+    """The compile-time arguments of one kernel, and what was compiled for them. Make one per choice, and keep it."""
+
+    __slots__ = ("arguments", "compiled", "tail")
+
+    def __init__(self, warps: int = 4, stages: int = 3, **values: Any) -> None:
+        """Values are in the order of the kernel's parameters, which end in them."""
+        self.arguments = {**values, "num_warps": warps, "num_stages": stages}
+        self.tail = tuple(values.values())
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+
+@functools.cache
+def prepares() -> bool:
+    """Whether launches may skip the front end, with this Triton and this build of torch."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return not INTERPRETED and build_platform() == "cuda" and version in KNOWN_TRITON
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: Constants,
+) -> None:
+    """`kernel[grid](*tensors, *numbers, **constants)` on the current stream; the tensors' device is the current one."""
+    addresses, dtypes, bits = [], [], 0
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        bits |= address
+        addresses.append(address)
+        dtypes.append(tensor.dtype)
+    device, aligned = tensors[0].get_device(), bits % 16 == 0
+    key = (device, numbers, *dtypes)
+    compiled = constants.compiled.get(key) if aligned else None
+    if compiled is not None:
+        stream = driver.active.get_current_stream(device)
+        compiled[grid + _ONES](*addresses, *numbers, *constants.tail, stream=stream)
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants.arguments)
+    if aligned and type(kernel) is JITFunction and prepares():
+        if [parameter.name for parameter in kernel.params if parameter.is_constexpr] != [*constants.arguments][:-2]:
+            raise TypeError(f"{kernel.__name__} does not end in the constants {[*constants.arguments]}")
+        if len(constants.compiled) >= _MOST_KEPT:
+            constants.compiled.clear()
+        constants.compiled[key] = compiled

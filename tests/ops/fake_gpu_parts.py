@@ -1,0 +1,156 @@
+"""What `test_launching.py` runs in processes where Triton compiles for a driver that launches nothing."""
+
+import itertools
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels.ops import _launching
+from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops.lora_linear import passes
+from lora_kernels.ops.skinny import config
+from lora_kernels.ops.skinny import kernel as skinny
+from tests.helpers.fake_gpu import fake_gpu
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+SHRINK = {
+    "TOKENS": 64, "COLUMNS": 64, "RANK": 16, "TRANSPOSED": False, "ALIGNED": False, "HAS_DROPOUT": False,
+    "PRECISION": "ieee", "UPCAST": False,
+}  # fmt: skip
+
+
+def calls():
+    """Arguments of `shrink_kernel` that differ in everything that Triton specialises on."""
+    memory = {dtype: torch.zeros(512, dtype=dtype) for dtype in (HALF, FLOAT)}
+    for dtype, other, offset, size, stride in itertools.product(
+        memory, memory, (0, 1, 8), (1, 15, 16, 64, 2**31), (1, 16, 17)
+    ):
+        out, x, a = memory[other][:64], memory[dtype][offset : offset + 64], memory[dtype][:64]
+        for tokens, factor in ((64, 1.0), (1, 0.5), (7, 0.5)):
+            yield (out, x, a, x), (size, tokens, 16, 1, stride, factor, 0, -5)
+
+
+def same_kernels_as_the_front_end():
+    """A launch that is prepared runs the very kernel that the front end chooses for its arguments."""
+    with fake_gpu() as launches:
+        constants, prepared = Constants(4, 3, **SHRINK), 0
+        for _ in range(2):  # the second time, what can be prepared is
+            for tensors, numbers in calls():
+                launch(skinny.shrink_kernel, (3, 2, 1), tensors, numbers, constants)
+                skinny.shrink_kernel[(3, 2, 1)](*tensors, *numbers, **constants.arguments)
+                (one, grid, args), (other, expected, all_args) = launches[-2:]
+                assert one is other and grid == expected == (3, 2, 1), numbers
+                given = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                assert given == [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in all_args]
+                prepared += not isinstance(args[0], torch.Tensor)
+        assert prepared > 100 and launches.compiled > 20
+
+
+def same_arguments():
+    """Every launch of the skinny products repeats: the second time it is prepared, with the same arguments."""
+    mask = Mask(1000, torch.tensor([7]), 3)
+    with fake_gpu() as launches:
+        for tokens, rank, drop, dtype in itertools.product((64, 2048, 8192), (16, 12), (None, mask), (HALF, FLOAT)):
+            x, t, y = torch.empty(tokens, 64, dtype=HALF), torch.empty(tokens, rank, dtype=HALF), torch.empty(64, 64)
+            a, u = torch.empty(rank, 64, dtype=dtype), torch.empty_like(t)
+            outs = torch.empty(rank, 64), torch.empty(64, rank)
+            runs = []
+            for _ in range(2):
+                launches.clear()
+                with mock.patch.object(torch, "empty", lambda *shape, dtype, device: y):  # where parts go
+                    skinny.shrink(t, x, a, 0.5, drop)
+                    skinny.tsreduce(outs[0], t, x, drop)
+                    skinny.tsreduce_pair(outs, u, x, drop, t, x)
+                    skinny.expand(x, t, a, x, None, drop)
+                runs.append(list(launches))
+            assert len(runs[0]) == len(runs[1]) >= 4
+            for (one, grid, args), (other, expected, prepared) in zip(*runs, strict=True):
+                assert one is other and grid == expected
+                assert not any(isinstance(arg, torch.Tensor) for arg in prepared)
+                assert [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args] == [*prepared]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations of torch that would launch something on a GPU."""
+
+    FREE = ("empty", "new_empty", "t.", "transpose", "view", "detach", "slice", "alias", "as_strided", "select")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(self.FREE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def count(tokens, n, m, factor_dtype, drop, launches):
+    """The launches of a layer's forward and backward pass."""
+    x, g = (torch.empty(tokens, size, dtype=HALF, device="meta") for size in (n, m))
+    weight = torch.empty(m, n, dtype=HALF, device="meta")
+    a, b = (torch.empty(*shape, dtype=factor_dtype, device="meta") for shape in ((16, n), (m, 16)))
+    seed = torch.zeros(1, dtype=torch.int64, device="meta") if drop else None
+    scalars = passes.Scalars(2.0, 0.0, 3000 if drop else 0, 0, "triton")
+    launches.clear()
+    with Kernels() as kernels:
+        _, t = passes.forward(x, weight, None, a, b, None, None, seed, scalars)
+        dx, da, db = passes.backward(g, x, t, weight, a, b, None, None, seed, scalars, True)
+    assert (dx.dtype, da.dtype, db.dtype) == (HALF, factor_dtype, factor_dtype)
+    assert da.is_contiguous() and db.is_contiguous()
+    return launches.names() + kernels.names
+
+
+def few_launches():
+    """At most 8 for a layer, forward and backward, on a chip of 132 multiprocessors."""
+    with fake_gpu() as launches, mock.patch.object(config, "processors", lambda device: 132):
+        for (tokens, n, m), dtype, drop in itertools.product(
+            ((8192, 4096, 4096), (8192, 4096, 14336), (16384, 2048, 512)), (HALF, FLOAT), (False, True)
+        ):
+            names = count(tokens, n, m, dtype, drop, launches)
+            assert len(names) <= 8, (tokens, n, m, names)
+        # Few tokens: the sums of t and of u are cut into parts.
+        assert len(count(1024, 4096, 4096, FLOAT, False, launches)) <= 10
+
+
+def fallbacks():
+    """AMD's kernels, versions that nobody has looked at and numbers beyond int32 go through the front end."""
+    tensors = (torch.zeros(64, 16, dtype=HALF), *(torch.zeros(64, 64, dtype=HALF) for _ in range(3)))
+    numbers = (64, 64, 16, 1, 64, 1.0, 0, 0)
+    versions = mock.patch.object(_launching, "KNOWN_TRITON", ())
+    platform = mock.patch.object(_launching, "build_platform", lambda: "hip")
+    with fake_gpu() as launches:
+        for place in (versions, platform):
+            constants = Constants(4, 3, **SHRINK)
+            _launching.prepares.cache_clear()
+            with place:
+                for _ in range(2):
+                    launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, constants)
+            _launching.prepares.cache_clear()
+            assert not constants.compiled and isinstance(launches[-1][2][0], torch.Tensor)
+        wrong = Constants(4, 3, **dict(reversed(SHRINK.items())))
+        try:
+            launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, wrong)
+        except TypeError as error:
+            assert "does not end in the constants" in str(error)
+        else:
+            raise AssertionError("constants in another order were accepted")
+
+
+def no_growth():
+    """Batches of ever other lengths share what is compiled, and do not fill the memory."""
+    with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50):
+        x, a, out = (torch.zeros(size, 64, dtype=HALF) for size in (500, 16, 500))
+        for tokens in range(1, 400):
+            skinny.shrink(out.view(-1)[: tokens * 16].view(tokens, 16), x[:tokens], a, 1.0, None)
+            launches.clear()
+        assert launches.compiled <= 5
+        assert all(len(kept.compiled) <= 50 for kept in skinny._every.values())
+
+
+if __name__ == "__main__":
+    for part in (same_kernels_as_the_front_end, same_arguments, few_launches, fallbacks, no_growth):
+        part()
