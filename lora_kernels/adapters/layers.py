@@ -14,9 +14,10 @@ from torch import nn
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import whole
-from lora_kernels.adapters.experts import ExpertLayer, expert_layers, why_unseen
+from lora_kernels.adapters.experts import PRODUCTS, ExpertLayer, expert_layers, why_unseen
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.runtime.modes import is_sharded
+from lora_kernels.runtime.processes import unwrap
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def is_tied(parameter: torch.Tensor, counts: Mapping[int, int]) -> bool:
     return storage != 0 and counts[storage] > 1
 
 
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # which PEFT converts
 # Why the experts of a parameter are left out, where the caller does not ask for them.
 _ONE_LAYER = "its input is not the module's input"
 
@@ -112,6 +114,29 @@ def _reason_unsupported(
     if any(is_tied(part[adapter].weight, counts) for part in (module.lora_A, module.lora_B)):
         return "its factors are those of another layer, too (ensure_weight_tying)"
     return None
+
+
+def left_out_by_peft(model: nn.Module, adapter: str) -> str | None:
+    """Which linear layers have no adapter because PEFT (from 0.20) takes their names for those of experts, in words.
+
+    Its conversion of `target_modules` for mixtures makes `gate_proj`, `up_proj` and `down_proj` (`w1` to `w3`)
+    parameters of experts wherever they are: shared experts and dense layers are left out.
+    """
+    parameters: set[str] = set(model.peft_config[adapter].target_parameters or ())  # type: ignore[index, union-attr, operator]
+    if not parameters.intersection(PRODUCTS):
+        return None  # (those that a user names have the path of their module)
+    adapted = {view.name for view in lora_layers(model, adapter)}
+    names = [
+        name
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, nn.Linear) and name not in adapted and name.rpartition(".")[2] in _OF_EXPERTS
+    ]
+    if not names:
+        return None
+    return (
+        f"{len(names)} linear layers have no adapter (first: {names[0]}): PEFT takes gate_proj, up_proj and down_proj "
+        "for experts in this model, wherever they are"
+    )
 
 
 def find_lora_layers(

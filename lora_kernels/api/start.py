@@ -18,7 +18,7 @@ from lora_kernels.adapters import parts, starting, writing
 from lora_kernels.adapters.base_weight import base_weight, why_unreadable
 from lora_kernels.adapters.dora import magnitudes, reset_magnitudes
 from lora_kernels.adapters.experts import observed as observed_experts
-from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, base_model_only
+from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, base_model_only, left_out_by_peft
 from lora_kernels.api import guidance
 from lora_kernels.api.learning_rate import OPTIMIZERS, LearningRateAdvice, advise
 from lora_kernels.api.report import InitReport, LayerReport
@@ -305,8 +305,10 @@ class Start:
         outside = None
         if self.rate_advice is not None and self.learning_rate is not None:
             outside = self.rate_advice.judge(self.learning_rate)
+        left_out = left_out_by_peft(self.model, self.adapter)
         return (
             *([] if outside is None else [outside]),
+            *([] if left_out is None else [left_out]),
             *([moved] if self.method.moves_function else []),
             *self.method.remarks(self.statistics),
             *rates,

@@ -11,7 +11,7 @@ import torch
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import read_json
 from lora_kernels.adapters.experts import PRODUCTS, TRAITS
-from lora_kernels.adapters.layers import find_lora_layers
+from lora_kernels.adapters.layers import find_lora_layers, left_out_by_peft
 from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.api.plain import linear_features
@@ -183,7 +183,9 @@ def of_experts(model: Any, rank: int) -> list[str]:
         less = rank // chosen
         lines[-1] += f" (rank {less}, which is r / k, in experts: {_millions(inside * less / rank)})"
     left_out = find_lora_layers(model, without_experts=None).unsupported
-    return lines + [f"left out: {line}" for line in counted((name, why) for name, _, why in left_out)]
+    lines += [f"left out: {line}" for line in counted((name, why) for name, _, why in left_out)]
+    dropped = left_out_by_peft(model, "default")
+    return lines if dropped is None else [*lines, f"left out: {dropped}"]
 
 
 def _millions(count: float) -> str:

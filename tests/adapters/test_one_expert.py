@@ -1,12 +1,14 @@
 """A parameter of a single expert: PEFT adds `B A` to its one matrix as it is stored. And calls without any row."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 
 import lora_kernels as lk
 from lora_kernels.adapters import parts
@@ -15,11 +17,14 @@ from lora_kernels.adapters.view import lora_layers
 from lora_kernels.init import METHODS
 from lora_kernels.init.factors import BaseLayer
 from tests.adapters.start_models import nudge
-from tests.adapters.test_experts_files import IDS, SIZES
+from tests.adapters.test_experts_files import IDS, SIZES, make
 from tests.conftest import relative_error
 
 pytestmark = pytest.mark.skipif(Version(transformers.__version__).major < 5, reason="experts are modules there")
 BATCH = {"input_ids": IDS, "labels": IDS}
+SWAPS = "_did_swap_in_out_features" in inspect.getsource(ParamWrapper)
+# PEFT before 0.20 fails at its own forward of one expert that is not square, in the layout of most models.
+NAMES = ["Qwen3Moe"] * SWAPS + ["GptOss"]
 ONE = {"num_experts_per_tok": 1, "head_dim": 8}
 
 
@@ -39,6 +44,12 @@ def adapted(name, r=4, parameters=None):
     return get_peft_model(bare(name), LoraConfig(r=r, lora_alpha=6, target_modules=["q_proj"], target_parameters=names))
 
 
+def of_many(name):
+    names = [f"mlp.experts.{parameter}" for parameter in ("gate_up_proj", "down_proj")]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], target_parameters=names)
+    return get_peft_model(make(name), config)
+
+
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
@@ -49,7 +60,7 @@ def experts(model):
     return [(view, *pair) for view in views for pair in expert_layers(view.name, view.module).items()]
 
 
-@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_starts_as_a_layer_saves_and_exports(tmp_path, name, method):
     model, chosen = adapted(name), METHODS[method]()
@@ -104,7 +115,7 @@ def test_gradients_of_the_fused_layer_are_those_of_peft(method):
 
 
 def test_it_is_diagnosed_and_trains_with_lora_pro():
-    model = adapted("Qwen3Moe")
+    model = adapted(NAMES[0])
     lk.initialize(model, [BATCH], "lora_ga", progress=False)
     optimizer = lk.create_lora_pro_optimizer(model, lr=1e-2)
     losses = []
@@ -134,8 +145,6 @@ def test_an_update_of_the_transposed_shape_is_refused_with_the_reason():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_may_be_called_without_rows(transposed):
     """`torch.cat` of no parts: a branch whose tokens are all another's, say."""
-    from tests.adapters.test_experts_files import adapted as of_many  # noqa: PLC0415
-
     model = of_many("GptOss" if transposed else "Qwen3Moe")
     views = [view for view in lora_layers(model) if view.parameter_name == "down_proj"]
     layers = [layer for view in views for layer in expert_layers(view.name, view.module).values()]
@@ -151,8 +160,6 @@ def test_experts_may_be_called_without_rows(transposed):
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_fused_experts_may_be_called_without_rows(implementation):
-    from tests.adapters.test_experts_files import adapted as of_many  # noqa: PLC0415
-
     model = of_many("Qwen3Moe")
     model.get_base_model().config._experts_implementation = implementation
     lk.accelerate(model)
@@ -165,8 +172,6 @@ def test_fused_experts_may_be_called_without_rows(implementation):
 @pytest.mark.parametrize("wants", ["input_second", "gradient", "lora_da"])
 def test_statistics_are_collected_where_a_call_has_no_rows(wants, monkeypatch):
     """A model that calls its experts a second time, for rows that this batch has none of."""
-    from tests.adapters.test_experts_files import adapted as of_many  # noqa: PLC0415
-
     model = of_many("Qwen3Moe")
     once = lk.collect(model, [BATCH], wants=wants, progress=False)
     inner = model.get_base_model()

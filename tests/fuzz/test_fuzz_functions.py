@@ -61,7 +61,7 @@ MODULES = (lora_kernels, lora_kernels.ops, lora_kernels.linalg, lora_kernels.lan
 # Public, and not called here: why.
 RESULTS = {
     "AccelerateReport", "Certificate", "DashLayer", "DashReport", "DashRun", "Diagnosis", "ExportedLayer",
-    "GradientSketch",
+    "ExpertsDiagnosis", "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
     "LayerReport", "LayerStatistics", "LearningRateAdvice",
     "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",

@@ -12,6 +12,10 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 import lora_kernels as lk
 from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.view import lora_layers
+from lora_kernels.api import learning_rate
+from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.training.lora_pro.model import find_pairs
+from tests.adapters.start_models import nudge
 from tests.conftest import relative_error
 from tests.training.lora_pro_cases import ByTheBook, full_gradients
 
@@ -341,3 +345,20 @@ def test_a_mixture_learns_and_resumes_to_the_same_bits(name, mode, rate):
         train(*run, 2)
     for key in before:
         assert torch.equal(model.get_parameter(key), twin.get_parameter(key))
+
+
+@pytest.mark.parametrize("name", ["lora_pro", "lora_pro_full"])
+def test_a_suggested_rate_is_along_the_optimizers_own_step(name):
+    model = mixture_model("GptOss").eval()
+    nudge(model)
+    data = [{"input_ids": IDS, "labels": IDS}]
+    probe = learning_rate._Probe(model, None, None, "auto")
+    pairs = find_pairs(model)
+    with observation_mode(model, gradients=True):
+        steps = learning_rate._first_step(probe, name, pairs, probe.gradients(data))
+    before = [value.detach().clone() for value in probe.parameters]
+    optimizer = lk.create_lora_pro_optimizer(model, lr=1e-3, mode="full" if name == "lora_pro_full" else "efficient")
+    model(**data[0]).loss.backward()
+    optimizer.step()
+    for value, start, step in zip(probe.parameters, before, steps, strict=True):
+        assert torch.linalg.norm(start + 1e-3 * step - value) <= 1e-2 * torch.linalg.norm(value - start)

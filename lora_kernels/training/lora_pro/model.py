@@ -89,6 +89,7 @@ def create_lora_pro_optimizer(
 
     Create it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of a
     layer is read at every step. Embeddings are pairs as well: in `full` mode their moments have the size of the table.
+    Of a parameter of many experts (`target_parameters`) each has a pair of its own.
     If parameters of 16 bits hardly move in the first steps, because rounding swallows what is added to them, a
     RuntimeWarning says so.
 
