@@ -17,8 +17,9 @@ from lora_kernels.init.factors import BaseLayer, LayerFactors
 from lora_kernels.init.problem import LayerProblem, problems, stock_start
 from lora_kernels.runtime.processes import share_out, world_size
 from lora_kernels.runtime.progress import progress_bar
+from lora_kernels.statistics.moments import Accumulator
 from lora_kernels.statistics.store import LayerStatistics, Statistics
-from lora_kernels.statistics.wants import STATISTICS, Wants
+from lora_kernels.statistics.wants import Wants
 
 if TYPE_CHECKING:
     from lora_kernels.init.ranks import Redistribution
@@ -228,6 +229,6 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
 def named_wants(wants: Wants) -> Wants:
     """What to collect, where it may also be the name of a method: that method, with its defaults."""
     if isinstance(wants, str):
-        check_choice("wants", wants, (*METHODS, *STATISTICS))
+        check_choice("wants", wants, (*METHODS, *Accumulator.statistics))
         return METHODS[wants]() if wants in METHODS else wants
     return wants

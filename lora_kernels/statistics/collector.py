@@ -23,11 +23,11 @@ from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
+from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.statistic import BY_NAME
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.wants import Wants, resolve_wants
@@ -329,7 +329,7 @@ class Collection:
         observer.sharing.left_out.update(self.progress.left_out)
         for part in self.resumed:
             statistic = part.sums.statistic
-            if BY_NAME[statistic].needs_backward:
+            if part.sums.needs_backward:
                 observer.outputs.setdefault(part.layers[0], {})[statistic] = part.sums
             else:
                 observer.sharing.adopt(part.layers, part.sums)  # type: ignore[arg-type]
@@ -369,7 +369,7 @@ def _check_reached(statistics: Statistics, wants: Mapping[str, bool]) -> None:
         raise ValueError(
             f"no token was counted in {statistics.batches} batches: every token is masked, or no target was called"
         )
-    if any(BY_NAME[name].needs_backward for name in wants) and statistics.loss_items <= 0:
+    if needs_backward(wants) and statistics.loss_items <= 0:
         raise ValueError(
             f"no item has a loss in {statistics.batches} batches: every label is -100 (needed for {', '.join(wants)})"
         )

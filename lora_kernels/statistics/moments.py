@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -40,26 +40,44 @@ def as_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if torch.float64 in (dtype, x.dtype) else x
 
 
+class OutputGradients(NamedTuple):
+    """Of one call of a layer, what sums of output gradients read.
+
+    Attributes:
+        g: `(..., m)`, the gradients of the sum of losses by the outputs.
+        x: `(..., n)`, the inputs; `None` if no sum of the layer reads them.
+        weight: `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
+        factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
+    """
+
+    g: torch.Tensor
+    x: torch.Tensor | None
+    weight: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+
 class Accumulator:
-    """Sums over the rows of one layer that add over batches and processes.
+    """Sums over the rows of one layer that add over batches and processes: one form of a statistic, by its class alone.
 
     Attributes:
         count: scalar float64 tensor, the (weighted) number of rows.
         kind: name of the class in stored files.
         statistic: the statistic it is the sum of.
         form: `exact` or `sketch`.
+        needs_backward: whether it sums output gradients (`add`); otherwise it sums inputs (`update`).
         arguments: of the constructor, apart from device and dtype.
         fields: attributes that hold the sums.
         triangular: those of them of which only the lower triangle counts.
         main: the one that is zero if and only if nothing was added.
         vector: a small one that is finite if all are, or empty.
         features_of: the size of the layer that the argument `features` stands for.
-        reads_input: whether `update` of a sum of output gradients reads the layer's input.
+        reads_input: whether `add` reads the layer's input, too.
     """
 
     kind: ClassVar[str]
     statistic: ClassVar[str]
     form: ClassVar[str] = "exact"
+    needs_backward: ClassVar[bool] = True
     arguments: ClassVar[tuple[str, ...]] = ("features",)
     fields: ClassVar[tuple[str, ...]] = ("count", "total")
     triangular: ClassVar[tuple[str, ...]] = ()
@@ -68,12 +86,14 @@ class Accumulator:
     features_of: ClassVar[str] = "in_features"
     reads_input: ClassVar[bool] = False
     kinds: ClassVar[dict[str, type[Accumulator]]] = {}
+    statistics: ClassVar[dict[str, dict[str, type[Accumulator]]]] = {}  # by statistic and form
 
     count: torch.Tensor
 
     def __init_subclass__(cls) -> None:
-        """Register the class by its kind."""
+        """Register the class."""
         cls.kinds[cls.kind] = cls
+        cls.statistics.setdefault(cls.statistic, {})[cls.form] = cls
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
@@ -93,21 +113,12 @@ class Accumulator:
         for name in self.fields:
             setattr(self, name, getattr(self, name).to(device))
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the output gradients of one call, for sums of them; `count` is added in the forward pass.
+    def add(self, call: OutputGradients) -> None:
+        """Add the output gradients of one call; `count` is added in the forward pass."""
+        raise NotImplementedError
 
-        Args:
-            g: `(..., m)`, the gradients of the sum of losses by the outputs.
-            x: `(..., n)`, the inputs; `None` if no sum of the layer reads them.
-            weight: `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
-            factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
-        """
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The mean over tokens, or over loss items where that is what was summed; of a sketch its reconstruction."""
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -151,6 +162,7 @@ class InputMoments(Accumulator):
 
     kind = "input_moments"
     statistic = INPUT_SECOND
+    needs_backward = False
     fields = ("count", "total", "second")
     triangular = ("second",)
     main = "second"
@@ -215,22 +227,27 @@ class InputMoments(Accumulator):
             result[low:high, low:high] = diagonal + diagonal.tril(-1).mT
         return result
 
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean outer product over tokens."""
+        return self.covariance(center=False)
+
 
 class OutputMoments(InputMoments):
     """The same of a layer's output gradients; rows are counted in the forward pass."""
 
     kind = "output_moments"
     statistic = OUTPUT_SECOND
+    needs_backward = True
     features_of = "out_features"
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        g, factors = call.g, call.factors
         if factors is not None and factors.dtype != torch.bool:
             g = g * factors.unsqueeze(-1)  # not squared weights: the count is of tokens
-        covariance_(self.second, as_rows(g, self.second.dtype), weight, self.total)
+        covariance_(self.second, as_rows(g, self.second.dtype), call.weight, self.total)
+
+
+def needs_backward(statistics: Iterable[str]) -> list[str]:
+    """Those of some statistics that read the gradients of outputs."""
+    return [name for name in statistics if next(iter(Accumulator.statistics[name].values())).needs_backward]

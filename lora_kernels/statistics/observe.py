@@ -13,12 +13,12 @@ from torch import nn
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
-from lora_kernels.statistics.moments import Accumulator
+from lora_kernels.statistics.moments import Accumulator, OutputGradients, needs_backward
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sharing import InputSharing
 from lora_kernels.statistics.sketches import stream_of
-from lora_kernels.statistics.statistic import BY_NAME, add_gradients
+from lora_kernels.statistics.statistic import add_gradients, new_sums
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.towers import Towers
 
@@ -91,7 +91,7 @@ class Observer:
         self._outputs: dict[str, list[tuple[str, str]]] = {}
         for name, statistics in forms.items():
             for statistic, form in statistics.items():
-                chosen = self._outputs if BY_NAME[statistic].needs_backward else self._inputs
+                chosen = self._outputs if needs_backward([statistic]) else self._inputs
                 chosen.setdefault(name, []).append((statistic, form))
         self.sharing = InputSharing(share=options.share_inputs, apart=apart)
         self.outputs: dict[str, dict[str, Accumulator]] = {}
@@ -192,7 +192,8 @@ class Observer:
         return finite if weight is None else weight * finite
 
     def _new(self, target: Target, statistic: str, form: str, device: torch.device) -> Any:
-        return BY_NAME[statistic].new(
+        return new_sums(
+            statistic,
             form,
             (target.out_features, target.in_features),
             device,
@@ -286,7 +287,7 @@ class Observer:
                 part.count += kept.sum(dtype=torch.float64) - counted
             finite = torch.isfinite(torch.stack(row_sums, dim=-1)).all(dim=-1)
             weight, factors = kept, finite if factors is None else factors * finite
-        add_gradients(sums, g, x, weight, factors)
+        add_gradients(sums, OutputGradients(g, x, weight, factors))
 
     def backward(self, loss: torch.Tensor, *, discard: bool = False) -> None:
         """Send the gradient of a sum over items through the graph; `discard` adds nothing (in step with others)."""

@@ -15,10 +15,9 @@ from lora_kernels._checks import check_choice, check_range, check_type, repr_sho
 from lora_kernels.reports import Printed, Table
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
-from lora_kernels.statistics.moments import packed_size
-from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics.moments import Accumulator, needs_backward, packed_size
+from lora_kernels.statistics.statistic import shapes
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import STATISTICS
 
 FORMS = ("auto", "exact", "sketch")
 
@@ -93,7 +92,7 @@ class Plan(Printed):
     @property
     def backward(self) -> int | None:
         """The first pass that runs backward too, or `None`."""
-        return min((entry.number for entry in self.entries if BY_NAME[entry.statistic].needs_backward), default=None)
+        return min((entry.number for entry in self.entries if needs_backward([entry.statistic])), default=None)
 
     def form_of(self, layer: str, number: int) -> dict[str, str]:
         """Statistic names and forms of one layer in one pass."""
@@ -141,7 +140,7 @@ def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: t
     """Bytes of the sums, and of what is reduced over processes."""
     held = sent = 0
     shape = (target.out_features, target.in_features)
-    for kind, size, triangular in BY_NAME[statistic].shapes(form, shape, dtype, sketch_size):
+    for kind, size, triangular in shapes(statistic, form, shape, dtype, sketch_size):
         held += math.prod(size) * kind.itemsize
         sent += (packed_size(size[0]) if triangular else math.prod(size)) * kind.itemsize
     return held, sent
@@ -149,7 +148,7 @@ def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: t
 
 def _can_sketch(statistic: str, target: Target, sketch_size: int) -> bool:
     """A sketch pays where it is smaller than half of the exact sums."""
-    if BY_NAME[statistic].sketch is None:
+    if "sketch" not in Accumulator.statistics[statistic]:
         return False
     exact = _sizes(statistic, "exact", target, sketch_size, torch.float32)[0]
     return 2 * _sizes(statistic, "sketch", target, sketch_size, torch.float32)[0] < exact
@@ -186,8 +185,7 @@ def _messages(entries: Sequence[Entry], targets: Mapping[str, Target], sketch_si
     for entry in entries:
         target = targets[entry.layers[0]]
         shape = (target.out_features, target.in_features)
-        shapes = BY_NAME[entry.statistic].shapes(entry.form, shape, dtype, sketch_size)
-        sums += [(kind, size) for kind, size, _ in shapes]
+        sums += [(kind, size) for kind, size, _ in shapes(entry.statistic, entry.form, shape, dtype, sketch_size)]
     return len(buckets(sums))
 
 
@@ -231,7 +229,7 @@ def make_plan(
             raise TypeError(f"targets must be a sequence of Target, got {repr_short(target)} in it")
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
-        check_choice("wants", name, STATISTICS)
+        check_choice("wants", name, tuple(Accumulator.statistics))
     if budget is not None:
         check_range("budget", budget, low=1, integer=True)
     check_choice("dtype", dtype, (torch.float32, torch.float64))
@@ -266,8 +264,9 @@ def make_plan(
 
     planned: list[list[Entry]] = []
     for group in partition:
-        owners = [(name, group) for name in wants if not BY_NAME[name].needs_backward]
-        owners += [(name, [layer]) for layer in group for name in wants if BY_NAME[name].needs_backward]
+        backward = needs_backward(wants)
+        owners = [(name, group) for name in wants if name not in backward]
+        owners += [(name, [layer]) for layer in group for name in backward]
         exact = [entry(statistic, layers, "exact") for statistic, layers in owners]
         planned.append([(form == "sketch" and sketched(part)) or part for part in exact])
     if form == "auto" and budget is not None:

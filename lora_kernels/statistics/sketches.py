@@ -16,7 +16,7 @@ from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
 from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator, as_rows
+from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator, OutputGradients, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -46,6 +46,7 @@ class InputSketch(Accumulator):
     kind = "input_sketch"
     statistic = INPUT_SECOND
     form = "sketch"
+    needs_backward = False
     arguments = ("features", "size", "seed", "stream")
     fields = ("count", "total", "squares", "product")
     main = "product"
@@ -104,6 +105,10 @@ class InputSketch(Accumulator):
         """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
         pairs, _ = self.components(min(self.size, self.features), center=center)
         return (pairs.vectors * pairs.values) @ pairs.vectors.mT
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean outer product over tokens."""
+        return self.covariance(center=False)
 
     def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
@@ -216,16 +221,15 @@ class GradientSketch(Accumulator):
         sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
         sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
-        assert x is not None  # it reads inputs
-        self.update(g, x, factors)
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        assert call.x is not None  # it reads inputs
+        self.update(call.g, call.x, call.factors)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The gradient of the mean loss, `(m, n)` float64."""
+        triplets = self.svd(min(self.size, self.in_features, self.out_features), scale=1.0 / loss_items)
+        return (triplets.U * triplets.S) @ triplets.Vh
 
     def svd(self, rank: int, *, scale: float = 1.0) -> RandomizedSVD:
         """The leading singular triplets of `scale * G`, reconstructed from the sketch.
