@@ -57,10 +57,7 @@ def check_tensor(
     device: torch.device | None = None,
     numbers: bool = False,
 ) -> None:
-    """Raise unless an argument is a dense tensor; sizes that are `None` are free.
-
-    `numbers`: its entries decide what is done, so that the meta device will not do.
-    """
+    """Raise unless an argument is a dense tensor; `None` in `shape` is any size, `numbers` refuses the meta device."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:

@@ -34,9 +34,9 @@ def default_of(field: Field[Any]) -> Any:
 def add_options(
     parser: Any, kind: type, *, leave_out: Container[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
 ) -> None:
-    """Add an option for every field that can be given as text; those the user leaves out stay out of the namespace.
+    """Add an option for every field that text can give (positional with that metadata, a bool as a switch).
 
-    A field with `metadata={"positional": True}` is positional, a bool a switch.
+    Those that the user leaves out stay out of the namespace.
     """
     texts, hints = descriptions(kind), get_type_hints(kind)
     for field in fields(kind):

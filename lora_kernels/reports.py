@@ -17,15 +17,7 @@ PREFIX = "base_model.model."  # of every module of a PEFT model
 
 
 def console(width: int = 160, *, stderr: bool = False) -> Console:
-    """A console for text that users gave (names, paths): brackets are no markup.
-
-    Args:
-        width: where the output is not a terminal.
-        stderr: whether to write there.
-
-    Returns:
-        The console.
-    """
+    """A console for text that users gave (names, paths: brackets are no markup); `width` is that of no terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(width=None if stream.isatty() else width, stderr=stderr, markup=False, emoji=False, highlight=False)
 
@@ -41,14 +33,7 @@ def short_name(name: str) -> str:
 
 
 def counted(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Notes on layers as lines: one that several layers share is one line with their number.
-
-    Args:
-        notes: names of layers and what there is to say.
-
-    Returns:
-        Lines in the order of first appearance.
-    """
+    """Notes on layers, given as pairs, as lines: one that several layers share is one line with their number."""
     names: dict[str, list[str]] = {}
     for name, note in notes:
         names.setdefault(note, []).append(short_name(name))
@@ -106,14 +91,7 @@ class Report(Printed):
 
 
 def plain(value: object) -> object:
-    """Values that JSON can hold: tuples as lists, keys as text, what is not finite as `None`.
-
-    Args:
-        value: a tree of dictionaries, lists and tuples.
-
-    Returns:
-        The same tree.
-    """
+    """A tree that JSON can hold: tuples as lists, keys as text, what is not finite as `None`."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -44,11 +44,7 @@ class TuneReport(Printed):
         return not any(measurement.wrong for measurement in self.measurements)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table, what could not run, and the file.
-
-        Yields:
-            What rich prints.
-        """
+        """Yield a table, what could not run, and the file."""
         heads = ("tokens, n -> m", "r", "product", *FORMS, "product alone", "chosen", "over alone", "GFLOP", "MB")
         rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}

@@ -35,10 +35,9 @@ class ExportedLayer:
 
 
 def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of rank `rank` (at most q) to a product `b a` of factors `(m, q)` and `(q, n)`.
+    """The balanced A `(rank, n)` and B `(m, rank)`, float64, closest to a product `b a` of `(m, q)` and `(q, n)`.
 
-    Returns A `(rank, n)` and B `(m, rank)` in float64, balanced (`A A^T = B^T B`), and the relative Frobenius error.
-    The product is never formed (QR of both, SVD of the core).
+    Also the relative Frobenius error. The product is never formed (QR of both, SVD of the core).
     """
     left, core_b = torch.linalg.qr(b.to(torch.float64))
     right, core_a = torch.linalg.qr(a.to(torch.float64).mT)

@@ -12,17 +12,12 @@ class Extension(NamedTuple):
 
     A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
     that returns them.
-
-    Attributes:
-        coordinates: `(k,)`, not scaled by s; `None` without LoRA-Dash.
-        left: `(m, k)`, or `None` before the coordinates have directions.
-        right: `(k, n)`, without a gradient, or `None` as `left`.
-        start: A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     """
 
-    coordinates: torch.Tensor | None
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
+    coordinates: torch.Tensor | None  # `(k,)`, not scaled by s; `None` without LoRA-Dash
+    left: torch.Tensor | None = None  # `(m, k)`, or `None` before the coordinates have directions
+    right: torch.Tensor | None = None  # `(k, n)`, without a gradient, or `None` as `left`
+    # A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     start: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
 

@@ -39,21 +39,13 @@ class SavedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The content of a folder.
+    """The content of a folder."""
 
-    Attributes:
-        path: the folder.
-        config: its adapter_config.json.
-        layers: the linear layers.
-        unsupported: other LoRA layers, and why.
-        notes: facts about the whole, such as what servers need or refuse.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    layers: tuple[SavedLayer, ...]
-    unsupported: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
+    path: Path  # the folder
+    config: dict[str, Any]  # its adapter_config.json
+    layers: tuple[SavedLayer, ...]  # the linear layers
+    unsupported: tuple[tuple[str, str], ...]  # other LoRA layers, and why
+    notes: tuple[str, ...]  # facts about the whole, such as what servers need or refuse
 
 
 def read_config(folder: Path) -> dict[str, Any]:

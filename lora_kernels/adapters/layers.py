@@ -123,11 +123,8 @@ def find_lora_layers(
 ) -> AdapterLayers:
     """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged.
 
-    `without_experts`: why parameters of experts are left out; with `None` each of their experts is a layer.
-
-    Raises:
-        TypeError: if the model is no PEFT model or the adapter no LoRA adapter.
-        ValueError: if there is no such adapter, it has no linear layer, it is merged, or its weights are sharded.
+    `without_experts` says why parameters of experts are left out; with `None` each of their experts is a layer. An
+    error says what is wrong with the model, the adapter or its weights.
     """
     if not is_peft_model(model):
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")

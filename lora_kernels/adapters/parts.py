@@ -42,14 +42,7 @@ Key = Callable[[str, str], str]
 
 
 class Start(nn.Module):
-    """Where an adapter started, frozen: `s B0 A0` is taken off.
-
-    Attributes:
-        a: A0 `(r, n)`.
-        b: B0 `(m, r)`.
-        experts: how many have their factors in these; 1 for a linear layer.
-        sign: of the product.
-    """
+    """Where an adapter started, frozen: A0 `(r, n)` and B0 `(m, r)` of one or more experts; `s B0 A0` is taken off."""
 
     sign = -1.0
     a: torch.Tensor
@@ -178,14 +171,9 @@ def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
-    """`get_delta_weight` of a layer that carries parts: all that merging, unmerging and conversion see of an adapter.
+    """`get_delta_weight` of a layer with parts, `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is.
 
-    Args:
-        layer: the LoRA layer.
-        adapter: an adapter of it, with parts or without.
-
-    Returns:
-        `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is.
+    It is all that merging, unmerging and conversion see of an adapter.
     """
     dash, began = directions(layer, adapter), start(layer, adapter)
     if began is None and (dash is None or not dash.launched):
@@ -208,15 +196,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`get_delta_factors` of a layer of many experts that carries parts.
-
-    Args:
-        layer: PEFT's `ParamWrapper`.
-        adapter: an adapter of it, with a start or without.
-
-    Returns:
-        Factors of all experts and s: `s * left @ right` is what is added to the parameter, in its dtype.
-    """
+    """`get_delta_factors` of PEFT's `ParamWrapper` with parts: `s * left @ right` is added, in the parameter's dtype."""
     a, b, began = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, start(layer, adapter)
     firsts, seconds = [a], [b]
     if began is not None:
@@ -276,15 +256,7 @@ def _part(layer: Any, container: str, adapter: str) -> Any:
 
 
 def refusal(layer: Any, adapter: str) -> str | None:
-    """Why an adapter of a layer cannot have parts, or `None`.
-
-    Args:
-        layer: a PEFT LoRA layer.
-        adapter: the adapter's name.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why an adapter of a LoRA layer cannot have parts, or `None`."""
     kind = stock_class(layer).__name__
     if kind not in _CARRIERS and not (kind == _OF_EXPERTS and of_experts(layer)):
         return f"PEFT's {kind} layer cannot carry anything besides A and B"
@@ -295,11 +267,7 @@ def refusal(layer: Any, adapter: str) -> str | None:
 
 
 def carry(layer: Any) -> None:
-    """Let a layer have parts, and take those apart that a state dict has joined.
-
-    Args:
-        layer: a PEFT LoRA layer without a `refusal`.
-    """
+    """Let a LoRA layer without a `refusal` have parts, and take those apart that a state dict has joined."""
     if hasattr(layer, START):
         return
     for container in _PARTS:
@@ -314,11 +282,7 @@ def carry(layer: Any) -> None:
 
 
 def drop(layer: Any) -> None:
-    """Undo `carry`, if no adapter of the layer has a part.
-
-    Args:
-        layer: any LoRA layer.
-    """
+    """Undo `carry` on any layer, if none of its adapters has a part."""
     if not hasattr(layer, START) or any(len(getattr(layer, container)) for container in _PARTS):
         return
     for container in _PARTS:
@@ -386,16 +350,10 @@ def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> t
 
 
 def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
-    """Join the parts of one adapter of one layer to its factors, as more rank, in a state dict.
+    """Join the parts of one adapter of a layer to its factors, as more rank, in a state dict whose entries `key` names.
 
-    The exact c and U stay in the state dict, since U c / s is rounded, and also before the switch: PEFT only loads
-    entries that the model's own state dict has.
-
-    Args:
-        state: changed in place.
-        key: names the entries.
-        scaling: s that a reader of the saved config finds.
-        experts: number of experts whose factors are one tensor.
+    The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that the
+    model's own state dict has. `scaling` is the s that a reader of the saved config finds.
     """
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):

@@ -20,10 +20,8 @@ from lora_kernels.runtime.modes import is_sharded
 def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_experts: str | None) -> AdapterLayers:
     """The layers of an adapter that may be given a start; those too narrow for their rank are among the unsupported.
 
-    Raises:
-        ValueError: if the adapter is trained (`force` allows that, except over trained biases of the base), has
-            LoRA-Dash's coordinates, has changed the base weights, has factors that accelerate has offloaded, or has no
-            layer that is wide enough.
+    A ValueError if the adapter is trained (`force` allows that, except over trained biases of the base), has
+    coordinates, changed base weights or offloaded factors, or no layer that is wide enough.
     """
     from lora_kernels.adapters.config import changed_base  # noqa: PLC0415  (imports peft)
 

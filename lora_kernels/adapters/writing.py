@@ -34,11 +34,7 @@ def copy_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
-    """Write a weight; `device` is for one on the meta device. The parameter stays the same object where it has memory.
-
-    So an optimizer that was created before trains the new values. One that has a state of another shape fails at its
-    next step.
-    """
+    """Write a weight (one on the meta device to `device`); the object stays, so that an earlier optimizer trains it."""
     weight = linear.weight
     if weight.device.type == "meta":
         linear.weight = nn.Parameter(value.to(device, weight.dtype, copy=True), requires_grad=weight.requires_grad)
@@ -158,13 +154,9 @@ def write(
     *,
     adjust_scaling_factors: bool,
 ) -> None:
-    """Write factors into an adapter, ranks and config included; layers without an entry stay as they are.
+    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes the adapter.
 
-    A layer of rank 0 loses its adapter. `adjust_scaling_factors`: see `AdapterLayer.with_rank`.
-
-    Raises:
-        ValueError: if ranks of a sharded adapter would change, or no layer would keep an adapter. Nothing is written
-            then.
+    A ValueError, before anything is written, if ranks of a sharded adapter would change or no layer would keep one.
     """
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     if not any(ranks.get(layer.name, layer.rank) for layer in layers.supported):

@@ -38,10 +38,7 @@ NO_OUTLOOK = Outlook(None, None, None)
 
 
 def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
-    """What a start of rank 1 or more means, with first-order changes if the layer's gradient was collected.
-
-    `offset`: `s B A` of the start is taken off the function again.
-    """
+    """What a start of rank 1 or more means; `offset`: its `s B A` is taken off the function again."""
     a, b = factors.A.detach(), factors.B.detach()
     (rank, n), m = a.shape, b.shape[0]
     # A step of Adam moves every entry by the rate. With independent signs |dB A|^2 is m |A|^2, and |B dA|^2 n |B|^2;
@@ -63,8 +60,8 @@ def advice(
 ) -> tuple[str, ...]:
     """Sentences about learning rates, from the `step_ratio` of all layers.
 
-    The last is a warning (`is_warning`) if and only if a LoRA-sized rate meets a start away from zero (`starts_away`)
-    that moves farther than stock LoRA does.
+    The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves farther than LoRA
+    does.
     """
     values = list(ratios)
     if not values:

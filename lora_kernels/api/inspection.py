@@ -40,11 +40,7 @@ def inspect(
     max_batches: int | None = None,
     progress: bool = True,
 ) -> Diagnosis:
-    """Diagnose an adapter folder, with its base model and data if they are given; see `lora-kernels inspect`.
-
-    Raises:
-        ValueError: if the folder is malformed, or data, intruders or a weight decay are given without what they need.
-    """
+    """Diagnose an adapter folder, with its base model and data if given; a ValueError if that does not fit together."""
     folder = read_adapter(adapter)
     if base is None:
         if texts is not None or intruders:

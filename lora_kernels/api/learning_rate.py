@@ -113,11 +113,7 @@ class LearningRateAdvice(Report):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the line and the summary.
-
-        Yields:
-            What rich prints.
-        """
+        """Yield a table of the line, and the summary."""
         if self.line:
             table = Table("rate", "loss", "", title="loss along the first step")
             finite = [loss for _, loss in self.line if math.isfinite(loss)]
@@ -131,15 +127,9 @@ class LearningRateAdvice(Report):
 
 
 def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[float, float], float | None, str | None]:
-    """The rate at which a line is lowest, from about eight points.
+    """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none.
 
-    Args:
-        loss_at: the loss at a rate above 0.
-        start: the loss at 0.
-
-    Returns:
-        The losses by rate, 0 included; the rate (a parabola's, through the lowest of the points and its neighbours); or
-        `None` and why there is none.
+    About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
     """
     points: dict[float, float] = {}
 

@@ -35,12 +35,10 @@ LAYER_FIELDS = (
 
 
 def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
-    """A few numbers for all layers.
+    """The numbers of all layers: means of `rank` and `entropy_rank`, the sum `nuclear`, the largest `balance`.
 
-    `rank`: mean numerical rank. `entropy_rank`: mean. `nuclear`: sum of the nuclear norms, what weight decay charges.
-    `share`: largest `|s B A|_2 / |W|_2` (only with the weights). `balance`: largest. `drift`: root of the sum of
-    squares (only with the start). `not_finite`: layers whose factors are not finite; they are left out of the others,
-    which are NaN where no layer is left.
+    `share` is the largest `|s B A|_2 / |W|_2`; `drift` is the root of the sum of squares. Layers that are `not_finite`
+    are only counted; without others the numbers are NaN.
     """
     finite = [spectrum for spectrum in spectra.values() if spectrum.status != "not_finite"]
     count = len(finite) or math.nan
@@ -183,18 +181,7 @@ def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines that a monitor wrote.
-
-    Args:
-        path: its file.
-
-    Returns:
-        One dictionary per measurement, in the file's order; a last line that was cut off (a killed run) is left out.
-        `latest_run` leaves out what a resumed run has measured again.
-
-    Raises:
-        ValueError: if the file is missing, or a line was not written by a monitor.
-    """
+    """The measurements in a monitor's file, without a last line that was cut off (a killed run); else a ValueError."""
     if not path.is_file():
         raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     entries: list[dict[str, Any]] = []

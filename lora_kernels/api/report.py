@@ -101,11 +101,7 @@ class InitReport(Report):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the summary.
-
-        Yields:
-            What rich prints.
-        """
+        """Yield a table of the layers, and the summary."""
         table = Table("layer", title=f"{self.method} initialisation of adapter {self.adapter!r}")
         for column, justify in (
             ("rank", "right"),

@@ -48,11 +48,7 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
 def task_for(
     model: Path, asked: str | None = None, labels: Sequence[str] | None = None, task_type: str | None = None
 ) -> str:
-    """Which head to load a model with, from its folder or config file.
-
-    The one asked for; else the head that the adapter was made with (PEFT's `task_type`); else a classifier where there
-    are labels; else the head that the config names.
-    """
+    """The head to load a model with: the one asked for, the adapter's (`task_type`), a classifier with labels, the config's."""
     if asked is not None:
         check_choice("task", asked, TASKS)
         return asked
@@ -61,10 +57,7 @@ def task_for(
 
 
 def task_of(model: Path) -> str:
-    """Which head the weights of a folder, or of a config file, were saved with.
-
-    `base` for a model without a head, or with another one; `causal-lm` where the config names no architecture.
-    """
+    """The head of the weights of a folder or config file; `base` without, `causal-lm` if no architecture is named."""
     try:
         settings = read_json(model if model.suffix == ".json" else model / "config.json")
     except ValueError:
@@ -99,11 +92,7 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
 
 
 def empty_model(config_file: Path, task: str) -> Any:
-    """A model on the meta device, made from a config file alone: shapes without memory.
-
-    Raises:
-        ValueError: if the task is unknown, or the file is no config that transformers can make a model of.
-    """
+    """A model on the meta device, made from a config file alone; a ValueError if transformers cannot."""
     check_choice("task", task, TASKS)
     settings = read_json(config_file)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):

@@ -22,23 +22,14 @@ _TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Components:
-    """The leading principal components of one input.
+    """The leading principal components of one input."""
 
-    Attributes:
-        values: `(k,)` variances, descending.
-        vectors: `(n, k)`.
-        total: trace of the covariance.
-        tokens: rows counted.
-        residual: largest relative residual of the eigenpairs, or the error bound of the sketch.
-        solver: how they were found.
-    """
-
-    values: torch.Tensor
-    vectors: torch.Tensor
-    total: float
-    tokens: float
-    residual: float
-    solver: str
+    values: torch.Tensor  # `(k,)` variances, descending
+    vectors: torch.Tensor  # `(n, k)`
+    total: float  # trace of the covariance
+    tokens: float  # rows counted
+    residual: float  # largest relative residual of the eigenpairs, or the error bound of the sketch
+    solver: str  # how they were found
 
     def ratios(self) -> list[float]:
         """Explained-variance ratios; zeros where the input never varies."""

@@ -14,21 +14,13 @@ from lora_kernels.linalg.cholesky import damped_cholesky
 
 @dataclass(frozen=True)
 class InputMetric:
-    """`C = M / N + damping I`, which layers that read the same tensor have in common; float64.
+    """`C = M / N + damping I`, which layers that read the same tensor have in common; float64."""
 
-    Attributes:
-        lower: `(n, n)`, its Cholesky factor.
-        damping: after any raises.
-        mean: `(n,)`, of the inputs.
-        power: trace of `M / N`.
-        notes: what is to be said about it.
-    """
-
-    lower: torch.Tensor
-    damping: float
-    mean: torch.Tensor
-    power: float
-    notes: tuple[str, ...]
+    lower: torch.Tensor  # `(n, n)`, its Cholesky factor
+    damping: float  # after any raises
+    mean: torch.Tensor  # `(n,)`, of the inputs
+    power: float  # trace of `M / N`
+    notes: tuple[str, ...]  # what is to be said about it
 
     @classmethod
     def of(cls, layer: LayerProblem, damping: float) -> InputMetric:

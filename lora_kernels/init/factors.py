@@ -50,19 +50,13 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class BaseLayer:
-    """What a method may need to know of the layer under an adapter.
+    """What a method may need to know of the layer under an adapter."""
 
-    Attributes:
-        weight: returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
-        scaling: s, by which PEFT multiplies `B A`.
-        adapter: returns the factors as they are now, or `None`.
-        shape: `(m, n)`; by default that of `weight()`.
-    """
-
+    # Returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
     weight: Callable[[], torch.Tensor]
-    scaling: float
-    adapter: Callable[[], LoraFactors] | None = None
-    shape: tuple[int, int] | None = None
+    scaling: float  # s, by which PEFT multiplies `B A`
+    adapter: Callable[[], LoraFactors] | None = None  # returns the factors as they are now, or `None`
+    shape: tuple[int, int] | None = None  # `(m, n)`; by default that of `weight()`
 
 
 def as_factors(a: torch.Tensor, b: torch.Tensor) -> LoraFactors:

@@ -19,23 +19,14 @@ from lora_kernels.statistics.gradients import GRADIENT
 
 @dataclass(frozen=True)
 class Triplets:
-    """The k leading singular triplets of a gradient of the mean loss.
+    """The k leading singular triplets of a gradient of the mean loss."""
 
-    Attributes:
-        u: `(m, k)`.
-        s: `(k,)` float64, descending; zero where it is not above the rounding of the sums.
-        vh: `(k, n)`.
-        usable: how many are above that rounding.
-        residual: bound on the spectral norm of what they leave, relative to that of the gradient.
-        solver: how they were triplets.
-    """
-
-    u: torch.Tensor
-    s: torch.Tensor
-    vh: torch.Tensor
-    usable: int
-    residual: float
-    solver: str
+    u: torch.Tensor  # `(m, k)`
+    s: torch.Tensor  # `(k,)` float64, descending; zero where it is not above the rounding of the sums
+    vh: torch.Tensor  # `(k, n)`
+    usable: int  # how many are above that rounding
+    residual: float  # bound on the spectral norm of what they leave, relative to that of the gradient
+    solver: str  # how they were computed
 
     def notes(self, use: str) -> tuple[str, ...]:
         """What is to be said where the gradient has too few directions for their use."""

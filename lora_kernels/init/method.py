@@ -42,17 +42,10 @@ def solve_layers(
     at_most: Callable[[Layer], int | None] = lambda _: None,
     work: Callable[[Layer], float] = lambda _: 1.0,
 ) -> dict[str, Answer]:
-    """Solve layers, group by group, with a progress bar; the processes of a distributed run share the groups.
+    """The answers for layers, by name: solved group by group with a progress bar; processes share the groups.
 
-    Args:
-        layers: by name; the answers come back in their order.
-        solve: the layers of a group to their answers.
-        device: where the answers for a layer live.
-        title: of the progress bar, which counts in `unit`.
-        unit: see there.
-        together: layers of one key are solved together; by default each alone.
-        at_most: how many of a group are solved at once, where the group is a batch and may be split.
-        work: of a layer, in any unit.
+    Layers with one key of `together` form a group (by default each its own), of which `at_most` so many are solved at
+    once. `device` is where a layer's answer lives, `work` how long it takes, in any unit.
     """
     if not layers:
         return {}
@@ -151,18 +144,14 @@ class InitMethod(ABC):
         *,
         base: Mapping[str, BaseLayer] | None = None,
     ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
+        """The factors A `(r, n)` and B `(m, r)` of every layer.
 
         A layer that its statistics say nothing of (no token, a zero gradient) gets LoRA's stock start, with a note.
 
         Args:
-            statistics: of all layers named in `ranks`. Gradients are divided by `Statistics.loss_items`; those of a
-                plain mapping, which has no such count, are taken to be of the mean loss already.
+            statistics: of all layers named in `ranks`; gradients in a plain mapping are of the mean loss.
             ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
             base: weight and scaling of each layer, for methods that start from them.
-
-        Returns:
-            Per layer its factors: A `(r, n)`, B `(m, r)`.
 
         Raises:
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].

@@ -88,19 +88,12 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something notable that layers have in common.
+    """Something notable that layers have in common."""
 
-    Attributes:
-        title: its name.
-        meaning: what it means.
-        advice: what to do.
-        layers: names and their number in words, the most notable first.
-    """
-
-    title: str
-    meaning: str
-    advice: str
-    layers: tuple[tuple[str, str], ...]
+    title: str  # its name
+    meaning: str  # what it means
+    advice: str  # what to do
+    layers: tuple[tuple[str, str], ...]  # names and their number in words, the most notable first
 
 
 def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, tuple[tuple[str, str], ...]]]:
@@ -118,15 +111,10 @@ def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A number over training steps.
+    """A number over training steps."""
 
-    Attributes:
-        title: what is shown.
-        points: steps and values; NaN is left out.
-    """
-
-    title: str
-    points: tuple[tuple[float, float], ...]
+    title: str  # what is shown
+    points: tuple[tuple[float, float], ...]  # steps and values; NaN is left out
 
     @property
     def line(self) -> str:

@@ -87,11 +87,7 @@ class Diagnosis(Report):
         return f"{self.verdict.kind}: {'; '.join(self.verdict.reasons)}{data}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers, the summary and the reasons.
-
-        Yields:
-            What rich prints.
-        """
+        """Yield a table of the layers, the summary and the reasons."""
         certified = [layer.certificate for layer in self.layers if layer.certificate is not None]
         table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}")
         names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance")

@@ -100,7 +100,7 @@ def dense_operator(a: torch.Tensor) -> LinearOperator:
 
 
 def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | None) -> tuple[int, int]:
-    """Columns of the block and number of rounds, with the defaults of `randomized_svd`.
+    """Columns of the block and number of rounds of `randomized_svd`.
 
     The defaults are the cheapest with a smaller error than subspace iteration with 8 extra columns and 2 rounds, on
     spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
@@ -116,10 +116,9 @@ def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | Non
 
 
 def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: LinearOperator) -> torch.Tensor:
-    """The start block and the probes `(rows, width + probes)`.
+    """The start block and the probes `(rows, width + probes)`; only the bound needs gaussian numbers, which cost more.
 
-    Random signs are several times cheaper than gaussian numbers and as good for a block, unless it is so narrow that
-    columns can coincide. The bound needs gaussian probes.
+    A block of random signs is as good, unless it is so narrow that columns can coincide.
     """
     kind = "rademacher" if width >= _LANES else "gaussian"
     start = random_matrix(rows, width, kind=kind, seed=seed, stream=stream, device=operator.device)

@@ -26,10 +26,9 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 
 def trimmer(model: nn.Module, observed: Sequence[nn.Module]) -> Callable[[Any], Any]:
-    """A function that reduces a batch to what the observed modules need, if the model's output is not used.
+    """A function that reduces a batch to what observed modules need, if the model's output is not used.
 
-    For transformers models with `logits_to_keep` whose output layer is not observed, it drops the labels and asks for
-    one row of logits; otherwise it returns the batch unchanged.
+    For transformers models with `logits_to_keep` it drops the labels and asks for one row of logits.
     """
     inner: Any = without_peft(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None

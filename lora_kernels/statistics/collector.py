@@ -219,11 +219,7 @@ class Collection:
         storage.write(self.path, [*self.finished, *current], self.progress, self.identity)
 
     def _lockstep(self, feed: Feed) -> Iterator[tuple[Any, bool]]:
-        """Batches until no process has one; those that have none repeat a batch without counting it.
-
-        Yields:
-            A batch, and whether it counts.
-        """
+        """Yield batches until no process has one, and whether they count: those without one repeat a batch."""
         batches, batch = iter(feed), None
         while True:
             fresh = next(batches, None)

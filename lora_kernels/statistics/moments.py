@@ -41,18 +41,13 @@ def as_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class OutputGradients(NamedTuple):
-    """Of one call of a layer, what sums of output gradients read.
+    """Of one call of a layer, what sums of output gradients read."""
 
-    Attributes:
-        g: `(..., m)`, the gradients of the sum of losses by the outputs.
-        x: `(..., n)`, the inputs; `None` if no sum of the layer reads them.
-        weight: `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
-        factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
-    """
-
-    g: torch.Tensor
-    x: torch.Tensor | None
+    g: torch.Tensor  # `(..., m)`, the gradients of the sum of losses by the outputs
+    x: torch.Tensor | None  # `(..., n)`, the inputs; `None` if no sum of the layer reads them
+    # `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
     weight: torch.Tensor | None = None
+    # `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
     factors: torch.Tensor | None = None
 
 
@@ -168,25 +163,14 @@ class InputMoments(Accumulator):
     main = "second"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Start at zero.
-
-        Args:
-            features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-        """
+        """Start at zero; `device` and `dtype` (float32, or float64 for reference work) are those of the sums."""
         self.features = features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
         self.second = torch.zeros(features, features, dtype=dtype, device=device)
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            x: `(..., n)` activations.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
+        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
         x = as_rows(x, self.second.dtype)
         covariance_(self.second, x, weight, self.total)
         if weight is None:

@@ -24,23 +24,14 @@ FORMS = ("auto", "exact", "sketch")
 
 @dataclass(frozen=True)
 class Entry:
-    """One set of sums.
+    """One set of sums."""
 
-    Attributes:
-        statistic: see `wants.STATISTICS`.
-        form: `exact` or `sketch`.
-        layers: the layers it belongs to: several where they read the same tensor.
-        bytes: memory of its sums on each process.
-        message: bytes that each process contributes to the reduction over processes (of symmetric sums about half).
-        number: the pass over the data that collects it, from 0.
-    """
-
-    statistic: str
-    form: str
-    layers: tuple[str, ...]
-    bytes: int
-    message: int
-    number: int = 0
+    statistic: str  # see `wants.STATISTICS`
+    form: str  # `exact` or `sketch`
+    layers: tuple[str, ...]  # the layers it belongs to: several where they read the same tensor
+    bytes: int  # memory of its sums on each process
+    message: int  # bytes that each process contributes to the reduction over processes (of symmetric sums about half)
+    number: int = 0  # the pass over the data that collects it, from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +97,7 @@ class Plan(Printed):
         return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table with one row per kind of layer, and the totals.
-
-        Yields:
-            The table, then lines of text.
-        """
+        """Yield a table with one row per kind of layer, and the totals."""
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:

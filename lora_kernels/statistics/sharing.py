@@ -86,15 +86,9 @@ class InputSharing:
         return list({id(group): group for group in self.groups.values()}.values())
 
     def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
-        """The sums that the input `(..., n)` of a call must be added to.
+        """The sums (of a new group those of `make`) that a layer's input `(..., n)` must be added to.
 
-        Args:
-            name: the layer.
-            x: its input.
-            make: returns the empty sums of a new group.
-
-        Returns:
-            The sums, or `None` if another layer of the group has added the input already.
+        `None` if another layer of the group has added it already.
         """
         if name in self.left_out:
             return None

@@ -61,16 +61,7 @@ class InputSketch(Accumulator):
         seed: int = 0,
         stream: int = 0,
     ) -> None:
-        """Start at zero.
-
-        Args:
-            features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-            size: k.
-            seed: of Omega.
-            stream: of Omega.
-        """
+        """Start at zero; `device` and `dtype` (float32, or float64 for reference work) are those of the sums."""
         self.features, self.size, self.seed, self.stream = features, size, seed, stream
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
@@ -78,12 +69,7 @@ class InputSketch(Accumulator):
         self.product = torch.zeros(features, size + PROBES, dtype=dtype, device=device)
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            x: `(..., n)` activations.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
+        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
         x = as_rows(x, self.product.dtype)
         sketch_(self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total)
         gradient_statistics_(None, self.squares, x, fisher_weight=weight)
@@ -187,18 +173,7 @@ class GradientSketch(Accumulator):
         seed: int = 0,
         stream: int = 0,
     ) -> None:
-        """Start at zero.
-
-        Args:
-            out_features: m.
-            in_features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-            size: k.
-            co_size: l.
-            seed: of both random matrices.
-            stream: of Omega; Psi uses its complement.
-        """
+        """Start at zero; `seed` is that of both random matrices, `stream` of Omega (Psi uses its complement)."""
         self.out_features, self.in_features = out_features, in_features
         self.size, self.co_size, self.seed, self.stream = size, co_size, seed, stream
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -210,13 +185,7 @@ class GradientSketch(Accumulator):
         return self.stream ^ 0xFFFFFFFF
 
     def update(self, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            g: `(..., m)` output gradients.
-            x: `(..., n)` inputs.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
+        """Add output gradients `(..., m)` and inputs `(..., n)`; weight `(...)` is a bool selection or real."""
         g, x = as_rows(g, self.left.dtype), as_rows(x, self.left.dtype)
         sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
         sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)

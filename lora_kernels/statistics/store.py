@@ -104,11 +104,7 @@ class LayerStatistics:
         return self.mean(GRADIENT)
 
     def gradient_operator(self) -> Gradient:
-        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error.
-
-        Raises:
-            ValueError: if it was not collected.
-        """
+        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error."""
         sums = self._sums(GRADIENT)
         if not isinstance(sums, GradientSketch):
             return Gradient(sums.total / self._items())  # type: ignore[attr-defined]
@@ -205,11 +201,7 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
         return len(self.layers)
 
     def save(self, path: str | Path) -> None:
-        """Write the statistics to one safetensors file, atomically.
-
-        Args:
-            path: the file.
-        """
+        """Write the statistics to one safetensors file, atomically."""
         parts, progress = _disassemble(self)
         targets = [[layer.name, layer.in_features, layer.out_features] for layer in self.values()]
         storage.write(Path(path), parts, progress, {**self.fingerprint, "targets": targets})

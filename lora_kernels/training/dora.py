@@ -163,10 +163,7 @@ def rescaled_dropped(
     *,
     inner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DoRA's output `(..., m)` where the adapter's input is dropped.
-
-    `base` is `z -> z W^T + bias` and `fused` is `z -> z W^T + s z A^T B^T + inner`, where `inner` `(m,)` is the bias.
-    """
+    """DoRA's output `(..., m)` with a dropped input: `base` is `z W^T + bias`, `fused` `z W^T + s z A^T B^T + inner`."""
     return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
 
 

@@ -58,16 +58,7 @@ class FusedForward:
     fused = True  # reference_mode sets it to False, on a layer or on all
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's, fused where possible.
-
-        Args:
-            x: `(..., n)`.
-            args: further arguments of the base layer: PEFT's forward takes the call.
-            kwargs: likewise, and PEFT's own, such as `adapter_names`.
-
-        Returns:
-            `(..., m)`.
-        """
+        """As PEFT's on x `(..., n)`, fused where possible; a call with further arguments is PEFT's."""
         if not args and not kwargs:
             if torch.compiler.is_compiling():
                 traced = Prepared.make(self, x) if runs_fused(self) else None
@@ -101,14 +92,7 @@ class FusedForward:
 
 
 def class_of(kind: type) -> type:
-    """The accelerated subclass of a layer's class; the same one every time, so that layers can be pickled.
-
-    Args:
-        kind: a class of PEFT's.
-
-    Returns:
-        The class. It shows PEFT's name, and is pickled under its own.
-    """
+    """The accelerated subclass of a PEFT class, always the same, so that layers can be pickled: under its own name."""
     name = f"Fused{kind.__name__}"
     cls: type | None = globals().get(name)
     if cls is None or cls.__bases__[1] is not kind:  # PEFT's module may have been imported anew
@@ -145,14 +129,7 @@ def supported() -> tuple[type, ...]:
 
 
 def runs_fused(layer: Any) -> bool:
-    """Whether a layer, as it is now, runs the fused op.
-
-    Args:
-        layer: a LoRA layer.
-
-    Returns:
-        False if PEFT's own forward is to run.
-    """
+    """Whether a LoRA layer, as it is now, runs the fused op."""
     accelerated = isinstance(layer, FusedForward) and layer.fused and FusedForward.fused
     plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
     return plain and eager_reason(layer) is None
@@ -165,15 +142,7 @@ def warn_once(reason: str) -> None:
 
 
 def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
-    """Prepare a layer for inputs like x.
-
-    Args:
-        layer: an accelerated layer.
-        x: `(..., n)`.
-
-    Returns:
-        What to run, or `None` where PEFT's own forward is to run. An unexpected reason for that is a warning, once.
-    """
+    """What an accelerated layer runs for inputs like x `(..., n)`; `None` for PEFT's forward, warned of if unexpected."""
     if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
         return None
     if any(GLOBAL_HOOKS):
@@ -318,17 +287,7 @@ class Prepared:
         return self.trained is None or self.trained == [adapter.frozen for adapter in active(layer)]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output.
-
-        Args:
-            x: `(..., n)`.
-
-        Returns:
-            `(..., m)`.
-
-        Raises:
-            RuntimeError: inside a `torch.func` transform.
-        """
+        """The layer's output `(..., m)` for x `(..., n)`."""
         if self.state is not None and torch._C._are_functorch_transforms_active():
             raise RuntimeError(TRANSFORMED)
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
