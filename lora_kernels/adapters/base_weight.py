@@ -146,13 +146,13 @@ def dense_weight(module: Any, name: str = "") -> torch.Tensor:
     return dense if dense.dtype == torch.float64 else dense.to(torch.float32)
 
 
-def row_blocks(module: Any, name: str = "", entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
+def row_blocks(module: Any, entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
     """A function that yields the rows of the weight under a LoRA layer in blocks `(rows, n)`; a ValueError as above.
 
     Plain weights are sliced, in their dtype; bitsandbytes' 4-bit (NF4, FP4) and int8 weights are dequantized block by
     block, others whole and once, to float32. A block has at most `entries` entries, or one row.
     """
-    check_readable(module, name)
+    check_readable(module)
     layer = module.get_base_layer()
     m, n = module.out_features, module.in_features
     height = max(1, (entries or _CHUNK) // max(1, n))

@@ -49,7 +49,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         self.dash: dict[str, Any] | None = None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, for the joined adapter; tensors that PEFT wrote unjoined (of shards) are joined in the file now."""
+        """As PEFT's, for the joined adapter; tensors that PEFT wrote unjoined (of shards) are joined in the file."""
         stock, mark = self.joined()
         mapping = kwargs.pop("auto_mapping_dict", None) or stock.auto_mapping or {}
         if mark is not None:

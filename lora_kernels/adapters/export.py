@@ -13,6 +13,7 @@ from torch import nn
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
+from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.files import WEIGHTS
 from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers, is_wrapped
 from lora_kernels.adapters.view import LoraView
@@ -160,7 +161,7 @@ def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tens
     if start is not None:
         a, b = torch.cat((a, start.a.to(a))), torch.cat((b, start.sign * start.b.to(b)), dim=1)
     if dash is not None and dash.launched:
-        more = parts.columns(dash, module.scaling[adapter])
+        more = parts.columns(dash.left, whole(dash.coordinates), module.scaling[adapter])
         a, b = torch.cat((a, dash.right.to(a))), torch.cat((b, more.to(b)), dim=1)
     if isinstance(rank, str) or a.shape[0] <= rank:
         return a, b, 0.0

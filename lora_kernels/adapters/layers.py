@@ -15,6 +15,7 @@ from torch import nn
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.experts import ExpertLayer, expert_layers, why_unseen
+from lora_kernels.adapters.names import scaling_of
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -46,7 +47,7 @@ class AdapterLayer:
     @property
     def scaling(self) -> float:
         """Scaling s, by which PEFT multiplies `B A`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scaling_of(self.alpha, self.rank, self.rslora)
 
     def with_rank(self, rank: int, *, adjust: bool) -> AdapterLayer:
         """The layer after a change of rank; `adjust` keeps the scaling (PEFT's `adjust_scaling_factors`), not alpha."""

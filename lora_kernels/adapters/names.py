@@ -1,7 +1,8 @@
-"""Names of layers in PEFT's configs."""
+"""PEFT's rules of configs: names of layers, patterns of ranks and alphas, and the scaling."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -21,10 +22,20 @@ def config_name(name: str, module: Any = None) -> str:
     return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
 
 
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """The scaling s by which PEFT multiplies `B A`."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that, a regular expression, is all of the name or its tail after a dot."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
 def matches(key: str, name: str) -> bool:
-    """PEFT's rule: the key, a regular expression, is all of the name or its tail after a dot."""
+    """Whether `of_pattern` finds a name by a key, which may be no regular expression."""
     try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
+        return of_pattern({key: True}, name, False) is True
     except re.error:
         return False
 

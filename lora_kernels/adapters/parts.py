@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.adapters.names import scaling_of
 from lora_kernels.adapters.view import stock_class
 from lora_kernels.runtime.modes import is_sharded
 
@@ -196,7 +196,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`get_delta_factors` of PEFT's `ParamWrapper` with parts: `s * left @ right` is added, in the parameter's dtype."""
+    """`get_delta_factors` of PEFT's `ParamWrapper` with parts: `s * left @ right` is added to the parameter."""
     a, b, began = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, start(layer, adapter)
     firsts, seconds = [a], [b]
     if began is not None:
@@ -221,13 +221,8 @@ def _side_by_side(
     return first.flatten(0, 1), second.flatten(1)
 
 
-def first_ranks(a: torch.Tensor, b: torch.Tensor, rank: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ranks of every expert, of factors `(experts r, n)` and `(m, r experts)`, as tensors of their own."""
-    return _part_of(a, b, slice(rank), experts)
-
-
-def _part_of(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some of the ranks of `_side_by_side`, as tensors of their own."""
+def some_ranks(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """These ranks of every expert, of factors `(experts r, n)` and `(m, r experts)`, as tensors of their own."""
     first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
     second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
     return first.clone(), second.clone()
@@ -337,12 +332,8 @@ def ignore_buffers(model: nn.Module) -> None:
     setattr(model, _IGNORED, [*others, *sorted(frozen)])
 
 
-def columns(dash: Directions, scaling: float) -> torch.Tensor:
-    """Launched coordinates as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
-    return _columns(dash.left, whole(dash.coordinates), scaling)
-
-
-def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> torch.Tensor:
+def columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Coordinates `(k,)` as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
     if scaling == 0:
         raise ValueError("an adapter of scaling 0 cannot express its coordinates, which are not scaled")
     wide = torch.promote_types(left.dtype, torch.float32)
@@ -367,7 +358,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
         right = state.pop(key(DASH, "right"))
         if flags[1]:
             a.append(right)
-            b.append(_columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
+            b.append(columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
             state[key(DASH, "_extra_state")] = torch.tensor([*flags.tolist()[:2], 1])  # and joined
     if len(a) > 1:
         blocks = [block.to(a[0]) for block in a], [block.to(b[0]) for block in b]
@@ -376,9 +367,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
 
 def nominal_scaling(layer: Any, adapter: str) -> float:
     """The scaling that follows from rank and alpha, which is what a saved config says."""
-    rank = layer.r[adapter]
-    scaling: float = layer.lora_alpha[adapter] / (rank**0.5 if layer.use_rslora.get(adapter, False) else rank)
-    return scaling
+    return scaling_of(layer.lora_alpha[adapter], layer.r[adapter], layer.use_rslora.get(adapter, False))
 
 
 def _join_layer(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -408,7 +397,7 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
     if more not in (0, rank) or b.dim() != 2 or b.shape[1] != a.shape[0] or a.shape[0] % experts:
         return
     if more:
-        state[key(START, "a")], began = _part_of(a, b, slice(rank, rank + more), experts)
+        state[key(START, "a")], began = some_ranks(a, b, slice(rank, rank + more), experts)
         state[key(START, "b")] = Start.sign * began
     if key(START, "a") not in state:  # a state without a start: the function is that of A and B
         remove(layer, adapter, START)
@@ -426,4 +415,4 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
             state.setdefault(key(DASH, name), torch.zeros_like(value))
         state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))
     if more or joined:
-        state[key_a], state[key_b] = first_ranks(a, b, rank, experts)
+        state[key_a], state[key_b] = some_ranks(a, b, slice(rank), experts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers
-from lora_kernels.adapters.names import config_name, patterns
+from lora_kernels.adapters.names import config_name, patterns, scaling_of
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -69,7 +68,7 @@ def _write_layer(layer: AdapterLayer, factors: Factors, adapter: str, *, adjust:
 
 def _set_scaling(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
     module.r[adapter], module.lora_alpha[adapter], module.use_rslora[adapter] = rank, alpha, rslora
-    scaling = alpha / (math.sqrt(rank) if rslora else rank)
+    scaling = scaling_of(alpha, rank, rslora)
     if isinstance(module.scaling[adapter], torch.Tensor):  # compiled code reads this very tensor
         module.scaling[adapter].fill_(scaling)
     else:
@@ -80,7 +79,8 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
     """Keep the first `rank` rows of A and columns of B of a layer of any kind, with a scaling of their own."""
     if rank < module.r[adapter]:
         a, b = module.lora_A[adapter], module.lora_B[adapter]
-        factors = parts.first_ranks(a.weight.detach(), b.weight.detach(), rank, getattr(module, "num_experts", 1))
+        experts = getattr(module, "num_experts", 1)
+        factors = parts.some_ranks(a.weight.detach(), b.weight.detach(), slice(rank), experts)
         for linear, value in zip((a, b), factors, strict=True):
             _put(linear, value, value.device)
     _set_scaling(module, adapter, rank, alpha, rslora=rslora)
@@ -154,7 +154,7 @@ def write(
     *,
     adjust_scaling_factors: bool,
 ) -> None:
-    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes the adapter.
+    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes one.
 
     A ValueError, before anything is written, if ranks of a sharded adapter would change or no layer would keep one.
     """
