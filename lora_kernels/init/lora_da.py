@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_positive, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import LayerwiseMethod
@@ -82,9 +82,7 @@ class LoraDA(LayerwiseMethod):
             value = getattr(self, name)
             if name == "output_damping_ratio" and value is None:
                 continue
-            check_range(name, value)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
+            check_positive(name, value)
         check_range("variance_weight", self.variance_weight, low=0)
         check_choice("token_mask", self.token_mask, tuple(_MASKS))
         if self.population_size is not None:

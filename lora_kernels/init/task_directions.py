@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_positive
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.lora_da import WANTS
@@ -58,10 +58,7 @@ class TaskDirections(LayerwiseMethod):
         """Check the ranges that need no model."""
         check_choice("update", self.update, UPDATES)
         for name in ("share", "epsilon", "damping"):
-            value = getattr(self, name)
-            check_range(name, value, low=0.0)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
+            check_positive(name, getattr(self, name))
 
     @property
     def wants(self) -> Mapping[str, bool]:
