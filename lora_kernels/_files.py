@@ -45,7 +45,7 @@ def read_json(file: Path, what: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to; at the end it replaces the file, which is the old one or the new one, whole, at any moment.
+    """Yield a path to write to, which then replaces the file: at any moment there is the old one or the new one, whole.
 
     It has the same suffix. A symbolic link stays, and what it leads to is replaced. The folder is made.
     """

@@ -21,7 +21,7 @@ from lora_kernels.reports import Report, Table
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import Loss, Reduction, summed_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
-from lora_kernels.runtime.processes import gather, raise_together, unwrap, world_size
+from lora_kernels.runtime.processes import gather, raise_together, together, unwrap, world_size
 from lora_kernels.statistics.options import Forward
 from lora_kernels.training.lora_pro import LoraPro
 from lora_kernels.training.lora_pro.model import find_pairs
@@ -185,13 +185,7 @@ class _Probe:
 
     def _together(self, call: Callable[[], tuple[float, float]]) -> float:
         """Mean of a sum and its count over all processes; a failure on one is a failure on all."""
-        error: BaseException | None = None
-        total = items = 0.0
-        try:
-            total, items = call()
-        except Exception as caught:  # noqa: BLE001  (told to the others, and raised)
-            error = caught
-        raise_together(error)
+        total, items = together(call)
         if world_size() > 1:
             total, items = (math.fsum(values) for values in zip(*gather((total, items)), strict=True))
         if items <= 0:

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lora_kernels.api.learning_rate import LearningRateAdvice
-from lora_kernels.reports import Report, Table, short_name
+from lora_kernels.reports import Report, Table, counted, short_name
 
 
 @dataclass(frozen=True)
@@ -102,27 +102,21 @@ class InitReport(Report):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table of the layers, and the summary."""
-        table = Table("layer", title=f"{self.method} initialisation of adapter {self.adapter!r}")
-        for column, justify in (
-            ("rank", "right"),
-            ("explained", "right"),
-            ("start", "right"),
-            ("first step", "right"),
-            ("tokens", "right"),
-            ("notes", "left"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        title, optional = f"{self.method} initialisation of adapter {self.adapter!r}", ("tokens", "start", "first step")
+        table = Table("layer", title=title, optional=optional)
+        for column in ("rank", "explained", *reversed(optional)):
+            table.add_column(column, justify="right")
+        table.add_column("status")
         for layer in self.layers:
             rank = f"{layer.rank}" if layer.rank == layer.rank_before else f"{layer.rank_before} -> {layer.rank}"
-            status = () if layer.status == "initialised" else (layer.status.replace("_", " "),)
             table.add_row(
                 short_name(layer.name),
                 rank,
-                _percent(layer.explained_variance),
-                "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",
+                "" if layer.explained_variance is None else f"{100 * layer.explained_variance:.1f} %",
                 "" if layer.first_step is None else f"{layer.first_step:.2g}",
+                "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",
                 f"{layer.tokens:,.0f}",
-                "; ".join((*status, *layer.notes)),
+                "" if layer.status == "initialised" else layer.status.replace("_", " "),
             )
         table.caption = (
             "explained: share of the input variance in A; start: |s B A| / |W|; first step: predicted loss change of "
@@ -130,8 +124,5 @@ class InitReport(Report):
         )
         yield table
         measured = () if self.learning_rate is None else (self.learning_rate.summary(),)
-        yield Text("\n".join((self.summary(), *measured, *self.advice)))
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+        notes = counted((layer.name, note) for layer in self.layers for note in layer.notes)
+        yield Text("\n".join((self.summary(), *measured, *self.advice, *notes)))

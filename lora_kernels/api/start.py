@@ -207,7 +207,7 @@ class Start:
         if name not in self.answers:
             return LayerReport(name, "not_reached", layer.rank, layer.rank, notes=notes)
         answer = self.answers[name]
-        factors, outlook, share = answer.factors, guidance.NO_OUTLOOK, 0.0
+        factors, share, outlook = answer.factors, 0.0, {}
         if factors.rank:
             scaling = self._resized(layer, factors.rank).scaling
             outlook = guidance.outlook(factors, scaling, self.statistics, name, offset=self.method.offsets_base)
@@ -232,9 +232,7 @@ class Start:
             eigen_residual=answer.residual,
             solver=answer.solver,
             start_share=share,
-            start_change=outlook.start_change,
-            first_step=outlook.first_step,
-            step_ratio=outlook.step_ratio,
+            **outlook,
             notes=(*notes, *answer.notes, *((f"{rows} non-finite rows skipped",) if rows else ())),
         )
 

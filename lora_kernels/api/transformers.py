@@ -48,7 +48,7 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
 def task_for(
     model: Path, asked: str | None = None, labels: Sequence[str] | None = None, task_type: str | None = None
 ) -> str:
-    """The head to load a model with: the one asked for, the adapter's (`task_type`), a classifier with labels, the config's."""
+    """The head to load a model with: as asked, by the adapter's `task_type`, a classifier with labels, or by config."""
     if asked is not None:
         check_choice("task", asked, TASKS)
         return asked

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -14,7 +13,7 @@ from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
-from lora_kernels.reports import Report, Table, counted, plain, short_name
+from lora_kernels.reports import Report, Table, counted, short_name
 
 _STYLES = {LOUD_FAILURE: "bold red", LOW_RANK_MINIMUM: "green", NOT_JUDGED: "dim"}
 
@@ -70,17 +69,6 @@ class Diagnosis(Report):
         """The layers."""
         return iter(self.layers)
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain Python values, with the derived ones; numbers that are not finite become `None`."""
-        values = asdict(self)
-        for entry, layer in zip(values["layers"], self.layers, strict=True):
-            for name in ("spectral", "spectral_share", "frobenius_share"):
-                entry["spectrum"][name] = getattr(layer.spectrum, name)
-            if layer.certificate is not None:
-                for name in ("ratio", "ratio_low", "ratio_high"):
-                    entry["certificate"][name] = getattr(layer.certificate, name)
-        return cast("dict[str, object]", plain(values))
-
     def summary(self) -> str:
         """One line: the verdict and its counts."""
         data = f"; {self.tokens:,.0f} tokens in {self.batches} batches" if self.batches else ""
@@ -88,10 +76,11 @@ class Diagnosis(Report):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table of the layers, the summary and the reasons."""
-        certified = [layer.certificate for layer in self.layers if layer.certificate is not None]
-        table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}")
-        names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance")
-        for column in (*names, *(("s|G|_2/lambda", "alignment", "stationarity") if certified else ())):
+        compared = any(layer.spectrum.spectral_share is not None for layer in self.layers)
+        optional = ("entropy", *(["|sBA|_2"] if compared else []), "alignment", "balance", "s|G|_2/lambda")
+        table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}", optional=optional)
+        names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance", "s|G|_2/lambda", "alignment", "stationarity")
+        for column in names:
             table.add_column(column, justify="right")
         table.add_column("verdict")
         for layer in self.layers:
@@ -105,7 +94,7 @@ class Diagnosis(Report):
             ]
             if certificate is not None:
                 row += [_bracket(certificate), number(certificate.alignment), number(certificate.stationarity)]
-            elif certified:
+            else:
                 row += ["", "", ""]
             table.add_row(short_name(layer.name), *row, Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow")))
         yield table

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
-from lora_kernels.reports import Printed, Table
+from lora_kernels.reports import Report, Table
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
 from lora_kernels.statistics.moments import Accumulator, needs_backward, packed_size
@@ -35,7 +35,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Printed):
+class Plan(Report):
     """The plan of a collection; prints as a table.
 
     Attributes:
@@ -48,6 +48,8 @@ class Plan(Printed):
             upper bound).
         messages: all-reductions that add up the sums of all processes.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("pass_bytes", "total_bytes", "message_bytes", "communication")
 
     entries: tuple[Entry, ...]
     passes: int
@@ -90,11 +92,6 @@ class Plan(Printed):
         return {
             entry.statistic: entry.form for entry in self.entries if entry.number == number and layer in entry.layers
         }
-
-    def to_json(self) -> str:
-        """The plan as JSON."""
-        names = ("pass_bytes", "total_bytes", "message_bytes", "communication")
-        return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table with one row per kind of layer, and the totals."""

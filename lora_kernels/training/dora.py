@@ -163,7 +163,7 @@ def rescaled_dropped(
     *,
     inner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DoRA's output `(..., m)` with a dropped input: `base` is `z W^T + bias`, `fused` `z W^T + s z A^T B^T + inner`."""
+    """DoRA of a dropped input: `base` is `z W^T + bias`, `fused` `z W^T + s z A^T B^T + inner`."""
     return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
 
 

@@ -142,7 +142,7 @@ def warn_once(reason: str) -> None:
 
 
 def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
-    """What an accelerated layer runs for inputs like x `(..., n)`; `None` for PEFT's forward, warned of if unexpected."""
+    """What an accelerated layer runs for inputs like x `(..., n)`; `None` for PEFT's forward, with a warning."""
     if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
         return None
     if any(GLOBAL_HOOKS):
