@@ -9,8 +9,7 @@ import torch
 
 from lora_kernels.init.method import solve_layers
 from lora_kernels.linalg import eigh_topk
-from lora_kernels.statistics.moments import InputMoments
-from lora_kernels.statistics.sharing import InputSums
+from lora_kernels.statistics.moments import InputMoments, InputSums
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
 
@@ -29,7 +28,7 @@ class Components:
     total: float  # trace of the covariance
     tokens: float  # rows counted
     residual: float  # largest relative residual of the eigenpairs, or the error bound of the sketch
-    solver: str  # how they were found
+    solver: str  # the algorithm
 
     def ratios(self) -> list[float]:
         """Explained-variance ratios; zeros where the input never varies."""

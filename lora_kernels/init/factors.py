@@ -37,7 +37,7 @@ class LayerFactors:
             varies, or the method does not look at it.
         residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`), or what the
             method says of the error of its singular triplets, relative to the largest singular value.
-        solver: how they were found; `stock` for LoRA's own start, where the method has nothing to start from.
+        solver: the algorithm; `stock` for LoRA's own start, where the method has nothing to start from.
         notes: facts a user should know, in words.
     """
 

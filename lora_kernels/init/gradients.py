@@ -26,7 +26,7 @@ class Triplets:
     vh: torch.Tensor  # `(k, n)`
     usable: int  # how many are above that rounding
     residual: float  # bound on the spectral norm of what they leave, relative to that of the gradient
-    solver: str  # how they were computed
+    solver: str  # the algorithm
 
     def notes(self, use: str) -> tuple[str, ...]:
         """What is to be said where the gradient has too few directions for their use."""
@@ -68,7 +68,7 @@ class GradientMethod(LayerwiseMethod):
             yield self.start(layer, triplets)
 
     def _decompose(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
-        gradients = torch.stack([layer.gradient() for layer in layers])
+        gradients = torch.stack([layer.mean(GRADIENT) for layer in layers])
         # By its largest entry, so that no product overflows or vanishes.
         scales = gradients.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gradients.dtype).tiny)
         gradients /= scales

@@ -42,11 +42,9 @@ def solve_layers(
     at_most: Callable[[Layer], int | None] = lambda _: None,
     work: Callable[[Layer], float] = lambda _: 1.0,
 ) -> dict[str, Answer]:
-    """The answers for layers, by name: solved group by group with a progress bar; processes share the groups.
-
-    Layers with one key of `together` form a group (by default each its own), of which `at_most` so many are solved at
-    once. `device` is where a layer's answer lives, `work` how long it takes, in any unit.
-    """
+    """The answers for layers, by name: solved group by group with a progress bar; processes share the groups."""
+    # Layers with one key of `together` form a group (by default each its own), of which `at_most` so many are solved at
+    # once. `device` is where a layer's answer lives, `work` how long it takes, in any unit.
     if not layers:
         return {}
     groups: dict[Hashable, list[str]] = defaultdict(list)
@@ -82,7 +80,7 @@ class InitMethod(ABC):
     Attributes:
         name: as in `initialize(method=...)`.
         full_rate: whether its authors train at learning rates of full fine-tuning.
-        offsets_base: whether `s B A` of the start has to be taken off the base for the model to keep its function.
+        offsets_base: whether the base has to cancel `s B A` of the start for the model to keep its function.
         moves_function: whether the start is away from zero and stays in the model's function.
         own_score: the score by which its authors redistribute ranks, if they do.
     """
@@ -191,6 +189,20 @@ class LayerwiseMethod(InitMethod):
         """The factors of all layers, group by group."""
         keys = {"together": self.together, "at_most": self.at_most, "work": self.work}
         return solve_layers(layers, self.solve, device=lambda layer: layer.device, **keys)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class InputwiseMethod(LayerwiseMethod):
+    """A method that factors C, the second moment of an input, once for all layers that read it."""
+
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Layers that read the same tensor share C and its factor."""
+        return layer.input_key
+
+    def work(self, layer: LayerProblem) -> float:
+        """Multiplications with C and with a matrix of the weight's shape, per column."""
+        m, n = layer.shape
+        return n * (n + m)
 
 
 def resolve_method(method: str | InitMethod) -> InitMethod:

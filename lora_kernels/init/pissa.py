@@ -69,7 +69,7 @@ class PiSSA(LayerwiseMethod):
     def _svd(
         self, weights: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
-        """The leading triplets, the spectral norm of what they leave, and how they were found."""
+        """The leading triplets, the spectral norm of what they leave, and the algorithm."""
         if self.n_iter is not None:
             triplets = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
             assert triplets.error is not None  # probes are drawn

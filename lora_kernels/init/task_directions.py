@@ -17,6 +17,7 @@ from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.statistics.gradients import FISHER
 
 UPDATES = ("gradient_step", "adapter")
 
@@ -82,7 +83,7 @@ class TaskDirections(LayerwiseMethod):
     def _update(self, layer: LayerProblem) -> torch.Tensor:
         if self.update == "gradient_step":
             metric = InputMetric.of(layer, self.damping)
-            return descent_step(layer, metric, 1.0 / (layer.fisher() + self.damping)).mT
+            return descent_step(layer, metric, 1.0 / (layer.mean(FISHER) + self.damping)).mT
         if layer.under.adapter is None:
             raise ValueError(f"layer {layer.name} has no adapter whose factors could be the update")
         now = layer.under.adapter()

@@ -205,7 +205,10 @@ class Collection:
             return
         observer.check_all()
         self.resumed = []
-        self.finished += _offload(_sums_of(observer), plan)
+        sums = _sums_of(observer)
+        for part in sums if plan.passes > 1 else ():  # they make room on the device
+            part.sums.to(torch.device("cpu"))
+        self.finished += sums
         _warn_unaligned(observer)
         progress.number, progress.done, progress.digest, progress.current = number + 1, 0, "", 0
         progress.complete = progress.number == plan.passes
@@ -336,14 +339,6 @@ def _sums_of(observer: Observer) -> list[LayerSums]:
     return inputs + [LayerSums([name], part) for name, sums in observer.outputs.items() for part in sums.values()]
 
 
-def _offload(parts: list[LayerSums], plan: Plan) -> list[LayerSums]:
-    """Where passes follow, finished sums make room on the device."""
-    if plan.passes > 1:
-        for part in parts:
-            part.sums.to(torch.device("cpu"))
-    return parts
-
-
 def _warn_unaligned(observer: Observer) -> None:
     if observer.unaligned:
         warnings.warn(
@@ -382,7 +377,7 @@ def collect(
 ) -> Statistics:
     """Read batches and accumulate the statistics of the target layers.
 
-    The model runs in evaluation mode; no parameter requires a gradient and no `.grad` is made. Training flags,
+    The model runs in evaluation mode; no parameter requires a gradient and no `.grad` is computed. Training flags,
     `requires_grad` flags, hooks and random states are restored whatever happens.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,8 @@ IDLE, READY, FAILED = range(3)
 
 
 def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
-    """The same list of sums on every process, in one order; what a process never saw starts at zero.
-
-    Layers that shared an input on one process but not on another have sums of their own everywhere, as copies.
-    """
+    """The same list of sums on every process, in one order; what a process never saw starts at zero."""
+    # Layers that shared an input on one process but not on another have sums of their own everywhere, as copies.
     described = [(part.sums.kind, part.layers, part.sums.settings(), str(part.sums.dtype)) for part in parts]
     everyone = gather(described)
     # Layers stay together if they are so on every process that has called one of them.
@@ -52,10 +51,8 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
 
 
 def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
-    """Add up sums over all processes, in place: in flat buckets of one dtype, of symmetric sums the lower triangle.
-
-    `parts` are as `agree` returns them; `device` is where the process group can reduce (NCCL: a GPU).
-    """
+    """Add up sums over all processes, in place: in flat buckets of one dtype, of symmetric sums the lower triangle."""
+    # `parts` are as `agree` returns them; `device` is where the process group can reduce (NCCL: a GPU).
     bucket: list[tuple[torch.Tensor, bool]] = []
     in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
@@ -106,14 +103,13 @@ def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[in
 def reduce_progress(progress: Progress) -> Progress:
     """Add up the counts of all processes, in place; notes are united."""
     everyone: list[Progress] = gather(progress)
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
     notes: dict[str, list[str]] = {}
     for other in everyone:
-        for name, count in other.skipped_rows.items():
-            skipped[name] = skipped.get(name, 0) + count
+        skipped.update(other.skipped_rows)
         for name, lines in other.notes.items():
             notes.setdefault(name, []).extend(line for line in lines if line not in notes.get(name, []))
-    progress.skipped_rows, progress.notes = skipped, notes
+    progress.skipped_rows, progress.notes = dict(skipped), notes
     for name in ("tokens", "loss_items", "samples", "batches"):
         setattr(progress, name, sum(getattr(other, name) for other in everyone))
     progress.left_out = sorted({name for other in everyone for name in other.left_out})

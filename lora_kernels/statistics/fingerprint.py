@@ -22,11 +22,9 @@ _SAMPLES = 64  # entries of each parameter that identify its values
 def fingerprint(
     model: nn.Module, targets: Sequence[Target], wants: Mapping[str, bool], options: CollectOptions
 ) -> dict[str, Any]:
-    """What must be equal for statistics to be of the same thing, JSON-ready.
-
-    It has the model's class, a digest of its parameters' names, shapes and a sample of their values, targets,
-    statistics and options.
-    """
+    """What must be equal for statistics to be of the same thing, JSON-ready."""
+    # It has the model's class, a digest of its parameters' names, shapes and a sample of their values, targets,
+    # statistics and options.
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -46,13 +44,13 @@ def fingerprint(
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor is made of: itself, or those inside a wrapper that cannot be sliced."""
+    """The plain tensors in a tensor: itself, or those inside a wrapper, which need not be sliceable."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         inner = [getattr(tensor, name) for name in flatten()[0]]
         return [part for value in inner if isinstance(value, torch.Tensor) for part in _parts(value)]
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        # A wrapper that does not say what it is made of: its numbers.
+        # A wrapper that does not name its tensors: its numbers.
         try:
             numbers = tensor.dequantize()
         except (RuntimeError, NotImplementedError, TypeError):

@@ -53,6 +53,7 @@ class FisherDiagonal(Accumulator):
 
     kind = "fisher"
     statistic = FISHER
+    words = "Fisher diagonal"
     features_of = "out_features"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -78,6 +79,7 @@ class WeightGradient(Accumulator):
 
     kind = "weight_gradient"
     statistic = GRADIENT
+    words = "weight gradient"
     arguments = ("out_features", "in_features")
     vector = ""
     reads_input = True

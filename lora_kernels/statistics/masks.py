@@ -93,12 +93,10 @@ class BatchWeights:
 
     @classmethod
     def of(cls, batch: Any, mask: Mask, *, encoder_decoder: bool, factors: torch.Tensor | None = None) -> BatchWeights:
-        """The weights of a batch; for the mask see `token_weights`.
-
-        In an encoder-decoder model the encoder's rows follow the attention mask, and the decoder's
-        `decoder_attention_mask` if there is one, else the labels that are not -100 (its output at a position is trained
-        on that label).
-        """
+        """The weights of a batch; for the mask see `token_weights`."""
+        # In an encoder-decoder model the encoder's rows follow the attention mask, and the decoder's
+        # `decoder_attention_mask` if there is one, else the labels that are not -100 (its output at a position is
+        # trained on that label).
         sequences = (_tensor(batch, key) for key in _SEQUENCES)
         lengths = frozenset(value.shape[1] for value in sequences if value is not None and value.dim() >= 2)
         if not encoder_decoder or not isinstance(mask, str):
@@ -133,11 +131,9 @@ class BatchWeights:
 
 
 def align(weights: torch.Tensor | None, rows: torch.Size) -> tuple[torch.Tensor | None, bool]:
-    """The token weights `(batch, tokens)` in the leading sizes `rows` of a layer's input, and whether they fit.
-
-    They fit as `(batch, tokens)` with further sizes after or between, as `(tokens, batch, ...)`, or flat. Rows that are
-    one per sample (a pooled input) or match no tokens get `None`: all of them count.
-    """
+    """The token weights `(batch, tokens)` in the leading sizes `rows` of a layer's input, and whether they fit."""
+    # They fit as `(batch, tokens)` with further sizes after or between, as `(tokens, batch, ...)`, or flat. Rows that
+    # are one per sample (a pooled input) or match no tokens get `None`: all of them count.
     if weights is None:
         return None, True
     if len(rows) == 1 and rows[0] == weights.numel():

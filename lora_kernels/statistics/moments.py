@@ -52,43 +52,31 @@ class OutputGradients(NamedTuple):
 
 
 class Accumulator:
-    """Sums over the rows of one layer that add over batches and processes: one form of a statistic, by its class alone.
+    """Sums over the rows of one layer that add over batches and processes; the class is one form of a statistic."""
 
-    Attributes:
-        count: scalar float64 tensor, the (weighted) number of rows.
-        kind: name of the class in stored files.
-        statistic: the statistic it is the sum of.
-        form: `exact` or `sketch`.
-        needs_backward: whether it sums output gradients (`add`); otherwise it sums inputs (`update`).
-        arguments: of the constructor, apart from device and dtype.
-        fields: attributes that hold the sums.
-        triangular: those of them of which only the lower triangle counts.
-        main: the one that is zero if and only if nothing was added.
-        vector: a small one that is finite if all are, or empty.
-        features_of: the size of the layer that the argument `features` stands for.
-        reads_input: whether `add` reads the layer's input, too.
-    """
-
-    kind: ClassVar[str]
-    statistic: ClassVar[str]
-    form: ClassVar[str] = "exact"
+    kind: ClassVar[str]  # name of the class in stored files
+    statistic: ClassVar[str]  # the statistic it is the sum of
+    words: ClassVar[str]  # the statistic in words
+    form: ClassVar[str] = "exact"  # `exact` or `sketch`
+    # Whether it sums output gradients (`add`); otherwise it sums inputs (`update`).
     needs_backward: ClassVar[bool] = True
-    arguments: ClassVar[tuple[str, ...]] = ("features",)
-    fields: ClassVar[tuple[str, ...]] = ("count", "total")
-    triangular: ClassVar[tuple[str, ...]] = ()
-    main: ClassVar[str] = "total"
-    vector: ClassVar[str] = "total"
-    features_of: ClassVar[str] = "in_features"
-    reads_input: ClassVar[bool] = False
+    arguments: ClassVar[tuple[str, ...]] = ("features",)  # of the constructor, apart from device and dtype
+    fields: ClassVar[tuple[str, ...]] = ("count", "total")  # attributes that hold the sums
+    triangular: ClassVar[tuple[str, ...]] = ()  # those of them of which only the lower triangle counts
+    main: ClassVar[str] = "total"  # the one that is zero if and only if nothing was added
+    vector: ClassVar[str] = "total"  # a small one that is finite if all are, or empty
+    features_of: ClassVar[str] = "in_features"  # the size of the layer that the argument `features` stands for
+    reads_input: ClassVar[bool] = False  # whether `add` reads the layer's input, too
     kinds: ClassVar[dict[str, type[Accumulator]]] = {}
     statistics: ClassVar[dict[str, dict[str, type[Accumulator]]]] = {}  # by statistic and form
 
-    count: torch.Tensor
+    count: torch.Tensor  # scalar float64 tensor, the (weighted) number of rows
 
     def __init_subclass__(cls) -> None:
-        """Register the class."""
-        cls.kinds[cls.kind] = cls
-        cls.statistics.setdefault(cls.statistic, {})[cls.form] = cls
+        """Register the class, if it has a kind of its own."""
+        if "kind" in vars(cls):
+            cls.kinds[cls.kind] = cls
+            cls.statistics.setdefault(cls.statistic, {})[cls.form] = cls
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
@@ -143,7 +131,40 @@ class Accumulator:
         return self.tokens
 
 
-class InputMoments(Accumulator):
+class InputSums(Accumulator):
+    """Sums over tokens of one input, with `total`, that of the input itself, `(n,)`."""
+
+    statistic = INPUT_SECOND
+    words = "second moment of the input"
+    needs_backward = False
+    features: int
+    total: torch.Tensor
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
+        self._add_rows(as_rows(x, self.dtype), weight)
+        if weight is None:
+            self.count += x.numel() // max(self.features, 1)
+        else:
+            self.count += weight.sum(dtype=torch.float64)
+
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        raise NotImplementedError
+
+    def mean(self) -> torch.Tensor:
+        """The mean input, `(n,)` float64; zero where nothing was counted."""
+        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def covariance(self, *, center: bool = True) -> torch.Tensor:
+        """The covariance, or the raw second moment `M / N`, `(n, n)` float64."""
+        raise NotImplementedError
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean outer product over tokens."""
+        return self.covariance(center=False)
+
+
+class InputMoments(InputSums):
     """Sums over tokens of one input: count `sum w`, sum `sum w x` and second moment `sum w x x^T`.
 
     They add over batches and over processes. The second moment is kept as its lower triangle.
@@ -156,8 +177,6 @@ class InputMoments(Accumulator):
     """
 
     kind = "input_moments"
-    statistic = INPUT_SECOND
-    needs_backward = False
     fields = ("count", "total", "second")
     triangular = ("second",)
     main = "second"
@@ -169,18 +188,8 @@ class InputMoments(Accumulator):
         self.total = torch.zeros(features, dtype=dtype, device=device)
         self.second = torch.zeros(features, features, dtype=dtype, device=device)
 
-    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
-        x = as_rows(x, self.second.dtype)
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         covariance_(self.second, x, weight, self.total)
-        if weight is None:
-            self.count += x.numel() // max(self.features, 1)
-        else:
-            self.count += weight.sum(dtype=torch.float64)
-
-    def mean(self) -> torch.Tensor:
-        """The mean input, `(n,)` float64; zero where nothing was counted."""
-        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
 
     def covariance(self, *, center: bool = True) -> torch.Tensor:
         """The covariance `M / N - mu mu^T`, or the raw second moment `M / N`.
@@ -211,16 +220,13 @@ class InputMoments(Accumulator):
             result[low:high, low:high] = diagonal + diagonal.tril(-1).mT
         return result
 
-    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
-        """The mean outer product over tokens."""
-        return self.covariance(center=False)
-
 
 class OutputMoments(InputMoments):
     """The same of a layer's output gradients; rows are counted in the forward pass."""
 
     kind = "output_moments"
     statistic = OUTPUT_SECOND
+    words = "second moment of the output gradients"
     needs_backward = True
     features_of = "out_features"
 

@@ -60,19 +60,7 @@ def _routed(target: Target, x: torch.Tensor) -> tuple[torch.Size, torch.Tensor |
 
 
 class Observer:
-    """One pass: hooks on the layers whose turn it is, and their sums.
-
-    Attributes:
-        sharing: the input sums, by group.
-        outputs: the sums of output gradients, by layer and statistic.
-        weights: of the current batch.
-        counting: while this is false, the graph is built as ever (in step with other processes) but nothing is added.
-        forwarding: false during the backward pass, where checkpointed layers run forward a second time.
-        unaligned: layers whose rows no mask fits, and why.
-        unassigned: layers whose rows are not those of samples, where each sample counts alike, and why; their gradients
-            are left out.
-        skipped: rows left out because they were not finite, by layer.
-    """
+    """One pass: hooks on the layers whose turn it is, and their sums."""
 
     def __init__(
         self,
@@ -93,15 +81,18 @@ class Observer:
             for statistic, form in statistics.items():
                 chosen = self._outputs if needs_backward([statistic]) else self._inputs
                 chosen.setdefault(name, []).append((statistic, form))
-        self.sharing = InputSharing(share=options.share_inputs, apart=apart)
-        self.outputs: dict[str, dict[str, Accumulator]] = {}
-        self.weights = BatchWeights()
+        self.sharing = InputSharing(share=options.share_inputs, apart=apart)  # the input sums, by group
+        self.outputs: dict[str, dict[str, Accumulator]] = {}  # the sums of output gradients, by layer and statistic
+        self.weights = BatchWeights()  # of the current batch
+        # While this is false, the graph is built as ever (in step with other processes) but nothing is added.
         self.counting = True
         self._discarding = False
-        self.forwarding = True
-        self.unaligned: dict[str, str] = {}
+        self.forwarding = True  # false during the backward pass, where checkpointed layers run forward a second time
+        self.unaligned: dict[str, str] = {}  # layers whose rows no mask fits, and why
+        # Layers whose rows are not those of samples, where each sample counts alike, and why; their gradients are left
+        # out.
         self.unassigned: dict[str, str] = {}
-        self.skipped: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
         self._aligned_once = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)

@@ -44,7 +44,7 @@ class Plan(Report):
         budget: bytes of sums that a pass may hold, or `None`.
         world_size: number of processes.
         sketch_size: columns of a sketch.
-        shared: whether it is known which layers read the same tensor (otherwise each is counted by itself, which is an
+        shared: whether it is known which layers read the same tensor (otherwise every layer is counted by itself, an
             upper bound).
         messages: all-reductions that add up the sums of all processes.
     """

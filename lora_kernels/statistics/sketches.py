@@ -16,7 +16,7 @@ from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
 from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator, OutputGradients, as_rows
+from lora_kernels.statistics.moments import Accumulator, InputSums, OutputGradients, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -29,7 +29,7 @@ def stream_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-class InputSketch(Accumulator):
+class InputSketch(InputSums):
     """A sketch of an input's second moment `sum w x (x^T Omega)`, with its first moment and its diagonal.
 
     Attributes:
@@ -44,9 +44,7 @@ class InputSketch(Accumulator):
     """
 
     kind = "input_sketch"
-    statistic = INPUT_SECOND
     form = "sketch"
-    needs_backward = False
     arguments = ("features", "size", "seed", "stream")
     fields = ("count", "total", "squares", "product")
     main = "product"
@@ -68,19 +66,9 @@ class InputSketch(Accumulator):
         self.squares = torch.zeros(features, dtype=dtype, device=device)
         self.product = torch.zeros(features, size + PROBES, dtype=dtype, device=device)
 
-    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
-        x = as_rows(x, self.product.dtype)
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         sketch_(self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total)
         gradient_statistics_(None, self.squares, x, fisher_weight=weight)
-        if weight is None:
-            self.count += x.numel() // max(self.features, 1)
-        else:
-            self.count += weight.sum(dtype=torch.float64)
-
-    def mean(self) -> torch.Tensor:
-        """The mean input, `(n,)` float64; zero where nothing was counted."""
-        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
 
     def trace(self, *, center: bool = True) -> float:
         """The exact trace of the covariance, or of the raw second moment `M / N`."""
@@ -91,10 +79,6 @@ class InputSketch(Accumulator):
         """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
         pairs, _ = self.components(min(self.size, self.features), center=center)
         return (pairs.vectors * pairs.values) @ pairs.vectors.mT
-
-    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
-        """The mean outer product over tokens."""
-        return self.covariance(center=False)
 
     def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
@@ -154,6 +138,7 @@ class GradientSketch(Accumulator):
 
     kind = "gradient_sketch"
     statistic = GRADIENT
+    words = "weight gradient"
     form = "sketch"
     arguments = ("out_features", "in_features", "size", "co_size", "seed", "stream")
     fields = ("count", "left", "right")

@@ -14,8 +14,8 @@ from lora_kernels._checks import as_device
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.gradients import FISHER, GRADIENT, Gradient
-from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputMoments, needs_backward
-from lora_kernels.statistics.sketches import GradientSketch, InputSketch
+from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputSums, needs_backward
+from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.storage import Counts, LayerSums, Progress
 
 _ROUNDS = 4  # of the randomized SVD of an exact gradient
@@ -67,10 +67,10 @@ class LayerStatistics:
         return next((sums.tokens for sums in self.sums.values()), 0.0)
 
     @property
-    def input(self) -> InputMoments | InputSketch | None:
+    def input(self) -> InputSums | None:
         """The sums of its input, exact or a sketch."""
         sums = self.sums.get(INPUT_SECOND)
-        assert sums is None or isinstance(sums, (InputMoments, InputSketch))
+        assert sums is None or isinstance(sums, InputSums)
         return sums
 
     def form(self, statistic: str) -> str | None:
@@ -235,7 +235,7 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 def assemble(
     targets: Sequence[tuple[str, int, int]], parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]
 ) -> Statistics:
-    """The statistics made of sums, for layers given by name, in_features and out_features."""
+    """The statistics from sums, for layers given by name, in_features and out_features."""
     sums: dict[str, dict[str, Accumulator]] = {name: {} for name, _, _ in targets}
     partners: dict[str, list[str]] = {}
     for part in parts:
@@ -266,7 +266,7 @@ def assemble(
 
 
 def _disassemble(statistics: Statistics) -> tuple[list[LayerSums], Progress]:
-    """The sums of statistics, each once, and their counts."""
+    """The sums of statistics without repetitions, and their counts."""
     parts: dict[int, LayerSums] = {}
     for name, layer in statistics.items():
         for sums in layer.sums.values():

@@ -33,7 +33,7 @@ class Towers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare; hooks are set by the first batch that has such an input beside a mask."""
+        """Prepare; the first batch with such an input beside a mask sets hooks."""
         self._model = model
         self._handles: list[Any] = []
         self._inside = 0

@@ -265,6 +265,7 @@ def test_factors_of_samples_follow_the_layout_of_rows():
 def test_a_statistic_is_one_class():
     class OutputSum(Accumulator):
         kind = statistic = "output_sum"
+        words = "sum of the output gradients"
         features_of = "out_features"
 
         def __init__(self, features, device, dtype=torch.float32):
