@@ -47,7 +47,7 @@ def read_json(file: Path, what: str | None = None) -> Any:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to, which then replaces the file: at any moment there is the old one or the new one, whole.
 
-    It has the same suffix. A symbolic link stays, and what it leads to is replaced. The folder is made.
+    It has the same suffix. A symbolic link stays, and what it leads to is replaced. The folder is created.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[Path]:
-    """Yield a file's resolved path while other processes that ask likewise wait; its folder is made."""
+    """Yield a file's resolved path while other processes that ask likewise wait; its folder is created."""
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
@@ -111,12 +111,10 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a folder to write to; at any moment the real one has all of the old files or all of the new ones.
-
-    Its other files stay. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is
-    moved to a hidden name beside it first. A folder that cannot be moved (a mount, the working directory) gets the
-    files one by one, and is without the first of them meanwhile: it cannot be read as a mixture.
-    """
+    """Yield a folder to write to; at any moment the real one has all of the old files or all of the new ones."""
+    # Its other files stay. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is
+    # moved to a hidden name beside it first. A folder that cannot be moved (a mount, the working directory) gets the
+    # files one by one, and is without the first of them meanwhile: it cannot be read as a mixture.
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _temporary(target)

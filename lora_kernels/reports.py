@@ -7,9 +7,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import rich.measure
 import rich.table
@@ -17,6 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 PREFIX = "base_model.model."  # of every module of a PEFT model
+Layer = TypeVar("Layer")
 _NAME = 26  # columns that a name of a layer has at least, where others are optional
 
 
@@ -113,6 +114,16 @@ class Printed:
         return captured.get()
 
 
+class Layers(Generic[Layer]):
+    """A report that goes through its layers."""
+
+    layers: tuple[Layer, ...]
+
+    def __iter__(self) -> Iterator[Layer]:
+        """The layers."""
+        return iter(self.layers)
+
+
 class Report(Printed):
     """A report, a dataclass, that can be written as JSON as well."""
 
@@ -127,10 +138,8 @@ class Report(Printed):
 
 
 def plain(value: object) -> object:
-    """A tree that JSON can hold: tuples as lists, keys as text, what is not finite as `None`.
-
-    A dataclass is a dictionary of its fields and of the properties that its class names in `derived`.
-    """
+    """A tree that JSON can hold: tuples as lists, keys as text, what is not finite as `None`."""
+    # A dataclass is a dictionary of its fields and of the properties that its class names in `derived`.
     if is_dataclass(value):
         names = (*(field.name for field in fields(value)), *getattr(value, "derived", ()))
         return {name: plain(getattr(value, name)) for name in names}

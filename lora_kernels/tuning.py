@@ -24,7 +24,7 @@ _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA l
 
 @dataclass(frozen=True)
 class TuneReport(Printed):
-    """What `tune` found.
+    """The result of `tune`.
 
     Attributes:
         measurements: by shape, tokens, rank and product.

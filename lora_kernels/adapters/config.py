@@ -125,7 +125,7 @@ def check(config: Any) -> None:
 def changed_base(config: LoraConfig) -> str | None:
     """Why the base weights under an adapter are not those of the unmodified model, or `None`."""
     if getattr(config, "mutated", False):
-        return 'base="mutate" has taken its start off the base weights'
+        return 'base="mutate" has subtracted its start from the base weights'
     start = str(config.init_lora_weights).lower()
     if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
         return f"PEFT's init_lora_weights={config.init_lora_weights!r} has changed the base weights"

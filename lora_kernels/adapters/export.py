@@ -36,10 +36,8 @@ class ExportedLayer:
 
 
 def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The balanced A `(rank, n)` and B `(m, rank)`, float64, closest to a product `b a` of `(m, q)` and `(q, n)`.
-
-    Also the relative Frobenius error. The product is never formed (QR of both, SVD of the core).
-    """
+    """The balanced A `(rank, n)` and B `(m, rank)`, float64, closest to a product `b a` of `(m, q)` and `(q, n)`."""
+    # Also the relative Frobenius error. The product is never formed (QR of both, SVD of the core).
     left, core_b = torch.linalg.qr(b.to(torch.float64))
     right, core_a = torch.linalg.qr(a.to(torch.float64).mT)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)

@@ -38,9 +38,7 @@ class _Tied(torch.autograd.Function):
 
 
 def tied(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """`value`, in whose graph the coordinates get a gradient of exactly zero.
-
-    DistributedDataParallel waits for the gradients of all parameters, also those of coordinates without directions.
-    """
+    """`value`, in whose graph the coordinates get a gradient of exactly zero."""
+    # DistributedDataParallel waits for the gradients of all parameters, also those of coordinates without directions.
     result: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
     return result

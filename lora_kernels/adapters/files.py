@@ -20,10 +20,8 @@ OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter.
-
-    It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
-    """
+    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter."""
+    # It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
     mapping = config.get("auto_mapping")
     mark = mapping.get(MARK) if isinstance(mapping, dict) else None
     if mark is None:

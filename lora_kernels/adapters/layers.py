@@ -122,11 +122,9 @@ def find_lora_layers(
     allow_merged: bool = False,
     without_experts: str | None = _ONE_LAYER,
 ) -> AdapterLayers:
-    """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged.
-
-    `without_experts` says why parameters of experts are left out; with `None` each of their experts is a layer. An
-    error says what is wrong with the model, the adapter or its weights.
-    """
+    """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged."""
+    # `without_experts` says why parameters of experts are left out; with `None` each of their experts is a layer. An
+    # error says what is wrong with the model, the adapter or its weights.
     if not is_peft_model(model):
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
     check_type("adapter_name", adapter, str, "a name")

@@ -13,10 +13,9 @@ _Number = TypeVar("_Number", int, float)
 
 
 def config_name(name: str, module: Any = None) -> str:
-    """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer.
-
-    A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of them.
-    """
+    """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer."""
+    # A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of
+    # them.
     name = name.removeprefix(PREFIX)
     parameter = getattr(module, "parameter_name", None)
     return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
@@ -41,11 +40,9 @@ def matches(key: str, name: str) -> bool:
 
 
 def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """`rank_pattern` and `alpha_pattern` that give every layer its rank and alpha, by `config_name`.
-
-    No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
-    config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
-    """
+    """`rank_pattern` and `alpha_pattern` that give every layer its rank and alpha, by `config_name`."""
+    # No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
+    # config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
     ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
     alphas = _pattern(
         {name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha, config.alpha_pattern or ()

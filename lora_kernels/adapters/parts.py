@@ -42,7 +42,7 @@ Key = Callable[[str, str], str]
 
 
 class Start(nn.Module):
-    """Where an adapter started, frozen: A0 `(r, n)` and B0 `(m, r)` of one or more experts; `s B0 A0` is taken off."""
+    """Where an adapter started, frozen: A0 `(r, n)` and B0 `(m, r)` of one or more experts; `s B0 A0` is subtracted."""
 
     sign = -1.0
     a: torch.Tensor
@@ -62,19 +62,11 @@ class Start(nn.Module):
 
 
 class Directions(nn.Module):
-    """LoRA-Dash's coordinates, and the directions they belong to.
+    """LoRA-Dash's coordinates, and the directions they belong to; all of them are zero until the switch."""
 
-    Attributes:
-        coordinates: c `(k,)`, trained; zero until the switch.
-        left: the `u_i` `(m, k)`, frozen; zero until the switch.
-        right: the `v_i^T` `(k, n)` likewise.
-        steps: optimizer steps counted so far.
-        launched: whether the switch has been made.
-    """
-
-    coordinates: nn.Parameter
-    left: torch.Tensor
-    right: torch.Tensor
+    coordinates: nn.Parameter  # c `(k,)`
+    left: torch.Tensor  # the `u_i` `(m, k)`, frozen
+    right: torch.Tensor  # the `v_i^T` `(k, n)`, frozen
 
     def __init__(self, k: int, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
         """Zeros, of the dtype and on the device of the adapter's factors `(r, n)` and `(m, r)`."""
@@ -82,7 +74,7 @@ class Directions(nn.Module):
         self.coordinates = nn.Parameter(weight_a.new_zeros(k), requires_grad=weight_a.requires_grad)
         self.register_buffer("left", weight_b.new_zeros(weight_b.shape[0], k))
         self.register_buffer("right", weight_a.new_zeros(k, weight_a.shape[1]))
-        self.steps, self.launched = 0, False
+        self.steps, self.launched = 0, False  # optimizer steps counted, and whether they led to the switch
 
     def get_extra_state(self) -> torch.Tensor:
         """Steps and switch, which are saved and loaded with the tensors."""
@@ -171,10 +163,8 @@ def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
-    """`get_delta_weight` of a layer with parts, `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is.
-
-    It is all that merging, unmerging and conversion see of an adapter.
-    """
+    """`get_delta_weight` of a layer with parts, `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is."""
+    # It is all that merging, unmerging and conversion see of an adapter.
     dash, began = directions(layer, adapter), start(layer, adapter)
     if began is None and (dash is None or not dash.launched):
         stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)

@@ -111,10 +111,8 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 
 
 def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
-    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter.
-
-    `removed`: layers lost their adapter, so that `target_modules` must name those left.
-    """
+    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter."""
+    # `removed`: layers lost their adapter, so that `target_modules` must name those left.
     from lora_kernels.adapters.config import tidy  # noqa: PLC0415  (imports peft)
 
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
@@ -128,10 +126,8 @@ def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
 
 
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
-    """Make a config name the modules that have an adapter, and no others.
-
-    `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
-    """
+    """Make a config name the modules that have an adapter, and no others."""
+    # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
     _, modules, without = _config_names(model, adapter)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
@@ -154,10 +150,8 @@ def write(
     *,
     adjust_scaling_factors: bool,
 ) -> None:
-    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes one.
-
-    A ValueError, before anything is written, if ranks of a sharded adapter would change or no layer would keep one.
-    """
+    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes one."""
+    # A ValueError, before anything is written, if ranks of a sharded adapter would change or no layer would keep one.
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     if not any(ranks.get(layer.name, layer.rank) for layer in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")

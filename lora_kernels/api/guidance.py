@@ -18,11 +18,9 @@ _ALIKE = 1.5
 def outlook(
     factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool
 ) -> dict[str, float | None]:
-    """What a start of rank 1 or more means, by the names of `LayerReport`; changes of the mean loss to first order.
-
-    `start_change` is `<G, s B A>`, 0 with `offset`, where the base cancels the start; `first_step` is
-    `-(|s B^T G|_1 + |s G A^T|_1)`, per unit of Adam's learning rate. Both are `None` without a gradient.
-    """
+    """What a start of rank 1 or more means, by the names of `LayerReport`; changes of the mean loss to first order."""
+    # `start_change` is `<G, s B A>`, 0 with `offset`, where the base cancels the start; `first_step` is `-(|s B^T G|_1
+    # + |s G A^T|_1)`, per unit of Adam's learning rate. Both are `None` without a gradient.
     a, b = factors.A.detach(), factors.B.detach()
     (rank, n), m = a.shape, b.shape[0]
     # How much farther a step of Adam moves the weight than from stock LoRA's start at the same rate, by which every
@@ -44,11 +42,9 @@ def outlook(
 def advice(
     method: str, ratios: Iterable[float], *, starts_away: bool, full_rate: bool, learning_rate: float | None
 ) -> tuple[str, ...]:
-    """Sentences about learning rates, from the `step_ratio` of all layers.
-
-    The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves farther than LoRA
-    does.
-    """
+    """Sentences about learning rates, from the `step_ratio` of all layers."""
+    # The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves farther than LoRA
+    # does.
     values = list(ratios)
     if not values:
         return ()

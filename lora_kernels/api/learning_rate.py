@@ -127,10 +127,8 @@ class LearningRateAdvice(Report):
 
 
 def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[float, float], float | None, str | None]:
-    """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none.
-
-    About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
-    """
+    """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none."""
+    # About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
     points: dict[float, float] = {}
 
     def measured(index: float) -> float:

@@ -21,7 +21,7 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.reports import plain
 from lora_kernels.runtime.processes import unwrap
 
-# What a line of the file has of each layer.
+# What a line of the file has of every layer.
 LAYER_FIELDS = (
     "spectral",
     "nuclear",
@@ -35,11 +35,9 @@ LAYER_FIELDS = (
 
 
 def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
-    """The numbers of all layers: means of `rank` and `entropy_rank`, the sum `nuclear`, the largest `balance`.
-
-    `share` is the largest `|s B A|_2 / |W|_2`; `drift` is the root of the sum of squares. Layers that are `not_finite`
-    are only counted; without others the numbers are NaN.
-    """
+    """The numbers of all layers: means of `rank` and `entropy_rank`, the sum `nuclear`, the largest `balance`."""
+    # `share` is the largest `|s B A|_2 / |W|_2`; `drift` is the root of the sum of squares. Layers that are
+    # `not_finite` are only counted; without others the numbers are NaN.
     finite = [spectrum for spectrum in spectra.values() if spectrum.status != "not_finite"]
     count = len(finite) or math.nan
     numbers = {
@@ -70,9 +68,6 @@ class LandscapeMonitor:
     every process must call it; give the path to one of them.
 
     Attributes:
-        every: steps between two measurements.
-        path: the file, one JSON object per line; appended to.
-        adapter_name: the adapter.
         count: steps so far.
         latest: the last spectra, by layer name.
     """
@@ -91,9 +86,9 @@ class LandscapeMonitor:
 
         Args:
             every: steps between two measurements.
-            path: file to append to, if any; its folder is made.
+            path: file to append to, if any, one JSON object per line; its folder is created.
             adapter_name: the adapter.
-            weights: compare with the norms of the base weights, which are taken once, at the first step.
+            weights: compare with the norms of the base weights, which are computed once, at the first step.
             drift: keep the factors of the first step and measure the distance from them.
             rank_tolerance: see `landscape.Spectrum`.
 
@@ -113,11 +108,7 @@ class LandscapeMonitor:
         self._started = time.perf_counter()
 
     def begin(self, model: nn.Module) -> None:
-        """Take what stays: norms of the base weights, and the start. The first `step` or `measure` does it otherwise.
-
-        Args:
-            model: the PEFT model.
-        """
+        """Compute what stays: norms of the base weights, and the start. Otherwise the first measurement does it."""
         model = unwrap(model)
         layers = find_lora_layers(model, self.adapter_name, allow_merged=True)
         self._norms = base_norms(layers) if self._weights else {}
@@ -141,14 +132,7 @@ class LandscapeMonitor:
         return self.measure(model) if self.count % self.every == 0 else None
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure now, and write a line.
-
-        Args:
-            model: the PEFT model.
-
-        Returns:
-            The numbers of `summarize`.
-        """
+        """Measure a PEFT model now, and write a line; returns the numbers of all layers."""
         if self._norms is None:
             self.begin(model)
         layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lora_kernels.api.learning_rate import LearningRateAdvice
-from lora_kernels.reports import Report, Table, counted, short_name
+from lora_kernels.reports import Layers, Report, Table, counted, short_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class LayerReport:
         tokens: tokens counted for this layer.
         shared_with: layers that read the same tensor and share its statistics.
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
-        solver: how they were found.
+        solver: the algorithm behind it, or `stock`.
         start_share: `|s B A| / |W|` (Frobenius) at the start.
         start_change: predicted change of the mean loss by the start itself (first order), or `None`.
         first_step: predicted change of the mean loss by Adam's first step, per unit of learning rate, or `None`.
@@ -56,7 +55,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class InitReport(Report):
+class InitReport(Report, Layers[LayerReport]):
     """The result of `initialize`.
 
     Attributes:
@@ -86,10 +85,6 @@ class InitReport(Report):
     trainable: int
     advice: tuple[str, ...] = ()
     learning_rate: LearningRateAdvice | None = None
-
-    def __iter__(self) -> Iterator[LayerReport]:
-        """The layers."""
-        return iter(self.layers)
 
     def summary(self) -> str:
         """One line: what was done, on how much data, in what time."""

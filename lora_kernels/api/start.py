@@ -68,7 +68,6 @@ class Start:
         self._replicated = isinstance(self.model, nn.parallel.DistributedDataParallel)
         self.model = unwrap(self.model)
         check_type("ranks", self.ranks, (Redistribution, type(None)), "a Redistribution")
-        check_type("adapter_name", self.adapter, str, "a name")
         check_choice("unreached", self.unreached, ("warn", "raise"))
         check_type("suggest_rate", self.suggest_rate, bool, "true or false")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -187,7 +186,7 @@ class Start:
         return reached
 
     def _resized(self, layer: AdapterLayer, rank: int) -> AdapterLayer:
-        """A layer as it will be, with the scaling that its factors are made for."""
+        """A layer as it will be, with the scaling that its factors are for."""
         return layer.with_rank(rank, adjust=self._adjust)
 
     @property

@@ -70,11 +70,9 @@ def task_of(model: Path) -> str:
 
 
 def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> Any:
-    """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails.
-
-    A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the `labels`,
-    in alphabetical order.
-    """
+    """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails."""
+    # A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the
+    # `labels`, in alphabetical order.
     check_choice("task", task, TASKS)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")

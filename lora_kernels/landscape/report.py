@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,7 +12,7 @@ from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
-from lora_kernels.reports import Report, Table, counted, short_name
+from lora_kernels.reports import Layers, Report, Table, counted, short_name
 
 _STYLES = {LOUD_FAILURE: "bold red", LOW_RANK_MINIMUM: "green", NOT_JUDGED: "dim"}
 
@@ -40,7 +39,7 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True)
-class Diagnosis(Report):
+class Diagnosis(Report, Layers[LayerDiagnosis]):
     """The result of `diagnose`.
 
     Attributes:
@@ -64,10 +63,6 @@ class Diagnosis(Report):
     tokens: float = 0.0
     unsupported: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
-
-    def __iter__(self) -> Iterator[LayerDiagnosis]:
-        """The layers."""
-        return iter(self.layers)
 
     def summary(self) -> str:
         """One line: the verdict and its counts."""

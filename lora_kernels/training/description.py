@@ -34,7 +34,7 @@ class Adapter(NamedTuple):
     magnitude: torch.Tensor | None = None  # DoRA's `(m,)`, or `None`
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """The frozen pair that is taken off what the adapter started from: A0, B0 and its scaling."""
+        """The frozen pair that cancels what the adapter started from: A0, B0 and its (negative) scaling."""
         if self.extension is None or self.extension.start is None:
             return None
         a0, b0, sign = self.extension.start
@@ -103,10 +103,9 @@ def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
 
 
 def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
-    """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`.
-
-    `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout counts as active; `None` as it is.
-    """
+    """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`."""
+    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout counts as active; `None` as it
+    # is.
     factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
     names = [name for name in layer.active_adapters if name in factors]
     if not names:

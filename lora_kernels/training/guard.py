@@ -46,10 +46,8 @@ class Guard:
 
     @classmethod
     def watch(cls, model: nn.Module, layers: Sequence[tuple[str, Any]], *, strict: bool) -> None:
-        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`.
-
-        Sharded adapters, of which a process sees a part, are not watched.
-        """
+        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`."""
+        # Sharded adapters, of which a process sees a part, are not watched.
         cls.stop(model)
         pairs = {}
         for name, layer in layers:

@@ -158,24 +158,14 @@ def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
 
 
 class Prepared:
-    """What a layer runs, and what that depends on.
-
-    Attributes:
-        adapters: of the layer, see `description.active`.
-        base: the base layer, where it computes its own product.
-        weight: the base weight, where its product is part of the fused op.
-        bias: of the base layer, likewise.
-        scalars: of the first adapter.
-        cast: the dtype that autocast asks for, or `None`.
-        state: a tensor that differs where the layer computes something else, for recomputations.
-    """
+    """What a layer runs, and what that depends on."""
 
     def __init__(self, layer: Any, x: torch.Tensor, adapters: list[Adapter], cast: torch.dtype | None) -> None:
-        """See `make`."""
+        """See `make`; `adapters` are those of `description.active`, `cast` is the dtype that autocast asks for."""
         first, base = adapters[0], layer.base_layer
         fused = base_is_fused(layer) and (cast is not None or base.weight.dtype == x.dtype)
         self.layer, self.adapters, self.cast = layer, adapters, cast
-        self.base = None if fused else base
+        self.base = None if fused else base  # where it computes its own product
         self.weight: torch.Tensor | None = base.weight if fused else None
         self.bias: torch.Tensor | None = base.bias if fused else None
         self.type = type(x)
@@ -193,7 +183,7 @@ class Prepared:
         extended = first.extension is not None and first.extension.coordinates is not None
         self.simple = alone and fused and cast is None and not extended
         self.a, self.b = first.a, first.b
-        self.state: torch.Tensor | None = None
+        self.state: torch.Tensor | None = None  # differs where the layer computes something else, for recomputations
 
     @staticmethod
     def make(layer: Any, x: torch.Tensor) -> Prepared | None:

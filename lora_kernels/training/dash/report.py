@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lora_kernels.reports import Printed, Table, short_name
+from lora_kernels.reports import Layers, Printed, Table, short_name
 from lora_kernels.training.dash.selection import Selection
 
 
@@ -36,7 +35,7 @@ class DashLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DashReport(Printed):
+class DashReport(Printed, Layers[DashLayer]):
     """The state of a run of LoRA-Dash.
 
     Attributes:
@@ -48,10 +47,6 @@ class DashReport(Printed):
     layers: tuple[DashLayer, ...]
     steps: int
     pre_launch: int
-
-    def __iter__(self) -> Iterator[DashLayer]:
-        """The layers."""
-        return iter(self.layers)
 
     def summary(self) -> str:
         """One line: the number of layers by status, and why some are refused."""
