@@ -113,10 +113,13 @@ class InitReport(Report, Layers[LayerReport]):
                 f"{layer.tokens:,.0f}",
                 "" if layer.status == "initialised" else layer.status.replace("_", " "),
             )
-        table.caption = (
-            "explained: share of the input variance in A; start: |s B A| / |W|; first step: predicted loss change of "
-            "Adam's first step, per unit of learning rate"
-        )
+        meanings = {
+            "explained_variance": "explained: share of the input variance in A",
+            "start_share": "start: |s B A| / |W|",
+            "first_step": "first step: predicted loss change of Adam's first step, per unit of learning rate",
+        }
+        shown = (meaning for name, meaning in meanings.items() if any(getattr(layer, name) for layer in self.layers))
+        table.caption = "; ".join(shown)
         yield table
         measured = () if self.learning_rate is None else (self.learning_rate.summary(),)
         notes = counted((layer.name, note) for layer in self.layers for note in layer.notes)
