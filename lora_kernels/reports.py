@@ -120,7 +120,6 @@ class Layers(Generic[Layer]):
     layers: tuple[Layer, ...]
 
     def __iter__(self) -> Iterator[Layer]:
-        """The layers."""
         return iter(self.layers)
 
 

@@ -35,7 +35,6 @@ class TuneReport(Printed):
     path: Path
 
     def __iter__(self) -> Iterator[Measurement]:
-        """The measurements."""
         return iter(self.measurements)
 
     @property
@@ -44,7 +43,6 @@ class TuneReport(Printed):
         return not any(measurement.wrong for measurement in self.measurements)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table, what could not run, and the file."""
         heads = ("tokens, n -> m", "r", "product", *FORMS, "product alone", "chosen", "over alone", "GFLOP", "MB")
         rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}

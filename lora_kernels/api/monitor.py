@@ -140,14 +140,10 @@ class LandscapeMonitor:
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         numbers = summarize(self.latest)
         if self.path is not None:
-            self._write(numbers)
+            by_layer = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
+            line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": by_layer}
+            append_line(self.path, json.dumps(plain(line), allow_nan=False))
         return numbers
-
-    def _write(self, numbers: dict[str, float]) -> None:
-        assert self.path is not None  # checked by the caller
-        layers = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
-        line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": layers}
-        append_line(self.path, json.dumps(plain(line), allow_nan=False))
 
 
 def _is_number(value: object) -> bool:

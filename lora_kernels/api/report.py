@@ -96,7 +96,6 @@ class InitReport(Report, Layers[LayerReport]):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table of the layers, and the summary."""
         title, optional = f"{self.method} initialisation of adapter {self.adapter!r}", ("tokens", "start", "first step")
         table = Table("layer", title=title, optional=optional)
         for column in ("rank", "explained", *reversed(optional)):

@@ -63,7 +63,6 @@ class Start:
     seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the arguments by themselves."""
         self._started = self._lap = time.perf_counter()
         self._replicated = isinstance(self.model, nn.parallel.DistributedDataParallel)
         self.model = unwrap(self.model)

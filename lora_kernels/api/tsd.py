@@ -36,7 +36,6 @@ class LoraTSD:
     dash: LoraDash = field(default_factory=LoraDash)
 
     def __post_init__(self) -> None:
-        """Check the types."""
         check_type("init", self.init, TaskDirections, "a TaskDirections")
         check_type("dash", self.dash, LoraDash, "a LoraDash")
 

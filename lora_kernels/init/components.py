@@ -70,7 +70,11 @@ def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterat
     """Yield the components of inputs of one kind and size."""
     moments = [part for part in sums if isinstance(part, InputMoments)]
     if not moments:
-        yield from (_from_sketch(part, k, center) for part in sums if isinstance(part, InputSketch))
+        for sketch in sums:
+            assert isinstance(sketch, InputSketch)  # the other kind
+            leading, error = sketch.components(k, center=center)
+            trace = sketch.trace(center=center)
+            yield Components(leading.values, leading.vectors, trace, sketch.tokens, error, "nystrom")
         return
     matrices = torch.stack([part.covariance(center=center) for part in moments])
     pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=seed)
@@ -79,8 +83,3 @@ def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterat
     for index, part in enumerate(moments):
         answer = pairs.values[index], pairs.vectors[index], traces[index], part.tokens, residuals[index]
         yield Components(*answer, pairs.method)
-
-
-def _from_sketch(sketch: InputSketch, k: int, center: bool) -> Components:
-    pairs, error = sketch.components(k, center=center)
-    return Components(pairs.values, pairs.vectors, sketch.trace(center=center), sketch.tokens, error, "nystrom")

@@ -57,7 +57,6 @@ class CorDA(InputwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the choice and the ranges."""
         check_choice("mode", self.mode, MODES)
         check_range("damping", self.damping, low=0.0, high=torch.finfo(torch.float32).max)
         check_range("n_iter", self.n_iter, low=0, integer=True)

@@ -54,7 +54,6 @@ class EVA(InitMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         assert self._rule()  # checks itself
 
     def _rule(self) -> Redistribution:

@@ -77,7 +77,6 @@ class LoraDA(InputwiseMethod):
     balance_factors: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         for name in ("bias_weight", "damping", "gamma", "output_damping_ratio"):
             value = getattr(self, name)
             if name == "output_damping_ratio" and value is None:

@@ -54,7 +54,6 @@ class LoraGA(GradientMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the choices and ranges."""
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("scale", self.scale, SCALES)
         check_positive("gamma", self.gamma, high=torch.finfo(torch.float32).max)

@@ -41,7 +41,6 @@ class LoraOne(GradientMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_positive("gamma", self.gamma, high=torch.finfo(torch.float32).max)
 
     def start(self, layer: LayerProblem, triplets: Triplets) -> LayerFactors:

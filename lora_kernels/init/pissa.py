@@ -43,7 +43,6 @@ class PiSSA(LayerwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.n_iter is not None:
             check_range("n_iter", self.n_iter, low=0, integer=True)
 

@@ -102,7 +102,6 @@ class Redistribution:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_choice("score", self.score, tuple(SCORES))
         check_range("rho", self.rho, low=1.0)
         check_range("min_rank", self.min_rank, low=0, integer=True)

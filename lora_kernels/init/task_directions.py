@@ -56,7 +56,6 @@ class TaskDirections(LayerwiseMethod):
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_choice("update", self.update, UPDATES)
         for name in ("share", "epsilon", "damping"):
             check_positive(name, getattr(self, name))

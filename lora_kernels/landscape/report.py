@@ -70,7 +70,6 @@ class Diagnosis(Report, Layers[LayerDiagnosis]):
         return f"{self.verdict.kind}: {'; '.join(self.verdict.reasons)}{data}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table of the layers, the summary and the reasons."""
         compared = any(layer.spectrum.spectral_share is not None for layer in self.layers)
         optional = ("entropy", *(["|sBA|_2"] if compared else []), "alignment", "balance", "s|G|_2/lambda")
         table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}", optional=optional)

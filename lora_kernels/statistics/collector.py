@@ -192,7 +192,9 @@ class Collection:
                     self._note(observer)
                     bar.update()
                     if self.path is not None and feed.done % options.checkpoint_every == 0:
-                        self._save(observer)
+                        current = _sums_of(observer)
+                        progress.current = len(current)
+                        storage.write(self.path, [*self.finished, *current], progress, self.identity)
                     if options.max_tokens is not None and tokens >= options.max_tokens:
                         feed.stop()
             except _FailedElsewhere:
@@ -214,12 +216,6 @@ class Collection:
         progress.complete = progress.number == plan.passes
         if self.path is not None:
             storage.write(self.path, self.finished, progress, self.identity)
-
-    def _save(self, observer: Observer) -> None:
-        assert self.path is not None  # checked by the caller
-        current = _sums_of(observer)
-        self.progress.current = len(current)
-        storage.write(self.path, [*self.finished, *current], self.progress, self.identity)
 
     def _lockstep(self, feed: Feed) -> Iterator[tuple[Any, bool]]:
         """Yield batches until no process has one, and whether they count: those without one repeat a batch."""

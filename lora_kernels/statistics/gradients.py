@@ -57,7 +57,6 @@ class FisherDiagonal(Accumulator):
     features_of = "out_features"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Start at zero."""
         self.features = features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
@@ -87,7 +86,6 @@ class WeightGradient(Accumulator):
     def __init__(
         self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Start at zero."""
         self.out_features, self.in_features = out_features, in_features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(out_features, in_features, dtype=dtype, device=device)

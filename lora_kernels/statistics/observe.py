@@ -111,7 +111,6 @@ class Observer:
         return bool(self._outputs)
 
     def __enter__(self) -> Observer:
-        """Set the hooks."""
         try:
             for name, target in self.targets.items():
                 self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
@@ -126,7 +125,6 @@ class Observer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the hooks."""
         self._towers.close()
         for handle in self._handles:
             handle.remove()

@@ -32,7 +32,6 @@ class InputIdentity:
     """What makes two reads the same: storage, view and version."""
 
     def __init__(self) -> None:
-        """Start without references."""
         self._references: dict[int, StorageWeakRef] = {}
 
     def clear(self) -> None:

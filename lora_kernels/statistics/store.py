@@ -189,15 +189,12 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
         self.layers = {name: replace(layer, loss_items=self.loss_items) for name, layer in self.layers.items()}
 
     def __getitem__(self, name: str) -> LayerStatistics:
-        """The statistics of a layer."""
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Layer names, in the model's order."""
         return iter(self.layers)
 
     def __len__(self) -> int:
-        """Number of layers."""
         return len(self.layers)
 
     def save(self, path: str | Path) -> None:

@@ -66,7 +66,6 @@ class AccelerateReport(Printed, Layers[LayerPath]):
         return f"{len(self.layers)} LoRA layers: {paths}{why}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table of the layers, and the summary."""
         table = Table("layer", "kind", "path", "reason", title="accelerated LoRA layers")
         for layer in self.layers:
             table.add_row(short_name(layer.name), layer.kind, layer.path, layer.reason)

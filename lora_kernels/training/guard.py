@@ -34,7 +34,6 @@ class Guard:
     _ATTRIBUTE = "_lora_kernels_guard"
 
     def __init__(self, model: nn.Module, pairs: dict[str, tuple[nn.Parameter, nn.Parameter]], *, strict: bool) -> None:
-        """Set hooks on the model and on the factors of each adapter."""
         self.pairs, self.strict = pairs, strict
         self.seen: dict[int, torch.Tensor] = {}
         factors = [factor for pair in pairs.values() for factor in pair]

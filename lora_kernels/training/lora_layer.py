@@ -311,7 +311,8 @@ class Prepared:
         if self.cast is not None:
             x = x.to(self.cast)
         if first.bias is not None:
-            start = _with_bias(start, first)
+            bias = first.scaling * first.bias  # of B
+            start = bias if start is None else (start + bias).to(start.dtype)
         if start is not None and self.base is not None and start.dtype != x.dtype:
             start = start.to(x.dtype)
         y = self._product(x, start, *first.factors(), seed)
@@ -353,9 +354,3 @@ def _identical(one: Any, other: Any) -> bool:
 def _with_directions(y: torch.Tensor, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
     directions = adapter.directions()
     return y if directions is None else lora_delta(y, x, *directions, scaling=1.0)
-
-
-def _with_bias(start: torch.Tensor | None, adapter: Adapter) -> torch.Tensor:
-    """What the products are added to, with the bias of B."""
-    bias: torch.Tensor = adapter.scaling * adapter.bias  # type: ignore[operator, assignment]
-    return bias if start is None else (start + bias).to(start.dtype)

@@ -72,7 +72,6 @@ class VerifyReport(Printed, Layers[LayerErrors]):
         return all(layer.ratio <= LIMIT for layer in self.layers)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table of the layers, and the verdict."""
         shown = [part for part in PARTS if any(part in layer.fused for layer in self.layers)]
         table = Table("layer", *(f"{part}: fused / stock" for part in shown), "ratio", title="errors against float64")
         for layer in self.layers:

@@ -57,7 +57,6 @@ class DashReport(Printed, Layers[DashLayer]):
         return f"LoRA-Dash, step {self.steps} (switch at {self.pre_launch}): {states}{why}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table of the layers, and the summary."""
         table = Table("layer", "status", "change rates", "singular values", "share", "note", title="LoRA-Dash")
         for layer in self.layers:
             rates = "" if layer.rates is None else f"{layer.rates[0]:.1e} to {layer.rates[1]:.1e}"

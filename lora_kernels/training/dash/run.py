@@ -64,7 +64,6 @@ class LoraDash:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_range("k", self.k, low=1, integer=True)
         check_range("pre_launch", self.pre_launch, low=1, integer=True)
         check_range("epsilon", self.epsilon, low=0.0)
