@@ -42,12 +42,7 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
-    """Join the parts in a file that has them beside the factors.
-
-    Args:
-        path: adapter_model.safetensors.
-        scalings: of the saved config, and the number of experts, by layer.
-    """
+    """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
     from safetensors import safe_open  # noqa: PLC0415  (slow to import)
     from safetensors.torch import load_file  # noqa: PLC0415
 

@@ -105,11 +105,7 @@ class Feed:
         self._stopped = True
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches to process; a ValueError if the first ones are not those that an interrupted run has read.
-
-        Yields:
-            Batches of the loader.
-        """
+        """Yield the batches to process; a ValueError if the first ones are not those of the interrupted run."""
         if self.limit is not None and self.skip >= self.limit:
             self.done, self.digest = self.skip, self.expected
             return
