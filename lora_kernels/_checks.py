@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -57,10 +58,7 @@ def check_tensor(
     device: torch.device | None = None,
     numbers: bool = False,
 ) -> None:
-    """Raise unless an argument is a dense tensor; sizes that are `None` are free.
-
-    `numbers`: its entries decide what is done, so that the meta device will not do.
-    """
+    """Raise unless an argument is a dense tensor; `None` in `shape` is any size, `numbers` refuses the meta device."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -152,6 +150,13 @@ def check_range(
     if not (inside and (low is None or value >= low) and (high is None or value <= high)):
         bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
         raise ValueError(f"{name} is {repr_short(value)}, but must be {' and '.join(bounds) or 'a number'}")
+
+
+def check_positive(name: str, value: object, high: float = sys.float_info.max) -> None:
+    """Raise unless an argument is a number above 0, and finite or at most `high`."""
+    check_range(name, value)
+    if not 0 < value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:

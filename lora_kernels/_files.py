@@ -45,12 +45,9 @@ def read_json(file: Path, what: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file so that at any moment there is the old one or the new one, whole.
+    """Yield a path to write to, which then replaces the file: at any moment there is the old one or the new one, whole.
 
-    A symbolic link stays, and what it leads to is replaced. The folder is made.
-
-    Yields:
-        The path to write to, of the same suffix.
+    It has the same suffix. A symbolic link stays, and what it leads to is replaced. The folder is created.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,11 +87,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[Path]:
-    """Keep other processes that ask likewise from a file, for what reads it and writes it again.
-
-    Yields:
-        The file's resolved path, whose folder is made.
-    """
+    """Yield a file's resolved path while other processes that ask likewise wait; its folder is created."""
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
@@ -118,15 +111,10 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Write files of a folder so that at any moment it has all of the old ones or all of the new ones.
-
-    Its other files stay. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is
-    moved to a hidden name beside it first. A folder that cannot be moved (a mount, the working directory) gets the
-    files one by one, and is without the first of them meanwhile: it cannot be read as a mixture.
-
-    Yields:
-        The folder to write to.
-    """
+    """Yield a folder to write to; at any moment the real one has all of the old files or all of the new ones."""
+    # Its other files stay. Linux exchanges two folders in one step, on most file systems. Elsewhere the old folder is
+    # moved to a hidden name beside it first. A folder that cannot be moved (a mount, the working directory) gets the
+    # files one by one, and is without the first of them meanwhile: it cannot be read as a mixture.
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _temporary(target)

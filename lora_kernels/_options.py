@@ -34,10 +34,8 @@ def default_of(field: Field[Any]) -> Any:
 def add_options(
     parser: Any, kind: type, *, leave_out: Container[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
 ) -> None:
-    """Add an option for every field that can be given as text; those the user leaves out stay out of the namespace.
-
-    A field with `metadata={"positional": True}` is positional, a bool a switch.
-    """
+    """Add an option for every field that text can give (positional with that metadata, a bool as a switch)."""
+    # Those that the user leaves out stay out of the namespace.
     texts, hints = descriptions(kind), get_type_hints(kind)
     for field in fields(kind):
         value_type, many = _value_type(hints[field.name])

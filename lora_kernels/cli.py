@@ -24,10 +24,7 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its fields are its options, and the first line of its docstring is its help.
-
-    `run` takes what was given of each config, and returns the exit status.
-    """
+    """A command: its fields are its options, its first docstring line its help; `run` returns the exit status."""
 
     @classmethod
     def configs(cls) -> tuple[Config, ...]:

@@ -55,11 +55,7 @@ def _measured_forms() -> Table:
 
 
 def run() -> int:
-    """Print the findings.
-
-    Returns:
-        0 if every backend that says it can run gives right answers, else 1.
-    """
+    """Print the findings; 0 if every backend that says it can run gives right answers, else 1."""
     output = console(140)
     versions = Table("what", "version", title="installation")
     for name, version in _versions():

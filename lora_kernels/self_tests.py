@@ -13,23 +13,14 @@ from lora_kernels.ops.lora_linear import forms, use_form
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The outcome of running one op on one backend.
+    """The outcome of running one op on one backend."""
 
-    Attributes:
-        op: the op's name.
-        backend: the backend.
-        device: where.
-        error: relative error against float64, or `None` if it did not run.
-        bound: the error allowed.
-        reason: why it did not run, or what went wrong.
-    """
-
-    op: str
-    backend: str
-    device: str
-    error: float | None
-    bound: float
-    reason: str = ""
+    op: str  # the op's name
+    backend: str  # the backend
+    device: str  # where
+    error: float | None  # relative error against float64, or `None` if it did not run
+    bound: float  # the error allowed
+    reason: str = ""  # why it did not run, or what went wrong
 
     @property
     def broken(self) -> bool:
@@ -55,11 +46,7 @@ def _run(name: str, backend: str, device: torch.device, form: str = "auto") -> S
 
 
 def self_tests() -> list[SelfTest]:
-    """Run every op on every backend of every device at hand.
-
-    Returns:
-        The outcomes.
-    """
+    """The outcomes of every op on every backend of every device at hand."""
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     cases = [(op.name, backend.name) for op in OPS.values() for backend in op.backends]
     plain = [_run(*case, device) for case in cases for device in devices]

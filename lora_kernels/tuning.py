@@ -24,7 +24,7 @@ _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA l
 
 @dataclass(frozen=True)
 class TuneReport(Printed):
-    """What `tune` found.
+    """The result of `tune`.
 
     Attributes:
         measurements: by shape, tokens, rank and product.
@@ -35,7 +35,6 @@ class TuneReport(Printed):
     path: Path
 
     def __iter__(self) -> Iterator[Measurement]:
-        """The measurements."""
         return iter(self.measurements)
 
     @property
@@ -44,11 +43,6 @@ class TuneReport(Printed):
         return not any(measurement.wrong for measurement in self.measurements)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table, what could not run, and the file.
-
-        Yields:
-            What rich prints.
-        """
         heads = ("tokens, n -> m", "r", "product", *FORMS, "product alone", "chosen", "over alone", "GFLOP", "MB")
         rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}

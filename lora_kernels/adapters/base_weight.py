@@ -32,12 +32,10 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def weight_kind(module: Any) -> str:
-    """Whether the weight under a LoRA layer can be read as the matrix that the base layer multiplies by.
-
-    `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (only a copy: quantized, sharded, or
-    computed from other tensors), or the reason why it cannot be read: codes of an unknown quantization, or 8-bit floats
-    with scales of an unknown form, are not interpreted.
-    """
+    """Whether the weight under a LoRA layer can be read as the matrix that the base layer multiplies by."""
+    # `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (only a copy: quantized, sharded,
+    # or computed from other tensors), or the reason why it cannot be read: codes of an unknown quantization, or 8-bit
+    # floats with scales of an unknown form, are not interpreted.
     layer = module.get_base_layer()
     name = type(layer).__name__
     if name in _NORMALISING:
@@ -121,10 +119,8 @@ def check_readable(module: Any, name: str = "") -> None:
 
 
 def dense_weight(module: Any, name: str = "") -> torch.Tensor:
-    """The weight `(m, n)` under a LoRA layer, float32 (float64 if the base is); a ValueError if it cannot be read.
-
-    A copy if it is quantized, sharded or of another dtype.
-    """
+    """The weight `(m, n)` under a LoRA layer, float32 (float64 if the base is); a ValueError if it cannot be read."""
+    # A copy if it is quantized, sharded or of another dtype.
     check_readable(module, name)
     layer = module.get_base_layer()
     weight = getattr(layer, "weight", None)
@@ -146,13 +142,11 @@ def dense_weight(module: Any, name: str = "") -> torch.Tensor:
     return dense if dense.dtype == torch.float64 else dense.to(torch.float32)
 
 
-def row_blocks(module: Any, name: str = "", entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
-    """A function that yields the rows of the weight under a LoRA layer in blocks `(rows, n)`; a ValueError as above.
-
-    Plain weights are sliced, in their dtype; bitsandbytes' 4-bit (NF4, FP4) and int8 weights are dequantized block by
-    block, others whole and once, to float32. A block has at most `entries` entries, or one row.
-    """
-    check_readable(module, name)
+def row_blocks(module: Any, entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
+    """A function that yields the rows of the weight under a LoRA layer in blocks `(rows, n)`; a ValueError as above."""
+    # Plain weights are sliced, in their dtype; bitsandbytes' 4-bit (NF4, FP4) and int8 weights are dequantized block by
+    # block, others whole and once, to float32. A block has at most `entries` entries, or one row.
+    check_readable(module)
     layer = module.get_base_layer()
     m, n = module.out_features, module.in_features
     height = max(1, (entries or _CHUNK) // max(1, n))
@@ -195,10 +189,8 @@ def _int8_rows(weight: Any, largest: Any, rows: slice) -> torch.Tensor:
 
 
 def _sliceable(weight: Any, m: int, n: int) -> bool:
-    """Whether a 4-bit weight is packed in order, two entries to a byte, and no block spans two rows.
-
-    (With such a block, bitsandbytes' CPU kernels dequantize some of the rows differently from all of them.)
-    """
+    """Whether a 4-bit weight is packed in order, two entries to a byte, and no block spans two rows."""
+    # (With such a block, bitsandbytes' CPU kernels dequantize some of the rows differently from all of them.)
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False) or n % state.blocksize:
         return False

@@ -18,25 +18,15 @@ from lora_kernels.adapters.view import lora_layers
 
 
 class Entry(NamedTuple):
-    """One layer of an adapter: the layer's own containers, which are up to date.
+    """One layer of an adapter: the layer's own containers, which are up to date."""
 
-    Attributes:
-        r: ranks by adapter.
-        lora_alpha: alphas by adapter.
-        use_rslora: by adapter.
-        lora_start: frozen starts by adapter.
-        lora_dash: coordinates by adapter.
-        parameter_name: of the parameter that it adapts, if that is not a module's weight.
-        num_experts: how many have their factors in one.
-    """
-
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    use_rslora: dict[str, bool]
-    lora_start: Any
-    lora_dash: Any
-    parameter_name: str | None
-    num_experts: int
+    r: dict[str, int]  # ranks by adapter
+    lora_alpha: dict[str, float]  # alphas by adapter
+    use_rslora: dict[str, bool]  # by adapter
+    lora_start: Any  # frozen starts by adapter
+    lora_dash: Any  # coordinates by adapter
+    parameter_name: str | None  # of the parameter that it adapts, if that is not a module's weight
+    num_experts: int  # how many have their factors in one
 
 
 @dataclass
@@ -59,13 +49,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         self.dash: dict[str, Any] | None = None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, for the joined adapter.
-
-        Args:
-            save_directory: the folder. If PEFT has written tensors into it that are not joined (of a state dict that
-                was gathered from shards), they are joined now.
-            kwargs: as PEFT's.
-        """
+        """As PEFT's, for the joined adapter; tensors that PEFT wrote unjoined (of shards) are joined in the file."""
         stock, mark = self.joined()
         mapping = kwargs.pop("auto_mapping_dict", None) or stock.auto_mapping or {}
         if mark is not None:
@@ -141,7 +125,7 @@ def check(config: Any) -> None:
 def changed_base(config: LoraConfig) -> str | None:
     """Why the base weights under an adapter are not those of the unmodified model, or `None`."""
     if getattr(config, "mutated", False):
-        return 'base="mutate" has taken its start off the base weights'
+        return 'base="mutate" has subtracted its start from the base weights'
     start = str(config.init_lora_weights).lower()
     if start.startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
         return f"PEFT's init_lora_weights={config.init_lora_weights!r} has changed the base weights"

@@ -28,11 +28,9 @@ def block_height(device: torch.device, columns: int, of_a_thread: int) -> int:
 def row_norms(
     weight: torch.Tensor | Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, scaling: Any
 ) -> torch.Tensor:
-    """`|W + s B A|` by row, `(m,)` float32 (float64 where one of the three is), without a graph.
-
-    From the sums themselves, a few rows at a time: `|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is
-    wrong where the two nearly cancel. W is `(m, n)`, or its rows, in order, in blocks of any height.
-    """
+    """`|W + s B A|` by row, `(m,)` float32 (float64 where one of the three is), without a graph."""
+    # From the sums themselves, a few rows at a time: `|w|^2 + 2 s <w A^T, b> + s^2 <b A A^T, b>` costs as much, and is
+    # wrong where the two nearly cancel. W is `(m, n)`, or its rows, in order, in blocks of any height.
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)

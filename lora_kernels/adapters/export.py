@@ -13,6 +13,7 @@ from torch import nn
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
+from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.files import WEIGHTS
 from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers, is_wrapped
@@ -36,11 +37,8 @@ class ExportedLayer:
 
 
 def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of rank `rank` (at most q) to a product `b a` of factors `(m, q)` and `(q, n)`.
-
-    Returns A `(rank, n)` and B `(m, rank)` in float64, balanced (`A A^T = B^T B`), and the relative Frobenius error.
-    The product is never formed (QR of both, SVD of the core).
-    """
+    """The balanced A `(rank, n)` and B `(m, rank)`, float64, closest to a product `b a` of `(m, q)` and `(q, n)`."""
+    # Also the relative Frobenius error. The product is never formed (QR of both, SVD of the core).
     left, core_b = torch.linalg.qr(b.to(torch.float64))
     right, core_a = torch.linalg.qr(a.to(torch.float64).mT)
     u, s, vh = torch.linalg.svd(core_b @ core_a.mT)
@@ -176,7 +174,7 @@ def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tens
     if start is not None:
         a, b = torch.cat((a, start.a.to(a))), torch.cat((b, start.sign * start.b.to(b)), dim=1)
     if dash is not None and dash.launched:
-        more = parts.columns(dash, module.scaling[adapter])
+        more = parts.columns(dash.left, whole(dash.coordinates), module.scaling[adapter])
         a, b = torch.cat((a, dash.right.to(a))), torch.cat((b, more.to(b)), dim=1)
     if isinstance(rank, str) or a.shape[0] <= rank:
         return a, b, 0.0

@@ -12,17 +12,12 @@ class Extension(NamedTuple):
 
     A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
     that returns them.
-
-    Attributes:
-        coordinates: `(k,)`, not scaled by s; `None` without LoRA-Dash.
-        left: `(m, k)`, or `None` before the coordinates have directions.
-        right: `(k, n)`, without a gradient, or `None` as `left`.
-        start: A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     """
 
-    coordinates: torch.Tensor | None
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
+    coordinates: torch.Tensor | None  # `(k,)`, not scaled by s; `None` without LoRA-Dash
+    left: torch.Tensor | None = None  # `(m, k)`, or `None` before the coordinates have directions
+    right: torch.Tensor | None = None  # `(k, n)`, without a gradient, or `None` as `left`
+    # A0 `(r, n)`, B0 `(m, r)`, without gradients, and the sign; or `None`.
     start: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
 
@@ -43,9 +38,7 @@ class _Tied(torch.autograd.Function):
 
 
 def tied(value: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """`value`, in whose graph the coordinates get a gradient of exactly zero.
-
-    DistributedDataParallel waits for the gradients of all parameters, also those of coordinates without directions.
-    """
+    """`value`, in whose graph the coordinates get a gradient of exactly zero."""
+    # DistributedDataParallel waits for the gradients of all parameters, also those of coordinates without directions.
     result: torch.Tensor = _Tied.apply(value, coordinates) if coordinates.requires_grad else value  # type: ignore[no-untyped-call]
     return result

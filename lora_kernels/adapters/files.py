@@ -20,10 +20,8 @@ OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter.
-
-    It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
-    """
+    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter."""
+    # It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
     mapping = config.get("auto_mapping")
     mark = mapping.get(MARK) if isinstance(mapping, dict) else None
     if mark is None:
@@ -44,12 +42,7 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
-    """Join the parts in a file that has them beside the factors.
-
-    Args:
-        path: adapter_model.safetensors.
-        scalings: of the saved config, and the number of experts, by layer.
-    """
+    """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
     from safetensors import safe_open  # noqa: PLC0415  (slow to import)
     from safetensors.torch import load_file  # noqa: PLC0415
 

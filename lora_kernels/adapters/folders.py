@@ -15,6 +15,7 @@ from lora_kernels._checks import check_number, repr_short
 from lora_kernels._files import read_json
 from lora_kernels.adapters import servers
 from lora_kernels.adapters.files import WEIGHTS, mark_of
+from lora_kernels.adapters.names import of_pattern, scaling_of
 from lora_kernels.adapters.parts import Start
 from lora_kernels.reports import PREFIX
 
@@ -39,21 +40,13 @@ class SavedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The content of a folder.
+    """The content of a folder."""
 
-    Attributes:
-        path: the folder.
-        config: its adapter_config.json.
-        layers: the linear layers.
-        unsupported: other LoRA layers, and why.
-        notes: facts about the whole, such as what servers need or refuse.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    layers: tuple[SavedLayer, ...]
-    unsupported: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
+    path: Path  # the folder
+    config: dict[str, Any]  # its adapter_config.json
+    layers: tuple[SavedLayer, ...]  # the linear layers
+    unsupported: tuple[tuple[str, str], ...]  # other LoRA layers, and why
+    notes: tuple[str, ...]  # facts about the whole, such as what servers need or refuse
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -110,28 +103,23 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the name at a dot."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
 def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> float:
     short = name.removeprefix(PREFIX)
     try:
-        expected = _of_pattern(config.get("rank_pattern") or {}, short, config["r"])
-        alpha = _of_pattern(config.get("alpha_pattern") or {}, short, config["lora_alpha"])
+        expected = of_pattern(config.get("rank_pattern"), short, config["r"])
+        alpha = of_pattern(config.get("alpha_pattern"), short, config["lora_alpha"])
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{file / CONFIG} has a pattern that is no regular expression: {error}") from error
     if expected != rank:
         raise ValueError(f"layer {name} of {file / WEIGHTS} has rank {rank}, but {CONFIG} says {expected}")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    return scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if rank else 0.0
 
 
 def _trained(
     a: torch.Tensor, b: torch.Tensor, mark: Mapping[str, Any], name: str
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """What is trained of joined factors, and where it started."""
-    rank = _of_pattern(mark["rank_pattern"], name.removeprefix(PREFIX), mark["r"])
+    rank = of_pattern(mark["rank_pattern"], name.removeprefix(PREFIX), mark["r"])
     start = (a[rank : 2 * rank], Start.sign * b[:, rank : 2 * rank]) if mark["start"] and len(a) >= 2 * rank else None
     return a[:rank], b[:, :rank], start
 

@@ -15,6 +15,7 @@ from torch import nn
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.experts import PRODUCTS, ExpertLayer, expert_layers, why_unseen
+from lora_kernels.adapters.names import scaling_of
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
@@ -47,7 +48,7 @@ class AdapterLayer:
     @property
     def scaling(self) -> float:
         """Scaling s, by which PEFT multiplies `B A`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scaling_of(self.alpha, self.rank, self.rslora)
 
     def with_rank(self, rank: int, *, adjust: bool) -> AdapterLayer:
         """The layer after a change of rank; `adjust` keeps the scaling (PEFT's `adjust_scaling_factors`), not alpha."""
@@ -147,15 +148,10 @@ def find_lora_layers(
     without_experts: str | None = _ONE_LAYER,
     allow_none: bool = False,
 ) -> AdapterLayers:
-    """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged.
-
-    `without_experts`: why parameters of experts are left out; with `None` each of their experts is a layer.
-    `allow_none`: whether layers that are not supported may be all that there is.
-
-    Raises:
-        TypeError: if the model is no PEFT model or the adapter no LoRA adapter.
-        ValueError: if there is no such adapter, it has no linear layer, it is merged, or its weights are sharded.
-    """
+    """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged."""
+    # `without_experts` says why parameters of experts are left out; with `None` each of their experts is a layer.
+    # `allow_none`: layers that are not supported may be all that there is. An error says what is wrong with the model,
+    # the adapter or its weights.
     if not is_peft_model(model):
         raise TypeError(f"model must be a PEFT model (get_peft_model), got {type(model).__name__}")
     check_type("adapter_name", adapter, str, "a name")

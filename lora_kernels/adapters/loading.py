@@ -60,7 +60,7 @@ def cut(model: Any, adapter: str, mark: Mapping[str, Any]) -> None:
 
 
 def fill(model: Any, adapter: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Load tensors into an adapter of its own ranks, taken apart into its parts."""
+    """Load tensors into an adapter of its own ranks, separated into its parts."""
     from peft import set_peft_model_state_dict  # noqa: PLC0415  (peft is an optional dependency)
 
     from lora_kernels.adapters.config import tidy_up  # noqa: PLC0415  (imports peft)

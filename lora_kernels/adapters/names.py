@@ -1,7 +1,8 @@
-"""Names of layers in PEFT's configs."""
+"""PEFT's rules of configs: names of layers, patterns of ranks and alphas, and the scaling."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -12,29 +13,36 @@ _Number = TypeVar("_Number", int, float)
 
 
 def config_name(name: str, module: Any = None) -> str:
-    """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer.
-
-    A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of them.
-    """
+    """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer."""
+    # A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of
+    # them.
     name = name.removeprefix(PREFIX)
     parameter = getattr(module, "parameter_name", None)
     return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
 
 
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """The scaling s by which PEFT multiplies `B A`."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that, a regular expression, is all of the name or its tail after a dot."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
 def matches(key: str, name: str) -> bool:
-    """PEFT's rule: the key, a regular expression, is all of the name or its tail after a dot."""
+    """Whether `of_pattern` finds a name by a key, which may be no regular expression."""
     try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
+        return of_pattern({key: True}, name, False) is True
     except re.error:
         return False
 
 
 def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """`rank_pattern` and `alpha_pattern` that give every layer its rank and alpha, by `config_name`.
-
-    No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
-    config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
-    """
+    """`rank_pattern` and `alpha_pattern` that give every layer its rank and alpha, by `config_name`."""
+    # No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
+    # config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
     ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
     alphas = _pattern(
         {name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha, config.alpha_pattern or ()

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.adapters.names import scaling_of
 from lora_kernels.adapters.view import stock_class
 from lora_kernels.runtime.modes import is_sharded
 
@@ -42,14 +42,7 @@ Key = Callable[[str, str], str]
 
 
 class Start(nn.Module):
-    """Where an adapter started, frozen: `s B0 A0` is taken off.
-
-    Attributes:
-        a: A0 `(r, n)`.
-        b: B0 `(m, r)`.
-        experts: how many have their factors in these; 1 for a linear layer.
-        sign: of the product.
-    """
+    """Where an adapter started, frozen: A0 `(r, n)` and B0 `(m, r)` of one or more experts; `s B0 A0` is subtracted."""
 
     sign = -1.0
     a: torch.Tensor
@@ -69,19 +62,11 @@ class Start(nn.Module):
 
 
 class Directions(nn.Module):
-    """LoRA-Dash's coordinates, and the directions they belong to.
+    """LoRA-Dash's coordinates, and the directions they belong to; all of them are zero until the switch."""
 
-    Attributes:
-        coordinates: c `(k,)`, trained; zero until the switch.
-        left: the `u_i` `(m, k)`, frozen; zero until the switch.
-        right: the `v_i^T` `(k, n)` likewise.
-        steps: optimizer steps counted so far.
-        launched: whether the switch has been made.
-    """
-
-    coordinates: nn.Parameter
-    left: torch.Tensor
-    right: torch.Tensor
+    coordinates: nn.Parameter  # c `(k,)`
+    left: torch.Tensor  # the `u_i` `(m, k)`, frozen
+    right: torch.Tensor  # the `v_i^T` `(k, n)`, frozen
 
     def __init__(self, k: int, weight_a: torch.Tensor, weight_b: torch.Tensor) -> None:
         """Zeros, of the dtype and on the device of the adapter's factors `(r, n)` and `(m, r)`."""
@@ -89,7 +74,7 @@ class Directions(nn.Module):
         self.coordinates = nn.Parameter(weight_a.new_zeros(k), requires_grad=weight_a.requires_grad)
         self.register_buffer("left", weight_b.new_zeros(weight_b.shape[0], k))
         self.register_buffer("right", weight_a.new_zeros(k, weight_a.shape[1]))
-        self.steps, self.launched = 0, False
+        self.steps, self.launched = 0, False  # optimizer steps counted, and whether they led to the switch
 
     def get_extra_state(self) -> torch.Tensor:
         """Steps and switch, which are saved and loaded with the tensors."""
@@ -178,15 +163,8 @@ def _delta_like(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
-    """`get_delta_weight` of a layer that carries parts: all that merging, unmerging and conversion see of an adapter.
-
-    Args:
-        layer: the LoRA layer.
-        adapter: an adapter of it, with parts or without.
-
-    Returns:
-        `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is.
-    """
+    """`get_delta_weight` of a layer with parts, `s (B A - B0 A0) + U diag(c) V^T`, transposed as the base weight is."""
+    # It is all that merging, unmerging and conversion see of an adapter.
     dash, began = directions(layer, adapter), start(layer, adapter)
     if began is None and (dash is None or not dash.launched):
         stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
@@ -208,15 +186,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`get_delta_factors` of a layer of many experts that carries parts.
-
-    Args:
-        layer: PEFT's `ParamWrapper`.
-        adapter: an adapter of it, with a start or without.
-
-    Returns:
-        Factors of all experts and s: `s * left @ right` is what is added to the parameter, in its dtype.
-    """
+    """`get_delta_factors` of PEFT's `ParamWrapper` with parts: `s * left @ right` is added to the parameter."""
     a, b, began = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, start(layer, adapter)
     firsts, seconds = [a], [b]
     if began is not None:
@@ -241,13 +211,8 @@ def _side_by_side(
     return first.flatten(0, 1), second.flatten(1)
 
 
-def first_ranks(a: torch.Tensor, b: torch.Tensor, rank: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ranks of every expert, of factors `(experts r, n)` and `(m, r experts)`, as tensors of their own."""
-    return _part_of(a, b, slice(rank), experts)
-
-
-def _part_of(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some of the ranks of `_side_by_side`, as tensors of their own."""
+def some_ranks(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """These ranks of every expert, of factors `(experts r, n)` and `(m, r experts)`, as tensors of their own."""
     first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
     second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
     return first.clone(), second.clone()
@@ -281,15 +246,7 @@ def _part(layer: Any, container: str, adapter: str) -> Any:
 
 
 def refusal(layer: Any, adapter: str) -> str | None:
-    """Why an adapter of a layer cannot have parts, or `None`.
-
-    Args:
-        layer: a PEFT LoRA layer.
-        adapter: the adapter's name.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why an adapter of a LoRA layer cannot have parts, or `None`."""
     kind = stock_class(layer).__name__
     if kind not in (*_CARRIERS, _OF_EXPERTS):
         return f"PEFT's {kind} layer cannot carry anything besides A and B"
@@ -300,11 +257,7 @@ def refusal(layer: Any, adapter: str) -> str | None:
 
 
 def carry(layer: Any) -> None:
-    """Let a layer have parts, and take those apart that a state dict has joined.
-
-    Args:
-        layer: a PEFT LoRA layer without a `refusal`.
-    """
+    """Let a LoRA layer without a `refusal` have parts, and take those apart that a state dict has joined."""
     if hasattr(layer, START):
         return
     for container in _PARTS:
@@ -319,11 +272,7 @@ def carry(layer: Any) -> None:
 
 
 def drop(layer: Any) -> None:
-    """Undo `carry`, if no adapter of the layer has a part.
-
-    Args:
-        layer: any LoRA layer.
-    """
+    """Undo `carry` on any layer, if none of its adapters has a part."""
     if not hasattr(layer, START) or any(len(getattr(layer, container)) for container in _PARTS):
         return
     for container in _PARTS:
@@ -378,12 +327,8 @@ def ignore_buffers(model: nn.Module) -> None:
     setattr(model, _IGNORED, [*others, *sorted(frozen)])
 
 
-def columns(dash: Directions, scaling: float) -> torch.Tensor:
-    """Launched coordinates as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
-    return _columns(dash.left, whole(dash.coordinates), scaling)
-
-
-def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> torch.Tensor:
+def columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Coordinates `(k,)` as columns of B, `U diag(c) / s` `(m, k)`, for a reader that multiplies by s."""
     if scaling == 0:
         raise ValueError("an adapter of scaling 0 cannot express its coordinates, which are not scaled")
     wide = torch.promote_types(left.dtype, torch.float32)
@@ -391,16 +336,10 @@ def _columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> t
 
 
 def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
-    """Join the parts of one adapter of one layer to its factors, as more rank, in a state dict.
+    """Join the parts of one adapter of a layer to its factors, as more rank, in a state dict whose entries `key` names.
 
-    The exact c and U stay in the state dict, since U c / s is rounded, and also before the switch: PEFT only loads
-    entries that the model's own state dict has.
-
-    Args:
-        state: changed in place.
-        key: names the entries.
-        scaling: s that a reader of the saved config finds.
-        experts: number of experts whose factors are one tensor.
+    The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that the
+    model's own state dict has. `scaling` is the s that a reader of the saved config finds.
     """
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):
@@ -414,7 +353,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
         right = state.pop(key(DASH, "right"))
         if flags[1]:
             a.append(right)
-            b.append(_columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
+            b.append(columns(state[key(DASH, "left")], state[key(DASH, "coordinates")].detach(), scaling))
             state[key(DASH, "_extra_state")] = torch.tensor([*flags.tolist()[:2], 1])  # and joined
     if len(a) > 1:
         blocks = [block.to(a[0]) for block in a], [block.to(b[0]) for block in b]
@@ -423,9 +362,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
 
 def nominal_scaling(layer: Any, adapter: str) -> float:
     """The scaling that follows from rank and alpha, which is what a saved config says."""
-    rank = layer.r[adapter]
-    scaling: float = layer.lora_alpha[adapter] / (rank**0.5 if layer.use_rslora.get(adapter, False) else rank)
-    return scaling
+    return scaling_of(layer.lora_alpha[adapter], layer.r[adapter], layer.use_rslora.get(adapter, False))
 
 
 def _join_layer(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -455,7 +392,7 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
     if more not in (0, rank) or b.dim() != 2 or b.shape[1] != a.shape[0] or a.shape[0] % experts:
         return
     if more:
-        state[key(START, "a")], began = _part_of(a, b, slice(rank, rank + more), experts)
+        state[key(START, "a")], began = some_ranks(a, b, slice(rank, rank + more), experts)
         state[key(START, "b")] = Start.sign * began
     if key(START, "a") not in state:  # a state without a start: the function is that of A and B
         remove(layer, adapter, START)
@@ -473,4 +410,4 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
             state.setdefault(key(DASH, name), torch.zeros_like(value))
         state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))
     if more or joined:
-        state[key_a], state[key_b] = first_ranks(a, b, rank, experts)
+        state[key_a], state[key_b] = some_ranks(a, b, slice(rank), experts)

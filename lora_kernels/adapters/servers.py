@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_kernels.adapters.names import matches
+from lora_kernels.adapters.names import of_pattern, scaling_of
 from lora_kernels.reports import PREFIX
 
 SERVERS = ("vllm", "sglang", "llama.cpp")
@@ -85,24 +85,16 @@ def slot(rank: int, server: str) -> int:
     return fitting
 
 
-def _scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:
-    return next((value for key, value in (pattern or {}).items() if matches(key, name)), default)
-
-
 def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, int]:
     """By server, the number of layers in which it scales `B A` differently from PEFT; `ranks` by layer."""
-    r, alpha = config["r"], config["lora_alpha"]
+    r, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
     counts = dict.fromkeys(SERVERS, 0)
     for name, rank in ranks.items():
         if not rank:
             continue
-        own = _scaling(_of_pattern(config.get("alpha_pattern"), name.removeprefix(PREFIX), alpha), rank, config)
+        own = scaling_of(of_pattern(config.get("alpha_pattern"), name.removeprefix(PREFIX), alpha), rank, rslora)
         served = {
-            "vllm": _scaling(alpha, r, config),
+            "vllm": scaling_of(alpha, r, rslora),
             "sglang": alpha / r,
             "llama.cpp": alpha / rank if alpha else 1.0,
         }

@@ -18,13 +18,9 @@ from lora_kernels.runtime.modes import is_sharded
 
 
 def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_experts: str | None) -> AdapterLayers:
-    """The layers of an adapter that may be given a start; those too narrow for their rank are among the unsupported.
-
-    Raises:
-        ValueError: if the adapter is trained (`force` allows that, except over trained biases of the base), has
-            LoRA-Dash's coordinates, has changed the base weights, has factors that accelerate has offloaded, or has no
-            layer that is wide enough.
-    """
+    """The layers of an adapter that may be given a start; those too narrow for their rank are among the unsupported."""
+    # A ValueError if the adapter is trained (`force` allows that, except over trained biases of the base), has
+    # coordinates, changed base weights or offloaded factors, or no layer that is wide enough.
     from lora_kernels.adapters.config import changed_base  # noqa: PLC0415  (imports peft)
 
     layers = find_lora_layers(model, adapter, without_experts=without_experts)
@@ -121,7 +117,7 @@ def check_not_sharded(layers: Iterable[AdapterLayer], method: str) -> None:
 
 
 def check_offset(model: nn.Module, layers: AdapterLayers, adapter: str, base: str) -> None:
-    """Raise a ValueError if a start away from zero could not be taken off the function again (see `take_off`)."""
+    """Raise a ValueError if a start away from zero could not be subtracted from the function again (see `take_off`)."""
     from lora_kernels.adapters.config import check  # noqa: PLC0415  (imports peft)
 
     config = _config(model, adapter)

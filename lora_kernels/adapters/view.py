@@ -14,15 +14,10 @@ from lora_kernels.runtime.processes import unwrap
 
 
 class LoraView(NamedTuple):
-    """A LoRA layer of a model.
+    """A LoRA layer of a model."""
 
-    Attributes:
-        name: in the model.
-        module: PEFT's layer, accelerated or not.
-    """
-
-    name: str
-    module: Any
+    name: str  # in the model
+    module: Any  # PEFT's layer, accelerated or not
 
     @property
     def config_name(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers
-from lora_kernels.adapters.names import config_name, patterns
+from lora_kernels.adapters.names import config_name, patterns, scaling_of
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -34,11 +33,7 @@ def copy_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _put(linear: nn.Linear, value: torch.Tensor, device: torch.device) -> None:
-    """Write a weight; `device` is for one on the meta device. The parameter stays the same object where it has memory.
-
-    So an optimizer that was created before trains the new values. One that has a state of another shape fails at its
-    next step.
-    """
+    """Write a weight (one on the meta device to `device`); the object stays, so that an earlier optimizer trains it."""
     weight = linear.weight
     if weight.device.type == "meta":
         linear.weight = nn.Parameter(value.to(device, weight.dtype, copy=True), requires_grad=weight.requires_grad)
@@ -73,7 +68,7 @@ def _write_layer(layer: AdapterLayer, factors: Factors, adapter: str, *, adjust:
 
 def _set_scaling(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool) -> None:
     module.r[adapter], module.lora_alpha[adapter], module.use_rslora[adapter] = rank, alpha, rslora
-    scaling = alpha / (math.sqrt(rank) if rslora else rank)
+    scaling = scaling_of(alpha, rank, rslora)
     if isinstance(module.scaling[adapter], torch.Tensor):  # compiled code reads this very tensor
         module.scaling[adapter].fill_(scaling)
     else:
@@ -84,7 +79,8 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
     """Keep the first `rank` rows of A and columns of B of a layer of any kind, with a scaling of their own."""
     if rank < module.r[adapter]:
         a, b = module.lora_A[adapter], module.lora_B[adapter]
-        factors = parts.first_ranks(a.weight.detach(), b.weight.detach(), rank, getattr(module, "num_experts", 1))
+        experts = getattr(module, "num_experts", 1)
+        factors = parts.some_ranks(a.weight.detach(), b.weight.detach(), slice(rank), experts)
         for linear, value in zip((a, b), factors, strict=True):
             _put(linear, value, value.device)
     _set_scaling(module, adapter, rank, alpha, rslora=rslora)
@@ -115,10 +111,8 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 
 
 def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
-    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter.
-
-    `removed`: layers lost their adapter, so that `target_modules` must name those left.
-    """
+    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter."""
+    # `removed`: layers lost their adapter, so that `target_modules` must name those left.
     from lora_kernels.adapters.config import tidy  # noqa: PLC0415  (imports peft)
 
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
@@ -132,10 +126,8 @@ def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
 
 
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
-    """Make a config name the modules that have an adapter, and no others.
-
-    `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
-    """
+    """Make a config name the modules that have an adapter, and no others."""
+    # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
     _, modules, without = _config_names(model, adapter)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
@@ -158,14 +150,8 @@ def write(
     *,
     adjust_scaling_factors: bool,
 ) -> None:
-    """Write factors into an adapter, ranks and config included; layers without an entry stay as they are.
-
-    A layer of rank 0 loses its adapter. `adjust_scaling_factors`: see `AdapterLayer.with_rank`.
-
-    Raises:
-        ValueError: if ranks of a sharded adapter would change, or no layer would keep an adapter. Nothing is written
-            then.
-    """
+    """Write factors into an adapter, ranks and config included; layers without an entry stay, rank 0 removes one."""
+    # A ValueError, before anything is written, if ranks of a sharded adapter would change or no layer would keep one.
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     if not any(ranks.get(layer.name, layer.rank) for layer in layers.supported):
         raise ValueError("every layer would get rank 0: raise the rank, or set min_rank")

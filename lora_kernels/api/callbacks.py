@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from lora_kernels._checks import check_type
 from lora_kernels.api.learning_rate import LearningRateAdvice, advise
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.runtime.processes import unwrap
@@ -19,41 +20,35 @@ PREFIX = "landscape/"
 
 
 class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
-    """Attaches LoRA-Dash when a Trainer is made, and counts its optimizer steps.
+    """Attaches LoRA-Dash when a Trainer is created, and counts its optimizer steps.
 
         Trainer(model, args, train_dataset=data, callbacks=[lk.api.LoraDashCallback(lk.LoraDash(k=8))]).train()
 
     The coordinates are parameters before the Trainer makes its optimizer, loads a checkpoint or wraps the model; its
     checkpoints hold coordinates, directions and the count, and `resume_from_checkpoint` goes on from them, before the
-    switch or after it. An optimizer of your own (`optimizers=(optimizer, None)`) should be made after
+    switch or after it. An optimizer of your own (`optimizers=(optimizer, None)`) should be created after
     `LoraDash(k=8).attach(model)`; one that does not hold the coordinates gets them, at the end of its group of the
-    factors, when the Trainer is made.
+    factors, when the Trainer is created.
 
     Args:
         config: by default `LoraDash()`.
 
     Attributes:
-        run: the run, once a Trainer was made with this callback.
+        run: the run, once a Trainer was created with this callback.
 
     Raises:
         TypeError: if `config` is something else.
     """
 
     def __init__(self, config: LoraDash | None = None) -> None:
-        if config is not None and not isinstance(config, LoraDash):
-            raise TypeError(f"config must be a LoraDash, got {type(config).__name__}")
+        check_type("config", config, (LoraDash, type(None)), "a LoraDash")
         self.config = LoraDash() if config is None else config
         self.run: DashRun | None = None
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Add the coordinates, and give them to an optimizer that is there already.
-
-        Raises:
-            TypeError: if that is no optimizer.
-            ValueError: if it holds none of the adapter's factors.
-        """
+        """Add the coordinates, and give them to an optimizer that is there already (see `DashRun.join`)."""
         self.run = self.config.attach(model)
         if optimizer is not None:
             self.run.join(optimizer)
@@ -61,11 +56,7 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """See that model and optimizer of the training are those that have them.
-
-        Raises:
-            RuntimeError: if they are not.
-        """
+        """Raise a RuntimeError if model and optimizer of the training are not those that have them."""
         parameters = {id(parameter) for parameter in unwrap(model).parameters()}
         if self.run is None or not all(id(coordinate) in parameters for coordinate in self.run.coordinates()):
             raise RuntimeError(
@@ -78,7 +69,7 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
         ):
             raise RuntimeError(
                 "the optimizer does not hold the coordinates of LoRA-Dash, which are parameters of the model since the "
-                "Trainer was made: create_optimizer must take all parameters that require gradients (ZeRO, which "
+                "Trainer was created: create_optimizer must take all parameters that require gradients (ZeRO, which "
                 "keeps flat shards, is not supported)"
             )
         for coordinate in self.run.coordinates():
@@ -111,26 +102,13 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, every: int = 50, path: str | Path | None = None, **settings: Any) -> None:
-        """Prepare.
-
-        Args:
-            every: optimizer steps between two measurements.
-            path: .jsonl file for every layer's numbers, written by the main process.
-            settings: further arguments of `LandscapeMonitor`.
-        """
+        """Prepare; the arguments are those of `LandscapeMonitor`, whose file the main process writes."""
         self.monitor = LandscapeMonitor(every, path, **settings)
         self._pending: dict[str, float] = {}
         self._attached = False
 
     def attach(self, trainer: Any) -> LandscapeCallback:
-        """Become the first callback of a trainer, so that all others find the numbers in its logs.
-
-        Args:
-            trainer: a transformers Trainer, or one derived from it.
-
-        Returns:
-            This callback.
-        """
+        """Become the first callback of a transformers Trainer, so that all others find the numbers in its logs."""
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
         self._attached = True

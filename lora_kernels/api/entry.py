@@ -71,7 +71,6 @@ def collect(
     def check() -> tuple[CollectOptions, Mapping[str, bool], Sequence[Target], Mapping[str, str]]:
         chosen = read_options(options)
         check_type("loader", loader, Iterable, "an iterable of batches")
-        check_type("adapter_name", adapter_name, str, "a name")
         return chosen, resolve_wants(named_wants(wants)), *_targets(model, targets, adapter_name)
 
     chosen, resolved, layers, skipped = together(check) if options.get("distributed", True) else check()
@@ -116,7 +115,6 @@ def plan(
         raise TypeError(f"plan has no option {', '.join(unknown)}")
     chosen = read_options(options)
     model = unwrap(model)
-    check_type("adapter_name", adapter_name, str, "a name")
     layers, _ = _targets(model, targets, adapter_name)
     groups = None
     if batch is not None and share_inputs:
@@ -166,9 +164,9 @@ def initialize(
         statistics: from `collect` on the same model, instead of a new pass.
         adapter_name: the adapter.
         base: what methods that start away from zero but keep the model's function do about `s B A` of the start.
-            `intact`: a frozen copy of it in the adapter's own layers takes it off, and the base weights stay as they
-            are (`save_pretrained` and `export` write both as one stock adapter). `mutate`: it is taken off the base
-            weights, as PEFT does; not possible on quantized ones.
+            `intact`: a frozen copy of it in the adapter's own layers cancels it, and the base weights stay as they
+            are (`save_pretrained` and `export` write both as one stock adapter). `mutate`: it is subtracted from the
+            base weights, as PEFT does; not possible on quantized ones.
         ranks: redistribute the ranks by a score of their components, whatever the method (EVA's own redistribution
             then rests). By default they are kept, unless the method's config says otherwise.
         learning_rate: that you are going to train with: the report (and a warning) says where it does not suit the

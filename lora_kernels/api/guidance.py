@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics as quantiles
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from lora_kernels.init.factors import LoraFactors
 from lora_kernels.statistics.store import Statistics
@@ -16,56 +15,36 @@ LORA_RATE = 1e-4
 _ALIKE = 1.5
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """What the start of one layer means.
-
-    Attributes:
-        start_change: first-order change of the mean loss by the start itself, `<G, s B A>`; 0 where the base takes it
-            off, `None` without a gradient.
-        first_step: first-order change of the mean loss by Adam's first step, per unit of learning rate:
-            `-(|s B^T G|_1 + |s G A^T|_1)`; `None` without a gradient.
-        step_ratio: how much farther a step of Adam moves the weight than it would from stock LoRA's start at the same
-            rate (signs taken as independent).
-    """
-
-    start_change: float | None
-    first_step: float | None
-    step_ratio: float | None
-
-
-NO_OUTLOOK = Outlook(None, None, None)
-
-
-def outlook(factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool) -> Outlook:
-    """What a start of rank 1 or more means, with first-order changes if the layer's gradient was collected.
-
-    `offset`: `s B A` of the start is taken off the function again.
-    """
+def outlook(
+    factors: LoraFactors, scaling: float, statistics: Statistics, name: str, *, offset: bool
+) -> dict[str, float | None]:
+    """What a start of rank 1 or more means, by the names of `LayerReport`; changes of the mean loss to first order."""
+    # `start_change` is `<G, s B A>`, 0 with `offset`, where the base cancels the start; `first_step` is `-(|s B^T G|_1
+    # + |s G A^T|_1)`, per unit of Adam's learning rate. Both are `None` without a gradient.
     a, b = factors.A.detach(), factors.B.detach()
     (rank, n), m = a.shape, b.shape[0]
-    # A step of Adam moves every entry by the rate. With independent signs |dB A|^2 is m |A|^2, and |B dA|^2 n |B|^2;
+    # How much farther a step of Adam moves the weight than from stock LoRA's start at the same rate, by which every
+    # entry is moved. With independent signs |dB A|^2 is m |A|^2, and |B dA|^2 n |B|^2;
     # stock LoRA has B = 0 and A uniform within 1 / sqrt(n), so |A|^2 = r / 3.
     moved = m * float(a.square().sum()) + n * float(b.square().sum())
     ratio = math.sqrt(moved / (m * rank / 3))
     layer = statistics.get(name)
     if layer is None or not layer.has_gradient:
-        return Outlook(0.0 if offset or not bool(b.any()) else None, None, ratio)
+        return {"start_change": 0.0 if offset or not bool(b.any()) else None, "step_ratio": ratio}
     gradient = layer.gradient_operator()
     of_a, of_b = gradient.transposed_times(b).mT, gradient.times(a.mT)
     a = a.to(of_a)
     change = 0.0 if offset else scaling * float((of_a * a).sum())
-    return Outlook(change, -abs(scaling) * float(of_a.abs().sum() + of_b.abs().sum()), ratio)
+    step = -abs(scaling) * float(of_a.abs().sum() + of_b.abs().sum())
+    return {"start_change": change, "first_step": step, "step_ratio": ratio}
 
 
 def advice(
     method: str, ratios: Iterable[float], *, starts_away: bool, full_rate: bool, learning_rate: float | None
 ) -> tuple[str, ...]:
-    """Sentences about learning rates, from the `step_ratio` of all layers.
-
-    The last is a warning (`is_warning`) if and only if a LoRA-sized rate meets a start away from zero (`starts_away`)
-    that moves farther than stock LoRA does.
-    """
+    """Sentences about learning rates, from the `step_ratio` of all layers."""
+    # The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves farther than LoRA
+    # does.
     values = list(ratios)
     if not values:
         return ()

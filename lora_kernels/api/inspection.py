@@ -15,9 +15,9 @@ from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from lora_kernels.reports import PREFIX
 
 
-def inspect_folder(folder: AdapterFolder, thresholds: Thresholds | None = None) -> Diagnosis:
+def inspect_folder(folder: AdapterFolder) -> Diagnosis:
     """Spectra and balance of an adapter from its files alone; no layer is compared with its weight."""
-    limits = thresholds or Thresholds()
+    limits = Thresholds()
     adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
     layers = tuple(LayerDiagnosis(name, spectrum, judge(spectrum, None, limits)) for name, spectrum in spectra.items())
@@ -38,13 +38,8 @@ def inspect(
     batch_size: int = 8,
     max_length: int = 256,
     max_batches: int | None = None,
-    progress: bool = True,
 ) -> Diagnosis:
-    """Diagnose an adapter folder, with its base model and data if they are given; see `lora-kernels inspect`.
-
-    Raises:
-        ValueError: if the folder is malformed, or data, intruders or a weight decay are given without what they need.
-    """
+    """Diagnose an adapter folder, with its base model and data if given; a ValueError if that does not fit together."""
     folder = read_adapter(adapter)
     if base is None:
         if texts is not None or intruders:
@@ -76,7 +71,7 @@ def inspect(
     settings: dict[str, Any] = {"intruders": intruders}
     if texts is not None:
         batches = transformers.task_batches(bare, tokenizer, task, texts, labels, batch_size, max_length)
-        settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches, "progress": progress}
+        settings |= {"loader": batches, "weight_decay": weight_decay, "max_batches": max_batches}
     diagnosis = diagnose(model, **settings)
     return replace(diagnosis, adapter=str(adapter), notes=(*diagnosis.notes, *folder.notes))
 

@@ -21,7 +21,7 @@ from lora_kernels.reports import Report, Table
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import Loss, Reduction, summed_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
-from lora_kernels.runtime.processes import gather, raise_together, unwrap, world_size
+from lora_kernels.runtime.processes import gather, raise_together, together, unwrap, world_size
 from lora_kernels.statistics.options import Forward
 from lora_kernels.training.lora_pro import LoraPro
 from lora_kernels.training.lora_pro.model import find_pairs
@@ -113,11 +113,6 @@ class LearningRateAdvice(Report):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the line and the summary.
-
-        Yields:
-            What rich prints.
-        """
         if self.line:
             table = Table("rate", "loss", "", title="loss along the first step")
             finite = [loss for _, loss in self.line if math.isfinite(loss)]
@@ -131,16 +126,8 @@ class LearningRateAdvice(Report):
 
 
 def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[float, float], float | None, str | None]:
-    """The rate at which a line is lowest, from about eight points.
-
-    Args:
-        loss_at: the loss at a rate above 0.
-        start: the loss at 0.
-
-    Returns:
-        The losses by rate, 0 included; the rate (a parabola's, through the lowest of the points and its neighbours); or
-        `None` and why there is none.
-    """
+    """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none."""
+    # About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
     points: dict[float, float] = {}
 
     def measured(index: float) -> float:
@@ -193,20 +180,15 @@ class _Probe:
         if any(parameter.is_meta for parameter in self.parameters):
             raise ValueError("model trains parameters on the meta device: load their values first")
 
-    def _together(self, call: Callable[[], tuple[float, float]]) -> float:
-        """Mean of a sum and its count over all processes; a failure on one is a failure on all."""
-        error: BaseException | None = None
-        total = items = 0.0
-        try:
-            total, items = call()
-        except Exception as caught:  # noqa: BLE001  (told to the others, and raised)
-            error = caught
-        raise_together(error)
+    @staticmethod
+    def _summed(call: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+        """A sum and its count over all processes; a failure on one is a failure on all."""
+        total, items = together(call)
         if world_size() > 1:
             total, items = (math.fsum(values) for values in zip(*gather((total, items)), strict=True))
         if items <= 0:
             raise ValueError("no item has a loss in the batches that were read: every label is -100")
-        return total / items
+        return total, items
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Any]) -> float:
@@ -217,15 +199,15 @@ class _Probe:
             self.forward_passes += len(sums)
             return math.fsum(float(total) for total, _ in sums), math.fsum(items for _, items in sums)
 
-        return self._together(run)
+        total, items = self._summed(run)
+        return total / items
 
     def gradients(self, batches: Sequence[Any]) -> Tensors:
         """Gradients of the mean loss by all parameters, zero where it does not depend on one."""
         sums = [torch.zeros_like(parameter, dtype=_wide(parameter)) for parameter in self.parameters]
-        counted = 0.0
 
         def run() -> tuple[float, float]:
-            nonlocal counted
+            counted = 0.0
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             try:
@@ -246,9 +228,8 @@ class _Probe:
                     parameter.requires_grad_(False)
             return 0.0, counted
 
-        self._together(run)
+        _, counted = self._summed(run)
         if world_size() > 1:
-            counted = math.fsum(gather(counted))
             for have in sums:
                 distributed.all_reduce(have)
         for have in sums:
@@ -274,11 +255,6 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _adam_step(gradient: torch.Tensor) -> torch.Tensor:
-    """Adam's first step per unit of rate: the moments are those of one gradient."""
-    return -gradient / (gradient.abs() + _EPS)
-
-
 def _lora_pro_step(
     mode: Any, values: Mapping[int, torch.Tensor], gradients: Mapping[int, torch.Tensor], pairs: Sequence[Any]
 ) -> dict[int, torch.Tensor]:
@@ -298,7 +274,7 @@ def _lora_pro_step(
 
 def _first_step(probe: _Probe, optimizer: str, pairs: Sequence[Any], gradients: Tensors) -> Tensors:
     """The optimizer's first step from here, per unit of rate."""
-    steps = [_adam_step(gradient) for gradient in gradients]
+    steps = [-gradient / (gradient.abs() + _EPS) for gradient in gradients]  # Adam's moments are those of one gradient
     if optimizer == "adamw":
         return steps
     by_key = {id(parameter): gradient for parameter, gradient in zip(probe.parameters, gradients, strict=True)}

@@ -21,7 +21,7 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.reports import plain
 from lora_kernels.runtime.processes import unwrap
 
-# What a line of the file has of each layer.
+# What a line of the file has of every layer.
 LAYER_FIELDS = (
     "spectral",
     "nuclear",
@@ -35,13 +35,9 @@ LAYER_FIELDS = (
 
 
 def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
-    """A few numbers for all layers.
-
-    `rank`: mean numerical rank. `entropy_rank`: mean. `nuclear`: sum of the nuclear norms, what weight decay charges.
-    `share`: largest `|s B A|_2 / |W|_2` (only with the weights). `balance`: largest. `drift`: root of the sum of
-    squares (only with the start). `not_finite`: layers whose factors are not finite; they are left out of the others,
-    which are NaN where no layer is left.
-    """
+    """The numbers of all layers: means of `rank` and `entropy_rank`, the sum `nuclear`, the largest `balance`."""
+    # `share` is the largest `|s B A|_2 / |W|_2`; `drift` is the root of the sum of squares. Layers that are
+    # `not_finite` are only counted; without others the numbers are NaN.
     finite = [spectrum for spectrum in spectra.values() if spectrum.status != "not_finite"]
     count = len(finite) or math.nan
     numbers = {
@@ -72,9 +68,6 @@ class LandscapeMonitor:
     every process must call it; give the path to one of them.
 
     Attributes:
-        every: steps between two measurements.
-        path: the file, one JSON object per line; appended to.
-        adapter_name: the adapter.
         count: steps so far.
         latest: the last spectra, by layer name.
     """
@@ -93,9 +86,9 @@ class LandscapeMonitor:
 
         Args:
             every: steps between two measurements.
-            path: file to append to, if any; its folder is made.
+            path: file to append to, if any, one JSON object per line; its folder is created.
             adapter_name: the adapter.
-            weights: compare with the norms of the base weights, which are taken once, at the first step.
+            weights: compare with the norms of the base weights, which are computed once, at the first step.
             drift: keep the factors of the first step and measure the distance from them.
             rank_tolerance: see `landscape.Spectrum`.
 
@@ -115,11 +108,7 @@ class LandscapeMonitor:
         self._started = time.perf_counter()
 
     def begin(self, model: nn.Module) -> None:
-        """Take what stays: norms of the base weights, and the start. The first `step` or `measure` does it otherwise.
-
-        Args:
-            model: the PEFT model.
-        """
+        """Compute what stays: norms of the base weights, and the start. Otherwise the first measurement does it."""
         model = unwrap(model)
         layers = find_lora_layers(model, self.adapter_name, allow_merged=True)
         self._norms = base_norms(layers) if self._weights else {}
@@ -143,14 +132,7 @@ class LandscapeMonitor:
         return self.measure(model) if self.count % self.every == 0 else None
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure now, and write a line.
-
-        Args:
-            model: the PEFT model.
-
-        Returns:
-            The numbers of `summarize`.
-        """
+        """Measure a PEFT model now, and write a line; returns the numbers of all layers."""
         if self._norms is None:
             self.begin(model)
         layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
@@ -158,14 +140,10 @@ class LandscapeMonitor:
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         numbers = summarize(self.latest)
         if self.path is not None:
-            self._write(numbers)
+            by_layer = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
+            line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": by_layer}
+            append_line(self.path, json.dumps(plain(line), allow_nan=False))
         return numbers
-
-    def _write(self, numbers: dict[str, float]) -> None:
-        assert self.path is not None  # checked by the caller
-        layers = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
-        line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": layers}
-        append_line(self.path, json.dumps(plain(line), allow_nan=False))
 
 
 def _is_number(value: object) -> bool:
@@ -183,14 +161,7 @@ def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines that a monitor wrote.
-
-    Args:
-        path: its file.
-
-    Returns:
-        One dictionary per measurement, in the file's order; a last line that was cut off (a killed run) is left out.
-        `latest_run` leaves out what a resumed run has measured again.
+    """The measurements in a monitor's file, without a last line that was cut off (a killed run).
 
     Raises:
         ValueError: if the file is missing, or a line was not written by a monitor.

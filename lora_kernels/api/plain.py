@@ -12,11 +12,7 @@ from lora_kernels.statistics.store import Target
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """The `(in_features, out_features)` of a linear layer; `None` for any other module.
-
-    A linear layer is an `nn.Linear` (quantized ones derive from it) or a transformers `Conv1D`, whose weight is stored
-    transposed.
-    """
+    """`(in_features, out_features)` of an `nn.Linear` (or quantized layer) or transformers' `Conv1D`; else `None`."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = getattr(module, "weight", None)

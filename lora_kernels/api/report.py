@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from lora_kernels.api.learning_rate import LearningRateAdvice
-from lora_kernels.reports import Report, Table, short_name
+from lora_kernels.reports import Layers, Report, Table, counted, short_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class LayerReport:
         tokens: tokens counted for this layer.
         shared_with: layers that read the same tensor and share its statistics.
         eigen_residual: largest relative residual of the eigenpairs behind A, or `None`.
-        solver: how they were found.
+        solver: the algorithm behind it, or `stock`.
         start_share: `|s B A| / |W|` (Frobenius) at the start.
         start_change: predicted change of the mean loss by the start itself (first order), or `None`.
         first_step: predicted change of the mean loss by Adam's first step, per unit of learning rate, or `None`.
@@ -56,7 +55,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class InitReport(Report):
+class InitReport(Report, Layers[LayerReport]):
     """The result of `initialize`.
 
     Attributes:
@@ -87,10 +86,6 @@ class InitReport(Report):
     advice: tuple[str, ...] = ()
     learning_rate: LearningRateAdvice | None = None
 
-    def __iter__(self) -> Iterator[LayerReport]:
-        """The layers."""
-        return iter(self.layers)
-
     def summary(self) -> str:
         """One line: what was done, on how much data, in what time."""
         counts = Counter(layer.status for layer in self.layers)
@@ -101,41 +96,30 @@ class InitReport(Report):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the summary.
-
-        Yields:
-            What rich prints.
-        """
-        table = Table("layer", title=f"{self.method} initialisation of adapter {self.adapter!r}")
-        for column, justify in (
-            ("rank", "right"),
-            ("explained", "right"),
-            ("start", "right"),
-            ("first step", "right"),
-            ("tokens", "right"),
-            ("notes", "left"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        title, optional = f"{self.method} initialisation of adapter {self.adapter!r}", ("tokens", "start", "first step")
+        table = Table("layer", title=title, optional=optional)
+        for column in ("rank", "explained", *reversed(optional)):
+            table.add_column(column, justify="right")
+        table.add_column("status")
         for layer in self.layers:
             rank = f"{layer.rank}" if layer.rank == layer.rank_before else f"{layer.rank_before} -> {layer.rank}"
-            status = () if layer.status == "initialised" else (layer.status.replace("_", " "),)
             table.add_row(
                 short_name(layer.name),
                 rank,
-                _percent(layer.explained_variance),
-                "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",
+                "" if layer.explained_variance is None else f"{100 * layer.explained_variance:.1f} %",
                 "" if layer.first_step is None else f"{layer.first_step:.2g}",
+                "" if not layer.start_share else f"{100 * layer.start_share:.2g} %",
                 f"{layer.tokens:,.0f}",
-                "; ".join((*status, *layer.notes)),
+                "" if layer.status == "initialised" else layer.status.replace("_", " "),
             )
-        table.caption = (
-            "explained: share of the input variance in A; start: |s B A| / |W|; first step: predicted loss change of "
-            "Adam's first step, per unit of learning rate"
-        )
+        meanings = {
+            "explained_variance": "explained: share of the input variance in A",
+            "start_share": "start: |s B A| / |W|",
+            "first_step": "first step: predicted loss change of Adam's first step, per unit of learning rate",
+        }
+        shown = (meaning for name, meaning in meanings.items() if any(getattr(layer, name) for layer in self.layers))
+        table.caption = "; ".join(shown)
         yield table
         measured = () if self.learning_rate is None else (self.learning_rate.summary(),)
-        yield Text("\n".join((self.summary(), *measured, *self.advice)))
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+        notes = counted((layer.name, note) for layer in self.layers for note in layer.notes)
+        yield Text("\n".join((self.summary(), *measured, *self.advice, *notes)))

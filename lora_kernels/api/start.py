@@ -63,12 +63,10 @@ class Start:
     seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the arguments by themselves."""
         self._started = self._lap = time.perf_counter()
         self._replicated = isinstance(self.model, nn.parallel.DistributedDataParallel)
         self.model = unwrap(self.model)
         check_type("ranks", self.ranks, (Redistribution, type(None)), "a Redistribution")
-        check_type("adapter_name", self.adapter, str, "a name")
         check_choice("unreached", self.unreached, ("warn", "raise"))
         check_type("suggest_rate", self.suggest_rate, bool, "true or false")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -187,7 +185,7 @@ class Start:
         return reached
 
     def _resized(self, layer: AdapterLayer, rank: int) -> AdapterLayer:
-        """A layer as it will be, with the scaling that its factors are made for."""
+        """A layer as it will be, with the scaling that its factors are for."""
         return layer.with_rank(rank, adjust=self._adjust)
 
     @property
@@ -207,7 +205,7 @@ class Start:
         if name not in self.answers:
             return LayerReport(name, "not_reached", layer.rank, layer.rank, notes=notes)
         answer = self.answers[name]
-        factors, outlook, share = answer.factors, guidance.NO_OUTLOOK, 0.0
+        factors, share, outlook = answer.factors, 0.0, {}
         if factors.rank:
             scaling = self._resized(layer, factors.rank).scaling
             outlook = guidance.outlook(factors, scaling, self.statistics, name, offset=self.method.offsets_base)
@@ -232,9 +230,7 @@ class Start:
             eigen_residual=answer.residual,
             solver=answer.solver,
             start_share=share,
-            start_change=outlook.start_change,
-            first_step=outlook.first_step,
-            step_ratio=outlook.step_ratio,
+            **outlook,
             notes=(*notes, *answer.notes, *((f"{rows} non-finite rows skipped",) if rows else ())),
         )
 

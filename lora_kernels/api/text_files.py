@@ -11,14 +11,7 @@ from lora_kernels._files import parse_json
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a `.csv` file with a header row, or a `.jsonl` file with an object per line, that has certain columns.
-
-    Yields:
-        Pairs of a place (file and line, for messages) and the row.
-
-    Raises:
-        ValueError: if the file is missing, of another kind or malformed, or a column is missing.
-    """
+    """Yield place and row of a `.csv` (with a header) or `.jsonl` file that has the columns; else a ValueError."""
     if not path.is_file():
         raise ValueError(f"data is {str(path)!r}, but must be an existing .csv or .jsonl file")
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -31,7 +24,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """One column of texts, white space collapsed, without empty ones.
+    """One column of texts that are not empty, white space collapsed.
 
     Raises:
         ValueError: as `read_rows`, or if a value is no text, or no text is left.

@@ -53,11 +53,7 @@ def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[
 def task_for(
     model: Path, asked: str | None = None, labels: Sequence[str] | None = None, task_type: str | None = None
 ) -> str:
-    """Which head to load a model with, from its folder or config file.
-
-    The one asked for; else the head that the adapter was made with (PEFT's `task_type`); else a classifier where there
-    are labels; else the head that the config names.
-    """
+    """The head to load a model with: as asked, by the adapter's `task_type`, a classifier with labels, or by config."""
     if asked is not None:
         check_choice("task", asked, TASKS)
         return asked
@@ -66,10 +62,7 @@ def task_for(
 
 
 def task_of(model: Path) -> str:
-    """Which head the weights of a folder, or of a config file, were saved with.
-
-    `base` for a model without a head, or with another one; `causal-lm` where the config names no architecture.
-    """
+    """The head of the weights of a folder or config file; `base` without, `causal-lm` if no architecture is named."""
     try:
         settings = read_json(model if model.suffix == ".json" else model / "config.json")
     except ValueError:
@@ -82,11 +75,9 @@ def task_of(model: Path) -> str:
 
 
 def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> Any:
-    """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails.
-
-    A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the `labels`,
-    in alphabetical order.
-    """
+    """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails."""
+    # A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the
+    # `labels`, in alphabetical order.
     check_choice("task", task, TASKS)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")

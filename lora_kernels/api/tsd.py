@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels._checks import check_type
 from lora_kernels.api.entry import initialize
 from lora_kernels.api.report import InitReport
 from lora_kernels.init import TaskDirections
@@ -35,15 +36,13 @@ class LoraTSD:
     dash: LoraDash = field(default_factory=LoraDash)
 
     def __post_init__(self) -> None:
-        """Check the types."""
-        for name, kind in (("init", TaskDirections), ("dash", LoraDash)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
+        check_type("init", self.init, TaskDirections, "a TaskDirections")
+        check_type("dash", self.dash, LoraDash, "a LoraDash")
 
     def attach(
         self, model: nn.Module, loader: Iterable[Any] | None = None, **options: Any
     ) -> tuple[InitReport, DashRun]:
-        """Initialise the adapter, and give it its coordinates; call it before the optimizer is made.
+        """Initialise the adapter, and give it its coordinates; call it before the optimizer is created.
 
         Args:
             model: a PEFT model.

@@ -9,8 +9,7 @@ import torch
 
 from lora_kernels.init.method import solve_layers
 from lora_kernels.linalg import eigh_topk
-from lora_kernels.statistics.moments import InputMoments
-from lora_kernels.statistics.sharing import InputSums
+from lora_kernels.statistics.moments import InputMoments, InputSums
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
 
@@ -22,23 +21,14 @@ _TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Components:
-    """The leading principal components of one input.
+    """The leading principal components of one input."""
 
-    Attributes:
-        values: `(k,)` variances, descending.
-        vectors: `(n, k)`.
-        total: trace of the covariance.
-        tokens: rows counted.
-        residual: largest relative residual of the eigenpairs, or the error bound of the sketch.
-        solver: how they were found.
-    """
-
-    values: torch.Tensor
-    vectors: torch.Tensor
-    total: float
-    tokens: float
-    residual: float
-    solver: str
+    values: torch.Tensor  # `(k,)` variances, descending
+    vectors: torch.Tensor  # `(n, k)`
+    total: float  # trace of the covariance
+    tokens: float  # rows counted
+    residual: float  # largest relative residual of the eigenpairs, or the error bound of the sketch
+    solver: str  # the algorithm
 
     def ratios(self) -> list[float]:
         """Explained-variance ratios; zeros where the input never varies."""
@@ -80,7 +70,11 @@ def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterat
     """Yield the components of inputs of one kind and size."""
     moments = [part for part in sums if isinstance(part, InputMoments)]
     if not moments:
-        yield from (_from_sketch(part, k, center) for part in sums if isinstance(part, InputSketch))
+        for sketch in sums:
+            assert isinstance(sketch, InputSketch)  # the other kind
+            leading, error = sketch.components(k, center=center)
+            trace = sketch.trace(center=center)
+            yield Components(leading.values, leading.vectors, trace, sketch.tokens, error, "nystrom")
         return
     matrices = torch.stack([part.covariance(center=center) for part in moments])
     pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=seed)
@@ -89,8 +83,3 @@ def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterat
     for index, part in enumerate(moments):
         answer = pairs.values[index], pairs.vectors[index], traces[index], part.tokens, residuals[index]
         yield Components(*answer, pairs.method)
-
-
-def _from_sketch(sketch: InputSketch, k: int, center: bool) -> Components:
-    pairs, error = sketch.components(k, center=center)
-    return Components(pairs.values, pairs.vectors, sketch.trace(center=center), sketch.tokens, error, "nystrom")

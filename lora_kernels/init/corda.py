@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.init.factors import LayerFactors, balanced
-from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.method import InputwiseMethod
 from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
@@ -22,7 +22,7 @@ _LEAST_DAMPING = 1e-12
 
 
 @dataclass(frozen=True)
-class CorDA(LayerwiseMethod):
+class CorDA(InputwiseMethod):
     """`U S V^T = W C` with C the damped second moment of the inputs; B = `U sqrt(S / s)`, A = `sqrt(S / s) V^T C^-1`.
 
     C is the mean over tokens of `x x^T`, not centred. Its scale only moves weight between A and B: `s B A` does not
@@ -57,23 +57,13 @@ class CorDA(LayerwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the choice and the ranges."""
         check_choice("mode", self.mode, MODES)
         check_range("damping", self.damping, low=0.0, high=torch.finfo(torch.float32).max)
         check_range("n_iter", self.n_iter, low=0, integer=True)
 
-    def together(self, layer: LayerProblem) -> Hashable:
-        """Layers that read the same tensor share C and its factor."""
-        return layer.input_key
-
-    def work(self, layer: LayerProblem) -> float:
-        """Multiplications with C and W, per column."""
-        m, n = layer.shape
-        return n * (n + m)
-
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the components of every weight that reads one input."""
-        second = layers[0].second_moment()
+        second = layers[0].mean(INPUT_SECOND)
         size = float(second.diagonal().mean())
         if size <= 0:
             yield from (stock_start(layer, "its input is always zero") for layer in layers)
@@ -92,7 +82,7 @@ class CorDA(LayerwiseMethod):
     def _components(
         self, weight: torch.Tensor, second: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, str]:
-        """U `(m, r)`, S, V `(n, r)` of the components of `W C`, their residual, and how they were found."""
+        """U `(m, r)`, S, V `(n, r)` of the components of `W C`, their residual, and the algorithm."""
         if self.mode == "instruction_previewed":
             # W C itself is never formed: a few thin products are far cheaper.
             product = LinearOperator(

@@ -10,30 +10,24 @@ import torch
 
 from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg.cholesky import damped_cholesky
+from lora_kernels.statistics.gradients import FISHER, GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND
 
 
 @dataclass(frozen=True)
 class InputMetric:
-    """`C = M / N + damping I`, which layers that read the same tensor have in common; float64.
+    """`C = M / N + damping I`, which layers that read the same tensor have in common; float64."""
 
-    Attributes:
-        lower: `(n, n)`, its Cholesky factor.
-        damping: after any raises.
-        mean: `(n,)`, of the inputs.
-        power: trace of `M / N`.
-        notes: what is to be said about it.
-    """
-
-    lower: torch.Tensor
-    damping: float
-    mean: torch.Tensor
-    power: float
-    notes: tuple[str, ...]
+    lower: torch.Tensor  # `(n, n)`, its Cholesky factor
+    damping: float  # after any raises
+    mean: torch.Tensor  # `(n,)`, of the inputs
+    power: float  # trace of `M / N`
+    notes: tuple[str, ...]  # what is to be said about it
 
     @classmethod
     def of(cls, layer: LayerProblem, damping: float) -> InputMetric:
         """The metric of a layer's input."""
-        matrix = layer.second_moment()
+        matrix = layer.mean(INPUT_SECOND)
         power = float(matrix.diagonal().sum())
         lower, raised = damped_cholesky(
             matrix, damping, attempts=12, what=f"the input second moment of layer {layer.name}"
@@ -66,18 +60,18 @@ class InputMetric:
 
 def descent_step(layer: LayerProblem, metric: InputMetric, inverse: torch.Tensor) -> torch.Tensor:
     """The step `D = -C^{-1} G^T diag(inverse)`, `(n, m)` float64, with `inverse` `(m,)` that of the Fisher diagonal."""
-    gradient = layer.gradient().to(metric.lower)
+    gradient = layer.mean(GRADIENT).to(metric.lower)
     return metric.solve((gradient * inverse.to(metric.lower).unsqueeze(-1)).mT).neg_()
 
 
 def whitened_gradient(layer: LayerProblem, damping: float) -> torch.Tensor:
     """`diag(f)^{-1/2} G C^{-T/2}`, `(n, m)` float64; half its squared norm is what a natural-gradient step would gain.
 
-    The Fisher matrix of the mean loss over items is taken to be `(N / items) diag(f) x C` (Kronecker; Martens and
+    The Fisher matrix of the mean loss over items is assumed to be `(N / items) diag(f) x C` (Kronecker; Martens and
     Grosse 2015, arXiv 1503.05671), N the rows of the layer and f, C means over them.
     """
     metric = InputMetric.of(layer, damping)
-    root = (layer.fisher().to(metric.lower) + damping).rsqrt()
-    gradient = layer.gradient().to(metric.lower) * root.unsqueeze(-1)
+    root = (layer.mean(FISHER).to(metric.lower) + damping).rsqrt()
+    gradient = layer.mean(GRADIENT).to(metric.lower) * root.unsqueeze(-1)
     white: torch.Tensor = torch.linalg.solve_triangular(metric.lower, gradient.mT, upper=False)
     return white * math.sqrt(layer.items / layer.tokens)

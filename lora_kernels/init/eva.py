@@ -21,7 +21,7 @@ from lora_kernels.statistics.moments import INPUT_SECOND
 class EVA(InitMethod):
     """A = the leading principal components of each layer's inputs, B = 0; with `rho`, ranks follow the variance.
 
-    By default every layer keeps the rank that it was made with: what is saved then is right in every server as it is.
+    By default every layer keeps the rank that it has: what is saved then is right in every server as it is.
 
     Args:
         rho: a layer's rank may grow to `round(rho * r)`, at the same sum of ranks (2 in the paper); 1
@@ -54,7 +54,6 @@ class EVA(InitMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         assert self._rule()  # checks itself
 
     def _rule(self) -> Redistribution:

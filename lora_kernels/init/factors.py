@@ -37,7 +37,7 @@ class LayerFactors:
             varies, or the method does not look at it.
         residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`), or what the
             method says of the error of its singular triplets, relative to the largest singular value.
-        solver: how they were found; `stock` for LoRA's own start, where the method has nothing to start from.
+        solver: the algorithm; `stock` for LoRA's own start, where the method has nothing to start from.
         notes: facts a user should know, in words.
     """
 
@@ -50,19 +50,13 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class BaseLayer:
-    """What a method may need to know of the layer under an adapter.
+    """What a method may need to know of the layer under an adapter."""
 
-    Attributes:
-        weight: returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
-        scaling: s, by which PEFT multiplies `B A`.
-        adapter: returns the factors as they are now, or `None`.
-        shape: `(m, n)`; by default that of `weight()`.
-    """
-
+    # Returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
     weight: Callable[[], torch.Tensor]
-    scaling: float
-    adapter: Callable[[], LoraFactors] | None = None
-    shape: tuple[int, int] | None = None
+    scaling: float  # s, by which PEFT multiplies `B A`
+    adapter: Callable[[], LoraFactors] | None = None  # returns the factors as they are now, or `None`
+    shape: tuple[int, int] | None = None  # `(m, n)`; by default that of `weight()`
 
 
 def as_factors(a: torch.Tensor, b: torch.Tensor) -> LoraFactors:

@@ -19,23 +19,14 @@ from lora_kernels.statistics.gradients import GRADIENT
 
 @dataclass(frozen=True)
 class Triplets:
-    """The k leading singular triplets of a gradient of the mean loss.
+    """The k leading singular triplets of a gradient of the mean loss."""
 
-    Attributes:
-        u: `(m, k)`.
-        s: `(k,)` float64, descending; zero where it is not above the rounding of the sums.
-        vh: `(k, n)`.
-        usable: how many are above that rounding.
-        residual: bound on the spectral norm of what they leave, relative to that of the gradient.
-        solver: how they were triplets.
-    """
-
-    u: torch.Tensor
-    s: torch.Tensor
-    vh: torch.Tensor
-    usable: int
-    residual: float
-    solver: str
+    u: torch.Tensor  # `(m, k)`
+    s: torch.Tensor  # `(k,)` float64, descending; zero where it is not above the rounding of the sums
+    vh: torch.Tensor  # `(k, n)`
+    usable: int  # how many are above that rounding
+    residual: float  # bound on the spectral norm of what they leave, relative to that of the gradient
+    solver: str  # the algorithm
 
     def notes(self, use: str) -> tuple[str, ...]:
         """What is to be said where the gradient has too few directions for their use."""
@@ -77,7 +68,7 @@ class GradientMethod(LayerwiseMethod):
             yield self.start(layer, triplets)
 
     def _decompose(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
-        gradients = torch.stack([layer.gradient() for layer in layers])
+        gradients = torch.stack([layer.mean(GRADIENT) for layer in layers])
         # By its largest entry, so that no product overflows or vanishes.
         scales = gradients.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gradients.dtype).tiny)
         gradients /= scales

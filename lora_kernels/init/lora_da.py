@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_positive, check_range
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
-from lora_kernels.init.method import LayerwiseMethod
+from lora_kernels.init.method import InputwiseMethod
 from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
@@ -34,7 +34,7 @@ _NORM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class LoraDA(LayerwiseMethod):
+class LoraDA(InputwiseMethod):
     """A = the directions that gain most from a Fisher-preconditioned step, against their variance; B = that step in A.
 
     With `C = M / N + damping I` (raw second moment of the input), `f` the mean squared output gradients, `G` the mean
@@ -77,14 +77,11 @@ class LoraDA(LayerwiseMethod):
     balance_factors: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         for name in ("bias_weight", "damping", "gamma", "output_damping_ratio"):
             value = getattr(self, name)
             if name == "output_damping_ratio" and value is None:
                 continue
-            check_range(name, value)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
+            check_positive(name, value)
         check_range("variance_weight", self.variance_weight, low=0)
         check_choice("token_mask", self.token_mask, tuple(_MASKS))
         if self.population_size is not None:
@@ -127,15 +124,6 @@ class LoraDA(LayerwiseMethod):
         if other:
             warnings.warn(f"statistics were collected with {', '.join(other)}", RuntimeWarning, stacklevel=4)
 
-    def together(self, layer: LayerProblem) -> Hashable:
-        """Layers that read the same tensor share C and its factor."""
-        return layer.input_key
-
-    def work(self, layer: LayerProblem) -> float:
-        """Multiplications with C and D, per column."""
-        m, n = layer.shape
-        return n * (n + m)
-
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors of the layers that read one input."""
         metric = InputMetric.of(layers[0], self.damping)
@@ -164,7 +152,7 @@ class LoraDA(LayerwiseMethod):
         return LayerFactors(factors, explained, float(pairs.residuals), pairs.method, tuple(notes))
 
     def _inverse_fisher(self, layer: LayerProblem, notes: list[str]) -> torch.Tensor:
-        mean = layer.fisher()
+        mean = layer.mean(FISHER)
         if self.output_damping_ratio is None:
             return 1.0 / (mean + self.damping)
         median = float(mean.median())
@@ -203,7 +191,7 @@ def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:
-    """The largest eigenpairs of `bias D D^T - variance C^{-1}`, a matrix that only products are taken with."""
+    """The largest eigenpairs of `bias D D^T - variance C^{-1}`, a matrix that is only multiplied with."""
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         product = step @ (step.mT @ x)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_positive
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
 from lora_kernels.init.problem import LayerProblem, stock_start
@@ -54,12 +54,9 @@ class LoraGA(GradientMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the choices and ranges."""
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("scale", self.scale, SCALES)
-        check_range("gamma", self.gamma, low=0.0, high=torch.finfo(torch.float32).max)
-        if self.gamma == 0:
-            raise ValueError("gamma is 0, but must be positive")
+        check_positive("gamma", self.gamma, high=torch.finfo(torch.float32).max)
 
     @property
     def reads_base(self) -> bool:

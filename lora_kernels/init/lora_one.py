@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels._checks import check_range
+from lora_kernels._checks import check_positive
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
 from lora_kernels.init.problem import LayerProblem
@@ -41,10 +41,7 @@ class LoraOne(GradientMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        check_range("gamma", self.gamma, low=0.0, high=torch.finfo(torch.float32).max)
-        if self.gamma == 0:
-            raise ValueError("gamma is 0, but must be positive")
+        check_positive("gamma", self.gamma, high=torch.finfo(torch.float32).max)
 
     def start(self, layer: LayerProblem, triplets: Triplets) -> LayerFactors:
         """Split the step evenly between A and B."""

@@ -17,8 +17,9 @@ from lora_kernels.init.factors import BaseLayer, LayerFactors
 from lora_kernels.init.problem import LayerProblem, problems, stock_start
 from lora_kernels.runtime.processes import share_out, world_size
 from lora_kernels.runtime.progress import progress_bar
+from lora_kernels.statistics.moments import Accumulator
 from lora_kernels.statistics.store import LayerStatistics, Statistics
-from lora_kernels.statistics.wants import STATISTICS, Wants
+from lora_kernels.statistics.wants import Wants
 
 if TYPE_CHECKING:
     from lora_kernels.init.ranks import Redistribution
@@ -41,18 +42,9 @@ def solve_layers(
     at_most: Callable[[Layer], int | None] = lambda _: None,
     work: Callable[[Layer], float] = lambda _: 1.0,
 ) -> dict[str, Answer]:
-    """Solve layers, group by group, with a progress bar; the processes of a distributed run share the groups.
-
-    Args:
-        layers: by name; the answers come back in their order.
-        solve: the layers of a group to their answers.
-        device: where the answers for a layer live.
-        title: of the progress bar, which counts in `unit`.
-        unit: see there.
-        together: layers of one key are solved together; by default each alone.
-        at_most: how many of a group are solved at once, where the group is a batch and may be split.
-        work: of a layer, in any unit.
-    """
+    """The answers for layers, by name: solved group by group with a progress bar; processes share the groups."""
+    # Layers with one key of `together` form a group (by default each its own), of which `at_most` so many are solved at
+    # once. `device` is where a layer's answer lives, `work` how long it takes, in any unit.
     if not layers:
         return {}
     groups: dict[Hashable, list[str]] = defaultdict(list)
@@ -88,7 +80,7 @@ class InitMethod(ABC):
     Attributes:
         name: as in `initialize(method=...)`.
         full_rate: whether its authors train at learning rates of full fine-tuning.
-        offsets_base: whether `s B A` of the start has to be taken off the base for the model to keep its function.
+        offsets_base: whether the base has to cancel `s B A` of the start for the model to keep its function.
         moves_function: whether the start is away from zero and stays in the model's function.
         own_score: the score by which its authors redistribute ranks, if they do.
     """
@@ -150,18 +142,14 @@ class InitMethod(ABC):
         *,
         base: Mapping[str, BaseLayer] | None = None,
     ) -> dict[str, LayerFactors]:
-        """The factors of every layer.
+        """The factors A `(r, n)` and B `(m, r)` of every layer.
 
         A layer that its statistics say nothing of (no token, a zero gradient) gets LoRA's stock start, with a note.
 
         Args:
-            statistics: of all layers named in `ranks`. Gradients are divided by `Statistics.loss_items`; those of a
-                plain mapping, which has no such count, are taken to be of the mean loss already.
+            statistics: of all layers named in `ranks`; gradients in a plain mapping are of the mean loss.
             ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
             base: weight and scaling of each layer, for methods that start from them.
-
-        Returns:
-            Per layer its factors: A `(r, n)`, B `(m, r)`.
 
         Raises:
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
@@ -203,6 +191,20 @@ class LayerwiseMethod(InitMethod):
         return solve_layers(layers, self.solve, device=lambda layer: layer.device, **keys)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class InputwiseMethod(LayerwiseMethod):
+    """A method that factors C, the second moment of an input, once for all layers that read it."""
+
+    def together(self, layer: LayerProblem) -> Hashable:
+        """Layers that read the same tensor share C and its factor."""
+        return layer.input_key
+
+    def work(self, layer: LayerProblem) -> float:
+        """Multiplications with C and with a matrix of the weight's shape, per column."""
+        m, n = layer.shape
+        return n * (n + m)
+
+
 def resolve_method(method: str | InitMethod) -> InitMethod:
     """The method config for a name, or the config itself.
 
@@ -228,6 +230,6 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
 def named_wants(wants: Wants) -> Wants:
     """What to collect, where it may also be the name of a method: that method, with its defaults."""
     if isinstance(wants, str):
-        check_choice("wants", wants, (*METHODS, *STATISTICS))
+        check_choice("wants", wants, (*METHODS, *Accumulator.statistics))
         return METHODS[wants]() if wants in METHODS else wants
     return wants

@@ -43,7 +43,6 @@ class PiSSA(LayerwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.n_iter is not None:
             check_range("n_iter", self.n_iter, low=0, integer=True)
 
@@ -69,7 +68,7 @@ class PiSSA(LayerwiseMethod):
     def _svd(
         self, weights: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
-        """The leading triplets, the spectral norm of what they leave, and how they were found."""
+        """The leading triplets, the spectral norm of what they leave, and the algorithm."""
         if self.n_iter is not None:
             triplets = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
             assert triplets.error is not None  # probes are drawn

@@ -11,11 +11,10 @@ import torch
 from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
 from lora_kernels.linalg.randomized_svd import RandomizedSVD
 from lora_kernels.statistics.gradients import FISHER, GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator
 from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import LayerStatistics
 
-_WORDS = {INPUT_SECOND: "second moment of the input", FISHER: "Fisher diagonal", GRADIENT: "weight gradient"}
 # Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
 _BATCH_BYTES = {"cpu": 2**22}
 _BATCH_BYTES_ELSEWHERE = 2**28
@@ -100,9 +99,10 @@ class LayerProblem:
         """Rows counted."""
         return 0.0 if self.seen is None else self.seen.tokens
 
-    def second_moment(self) -> torch.Tensor:
-        """Mean of `x x^T`, `(n, n)` float64, not centred."""
-        return finite("second moment of the input", self.name, self._statistics().input_covariance())
+    def mean(self, statistic: str) -> torch.Tensor:
+        """The mean of a statistic (see `LayerStatistics.mean`), with finite entries."""
+        seen = self._statistics()
+        return finite(seen.sums[statistic].words, self.name, seen.mean(statistic))
 
     def input_mean(self) -> torch.Tensor:
         """Mean of x, `(n,)` float64."""
@@ -110,19 +110,11 @@ class LayerProblem:
         assert inputs is not None  # `problems` has checked it
         return inputs.mean()
 
-    def fisher(self) -> torch.Tensor:
-        """Mean of the squared output gradients, `(m,)` float64."""
-        return finite("Fisher diagonal", self.name, self._statistics().fisher())
-
-    def gradient(self) -> torch.Tensor:
-        """Gradient of the mean loss, `(m, n)` in the dtype of the sums, exact."""
-        return finite("weight gradient", self.name, self._statistics().gradient())
-
     def gradient_svd(self, rank: int) -> RandomizedSVD:
-        """The leading singular triplets of the same, or of its sketch (then in float64)."""
+        """The leading singular triplets of the gradient, or of its sketch (then in float64)."""
         seen = self._statistics()
         for sums in seen.sums[GRADIENT].tensors().values():
-            finite("weight gradient", self.name, sums)
+            finite(seen.sums[GRADIENT].words, self.name, sums)
         return seen.gradient_svd(rank)
 
     def sums_dtype(self, statistic: str) -> torch.dtype:
@@ -150,10 +142,8 @@ class LayerProblem:
             return "it saw no token in the collection pass"
         if FISHER in sums and sums[FISHER].tokens <= 0:
             return "it counted no row in the backward pass: there was none, or all were masked"
-        for name in (FISHER, GRADIENT):
-            if name in sums and sums[name].is_zero:
-                return f"its {_WORDS[name]} is zero: the loss of this data does not depend on it"
-        return None
+        zero = (part for part in sums.values() if part.needs_backward and part.is_zero)
+        return next((f"its {part.words} is zero: the loss of this data does not depend on it" for part in zero), None)
 
 
 def stock_start(layer: LayerProblem, why: str | None) -> LayerFactors:
@@ -177,7 +167,8 @@ def problems(
     for statistic, exact in wants.items():
         missing = [name for name, layer in layers.items() if not layer.has(statistic, exact=exact)]
         if missing:
-            what = ("exact " if exact else "") + _WORDS[statistic]
+            words = next(iter(Accumulator.statistics[statistic].values())).words
+            what = f"exact {words}" if exact else words
             raise ValueError(
                 f"statistics hold no {what} of layer {', '.join(missing)}: collect with the method, or with "
                 f"wants={{{statistic!r}: {exact}}}"

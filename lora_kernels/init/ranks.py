@@ -15,9 +15,6 @@ def offers(
     ranks: Mapping[str, int], limits: Mapping[str, int], *, rho: float, max_rank: int | None = None
 ) -> dict[str, int]:
     """How many components each layer may compete with: `round(rho * r)` within its limit min(m, n), and `max_rank`."""
-    check_range("rho", rho, low=1.0)
-    if max_rank is not None:
-        check_range("max_rank", max_rank, low=1, integer=True)
     check_ranks(ranks, limits)
     return {name: min(round(rho * rank), limits[name], max_rank or limits[name]) for name, rank in ranks.items()}
 
@@ -105,7 +102,6 @@ class Redistribution:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_choice("score", self.score, tuple(SCORES))
         check_range("rho", self.rho, low=1.0)
         check_range("min_rank", self.min_rank, low=0, integer=True)

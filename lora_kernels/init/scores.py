@@ -33,18 +33,16 @@ def gradient_energy(statistics: Statistics, offered: Mapping[str, int], *, seed:
 
     def energies(layer: LayerProblem) -> torch.Tensor:
         if layer.has(GRADIENT, exact=True):
-            return _energies(layer.gradient(), layer.rank, seed)
+            return _energies(layer.mean(GRADIENT), layer.rank, seed)
         return layer.gradient_svd(layer.rank).S.square()
 
     return _score(problems(statistics, offered, {GRADIENT: False}), energies)
 
 
 def fisher_energy(statistics: Statistics, offered: Mapping[str, int], *, seed: int) -> Scores:
-    """What a natural-gradient step along a component gains, in units of the loss.
-
-    Half the squared singular values of the gradient, whitened by the input second moments and the Fisher diagonal.
-    Unlike the gradient energy it does not change when a layer's inputs or outputs are rescaled.
-    """
+    """What a natural-gradient step along a component gains, in units of the loss."""
+    # Half the squared singular values of the gradient, whitened by the input second moments and the Fisher diagonal.
+    # Unlike the gradient energy it does not change when a layer's inputs or outputs are rescaled.
 
     def energies(layer: LayerProblem) -> torch.Tensor:
         if layer.why_unusable(WANTS) is not None:

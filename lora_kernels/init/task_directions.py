@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_positive
 from lora_kernels.init.curvature import InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.lora_da import WANTS
@@ -17,6 +17,7 @@ from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg import core_basis
 from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.statistics.gradients import FISHER
 
 UPDATES = ("gradient_step", "adapter")
 
@@ -55,13 +56,9 @@ class TaskDirections(LayerwiseMethod):
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_choice("update", self.update, UPDATES)
         for name in ("share", "epsilon", "damping"):
-            value = getattr(self, name)
-            check_range(name, value, low=0.0)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, but must be above 0 and finite")
+            check_positive(name, getattr(self, name))
 
     @property
     def wants(self) -> Mapping[str, bool]:
@@ -85,7 +82,7 @@ class TaskDirections(LayerwiseMethod):
     def _update(self, layer: LayerProblem) -> torch.Tensor:
         if self.update == "gradient_step":
             metric = InputMetric.of(layer, self.damping)
-            return descent_step(layer, metric, 1.0 / (layer.fisher() + self.damping)).mT
+            return descent_step(layer, metric, 1.0 / (layer.mean(FISHER) + self.damping)).mT
         if layer.under.adapter is None:
             raise ValueError(f"layer {layer.name} has no adapter whose factors could be the update")
         now = layer.under.adapter()

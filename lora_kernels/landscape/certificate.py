@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -48,6 +49,8 @@ class Certificate:
         gain: mean loss without the adapter's update (of all layers) minus that with it, if it was measured. At a
             minimum the cost is at most the gain: otherwise zero would be lower.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("ratio", "ratio_low", "ratio_high")
 
     objective: str
     weight_decay: float

@@ -91,11 +91,7 @@ def findings(diagnosis: Diagnosis) -> list[Finding]:
 
 
 def _remarks(layer: LayerDiagnosis, median: float) -> Iterator[tuple[str, float, str]]:
-    """Findings that a layer is in.
-
-    Yields:
-        The finding's title, how notable the layer is there, and its number in words.
-    """
+    """Yield the findings that a layer is in: title, how notable it is there, and its number in words."""
     spectrum, certificate, kind = layer.spectrum, layer.certificate, layer.verdict.kind
     if spectrum.status == "not_finite":
         yield "not finite", 1.0, "NaN or inf"

@@ -21,29 +21,20 @@ _NO_VALUE, _NOT_FINITE = "#d9d9d9", "#000"
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A value per layer, drawn as a table of modules (down) and blocks (across).
+    """A value per layer, drawn as a table of modules (down) and blocks (across)."""
 
-    Attributes:
-        title: what is shown.
-        meaning: one sentence on how to read it.
-        values: by layer name; `None` is drawn grey and NaN black. Layers that share a cell (experts of a block) are
-            drawn as their mean.
-        texts: what stands in a cell, where it has one layer and is wide enough.
-        tips: what a pointer over a cell shows beside the name.
-        high: value of the darkest colour; the lightest is 0.
-        log: colours are logarithmic instead, up to the largest value and over one to three decades.
-        hue: of the colours, in degrees.
-        palette: labels and colours; a value is then an index, and a cell of several layers has the largest.
-    """
-
-    title: str
-    meaning: str
+    title: str  # what is shown
+    meaning: str  # one sentence on how to read it
+    # By layer name; `None` is drawn grey and NaN black. Layers that share a cell (experts of a block) are drawn as
+    # their mean.
     values: Mapping[str, float | None]
+    # What stands in a cell, where it has one layer and is wide enough.
     texts: Mapping[str, str] = field(default_factory=dict)
-    tips: Mapping[str, str] = field(default_factory=dict)
-    high: float = 1.0
-    log: bool = False
-    hue: int = 215
+    tips: Mapping[str, str] = field(default_factory=dict)  # what a pointer over a cell shows beside the name
+    high: float = 1.0  # value of the darkest colour; the lightest is 0
+    log: bool = False  # colours are logarithmic instead, up to the largest value and over one to three decades
+    hue: int = 215  # of the colours, in degrees
+    # Labels and colours; a value is then an index, and a cell of several layers has the largest.
     palette: tuple[tuple[str, str], ...] = ()
 
     def colours(self, names: Sequence[str]) -> tuple[str, str]:
@@ -88,19 +79,12 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something notable that layers have in common.
+    """Something notable that layers have in common."""
 
-    Attributes:
-        title: its name.
-        meaning: what it means.
-        advice: what to do.
-        layers: names and their number in words, the most notable first.
-    """
-
-    title: str
-    meaning: str
-    advice: str
-    layers: tuple[tuple[str, str], ...]
+    title: str  # its name
+    meaning: str  # what it means
+    advice: str  # what to do
+    layers: tuple[tuple[str, str], ...]  # names and their number in words, the most notable first
 
 
 def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, tuple[tuple[str, str], ...]]]:
@@ -118,15 +102,10 @@ def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A number over training steps.
+    """A number over training steps."""
 
-    Attributes:
-        title: what is shown.
-        points: steps and values; NaN is left out.
-    """
-
-    title: str
-    points: tuple[tuple[float, float], ...]
+    title: str  # what is shown
+    points: tuple[tuple[float, float], ...]  # steps and values; NaN is left out
 
     @property
     def line(self) -> str:
@@ -148,28 +127,16 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What a page shows.
-
-    Attributes:
-        title: of the page.
-        headline: the result in a sentence.
-        colour: of the headline.
-        facts: the numbers of the whole model.
-        grids: of all layers.
-        hint: what to add for a better result, and the command line that does it.
-        findings: the most serious first.
-        history: title, curves and grids of a monitor.
-        notes: facts a user should know.
-    """
+    """What a page shows."""
 
     title: str
-    headline: str
-    colour: str = "#1d1d1f"
-    facts: Sequence[str] = ()
+    headline: str  # the result in a sentence
+    colour: str = "#1d1d1f"  # of the headline
+    facts: Sequence[str] = ()  # numbers of the whole model
     grids: Sequence[Grid] = ()
-    hint: tuple[str, str] | None = None
-    findings: Sequence[Finding] = ()
-    history: tuple[str, Sequence[Curve], Sequence[Grid]] | None = None
+    hint: tuple[str, str] | None = None  # what to add for a better result, and the command line that does it
+    findings: Sequence[Finding] = ()  # the most serious first
+    history: tuple[str, Sequence[Curve], Sequence[Grid]] | None = None  # of a monitor, with a title
     notes: Sequence[str] = ()
 
     def to_html(self) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -15,7 +14,7 @@ from lora_kernels.landscape.experts import ExpertsDiagnosis, rows
 from lora_kernels.landscape.spectra import Spectrum
 from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, Thresholds, Verdict
 from lora_kernels.landscape.weights import Overlap
-from lora_kernels.reports import Report, Table, counted, plain, short_name
+from lora_kernels.reports import Layers, Report, Table, counted, short_name
 
 _STYLES = {LOUD_FAILURE: "bold red", LOW_RANK_MINIMUM: "green", NOT_JUDGED: "dim"}
 
@@ -46,7 +45,7 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True)
-class Diagnosis(Report):
+class Diagnosis(Report, Layers[LayerDiagnosis]):
     """The result of `diagnose`.
 
     Attributes:
@@ -71,26 +70,12 @@ class Diagnosis(Report):
     unsupported: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[LayerDiagnosis]:
-        """The layers."""
-        return iter(self.layers)
+    derived: ClassVar[tuple[str, ...]] = ("experts",)
 
     @property
     def experts(self) -> list[ExpertsDiagnosis]:
         """The experts of a parameter together, a summary for each parameter of experts."""
         return [row for row in rows(self.layers) if isinstance(row, ExpertsDiagnosis)]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain Python values, with the derived ones; numbers that are not finite become `None`."""
-        values = asdict(self)
-        values["experts"] = [asdict(summary) for summary in self.experts]
-        for entry, layer in zip(values["layers"], self.layers, strict=True):
-            for name in ("spectral", "spectral_share", "frobenius_share"):
-                entry["spectrum"][name] = getattr(layer.spectrum, name)
-            if layer.certificate is not None:
-                for name in ("ratio", "ratio_low", "ratio_high"):
-                    entry["certificate"][name] = getattr(layer.certificate, name)
-        return cast("dict[str, object]", plain(values))
 
     def summary(self) -> str:
         """One line: the verdict and its counts."""
@@ -98,22 +83,17 @@ class Diagnosis(Report):
         return f"{self.verdict.kind}: {'; '.join(self.verdict.reasons)}{data}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers, the summary and the reasons.
-
-        Yields:
-            What rich prints.
-        """
-        certified = [layer.certificate for layer in self.layers if layer.certificate is not None]
-        table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}")
-        names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance")
-        for column in (*names, *(("s|G|_2/lambda", "alignment", "stationarity") if certified else ())):
+        compared = any(layer.spectrum.spectral_share is not None for layer in self.layers)
+        optional = ("entropy", *(["|sBA|_2"] if compared else []), "alignment", "balance", "s|G|_2/lambda")
+        table = Table("layer", title=f"loss landscape of adapter {self.adapter!r}", optional=optional)
+        names = ("rank", "entropy", "|sBA|_2", "of |W|_2", "balance", "s|G|_2/lambda", "alignment", "stationarity")
+        for column in names:
             table.add_column(column, justify="right")
         table.add_column("verdict")
         for layer in rows(self.layers):
             kind = layer.verdict.kind
             cells = _of_experts(layer) if isinstance(layer, ExpertsDiagnosis) else _of_layer(layer)
-            verdict = Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow"))
-            table.add_row(*(cells if certified else cells[:-3]), verdict)
+            table.add_row(*cells, Text(kind.replace("_", " "), style=_STYLES.get(kind, "yellow")))
         yield table
         yield Text(self.summary(), style=_STYLES.get(self.verdict.kind, "yellow"))
         loud = [layer for layer in self.layers if layer.verdict.kind == LOUD_FAILURE]

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -96,6 +97,8 @@ class Spectrum:
         weight: norms of the base weight, if given.
         drift: `|s B A - s B0 A0|_F`, the distance from the start, if that was given.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("spectral", "spectral_share", "frobenius_share")
 
     name: str
     shape: tuple[int, int]

@@ -45,7 +45,6 @@ class Thresholds:
     loud_share: float = 30.0
 
     def __post_init__(self) -> None:
-        """Check the values."""
         for name, value in vars(self).items():
             check_range(name, value, low=0.0, high=1.0 if name in ("rank_tolerance", "full_rank") else None)
 

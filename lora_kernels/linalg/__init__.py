@@ -1,4 +1,4 @@
-"""Matrix algorithms made of ops."""
+"""Matrix algorithms on top of the ops."""
 
 from lora_kernels.linalg.basis import core_basis
 from lora_kernels.linalg.eigen import TopEigenpairs, eigh_topk

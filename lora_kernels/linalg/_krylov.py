@@ -44,12 +44,10 @@ def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def grow(
     apply: Callable[[torch.Tensor, bool], torch.Tensor], first: torch.Tensor, rounds: int, keep: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Alternate products with A^T and A, starting from `first = A x`.
-
-    `apply(block, transposed)` multiplies by A or A^T. With `keep` all blocks are kept (block Krylov by Golub-Kahan
-    bidiagonalisation), otherwise only the last. Returns blocks of orthonormal columns, their images under A^T, and the
-    Gram matrices of all images but the last.
-    """
+    """Alternate products with A^T and A, starting from `first = A x`."""
+    # `apply(block, transposed)` multiplies by A or A^T. With `keep` all blocks are kept (block Krylov by Golub-Kahan
+    # bidiagonalisation), otherwise only the last. Returns blocks of orthonormal columns, their images under A^T, and
+    # the Gram matrices of all images but the last.
     blocks = [orthonormalize(first)[0]]
     images, grams = [apply(blocks[0], True)], []
     for _ in range(rounds):
@@ -102,11 +100,9 @@ def _assemble(parts: list[list[torch.Tensor]]) -> torch.Tensor:
 def ritz(
     blocks: list[torch.Tensor], images: list[torch.Tensor], grams: list[torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading triplets of `Q Q^+ A`, Q the blocks side by side: `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`.
-
-    `blocks` `(b, p, c)` have orthonormal columns, nearly orthogonal to those of other blocks; `images` `(b, q, c)` are
-    A^T times the blocks; `grams` are the Gram matrices of the first images, as far as known, float64.
-    """
+    """The leading triplets of `Q Q^+ A`, Q the blocks side by side: `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`."""
+    # `blocks` `(b, p, c)` have orthonormal columns, nearly orthogonal to those of other blocks; `images` `(b, q, c)`
+    # are A^T times the blocks; `grams` are the Gram matrices of the first images, as far as known, float64.
     count = len(blocks)
     batch, _, width = blocks[0].shape
     eye = torch.eye(width * count, dtype=torch.float64, device=blocks[0].device)

@@ -76,11 +76,9 @@ def fix_pair(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def probe_bound(residuals: torch.Tensor) -> torch.Tensor:
-    """An upper bound `(...)` on the spectral norm of E from its products `(..., m, p)` with gaussian vectors.
-
-    `|E| <= alpha sqrt(2 / pi) max_i |E w_i|` with probability `1 - alpha^-p` (Halko, Martinsson and Tropp 2011,
-    eq. 4.3); alpha is chosen for `CONFIDENCE`, so that more probes make the bound tighter.
-    """
+    """An upper bound `(...)` on the spectral norm of E from its products `(..., m, p)` with gaussian vectors."""
+    # `|E| <= alpha sqrt(2 / pi) max_i |E w_i|` with probability `1 - alpha^-p` (Halko, Martinsson and Tropp 2011, eq.
+    # 4.3); alpha is chosen for `CONFIDENCE`, so that more probes make the bound tighter.
     alpha = (1.0 - CONFIDENCE) ** (-1.0 / residuals.shape[-1])
     # In float64, where squares of float32 numbers neither overflow nor underflow.
     longest = torch.linalg.vector_norm(residuals, dim=-2, dtype=torch.float64).amax(-1)
@@ -100,11 +98,9 @@ def dense_operator(a: torch.Tensor) -> LinearOperator:
 
 
 def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | None) -> tuple[int, int]:
-    """Columns of the block and number of rounds, with the defaults of `randomized_svd`.
-
-    The defaults are the cheapest with a smaller error than subspace iteration with 8 extra columns and 2 rounds, on
-    spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
-    """
+    """Columns of the block and number of rounds of `randomized_svd`."""
+    # The defaults are the cheapest with a smaller error than subspace iteration with 8 extra columns and 2 rounds, on
+    # spectra `1 / i` and `exp(-i / 50)`, ranks 16 and 64.
     if method == "subspace":
         return rank + (8 if oversample is None else oversample), 2 if n_iter is None else n_iter
     rounds = (2 if rank <= _WIDE_RANK else 3) if n_iter is None else n_iter
@@ -116,10 +112,9 @@ def block_plan(rank: int, method: str, oversample: int | None, n_iter: int | Non
 
 
 def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: LinearOperator) -> torch.Tensor:
-    """The start block and the probes `(rows, width + probes)`.
+    """The start block and the probes `(rows, width + probes)`; only the bound needs gaussian numbers, which cost more.
 
-    Random signs are several times cheaper than gaussian numbers and as good for a block, unless it is so narrow that
-    columns can coincide. The bound needs gaussian probes.
+    A block of random signs is as good, unless it is so narrow that columns can coincide.
     """
     kind = "rademacher" if width >= _LANES else "gaussian"
     start = random_matrix(rows, width, kind=kind, seed=seed, stream=stream, device=operator.device)

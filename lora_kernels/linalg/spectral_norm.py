@@ -41,10 +41,8 @@ def _finite(a: torch.Tensor) -> torch.Tensor:
 
 
 def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
-    """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`.
-
-    `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
-    """
+    """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`."""
+    # `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
     drawn = random_matrix(
         a.shape[-1], probes, kind="gaussian", seed=seed, stream=stream, step=_STEP, device=torch.device(a.device)
     )

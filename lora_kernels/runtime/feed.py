@@ -26,11 +26,8 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 
 def trimmer(model: nn.Module, observed: Sequence[nn.Module]) -> Callable[[Any], Any]:
-    """A function that reduces a batch to what the observed modules need, if the model's output is not used.
-
-    For transformers models with `logits_to_keep` whose output layer is not observed, it drops the labels and asks for
-    one row of logits; otherwise it returns the batch unchanged.
-    """
+    """A function that reduces a batch to what observed modules need, if the model's output is not used."""
+    # For transformers models with `logits_to_keep` it drops the labels and asks for one row of logits.
     inner: Any = without_peft(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if (
@@ -86,19 +83,14 @@ def _feed_digest(batch: Any, digest: Any) -> None:
 
 
 class Feed:
-    """The batches of one pass, without those that an interrupted run has read.
-
-    Attributes:
-        done: number of batches read, with those skipped.
-        digest: of these batches, if `wants_digest`.
-    """
+    """The batches of one pass, without those that an interrupted run has read."""
 
     def __init__(self, loader: Iterable[Any], limit: int | None, *, skip: int = 0, digest: str = "") -> None:
         """Read at most `limit` batches, skipping the first `skip`, whose digest must be `digest`."""
         self.loader, self.limit, self.skip, self.expected = loader, limit, skip, digest
-        self.done = 0
+        self.done = 0  # number of batches read, with those skipped
         self._stopped = False
-        self.digest = ""
+        self.digest = ""  # of these batches, if `wants_digest`
         self.wants_digest = False
 
     def _count(self, batch: Any) -> None:
@@ -113,11 +105,7 @@ class Feed:
         self._stopped = True
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches to process; a ValueError if the first ones are not those that an interrupted run has read.
-
-        Yields:
-            Batches of the loader.
-        """
+        """Yield the batches to process; a ValueError if the first ones are not those of the interrupted run."""
         if self.limit is not None and self.skip >= self.limit:
             self.done, self.digest = self.skip, self.expected
             return

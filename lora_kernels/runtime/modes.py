@@ -29,11 +29,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Evaluation mode inside this context; `gradients` says whether a backward pass will run.
-
-    Yields:
-        Nothing.
-    """
+    """Yield in evaluation mode, undone at the end; `gradients` says whether a backward pass will run."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -51,13 +47,8 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Evaluation mode without a key-value cache, in which gradients flow through activations alone.
-
-    No parameter requires a gradient, so that no `.grad` is computed. Flags and random states are restored at the end.
-
-    Yields:
-        Nothing.
-    """
+    """Yield in evaluation mode without a key-value cache, where gradients flow through activations alone."""
+    # No parameter requires a gradient, so that no `.grad` is computed. Flags and random states are restored at the end.
     # FSDP2 reads the flags of its shards at the first gather, so they are not changed. (No weight gradient is computed
     # there either: the backward pass asks for the gradient of the anchor alone.)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not is_sharded(parameter)]

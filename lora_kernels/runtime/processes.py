@@ -94,14 +94,9 @@ def share_out(
     device: torch.device,
     weigh: Callable[[Key], float] | None = None,
 ) -> dict[Key, Any]:
-    """Compute a value per key, with the keys shared among the processes; all processes get all values, bit for bit.
-
-    Args:
-        keys: the same on every process, in the same order.
-        compute: called for this process's keys; returns a value that can be pickled.
-        device: of the tensors in the values.
-        weigh: the time for a key, in any unit; equal by default.
-    """
+    """The value of every key, computed by one process each and bit for bit the same on all."""
+    # Keys come in the same order on every process; `device` is that of tensors in the values; `weigh` says how long a
+    # key takes, in any unit.
     ordered = list(keys)
     if world_size() == 1:
         return {key: compute(key) for key in ordered}

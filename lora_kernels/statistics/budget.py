@@ -30,17 +30,7 @@ def show_bytes(size: float) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device.
-
-    Args:
-        device: a CUDA device, or anything else for the host.
-
-    Returns:
-        The device's free memory, or what Linux calls available.
-
-    Raises:
-        ValueError: if the host does not tell.
-    """
+    """Free bytes of a CUDA device, or what Linux calls available on the host; a ValueError if that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -23,11 +23,11 @@ from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
+from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.statistic import BY_NAME
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.wants import Wants, resolve_wants
@@ -192,7 +192,9 @@ class Collection:
                     self._note(observer)
                     bar.update()
                     if self.path is not None and feed.done % options.checkpoint_every == 0:
-                        self._save(observer)
+                        current = _sums_of(observer)
+                        progress.current = len(current)
+                        storage.write(self.path, [*self.finished, *current], progress, self.identity)
                     if options.max_tokens is not None and tokens >= options.max_tokens:
                         feed.stop()
             except _FailedElsewhere:
@@ -205,25 +207,18 @@ class Collection:
             return
         observer.check_all()
         self.resumed = []
-        self.finished += _offload(_sums_of(observer), plan)
+        sums = _sums_of(observer)
+        for part in sums if plan.passes > 1 else ():  # they make room on the device
+            part.sums.to(torch.device("cpu"))
+        self.finished += sums
         _warn_unaligned(observer)
         progress.number, progress.done, progress.digest, progress.current = number + 1, 0, "", 0
         progress.complete = progress.number == plan.passes
         if self.path is not None:
             storage.write(self.path, self.finished, progress, self.identity)
 
-    def _save(self, observer: Observer) -> None:
-        assert self.path is not None  # checked by the caller
-        current = _sums_of(observer)
-        self.progress.current = len(current)
-        storage.write(self.path, [*self.finished, *current], self.progress, self.identity)
-
     def _lockstep(self, feed: Feed) -> Iterator[tuple[Any, bool]]:
-        """Batches until no process has one; those that have none repeat a batch without counting it.
-
-        Yields:
-            A batch, and whether it counts.
-        """
+        """Yield batches until no process has one, and whether they count: those without one repeat a batch."""
         batches, batch = iter(feed), None
         while True:
             fresh = next(batches, None)
@@ -329,7 +324,7 @@ class Collection:
         observer.sharing.left_out.update(self.progress.left_out)
         for part in self.resumed:
             statistic = part.sums.statistic
-            if BY_NAME[statistic].needs_backward:
+            if part.sums.needs_backward:
                 observer.outputs.setdefault(part.layers[0], {})[statistic] = part.sums
             else:
                 observer.sharing.adopt(part.layers, part.sums)  # type: ignore[arg-type]
@@ -338,14 +333,6 @@ class Collection:
 def _sums_of(observer: Observer) -> list[LayerSums]:
     inputs = [LayerSums(list(group.members), group.sums) for group in observer.sharing.distinct()]
     return inputs + [LayerSums([name], part) for name, sums in observer.outputs.items() for part in sums.values()]
-
-
-def _offload(parts: list[LayerSums], plan: Plan) -> list[LayerSums]:
-    """Where passes follow, finished sums make room on the device."""
-    if plan.passes > 1:
-        for part in parts:
-            part.sums.to(torch.device("cpu"))
-    return parts
 
 
 def _warn_unaligned(observer: Observer) -> None:
@@ -369,7 +356,7 @@ def _check_reached(statistics: Statistics, wants: Mapping[str, bool]) -> None:
         raise ValueError(
             f"no token was counted in {statistics.batches} batches: every token is masked, or no target was called"
         )
-    if any(BY_NAME[name].needs_backward for name in wants) and statistics.loss_items <= 0:
+    if needs_backward(wants) and statistics.loss_items <= 0:
         raise ValueError(
             f"no item has a loss in {statistics.batches} batches: every label is -100 (needed for {', '.join(wants)})"
         )
@@ -386,7 +373,7 @@ def collect(
 ) -> Statistics:
     """Read batches and accumulate the statistics of the target layers.
 
-    The model runs in evaluation mode; no parameter requires a gradient and no `.grad` is made. Training flags,
+    The model runs in evaluation mode; no parameter requires a gradient and no `.grad` is computed. Training flags,
     `requires_grad` flags, hooks and random states are restored whatever happens.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,8 @@ IDLE, READY, FAILED = range(3)
 
 
 def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
-    """The same list of sums on every process, in one order; what a process never saw starts at zero.
-
-    Layers that shared an input on one process but not on another have sums of their own everywhere: where they shared,
-    these are copies.
-    """
+    """The same list of sums on every process, in one order; what a process never saw starts at zero."""
+    # Layers that shared an input on one process but not on another have sums of their own everywhere, as copies.
     described = [(part.sums.kind, part.layers, part.sums.settings(), str(part.sums.dtype)) for part in parts]
     everyone = gather(described)
     # Layers stay together if they are so on every process that has called one of them.
@@ -53,14 +51,8 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
 
 
 def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
-    """Add up sums over all processes, in place.
-
-    Sums travel in flat buckets, one dtype each; of symmetric sums only the lower triangle travels.
-
-    Args:
-        parts: the same sums in the same order on every process (see `agree`).
-        device: where the process group can reduce (NCCL: a GPU; sums of earlier passes wait on the host).
-    """
+    """Add up sums over all processes, in place: in flat buckets of one dtype, of symmetric sums the lower triangle."""
+    # `parts` are as `agree` returns them; `device` is where the process group can reduce (NCCL: a GPU).
     bucket: list[tuple[torch.Tensor, bool]] = []
     in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
@@ -94,14 +86,7 @@ def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
 
 
 def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[int]]:
-    """Which sums travel in one message: those of one dtype, equal shapes together, until there are 64 MiB of them.
-
-    Args:
-        sums: dtype and shape of each.
-
-    Returns:
-        Positions in `sums`, one list per message.
-    """
+    """Positions of the sums that travel in one message: of one dtype, equal shapes together, up to 64 MiB."""
     order = sorted(range(len(sums)), key=lambda position: (str(sums[position][0]), sums[position][1]))
     groups: list[list[int]] = []
     used = 0
@@ -118,14 +103,13 @@ def buckets(sums: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[list[in
 def reduce_progress(progress: Progress) -> Progress:
     """Add up the counts of all processes, in place; notes are united."""
     everyone: list[Progress] = gather(progress)
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
     notes: dict[str, list[str]] = {}
     for other in everyone:
-        for name, count in other.skipped_rows.items():
-            skipped[name] = skipped.get(name, 0) + count
+        skipped.update(other.skipped_rows)
         for name, lines in other.notes.items():
             notes.setdefault(name, []).extend(line for line in lines if line not in notes.get(name, []))
-    progress.skipped_rows, progress.notes = skipped, notes
+    progress.skipped_rows, progress.notes = dict(skipped), notes
     for name in ("tokens", "loss_items", "samples", "batches"):
         setattr(progress, name, sum(getattr(other, name) for other in everyone))
     progress.left_out = sorted({name for other in everyone for name in other.left_out})
@@ -134,45 +118,21 @@ def reduce_progress(progress: Progress) -> Progress:
 
 
 def step_state(state: int, device: torch.device) -> int:
-    """What the processes are about to do, as the largest of their states (one small reduction).
-
-    Args:
-        state: of this process: IDLE, READY (it has a batch) or FAILED.
-        device: where the process group can reduce.
-
-    Returns:
-        IDLE if all are, FAILED if one is, else READY.
-    """
+    """IDLE if all processes are, FAILED if one is, else READY (one has a batch); one small reduction."""
     flag = torch.tensor([state], device=device)
     distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
     return int(flag.item())
 
 
 def agree_on_plan(budget: int | None, groups: Groups) -> tuple[int | None, Groups]:
-    """One basis for the plans of all processes.
-
-    Args:
-        budget: bytes per process, or `None`.
-        groups: of layers that read the same tensor, or `None` where they could not be found.
-
-    Returns:
-        The smallest budget, and the groups of the first process that knows them.
-    """
+    """The smallest budget of all processes, and the groups of the first process that knows them."""
     everyone = gather((budget, groups))
     budgets = [other for other, _ in everyone if other is not None]
     return min(budgets, default=None), next((others for _, others in everyone if others is not None), None)
 
 
 def first_batch(batch: Any, have: bool) -> Any:
-    """A batch for a process that has none of its own, from the lowest process that has one.
-
-    Args:
-        batch: this process's batch, or anything.
-        have: whether it is one.
-
-    Returns:
-        This process's batch, or the other's; `None` if no process has one.
-    """
+    """This process's batch if it has one (`have`), or that of the lowest process that has; `None` if no process has."""
     owners = gather(have)
     if True not in owners:
         return None

@@ -22,18 +22,9 @@ _SAMPLES = 64  # entries of each parameter that identify its values
 def fingerprint(
     model: nn.Module, targets: Sequence[Target], wants: Mapping[str, bool], options: CollectOptions
 ) -> dict[str, Any]:
-    """What must be equal for statistics to be of the same thing.
-
-    Args:
-        model: the model.
-        targets: the observed layers.
-        wants: the statistics.
-        options: of the collection.
-
-    Returns:
-        A JSON-ready mapping: the model's class and a digest of its parameters' names, shapes and a sample of their
-        values, the targets, the statistics and the options.
-    """
+    """What must be equal for statistics to be of the same thing, JSON-ready."""
+    # It has the model's class, a digest of its parameters' names, shapes and a sample of their values, targets,
+    # statistics and options.
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -53,16 +44,13 @@ def fingerprint(
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors whose values make up a tensor: itself, or what a wrapper (a quantized weight) is made of.
-
-    A wrapper need not know how to be sliced, and its values need not be in memory: those of its parts are.
-    """
+    """The plain tensors in a tensor: itself, or those inside a wrapper, which need not be sliceable."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         inner = [getattr(tensor, name) for name in flatten()[0]]
         return [part for value in inner if isinstance(value, torch.Tensor) for part in _parts(value)]
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        # A wrapper that does not say what it is made of: its numbers.
+        # A wrapper that does not name its tensors: its numbers.
         try:
             numbers = tensor.dequantize()
         except (RuntimeError, NotImplementedError, TypeError):
@@ -89,27 +77,14 @@ def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 def check_fingerprint(path: Path, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a file of another model, other targets or other options.
-
-    Args:
-        path: the file, for the message.
-        actual: its fingerprint.
-        expected: what it must be.
-
-    Raises:
-        ValueError: if they differ; the message says in what.
-    """
+    """Refuse a file whose fingerprint is not the expected one; the message says in what they differ."""
     different = differences(actual, expected)
     if different:
         raise ValueError(f"{path} holds statistics of something else: it differs in {different}; delete or move it")
 
 
 def agree_on_start(identity: Mapping[str, Any], progress: Progress) -> list[Progress]:
-    """The progress of every process.
-
-    Raises:
-        ValueError: on every process, if they were given different models, options or plans.
-    """
+    """The progress of every process; a ValueError on all of them if their models, options or plans differ."""
     # Values of parameters may differ (shards), and the memory of one machine from that of another.
     mine = {key: identity[key] for key in ("model", "targets", "wants", "options")}
     everyone = gather((mine, identity.get("form") is not None, progress))

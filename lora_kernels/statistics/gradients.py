@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
-from lora_kernels.statistics.moments import Accumulator, as_rows
+from lora_kernels.statistics.moments import Accumulator, OutputGradients, as_rows
 
 FISHER = "fisher"
 GRADIENT = "gradient"
@@ -53,23 +53,21 @@ class FisherDiagonal(Accumulator):
 
     kind = "fisher"
     statistic = FISHER
+    words = "Fisher diagonal"
     features_of = "out_features"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Start at zero."""
         self.features = features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
-        add_gradient_and_fisher(None, self, g, x, weight, factors)
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        add_gradient_and_fisher(None, self, call)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean over tokens, `(m,)` float64."""
+        return self.total.to(torch.float64) / self.check_counted()
 
 
 class WeightGradient(Accumulator):
@@ -80,6 +78,7 @@ class WeightGradient(Accumulator):
 
     kind = "weight_gradient"
     statistic = GRADIENT
+    words = "weight gradient"
     arguments = ("out_features", "in_features")
     vector = ""
     reads_input = True
@@ -87,31 +86,24 @@ class WeightGradient(Accumulator):
     def __init__(
         self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Start at zero."""
         self.out_features, self.in_features = out_features, in_features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(out_features, in_features, dtype=dtype, device=device)
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
-        add_gradient_and_fisher(self, None, g, x, weight, factors)
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        add_gradient_and_fisher(self, None, call)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The gradient of the mean loss, `(m, n)`."""
+        return self.total / loss_items
 
 
 def add_gradient_and_fisher(
-    gradient: WeightGradient | None,
-    fisher: FisherDiagonal | None,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    factors: torch.Tensor | None,
+    gradient: WeightGradient | None, fisher: FisherDiagonal | None, call: OutputGradients
 ) -> None:
-    """Add `g` `(..., m)` to either or both, with one reading of g; the arguments of `Accumulator.add`."""
+    """Add the gradients of a call to either or both, with one reading of them."""
+    g, x, weight, factors = call
     # A selection of rows needs no more than `weight`, which has it too.
     squared = weight
     if factors is not None and factors.dtype != torch.bool:

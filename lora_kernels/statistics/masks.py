@@ -19,15 +19,7 @@ Mask = str | Callable[[Any], torch.Tensor | None] | None
 
 
 def check_mask(mask: Mask) -> None:
-    """Check the `mask` argument of a collection.
-
-    Args:
-        mask: see `token_weights`.
-
-    Raises:
-        TypeError: if it is no name, function or `None`.
-        ValueError: if it is a name other than `MASKS`.
-    """
+    """Refuse a `mask` that is no function, `None` or one of `MASKS`."""
     if isinstance(mask, str):
         check_choice("mask", mask, MASKS)
     elif mask is not None and not callable(mask):
@@ -92,35 +84,19 @@ class UnassignedRowsError(ValueError):
 
 @dataclass(frozen=True)
 class BatchWeights:
-    """The weights of a batch's tokens; an encoder-decoder model has two sequences.
+    """The weights of a batch's tokens; an encoder-decoder model has two sequences."""
 
-    Attributes:
-        tokens: `(batch, tokens)` of the model's input sequence, or `None`.
-        decoder: the same for the decoder's sequence; unused by other models.
-        factors: `(batch,)`, by which the gradients of each sample are multiplied, or `None`.
-        lengths: of the sequences of the batch, in tokens.
-    """
-
-    tokens: torch.Tensor | None = None
-    decoder: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
-    lengths: frozenset[int] = frozenset()
+    tokens: torch.Tensor | None = None  # `(batch, tokens)` of the model's input sequence, or `None`
+    decoder: torch.Tensor | None = None  # the same for the decoder's sequence; unused by other models
+    factors: torch.Tensor | None = None  # `(batch,)`, by which the gradients of each sample are multiplied, or `None`
+    lengths: frozenset[int] = frozenset()  # of the sequences of the batch, in tokens
 
     @classmethod
     def of(cls, batch: Any, mask: Mask, *, encoder_decoder: bool, factors: torch.Tensor | None = None) -> BatchWeights:
-        """The weights of a batch.
-
-        Args:
-            batch: the batch.
-            mask: see `token_weights`. In an encoder-decoder model the encoder's rows follow the attention mask, and the
-                decoder's rows `decoder_attention_mask` if there is one, else the labels that are not -100 (its output
-                at a position is trained on the label of that position).
-            encoder_decoder: whether the model is one.
-            factors: see the class.
-
-        Returns:
-            The weights.
-        """
+        """The weights of a batch; for the mask see `token_weights`."""
+        # In an encoder-decoder model the encoder's rows follow the attention mask, and the decoder's
+        # `decoder_attention_mask` if there is one, else the labels that are not -100 (its output at a position is
+        # trained on that label).
         sequences = (_tensor(batch, key) for key in _SEQUENCES)
         lengths = frozenset(value.shape[1] for value in sequences if value is not None and value.dim() >= 2)
         if not encoder_decoder or not isinstance(mask, str):
@@ -132,16 +108,9 @@ class BatchWeights:
         return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors, lengths)
 
     def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
-        """The factor of each row of one layer, or `None` for ones.
+        """The factor of each row of a layer, in the leading sizes of its rows: `(batch, ...)`, or `(batch * tokens,)`.
 
-        Args:
-            shape: leading sizes of the layer's rows: `(batch, ...)`, or `(batch * tokens,)` in that order.
-
-        Returns:
-            Factors of that shape.
-
-        Raises:
-            UnassignedRowsError: if the rows cannot be told apart by sample.
+        `None` stands for ones; an UnassignedRowsError says that rows cannot be told apart by sample.
         """
         if self.factors is None:
             return None
@@ -162,13 +131,9 @@ class BatchWeights:
 
 
 def align(weights: torch.Tensor | None, rows: torch.Size) -> tuple[torch.Tensor | None, bool]:
-    """Fit the token weights `(batch, tokens)` of a batch to the rows of one layer's input.
-
-    Returns:
-        The weights in the shape `rows`, the leading sizes of the input, and whether they fit: as `(batch, tokens)` with
-        further sizes after or between, as `(tokens, batch, ...)`, or flat. Rows that are one per sample (a pooled
-        input) or that cannot be matched to tokens get `None`: all of them count.
-    """
+    """The token weights `(batch, tokens)` in the leading sizes `rows` of a layer's input, and whether they fit."""
+    # They fit as `(batch, tokens)` with further sizes after or between, as `(tokens, batch, ...)`, or flat. Rows that
+    # are one per sample (a pooled input) or match no tokens get `None`: all of them count.
     if weights is None:
         return None, True
     if len(rows) == 1 and rows[0] == weights.numel():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -40,40 +40,43 @@ def as_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if torch.float64 in (dtype, x.dtype) else x
 
 
+class OutputGradients(NamedTuple):
+    """Of one call of a layer, what sums of output gradients read."""
+
+    g: torch.Tensor  # `(..., m)`, the gradients of the sum of losses by the outputs
+    x: torch.Tensor | None  # `(..., n)`, the inputs; `None` if no sum of the layer reads them
+    # `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
+    weight: torch.Tensor | None = None
+    # `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
+    factors: torch.Tensor | None = None
+
+
 class Accumulator:
-    """Sums over the rows of one layer that add over batches and processes.
+    """Sums over the rows of one layer that add over batches and processes; the class is one form of a statistic."""
 
-    Attributes:
-        count: scalar float64 tensor, the (weighted) number of rows.
-        kind: name of the class in stored files.
-        statistic: the statistic it is the sum of.
-        form: `exact` or `sketch`.
-        arguments: of the constructor, apart from device and dtype.
-        fields: attributes that hold the sums.
-        triangular: those of them of which only the lower triangle counts.
-        main: the one that is zero if and only if nothing was added.
-        vector: a small one that is finite if all are, or empty.
-        features_of: the size of the layer that the argument `features` stands for.
-        reads_input: whether `update` of a sum of output gradients reads the layer's input.
-    """
-
-    kind: ClassVar[str]
-    statistic: ClassVar[str]
-    form: ClassVar[str] = "exact"
-    arguments: ClassVar[tuple[str, ...]] = ("features",)
-    fields: ClassVar[tuple[str, ...]] = ("count", "total")
-    triangular: ClassVar[tuple[str, ...]] = ()
-    main: ClassVar[str] = "total"
-    vector: ClassVar[str] = "total"
-    features_of: ClassVar[str] = "in_features"
-    reads_input: ClassVar[bool] = False
+    kind: ClassVar[str]  # name of the class in stored files
+    statistic: ClassVar[str]  # the statistic it is the sum of
+    words: ClassVar[str]  # the statistic in words
+    form: ClassVar[str] = "exact"  # `exact` or `sketch`
+    # Whether it sums output gradients (`add`); otherwise it sums inputs (`update`).
+    needs_backward: ClassVar[bool] = True
+    arguments: ClassVar[tuple[str, ...]] = ("features",)  # of the constructor, apart from device and dtype
+    fields: ClassVar[tuple[str, ...]] = ("count", "total")  # attributes that hold the sums
+    triangular: ClassVar[tuple[str, ...]] = ()  # those of them of which only the lower triangle counts
+    main: ClassVar[str] = "total"  # the one that is zero if and only if nothing was added
+    vector: ClassVar[str] = "total"  # a small one that is finite if all are, or empty
+    features_of: ClassVar[str] = "in_features"  # the size of the layer that the argument `features` stands for
+    reads_input: ClassVar[bool] = False  # whether `add` reads the layer's input, too
     kinds: ClassVar[dict[str, type[Accumulator]]] = {}
+    statistics: ClassVar[dict[str, dict[str, type[Accumulator]]]] = {}  # by statistic and form
 
-    count: torch.Tensor
+    count: torch.Tensor  # scalar float64 tensor, the (weighted) number of rows
 
     def __init_subclass__(cls) -> None:
-        """Register the class by its kind."""
-        cls.kinds[cls.kind] = cls
+        """Register the class, if it has a kind of its own."""
+        if "kind" in vars(cls):
+            cls.kinds[cls.kind] = cls
+            cls.statistics.setdefault(cls.statistic, {})[cls.form] = cls
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
@@ -93,21 +96,12 @@ class Accumulator:
         for name in self.fields:
             setattr(self, name, getattr(self, name).to(device))
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the output gradients of one call, for sums of them; `count` is added in the forward pass.
+    def add(self, call: OutputGradients) -> None:
+        """Add the output gradients of one call; `count` is added in the forward pass."""
+        raise NotImplementedError
 
-        Args:
-            g: `(..., m)`, the gradients of the sum of losses by the outputs.
-            x: `(..., n)`, the inputs; `None` if no sum of the layer reads them.
-            weight: `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
-            factors: `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
-        """
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The mean over tokens, or over loss items where that is what was summed; of a sketch its reconstruction."""
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -137,7 +131,40 @@ class Accumulator:
         return self.tokens
 
 
-class InputMoments(Accumulator):
+class InputSums(Accumulator):
+    """Sums over tokens of one input, with `total`, that of the input itself, `(n,)`."""
+
+    statistic = INPUT_SECOND
+    words = "second moment of the input"
+    needs_backward = False
+    features: int
+    total: torch.Tensor
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add activations `(..., n)`; weight `(...)` is a bool selection or real, `None` counts every row once."""
+        self._add_rows(as_rows(x, self.dtype), weight)
+        if weight is None:
+            self.count += x.numel() // max(self.features, 1)
+        else:
+            self.count += weight.sum(dtype=torch.float64)
+
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        raise NotImplementedError
+
+    def mean(self) -> torch.Tensor:
+        """The mean input, `(n,)` float64; zero where nothing was counted."""
+        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def covariance(self, *, center: bool = True) -> torch.Tensor:
+        """The covariance, or the raw second moment `M / N`, `(n, n)` float64."""
+        raise NotImplementedError
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean outer product over tokens."""
+        return self.covariance(center=False)
+
+
+class InputMoments(InputSums):
     """Sums over tokens of one input: count `sum w`, sum `sum w x` and second moment `sum w x x^T`.
 
     They add over batches and over processes. The second moment is kept as its lower triangle.
@@ -150,41 +177,19 @@ class InputMoments(Accumulator):
     """
 
     kind = "input_moments"
-    statistic = INPUT_SECOND
     fields = ("count", "total", "second")
     triangular = ("second",)
     main = "second"
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Start at zero.
-
-        Args:
-            features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-        """
+        """Start at zero; `device` and `dtype` (float32, or float64 for reference work) are those of the sums."""
         self.features = features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
         self.second = torch.zeros(features, features, dtype=dtype, device=device)
 
-    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            x: `(..., n)` activations.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
-        x = as_rows(x, self.second.dtype)
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         covariance_(self.second, x, weight, self.total)
-        if weight is None:
-            self.count += x.numel() // max(self.features, 1)
-        else:
-            self.count += weight.sum(dtype=torch.float64)
-
-    def mean(self) -> torch.Tensor:
-        """The mean input, `(n,)` float64; zero where nothing was counted."""
-        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
 
     def covariance(self, *, center: bool = True) -> torch.Tensor:
         """The covariance `M / N - mu mu^T`, or the raw second moment `M / N`.
@@ -221,16 +226,18 @@ class OutputMoments(InputMoments):
 
     kind = "output_moments"
     statistic = OUTPUT_SECOND
+    words = "second moment of the output gradients"
+    needs_backward = True
     features_of = "out_features"
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        g, factors = call.g, call.factors
         if factors is not None and factors.dtype != torch.bool:
             g = g * factors.unsqueeze(-1)  # not squared weights: the count is of tokens
-        covariance_(self.second, as_rows(g, self.second.dtype), weight, self.total)
+        covariance_(self.second, as_rows(g, self.second.dtype), call.weight, self.total)
+
+
+def needs_backward(statistics: Iterable[str]) -> list[str]:
+    """Those of some statistics that read the gradients of outputs."""
+    return [name for name in statistics if next(iter(Accumulator.statistics[name].values())).needs_backward]

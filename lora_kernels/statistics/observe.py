@@ -14,12 +14,12 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._rows import Selections, shared_selections
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
-from lora_kernels.statistics.moments import Accumulator
+from lora_kernels.statistics.moments import Accumulator, OutputGradients, needs_backward
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sharing import InputSharing
 from lora_kernels.statistics.sketches import stream_of
-from lora_kernels.statistics.statistic import BY_NAME, add_gradients
+from lora_kernels.statistics.statistic import add_gradients, new_sums
 from lora_kernels.statistics.store import Target
 from lora_kernels.statistics.towers import Towers
 
@@ -61,19 +61,7 @@ def _routed(target: Target, x: torch.Tensor) -> tuple[torch.Size, torch.Tensor |
 
 
 class Observer:
-    """One pass: hooks on the layers whose turn it is, and their sums.
-
-    Attributes:
-        sharing: the input sums, by group.
-        outputs: the sums of output gradients, by layer and statistic.
-        weights: of the current batch.
-        counting: while this is false, the graph is built as ever (in step with other processes) but nothing is added.
-        forwarding: false during the backward pass, where checkpointed layers run forward a second time.
-        unaligned: layers whose rows no mask fits, and why.
-        unassigned: layers whose rows are not those of samples, where each sample counts alike, and why; their gradients
-            are left out.
-        skipped: rows left out because they were not finite, by layer.
-    """
+    """One pass: hooks on the layers whose turn it is, and their sums."""
 
     def __init__(
         self,
@@ -92,18 +80,21 @@ class Observer:
         self._outputs: dict[str, list[tuple[str, str]]] = {}
         for name, statistics in forms.items():
             for statistic, form in statistics.items():
-                chosen = self._outputs if BY_NAME[statistic].needs_backward else self._inputs
+                chosen = self._outputs if needs_backward([statistic]) else self._inputs
                 chosen.setdefault(name, []).append((statistic, form))
-        self.sharing = InputSharing(share=options.share_inputs, apart=apart)
-        self.outputs: dict[str, dict[str, Accumulator]] = {}
-        self.weights = BatchWeights()
+        self.sharing = InputSharing(share=options.share_inputs, apart=apart)  # the input sums, by group
+        self.outputs: dict[str, dict[str, Accumulator]] = {}  # the sums of output gradients, by layer and statistic
+        self.weights = BatchWeights()  # of the current batch
         self._selections: Selections = {}
+        # While this is false, the graph is built as ever (in step with other processes) but nothing is added.
         self.counting = True
         self._discarding = False
-        self.forwarding = True
-        self.unaligned: dict[str, str] = {}
+        self.forwarding = True  # false during the backward pass, where checkpointed layers run forward a second time
+        self.unaligned: dict[str, str] = {}  # layers whose rows no mask fits, and why
+        # Layers whose rows are not those of samples, where each sample counts alike, and why; their gradients are left
+        # out.
         self.unassigned: dict[str, str] = {}
-        self.skipped: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
         self._aligned_once = False
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -122,7 +113,6 @@ class Observer:
         return bool(self._outputs)
 
     def __enter__(self) -> Observer:
-        """Set the hooks."""
         try:
             for name, target in self.targets.items():
                 self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
@@ -137,7 +127,6 @@ class Observer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the hooks."""
         self._towers.close()
         for handle in self._handles:
             handle.remove()
@@ -195,7 +184,8 @@ class Observer:
         return finite if weight is None else weight * finite
 
     def _new(self, target: Target, statistic: str, form: str, device: torch.device) -> Any:
-        return BY_NAME[statistic].new(
+        return new_sums(
+            statistic,
             form,
             (target.out_features, target.in_features),
             device,
@@ -291,7 +281,7 @@ class Observer:
             finite = torch.isfinite(torch.stack(row_sums, dim=-1)).all(dim=-1)
             weight, factors = kept, finite if factors is None else factors * finite
         with shared_selections(self._selections):
-            add_gradients(sums, g, x, weight, factors)
+            add_gradients(sums, OutputGradients(g, x, weight, factors))
 
     def backward(self, loss: torch.Tensor, *, discard: bool = False) -> None:
         """Send the gradient of a sum over items through the graph; `discard` adds nothing (in step with others)."""

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
-from lora_kernels.reports import Printed, Table, short_name
+from lora_kernels.reports import Report, Table, short_name
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
-from lora_kernels.statistics.moments import packed_size
-from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics.moments import Accumulator, needs_backward, packed_size
+from lora_kernels.statistics.statistic import shapes
 from lora_kernels.statistics.store import Target
-from lora_kernels.statistics.wants import STATISTICS
 
 FORMS = ("auto", "exact", "sketch")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One set of sums.
+    """One set of sums."""
 
-    Attributes:
-        statistic: see `wants.STATISTICS`.
-        form: `exact` or `sketch`.
-        layers: the layers it belongs to: several where they read the same tensor.
-        bytes: memory of its sums on each process.
-        message: bytes that each process contributes to the reduction over processes (of symmetric sums about half).
-        number: the pass over the data that collects it, from 0.
-    """
-
-    statistic: str
-    form: str
-    layers: tuple[str, ...]
-    bytes: int
-    message: int
-    number: int = 0
+    statistic: str  # see `wants.STATISTICS`
+    form: str  # `exact` or `sketch`
+    layers: tuple[str, ...]  # the layers it belongs to: several where they read the same tensor
+    bytes: int  # memory of its sums on each process
+    message: int  # bytes that each process contributes to the reduction over processes (of symmetric sums about half)
+    number: int = 0  # the pass over the data that collects it, from 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Printed):
+class Plan(Report):
     """The plan of a collection; prints as a table.
 
     Attributes:
@@ -54,10 +44,12 @@ class Plan(Printed):
         budget: bytes of sums that a pass may hold, or `None`.
         world_size: number of processes.
         sketch_size: columns of a sketch.
-        shared: whether it is known which layers read the same tensor (otherwise each is counted by itself, which is an
+        shared: whether it is known which layers read the same tensor (otherwise every layer is counted by itself, an
             upper bound).
         messages: all-reductions that add up the sums of all processes.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("pass_bytes", "total_bytes", "message_bytes", "communication")
 
     entries: tuple[Entry, ...]
     passes: int
@@ -93,7 +85,7 @@ class Plan(Printed):
     @property
     def backward(self) -> int | None:
         """The first pass that runs backward too, or `None`."""
-        return min((entry.number for entry in self.entries if BY_NAME[entry.statistic].needs_backward), default=None)
+        return min((entry.number for entry in self.entries if needs_backward([entry.statistic])), default=None)
 
     def form_of(self, layer: str, number: int) -> dict[str, str]:
         """Statistic names and forms of one layer in one pass."""
@@ -101,17 +93,7 @@ class Plan(Printed):
             entry.statistic: entry.form for entry in self.entries if entry.number == number and layer in entry.layers
         }
 
-    def to_json(self) -> str:
-        """The plan as JSON."""
-        names = ("pass_bytes", "total_bytes", "message_bytes", "communication")
-        return json.dumps({**asdict(self), **{name: getattr(self, name) for name in names}}, indent=1)
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table with one row per kind of layer, and the totals.
-
-        Yields:
-            The table, then lines of text.
-        """
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}
         for entry in self.entries:
@@ -143,7 +125,7 @@ def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: t
     """Bytes of the sums, and of what is reduced over processes."""
     held = sent = 0
     shape = (target.out_features, target.in_features)
-    for kind, size, triangular in BY_NAME[statistic].shapes(form, shape, dtype, sketch_size):
+    for kind, size, triangular in shapes(statistic, form, shape, dtype, sketch_size):
         held += math.prod(size) * kind.itemsize
         sent += (packed_size(size[0]) if triangular else math.prod(size)) * kind.itemsize
     return held, sent
@@ -151,7 +133,7 @@ def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: t
 
 def _can_sketch(statistic: str, target: Target, sketch_size: int) -> bool:
     """A sketch pays where it is smaller than half of the exact sums."""
-    if BY_NAME[statistic].sketch is None:
+    if "sketch" not in Accumulator.statistics[statistic]:
         return False
     exact = _sizes(statistic, "exact", target, sketch_size, torch.float32)[0]
     return 2 * _sizes(statistic, "sketch", target, sketch_size, torch.float32)[0] < exact
@@ -188,8 +170,7 @@ def _messages(entries: Sequence[Entry], targets: Mapping[str, Target], sketch_si
     for entry in entries:
         target = targets[entry.layers[0]]
         shape = (target.out_features, target.in_features)
-        shapes = BY_NAME[entry.statistic].shapes(entry.form, shape, dtype, sketch_size)
-        sums += [(kind, size) for kind, size, _ in shapes]
+        sums += [(kind, size) for kind, size, _ in shapes(entry.statistic, entry.form, shape, dtype, sketch_size)]
     return len(buckets(sums))
 
 
@@ -233,7 +214,7 @@ def make_plan(
             raise TypeError(f"targets must be a sequence of Target, got {repr_short(target)} in it")
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
-        check_choice("wants", name, STATISTICS)
+        check_choice("wants", name, tuple(Accumulator.statistics))
     if budget is not None:
         check_range("budget", budget, low=1, integer=True)
     check_choice("dtype", dtype, (torch.float32, torch.float64))
@@ -268,8 +249,9 @@ def make_plan(
 
     planned: list[list[Entry]] = []
     for group in partition:
-        owners = [(name, group) for name in wants if not BY_NAME[name].needs_backward]
-        owners += [(name, [layer]) for layer in group for name in wants if BY_NAME[name].needs_backward]
+        backward = needs_backward(wants)
+        owners = [(name, group) for name in wants if name not in backward]
+        owners += [(name, [layer]) for layer in group for name in backward]
         exact = [entry(statistic, layers, "exact") for statistic, layers in owners]
         planned.append([(form == "sketch" and sketched(part)) or part for part in exact])
     if form == "auto" and budget is not None:

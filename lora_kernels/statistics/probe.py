@@ -1,4 +1,4 @@
-"""Which layers read the same tensor, found by one forward pass that keeps nothing."""
+"""Which layers read the same tensor, according to one forward pass that keeps nothing."""
 
 from __future__ import annotations
 

@@ -13,10 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lora_kernels.statistics.moments import InputMoments
-from lora_kernels.statistics.sketches import InputSketch
-
-InputSums = InputMoments | InputSketch
+from lora_kernels.statistics.moments import InputSums
 
 
 @dataclass
@@ -35,7 +32,6 @@ class InputIdentity:
     """What makes two reads the same: storage, view and version."""
 
     def __init__(self) -> None:
-        """Start without references."""
         self._references: dict[int, StorageWeakRef] = {}
 
     def clear(self) -> None:
@@ -82,20 +78,12 @@ class InputSharing:
         self.groups |= dict.fromkeys(members, group)
 
     def distinct(self) -> list[InputGroup]:
-        """The groups, each once, in the order of their first call."""
+        """The groups without repetitions, in the order of their first call."""
         return list({id(group): group for group in self.groups.values()}.values())
 
     def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
-        """The sums that the input `(..., n)` of a call must be added to.
-
-        Args:
-            name: the layer.
-            x: its input.
-            make: returns the empty sums of a new group.
-
-        Returns:
-            The sums, or `None` if another layer of the group has added the input already.
-        """
+        """The sums (of a new group those of `make`) that a layer's input `(..., n)` must be added to."""
+        # `None` if another layer of the group has added it already.
         if name in self.left_out:
             return None
         identity = self._identity(x) if self.share and name not in self.apart else object()

@@ -16,7 +16,7 @@ from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
 from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator, as_rows
+from lora_kernels.statistics.moments import Accumulator, InputSums, OutputGradients, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -29,7 +29,7 @@ def stream_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-class InputSketch(Accumulator):
+class InputSketch(InputSums):
     """A sketch of an input's second moment `sum w x (x^T Omega)`, with its first moment and its diagonal.
 
     Attributes:
@@ -44,7 +44,6 @@ class InputSketch(Accumulator):
     """
 
     kind = "input_sketch"
-    statistic = INPUT_SECOND
     form = "sketch"
     arguments = ("features", "size", "seed", "stream")
     fields = ("count", "total", "squares", "product")
@@ -60,40 +59,16 @@ class InputSketch(Accumulator):
         seed: int = 0,
         stream: int = 0,
     ) -> None:
-        """Start at zero.
-
-        Args:
-            features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-            size: k.
-            seed: of Omega.
-            stream: of Omega.
-        """
+        """Start at zero; `device` and `dtype` (float32, or float64 for reference work) are those of the sums."""
         self.features, self.size, self.seed, self.stream = features, size, seed, stream
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
         self.squares = torch.zeros(features, dtype=dtype, device=device)
         self.product = torch.zeros(features, size + PROBES, dtype=dtype, device=device)
 
-    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            x: `(..., n)` activations.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
-        x = as_rows(x, self.product.dtype)
+    def _add_rows(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         sketch_(self.product, x, x, weight, seed=self.seed, stream=self.stream, kind=KIND, column_sum=self.total)
         gradient_statistics_(None, self.squares, x, fisher_weight=weight)
-        if weight is None:
-            self.count += x.numel() // max(self.features, 1)
-        else:
-            self.count += weight.sum(dtype=torch.float64)
-
-    def mean(self) -> torch.Tensor:
-        """The mean input, `(n,)` float64; zero where nothing was counted."""
-        return self.total.to(torch.float64) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
 
     def trace(self, *, center: bool = True) -> float:
         """The exact trace of the covariance, or of the raw second moment `M / N`."""
@@ -163,6 +138,7 @@ class GradientSketch(Accumulator):
 
     kind = "gradient_sketch"
     statistic = GRADIENT
+    words = "weight gradient"
     form = "sketch"
     arguments = ("out_features", "in_features", "size", "co_size", "seed", "stream")
     fields = ("count", "left", "right")
@@ -182,18 +158,7 @@ class GradientSketch(Accumulator):
         seed: int = 0,
         stream: int = 0,
     ) -> None:
-        """Start at zero.
-
-        Args:
-            out_features: m.
-            in_features: n.
-            device: where the sums live.
-            dtype: float32, or float64 for reference work.
-            size: k.
-            co_size: l.
-            seed: of both random matrices.
-            stream: of Omega; Psi uses its complement.
-        """
+        """Start at zero; `seed` is that of both random matrices, `stream` of Omega (Psi uses its complement)."""
         self.out_features, self.in_features = out_features, in_features
         self.size, self.co_size, self.seed, self.stream = size, co_size, seed, stream
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -205,27 +170,20 @@ class GradientSketch(Accumulator):
         return self.stream ^ 0xFFFFFFFF
 
     def update(self, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            g: `(..., m)` output gradients.
-            x: `(..., n)` inputs.
-            weight: `(...)` bool selection or real weights; `None` counts every row once.
-        """
+        """Add output gradients `(..., m)` and inputs `(..., n)`; weight `(...)` is a bool selection or real."""
         g, x = as_rows(g, self.left.dtype), as_rows(x, self.left.dtype)
         sketch_(self.left, g, x, weight, seed=self.seed, stream=self.stream, kind=KIND)
         sketch_(self.right, x, g, weight, seed=self.seed, stream=self._co_stream, kind=KIND)
 
-    def add(
-        self,
-        g: torch.Tensor,
-        x: torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-        factors: torch.Tensor | None = None,
-    ) -> None:
-        """Add the gradients of a call; see `Accumulator.add`."""
-        assert x is not None  # it reads inputs
-        self.update(g, x, factors)
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        assert call.x is not None  # it reads inputs
+        self.update(call.g, call.x, call.factors)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The gradient of the mean loss, `(m, n)` float64."""
+        triplets = self.svd(min(self.size, self.in_features, self.out_features), scale=1.0 / loss_items)
+        return (triplets.U * triplets.S) @ triplets.Vh
 
     def svd(self, rank: int, *, scale: float = 1.0) -> RandomizedSVD:
         """The leading singular triplets of `scale * G`, reconstructed from the sketch.

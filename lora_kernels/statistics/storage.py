@@ -26,18 +26,7 @@ _KEY = "lora_kernels_statistics"
 
 @dataclass(kw_only=True)
 class Counts:
-    """What a collection has read.
-
-    Attributes:
-        batches: number of batches read in each pass, over all processes.
-        samples: number of samples read in each pass.
-        tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
-        loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
-            differentiated. 0 without a backward pass.
-        seconds: wall time of the passes.
-        skipped_rows: rows left out because they were not finite (`nonfinite="skip"`), by layer.
-        skipped_modules: modules with weights that are not linear layers and were not observed, and why.
-    """
+    """What a collection has read; `Statistics` describes the fields."""
 
     batches: int = 0
     samples: int = 0
@@ -54,28 +43,18 @@ class Counts:
 
 @dataclass(kw_only=True)
 class Progress(Counts):
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        number: the current pass.
-        done: batches read in it.
-        digest: of these batches.
-        complete: whether nothing is left to do.
-        notes: by layer.
-        plan: digest of the plan.
-        current: how many of the stored sums belong to the current, unfinished pass.
-        apart: layers that read a tensor with others in some calls only, and have sums of their own.
-        left_out: layers that came to do so in a later batch: their inputs are not known.
-    """
-
-    number: int = 0
-    done: int = 0
-    digest: str = ""
-    complete: bool = False
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    plan: str = ""
-    current: int = 0
+    number: int = 0  # the current pass
+    done: int = 0  # batches read in it
+    digest: str = ""  # of these batches
+    complete: bool = False  # whether nothing is left to do
+    notes: dict[str, list[str]] = field(default_factory=dict)  # by layer
+    plan: str = ""  # digest of the plan
+    current: int = 0  # how many of the stored sums belong to the current, unfinished pass
+    # Layers that read a tensor with others in some calls only, and have sums of their own.
     apart: list[str] = field(default_factory=list)
+    # Layers that came to do so in a later batch: their inputs are not known.
     left_out: list[str] = field(default_factory=list)
 
 
@@ -107,14 +86,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) ->
 
 
 def write(path: Path, parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]) -> None:
-    """Write sums and progress, so that at any moment the file is either the old one or the new one, whole.
-
-    Args:
-        path: the file.
-        parts: the sums.
-        progress: how far the run has come.
-        identity: from `fingerprint`.
-    """
+    """Write sums, progress and fingerprint; at any moment the file is either the old one or the new one, whole."""
     tensors, specs = _flat(parts)
     document = {"format": _FORMAT, "fingerprint": dict(identity), "progress": asdict(progress), "sums": specs}
     document = json.loads(json.dumps(document))
@@ -123,18 +95,7 @@ def write(path: Path, parts: Iterable[LayerSums], progress: Progress, identity: 
 
 
 def read(path: Path, device: torch.device) -> tuple[list[LayerSums], Progress, dict[str, Any]]:
-    """Read what `write` wrote.
-
-    Args:
-        path: the file.
-        device: where the sums are to live.
-
-    Returns:
-        The sums, the progress and the fingerprint.
-
-    Raises:
-        ValueError: if the file is truncated, changed, of another format, or cannot be opened.
-    """
+    """The sums, progress and fingerprint that `write` wrote; a ValueError if the file is not such a one any more."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -14,9 +14,8 @@ from lora_kernels._checks import as_device
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.gradients import FISHER, GRADIENT, Gradient
-from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputMoments
-from lora_kernels.statistics.sketches import GradientSketch, InputSketch
-from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputSums, needs_backward
+from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.storage import Counts, LayerSums, Progress
 
 _ROUNDS = 4  # of the randomized SVD of an exact gradient
@@ -68,10 +67,10 @@ class LayerStatistics:
         return next((sums.tokens for sums in self.sums.values()), 0.0)
 
     @property
-    def input(self) -> InputMoments | InputSketch | None:
+    def input(self) -> InputSums | None:
         """The sums of its input, exact or a sketch."""
         sums = self.sums.get(INPUT_SECOND)
-        assert sums is None or isinstance(sums, (InputMoments, InputSketch))
+        assert sums is None or isinstance(sums, InputSums)
         return sums
 
     def form(self, statistic: str) -> str | None:
@@ -80,7 +79,7 @@ class LayerStatistics:
 
     def reached(self, wants: Iterable[str]) -> bool:
         """Whether data reached the layer, and its loss gradients if one of these statistics needs them."""
-        backward = [self.sums.get(name) for name in wants if BY_NAME[name].needs_backward]
+        backward = [self.sums.get(name) for name in needs_backward(wants)]
         return self.tokens > 0 and all(sums is not None and not sums.is_zero for sums in backward)
 
     @property
@@ -88,20 +87,24 @@ class LayerStatistics:
         """Whether a weight gradient was collected, exact or sketched, that is not zero."""
         return self.loss_items > 0 and GRADIENT in self.sums and not self.sums[GRADIENT].is_zero
 
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the mean loss by the weight, `(m, n)`; of a sketch its reconstruction.
+    def mean(self, statistic: str) -> torch.Tensor:
+        """The mean of a statistic, over tokens or over loss items; of a sketch its reconstruction.
+
+        Args:
+            statistic: its name, as in `collect(wants=...)`.
 
         Raises:
-            ValueError: if it was not collected.
+            ValueError: if it was not collected, or nothing was counted.
         """
-        return self.gradient_operator().dense()
+        sums = self._sums(statistic)
+        return sums.mean_over(self._items() if sums.needs_backward else 1.0)
+
+    def gradient(self) -> torch.Tensor:
+        """`mean("gradient")`: the gradient of the mean loss by the weight, `(m, n)`."""
+        return self.mean(GRADIENT)
 
     def gradient_operator(self) -> Gradient:
-        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error.
-
-        Raises:
-            ValueError: if it was not collected.
-        """
+        """The gradient of the mean loss by the weight; of a sketch as two factors, with a bound on their error."""
         sums = self._sums(GRADIENT)
         if not isinstance(sums, GradientSketch):
             return Gradient(sums.total / self._items())  # type: ignore[attr-defined]
@@ -125,13 +128,8 @@ class LayerStatistics:
         return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS, seed=seed)
 
     def fisher(self) -> torch.Tensor:
-        """The mean squared output gradient over tokens, `(m,)` float64.
-
-        Raises:
-            ValueError: if it was not collected, or no token was counted.
-        """
-        sums = self._sums(FISHER)
-        return sums.total.to(torch.float64) / sums.check_counted()  # type: ignore[attr-defined, no-any-return]
+        """`mean("fisher")`: the mean squared output gradient over tokens, `(m,)` float64."""
+        return self.mean(FISHER)
 
     def output_second(self, *, center: bool = False) -> torch.Tensor:
         """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64.
@@ -191,23 +189,16 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
         self.layers = {name: replace(layer, loss_items=self.loss_items) for name, layer in self.layers.items()}
 
     def __getitem__(self, name: str) -> LayerStatistics:
-        """The statistics of a layer."""
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Layer names, in the model's order."""
         return iter(self.layers)
 
     def __len__(self) -> int:
-        """Number of layers."""
         return len(self.layers)
 
     def save(self, path: str | Path) -> None:
-        """Write the statistics to one safetensors file, atomically.
-
-        Args:
-            path: the file.
-        """
+        """Write the statistics to one safetensors file, atomically."""
         parts, progress = _disassemble(self)
         targets = [[layer.name, layer.in_features, layer.out_features] for layer in self.values()]
         storage.write(Path(path), parts, progress, {**self.fingerprint, "targets": targets})
@@ -241,11 +232,11 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 def assemble(
     targets: Sequence[tuple[str, int, int]], parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]
 ) -> Statistics:
-    """The statistics made of sums, for layers given by name, in_features and out_features."""
+    """The statistics from sums, for layers given by name, in_features and out_features."""
     sums: dict[str, dict[str, Accumulator]] = {name: {} for name, _, _ in targets}
     partners: dict[str, list[str]] = {}
     for part in parts:
-        of_input = not BY_NAME[part.sums.statistic].needs_backward
+        of_input = not part.sums.needs_backward
         members = [name for name in part.layers if not of_input or name not in progress.left_out]
         for name in members:
             sums[name][part.sums.statistic] = part.sums
@@ -253,9 +244,9 @@ def assemble(
             partners |= dict.fromkeys(members, members)
     layers = {}
     for name, in_features, out_features in targets:
-        seen = {statistic: sums[name][statistic] for statistic in BY_NAME if statistic in sums[name]}
+        seen = {statistic: sums[name][statistic] for statistic in Accumulator.statistics if statistic in sums[name]}
         notes = list(progress.notes.get(name, []))
-        backward = [part for statistic, part in seen.items() if BY_NAME[statistic].needs_backward]
+        backward = [part for part in seen.values() if part.needs_backward]
         if not seen and not notes:
             notes.append("never called in this pass")
         if backward and all(part.is_zero for part in backward):
@@ -272,7 +263,7 @@ def assemble(
 
 
 def _disassemble(statistics: Statistics) -> tuple[list[LayerSums], Progress]:
-    """The sums of statistics, each once, and their counts."""
+    """The sums of statistics without repetitions, and their counts."""
     parts: dict[int, LayerSums] = {}
     for name, layer in statistics.items():
         for sums in layer.sums.values():

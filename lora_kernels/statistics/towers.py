@@ -27,14 +27,13 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class Towers:
-    """Follows the inputs that have no mask through a forward pass.
+    """Follows inputs without a mask through a forward pass: no mask holds for the layers in a tower.
 
-    A module whose first tensor is such an input, or the output of such a module, and that is given no tensor of the
-    token sequence, is a tower: no mask holds for the layers in it.
+    A tower is a module without a tensor of the token sequence whose first tensor is such an input, or a tower's output.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare; hooks are set by the first batch that has such an input beside a mask."""
+        """Prepare; the first batch with such an input beside a mask sets hooks."""
         self._model = model
         self._handles: list[Any] = []
         self._inside = 0

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol, runtime_checkable
 
 from lora_kernels._checks import check_choice, check_type, repr_short
-from lora_kernels.statistics.moments import INPUT_SECOND
-from lora_kernels.statistics.statistic import BY_NAME
+from lora_kernels.statistics import statistic
+from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator
 
-STATISTICS = tuple(BY_NAME)
+assert statistic  # has imported all of them
+STATISTICS = tuple(Accumulator.statistics)
 
 
 @runtime_checkable
@@ -38,10 +39,10 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
         ValueError: if a name is unknown, or the method needs no data.
         TypeError: if it is nothing of the above.
     """
+    known = tuple(Accumulator.statistics)
     if wants is None:
         return {INPUT_SECOND: False}
     if isinstance(wants, str):
-        check_choice("wants", wants, STATISTICS)
         exact_by_name: Mapping[str, bool] = {wants: False}
     elif isinstance(wants, HasWants):
         exact_by_name = wants.wants
@@ -51,14 +52,14 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     elif isinstance(wants, (Sequence, Set, Iterator)):
         names = list(wants)
         for name in names:
-            check_choice("wants", name, STATISTICS)
+            check_choice("wants", name, known)
         exact_by_name = dict.fromkeys(names, False)
     else:
         raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
     for name in exact_by_name:
-        check_choice("wants", name, STATISTICS)
+        check_choice("wants", name, known)
     if not exact_by_name:
         raise ValueError(
             f"wants is {repr_short(wants)}, which needs no statistics of data: there is nothing to collect"
         )
-    return {name: bool(exact_by_name[name]) for name in STATISTICS if name in exact_by_name}
+    return {name: bool(exact_by_name[name]) for name in known if name in exact_by_name}

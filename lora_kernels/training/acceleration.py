@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_kernels.adapters.experts import chain_of
 from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
-from lora_kernels.reports import Printed, Table, short_name
+from lora_kernels.reports import Layers, Printed, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
@@ -46,7 +46,7 @@ class LayerPath:
 
 
 @dataclass(frozen=True)
-class AccelerateReport(Printed):
+class AccelerateReport(Printed, Layers[LayerPath]):
     """What `accelerate` did.
 
     Attributes:
@@ -57,10 +57,6 @@ class AccelerateReport(Printed):
 
     layers: tuple[LayerPath, ...]
 
-    def __iter__(self) -> Iterator[LayerPath]:
-        """The layers."""
-        return iter(self.layers)
-
     def summary(self) -> str:
         """One line: how many layers run on which path, and why not fused."""
         counts = Counter(layer.path for layer in self.layers)
@@ -70,11 +66,6 @@ class AccelerateReport(Printed):
         return f"{len(self.layers)} LoRA layers: {paths}{why}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the summary.
-
-        Yields:
-            What rich prints.
-        """
         table = Table("layer", "kind", "path", "reason", title="accelerated LoRA layers")
         for layer in self.layers:
             table.add_row(short_name(layer.name), layer.kind, layer.path, layer.reason)
@@ -83,7 +74,7 @@ class AccelerateReport(Printed):
 
 
 def _gathered(model: nn.Module) -> set[str]:
-    """The LoRA layers that are inside of a unit of FSDP2: before they run, their weights are made whole."""
+    """The LoRA layers that are inside of a unit of FSDP2: before they run, their weights are gathered."""
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
 
     units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
@@ -100,20 +91,13 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
         return LayerPath(name, kind.__name__, "eager", f"no fused form of {kind.__name__}")
     if is_experts(kind):
         reason = experts_reason(layer, gathered=gathered)
-        base = type(chain_of(layer)[-1].base_layer).__name__
-        computes = f"the experts ({base}) compute their own products"
-        return (
-            LayerPath(name, kind.__name__, "eager", reason)
-            if reason
-            else LayerPath(name, kind.__name__, "delta", computes)
-        )
-    reason = eager_reason(layer, gathered=gathered, training=True)
-    if reason is not None:
-        return LayerPath(name, kind.__name__, "eager", reason)
-    if base_is_fused(layer, gathered=gathered):
-        return LayerPath(name, kind.__name__, "fused")
-    base = type(layer.base_layer).__name__
-    return LayerPath(name, kind.__name__, "delta", f"the base layer ({base}) computes its own product")
+        computes = f"the experts ({type(chain_of(layer)[-1].base_layer).__name__}) compute their own products"
+    else:
+        reason = eager_reason(layer, gathered=gathered, training=True)
+        if reason is None and base_is_fused(layer, gathered=gathered):
+            return LayerPath(name, kind.__name__, "fused")
+        computes = f"the base layer ({type(layer.base_layer).__name__}) computes its own product"
+    return LayerPath(name, kind.__name__, "eager" if reason else "delta", reason or computes)
 
 
 def _paths(layers: Sequence[LoraView], gathered: set[str]) -> tuple[LayerPath, ...]:
@@ -136,7 +120,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
 
     The class of each layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
     layer (several adapters, merging, disabling, mixed batches, variants) stay as they are. Call it before or after
-    wrapping in DDP or FSDP2 and before `torch.compile`. In mixed precision the products are taken in the dtype of the
+    wrapping in DDP or FSDP2 and before `torch.compile`. In mixed precision products are in the dtype of the
     activations with float32 sums, where PEFT casts them up to that of the adapter.
 
     Args:

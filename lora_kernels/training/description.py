@@ -21,32 +21,20 @@ _NOTHING = Extension(None)
 
 
 class Adapter(NamedTuple):
-    """An active adapter of a layer.
+    """An active adapter of a layer."""
 
-    Attributes:
-        name: the adapter's name.
-        a: A `(r, n)`.
-        b: B `(m, r)`.
-        bias: that of B `(m,)`, or `None`.
-        scaling: s.
-        p: the dropout of its input, 0 outside of training.
-        frozen: whether nothing of it is trained.
-        extension: what its variant adds, or `None`.
-        magnitude: DoRA's `(m,)`, or `None`.
-    """
-
-    name: str
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None
-    scaling: float
-    p: float
-    frozen: bool
-    extension: Extension | None = None
-    magnitude: torch.Tensor | None = None
+    name: str  # the adapter's name
+    a: torch.Tensor  # A `(r, n)`
+    b: torch.Tensor  # B `(m, r)`
+    bias: torch.Tensor | None  # that of B `(m,)`, or `None`
+    scaling: float  # s
+    p: float  # the dropout of its input, 0 outside of training
+    frozen: bool  # whether nothing of it is trained
+    extension: Extension | None = None  # what its variant adds, or `None`
+    magnitude: torch.Tensor | None = None  # DoRA's `(m,)`, or `None`
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """The frozen pair that is taken off what the adapter started from: A0, B0 and its scaling."""
+        """The frozen pair that cancels what the adapter started from: A0, B0 and its (negative) scaling."""
         if self.extension is None or self.extension.start is None:
             return None
         a0, b0, sign = self.extension.start
@@ -110,29 +98,14 @@ def plain_linear(module: Any, gathered: bool) -> bool:
 
 
 def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
-    """Whether the base product is part of the fused op: a plain linear layer that nobody hooks into.
-
-    Args:
-        layer: a LoRA layer.
-        gathered: see `eager_reason`.
-
-    Returns:
-        True if so.
-    """
+    """Whether the base product of a LoRA layer is part of the fused op: a plain linear layer without hooks."""
     return plain_linear(layer.base_layer, gathered)
 
 
 def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
-    """Why a layer has to run PEFT's own forward as it is now, or `None`.
-
-    Args:
-        layer: a LoRA layer.
-        gathered: whether FSDP2 gathers the layer's shards before it runs.
-        training: whether dropout is to be counted as active; `None` for as it is now.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`."""
+    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout counts as active; `None` as it
+    # is.
     factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
     names = [name for name in layer.active_adapters if name in factors]
     if not names:
@@ -179,14 +152,7 @@ def _slow_dropout(weight: torch.Tensor) -> str | None:
 
 
 def active(layer: Any) -> list[Adapter]:
-    """The active adapters of a layer, those that are trained first.
-
-    Args:
-        layer: a LoRA layer without an `eager_reason`.
-
-    Returns:
-        At least one.
-    """
+    """The active adapters, at least one, of a LoRA layer without an `eager_reason`; those that are trained first."""
     adapters, factors, others, dropouts = [], layer.lora_A, layer.lora_B, layer.lora_dropout
     for name in layer.active_adapters:
         if name not in factors:

@@ -53,7 +53,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
     They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
     as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
     autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
-    `cached` is false where the layer's parameters are made anew for each pass (FSDP2).
+    `cached` is false where the parameters are new in every pass (FSDP2).
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
@@ -141,12 +141,10 @@ def rescaled(
     inner: torch.Tensor | None = None,
     outer: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`m / norms * (product - inner) + outer`, in one pass over the product, and two in the backward.
-
-    The product `x W^T + s x A^T B^T + inner`, `(..., m)`, is kept for the gradient of the magnitudes `(m,)`; norms
-    `(m,)` are constants (section 4.3 of the paper). `inner` `(m,)` is the bias, where a base layer that computes its
-    own product has added it already; `outer`, `(m,)` or `(..., m)`, is what is not scaled, such as the bias.
-    """
+    """`m / norms * (product - inner) + outer`, in one pass over the product, and two in the backward."""
+    # The product `x W^T + s x A^T B^T + inner`, `(..., m)`, is kept for the gradient of the magnitudes `(m,)`; norms
+    # `(m,)` are constants (section 4.3 of the paper). `inner` `(m,)` is the bias, where a base layer that computes its
+    # own product has added it already; `outer`, `(m,)` or `(..., m)`, is what is not scaled, such as the bias.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _rescaled(product, magnitudes, norms, inner, outer)
     y: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
@@ -163,10 +161,7 @@ def rescaled_dropped(
     *,
     inner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DoRA's output `(..., m)` where the adapter's input is dropped.
-
-    `base` is `z -> z W^T + bias` and `fused` is `z -> z W^T + s z A^T B^T + inner`, where `inner` `(m,)` is the bias.
-    """
+    """DoRA of a dropped input: `base` is `z W^T + bias`, `fused` `z W^T + s z A^T B^T + inner`."""
     return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
 
 

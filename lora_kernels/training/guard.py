@@ -34,7 +34,6 @@ class Guard:
     _ATTRIBUTE = "_lora_kernels_guard"
 
     def __init__(self, model: nn.Module, pairs: dict[str, tuple[nn.Parameter, nn.Parameter]], *, strict: bool) -> None:
-        """Set hooks on the model and on the factors of each adapter."""
         self.pairs, self.strict = pairs, strict
         self.seen: dict[int, torch.Tensor] = {}
         factors = [factor for pair in pairs.values() for factor in pair]
@@ -46,10 +45,8 @@ class Guard:
 
     @classmethod
     def watch(cls, model: nn.Module, layers: Sequence[tuple[str, Any]], *, strict: bool) -> None:
-        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`.
-
-        Sharded adapters, of which a process sees a part, are not watched.
-        """
+        """Watch the next backward pass of a model, which keeps the guard, and raise instead of warning if `strict`."""
+        # Sharded adapters, of which a process sees a part, are not watched.
         cls.stop(model)
         pairs = {}
         for name, layer in layers:

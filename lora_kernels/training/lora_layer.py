@@ -61,16 +61,7 @@ class FusedForward:
     fused = True  # reference_mode sets it to False, on a layer or on all
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's, fused where possible.
-
-        Args:
-            x: `(..., n)`.
-            args: further arguments of the base layer: PEFT's forward takes the call.
-            kwargs: likewise, and PEFT's own, such as `adapter_names`.
-
-        Returns:
-            `(..., m)`.
-        """
+        """As PEFT's on x `(..., n)`, fused where possible; a call with further arguments is PEFT's."""
         if not args and not kwargs:
             if _compiling():
                 traced = Prepared.make(self, x) if runs_fused(self) else None
@@ -104,14 +95,7 @@ class FusedForward:
 
 
 def class_of(kind: type) -> type:
-    """The accelerated subclass of a layer's class; the same one every time, so that layers can be pickled.
-
-    Args:
-        kind: a class of PEFT's.
-
-    Returns:
-        The class. It shows PEFT's name, and is pickled under its own.
-    """
+    """The accelerated subclass of a PEFT class, always the same, so that layers can be pickled: under its own name."""
     name = f"Fused{kind.__name__}"
     cls: type | None = globals().get(name)
     if cls is None or cls.__bases__[1] is not kind:  # PEFT's module may have been imported anew
@@ -148,14 +132,7 @@ def supported() -> tuple[type, ...]:
 
 
 def runs_fused(layer: Any) -> bool:
-    """Whether a layer, as it is now, runs the fused op.
-
-    Args:
-        layer: a LoRA layer.
-
-    Returns:
-        False if PEFT's own forward is to run.
-    """
+    """Whether a LoRA layer, as it is now, runs the fused op."""
     accelerated = isinstance(layer, FusedForward) and layer.fused and FusedForward.fused
     plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
     return plain and eager_reason(layer) is None
@@ -168,15 +145,7 @@ def warn_once(reason: str) -> None:
 
 
 def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
-    """Prepare a layer for inputs like x.
-
-    Args:
-        layer: an accelerated layer.
-        x: `(..., n)`.
-
-    Returns:
-        What to run, or `None` where PEFT's own forward is to run. An unexpected reason for that is a warning, once.
-    """
+    """What an accelerated layer runs for inputs like x `(..., n)`; `None` for PEFT's forward, with a warning."""
     if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
         return None
     if any(GLOBAL_HOOKS):
@@ -192,24 +161,14 @@ def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
 
 
 class Prepared:
-    """What a layer runs, and what that depends on.
-
-    Attributes:
-        adapters: of the layer, see `description.active`.
-        base: the base layer, where it computes its own product.
-        weight: the base weight, where its product is part of the fused op.
-        bias: of the base layer, likewise.
-        scalars: of the first adapter.
-        cast: the dtype that autocast asks for, or `None`.
-        state: a tensor that differs where the layer computes something else, for recomputations.
-    """
+    """What a layer runs, and what that depends on."""
 
     def __init__(self, layer: Any, x: torch.Tensor, adapters: list[Adapter], cast: torch.dtype | None) -> None:
-        """See `make`."""
+        """See `make`; `adapters` are those of `description.active`, `cast` is the dtype that autocast asks for."""
         first, base = adapters[0], layer.base_layer
         fused = base_is_fused(layer) and (cast is not None or base.weight.dtype == x.dtype)
         self.layer, self.adapters, self.cast = layer, adapters, cast
-        self.base = None if fused else base
+        self.base = None if fused else base  # where it computes its own product
         self.weight: torch.Tensor | None = base.weight if fused else None
         self.bias: torch.Tensor | None = base.bias if fused else None
         self.type = type(x)
@@ -227,7 +186,7 @@ class Prepared:
         extended = first.extension is not None and first.extension.coordinates is not None
         self.simple = alone and fused and cast is None and not extended
         self.a, self.b = first.a, first.b
-        self.state: torch.Tensor | None = None
+        self.state: torch.Tensor | None = None  # differs where the layer computes something else, for recomputations
 
     @staticmethod
     def make(layer: Any, x: torch.Tensor) -> Prepared | None:
@@ -321,17 +280,7 @@ class Prepared:
         return self.trained is None or self.trained == [adapter.frozen for adapter in active(layer)]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output.
-
-        Args:
-            x: `(..., n)`.
-
-        Returns:
-            `(..., m)`.
-
-        Raises:
-            RuntimeError: inside a `torch.func` transform.
-        """
+        """The layer's output `(..., m)` for x `(..., n)`."""
         if self.state is not None:
             if _transformed():
                 raise RuntimeError(TRANSFORMED)
@@ -368,7 +317,8 @@ class Prepared:
         if self.cast is not None:
             x = x.to(self.cast)
         if first.bias is not None:
-            start = _with_bias(start, first)
+            bias = first.scaling * first.bias  # of B
+            start = bias if start is None else (start + bias).to(start.dtype)
         if start is not None and self.base is not None and start.dtype != x.dtype:
             start = start.to(x.dtype)
         y = self._product(x, start, *first.factors(), seed)
@@ -410,9 +360,3 @@ def _identical(one: Any, other: Any) -> bool:
 def _with_directions(y: torch.Tensor, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
     directions = adapter.directions()
     return y if directions is None else lora_delta(y, x, *directions, scaling=1.0)
-
-
-def _with_bias(start: torch.Tensor | None, adapter: Adapter) -> torch.Tensor:
-    """What the products are added to, with the bias of B."""
-    bias: torch.Tensor = adapter.scaling * adapter.bias  # type: ignore[operator, assignment]
-    return bias if start is None else (start + bias).to(start.dtype)

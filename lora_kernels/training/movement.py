@@ -48,7 +48,6 @@ class Movement:
     _handles: tuple[Any, ...] = ()
 
     def __init__(self, names: Names, *, strict: bool) -> None:
-        """Prepare to watch those parameters of an optimizer that have names."""
         self.names, self.strict = names, strict
         self.steps, self.rate = 0, 0.0
         self.before: dict[torch.Tensor, torch.Tensor] = {}

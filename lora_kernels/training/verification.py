@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.reports import Printed, Table, short_name
+from lora_kernels.reports import Layers, Printed, Table, short_name
 from lora_kernels.runtime.feed import call_model, model_device, to_device
 from lora_kernels.runtime.loss import model_loss
 from lora_kernels.runtime.modes import evaluation_mode
@@ -53,8 +53,8 @@ class LayerErrors:
 
 
 @dataclass(frozen=True)
-class VerifyReport(Printed):
-    """What `verify` found.
+class VerifyReport(Printed, Layers[LayerErrors]):
+    """The result of `verify`.
 
     Attributes:
         layers: by layer, in the model's order.
@@ -66,21 +66,12 @@ class VerifyReport(Printed):
     skipped: Mapping[str, str]
     loss: tuple[float, float]
 
-    def __iter__(self) -> Iterator[LayerErrors]:
-        """The layers."""
-        return iter(self.layers)
-
     @property
     def ok(self) -> bool:
         """Whether no layer is less accurate than `LIMIT` times PEFT's."""
         return all(layer.ratio <= LIMIT for layer in self.layers)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the verdict.
-
-        Yields:
-            What rich prints.
-        """
         shown = [part for part in PARTS if any(part in layer.fused for layer in self.layers)]
         table = Table("layer", *(f"{part}: fused / stock" for part in shown), "ratio", title="errors against float64")
         for layer in self.layers:
@@ -126,8 +117,8 @@ def verify(
 
     The batch runs forward and backward through PEFT's layers; each call of each layer is then repeated by itself,
     fused, by PEFT, and in float64, under the autocast that it had. In evaluation mode: two dropout masks cannot be
-    compared. Where the base layer computes its own product (quantized bases), that product is taken as it is on all
-    three sides. The model is left as it was.
+    compared. Where the base layer computes its own product (quantized bases), all three
+    sides use that product. The model is left as it was.
 
     Args:
         model: accelerated (`lora_kernels.accelerate`).
@@ -233,10 +224,8 @@ def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
-    """The relative error that rounding allows: of each number, and of the float32 sums it comes from.
-
-    The mean of few roundings may lie above the usual by as much again over the root of their number.
-    """
+    """The relative error that rounding allows: of each number, and of the float32 sums it comes from."""
+    # The mean of few roundings may lie above the usual by as much again over the root of their number.
     dtype = call.x.dtype if call.cast is None else call.cast
     tokens, outputs, inputs = call.x.shape[:-1].numel(), call.g.shape[-1], call.x.shape[-1]
     length = {"y": inputs, "dx": outputs}.get(part, tokens)
@@ -245,7 +234,7 @@ def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
 
 
 def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """What an adapter is made of, by the gradients' names."""
+    """The tensors of an adapter, by the gradients' names."""
     leaves = {"dA": adapter.a, "dB": adapter.b}
     extension = adapter.extension
     if extension is not None and extension.left is not None and extension.coordinates is not None:

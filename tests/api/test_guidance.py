@@ -72,12 +72,12 @@ def test_a_kept_function_does_not_change_the_loss():
 def test_step_ratio_of_stock_lora_is_one_and_follows_the_factors():
     module = wrapped(r=16, target_modules=["down_proj"]).base_model.model.model.layers[0].mlp.down_proj
     a, b = (getattr(module, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
-    assert outlook(LoraFactors(a, b), 2.0, EMPTY, "l", offset=False).step_ratio == pytest.approx(1.0, abs=0.05)
+    assert outlook(LoraFactors(a, b), 2.0, EMPTY, "l", offset=False)["step_ratio"] == pytest.approx(1.0, abs=0.05)
     generator = torch.Generator().manual_seed(0)
     big = LoraFactors(3 * a, torch.randn(b.shape, generator=generator, dtype=b.dtype) / 8)
     signs = [torch.randn(each.shape, generator=generator, dtype=b.dtype).sign() for each in (a, b)]
     moved = torch.linalg.norm(big.B @ signs[0] + signs[1] @ big.A) / torch.linalg.norm(signs[1] @ a)
-    assert outlook(big, 2.0, EMPTY, "l", offset=True).step_ratio == pytest.approx(float(moved), rel=0.1)
+    assert outlook(big, 2.0, EMPTY, "l", offset=True)["step_ratio"] == pytest.approx(float(moved), rel=0.1)
 
 
 def test_first_step_from_a_sketch():
@@ -136,7 +136,7 @@ def test_step_ratio_is_measured_by_steps_of_random_sign():
         steps = [sign(factors.B) @ factors.A + factors.B @ sign(factors.A) for _ in range(50)]
         return sum(float(each.square().sum()) for each in steps) ** 0.5
 
-    ratio = outlook(start, 1.0, EMPTY, "layer", offset=True).step_ratio
+    ratio = outlook(start, 1.0, EMPTY, "layer", offset=True)["step_ratio"]
     assert abs(ratio / (moved(start) / moved(stock)) - 1) < 0.05
 
 

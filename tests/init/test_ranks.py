@@ -2,7 +2,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.init import redistribute
+from lora_kernels.init import Redistribution, redistribute
 from lora_kernels.init.ranks import offers
 
 
@@ -49,7 +49,7 @@ def test_offers_and_errors():
     with pytest.raises(ValueError, match="layer a has rank 9, but must be between 1 and min"):
         offers({"a": 9}, {"a": 8}, rho=1.0)
     with pytest.raises(ValueError, match="rho is 0.5"):
-        offers({"a": 1}, {"a": 8}, rho=0.5)
+        Redistribution(rho=0.5)
     with pytest.raises(ValueError, match="cannot give 2 layers a rank of 3 each"):
         redistribute({"a": [1.0] * 4, "b": [1.0] * 4}, 5, min_rank=3)
     with pytest.raises(ValueError, match="layer b offers 1 components, too few for min_rank=2"):

@@ -7,6 +7,7 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels.statistics import STATISTICS
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError
+from lora_kernels.statistics.moments import Accumulator
 from tests.conftest import relative_error
 from tests.statistics.models import Experts, account, padded, samples, tiny_llama
 
@@ -259,3 +260,35 @@ def test_factors_of_samples_follow_the_layout_of_rows():
     assert torch.equal(weights.row_factors(torch.Size([5, 3, 2])), by_sample.mT.unsqueeze(-1).expand(5, 3, 2))
     with pytest.raises(UnassignedRowsError):
         weights.row_factors(torch.Size([7]))
+
+
+def test_a_statistic_is_one_class():
+    class OutputSum(Accumulator):
+        kind = statistic = "output_sum"
+        words = "sum of the output gradients"
+        features_of = "out_features"
+
+        def __init__(self, features, device, dtype=torch.float32):
+            self.features, self.count = features, torch.zeros((), dtype=torch.float64, device=device)
+            self.total = torch.zeros(features, dtype=dtype, device=device)
+
+        def add(self, call):
+            self.total += call.g.flatten(0, -2).sum(0)
+
+        def mean_over(self, loss_items):
+            return self.total / loss_items
+
+    try:
+        model, batches = (
+            nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
+            torch.randn(2, 6, 5).double(),
+        )
+        loss = {"loss": lambda outputs, _: outputs.square().mean(), "reduction": lambda batch: torch.full((6,), 3.0)}
+        stats = gather(model, batches, ("output_sum", "fisher"), targets=["2"], mask=None, **loss)
+        expected = (2 * model(batches.flatten(0, 1))).sum(0) / stats.loss_items
+        torch.testing.assert_close(stats["2"].mean("output_sum"), expected.detach())
+        assert torch.equal(stats["2"].mean("fisher"), stats["2"].fisher())
+        with pytest.raises(ValueError, match="no gradient: collect it with wants"):
+            stats["2"].mean("gradient")
+    finally:
+        del Accumulator.statistics["output_sum"], Accumulator.kinds["output_sum"]

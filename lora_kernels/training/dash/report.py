@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lora_kernels.reports import Printed, Table, short_name
+from lora_kernels.reports import Layers, Printed, Table, short_name
 from lora_kernels.training.dash.selection import Selection
 
 
@@ -36,7 +35,7 @@ class DashLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DashReport(Printed):
+class DashReport(Printed, Layers[DashLayer]):
     """The state of a run of LoRA-Dash.
 
     Attributes:
@@ -49,10 +48,6 @@ class DashReport(Printed):
     steps: int
     pre_launch: int
 
-    def __iter__(self) -> Iterator[DashLayer]:
-        """The layers."""
-        return iter(self.layers)
-
     def summary(self) -> str:
         """One line: the number of layers by status, and why some are refused."""
         counts = Counter(layer.status for layer in self.layers)
@@ -62,11 +57,6 @@ class DashReport(Printed):
         return f"LoRA-Dash, step {self.steps} (switch at {self.pre_launch}): {states}{why}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A table of the layers and the summary.
-
-        Yields:
-            What rich prints.
-        """
         table = Table("layer", "status", "change rates", "singular values", "share", "note", title="LoRA-Dash")
         for layer in self.layers:
             rates = "" if layer.rates is None else f"{layer.rates[0]:.1e} to {layer.rates[1]:.1e}"

@@ -28,7 +28,7 @@ from lora_kernels.training.lora_layer import KINDS
 
 @dataclass(frozen=True)
 class LoraDash:
-    """LoRA-Dash (arXiv 2409.01035): train LoRA, then also train one coordinate each along task-specific directions.
+    """LoRA-Dash (arXiv 2409.01035): train LoRA, then also coordinates along task-specific directions.
 
     After `pre_launch` optimizer steps, per layer with base weight `W = U diag(sigma) V^T` and adapter `s B A`, the k
     core directions with the largest change rates `|u_i^T (s B A) v_i| / (sigma_i + eps)` are frozen, and
@@ -64,7 +64,6 @@ class LoraDash:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges that need no model."""
         check_range("k", self.k, low=1, integer=True)
         check_range("pre_launch", self.pre_launch, low=1, integer=True)
         check_range("epsilon", self.epsilon, low=0.0)
@@ -74,7 +73,7 @@ class LoraDash:
     def attach(self, model: nn.Module) -> DashRun:
         """Give the layers of an adapter their coordinates, zero and without directions yet.
 
-        Call it before the optimizer is made and before the model is wrapped in DDP or FSDP2, so that both know the
+        Call it before the optimizer is created and before the model is wrapped in DDP or FSDP2, so that both know the
         parameters from the start. A model that has coordinates already (from `lora_kernels.load`, for example)
         resumes from them.
 
@@ -123,7 +122,7 @@ class LoraDash:
 
 @dataclass
 class DashRun:
-    """LoRA-Dash on one adapter of a model; made by `LoraDash.attach`.
+    """LoRA-Dash on one adapter of a model; see `LoraDash.attach`.
 
     Attributes:
         config: the settings.
@@ -152,7 +151,7 @@ class DashRun:
 
     @property
     def launched(self) -> bool:
-        """Whether the switch has been made."""
+        """Whether the switch is over."""
         return any(directions.launched for directions in self.directions().values())
 
     def coordinates(self) -> list[nn.Parameter]:

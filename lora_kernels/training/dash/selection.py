@@ -44,10 +44,8 @@ def along_directions(u: torch.Tensor, vh: torch.Tensor, factors: Iterable[Factor
 
 
 def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: float, cache: str | None) -> Selection:
-    """The k core directions of W `(m, n)` with the largest change rates `|u_i^T dW v_i| / (sigma_i + eps sigma_1)`.
-
-    dW is the sum of the products `s B A`. Of equal rates, that of the larger singular value comes first.
-    """
+    """The k core directions of W `(m, n)` with the largest change rates `|u_i^T dW v_i| / (sigma_i + eps sigma_1)`."""
+    # dW is the sum of the products `s B A`. Of equal rates, that of the larger singular value comes first.
     factors = list(factors)
     if not all(bool(torch.isfinite(factor).all()) for a, b, _ in factors for factor in (a, b)):
         raise ValueError("the factors of the adapter hold NaN or infinite entries")
@@ -79,10 +77,8 @@ def factors_of(layer: Any, adapter: str) -> list[Factors]:
 
 
 def for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progress: bool) -> dict[str, Any]:
-    """By layer, the result of `compute(weight, factors)`; processes share the layers out, and all get all results.
-
-    A `ValueError` of `compute` is raised with the layer's name; a failure on another process is a `RuntimeError`.
-    """
+    """By layer, the result of `compute(weight, factors)`; processes share the layers out, and all get all results."""
+    # A `ValueError` of `compute` is raised with the layer's name; a failure on another process is a `RuntimeError`.
     results: dict[str, Any] = {}
     error: Exception | None = None
     names = list(layers)
