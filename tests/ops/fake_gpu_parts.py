@@ -1,5 +1,6 @@
 """What `test_launching.py` runs in processes where Triton compiles for a driver that launches nothing."""
 
+import contextlib
 import itertools
 from unittest import mock
 
@@ -59,7 +60,7 @@ def same_arguments():
             runs = []
             for _ in range(2):
                 launches.clear()
-                with mock.patch.object(torch, "empty", lambda *shape, dtype, device: y):  # where parts go
+                with mock.patch.object(torch, "empty", lambda *_, y=y, **__: y):  # where parts go
                     skinny.shrink(t, x, a, 0.5, drop)
                     skinny.tsreduce(outs[0], t, x, drop)
                     skinny.tsreduce_pair(outs, u, x, drop, t, x)
@@ -142,13 +143,17 @@ def fallbacks():
 
 def no_growth():
     """Batches of ever other lengths share what is compiled, and do not fill the memory."""
-    with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50):
+    with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50), contextlib.ExitStack() as stack:
         x, a, out = (torch.zeros(size, 64, dtype=HALF) for size in (500, 16, 500))
+        plans, plan = [], skinny._plan
+        stack.enter_context(
+            mock.patch.object(skinny, "_plan", lambda *a, **b: plans.append(plan(*a, **b)) or plans[-1])
+        )
         for tokens in range(1, 400):
             skinny.shrink(out.view(-1)[: tokens * 16].view(tokens, 16), x[:tokens], a, 1.0, None)
             launches.clear()
         assert launches.compiled <= 5
-        assert all(len(kept.compiled) <= 50 for kept in skinny._every.values())
+        assert all(len(plan.constants.compiled) <= 50 for plan in plans)
 
 
 if __name__ == "__main__":

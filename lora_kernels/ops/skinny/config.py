@@ -65,7 +65,7 @@ def shrink_configs(dtype: torch.dtype, aligned: bool, platform: str) -> tuple[Sk
 
 @functools.lru_cache(maxsize=1024)
 def shrink_config(tokens: int, dtype: torch.dtype, aligned: bool, device: torch.device) -> SkinnyConfig:
-    """The configuration of `shrink`: flat tiles where they alone give every multiprocessor one without parts of sums."""
+    """The configuration of `shrink`: flat tiles where they give every multiprocessor one, without parts of sums."""
     usual, *flat = shrink_configs(dtype, aligned, build_platform())
     number = processors(device)
     if flat and -(-tokens // usual.tokens) < 2 * number and -(-tokens // FLAT.tokens) >= number:

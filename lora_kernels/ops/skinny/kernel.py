@@ -4,10 +4,11 @@
     out[c, j] = factor * sum_k  t[k, c] * m[k, j] z[k, j]           reduce_kernel
     y[k, j]   = base[k, j] + factor * m[k, j] sum_c t[k, c] b[c, j]   expand_kernel
 
-All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where it
-is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few tiles its
-sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums over tokens
-are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit operands.
+All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where
+it is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few
+tiles its sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums
+over tokens are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit
+operands.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
-from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
@@ -356,22 +357,14 @@ def _plan(
         grid = blocks, wide, splits
     else:
         grid, width = (-(-sizes[0] // config.columns), tall_for(tokens, config), 1), step_for(rank, dtype)
-    constants = Constants(
+    constants = constants_of(
         config.warps, config.stages, TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, **flags,
         HAS_DROPOUT=drops, PRECISION=precision(dtype, build_platform()), UPCAST=INTERPRETED,
     )  # fmt: skip
-    return _Plan(grid, chunk, _kept(constants))
+    return _Plan(grid, chunk, constants)
 
 
-_every: dict[tuple[Any, ...], Constants] = {}
-
-
-def _kept(constants: Constants) -> Constants:
-    """The first of equal constants, so that plans share what was compiled."""
-    return _every.setdefault(tuple(constants.arguments.items()), constants)
-
-
-_SUM, _SUM_PAIR = Constants(PART=_PART, PAIR=False), Constants(PART=_PART, PAIR=True)
+_SUM, _SUM_PAIR = constants_of(PART=_PART, PAIR=False), constants_of(PART=_PART, PAIR=True)
 
 
 def _sum_parts(partial: torch.Tensor, out: torch.Tensor, second: torch.Tensor | None = None) -> None:
@@ -525,7 +518,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
-        where = {"platform": platform, "aligned": aligned}
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         of = functools.partial(config_for, dtype=dtype, aligned=aligned, platform=platform)
         factors = ("", "fp32") if x != "fp32" else ("",)
         for rank, drop in itertools.product((16, 32, 64), flags):
@@ -543,8 +536,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
                 for add, bias in forms:
                     form = label + " add" * add + " bias" * bias
-                    both = {**given, "ADD": add, "HAS_BIAS": bias}
-                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, of("expand"), factor, **where)
+                    both, config = {**given, "ADD": add, "HAS_BIAS": bias}, of("expand")
+                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, config, factor, **where)
         for pair in flags:
             types = {"out_ptr": f"*{x}", "second_ptr": f"*{x}", "second_size": "i32"}
             label = x + " pair" * pair
