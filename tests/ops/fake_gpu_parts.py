@@ -4,15 +4,18 @@ import contextlib
 import itertools
 from unittest import mock
 
+import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.ops import _launching
+from lora_kernels import accelerate
+from lora_kernels.ops import _backend, _launching, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
 from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
+from lora_kernels.ops.skinny import op as skinny_op
 from tests.helpers.fake_gpu import fake_gpu
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -156,6 +159,39 @@ def no_growth():
         assert all(len(plan.constants.compiled) <= 50 for plan in plans)
 
 
+def waits(*_, **__):
+    raise AssertionError("the host waits for the device: that cannot be captured in a graph")
+
+
+def capturable():
+    """A warm training step of accelerated layers, dropout included, never waits, compiles nothing, and repeats."""
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(HALF),
+        peft.LoraConfig(r=16, target_modules=["0", "1"], lora_dropout=0.1),
+    )
+    x, steps = torch.randn(32, 64, dtype=HALF), []
+    reads = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    with fake_gpu() as launches, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_backend, "triton_refuses", lambda device: None))
+        stack.enter_context(mock.patch.object(skinny_op, "triton_refuses", lambda device: None))
+        stack.enter_context(use_backend("triton"))
+        assert [layer.path for layer in accelerate(model)] == ["fused", "fused"]
+        for step in range(4):
+            launches.clear()
+            launches.compiled = 0
+            with contextlib.ExitStack() as guards:
+                for name in reads if step else ():
+                    guards.enter_context(mock.patch.object(torch.Tensor, name, waits))
+                y = model(x)
+                y.backward(torch.ones_like(y))
+            steps.append([(kernel, grid) for kernel, grid, _ in launches])
+            assert len(launches) == 2 * 5 - 1  # no gradient for x
+            if step:
+                assert launches.compiled == 0
+                assert all(type(args[0]) is int for _, _, args in launches), "a launch went through the front end"
+        assert steps[1] == steps[2] == steps[3]
+
+
 if __name__ == "__main__":
-    for part in (same_kernels_as_the_front_end, same_arguments, few_launches, fallbacks, no_growth):
+    for part in (same_kernels_as_the_front_end, same_arguments, few_launches, fallbacks, no_growth, capturable):
         part()
