@@ -339,12 +339,13 @@ def _plan(
     least: int,
     drops: bool,
     aligned: bool,
+    mixed: bool,
     **flags: bool,
 ) -> _Plan:
     """Of `shrink`, `reduce` or `expand`, over matrices of some sizes; flags in the order of the kernel's parameters."""
-    if config is None:
-        few = product == "shrink"
-        config = shrink_config(tokens, dtype, aligned, device) if few else config_for(product, dtype, aligned)
+    if config is None and product == "shrink":
+        config = shrink_config(tokens, dtype, aligned, device, mixed)
+    config = config or config_for(product, dtype, aligned)
     (width, blocks), chunk = rank_for(rank), 0
     if product == "shrink":
         tall = tall_for(tokens, config)
@@ -392,7 +393,7 @@ def shrink(
     seed, factor, threshold, stream = _drop(mask, x, scale)
     grid, steps, constants = _plan(
         "shrink", (size,), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned,
+        a.dtype != x.dtype, TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
     splits = grid[2]
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
@@ -419,7 +420,7 @@ def tsreduce(
     seed, factor, threshold, stream = _drop(mask, z)
     grid, chunk, constants = _plan(
         "reduce", (size,), tokens, rank, z.dtype, z.device, config, least, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned,
+        False, TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
     splits = grid[2]
     target = out if splits == 1 else torch.empty(splits, rank, size, dtype=torch.float32, device=z.device)
@@ -450,7 +451,7 @@ def tsreduce_pair(
     seed, factor, threshold, stream = _drop(mask, x)
     grid, chunk, constants = _plan(
         "reduce", (size, second_size), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
-        ALIGNED=aligned,
+        False, ALIGNED=aligned,
     )  # fmt: skip
     splits, (first, second) = grid[2], outs
     if splits > 1:
@@ -481,7 +482,7 @@ def expand(
     seed, factor, threshold, stream = _drop(mask, out)
     grid, _, constants = _plan(
         "expand", (size,), tokens, rank, out.dtype, out.device, config, 0, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
+        False, TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
     numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor, threshold, stream)
     launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, seed), numbers, constants)
@@ -520,7 +521,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         of = functools.partial(config_for, dtype=dtype, aligned=aligned, platform=platform)
-        factors = ("", "fp32") if x != "fp32" else ("",)
+        factors = ("", "fp32") if x != "fp32" and platform == "cuda" else ("",)
         for rank, drop in itertools.product((16, 32, 64), flags):
             for out in dict.fromkeys((x, "fp32")):
                 for transposed in (False,) if drop else flags:
@@ -529,7 +530,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, of("reduce"), **where)
             for transposed, factor in itertools.product((False,) if drop else flags, factors):
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
-                for config in shrink_configs(dtype, aligned, platform):
+                for config in shrink_configs(dtype, aligned, platform, factor != ""):
                     for out in (x,) if config == FLAT else dict.fromkeys((x, "fp32")):
                         form = label + " split" * (out != x)
                         yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, config, factor, **where)
