@@ -12,7 +12,11 @@ from lora_kernels import accelerate
 from lora_kernels.ops import _backend, _launching, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops.grouped_lora import kernel as grouped
+from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_linear import passes
+from lora_kernels.ops.lora_pro_adam import kernel as pro
+from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
 from lora_kernels.ops.skinny import op as skinny_op
@@ -74,6 +78,31 @@ def same_arguments():
                 assert one is other and grid == expected
                 assert not any(isinstance(arg, torch.Tensor) for arg in prepared)
                 assert [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args] == [*prepared]
+
+
+def other_kernels():
+    """The other kernels that are prepared: the second of two equal calls does not go through the front end."""
+    x, t, b, w = (torch.zeros(*shape, dtype=HALF) for shape in ((64, 64), (64, 16), (16, 64), (64, 64)))
+    factor, sums, offsets = b.view(1, 16, 64), torch.zeros(1, 16, 64), torch.zeros(2, dtype=torch.int64)
+    moments = torch.zeros(64, 64), torch.zeros(64, 64)
+    left, right = torch.zeros(64, 16), torch.zeros(16, 64)
+    adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0)
+    calls = (
+        lambda: linear.linear(torch.zeros_like(x), x, w, t, b),
+        lambda: grouped.shrink(t, x, offsets, factor, 1, None),
+        lambda: grouped.reduce(sums, t, x, offsets, None),
+        lambda: grouped.expand(x, t, offsets, factor, x, None),
+        lambda: pro.lora_pro_adam(moments, (right, left, right, left), adam, None, right.clone(), left.clone()),
+    )
+    with fake_gpu() as launches, mock.patch.object(linear, "capability_of", lambda device: (9, 0)):
+        for call in calls:
+            launches.clear()
+            call()
+            first = [kernel for kernel, _, _ in launches]
+            launches.clear()
+            call()
+            assert [kernel for kernel, _, _ in launches] == first
+            assert all(type(args[0]) is int for _, _, args in launches), launches.names()
 
 
 class Kernels(TorchDispatchMode):
@@ -193,5 +222,6 @@ def capturable():
 
 
 if __name__ == "__main__":
-    for part in (same_kernels_as_the_front_end, same_arguments, few_launches, fallbacks, no_growth, capturable):
+    parts = (same_kernels_as_the_front_end, same_arguments, other_kernels, few_launches)
+    for part in (*parts, fallbacks, no_growth, capturable):
         part()

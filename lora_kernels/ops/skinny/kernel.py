@@ -315,7 +315,7 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
     # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
     if mask is None:
-        return stand_in, scale, 0, 0
+        return stand_in, float(scale), 0, 0
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
 
 
