@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.part import Run, relative_error
 from benchmarks.rates import Floor
 from lora_kernels import ops
+from lora_kernels.ops._tiles import capability_of
 from lora_kernels.ops.skinny import reference
 
 TOKENS = 8192
@@ -69,6 +70,11 @@ def _covariance(run: Run, tokens: int, n: int) -> dict[str, Any]:
         "torch_float32": torch_float32,
         **_library(out, x.mT, x),
     }
+    if run.device.type == "cuda":
+        from lora_kernels.ops.covariance import kernel  # noqa: PLC0415
+
+        config = kernel.config_for(n, x.dtype, capability=capability_of(x.device))
+        calls["triton"] = lambda: kernel.covariance(out, x, None, None, None, config)
     truth = (x.double().mT @ x.double()).tril_()
     errors = {name: relative_error(_after(call, out)[0].tril_(), truth) for name, call in calls.items()}
     del truth
@@ -98,6 +104,16 @@ def _gradient(run: Run, tokens: int, m: int, n: int) -> dict[str, Any]:
     library = _library(gradient, g.mT, x).get("library")
     if library is not None:
         calls["library"] = lambda: (library(), fisher.add_(g.float().square().sum(0)))
+    if run.device.type == "cuda":
+        from lora_kernels.ops.gradient_statistics import kernel  # noqa: PLC0415
+
+        config = kernel.config_for(m, n, x.dtype, weighted=False, capability=capability_of(x.device))
+
+        def by_triton() -> None:
+            kernel.gradient_statistics(gradient, g, x, None, None, config)
+            ops.gradient_statistics_(None, fisher, g)
+
+        calls["triton"] = by_triton
     truth = g.double().mT @ x.double(), g.double().square().sum(0)
     errors = {}
     for name, call in calls.items():

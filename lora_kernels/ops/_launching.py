@@ -25,15 +25,21 @@ _ONES = (1, 1)
 
 
 class Constants:
-    """The compile-time arguments of one kernel, and what was compiled for them. Make one per choice, and keep it."""
+    """Compile-time arguments, and what was compiled for them; see `constants_of`."""
 
     __slots__ = ("arguments", "compiled", "tail")
 
-    def __init__(self, warps: int = 4, stages: int = 3, **values: Any) -> None:
+    def __init__(self, warps: int, stages: int, **values: Any) -> None:
         """Values are in the order of the kernel's parameters, which end in them."""
         self.arguments = {**values, "num_warps": warps, "num_stages": stages}
         self.tail = tuple(values.values())
         self.compiled: dict[tuple[Any, ...], Any] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def constants_of(warps: int = 4, stages: int = 3, **values: Any) -> Constants:
+    """The `Constants` of these values, the same at every call."""
+    return Constants(warps, stages, **values)
 
 
 @functools.cache
@@ -58,7 +64,7 @@ def launch(
         addresses.append(address)
         dtypes.append(tensor.dtype)
     device, aligned = tensors[0].get_device(), bits % 16 == 0
-    key = (device, numbers, *dtypes)
+    key = (id(kernel), device, numbers, *dtypes)
     compiled = constants.compiled.get(key) if aligned else None
     if compiled is not None:
         stream = driver.active.get_current_stream(device)

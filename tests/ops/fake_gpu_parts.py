@@ -1,17 +1,25 @@
 """What `test_launching.py` runs in processes where Triton compiles for a driver that launches nothing."""
 
+import contextlib
 import itertools
 from unittest import mock
 
+import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.ops import _launching
+from lora_kernels import accelerate
+from lora_kernels.ops import _backend, _launching, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops.grouped_lora import kernel as grouped
+from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_linear import passes
+from lora_kernels.ops.lora_pro_adam import kernel as pro
+from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
+from lora_kernels.ops.skinny import op as skinny_op
 from tests.helpers.fake_gpu import fake_gpu
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -59,7 +67,7 @@ def same_arguments():
             runs = []
             for _ in range(2):
                 launches.clear()
-                with mock.patch.object(torch, "empty", lambda *shape, dtype, device: y):  # where parts go
+                with mock.patch.object(torch, "empty", lambda *_, y=y, **__: y):  # where parts go
                     skinny.shrink(t, x, a, 0.5, drop)
                     skinny.tsreduce(outs[0], t, x, drop)
                     skinny.tsreduce_pair(outs, u, x, drop, t, x)
@@ -70,6 +78,31 @@ def same_arguments():
                 assert one is other and grid == expected
                 assert not any(isinstance(arg, torch.Tensor) for arg in prepared)
                 assert [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args] == [*prepared]
+
+
+def other_kernels():
+    """The other kernels that are prepared: the second of two equal calls does not go through the front end."""
+    x, t, b, w = (torch.zeros(*shape, dtype=HALF) for shape in ((64, 64), (64, 16), (16, 64), (64, 64)))
+    factor, sums, offsets = b.view(1, 16, 64), torch.zeros(1, 16, 64), torch.zeros(2, dtype=torch.int64)
+    moments = torch.zeros(64, 64), torch.zeros(64, 64)
+    left, right = torch.zeros(64, 16), torch.zeros(16, 64)
+    adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0)
+    calls = (
+        lambda: linear.linear(torch.zeros_like(x), x, w, t, b),
+        lambda: grouped.shrink(t, x, offsets, factor, 1, None),
+        lambda: grouped.reduce(sums, t, x, offsets, None),
+        lambda: grouped.expand(x, t, offsets, factor, x, None),
+        lambda: pro.lora_pro_adam(moments, (right, left, right, left), adam, None, right.clone(), left.clone()),
+    )
+    with fake_gpu() as launches, mock.patch.object(linear, "capability_of", lambda device: (9, 0)):
+        for call in calls:
+            launches.clear()
+            call()
+            first = [kernel for kernel, _, _ in launches]
+            launches.clear()
+            call()
+            assert [kernel for kernel, _, _ in launches] == first
+            assert all(type(args[0]) is int for _, _, args in launches), launches.names()
 
 
 class Kernels(TorchDispatchMode):
@@ -142,15 +175,53 @@ def fallbacks():
 
 def no_growth():
     """Batches of ever other lengths share what is compiled, and do not fill the memory."""
-    with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50):
+    with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50), contextlib.ExitStack() as stack:
         x, a, out = (torch.zeros(size, 64, dtype=HALF) for size in (500, 16, 500))
+        plans, plan = [], skinny._plan
+        stack.enter_context(
+            mock.patch.object(skinny, "_plan", lambda *a, **b: plans.append(plan(*a, **b)) or plans[-1])
+        )
         for tokens in range(1, 400):
             skinny.shrink(out.view(-1)[: tokens * 16].view(tokens, 16), x[:tokens], a, 1.0, None)
             launches.clear()
         assert launches.compiled <= 5
-        assert all(len(kept.compiled) <= 50 for kept in skinny._every.values())
+        assert all(len(plan.constants.compiled) <= 50 for plan in plans)
+
+
+def waits(*_, **__):
+    raise AssertionError("the host waits for the device: that cannot be captured in a graph")
+
+
+def capturable():
+    """A warm training step of accelerated layers, dropout included, never waits, compiles nothing, and repeats."""
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(HALF),
+        peft.LoraConfig(r=16, target_modules=["0", "1"], lora_dropout=0.1),
+    )
+    x, steps = torch.randn(32, 64, dtype=HALF), []
+    reads = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    with fake_gpu() as launches, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_backend, "triton_refuses", lambda device: None))
+        stack.enter_context(mock.patch.object(skinny_op, "triton_refuses", lambda device: None))
+        stack.enter_context(use_backend("triton"))
+        assert [layer.path for layer in accelerate(model)] == ["fused", "fused"]
+        for step in range(4):
+            launches.clear()
+            launches.compiled = 0
+            with contextlib.ExitStack() as guards:
+                for name in reads if step else ():
+                    guards.enter_context(mock.patch.object(torch.Tensor, name, waits))
+                y = model(x)
+                y.backward(torch.ones_like(y))
+            steps.append([(kernel, grid) for kernel, grid, _ in launches])
+            assert len(launches) == 2 * 5 - 1  # no gradient for x
+            if step:
+                assert launches.compiled == 0
+                assert all(type(args[0]) is int for _, _, args in launches), "a launch went through the front end"
+        assert steps[1] == steps[2] == steps[3]
 
 
 if __name__ == "__main__":
-    for part in (same_kernels_as_the_front_end, same_arguments, few_launches, fallbacks, no_growth):
+    parts = (same_kernels_as_the_front_end, same_arguments, other_kernels, few_launches)
+    for part in (*parts, fallbacks, no_growth, capturable):
         part()

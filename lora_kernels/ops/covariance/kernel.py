@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import single
 from lora_kernels.ops._tiles import (
@@ -47,6 +48,8 @@ AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
 AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 
 _SQUARE_FROM, _HOPPER_SQUARE_FROM, _WIDE_FROM = 1024, 3072, 8192
+# Features from which the library's product by blocks of rows is expected to win (a model; `benchmarks.gpu` times both).
+_LIBRARY_FROM, _LIBRARY_ROWS = 4096, 1024
 
 
 def config_for(
@@ -122,24 +125,15 @@ def syrk_kernel(
     finish_tile(out_ptr, partial_ptr, packed, acc, size, size, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, True)
 
 
-def covariance(
+def _by_tiles(
     out: torch.Tensor,
     x: torch.Tensor,
     index: torch.Tensor | None,
     weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    config: TileConfig | None = None,
-    least_chunk: int = 1024,
+    config: TileConfig | None,
+    least_chunk: int,
 ) -> None:
-    """Launch the kernels; `out` and x have unit column stride, `weight` is real.
-
-    A split has at least `least_chunk` tokens.
-    """
-    features = x.shape[1]
-    tokens = x.shape[0] if index is None else index.shape[0]
-    if tokens == 0 or features == 0:
-        return
-    weight = single(weight)
+    features, tokens = x.shape[1], x.shape[0] if index is None else index.shape[0]
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
     tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
     splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
@@ -170,6 +164,33 @@ def covariance(
     )
     if splits > 1:
         add_tiles(out, partial, tiles, splits, config, lower=True)
+
+
+def covariance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    column_sum: torch.Tensor | None,
+    config: TileConfig | None = None,
+    least_chunk: int = 1024,
+) -> None:
+    """Launch the kernels; `out` and x have unit column stride, `weight` is real.
+
+    A split has at least `least_chunk` tokens. Large sums of all rows are the library's, unless a `config` is given.
+    """
+    features = x.shape[1]
+    tokens = x.shape[0] if index is None else index.shape[0]
+    if tokens == 0 or features == 0:
+        return
+    weight = single(weight)
+    plain = config is None and index is None and weight is None
+    if plain and features >= _LIBRARY_FROM and adds(x.device, x.dtype):
+        for low in range(0, features, _LIBRARY_ROWS):
+            high = min(low + _LIBRARY_ROWS, features)
+            add_product(out[low:high, :high], x[:, low:high].mT, x[:, :high])
+    else:
+        _by_tiles(out, x, index, weight, config, least_chunk)
     if column_sum is not None:
         column_sums(column_sum, x, index, weight)
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import selection, single
 from lora_kernels.ops._tiles import (
@@ -51,6 +52,8 @@ AMD_RAGGED_SINGLE = TileConfig(64, 64, 16, 4, 2)
 # The side and the number of elements from which a matrix has enough tiles of a size.
 _SQUARE_FROM = (512, 1 << 20)
 _WIDE_FROM = (1024, 1 << 23)
+# Elements from which the library's product is expected to win (a model; `benchmarks.gpu` times both).
+_LIBRARY_FROM = 1 << 24
 _SCALE_ROWS, _SCALE_COLUMNS, _SCALE_STEPS = 8, 512, 16
 
 
@@ -206,7 +209,8 @@ def gradient_statistics(
 ) -> None:
     """Launch the kernels of the weight gradient; all matrices have unit column stride.
 
-    If the dtypes of g and x differ, a float32 copy is made of both. A split has at least `least_chunk` tokens.
+    If the dtypes of g and x differ, a float32 copy is made of both. A split has at least `least_chunk` tokens. Large
+    sums of all rows are the library's, unless a `config` is given.
     """
     height, width = gradient.shape
     tokens = x.shape[0] if index is None else index.shape[0]
@@ -214,6 +218,10 @@ def gradient_statistics(
         return
     if g.dtype != x.dtype:
         g, x = g.to(torch.float32), x.to(torch.float32)
+    plain = config is None and index is None and weight is None
+    if plain and height * width >= _LIBRARY_FROM and adds(x.device, x.dtype):
+        add_product(gradient, g.mT, x)
+        return
     scale = None
     if weight is not None and _needs_scale(x.dtype):
         weight, scale = _fractions(weight)

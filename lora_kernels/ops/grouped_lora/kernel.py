@@ -18,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
-from lora_kernels.ops._tl import dot, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
 from lora_kernels.ops.skinny.kernel import factor_offsets, known
 
@@ -256,16 +256,16 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
     # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
     if mask is None:
-        return stand_in, scale, 0, 0
+        return stand_in, float(scale), 0, 0
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
 
 
-def _launch(config: SkinnyConfig, dtype: torch.dtype, aligned: bool, mask: Mask | None) -> dict[str, Any]:
-    return {
-        "TOKENS": config.tokens, "COLUMNS": config.columns, "ALIGNED": aligned, "HAS_DROPOUT": mask is not None,
-        "PRECISION": precision(dtype, build_platform()), "UPCAST": interpreting(),
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
+def _constants(config: SkinnyConfig, dtype: torch.dtype, mask: Mask | None, **values: Any) -> Constants:
+    # `values` are between the sizes of tiles and `HAS_DROPOUT`.
+    return constants_of(
+        config.warps, config.stages, TOKENS=config.tokens, COLUMNS=config.columns, **values,
+        HAS_DROPOUT=mask is not None, PRECISION=precision(dtype, build_platform()), UPCAST=INTERPRETED,
+    )  # fmt: skip
 
 
 def shrink(
@@ -284,9 +284,10 @@ def shrink(
     factor, transposed = _oriented(factor, mask)
     seed, scale, threshold, stream = _drop(mask, x, scale)
     width, blocks = rank_for(rank)
-    grouped_shrink_kernel[(blocks, slots_for(rows, experts, config))](
-        out, x, factor, offsets, seed, size, rows, experts, rank, x.stride(0), scale, threshold, stream,
-        RANK=width, LANES=_LANES, TRANSPOSED=transposed, **_launch(config, x.dtype, aligned, mask),
+    launch(
+        grouped_shrink_kernel, (blocks, slots_for(rows, experts, config), 1), (out, x, factor, offsets, seed),
+        (size, rows, experts, rank, x.stride(0), scale, threshold, stream),
+        _constants(config, x.dtype, mask, RANK=width, LANES=_LANES, TRANSPOSED=transposed, ALIGNED=aligned),
     )  # fmt: skip
 
 
@@ -304,9 +305,10 @@ def reduce(
     config = config or product_config("reduce", rank, z.dtype, aligned)
     seed, scale, threshold, stream = _drop(mask, z)
     width, blocks = rank_for(rank)
-    grouped_reduce_kernel[(blocks, -(-size // config.columns), experts)](
-        out, z, t, offsets, seed, size, rows, experts, rank, z.stride(0), t.stride(0), scale, threshold, stream,
-        RANK=width, TRANSPOSED=not out.is_contiguous(), **_launch(config, z.dtype, aligned, mask),
+    launch(
+        grouped_reduce_kernel, (blocks, -(-size // config.columns), experts), (out, z, t, offsets, seed),
+        (size, rows, experts, rank, z.stride(0), t.stride(0), scale, threshold, stream),
+        _constants(config, z.dtype, mask, RANK=width, TRANSPOSED=not out.is_contiguous(), ALIGNED=aligned),
     )  # fmt: skip
 
 
@@ -326,11 +328,14 @@ def expand(
     config = config or product_config("expand", rank, out.dtype, aligned)
     factor, transposed = _oriented(factor, mask)
     seed, scale, threshold, stream = _drop(mask, out)
-    grouped_expand_kernel[(-(-size // config.columns), slots_for(rows, experts, config))](
-        out, source, t, factor, offsets, seed, size, rows, experts, rank,
-        out.stride(0), source.stride(0), t.stride(0), scale, threshold, stream,
-        RANK=step_for(rank, out.dtype), LANES=_LANES, TRANSPOSED=transposed, ADD=base is not None,
-        **_launch(config, out.dtype, aligned, mask),
+    launch(
+        grouped_expand_kernel, (-(-size // config.columns), slots_for(rows, experts, config), 1),
+        (out, source, t, factor, offsets, seed),
+        (size, rows, experts, rank, out.stride(0), source.stride(0), t.stride(0), scale, threshold, stream),
+        _constants(
+            config, out.dtype, mask, RANK=step_for(rank, out.dtype), LANES=_LANES, TRANSPOSED=transposed,
+            ALIGNED=aligned, ADD=base is not None,
+        ),
     )  # fmt: skip
 
 

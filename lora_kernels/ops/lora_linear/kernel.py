@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
 from lora_kernels.ops._dropout import Mask
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, aot_configs
 from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
-from lora_kernels.ops._tl import dot, halves, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
@@ -217,16 +217,18 @@ def linear(
     if mask is not None:
         seed, factor = mask.on(out.device).seed, mask.factor
         threshold, stream = mask.threshold, signed32(mask.stream)
-    linear_kernel[(-(-tokens // config.tokens) * -(-size // config.columns),)](
-        out, x, right, out if bias is None else bias, t, b, seed,
-        size, inner, tokens, t.shape[1],
-        out.stride(0), x.stride(0), right.stride(1 if right_transposed else 0), t.stride(0),
-        factor, threshold, stream,
+    constants = constants_of(
+        config.warps, config.stages,
         TOKENS=config.tokens, COLUMNS=config.columns, STEP=config.step, RANK=config.rank, GROUP=_GROUP,
         RIGHT_TRANSPOSED=right_transposed, TRANSPOSED=transposed, HAS_BIAS=bias is not None,
         HAS_DROPOUT=mask is not None, QUARTERS=config.quarters(mask is not None),
-        PRECISION=precision(out.dtype, build_platform()), UPCAST=interpreting(),
-        num_warps=config.warps, num_stages=config.stages,
+        PRECISION=precision(out.dtype, build_platform()), UPCAST=INTERPRETED,
+    )  # fmt: skip
+    strides = out.stride(0), x.stride(0), right.stride(1 if right_transposed else 0), t.stride(0)
+    launch(
+        linear_kernel, (-(-tokens // config.tokens) * -(-size // config.columns), 1, 1),
+        (out, x, right, out if bias is None else bias, t, b, seed),
+        (size, inner, tokens, t.shape[1], *strides, factor, threshold, stream), constants,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._dropout import Mask, mask_of
+from lora_kernels.ops._tiles import build_platform
 from lora_kernels.ops.lora_linear import forms
 from lora_kernels.ops.skinny import _launch
 from lora_kernels.ops.skinny._launch import cast
@@ -194,8 +195,8 @@ def backward(
 
 
 def _casts_itself(backend: str, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the kernels round factors where they load them, which saves two launches per pass."""
-    return backend == "triton" and a.dtype == b.dtype == _FLOAT
+    """Whether the kernels round factors where they load them, which saves two launches per pass; AMD's would spill."""
+    return backend == "triton" and a.dtype == b.dtype == _FLOAT and build_platform() == "cuda"
 
 
 def _combine(

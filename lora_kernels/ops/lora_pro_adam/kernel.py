@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import aot_case
 from lora_kernels.ops._tiles import build_platform, is_aligned, processors, signed32
-from lora_kernels.ops._tl import dot, half_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import (
     RANKS,
     ProConfig,
@@ -163,9 +163,8 @@ def sum_slabs_kernel(
 
 
 def _sum_slabs(out: torch.Tensor, slabs: torch.Tensor) -> None:
-    sum_slabs_kernel[(-(-out.numel() // _PART),)](
-        out, slabs, out.numel(), out.shape[1], slabs.shape[0], slabs.shape[2], slabs[0].numel(), PART=_PART
-    )
+    numbers = out.numel(), out.shape[1], slabs.shape[0], slabs.shape[2], slabs[0].numel()
+    launch(sum_slabs_kernel, (-(-out.numel() // _PART), 1, 1), (out, slabs), numbers, constants_of(PART=_PART))
 
 
 def _joined(left: tuple[torch.Tensor, ...], height: int, right: tuple[torch.Tensor, ...], width: int, rank: int) -> Any:
@@ -208,16 +207,22 @@ def lora_pro_adam(
     ha_slabs = bt_h.new_empty(grid[0], tall * config.rows, rank)
     # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
     states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
-    adam_kernel[grid](
-        *states, left, right, bt_slabs, ha_slabs,
-        # A pointer that a flag switches off must still be one.
-        left if seed is None else seed.to(left.device),
-        rows, columns, blocks, steps, moments[0].stride(0), moments[1].stride(0),
-        numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
-        numbers.avg_factor, numbers.root_factor, numbers.eps, signed32(numbers.step), signed32(numbers.row_offset),
+    constants = constants_of(
+        config.warps, config.stages,
         ROWS=config.rows, COLUMNS=config.columns, RANK=rank, STEP=min(rank, config.step), STOCHASTIC=stochastic,
-        PRECISION=precision_for(build_platform()), UPCAST=interpreting(),
-        num_warps=config.warps, num_stages=config.stages,
+        PRECISION=precision_for(build_platform()), UPCAST=INTERPRETED,
+    )  # fmt: skip
+    reals = (
+        numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
+        numbers.avg_factor, numbers.root_factor, numbers.eps,
+    )  # fmt: skip
+    launch(
+        adam_kernel, (*grid, 1),
+        # A pointer that a flag switches off must still be one.
+        (*states, left, right, bt_slabs, ha_slabs, left if seed is None else seed.to(left.device)),
+        (rows, columns, blocks, steps, moments[0].stride(0), moments[1].stride(0),
+         *map(float, reals), signed32(numbers.step), signed32(numbers.row_offset)),
+        constants,
     )  # fmt: skip
     _sum_slabs(bt_h, bt_slabs)
     _sum_slabs(h_at, ha_slabs)

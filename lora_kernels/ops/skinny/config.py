@@ -55,18 +55,23 @@ def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform:
 
 # Half the tokens per tile: twice the tiles, where a chip would otherwise be filled by parts of sums, one more launch.
 FLAT = SkinnyConfig(32, 64, 4, 4)
+# A float32 factor beside a 16-bit operand: with four warps it would spill registers.
+_MIXED_SHRINK = SkinnyConfig(64, 64, 8, 4)
 
 
-def shrink_configs(dtype: torch.dtype, aligned: bool, platform: str) -> tuple[SkinnyConfig, ...]:
-    """The configurations of `shrink`, of many tokens and of fewer."""
-    usual = config_for("shrink", dtype, aligned, platform)
-    return (usual, FLAT) if aligned and dtype != torch.float32 and platform == "cuda" else (usual,)
+def shrink_configs(dtype: torch.dtype, aligned: bool, platform: str, mixed: bool) -> tuple[SkinnyConfig, ...]:
+    """The configurations of `shrink`, of many tokens and of fewer; `mixed` if the factor alone is float32."""
+    if not aligned or dtype == torch.float32 or platform != "cuda":
+        return (config_for("shrink", dtype, aligned, platform),)
+    return _MIXED_SHRINK if mixed else config_for("shrink", dtype, aligned, platform), FLAT
 
 
 @functools.lru_cache(maxsize=1024)
-def shrink_config(tokens: int, dtype: torch.dtype, aligned: bool, device: torch.device) -> SkinnyConfig:
-    """The configuration of `shrink`: flat tiles where they alone give every multiprocessor one without parts of sums."""
-    usual, *flat = shrink_configs(dtype, aligned, build_platform())
+def shrink_config(
+    tokens: int, dtype: torch.dtype, aligned: bool, device: torch.device, mixed: bool = False
+) -> SkinnyConfig:
+    """The configuration of `shrink`: flat tiles where they give every multiprocessor one, without parts of sums."""
+    usual, *flat = shrink_configs(dtype, aligned, build_platform(), mixed)
     number = processors(device)
     if flat and -(-tokens // usual.tokens) < 2 * number and -(-tokens // FLAT.tokens) >= number:
         return FLAT

@@ -4,10 +4,11 @@
     out[c, j] = factor * sum_k  t[k, c] * m[k, j] z[k, j]           reduce_kernel
     y[k, j]   = base[k, j] + factor * m[k, j] sum_c t[k, c] b[c, j]   expand_kernel
 
-All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where it
-is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few tiles its
-sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums over tokens
-are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit operands.
+All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where
+it is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few
+tiles its sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums
+over tokens are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit
+operands.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
-from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
@@ -314,7 +315,7 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
 def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
     # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
     if mask is None:
-        return stand_in, scale, 0, 0
+        return stand_in, float(scale), 0, 0
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
 
 
@@ -338,12 +339,13 @@ def _plan(
     least: int,
     drops: bool,
     aligned: bool,
+    mixed: bool,
     **flags: bool,
 ) -> _Plan:
     """Of `shrink`, `reduce` or `expand`, over matrices of some sizes; flags in the order of the kernel's parameters."""
-    if config is None:
-        few = product == "shrink"
-        config = shrink_config(tokens, dtype, aligned, device) if few else config_for(product, dtype, aligned)
+    if config is None and product == "shrink":
+        config = shrink_config(tokens, dtype, aligned, device, mixed)
+    config = config or config_for(product, dtype, aligned)
     (width, blocks), chunk = rank_for(rank), 0
     if product == "shrink":
         tall = tall_for(tokens, config)
@@ -356,22 +358,14 @@ def _plan(
         grid = blocks, wide, splits
     else:
         grid, width = (-(-sizes[0] // config.columns), tall_for(tokens, config), 1), step_for(rank, dtype)
-    constants = Constants(
+    constants = constants_of(
         config.warps, config.stages, TOKENS=config.tokens, COLUMNS=config.columns, RANK=width, **flags,
         HAS_DROPOUT=drops, PRECISION=precision(dtype, build_platform()), UPCAST=INTERPRETED,
     )  # fmt: skip
-    return _Plan(grid, chunk, _kept(constants))
+    return _Plan(grid, chunk, constants)
 
 
-_every: dict[tuple[Any, ...], Constants] = {}
-
-
-def _kept(constants: Constants) -> Constants:
-    """The first of equal constants, so that plans share what was compiled."""
-    return _every.setdefault(tuple(constants.arguments.items()), constants)
-
-
-_SUM, _SUM_PAIR = Constants(PART=_PART, PAIR=False), Constants(PART=_PART, PAIR=True)
+_SUM, _SUM_PAIR = constants_of(PART=_PART, PAIR=False), constants_of(PART=_PART, PAIR=True)
 
 
 def _sum_parts(partial: torch.Tensor, out: torch.Tensor, second: torch.Tensor | None = None) -> None:
@@ -399,7 +393,7 @@ def shrink(
     seed, factor, threshold, stream = _drop(mask, x, scale)
     grid, steps, constants = _plan(
         "shrink", (size,), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned,
+        a.dtype != x.dtype, TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
     splits = grid[2]
     target = out if splits == 1 else torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
@@ -426,7 +420,7 @@ def tsreduce(
     seed, factor, threshold, stream = _drop(mask, z)
     grid, chunk, constants = _plan(
         "reduce", (size,), tokens, rank, z.dtype, z.device, config, least, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned,
+        False, TRANSPOSED=transposed, ALIGNED=aligned,
     )  # fmt: skip
     splits = grid[2]
     target = out if splits == 1 else torch.empty(splits, rank, size, dtype=torch.float32, device=z.device)
@@ -457,7 +451,7 @@ def tsreduce_pair(
     seed, factor, threshold, stream = _drop(mask, x)
     grid, chunk, constants = _plan(
         "reduce", (size, second_size), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
-        ALIGNED=aligned,
+        False, ALIGNED=aligned,
     )  # fmt: skip
     splits, (first, second) = grid[2], outs
     if splits > 1:
@@ -488,7 +482,7 @@ def expand(
     seed, factor, threshold, stream = _drop(mask, out)
     grid, _, constants = _plan(
         "expand", (size,), tokens, rank, out.dtype, out.device, config, 0, mask is not None, aligned,
-        TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
+        False, TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
     numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor, threshold, stream)
     launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, seed), numbers, constants)
@@ -525,9 +519,9 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
-        where = {"platform": platform, "aligned": aligned}
+        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         of = functools.partial(config_for, dtype=dtype, aligned=aligned, platform=platform)
-        factors = ("", "fp32") if x != "fp32" else ("",)
+        factors = ("", "fp32") if x != "fp32" and platform == "cuda" else ("",)
         for rank, drop in itertools.product((16, 32, 64), flags):
             for out in dict.fromkeys((x, "fp32")):
                 for transposed in (False,) if drop else flags:
@@ -536,15 +530,15 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, of("reduce"), **where)
             for transposed, factor in itertools.product((False,) if drop else flags, factors):
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
-                for config in shrink_configs(dtype, aligned, platform):
-                    for out in dict.fromkeys((x, "fp32")):
+                for config in shrink_configs(dtype, aligned, platform, factor != ""):
+                    for out in (x,) if config == FLAT else dict.fromkeys((x, "fp32")):
                         form = label + " split" * (out != x)
                         yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, config, factor, **where)
                 forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
                 for add, bias in forms:
                     form = label + " add" * add + " bias" * bias
-                    both = {**given, "ADD": add, "HAS_BIAS": bias}
-                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, of("expand"), factor, **where)
+                    both, config = {**given, "ADD": add, "HAS_BIAS": bias}, of("expand")
+                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, config, factor, **where)
         for pair in flags:
             types = {"out_ptr": f"*{x}", "second_ptr": f"*{x}", "second_size": "i32"}
             label = x + " pair" * pair
