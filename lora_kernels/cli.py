@@ -219,6 +219,7 @@ class Plan(Command):
         """Print the plan."""
         import lora_kernels as lk  # noqa: PLC0415
         from lora_kernels._checks import check_range  # noqa: PLC0415
+        from lora_kernels.adapters.experts import with_experts  # noqa: PLC0415
         from lora_kernels.api import transformers  # noqa: PLC0415
         from lora_kernels.init import METHODS  # noqa: PLC0415
         from lora_kernels.reports import console  # noqa: PLC0415
@@ -227,7 +228,7 @@ class Plan(Command):
         model = transformers.empty_model(self.config, transformers.task_for(self.config, self.task))
         bare, experts = model, transformers.expert_parameters(model)
         if experts:
-            model = transformers.with_experts(model, experts, self.rank)
+            model = with_experts(model, transformers.linear_targets(model), experts, self.rank)
         else:
             collection["targets"] = transformers.linear_targets(model)
             if others := [name for name, value in model.named_parameters() if ".experts." in name and value.dim() == 3]:

@@ -12,7 +12,6 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import read_json
 from lora_kernels.adapters.experts import PRODUCTS, TRAITS
 from lora_kernels.adapters.layers import find_lora_layers, left_out_by_peft
-from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.api.plain import linear_features
 from lora_kernels.reports import counted
@@ -148,15 +147,6 @@ def expert_parameters(model: Any) -> list[str]:
         and isinstance(value := getattr(module, parameter, None), torch.Tensor)
         and value.dim() == 3
     ]
-
-
-def with_experts(model: Any, parameters: Sequence[str], rank: int) -> Any:
-    """A PEFT model with an adapter of one rank on the linear layers and parameters of experts of a model."""
-    require_peft()
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
-
-    config = LoraConfig(r=rank, target_modules=linear_targets(model), target_parameters=list(parameters))
-    return get_peft_model(model, config)
 
 
 def of_experts(model: Any, rank: int) -> list[str]:
