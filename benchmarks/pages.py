@@ -241,9 +241,9 @@ def svd() -> Rows:
     return rows
 
 
-def demo_records() -> list[dict[str, Any]]:
-    """The record of `make demo`, if there is one."""
-    return [record_of("demo")] if (records.RESULTS / "demo.json").is_file() else []
+def demo_records(name: str = "demo") -> list[dict[str, Any]]:
+    """The record of `make demo`, if there is one; `demo_swept`: of one at the rates of a sweep."""
+    return [record_of(name)] if (records.RESULTS / f"{name}.json").is_file() else []
 
 
 def demo(record: dict[str, Any]) -> Rows:

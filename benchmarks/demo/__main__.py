@@ -29,6 +29,7 @@ from benchmarks.demo.side import Recipe, Side, prepare, timed
 from benchmarks.demo.texts import Batch, Encoder, Example, Task, read_task, word_problems
 
 CHECKED_TEXTS = 4
+UNTUNED = "PEFT's rate was not tuned, and at its best rate PEFT may end as low or lower: try --rate 3e-3 1e-3."
 PROMPT_WORDS = 12  # of a text without a question, what is continued
 
 
@@ -107,6 +108,8 @@ class _Demo:
         measures = report.rows(stock, ours, memory)
         self.console.print(report.table(measures))
         verdict = report.verdict(measures, ours.start_seconds / statistics.median(ours.step_seconds))
+        if config.rate is None:
+            verdict.append(UNTUNED)
         for line in verdict:
             self._print(line)
         curves = {f"{side.name}, rate {side.rate:g}": side.evaluations for side in (stock, ours)}

@@ -96,6 +96,7 @@ def test_ones_own_texts_at_the_suggested_rate(config, tmp_path, monkeypatch, rat
         "0.0003 (of many examples: it is flat)" if rate is None else "0.012 (suggested in 0 s; 1.0e-02 to 2.0e-02)"
     )
     assert f"accelerated layers, learning rate {expected}" in text
+    assert record["verdict"][-1].startswith("PEFT's rate was not tuned")
     ((model, batches),) = asked
     assert len(batches) == config.init_batches and isinstance(model, PeftModel)
 
