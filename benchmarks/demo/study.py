@@ -527,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--short", action="store_true", help="30 steps, one tuning seed: hours become minutes")
+    length.add_argument("--short", action="store_true", help="30 steps and one tuning seed")
     length.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the record and the figure")
     options = parser.parse_args(arguments)
