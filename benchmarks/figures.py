@@ -213,9 +213,13 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
 }
 
 
+# How a record of `benchmarks.demo.study` is drawn, by the first word of its name.
+STUDIES = {"quality": study_report.draw, "rates": study_report.draw_rates}
+
+
 def sources() -> dict[str, tuple[str, ...]]:
-    """The records of every figure, those of the quality studies among them."""
-    studies = {file.stem: (file.stem,) for file in sorted(RESULTS.glob("quality_*.json"))}
+    """The records of every figure, those of the studies among them."""
+    studies = {file.stem: (file.stem,) for kind in STUDIES for file in sorted(RESULTS.glob(f"{kind}_*.json"))}
     return {**{name: needed for name, (needed, _) in FIGURES.items()}, **studies}
 
 
@@ -243,7 +247,7 @@ def main(folder: Path = FOLDER) -> int:
             if name in FIGURES:
                 FIGURES[name][1]().savefig(file, metadata={"Date": None})
             else:
-                study_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), file)
+                STUDIES[name.split("_")[0]](json.loads((RESULTS / f"{name}.json").read_text()), file)
             # Matplotlib leaves blanks at the ends of lines.
             file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
     (folder / INDEX).write_text(json.dumps(digests(), indent=1) + "\n")

@@ -260,6 +260,11 @@ def studies() -> dict[str, dict[str, Any]]:
     return {file.stem: record_of(file.stem) for file in sorted(records.RESULTS.glob("quality_*.json"))}
 
 
+def rate_studies() -> dict[str, dict[str, Any]]:
+    """Every record of learning rates, swept and suggested."""
+    return {file.stem: record_of(file.stem) for file in sorted(records.RESULTS.glob("rates_*.json"))}
+
+
 def studies_in_short() -> Rows:
     """Each study's verdict by held-out loss after the last step."""
     rows = [["task", "better than random LoRA", "not distinguishable", "worse"]]
@@ -320,7 +325,19 @@ def _environment() -> Environment:
     )
     environment.filters |= {"table": _table, "duration": duration}
     sources = (summary, counts, eva, statistics, methods, layers, call, dora, training, language_model, lora_pro)
-    sources += (landscape, eigh, svd, demo, demo_records, studies, studies_in_short, gains, record_of, cases)
+    sources += (
+        landscape,
+        eigh,
+        svd,
+        demo,
+        demo_records,
+        studies,
+        rate_studies,
+        studies_in_short,
+        gains,
+        record_of,
+        cases,
+    )
     environment.globals |= {source.__name__: source for source in sources}
     environment.globals |= {"study": study_report}
     return environment

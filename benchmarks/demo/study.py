@@ -21,7 +21,7 @@ Protocol:
 - Arms are compared with random LoRA, paired by seed: a 95 % t interval of the mean difference.
 - `advice` sets what `lk.suggest_learning_rate` says, before training and on the batches that the start read, beside the
   sweep: the turn of the line, the suggestion, and the validation loss of a run at the suggested rate. The advice for a
-  seed sees no text of the sweep's evaluation.
+  seed sees no text of the sweep's evaluation. `--rates` stops there: rates and advice, without final runs.
 
 Every run is a function of (arm, seed, rate) alone, on one thread; `--workers` of them go on at a time. Seconds in the
 record are those of runs side by side: `--workers 1` on a quiet machine if they are to be quoted.
@@ -56,6 +56,7 @@ from benchmarks.demo.side import GRADIENT_CLIP, WARMUP_SHARE, DivergedError, Rec
 from benchmarks.demo.study_report import BASELINE
 from benchmarks.demo.texts import Batch, Encoder, Example, Task, read_task, word_problems
 from benchmarks.docstrings import MASK, docstring_task
+from lora_kernels.api.learning_rate import SHARES
 from lora_kernels.init import EVA, CorDA, LoraDA, LoraGA, LoraOne, PiSSA, TaskDirections
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
@@ -70,12 +71,10 @@ class Arm:
     rates: tuple[float, ...] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """For the record."""
+        """For the record: what a run of it depends on."""
         settings: dict[str, Any] = {"recipe": asdict(self.recipe)}
         if self.recipe.method is not None:
             settings["method"] = getattr(self.recipe.method, "name", self.recipe.method)
-        if self.rates is not None:
-            settings["rates"] = list(self.rates)
         return settings
 
 
@@ -119,7 +118,7 @@ class Protocol:
         rates: the grid of rates.
         extensions: how often a grid may grow by one value at an edge.
         tuning_seeds: of the runs that choose rates, by their mean loss.
-        seeds: of the final runs.
+        seeds: of the final runs; there are none without.
         held_out: test texts, and as many validation texts.
         general: texts of which the general loss is measured.
     """
@@ -290,16 +289,23 @@ def _work(job: Job) -> dict[str, Any]:
     return _WORKERS[0].run(job)
 
 
+# What a protocol says of which runs there are; a run does not depend on it.
+_LISTS = ("rates", "extensions", "tuning_seeds", "seeds")
+
+
 class Runs:
     """Does jobs once, in `workers` processes (1: in this one), and keeps their entries, also in a file of JSON lines.
 
     A study that was killed goes on from that file: entries of another study, and a line that was cut off, do not count.
-    `common` is what a run depends on, with all arms; a run does not depend on the other arms, which may be added later.
+    `common` is the study's, with all arms. A run depends on its own arm and on no list of what else is run, so arms,
+    rates and seeds may be added later.
     """
 
     def __init__(self, setup: Setup, workers: int, path: Path | None, common: Mapping[str, Any]) -> None:
         self.entries: dict[Job, dict[str, Any]] = {}
         self._path = path
+        protocol = {key: value for key, value in common.get("protocol", {}).items() if key not in _LISTS}
+        common = {**common, "protocol": protocol}
         self._studies = {
             arm: hashlib.sha256(json.dumps({**common, "arms": settings}, sort_keys=True).encode()).hexdigest()
             for arm, settings in common.get("arms", {}).items()
@@ -365,6 +371,13 @@ def _job(entry: Mapping[str, Any]) -> Job:
 
 
 Losses = dict[tuple[str, float], float | None]
+
+
+def _suggested(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """What today's shares suggest for a line that was measured, perhaps with others."""
+    if entry["reason"] is not None or entry["turn"] is None:
+        return {"rate": None, "low": None, "high": None}
+    return {name: entry["turn"] * share for name, share in SHARES[entry["optimizer"]]._asdict().items()}
 
 
 def _rounded(rate: float) -> float:
@@ -471,9 +484,8 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
         asked = [
             Job("advice", arm, seed, 0.0) for arm in setup.arms if arm != "lora_dash" for seed in protocol.tuning_seeds
         ]
-        advice = runs.do(asked)
-        suggested = [(entry["arm"], _rounded(entry["rate"])) for entry in advice if entry.get("rate") is not None]
-        of_arms(suggested)
+        advice = {job: {**entry, **_suggested(entry)} for job, entry in zip(asked, runs.do(asked), strict=True)}
+        of_arms([(entry["arm"], _rounded(entry["rate"])) for entry in advice.values() if entry["rate"] is not None])
         final = [Job("final", arm, seed, tuning[arm]["rate"]) for seed in protocol.seeds for arm in setup.arms]
         runs.do(final)
     order = list(setup.arms)
@@ -489,7 +501,7 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
             "this process": round(time.perf_counter() - started, 1),
             "all runs": round(sum(entry["seconds"] for entry in runs.entries.values()), 1),
         },
-        "runs": [runs.entries[job] for job in (*tuned, *asked, *final)],
+        "runs": [advice.get(job) or runs.entries[job] for job in (*tuned, *asked, *final)],
     }
     return {**record, **report.findings(record)}
 
@@ -526,6 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
+    parser.add_argument("--rates", action="store_true", help="rates and advice only: the record is rates_NAME")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="30 steps and one tuning seed")
     length.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
@@ -537,11 +550,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     arms = {name: arm for name, arm in ARMS.items() if name == BASELINE or name in options.arms}
     protocol = QUICK if options.quick else SHORT if options.short else Protocol()
+    if options.rates:
+        protocol = replace(protocol, seeds=())
     setup = Setup(options.data, options.model, protocol, arms)
     record = study(setup, options.workers, options.resume)
     data = "word_problems" if options.data is None else options.data.resolve().stem
-    file = records.save(f"quality_{options.name or data}{'_quick' if options.quick else ''}", record, options.out)
-    report.draw(record, file.with_suffix(".png"))
+    kind = "rates" if options.rates else "quality"
+    file = records.save(f"{kind}_{options.name or data}{'_quick' if options.quick else ''}", record, options.out)
+    (report.draw_rates if options.rates else report.draw)(record, file.with_suffix(".png"))
     CONSOLE.print(*report.tables(record))
     CONSOLE.print(f"record: {file}", highlight=False)
     return 0

@@ -109,7 +109,9 @@ def short_verdict(comparisons: Sequence[tuple[int, Comparison]]) -> str:
 
 
 def findings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is computed from a record's runs, for the record: `summary` and `comparisons`."""
+    """What is computed from a record's runs, for the record: `advice`; of final runs `summary` and `comparisons`."""
+    if not record["protocol"]["seeds"]:
+        return {"advice": advice(record)}
     summary = {
         arm: {
             measure: [_mean_and_spread(values(runs, measure, step)) for step in record["protocol"]["evaluate_at"]]
@@ -248,12 +250,15 @@ def chance(record: Mapping[str, Any]) -> str:
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """The tables, for a terminal."""
+    contents = [(advice_rows(record), f"learning rates, on the validation texts. {hits(record)}")]
+    if "summary" in record:
+        contents = [
+            (mean_rows(record), f"held-out; means over seeds. {before(record)}"),
+            (comparison_rows(record), f"minus random LoRA, with 95 % t intervals. {chance(record)}"),
+            *contents,
+        ]
     grids = []
-    for rows, caption in (
-        (mean_rows(record), f"held-out; means over seeds. {before(record)}"),
-        (comparison_rows(record), f"minus random LoRA, with 95 % t intervals. {chance(record)}"),
-        (advice_rows(record), f"learning rates, on the validation texts. {hits(record)}"),
-    ):
+    for rows, caption in contents:
         grid = Table(title=record["data"]["name"], caption=caption)
         for index, heading in enumerate(rows[0]):
             grid.add_column(heading, justify="left" if index == 0 else "right")
@@ -323,6 +328,38 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     handles, labels = top[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"{record['data']['name']}; {record['model']['name']}, rank {record['protocol']['rank']}")
+    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw_rates(record: Mapping[str, Any], path: Path) -> None:
+    """Draws a panel per arm: losses of the sweep by rate, the line along the first step, and the suggested range."""
+    from matplotlib.figure import Figure
+
+    by_arm = record["advice"]
+    columns = min(5, len(by_arm))
+    rows = math.ceil(len(by_arm) / columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.5 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(by_arm) :]:
+        axes.set_visible(False)
+    for axes, (arm, row) in zip(panels.flat, by_arm.items(), strict=False):
+        sweep = {float(rate): loss for rate, loss in record["tuning"][arm]["losses"].items() if loss is not None}
+        runs = [run for run in record["runs"] if run["part"] == "advice" and run["arm"] == arm]
+        start = runs[0]["line"][0][1]
+        axes.plot(*zip(*sorted(sweep.items()), strict=True), "o-", color=_COLOURS[1], label="after training")
+        points = [(rate, loss) for rate, loss in runs[0]["line"] if rate > 0 and loss <= 1.1 * start]
+        axes.plot(*zip(*points, strict=True), "s--", color=_COLOURS[2], markersize=4, label="along the first step")
+        if "rate" in row:
+            axes.axvspan(runs[0]["low"], runs[0]["high"], color=_COLOURS[3], alpha=0.15, label="range")
+            axes.axvline(row["rate"], color=_COLOURS[3], label="suggestion")
+        axes.set(title=title(arm), xscale="log", xlabel="learning rate")
+        axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("loss (nats)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(
+        f"{record['data']['name']}; {record['model']['name']}, {record['protocol']['evaluate_at'][-1]} steps"
+    )
     figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

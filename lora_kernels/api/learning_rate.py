@@ -29,22 +29,22 @@ from lora_kernels.training.lora_pro.model import find_pairs
 Tensors = list[torch.Tensor]
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """Suitable rates, as shares of the rate at which the line turns."""
 
     low: float
-    best: float
+    rate: float
     high: float
 
 
 # A first calibration, by factors of 3 (docs/learning_rate.md): AdamW's on SmolLM2-135M and GSM8K, and LoRA-Pro's beside
 # AdamW's in the sweep of benchmarks/results/quality_docstrings.json.
-_SHARES = {
-    "adamw": _Share(0.11, 0.33, 1.0),
-    "lora_pro": _Share(0.11, 0.33, 1.0),
-    "lora_pro_full": _Share(0.03, 0.1, 0.3),
+SHARES = {
+    "adamw": Share(0.11, 0.33, 1.0),
+    "lora_pro": Share(0.11, 0.33, 1.0),
+    "lora_pro_full": Share(0.03, 0.1, 0.3),
 }
-OPTIMIZERS = tuple(_SHARES)
+OPTIMIZERS = tuple(SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
 _FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
 # A line whose loss falls by a smaller share does not speak for training: that of a new head, say.
@@ -384,7 +384,7 @@ def suggest_learning_rate(
             "not speak for training (a new head, or a gradient that is mostly noise: larger or more batches help there)"
         )
     low, rate, high = (
-        (None, None, None) if reason is not None or turn is None else (turn * part for part in _SHARES[optimizer])
+        (None, None, None) if reason is not None or turn is None else (turn * part for part in SHARES[optimizer])
     )
     return LearningRateAdvice(
         optimizer=optimizer,

@@ -121,7 +121,7 @@ def test_a_quadratic_loss(alpha):
     model, batch = regression(alpha)
     advice = lk.suggest_learning_rate(model, [batch])
     assert advice.turn == pytest.approx(exact_turn(model, batch), rel=0.05)
-    share = rates._SHARES["adamw"]
+    share = rates.SHARES["adamw"]
     assert (advice.low, advice.rate, advice.high) == tuple(advice.turn * part for part in share)
     assert advice.line[0] == (0.0, pytest.approx(float(model(**batch).loss)))
     assert advice.forward_passes == len(advice.line) + 1 and advice.backward_passes == 1  # A is not trained

@@ -16,6 +16,7 @@ from benchmarks.demo.study import (
     Runs,
     Setup,
     Worker,
+    _suggested,
     general_texts,
     main,
     neighbour,
@@ -23,6 +24,7 @@ from benchmarks.demo.study import (
     study,
     tune,
 )
+from lora_kernels.api.learning_rate import SHARES, Share
 from lora_kernels.init import EVA
 
 
@@ -111,6 +113,25 @@ def test_advice_is_judged_by_the_sweep_and_by_a_run_of_its_own():
         "Of 2 arms the suggestion is within a factor of 2 of the sweep's best rate for 1,"
     )
     assert study_report.advice_rows(record)[2][-3:] == ["none", "-", "-"]
+
+
+def test_rates_alone_come_from_the_runs_of_a_study(finished, tiny_decoder, monkeypatch):
+    whole = json.loads((finished / "quality_word_problems_quick.json").read_text())
+    monkeypatch.setattr(Worker, "run", lambda self, job: pytest.fail(f"{job} is done"))
+    assert main(["--rates", *command(finished, tiny_decoder)]) == 0
+    record = json.loads((finished / "rates_word_problems_quick.json").read_text())
+    assert record["advice"] == whole["advice"] and record["tuning"] == whole["tuning"]
+    assert record["protocol"]["seeds"] == [] and "summary" not in record
+    assert {run["part"] for run in record["runs"]} == {"tune", "advice"}
+    assert len(study_report.tables(record)) == 1
+    assert (finished / "rates_word_problems_quick.png").stat().st_size > 20_000
+
+
+def test_a_line_that_was_measured_is_judged_by_todays_shares(monkeypatch):
+    entry = {"optimizer": "adamw", "turn": 4e-3, "rate": 1.0, "low": 1.0, "high": 1.0, "reason": None}
+    monkeypatch.setitem(SHARES, "adamw", Share(0.1, 0.5, 2.0))
+    assert _suggested(entry) == pytest.approx({"low": 4e-4, "rate": 2e-3, "high": 8e-3})
+    assert _suggested({**entry, "reason": "flat"}) == {"low": None, "rate": None, "high": None}
 
 
 def untimed(value):
