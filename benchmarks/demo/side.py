@@ -208,7 +208,7 @@ def prepare(
         if recipe.method is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # what it would say is in the report's advice
-                report = lk.initialize(model, batches, recipe.method, learning_rate=rate, progress=progress)
+                report = lk.initialize(model, batches, recipe.method, progress=progress)
             advice += report.advice
         if recipe.accelerate:
             lk.accelerate(model, strict=True)
