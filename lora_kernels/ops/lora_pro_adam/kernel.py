@@ -100,6 +100,7 @@ def adam_kernel(
     square_ptr += layer * square_layer
     left_ptr += layer * height * (2 * RANK)
     right_ptr += layer * width * (2 * RANK)
+    row_offset += tl.program_id(2) * row_step
     first = tl.program_id(0) * (steps * COLUMNS)
     last = tl.minimum(first + steps * COLUMNS, columns)
     top = tl.program_id(1) * blocks
@@ -127,7 +128,7 @@ def adam_kernel(
             v = load_moment(square_at, mask, STOCHASTIC) * beta2 + e * e * rest2
             if STOCHASTIC:
                 group = start // 8 + tl.arange(0, COLUMNS // 8)
-                number = row + row_offset + tl.program_id(2) * row_step
+                number = row + row_offset
                 random = half_tile(number, group, key0, key1, 0, step, ROWS, COLUMNS // 8)
                 tl.store(avg_at, round_moment(m, random), mask=mask)
                 random = half_tile(number, group, key0, key1, 1, step, ROWS, COLUMNS // 8)
