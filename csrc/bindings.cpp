@@ -1,5 +1,6 @@
 // The module lora_kernels._C. Tensors arrive as addresses; the Python side has checked shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -243,15 +244,18 @@ void lora_pro_adam(uintptr_t exp_avg, int64_t avg_stride, uintptr_t exp_avg_sq, 
                    int64_t b_stride, uintptr_t grad_b, int64_t grad_b_stride, uintptr_t bt_h, uintptr_t h_at,
                    int64_t rows, int64_t columns, int64_t rank, double scale, double beta1, double beta2, double eps,
                    double avg_factor, double root_factor, uint64_t seed, uint32_t step, int64_t row_offset,
-                   int threads) {
+                   int64_t batch, const std::array<int64_t, 6>& batch_strides, int64_t row_step, int threads) {
   check(dtype >= 0 && dtype <= 2, "dtype must be 0 (float32), 1 (float64) or 2 (bfloat16)");
   check_lora(rows + row_offset, columns, rank, threads);
   check(rows >= 0 && row_offset >= 0, "rows and row_offset must not be negative");
+  check(batch >= 0 && row_step >= 0, "batch and row_step must not be negative");
+  const auto& [avg_batch, square_batch, a_batch, grad_a_batch, b_batch, grad_b_batch] = batch_strides;
   const lk::LoraProAdam job{pointer<void>(exp_avg), pointer<void>(exp_avg_sq), dtype, avg_stride, square_stride,
                             pointer<const void>(a), pointer<const void>(grad_a), pointer<const void>(b),
                             pointer<const void>(grad_b), a_stride, grad_a_stride, b_stride, grad_b_stride,
                             pointer<void>(bt_h), pointer<void>(h_at), rows, columns, rank, scale, beta1, beta2, eps,
-                            avg_factor, root_factor, seed, step, row_offset};
+                            avg_factor, root_factor, seed, step, row_offset, batch, avg_batch, square_batch, a_batch,
+                            grad_a_batch, b_batch, grad_b_batch, row_step};
   py::gil_scoped_release release;
   lk::lora_pro_adam(job, threads);
 }

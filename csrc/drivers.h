@@ -179,6 +179,8 @@ struct LoraProAdam {
   uint64_t seed;
   uint32_t step;
   int64_t row_offset;
+  // Of many such matrices in a row, how far apart they are: elements, and rows for the random bits.
+  int64_t batch, avg_batch, square_batch, a_batch, grad_a_batch, b_batch, grad_b_batch, row_step;
 };
 void lora_pro_adam(const LoraProAdam& job, int threads);
 

@@ -62,7 +62,9 @@ struct ProJob : LoraProAdam {
   int64_t totals() const { return lanes() + round_up(kRows * rank, 16) * 16; }
   int64_t ragged() const { return totals() + round_up(kRows * rank, 16); }  // moments past the last column
   int64_t random() const { return ragged() + 2 * 8 * 48; }                  // 16 bits each
-  int64_t scratch() const { return random() + (kStochastic ? 8 * kChunk : 0); }
+  int64_t scratch() const {  // in floats
+    return (random() + (kStochastic ? 8 * kChunk : 0)) * int64_t(sizeof(T) / sizeof(float));
+  }
 
   template <class W>
   LK_HD void prepare(int64_t chunk) const {
@@ -293,6 +295,7 @@ void adam(const LoraProAdam& job, int threads) {
   const int64_t fits = std::max<int64_t>(1, (1 << 19) / (4 * job.rank * Job::kChunk * int64_t(sizeof(T))));
   all.panel = std::min(round_up(job.columns, Job::kChunk), std::min<int64_t>(fits, 4) * Job::kChunk);
   // Parts, until there is work for many threads or their sums take more than a small share of the moments' memory.
+  // Those of one matrix, whatever the batch: same bits.
   const int64_t limits[2] = {ceil_div(job.rows, 4 * Job::kRows), ceil_div(job.columns, all.panel)};
   const int64_t budget = job.rows * job.columns / 32, sizes[2] = {job.rank * job.columns, job.rows * job.rank};
   int64_t parts[2] = {1, 1};
@@ -310,26 +313,42 @@ void adam(const LoraProAdam& job, int threads) {
   }
   all.row_parts = parts[0];
   all.column_parts = parts[1];
-  const Arena memory(size_t(extra(parts)) * sizeof(T), 1);
-  T* next = static_cast<T*>(memory.part(0));
-  if (parts[0] > 1) {
-    all.bt_h_parts = next;
-    next += parts[0] * sizes[0];
-  }
-  if (parts[1] > 1) all.h_at_parts = next;
+  const Arena memory(size_t(extra(parts)) * sizeof(T), int(job.batch));
   const size_t table_bytes = Job::kStochastic ? MaskSource::table_bytes(job.columns) : 0;
-  const Arena tables(table_bytes, 2);
+  const Arena tables(table_bytes, 2);  // which depend on the column alone
   for (int moment = 0; moment < 2; ++moment) all.table[moment] = tables.part(moment);
-  run(all, Job::kStochastic ? ceil_div(job.columns, Job::kChunk) : 0, parts[0] * parts[1],
-      all.scratch() * int64_t(sizeof(T) / sizeof(float)), 4 * job.rows * job.columns * job.rank, threads);
-  if (parts[0] > 1) add_parts(static_cast<T*>(job.bt_h), all.bt_h_parts, parts[0], sizes[0]);
-  if (parts[1] > 1) add_parts(static_cast<T*>(job.h_at), all.h_at_parts, parts[1], sizes[1]);
+  Batch<Job> batch;
+  for (int64_t matrix = 0; matrix < job.batch; ++matrix) {
+    Job one = all;
+    one.exp_avg = static_cast<X*>(job.exp_avg) + matrix * job.avg_batch;
+    one.exp_avg_sq = static_cast<X*>(job.exp_avg_sq) + matrix * job.square_batch;
+    one.a = static_cast<const T*>(job.a) + matrix * job.a_batch;
+    one.grad_a = static_cast<const T*>(job.grad_a) + matrix * job.grad_a_batch;
+    one.b = static_cast<const T*>(job.b) + matrix * job.b_batch;
+    one.grad_b = static_cast<const T*>(job.grad_b) + matrix * job.grad_b_batch;
+    one.row_offset = job.row_offset + matrix * job.row_step;
+    one.bt_h = one.bt_h_parts = static_cast<T*>(job.bt_h) + matrix * sizes[0];
+    one.h_at = one.h_at_parts = static_cast<T*>(job.h_at) + matrix * sizes[1];
+    T* next = static_cast<T*>(memory.part(int(matrix)));
+    if (parts[0] > 1) {
+      one.bt_h_parts = next;
+      next += parts[0] * sizes[0];
+    }
+    if (parts[1] > 1) one.h_at_parts = next;
+    const int64_t chunks = Job::kStochastic && matrix == 0 ? ceil_div(job.columns, Job::kChunk) : 0;
+    batch.add(one, chunks, parts[0] * parts[1], 4 * job.rows * job.columns * job.rank);
+  }
+  batch.run_all(threads);
+  for (const Job& one : batch.jobs) {
+    if (parts[0] > 1) add_parts(static_cast<T*>(one.bt_h), one.bt_h_parts, parts[0], sizes[0]);
+    if (parts[1] > 1) add_parts(static_cast<T*>(one.h_at), one.h_at_parts, parts[1], sizes[1]);
+  }
 }
 
 }  // namespace
 
 void lora_pro_adam(const LoraProAdam& job, int threads) {
-  if (job.rows == 0 || job.columns == 0 || job.rank == 0) return;
+  if (job.batch == 0 || job.rows == 0 || job.columns == 0 || job.rank == 0) return;
   switch (job.dtype) {
     case 0:
       return adam<float, float>(job, threads);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -14,6 +14,7 @@ import torch
 from lora_kernels._checks import check_number, repr_short
 from lora_kernels._files import read_json
 from lora_kernels.adapters import servers
+from lora_kernels.adapters.experts import PRODUCTS, split_experts
 from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import of_pattern, scaling_of
 from lora_kernels.adapters.parts import Start
@@ -27,15 +28,27 @@ _OTHERS = {
     ".lora_magnitude_vector": "",
 }
 
+_UNKNOWN = "the files alone do not say of how many experts, or whose, these factors are: give the base model (--base)"
+Factors = tuple[torch.Tensor, torch.Tensor]
+
 
 class SavedLayer(NamedTuple):
-    """What is trained of a linear layer: A `(r, n)`, B `(m, r)`, scaling, and the A and B of a frozen start, if any."""
+    """What is trained of a linear layer or of one expert: A `(r, n)`, B `(m, r)`, scaling, and a frozen start, if any.
+
+    Of an expert, A and B may be those of the transposed weight: which, is in the model.
+    """
 
     name: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    start: tuple[torch.Tensor, torch.Tensor] | None
+    start: Factors | None
+    parameter: str | None = None  # of many experts, where the layer is one of them
+
+    @property
+    def module(self) -> str:
+        """The module whose weight or parameter this is."""
+        return self.name if self.parameter is None else self.parameter.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class AdapterFolder:
 
     path: Path  # the folder
     config: dict[str, Any]  # its adapter_config.json
-    layers: tuple[SavedLayer, ...]  # the linear layers
+    layers: tuple[SavedLayer, ...]  # the linear layers, and the experts of parameters
     unsupported: tuple[tuple[str, str], ...]  # other LoRA layers, and why
     notes: tuple[str, ...]  # facts about the whole, such as what servers need or refuse
 
@@ -103,28 +116,28 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int, file: Path) -> float:
+def _settings(config: Mapping[str, Any], name: str, folder: Path) -> tuple[int, float]:
+    """Rank and scaling that a config gives a layer."""
     short = name.removeprefix(PREFIX)
     try:
-        expected = of_pattern(config.get("rank_pattern"), short, config["r"])
+        rank = of_pattern(config.get("rank_pattern"), short, config["r"])
         alpha = of_pattern(config.get("alpha_pattern"), short, config["lora_alpha"])
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file / CONFIG} has a pattern that is no regular expression: {error}") from error
-    if expected != rank:
-        raise ValueError(f"layer {name} of {file / WEIGHTS} has rank {rank}, but {CONFIG} says {expected}")
-    return scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if rank else 0.0
+        raise ValueError(f"{folder / CONFIG} has a pattern that is no regular expression: {error}") from error
+    positive = _is_number(rank) and rank > 0
+    return rank, scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if positive else 0.0
 
 
 def _trained(
     a: torch.Tensor, b: torch.Tensor, mark: Mapping[str, Any], name: str
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+) -> tuple[torch.Tensor, torch.Tensor, Factors | None]:
     """What is trained of joined factors, and where it started."""
     rank = of_pattern(mark["rank_pattern"], name.removeprefix(PREFIX), mark["r"])
     start = (a[rank : 2 * rank], Start.sign * b[:, rank : 2 * rank]) if mark["start"] and len(a) >= 2 * rank else None
     return a[:rank], b[:, :rank], start
 
 
-def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
     """A and B by layer name, in the order of the file."""
     factors = {}
     for key, a in tensors.items():
@@ -149,6 +162,67 @@ def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tup
     return factors
 
 
+def _linear(
+    config: Mapping[str, Any],
+    mark: Mapping[str, Any] | None,
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    folder: Path,
+) -> SavedLayer:
+    """A linear layer, of factors that have the config's rank."""
+    rank, scaling = _settings(config, name, folder)
+    if rank != len(a):
+        raise ValueError(f"layer {name} of {folder / WEIGHTS} has rank {len(a)}, but {CONFIG} says {rank}")
+    a, b, start = (a, b, None) if mark is None else _trained(a, b, mark, name)
+    return SavedLayer(name, a, b, scaling, start)
+
+
+def _parameters(config: Mapping[str, Any], module: str, *, plain: bool) -> list[str]:
+    """The parameters of a module that `target_parameters` name, in the order in which transformers has them.
+
+    Names without a path, to which PEFT converts `all-linear`, are those of any module that is not a `plain` layer.
+    """
+    targets = [str(target).rpartition(".") for target in config.get("target_parameters") or ()]
+    own = {name for path, _, name in targets if path and f".{module}".endswith(f".{path}")}
+    names = own or {name for path, _, name in targets if not path and not plain}
+    return sorted(names, key=lambda name: (PRODUCTS.index(name) if name in PRODUCTS else len(PRODUCTS), name))
+
+
+def _experts(
+    config: Mapping[str, Any],
+    mark: Mapping[str, Any] | None,
+    module: str,
+    parameters: Sequence[str],
+    pairs: Sequence[Factors],
+    folder: Path,
+) -> list[SavedLayer]:
+    """The experts of a module's parameters, given their factors; none where files do not say how many there are.
+
+    A has as many rows as experts have ranks together, and the config says how many one of them has.
+    """
+    if len(parameters) != len(pairs) or (len(pairs) > 1 and not set(parameters) <= set(PRODUCTS)):
+        return []  # which factors are whose is unknown
+    # gate_up_proj is the largest; others are nested in the order that they have in their module.
+    pairs = sorted(pairs, key=lambda pair: pair[0].shape[1] + pair[1].shape[0], reverse=True)
+    layers, counts = [], set()
+    for parameter, (first, second) in zip(parameters, pairs, strict=True):
+        name = f"{module}.{parameter}"
+        rank, scaling = _settings(config, name, folder)
+        if not isinstance(rank, int) or rank < 1 or len(first) % rank:
+            return []
+        count = len(first) // rank
+        counts.add(count)
+        split = split_experts(first.unsqueeze(0), second.unsqueeze(0), count)
+        for expert, (a, b) in enumerate(zip(*split, strict=True)):
+            a, b, start = (a, b, None) if mark is None else _trained(a, b, mark, name)
+            if count == 1 and parameter not in PRODUCTS:  # a router's matrix, say
+                layers.append(SavedLayer(module, a, b, scaling, start))
+            else:
+                layers.append(SavedLayer(f"{name}.{expert}", a, b, scaling, start, name))
+    return layers if len(counts) == 1 else []
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -165,26 +239,34 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")
     config, tensors = read_config(folder), read_tensors(folder)
     factors = _factors(folder, tensors)
-    wrapped = {str(name).rpartition(".")[0] for name in config.get("target_parameters") or ()}
     mark = mark_of(config)
-    layers, unsupported = [], []
+    modules: dict[str, list[str]] = {}  # those of a module with several adapted parameters are nested
     for name in sorted(factors, key=_natural):
-        a, b = factors[name]
-        if a.dim() != 2:
-            unsupported.append((name, f"factors of {a.dim()} dimensions (a convolution): not a linear layer"))
-        elif any(name.removesuffix(".base_layer").endswith(module) for module in wrapped if module):
-            unsupported.append((name, "target_parameters: factors of several matrices in one"))
+        modules.setdefault(name.replace(".base_layer", ""), []).append(name)
+    layers: list[SavedLayer] = []
+    unsupported: list[tuple[str, str]] = []
+    for module, names in modules.items():
+        pairs = [factors[name] for name in sorted(names, key=len, reverse=True)]  # the innermost first
+        plain = len(pairs) == 1 and len(pairs[0][0]) == _settings(config, module, folder)[0]
+        parameters = _parameters(config, module, plain=plain)
+        if any(a.dim() != 2 for a, _ in pairs):
+            unsupported.append(
+                (module, f"factors of {pairs[0][0].dim()} dimensions (a convolution): not a linear layer")
+            )
+        elif parameters:
+            experts = _experts(config, mark, module, parameters, pairs, folder)
+            if not experts:
+                unsupported.append((module, f"target_parameters ({', '.join(parameters)}): {_UNKNOWN}"))
+            layers += experts
         else:
-            scaling, start = _scaling(config, name, a.shape[0], folder), None
-            if mark is not None:
-                a, b, start = _trained(a, b, mark, name)
-            layers.append(SavedLayer(name, a, b, scaling, start))
+            layers += [_linear(config, mark, name, *factors[name], folder) for name in names]
     for key in tensors:
         for part, why in _OTHERS.items():
             if part in key and why:
                 unsupported.append((key.partition(part)[0], why))
     if not layers:
-        raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B})")
+        others = "".join(f"; {name}: {why}" for name, why in unsupported[:3])
+        raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B}){others}")
     notes = []
     if config.get("use_dora"):
         notes.append("DoRA: the update is more than s B A, whose spectrum is shown")

@@ -41,6 +41,11 @@ class AdapterLayer:
         return self.view.module
 
     @property
+    def parameter(self) -> str | None:
+        """Of a single expert, the name of the parameter of all experts."""
+        return self.name.rpartition(".")[0] if isinstance(self.module, ExpertLayer) else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """`(m, n)`, outputs and inputs."""
         return self.module.out_features, self.module.in_features

@@ -315,8 +315,7 @@ def _layer(
     if intruders and spectrum.status == "ok" and unreadable is None:
         compared = _overlap(module, adapter, spectrum)
     verdict = judge(spectrum, certificate, limits)
-    parameter = None if expert is None else adapter.name.rpartition(".")[0]
-    return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), parameter, tokens)
+    return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), place.parameter, tokens)
 
 
 def _is_more(module: Any, adapter: str) -> bool:

@@ -12,6 +12,7 @@ from lora_kernels._files import write_text
 from lora_kernels.adapters.folders import AdapterFolder, read_adapter
 from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 from lora_kernels.landscape.diagnosis_page import diagnosis_page
+from lora_kernels.landscape.experts import rows
 from lora_kernels.reports import PREFIX
 
 
@@ -20,8 +21,11 @@ def inspect_folder(folder: AdapterFolder) -> Diagnosis:
     limits = Thresholds()
     adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
     spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
-    layers = tuple(LayerDiagnosis(name, spectrum, judge(spectrum, None, limits)) for name, spectrum in spectra.items())
-    verdict = overall(layer.verdict for layer in layers)
+    layers = tuple(
+        LayerDiagnosis(name, spectrum, judge(spectrum, None, limits), parameter=layer.parameter)
+        for layer, (name, spectrum) in zip(folder.layers, spectra.items(), strict=True)
+    )
+    verdict = overall(row.verdict for row in rows(layers))
     notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
     return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=notes)
 
@@ -57,7 +61,7 @@ def inspect(
     else:
         bare, tokenizer = transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
-    names = (layer.name.removeprefix(PREFIX) for layer in folder.layers)
+    names = dict.fromkeys(layer.module.removeprefix(PREFIX) for layer in folder.layers)
     strangers = [name for name in names if name not in layers]
     if strangers:
         raise ValueError(

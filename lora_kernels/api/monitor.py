@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from lora_kernels._checks import check_range
 from lora_kernels._files import append_line, parse_json
-from lora_kernels.adapters.layers import find_lora_layers
+from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers
 from lora_kernels.api.diagnosis import Factors, base_norms, find_adapters, snapshot
 from lora_kernels.landscape import Spectrum, WeightNorms, measure
 from lora_kernels.landscape.spectra import RANK_TOLERANCE
@@ -21,7 +22,7 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.reports import plain
 from lora_kernels.runtime.processes import unwrap
 
-# What a line of the file has of every layer.
+# What a line of the file has of every layer, and of the experts of a parameter together.
 LAYER_FIELDS = (
     "spectral",
     "nuclear",
@@ -34,15 +35,25 @@ LAYER_FIELDS = (
 )
 
 
-def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+def _finite(spectra: Iterable[Spectrum]) -> list[Spectrum]:
+    return [spectrum for spectrum in spectra if spectrum.status != "not_finite"]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def summarize(spectra: Mapping[str, Spectrum], parameters: Mapping[str, str] | None = None) -> dict[str, float]:
     """The numbers of all layers: means of `rank` and `entropy_rank`, the sum `nuclear`, the largest `balance`."""
     # `share` is the largest `|s B A|_2 / |W|_2`; `drift` is the root of the sum of squares. Layers that are
-    # `not_finite` are only counted; without others the numbers are NaN.
-    finite = [spectrum for spectrum in spectra.values() if spectrum.status != "not_finite"]
-    count = len(finite) or math.nan
+    # `not_finite` are only counted; without others the numbers are NaN. In means a parameter of experts, by name of the
+    # expert in `parameters`, counts as one layer.
+    finite = _finite(spectra.values())
+    rows = [row for members in _rows(spectra, parameters or {}).values() if (row := _finite(members))]
     numbers = {
-        "rank": sum(spectrum.numerical_rank for spectrum in finite) / count,
-        "entropy_rank": sum(spectrum.entropy_rank for spectrum in finite) / count,
+        "rank": _mean(_mean(spectrum.numerical_rank for spectrum in row) for row in rows),
+        "entropy_rank": _mean(_mean(spectrum.entropy_rank for spectrum in row) for row in rows),
         "nuclear": math.fsum(spectrum.nuclear for spectrum in finite) if finite else math.nan,
         "balance": max((spectrum.balance for spectrum in finite), default=math.nan),
     }
@@ -55,6 +66,33 @@ def summarize(spectra: Mapping[str, Spectrum]) -> dict[str, float]:
     return {**numbers, "not_finite": float(len(spectra) - len(finite))}
 
 
+def _rows(spectra: Mapping[str, Spectrum], parameters: Mapping[str, str]) -> dict[str, list[Spectrum]]:
+    rows: dict[str, list[Spectrum]] = {}
+    for name, spectrum in spectra.items():
+        rows.setdefault(parameters.get(name, name), []).append(spectrum)
+    return rows
+
+
+def _of_experts(spectra: Sequence[Spectrum]) -> dict[str, float | None]:
+    """What a line has of the experts of a parameter: norms of all together, the median entropy, else the largest."""
+    finite = _finite(spectra) or spectra
+    shares = [spectrum.spectral_share for spectrum in finite if spectrum.spectral_share is not None]
+    drifts = [spectrum.drift for spectrum in finite if spectrum.drift is not None]
+    return {
+        "spectral": max(spectrum.spectral for spectrum in finite),
+        "nuclear": math.fsum(spectrum.nuclear for spectrum in finite),
+        "frobenius": math.hypot(*(spectrum.frobenius for spectrum in finite)),
+        "numerical_rank": max(spectrum.numerical_rank for spectrum in finite),
+        "smallest_rank": min(spectrum.numerical_rank for spectrum in finite),
+        "entropy_rank": statistics.median(spectrum.entropy_rank for spectrum in finite),
+        "balance": max(spectrum.balance for spectrum in finite),
+        "spectral_share": max(shares, default=None),
+        "drift": math.hypot(*drifts) if drifts else None,
+        "experts": len(spectra),
+        "not_finite": len(spectra) - len(_finite(spectra)),
+    }
+
+
 class LandscapeMonitor:
     """Measures the adapters of a model every so many steps; for plain loops and for Lightning.
 
@@ -65,11 +103,13 @@ class LandscapeMonitor:
             numbers = monitor.step(model)  # a dict every 50th time, otherwise None
 
     In Lightning call it from `on_train_batch_end` and hand the numbers to `self.log_dict`. With sharded adapters (FSDP)
-    every process must call it; give the path to one of them.
+    every process must call it; give the path to one of them. Each expert of a parameter (`target_parameters`) is
+    measured; those of one parameter are one entry in the file, and one layer in the means.
 
     Attributes:
         count: steps so far.
-        latest: the last spectra, by layer name.
+        latest: the last spectra, by name of a layer or an expert.
+        unsupported: LoRA layers that are not measured, and why.
     """
 
     def __init__(
@@ -102,6 +142,7 @@ class LandscapeMonitor:
         self.path = None if path is None else Path(path).absolute()  # also after a change of directory
         self.count = 0
         self.latest: dict[str, Spectrum] = {}
+        self.unsupported: tuple[tuple[str, str], ...] = ()
         self._weights, self._drift, self._rank_tolerance = weights, drift, rank_tolerance
         self._norms: dict[str, WeightNorms | None] | None = None
         self._start: dict[str, Factors] | None = None
@@ -110,10 +151,14 @@ class LandscapeMonitor:
     def begin(self, model: nn.Module) -> None:
         """Compute what stays: norms of the base weights, and the start. Otherwise the first measurement does it."""
         model = unwrap(model)
-        layers = find_lora_layers(model, self.adapter_name, allow_merged=True)
-        self._norms = base_norms(layers) if self._weights else {}
+        self._norms = base_norms(self._layers(model)) if self._weights else {}
         self._start = snapshot(model, self.adapter_name) if self._drift else None
         self._started = time.perf_counter()
+
+    def _layers(self, model: nn.Module) -> AdapterLayers:
+        layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True, without_experts=None)
+        self.unsupported = tuple((name, why) for name, _, why in layers.unsupported)
+        return layers
 
     @without_autocast()
     def step(self, model: nn.Module, step: int | None = None) -> dict[str, float] | None:
@@ -135,13 +180,20 @@ class LandscapeMonitor:
         """Measure a PEFT model now, and write a line; returns the numbers of all layers."""
         if self._norms is None:
             self.begin(model)
-        layers = find_lora_layers(unwrap(model), self.adapter_name, allow_merged=True)
+        layers = self._layers(model)
         adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
-        numbers = summarize(self.latest)
+        parameters = {layer.name: layer.parameter for layer in layers.supported if layer.parameter is not None}
+        numbers = summarize(self.latest, parameters)
         if self.path is not None:
-            by_layer = {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in self.latest.items()}
+            experts = set(parameters.values())
+            by_layer = {
+                name: _of_experts(row) if name in experts else {key: getattr(row[0], key) for key in LAYER_FIELDS}
+                for name, row in _rows(self.latest, parameters).items()
+            }
             line = {"step": self.count, "seconds": time.perf_counter() - self._started, **numbers, "layers": by_layer}
+            if self.unsupported:
+                line["unsupported"] = dict(self.unsupported)
             append_line(self.path, json.dumps(plain(line), allow_nan=False))
         return numbers
 

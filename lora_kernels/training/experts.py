@@ -245,30 +245,65 @@ def _redirected(base: Any, call: _Call) -> Iterator[None]:
                 base.config = routed.config
 
 
+def _sums(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The sums `(tokens, n)` of `rows[places]` `(tokens, k, n)` over k, weighted, in fixed order: without atomics."""
+    if rows.device.type != "cpu":
+        picked = rows[places]
+        return (picked if weights is None else picked * weights.unsqueeze(-1)).sum(1)
+    wide = torch.promote_types(rows.dtype, torch.float32 if weights is None else weights.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    total = rows.new_zeros(places.shape[0], rows.shape[1], dtype=wide)
+    # One choice of all tokens after the other, in the same memory: fresh pages cost more than the arithmetic.
+    picked = rows.new_empty(total.shape)
+    for choice in range(places.shape[1]):
+        torch.index_select(rows, 0, places[:, choice], out=picked)
+        if weights is None:
+            total.add_(picked)
+        else:
+            total.addcmul_(picked.to(wide), weights[:, choice, None].to(wide))
+    return total
+
+
 class _Rows(torch.autograd.Function):
-    """`x[index]`, whose rows `inverse[i * count : (i + 1) * count]` are row i of x: gradients without atomics."""
+    """The rows `(tokens k, n)` of x `(tokens, n)` in the order of their experts; token i has `places[i]`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.count = count
-        return x[index]
+    def forward(ctx: Any, x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x[owners]
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        rows = g[inverse]
-        if ctx.count > 1:
-            rows = rows.view(rows.shape[0] // ctx.count, ctx.count, rows.shape[1]).sum(1)
-        return rows, None, None, None
+        return _sums(g, ctx.saved_tensors[0]).to(g.dtype), None, None
+
+
+class _Combined(torch.autograd.Function):
+    """The sums of the rows of each token, times the weights `(tokens, k)` of its experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, order: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, places, order)
+        ctx.dtype = rows.dtype
+        return _sums(rows, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        rows, weights, places, order = ctx.saved_tensors
+        spread = g.index_select(0, order // weights.shape[1])
+        need_rows, need_weights, *_ = ctx.needs_input_grad
+        of_weights = (spread * rows).sum(1)[places].to(weights.dtype) if need_weights else None
+        of_rows = (spread * weights.reshape(-1)[order].unsqueeze(-1)).to(ctx.dtype) if need_rows else None
+        return of_rows, of_weights, None, None
 
 
 def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
-    """The products y `(rows, m)` of x `(rows, n)`, sorted by expert, with the low-rank parts of the adapters."""
+    """The products y `(rows, m)` of x `(rows, n)`, sorted by expert, with the low-rank parts, added in y's memory."""
     x = x if x.dtype == y.dtype else x.to(y.dtype)
     for a, b, scaling, state in terms:
         backend = grouped.experts.choose("auto", x)
-        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend))
+        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend), in_place=True)
     return y
 
 
@@ -335,16 +370,15 @@ def _forward(
     tokens, count = top_k_index.shape
     ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     product = _product(module, call.implementation, ids, offsets)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    x = _Rows.apply(hidden_states, order // count, back, count)  # type: ignore[no-untyped-call]
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=order.device)
+    places = places.view(tokens, count)
+    x = _Rows.apply(hidden_states, order // count, places)  # type: ignore[no-untyped-call]
     name = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _with_terms(product(x, name), x, offsets, terms.get(name, ()))
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     out = _with_terms(product(inner, "down_proj"), inner, offsets, terms.get("down_proj", ()))
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    # Back in the order of tokens, where their experts are summed up: in fixed order, unlike `index_add_`.
-    out = _Rows.apply(out, back, order, 1)  # type: ignore[no-untyped-call]
-    return out.view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)  # type: ignore[no-any-return]
+    out = _Combined.apply(out, top_k_weights, places, order)  # type: ignore[no-untyped-call]
+    return out.to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -200,15 +200,16 @@ add(Case(ops.grouped_lora, _grouped(), _is_grouped, backends=True, triton=True))
 @st.composite
 def _lora_pro(draw):
     rows, columns, rank = draw(sizes), draw(sizes), draw(st.sampled_from(SIZES[1:]))
+    batch = draw(st.sampled_from(((), (), (1,), (3,))))
     state = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
     factor = st.sampled_from(FLOATS)
     return {
-        "exp_avg": draw(writable((rows, columns), state)),
-        "exp_avg_sq": draw(writable((rows, columns), state)).abs(),
-        "a": draw(tensors((rank, columns), draw(factor), QUIET)),
-        "b": draw(tensors((rows, rank), draw(factor), QUIET)),
-        "grad_a": draw(tensors((rank, columns), draw(factor), QUIET)),
-        "grad_b": draw(tensors((rows, rank), draw(factor), QUIET)),
+        "exp_avg": draw(writable((*batch, rows, columns), state)),
+        "exp_avg_sq": draw(writable((*batch, rows, columns), state)).abs(),
+        "a": draw(tensors((*batch, rank, columns), draw(factor), QUIET)),
+        "b": draw(tensors((*batch, rows, rank), draw(factor), QUIET)),
+        "grad_a": draw(tensors((*batch, rank, columns), draw(factor), QUIET)),
+        "grad_b": draw(tensors((*batch, rows, rank), draw(factor), QUIET)),
         "scaling": draw(scales),
         "betas": draw(st.sampled_from(((0.9, 0.999), (0.0, 0.0), (0.5, 0.99)))),
         "eps": draw(st.sampled_from((1e-8, 1e-3))),

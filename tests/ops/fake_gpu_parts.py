@@ -84,9 +84,9 @@ def other_kernels():
     """The other kernels that are prepared: the second of two equal calls does not go through the front end."""
     x, t, b, w = (torch.zeros(*shape, dtype=HALF) for shape in ((64, 64), (64, 16), (16, 64), (64, 64)))
     factor, sums, offsets = b.view(1, 16, 64), torch.zeros(1, 16, 64), torch.zeros(2, dtype=torch.int64)
-    moments = torch.zeros(64, 64), torch.zeros(64, 64)
-    left, right = torch.zeros(64, 16), torch.zeros(16, 64)
-    adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0)
+    moments = torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)
+    left, right = torch.zeros(3, 64, 16), torch.zeros(3, 16, 64)
+    adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0, row_step=64)
     calls = (
         lambda: linear.linear(torch.zeros_like(x), x, w, t, b),
         lambda: grouped.shrink(t, x, offsets, factor, 1, None),

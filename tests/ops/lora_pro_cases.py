@@ -16,6 +16,14 @@ def make(rows, columns, rank, dtype=torch.float32, state=None):
     return moments, tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
+def batch(layers, rows, columns, rank, dtype=torch.float32, state=None):
+    """The same of many layers, with the moments side by side in the rows of one matrix, as experts have them."""
+    made = [make(rows, columns, rank, dtype, state) for _ in range(layers)]
+    moments, factors = (zip(*group, strict=True) for group in zip(*made, strict=True))
+    wide = [torch.cat(part, 1).view(rows, layers, columns).transpose(0, 1) for part in moments]
+    return tuple(wide), tuple(map(torch.stack, factors))
+
+
 def whole_numbers(rows, columns, rank, state=torch.bfloat16):
     """The same, but so that float32 holds every number of a few steps with `EXACT` exactly, in any order of sums."""
     moments = torch.zeros(rows, columns, dtype=state), torch.zeros(rows, columns, dtype=state)

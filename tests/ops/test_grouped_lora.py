@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.ops import Dropout, _ext, grouped_lora, lora_delta
 from lora_kernels.ops._philox import keep_mask
-from lora_kernels.ops.grouped_lora import reference
+from lora_kernels.ops.grouped_lora import op, passes, reference
 from tests.helpers.accuracy import assert_accurate, rounding
 
 HAS_CPP = hasattr(_ext.load()[0], "grouped_lora_forward")
@@ -270,3 +270,28 @@ def test_errors_name_the_argument():
         grouped_lora(y, x.half(), offsets, a, b, scaling=1.0, backend="cpp")
     with pytest.raises(ValueError, match="offsets must begin with 0"):
         torch.ops.lora_kernels.grouped_lora(y, x, torch.tensor([0, 4, 10]), a, b, None, 1.0, 0, 0, "torch")
+
+
+def test_products_that_nobody_else_has_are_added_to_in_place():
+    """The same bits, in y's own memory; not where y is a view, or a leaf that is trained."""
+    x, offsets = torch.randn(30, 12), torch.tensor([0, 10, 10, 25])
+    a, b = torch.randn(3, 4, 12).requires_grad_(), torch.randn(3, 8, 4).requires_grad_()
+    scalars = passes.Scalars(0.5, 0, 0, op.experts.choose("auto", x))
+    weight = torch.randn(12, 8).requires_grad_()
+    gradients = []
+    for in_place in (False, True):
+        y = x @ weight
+        address = y.data_ptr()
+        out = op.run(y, x, offsets, a, b, None, None, scalars, in_place=in_place)
+        assert (out.data_ptr() == address) == in_place
+        gradients.append([out.detach(), *torch.autograd.grad(out.square().sum(), (weight, a, b))])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    for y in (torch.randn(30, 8).requires_grad_(), torch.randn(1, 30, 8)[0]):
+        before = y.detach().clone()
+        op.run(y, x, offsets, a, b, None, None, scalars, in_place=True).sum().backward()
+        assert torch.equal(y.detach(), before)
+    y = x @ weight
+    kept = y.sin()  # whose backward needs y as it was
+    op.run(y, x, offsets, a, b, None, None, scalars, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()

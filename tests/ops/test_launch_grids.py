@@ -36,10 +36,13 @@ def vector(size):
     return torch.empty(size, device="meta")
 
 
-def adam(rows, columns, rank):
-    left, right = matrix(rows, rank, FLOAT), matrix(rank, columns, FLOAT)
-    numbers = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0)
-    moments = matrix(rows, columns, FLOAT), matrix(rows, columns, FLOAT)
+def adam(rows, columns, rank, layers=1):
+    def matrices(height, width):
+        return torch.empty(layers, height, width, device="meta")
+
+    left, right = matrices(rows, rank), matrices(rank, columns)
+    numbers = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0, row_step=rows)
+    moments = matrices(rows, columns), matrices(rows, columns)
     pro.lora_pro_adam(moments, (right, left, right, left), numbers, None, right.clone(), left.clone())
 
 
@@ -94,6 +97,7 @@ CALLS = {
     ),
     "LoRA-Pro, many rows": lambda: adam(2**20, 64, 16),
     "LoRA-Pro, many columns": lambda: adam(64, 2**20, 16),
+    "LoRA-Pro, many experts": lambda: adam(64, 64, 16, 65535),
     "skinny products of many tokens": lambda: skinny_products(TOKENS, 64, 16),
     "skinny products of many features": lambda: skinny_products(64, TOKENS, 16),
     "signs, many columns": lambda: draws.random_matrix(matrix(1, LARGEST), "rademacher", 0, 0, 0),

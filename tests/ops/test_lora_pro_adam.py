@@ -9,7 +9,18 @@ from lora_kernels.ops import _ext, lora_pro_adam_, use_backend
 from lora_kernels.ops.lora_pro_adam import op, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
-from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, by_definition, check, make, trajectory, whole_numbers
+from tests.ops.lora_pro_cases import (
+    BETAS,
+    EPS,
+    EXACT,
+    SCALING,
+    batch,
+    by_definition,
+    check,
+    make,
+    trajectory,
+    whole_numbers,
+)
 
 HAS_CPP = _ext.load()[0] is not None
 BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="extension not built"))]
@@ -45,6 +56,33 @@ def test_ten_steps_are_within_twice_the_error_of_torch(rows, columns, rank, back
         copies(moments), factors, 10, lambda m, f, step: lora_pro_adam_(*m, *f, **NUMBERS, step=step, backend=backend)
     )
     check(found, truth, rows, columns, rank, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layers, rows, columns, rank", [(1, 9, 12, 2), (5, 17, 33, 3), (3, 200, 210, 16), (70, 5, 8, 1)]
+)
+def test_a_batch_is_each_of_its_layers(layers, rows, columns, rank, state, backend, poisoned_memory):
+    """In one call, on views of moments that lie side by side; each layer has random bits of its own rows."""
+    dtype = torch.promote_types(state, torch.float32)
+    moments, factors = batch(layers, rows, columns, rank, dtype, state)
+    call = {**NUMBERS, "step": 3, "seed": 5, "backend": backend}
+    for step in (20, None):
+        mine = copies(moments)
+        assert mine[0].stride() == (columns, layers * columns, 1)
+        results = lora_pro_adam_(*mine, *factors, **call, row_offset=4, row_step=step)
+        for layer in range(layers):
+            one = [moment[layer].clone() for moment in moments]
+            truth = reference.lora_pro_adam(*one, *(factor[layer] for factor in factors), **NUMBERS, step=3)
+            found = [tensor[layer] for tensor in (*mine, *results)]
+            check(found, truth, rows, columns, rank, state=state)
+            offset = 4 + layer * (step or rows)
+            alone = lora_pro_adam_(*one, *(factor[layer] for factor in factors), **call, row_offset=offset)
+            if backend == "cpp":
+                assert all(torch.equal(*pair) for pair in zip(found, (*one, *alone), strict=True))
+            elif state == torch.bfloat16:  # rounding of E may move a few numbers across a random threshold
+                assert float((found[0] == one[0]).double().mean()) > 0.99
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,7 +252,7 @@ def test_registration_is_sound():
             moments, factors = make(9, 20, 3, state=state)
             results = torch.empty(3, 20), torch.empty(9, 3)
             seed = torch.tensor([5]) if state == torch.bfloat16 else None
-            arguments = (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, seed, 0, backend)
+            arguments = (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, seed, 0, 9, backend)
             torch.library.opcheck(torch.ops.lora_kernels.lora_pro_adam_.default, arguments)
 
 
@@ -240,6 +278,9 @@ def test_gradients_do_not_flow_through(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
+    moments, factors = batch(2, 3, 5, 3)
+    none = lora_pro_adam_(*(each[:0] for each in (*moments, *factors)), scaling=1.0, step=1, backend=backend)
+    assert [tuple(each.shape) for each in none] == [(0, 3, 5), (0, 3, 3)]
     for rows, columns in ((0, 5), (5, 0)):
         moments, factors = make(rows, columns, 3)
         bt_h, h_at = lora_pro_adam_(*moments, *factors, scaling=1.0, step=1, backend=backend)
@@ -278,6 +319,10 @@ def test_errors_name_the_argument():
         (dict(**half, seed=2**64), ValueError, "seed is 18446744073709551616, but must be a 64-bit integer"),
         (dict(**half, seed=torch.zeros(1)), TypeError, "seed has dtype float32, but must be int64"),
         (dict(**half, seed=torch.zeros(2, dtype=torch.int64)), ValueError, "seed has 2 elements, but must have one"),
+        (dict(row_step=-1), ValueError, "row_step is -1, but must be >= 0"),
+        (dict(row_step=2.0), TypeError, "row_step must be an int, got float"),
+        (dict(exp_avg=m[None]), ValueError, r"exp_avg_sq has shape \(6, 8\), but must have shape \(1, 6, 8\)"),
+        (dict(exp_avg=m[None], exp_avg_sq=v[None]), ValueError, r"a has .* \(2, 8\), but must have shape \(1, \*, 8\)"),
         (dict(backend="cuda"), ValueError, "backend is 'cuda'"),
     ]  # fmt: skip
     base = {"exp_avg": m, "exp_avg_sq": v, "a": a, "b": b, "grad_a": grad_a, "grad_b": grad_b}
@@ -307,7 +352,7 @@ def test_backend_choice_is_explained(monkeypatch):
 @pytest.mark.parametrize("lane_bytes", [16, 32])
 def test_narrower_machines(lane_bytes):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "cpp and (matches and (70 or 300 or 90) or nan or shared) or parts"]
+    command += ["-k", "cpp and (matches and (70 or 300 or 90) or nan or shared or batch and 33) or parts"]
     environment = {**os.environ, "LORA_KERNELS_LANE_BYTES": str(lane_bytes)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -10,10 +10,10 @@ from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from tests.helpers.accuracy import assert_accurate, rounding
-from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, check, make, whole_numbers
+from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, batch, check, make, whole_numbers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = Adam(SCALING, *BETAS, EPS, 3, 0)
+NUMBERS = Adam(SCALING, *BETAS, EPS, 3, 0, 0)
 TINY = config.ProConfig(16, 16, 1, 1)
 
 
@@ -24,7 +24,8 @@ def to_device(*groups):
 def run(moments, factors, tiles=TINY, parts=None, numbers=NUMBERS, seed=None):
     a, b = factors[:2]
     bt_h, h_at = torch.empty(a.shape, device=DEVICE), torch.empty(b.shape, device=DEVICE)
-    kernel.lora_pro_adam(moments, factors, numbers, seed, bt_h, h_at, tiles, parts)
+    states, matrices = ([tensor.unsqueeze(0) for tensor in group] for group in (moments, factors))
+    kernel.lora_pro_adam(states, matrices, numbers, seed, bt_h[None], h_at[None], tiles, parts)
     return bt_h, h_at
 
 
@@ -34,6 +35,25 @@ def test_matches_float64(rows, columns, rank, parts, poisoned_memory):
     moments, factors = to_device(*make(rows, columns, rank))
     truth = reference.lora_pro_adam(*moments, *factors, scaling=SCALING, betas=BETAS, eps=EPS, step=3)
     check((*moments, *run(moments, factors, TINY, parts)), truth, rows, columns, rank)
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_is_each_of_its_layers(state, poisoned_memory):
+    moments, factors = batch(3, 37, 50, 4, state=state)
+    wide = [moment.transpose(0, 1).reshape(37, 150).to(DEVICE, copy=True) for moment in moments]
+    mine = [moment.view(37, 3, 50).transpose(0, 1) for moment in wide]
+    factors = to_device(factors)[0]
+    numbers, seed = Adam(SCALING, *BETAS, EPS, 3, 11, 60), torch.tensor([5]) if state == torch.bfloat16 else None
+    results = torch.empty_like(factors[0]), torch.empty_like(factors[1])
+    kernel.lora_pro_adam(mine, factors, numbers, seed, *results, TINY, (2, 2))
+    for layer in range(3):
+        one = [moment[layer].to(DEVICE) for moment in moments]
+        own = [factor[layer] for factor in factors]
+        truth = reference.lora_pro_adam(*one, *own, scaling=SCALING, betas=BETAS, eps=EPS, step=3)
+        alone = run(one, own, TINY, (2, 2), Adam(SCALING, *BETAS, EPS, 3, 11 + 60 * layer, 0), seed)
+        found = [tensor[layer] for tensor in (*mine, *results)]
+        check(found, truth, 37, 50, 4, state=state)
+        assert all(torch.equal(*pair) for pair in zip(found, (*one, *alone), strict=True))
 
 
 @pytest.mark.parametrize("rank", [3, 20, 50, 100])
@@ -197,7 +217,7 @@ def test_registration_is_sound():
     results = torch.empty(3, 18, device=DEVICE), torch.empty(20, 3, device=DEVICE)
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_pro_adam_.default,
-        (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, None, 0, "triton"),
+        (*moments, *factors, *results, 0.5, 0.9, 0.999, 1e-8, 3, None, 0, 20, "triton"),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -24,6 +24,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.adapters.experts import by_expert, chain_of
+from lora_kernels.training import experts as fused_experts
 from lora_kernels.training.experts import FusedExperts, experts_reason
 from tests.adapters.test_experts_files import IDS, MODELS, SIZES
 from tests.conftest import relative_error
@@ -633,3 +634,33 @@ def test_random_sequences_of_adapter_operations(seed):
             assert expected.keys() == found.keys()
             for part, value in expected.items():
                 assert torch.equal(value, found[part]) or relative_error(found[part], value) < 1e-4, part
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+def test_rows_of_tokens_are_taken_and_summed_up_with_their_gradients(dtypes):
+    """Against the plain formula in float64; what is summed is not rounded before."""
+    tokens, k, n = 7, 3, 10
+    kind, of_weights = dtypes
+    x = torch.randn(tokens, n).to(kind).requires_grad_()
+    weights = torch.rand(tokens, k).to(of_weights).requires_grad_()
+    order = torch.randperm(tokens * k)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel())
+    places = places.view(tokens, k)
+    rows = fused_experts._Rows.apply(x, order // k, places)
+    factors = torch.randn(tokens * k, n).to(kind)
+    out = fused_experts._Combined.apply(rows * factors, weights, places, order)
+    g = torch.randn(tokens, n).to(out.dtype)
+    found = (out, *torch.autograd.grad(out, (x, weights), g))
+    exact = [value.detach().double().requires_grad_() for value in (x, weights)]
+    rounded = (x.detach()[order // k] * factors).double()
+    products = exact[0][order // k] * factors.double()
+    products = products + (rounded - products).detach()
+    truth = (products[places] * exact[1].unsqueeze(-1)).sum(1)
+    truths = (truth, *torch.autograd.grad(truth, exact, g.double()))
+    assert [value.dtype for value in found[1:]] == [kind, of_weights]
+    for one, other in zip(found, truths, strict=True):
+        assert relative_error(one.detach(), other.detach()) < (1e-14 if kind == torch.float64 else 2e-2)
+    assert relative_error(out.detach(), truth.detach()) < (1e-14 if kind == torch.float64 else 1e-6)

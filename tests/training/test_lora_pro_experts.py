@@ -13,7 +13,9 @@ import lora_kernels as lk
 from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.api import learning_rate
+from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.training.lora_pro import optimizer
 from lora_kernels.training.lora_pro.model import find_pairs
 from tests.adapters.start_models import nudge
 from tests.conftest import relative_error
@@ -136,6 +138,37 @@ def test_one_eigendecomposition_serves_all_experts(monkeypatch):
     mixture.set_gradients(0)
     mixture.optimizer.step()
     assert calls == [(2, 12, 3, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_call_of_adam_serves_all_experts_of_a_parameter(dtype, monkeypatch):
+    """And gives what a call for each expert gives; bfloat16 moments take the random bits of the same rows."""
+    state = torch.bfloat16 if dtype == torch.bfloat16 else None
+    outcomes, shapes = [], []
+
+    def whole(m, *tensors, **numbers):
+        shapes.append(tuple(m.shape))
+        return lora_pro_adam_(m, *tensors, **numbers)
+
+    def by_expert(*tensors, row_offset, row_step, **numbers):
+        parts = [
+            lora_pro_adam_(*parts, row_offset=row_offset + expert * row_step, **numbers)
+            for expert, parts in enumerate(zip(*tensors, strict=True))
+        ]
+        return tuple(map(torch.stack, zip(*parts, strict=True)))
+
+    for adam in (whole, by_expert):
+        monkeypatch.setattr(optimizer, "lora_pro_adam_", adam)
+        torch.manual_seed(0)
+        mixture = Mixture(dtype=dtype, mode="full", state_dtype=state)
+        for step in range(3):
+            mixture.set_gradients(step)
+            mixture.optimizer.step()
+        moments = [mixture.optimizer.state[b][key] for _, b in mixture.stacks for key in ("exp_avg", "exp_avg_sq")]
+        outcomes.append([*values(mixture), *moments])
+    assert sorted(shapes) == sorted([case[:3] for case in CASES] * 3)
+    for one, other in zip(*outcomes, strict=True):
+        assert relative_error(one, other) < (1e-2 if state else 1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

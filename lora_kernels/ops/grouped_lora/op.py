@@ -95,14 +95,18 @@ class GroupedLoraFunction(torch.autograd.Function):
         seed: torch.Tensor | None,
         state: torch.Tensor | None,
         scalars: Scalars,
+        in_place: bool,
     ) -> torch.Tensor:
         """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
         base, rows = rows_of(y), rows_of(x)
         if not is_plain(y, x, offsets, a, b):
             out, t = experts.overload(with_memory(base), with_memory(rows), offsets, a, b, seed, *scalars)
         else:
+            in_place = in_place and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
             with isolated(x.device):
-                out, t = passes.forward(base, rows, offsets, a, b, seed, scalars)
+                out, t = passes.forward(y if in_place else base, rows, offsets, a, b, seed, scalars, in_place=in_place)
+            if in_place:
+                ctx.mark_dirty(y)
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[3] else None, t if needs[4] else None, offsets, a, b, seed, state)
         ctx.scalars, ctx.state = scalars, state
@@ -132,7 +136,7 @@ class GroupedLoraFunction(torch.autograd.Function):
                 dx, da, db = experts_backward.overload(*tensors, *ctx.scalars[:3], need_x, ctx.scalars.backend)
         return (
             g if need_y else None, dx if need_x else None, None, da if need_a else None, db if need_b else None,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -145,10 +149,12 @@ def run(
     seed: torch.Tensor | None,
     state: torch.Tensor | None,
     scalars: Scalars,
+    *,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """`grouped_lora` of arguments that are checked."""
-    out: torch.Tensor = GroupedLoraFunction.apply(y, x, offsets, a, b, seed, state, scalars)  # type: ignore[no-untyped-call]
-    return out
+    """`grouped_lora` of arguments that are checked; `in_place`, y is the caller's alone and may be written over."""
+    function: Any = GroupedLoraFunction.apply
+    return function(y, x, offsets, a, b, seed, state, scalars, in_place)  # type: ignore[no-any-return]
 
 
 def grouped_lora(

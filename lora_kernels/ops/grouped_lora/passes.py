@@ -48,8 +48,10 @@ def forward(
     b: torch.Tensor,
     seed: torch.Tensor | None,
     scalars: Scalars,
+    *,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum `(rows, m)`, contiguous, and t `(rows, r)`.
+    """The sum `(rows, m)`, contiguous, and t `(rows, r)`; `in_place`, in the memory of y, which is contiguous.
 
     y `(rows, m)` and x `(rows, n)` are of one dtype with contiguous rows, A `(experts, r, n)` and B `(experts, m, r)`
     of any dtype, `offsets` is `(experts + 1,)`.
@@ -58,13 +60,13 @@ def forward(
     mask, rank = mask_of(threshold, seed, stream), a.shape[1]
     if backend == "cpp":
         t = x.new_empty((x.shape[0], rank), dtype=torch.float32)
-        out = torch.clone(y, memory_format=torch.contiguous_format)
+        out = y if in_place else torch.clone(y, memory_format=torch.contiguous_format)
         kept, numbers = _cpp_layer(x.dtype, x.shape[0], offsets, a, b, scaling, mask)
         _ext.extension().grouped_lora_forward(*numbers, x.data_ptr(), x.stride(0), t.data_ptr(), out.data_ptr())
         del kept
         return out, t
     t = x.new_empty((x.shape[0], rank))
-    out = x.new_empty(y.shape)
+    out = y if in_place else x.new_empty(y.shape)
     if 0 in (x.shape[1], *b.shape):
         bounds_of(offsets, x.shape[0])
         return out.copy_(y), t.zero_()

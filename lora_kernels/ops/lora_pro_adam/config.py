@@ -49,7 +49,7 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
         return _RAGGED_BFLOAT16[rank] if stochastic else ProConfig(32, 16, 4, 2)
     warps = 8 if rank > 64 else 4
     # On AMD a second stage takes more scalar registers than there are.
-    return ProConfig(64, 16, warps, 1 if platform == "hip" and rank <= 64 else 2)
+    return ProConfig(64, 16, warps, 1 if platform == "hip" and (rank <= 64 or not aligned) else 2)
 
 
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:

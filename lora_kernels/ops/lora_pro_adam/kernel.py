@@ -5,10 +5,10 @@
     H = avg_factor M / (root_factor sqrt(V) + eps)
     s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
 
-A program walks over a block of rows, tile by tile, and over the next one. A tile of E is made, the moments are
-updated, and the tile of H is contracted at once: into H A^T in registers, and into the program's own slab of B^T H,
-which stays in the second-level cache. Slabs are added in fixed order: same input, same bits. Ranks are padded with
-zeros.
+A launch is for a batch of layers. A program walks over a block of rows, tile by tile, and over the next one. A tile of
+E is made, the moments are updated, and the tile of H is contracted at once: into H A^T in registers, and into the
+program's own slab of B^T H, which stays in the second-level cache. Slabs are added in fixed order: same input, same
+bits. Ranks are padded with zeros.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def round_moment(values, random):
     return bits.to(tl.int16)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "steps", "step", "row_offset"])
+@triton.jit(do_not_specialize=["rows", "blocks", "steps", "step", "row_offset", "row_step"])
 def adam_kernel(
-    avg_ptr,  # (rows, columns) float32, or int16: the bits of bfloat16
-    square_ptr,  # (rows, columns), likewise
-    left_ptr,  # (height, 2 * RANK) float32; the height is that of whole blocks, the width that of whole steps
-    right_ptr,  # (2 * RANK, width) float32
-    bt_ptr,  # (row parts, RANK, width) float32
-    ha_ptr,  # (column parts, height, RANK) float32
+    avg_ptr,  # (layers, rows, columns) float32, or int16: the bits of bfloat16
+    square_ptr,  # (layers, rows, columns), likewise
+    left_ptr,  # (layers, height, 2 * RANK) float32; the height is that of whole blocks, the width that of whole steps
+    right_ptr,  # (layers, 2 * RANK, width) float32
+    bt_ptr,  # (layers, row parts, RANK, width) float32
+    ha_ptr,  # (layers, column parts, height, RANK) float32
     seed_ptr,  # (1,) int64, if STOCHASTIC
     rows,
     columns,
@@ -71,6 +71,8 @@ def adam_kernel(
     steps,
     avg_stride,
     square_stride,
+    avg_layer,
+    square_layer,
     scaling,
     beta1,
     rest1,
@@ -81,6 +83,7 @@ def adam_kernel(
     eps,
     step,
     row_offset,
+    row_step,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -89,15 +92,21 @@ def adam_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The tiles of `blocks` blocks of rows and `steps` steps of columns."""
+    """The tiles of `blocks` blocks of rows and `steps` steps of columns of a layer."""
     lane = tl.arange(0, RANK)
     height, width = tl.cdiv(rows, ROWS) * ROWS, tl.cdiv(columns, COLUMNS) * COLUMNS
+    layer = tl.program_id(2).to(tl.int64)
+    avg_ptr += layer * avg_layer
+    square_ptr += layer * square_layer
+    left_ptr += layer * height * (2 * RANK)
+    right_ptr += layer * width * (2 * RANK)
+    row_offset += tl.program_id(2) * row_step
     first = tl.program_id(0) * (steps * COLUMNS)
     last = tl.minimum(first + steps * COLUMNS, columns)
     top = tl.program_id(1) * blocks
     bottom = tl.minimum(top + blocks, tl.cdiv(rows, ROWS))
-    ha_slab = ha_ptr + tl.program_id(0).to(tl.int64) * height * RANK
-    bt_slab = bt_ptr + tl.program_id(1).to(tl.int64) * (RANK * width)
+    ha_slab = ha_ptr + (layer * tl.num_programs(0) + tl.program_id(0)) * height * RANK
+    bt_slab = bt_ptr + (layer * tl.num_programs(1) + tl.program_id(1)) * (RANK * width)
     if STOCHASTIC:
         key0, key1 = load_key(seed_ptr)
     for block in range(top, bottom):
@@ -144,8 +153,8 @@ def adam_kernel(
 
 @triton.jit(do_not_specialize=["width", "slabs"])
 def sum_slabs_kernel(
-    out_ptr,  # (size / width, width) float32
-    slab_ptr,  # (slabs, slab_size): rows of slab_stride
+    out_ptr,  # (layers, size / width, width) float32
+    slab_ptr,  # (layers, slabs, slab_size): rows of slab_stride
     size,
     width,
     slabs,
@@ -153,7 +162,10 @@ def sum_slabs_kernel(
     slab_size,
     PART: tl.constexpr,
 ):
-    """Add the slabs, in order, without what pads them."""
+    """Add the slabs of a layer, in order, without what pads them."""
+    layer = tl.program_id(1).to(tl.int64)
+    out_ptr += layer * size
+    slab_ptr += layer * slabs * slab_size
     place = tl.program_id(0) * PART + tl.arange(0, PART)
     at = slab_ptr + (place // width).to(tl.int64) * slab_stride + place % width
     acc = tl.zeros((PART,), dtype=tl.float32)
@@ -163,18 +175,20 @@ def sum_slabs_kernel(
 
 
 def _sum_slabs(out: torch.Tensor, slabs: torch.Tensor) -> None:
-    numbers = out.numel(), out.shape[1], slabs.shape[0], slabs.shape[2], slabs[0].numel()
-    launch(sum_slabs_kernel, (-(-out.numel() // _PART), 1, 1), (out, slabs), numbers, constants_of(PART=_PART))
+    (layers, height, width), (_, count, rows, stride) = out.shape, slabs.shape
+    size = height * width
+    numbers = size, width, count, stride, rows * stride
+    launch(sum_slabs_kernel, (-(-size // _PART), layers, 1), (out, slabs), numbers, constants_of(PART=_PART))
 
 
 def _joined(left: tuple[torch.Tensor, ...], height: int, right: tuple[torch.Tensor, ...], width: int, rank: int) -> Any:
     # [sB | s dB] and [dA ; A], padded with zeros: no load of them needs a mask.
-    rows, columns, actual = left[0].shape[0], right[0].shape[1], right[0].shape[0]
-    tall = left[0].new_zeros(height, 2, rank, dtype=torch.float32)
-    wide = right[0].new_zeros(2, rank, width, dtype=torch.float32)
+    (layers, rows, actual), columns = left[0].shape, right[0].shape[2]
+    tall = left[0].new_zeros(layers, height, 2, rank, dtype=torch.float32)
+    wide = right[0].new_zeros(layers, 2, rank, width, dtype=torch.float32)
     for side in range(2):
-        tall[:rows, side, :actual] = left[side]
-        wide[side, :actual, :columns] = right[side]
+        tall[:, :rows, side, :actual] = left[side]
+        wide[:, side, :actual, :columns] = right[side]
     return tall, wide
 
 
@@ -188,23 +202,25 @@ def lora_pro_adam(
     config: ProConfig | None = None,
     parts: tuple[int, int] | None = None,
 ) -> None:
-    """Launch the kernels on moments `(m, n)` with unit column stride, a, b, grad_a and grad_b; no size may be zero.
+    """Launch the kernels on moments `(L, m, n)` with unit column stride, a, b, grad_a and grad_b; no size may be zero.
 
-    `bt_h` `(r, n)` and `h_at` `(m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the steps of
-    columns of a program.
+    `bt_h` `(L, r, n)` and `h_at` `(L, m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the
+    steps of columns of a program.
     """
-    (rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
-    rank, stochastic = rank_for(a.shape[0]), moments[0].dtype == torch.bfloat16
-    config = config or config_for(rank, stochastic, is_aligned(*moments))
+    (layers, rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
+    rank, stochastic = rank_for(a.shape[1]), moments[0].dtype == torch.bfloat16
+    apart = [moment.stride(0) if layers > 1 else 0 for moment in moments]
+    aligned = is_aligned(*(moment[0] for moment in moments)) and (apart[0] | apart[1]) % 16 == 0
+    config = config or config_for(rank, stochastic, aligned)
     tall, wide = -(-rows // config.rows), -(-columns // config.columns)
-    blocks, steps = parts or parts_for(tall, wide, processors(bt_h.device))
+    blocks, steps = parts or parts_for(tall, wide, -(-processors(bt_h.device) // layers))
     grid = (-(-wide // steps), -(-tall // blocks))
     left, right = _joined(
         (b * numbers.scaling, grad_b * numbers.scaling), tall * config.rows,
         (grad_a, a), wide * config.columns, rank,
     )  # fmt: skip
-    bt_slabs = bt_h.new_empty(grid[1], rank, wide * config.columns)
-    ha_slabs = bt_h.new_empty(grid[0], tall * config.rows, rank)
+    bt_slabs = bt_h.new_empty(layers, grid[1], rank, wide * config.columns)
+    ha_slabs = bt_h.new_empty(layers, grid[0], tall * config.rows, rank)
     # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
     states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
     constants = constants_of(
@@ -217,11 +233,12 @@ def lora_pro_adam(
         numbers.avg_factor, numbers.root_factor, numbers.eps,
     )  # fmt: skip
     launch(
-        adam_kernel, (*grid, 1),
+        adam_kernel, (*grid, layers),
         # A pointer that a flag switches off must still be one.
         (*states, left, right, bt_slabs, ha_slabs, left if seed is None else seed.to(left.device)),
-        (rows, columns, blocks, steps, moments[0].stride(0), moments[1].stride(0),
-         *map(float, reals), signed32(numbers.step), signed32(numbers.row_offset)),
+        (rows, columns, blocks, steps, moments[0].stride(1), moments[1].stride(1),
+         *apart, *map(float, reals),
+         *map(signed32, (numbers.step, numbers.row_offset, numbers.row_step))),
         constants,
     )  # fmt: skip
     _sum_slabs(bt_h, bt_slabs)

@@ -16,6 +16,7 @@ class Adam:
     eps: float  # added to the root of the second moment
     step: int  # counted from 1
     row_offset: int  # the number of the first row, for the random bits
+    row_step: int  # from one matrix of a batch to the next
 
     @property
     def avg_factor(self) -> float:

@@ -11,6 +11,7 @@ from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops._philox import seed_tensor
+from lora_kernels.ops._tiles import MOST_PROGRAMS
 from lora_kernels.ops.lora_pro_adam.config import RANKS
 from lora_kernels.ops.lora_pro_adam.numbers import Adam
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, lora_pro_adam, stochastic_round
@@ -28,23 +29,26 @@ def _check(
     grad_a: torch.Tensor,
     grad_b: torch.Tensor,
 ) -> None:
-    check_tensor("exp_avg", exp_avg, shape=(None, None), dtypes=tuple(STATES))
-    where, (rows, columns) = exp_avg.device, exp_avg.shape
-    check_tensor("exp_avg_sq", exp_avg_sq, shape=(rows, columns), dtypes=(exp_avg.dtype,), device=where)
+    many = isinstance(exp_avg, torch.Tensor) and exp_avg.dim() == 3
+    check_tensor("exp_avg", exp_avg, shape=(None,) * (3 if many else 2), dtypes=tuple(STATES))
+    where, (*batch, rows, columns) = exp_avg.device, exp_avg.shape
+    check_tensor("exp_avg_sq", exp_avg_sq, shape=(*batch, rows, columns), dtypes=(exp_avg.dtype,), device=where)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if moment.numel() > 1 and (moment.stride(1) != 1 or (rows > 1 and moment.stride(0) < columns)):
+        if moment.numel() > 1 and (moment.stride(-1) != 1 or (rows > 1 and moment.stride(-2) < columns)):
             raise ValueError(f"{name} has strides {moment.stride()}, but its rows must be contiguous and apart")
-    check_tensor("a", a, shape=(None, columns), device=where)
-    rank = a.shape[0]
+    check_tensor("a", a, shape=(*batch, None, columns), device=where)
+    rank = a.shape[-2]
     if rank == 0:
         raise ValueError(f"a has shape {tuple(a.shape)}, but must have at least one row")
-    check_tensor("b", b, shape=(rows, rank), device=where)
-    check_tensor("grad_a", grad_a, shape=(rank, columns), device=where)
-    check_tensor("grad_b", grad_b, shape=(rows, rank), device=where)
+    check_tensor("b", b, shape=(*batch, rows, rank), device=where)
+    check_tensor("grad_a", grad_a, shape=(*batch, rank, columns), device=where)
+    check_tensor("grad_b", grad_b, shape=(*batch, rows, rank), device=where)
 
 
 def _triton_takes(exp_avg: torch.Tensor, _exp_avg_sq: object, a: torch.Tensor, *_: object) -> str | None:
-    ranks = None if a.shape[0] <= RANKS[-1] else f"takes ranks up to {RANKS[-1]}, not {a.shape[0]}"
+    if exp_avg.dim() == 3 and len(exp_avg) > MOST_PROGRAMS:
+        return f"takes batches of up to {MOST_PROGRAMS} layers, not {len(exp_avg)}"
+    ranks = None if a.shape[-2] <= RANKS[-1] else f"takes ranks up to {RANKS[-1]}, not {a.shape[-2]}"
     return no_float64(exp_avg) or ranks
 
 
@@ -56,28 +60,31 @@ def _run_torch(
     bt_h: torch.Tensor,
     h_at: torch.Tensor,
 ) -> None:
-    """By blocks of rows, whose gradient and direction are all that is ever stored."""
-    wide, device, (rows, columns) = bt_h.dtype, bt_h.device, moments[0].shape
+    """By blocks of rows of all matrices, whose gradient and direction are all that is ever stored."""
+    wide, device, (batch, rows, columns) = bt_h.dtype, bt_h.device, moments[0].shape
     a, b, grad_a, grad_b = (factor.to(wide) for factor in factors)
     most = _CPU_MOST if device.type == "cpu" else _GPU_MOST
-    block = max(1, min(max(rows * columns // _SHARE, _LEAST), most) // columns)
+    block = max(1, min(max(moments[0].numel() // _SHARE, _LEAST), most) // (batch * columns))
     seed = None if seed is None else seed.to(device)
     bt_h.zero_()
     for low in range(0, rows, block):
         part = slice(low, min(low + block, rows))
-        e = torch.mm(b[part], grad_a).addmm_(grad_b[part], a).mul_(numbers.scaling)
+        e = torch.bmm(b[:, part], grad_a).baddbmm_(grad_b[:, part], a).mul_(numbers.scaling)
         # A view where the moments are of the dtype of the arithmetic: then they are updated in place.
-        avg, square = (moment[part].to(wide) for moment in moments)
+        avg, square = (moment[:, part].to(wide) for moment in moments)
         avg.mul_(numbers.beta1).add_(e, alpha=1 - numbers.beta1)
         square.mul_(numbers.beta2).addcmul_(e, e, value=1 - numbers.beta2)
         if seed is not None:
             for state, value, stream in zip(moments, (avg, square), (FIRST_MOMENT, SECOND_MOMENT), strict=True):
-                first = numbers.row_offset + low
-                state[part] = stochastic_round(value, seed=seed, stream=stream, step=numbers.step, first_row=first)
+                for matrix in range(batch):
+                    first = numbers.row_offset + matrix * numbers.row_step + low
+                    state[matrix, part] = stochastic_round(
+                        value[matrix], seed=seed, stream=stream, step=numbers.step, first_row=first
+                    )
         root = torch.sqrt(square, out=e).mul_(numbers.root_factor).add_(numbers.eps)
         h = torch.mul(avg, numbers.avg_factor).div_(root)
-        bt_h.addmm_(b[part].mT, h, alpha=numbers.scaling)
-        h_at[part].addmm_(h, a.mT, beta=0, alpha=numbers.scaling)
+        bt_h.baddbmm_(b[:, part].mT, h, alpha=numbers.scaling)
+        h_at[:, part].baddbmm_(h, a.mT, beta=0, alpha=numbers.scaling)
 
 
 def _run_cpp(
@@ -89,14 +96,15 @@ def _run_cpp(
     h_at: torch.Tensor,
 ) -> None:
     wide = [factor.to(bt_h.dtype) for factor in factors]
-    a, b, grad_a, grad_b = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in wide)
+    a, b, grad_a, grad_b = (factor if factor.stride(2) == 1 else factor.contiguous() for factor in wide)
     operands = (*moments, a, grad_a, b, grad_b)
-    places = [(operand.data_ptr(), operand.stride(0)) for operand in operands]
+    places = [(operand.data_ptr(), operand.stride(1)) for operand in operands]
     _ext.extension().lora_pro_adam(
         *places[0], *places[1], STATES[moments[0].dtype], *places[2], *places[3], *places[4], *places[5],
-        bt_h.data_ptr(), h_at.data_ptr(), *moments[0].shape, a.shape[0],
+        bt_h.data_ptr(), h_at.data_ptr(), *moments[0].shape[1:], a.shape[1],
         numbers.scaling, numbers.beta1, numbers.beta2, numbers.eps, numbers.avg_factor, numbers.root_factor,
-        0 if seed is None else int(seed) & (2**64 - 1), numbers.step, numbers.row_offset, torch.get_num_threads(),
+        0 if seed is None else int(seed) & (2**64 - 1), numbers.step, numbers.row_offset,
+        len(a), [operand.stride(0) for operand in operands], numbers.row_step, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -117,13 +125,15 @@ def _body(
     step: int,
     seed: torch.Tensor | None,
     row_offset: int,
+    row_step: int,
 ) -> None:
     if exp_avg.numel() == 0:
         bt_h.zero_()
         h_at.zero_()
         return
-    numbers = Adam(scaling, beta1, beta2, eps, step, row_offset)
-    backend((exp_avg, exp_avg_sq), (a, b, grad_a, grad_b), numbers, seed, bt_h, h_at)
+    tensors = exp_avg, exp_avg_sq, a, b, grad_a, grad_b, bt_h, h_at
+    m, v, *factors, bt_h, h_at = tensors if exp_avg.dim() == 3 else [tensor.unsqueeze(0) for tensor in tensors]
+    backend((m, v), tuple(factors), Adam(scaling, beta1, beta2, eps, step, row_offset, row_step), seed, bt_h, h_at)
 
 
 adam = Op(
@@ -152,6 +162,7 @@ def lora_pro_adam_(
     step: int,
     seed: int | torch.Tensor | None = None,
     row_offset: int = 0,
+    row_step: int | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of Adam on the full gradient that the factors' gradients stand for (LoRA-Pro, arXiv 2407.18242).
@@ -169,6 +180,8 @@ def lora_pro_adam_(
     nothing here: `B (X A) - (B X) A` is zero. What is returned takes the place of gA and gB when the step itself is
     adjusted, and there X counts.
 
+    With an axis more in front of all tensors, a batch of layers of one shape in one call: the experts of a parameter.
+
     Rows of the moments may be shared out: with a part of the rows of the moments, b and grad_b, the first result is the
     part's share of the sum over all rows, the second one its rows.
 
@@ -181,8 +194,8 @@ def lora_pro_adam_(
     a single one where the user allows it (`torch.backends.cuda.matmul.allow_tf32`).
 
     Args:
-        exp_avg: `(m, n)` first moment M, changed in place; float32, float64 (torch and cpp backends) or bfloat16. Rows
-            are contiguous.
+        exp_avg: `(m, n)` or `(layers, m, n)` first moment M, changed in place; float32, float64 (torch and cpp
+            backends) or bfloat16. Rows are contiguous.
         exp_avg_sq: `(m, n)` second moment V, likewise.
         a: `(r, n)` A, of any float dtype, as all factors.
         b: `(m, r)` B.
@@ -195,10 +208,11 @@ def lora_pro_adam_(
         seed: 64-bit key for bfloat16 moments, which need it: an integer, or an int64 tensor of one element on the CPU
             or the moments' device. Ignored for others.
         row_offset: the number of the first row among those of the whole layer, for the random bits.
+        row_step: the same from one layer of a batch to the next: the rows of a whole layer. By default, those given.
         backend: `auto`, `triton`, `cpp` or `torch`.
 
     Returns:
-        `s B^T H` `(r, n)` and `s H A^T` `(m, r)`, both float32, or float64 for float64 moments.
+        `s B^T H` `(r, n)` and `s H A^T` `(m, r)` (of each layer), both float32, or float64 for float64 moments.
 
     Raises:
         TypeError: on a wrong dtype or type.
@@ -220,7 +234,12 @@ def lora_pro_adam_(
     if eps == 0:  # H would be 0 / 0 where no gradient has come yet
         raise ValueError(f"eps is {eps!r}, but must be above 0")
     check_range("step", step, low=1, high=2**32 - 1, integer=True)
-    check_range("row_offset", row_offset, low=0, high=2**32 - exp_avg.shape[0], integer=True)
+    layers, rows = exp_avg.shape[:-2].numel(), exp_avg.shape[-2]
+    if row_step is None:
+        row_step = rows
+    check_range("row_step", row_step, low=0, high=2**32 // max(layers, 1), integer=True)
+    last = rows + max(layers - 1, 0) * row_step
+    check_range("row_offset", row_offset, low=0, high=max(2**32 - last, 0), integer=True)
     key = None
     if exp_avg.dtype == torch.bfloat16:
         if seed is None:
@@ -230,7 +249,7 @@ def lora_pro_adam_(
     bt_h, h_at = a.new_empty(a.shape, dtype=wide), b.new_empty(b.shape, dtype=wide)
     adam(
         backend, exp_avg, exp_avg_sq, a, b, grad_a, grad_b, bt_h, h_at,
-        float(scaling), float(betas[0]), float(betas[1]), float(eps), step, key, row_offset,
+        float(scaling), float(betas[0]), float(betas[1]), float(eps), step, key, row_offset, row_step,
     )  # fmt: skip
     return bt_h, h_at
 

@@ -473,23 +473,23 @@ class LoraPro(Optimizer):
             group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, bucket.experts * n)
             for factor_state in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
                 factor_state["step"] += 1
-            mean, square = (local(state[key]).view(by_expert) for key in _MOMENTS)
-            for expert in range(bucket.experts):
-                row = number * bucket.experts + expert
-                bucket.grad_a[row], bucket.grad_b[row] = lora_pro_adam_(
-                    mean[:, expert],
-                    square[:, expert],
-                    bucket.a[row],
-                    bucket.b[row],
-                    bucket.out_a[row],
-                    bucket.out_b[row],
-                    scaling=bucket.scaling[number],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    step=int(state["step"]),
-                    seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
-                    row_offset=expert * m + own.start,
-                )
+            mean, square = (local(state[key]).view(by_expert).transpose(0, 1) for key in _MOMENTS)
+            part = slice(number * bucket.experts, (number + 1) * bucket.experts)
+            bucket.grad_a[part], bucket.grad_b[part] = lora_pro_adam_(
+                mean,
+                square,
+                bucket.a[part],
+                bucket.b[part],
+                bucket.out_a[part],
+                bucket.out_b[part],
+                scaling=bucket.scaling[number],
+                betas=group["betas"],
+                eps=group["eps"],
+                step=int(state["step"]),
+                seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
+                row_offset=own.start,
+                row_step=m,
+            )
         bucket.rows.add_up(bucket.grad_a)
         bucket.contract()
 
