@@ -479,14 +479,7 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ..
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: of the command line; `sys.argv` by default.
-
-    Returns:
-        The exit status: 0, or 1 where a check failed, or 2 where the input was bad.
-    """
+    """Run the command line (`sys.argv` by default): 0, or 1 where a check failed, or 2 where the input was bad."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser, configs = _parser(words[0] if words else None)
     given = vars(parser.parse_args(words))

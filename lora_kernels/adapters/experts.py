@@ -52,13 +52,7 @@ def why_no_sum(wrapper: Any, adapter: str) -> str | None:
 
 
 def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(experts, r, n)` and B `(experts, m, r)` from matrices in PEFT's layout, differentiable.
-
-    Args:
-        wrapper: of a parameter of experts.
-        first: `(experts * r, .)`, as the weight of `lora_A`.
-        second: `(., r * experts)`, as that of `lora_B`.
-    """
+    """A `(experts, r, n)` and B `(experts, m, r)`, differentiable, of weights `(experts r, .)` and `(., r experts)`."""
     experts = wrapper.num_experts
     rank = first.shape[0] // experts
     left = first.reshape(experts, rank, first.shape[1])
@@ -67,11 +61,7 @@ def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[
 
 
 def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
-
-    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
-    those of the transposed weight (see `by_expert`).
-    """
+    """A `(L experts, r, n)` and B `(L experts, m, r)`, from PEFT's `(L, experts r, n)` and `(L, m, r experts)`."""
     if experts == 1:
         return a, b
     columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
@@ -87,12 +77,7 @@ def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.
 
 
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the choices `(tokens, k)` of experts.
-
-    Returns:
-        The experts in ascending order, the place in `top_k_index` of each, and the offsets `(experts + 1,)` of the
-        experts' runs.
-    """
+    """Choices `(tokens, k)` by expert: experts, their places in `top_k_index`, offsets `(experts + 1,)` of runs."""
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     places = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
     return ids, order, torch.searchsorted(ids, places)
@@ -121,22 +106,12 @@ class _Base(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """One expert of a parameter with its adapters; called, it is the product of the rows that go to this expert.
+    """One expert of a parameter with its adapters; called, it is the product of the rows that go to this expert."""
 
-    Attributes:
-        wrapper: PEFT's layer for all experts.
-        wrapper_name: its name in the model.
-        expert: its number.
-        in_features: n.
-        out_features: m.
-        rows: of the current call, the numbers of the tokens that its rows are.
-        tokens: of how many.
-    """
-
-    wrapper: Any
+    wrapper: Any  # PEFT's layer for all experts
     expert: int
-    rows: torch.Tensor | None
-    tokens: int
+    rows: torch.Tensor | None  # of the current call, the numbers of the tokens that its rows are
+    tokens: int  # of how many
     operands: tuple[torch.Tensor, torch.Tensor | None] | None
     lora_magnitude_vector: dict[str, Any] = {}  # noqa: RUF012  (no adapter of a parameter is DoRA)
 
@@ -272,14 +247,7 @@ class _Config:
 
 @contextlib.contextmanager
 def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the modules of experts so that those of their experts that are among `modules` are called as layers.
-
-    Args:
-        modules: layers of a model, of any kind.
-
-    Yields:
-        Nothing.
-    """
+    """Run the modules of experts so that those of their experts that are among `modules` are called as layers."""
     by_base: dict[Any, dict[str, dict[int, ExpertLayer]]] = defaultdict(lambda: defaultdict(dict))
     for module in modules:
         if isinstance(module, ExpertLayer):

@@ -78,13 +78,7 @@ def find_adapters(
     weights: Mapping[str, WeightNorms | None] | None = None,
     start: Mapping[str, Factors] | None = None,
 ) -> list[Adapter]:
-    """The factors of an adapter's layers, with norms of their base weights (`weights`, by name).
-
-    The drift is measured from `start`, or else from the frozen start, if there is one.
-
-    Raises:
-        ValueError: if a factor is on the meta device, or a start has another shape.
-    """
+    """The factors of an adapter's layers with norms of base weights; the drift is from `start`, or a frozen start."""
     adapters = []
     for layer in layers.supported:
         name, module = layer.view

@@ -170,10 +170,7 @@ class Op:
         self.run(self.choose(backend, *args), *args)
 
     def run(self, backend: str, *args: Any) -> None:
-        """Run on a backend that takes the arguments, which are checked.
-
-        Without torch's dispatcher where nothing but it would see the call. Gradients do not flow through.
-        """
+        """Run on a backend that takes the checked arguments, past torch's dispatcher where only it would see."""
         values = list(args)
         if is_plain(*[args[i] for i in self._tensors]):
             for i in self._read:
@@ -196,10 +193,7 @@ class Op:
         return {backend.name: backend.refuses(*args) for backend in self.backends}
 
     def self_test(self, terms: int, dtype: torch.dtype = torch.float32) -> Callable[[Any], Any]:
-        """Decorates the function that makes the self-test's example.
-
-        A result may be wrong by `terms` roundings of the dtype of the arithmetic: about the length of the sums.
-        """
+        """Decorates the function that makes the example; its result may be wrong by `terms` roundings of dtype."""
 
         def keep(example: Callable[[torch.device], Example]) -> Callable[[torch.device], Example]:
             self.example, self.bound = example, terms * torch.finfo(dtype).eps

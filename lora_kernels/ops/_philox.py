@@ -42,10 +42,7 @@ def _mul_hi_lo(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch
 def philox4x32(
     seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, ...]:
-    """Four random 32-bit words per counter, as int64 like the counter's four words, which are in [0, 2^32).
-
-    A seed that is an int64 tensor of one element is read where it lies.
-    """
+    """Four random 32-bit words per counter, int64 like its words; a seed that is a tensor is read where it lies."""
     if len(counter) != 4:
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
     if not isinstance(seed, torch.Tensor) and not -(2**63) <= seed < 2**64:
@@ -109,10 +106,7 @@ def halves(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """`(rows, columns)` int64 in [0, 2^16), by 7 rounds: what dropout and stochastic rounding take.
-
-    A seed that is a tensor of one element must be on `device`. `first_row` is for a matrix that is made in parts.
-    """
+    """`(rows, columns)` int64 in [0, 2^16) by 7 rounds, from `first_row` on; a tensor as seed must be on `device`."""
     groups = -(-columns // 8)
     column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
@@ -133,10 +127,7 @@ def keep_mask(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Which elements of a matrix dropout keeps, `(rows, columns)` bool; these are to be multiplied by `keep_factor`.
-
-    p is rounded to a multiple of 2^-16; see `halves` for the rest.
-    """
+    """Which elements dropout keeps, to be multiplied by `keep_factor`, `(rows, columns)` bool; see `halves`."""
     return halves(rows, columns, seed=seed, stream=stream, first_row=first_row, device=device) >= keep_threshold(p)
 
 

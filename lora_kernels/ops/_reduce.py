@@ -162,10 +162,7 @@ _AOT_TYPES = {
 def aot_case(
     kernel: Any, label: str, constexprs: dict[str, Any], types: dict[str, str] | None = None, **rest: Any
 ) -> dict[str, Any]:
-    """Describe a launch for the ahead-of-time compile check; see `aot_cases` for the fields.
-
-    The name is the kernel's, the label and the flags that are set. `types` are those that are not the usual ones.
-    """
+    """Describe a launch (see `aot_cases`), named by kernel, label and flags; `types` are those that are not usual."""
     known = {**_AOT_TYPES, **(types or {})}
     signature = {name: known[name] for name in kernel.arg_names if name in known}
     names = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")

@@ -30,10 +30,7 @@ _MOST_SHARED = 8  # a batch has a mask or two, seen in a few shapes
 
 @contextlib.contextmanager
 def shared_selections(kept: Selections) -> Iterator[None]:
-    """Work out the rows that count only once for the same weights: on a GPU, each time waits for the device.
-
-    `kept` holds them, for calls in several blocks. Weights must not be changed behind autograd's back meanwhile.
-    """
+    """Keep in `kept` the rows that count of weights that do not change: to find them waits for a GPU."""
     token = _shared.set(kept)
     try:
         yield
@@ -42,10 +39,7 @@ def shared_selections(kept: Selections) -> Iterator[None]:
 
 
 def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The `(rows,)` int64 that count (`None`: all) and their `(rows,)` real weights (`None`: ones), by `(...)` weights.
-
-    Rows of weight zero are never read.
-    """
+    """The `(rows,)` int64 that count (`None`: all), and their `(rows,)` real weights (`None`: ones), by `(...)`."""
     if weight is None:
         return None, None
     kept = _shared.get()

@@ -85,11 +85,7 @@ class Collection:
         return processes.together(step) if self.world > 1 else step()
 
     def plan(self) -> Plan:
-        """The plan; with a budget, a first forward pass finds which layers read the same tensor.
-
-        Raises:
-            ValueError: if a second pass is needed and the loader cannot be read twice.
-        """
+        """The plan; with a budget, a first forward pass finds which layers read the same tensor."""
         budget = self._together(lambda: parse_budget(self.options.budget, self.device))
         groups = None
         one_shot = isinstance(self.loader, Iterator)
@@ -265,10 +261,7 @@ class Collection:
         return progress.tokens
 
     def _separate(self, observer: Observer, number: int, *, first: bool) -> bool:
-        """Part layers that share a tensor in some calls only; whether the batch must run again, with sums of their own.
-
-        After the first batch it is too late: then the input of such a layer is left out.
-        """
+        """Part layers that share a tensor in some calls only; whether the batch must run again (the first one can)."""
         names = observer.sharing.deviating() if observer.counting else []
         fresh = first and self.progress.done == 0 and not self.resumed
         if self.lockstep and first:

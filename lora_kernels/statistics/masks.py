@@ -108,10 +108,7 @@ class BatchWeights:
         return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors, lengths)
 
     def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
-        """The factor of each row of a layer, in the leading sizes of its rows: `(batch, ...)`, or `(batch * tokens,)`.
-
-        `None` stands for ones; an UnassignedRowsError says that rows cannot be told apart by sample.
-        """
+        """The factor of each row, in the leading sizes of a layer's rows (`None`: ones), or an UnassignedRowsError."""
         if self.factors is None:
             return None
         samples = self.factors.numel()

@@ -16,10 +16,7 @@ from lora_kernels.statistics.store import Target
 def find_groups(
     model: nn.Module, targets: Sequence[Target], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[list[str]]:
-    """Names of layers that read the same tensors in all their calls, in the order of the first; without uncalled ones.
-
-    The model may be on any device, also on `meta`.
-    """
+    """Names of layers that read the same tensors in all their calls, by first call; the model may be on `meta`."""
     identity = InputIdentity()
     inputs: dict[str, list[Hashable]] = {}
     handles = []

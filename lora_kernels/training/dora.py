@@ -45,15 +45,10 @@ def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
 
 
 def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
-    """`|W + s B A|` by row, `(m,)` without a graph, of a layer as it is.
+    """`|W + s B A|` by row, `(m,)` without a graph; zero rows are an error on a CPU, elsewhere infinite (see `check`).
 
-    Rows that are zero are an error on a CPU; other devices would have to be waited for (see `check`), and there they
-    are infinite, so that their scale is zero.
-
-    They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
-    as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
-    autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
-    `cached` is false where the parameters are new in every pass (FSDP2).
+    Kept only inside of `peft.helpers.DoraCaching`, as by PEFT: a write that bypasses autograd (to `parameter.data`)
+    leaves no trace. `cached` is false where the parameters are new in every pass (FSDP2).
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():

@@ -34,29 +34,16 @@ COLLECTED = "statistics of its experts are collected"
 
 
 class Term(NamedTuple):
-    """The low-rank part of a product, of one adapter.
+    """The low-rank part of a product, of one adapter."""
 
-    Attributes:
-        a: A of all experts `(experts, r, n)`.
-        b: B `(experts, m, r)`.
-        scaling: s.
-        state: differs where the adapter does, for recomputations; `None` under tracing.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor  # of all experts, `(experts, r, n)`
+    b: torch.Tensor  # `(experts, m, r)`
     scaling: float
-    state: torch.Tensor | None
+    state: torch.Tensor | None  # differs where the adapter does, for recomputations; `None` under tracing
 
 
 class _Call:
-    """What a wrapper asks of `experts_forward`.
-
-    Attributes:
-        implementation: of the products with the weights.
-        terms: by parameter, the low-rank parts.
-        ran: whether it was done.
-    """
+    """What a wrapper asks of `experts_forward`."""
 
     def __init__(self, implementation: str, terms: dict[str, list[Term]]) -> None:
         self.implementation, self.terms, self.ran = implementation, terms, False
@@ -87,16 +74,7 @@ class FusedExperts(FusedForward):
     """The forward of an accelerated wrapper of a parameter of experts; mixed into a subclass of PEFT's own class."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's, fused where possible.
-
-        Args:
-            x: `(tokens, n)`.
-            args: further arguments of the module of experts: which experts each token goes to, and their weights.
-            kwargs: likewise, and PEFT's own.
-
-        Returns:
-            `(tokens, n)`.
-        """
+        """As PEFT's, fused where possible, for x `(tokens, n)` and what the module of experts takes beside it."""
         if self._runs_fused(x) and "adapter_names" not in kwargs:
             chain = chain_of(self)
             base, terms = chain[-1].base_layer, _terms(chain)
@@ -124,15 +102,7 @@ class FusedExperts(FusedForward):
 
 
 def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
-    """Why a wrapper, and those inside of it, have to run PEFT's own forward as they are now, or `None`.
-
-    Args:
-        wrapper: of a parameter of experts.
-        gathered: whether FSDP2 gathers shards before the wrapper runs.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why a wrapper and those in it must run PEFT's own forward now, or `None`; FSDP2 may have `gathered` them."""
     chain = chain_of(wrapper)
     base = chain[-1].base_layer
     if not all(hasattr(base, trait) for trait in TRAITS):
@@ -226,11 +196,7 @@ def _asks_registry(kind: type) -> bool:
 
 @contextlib.contextmanager
 def _redirected(base: Any, call: _Call) -> Iterator[None]:
-    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module.
-
-    Yields:
-        Nothing.
-    """
+    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module."""
     with _lock:
         routed = base.config if isinstance(base.config, _Routed) else _Routed(base.config)
         base.config, routed.users = routed, routed.users + 1
@@ -308,17 +274,7 @@ def _product(
 def experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """An implementation of experts for transformers' registry: theirs, with low-rank parts.
-
-    Args:
-        module: the module of experts, called by an accelerated wrapper.
-        hidden_states: `(tokens, n)`.
-        top_k_index: `(tokens, k)` the experts of each token.
-        top_k_weights: `(tokens, k)` their weights.
-
-    Returns:
-        `(tokens, n)`.
-    """
+    """Transformers' implementation of experts, for x `(tokens, n)` and choices `(tokens, k)`, with low-rank parts."""
     call = _thread.call
     if call is None:
         raise ValueError(f"the implementation {NAME!r} of experts is for accelerated LoRA layers alone")

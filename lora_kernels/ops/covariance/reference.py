@@ -8,10 +8,7 @@ import torch
 def covariance(
     x: torch.Tensor, weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t x_t x_t^T` `(n, n)`, both triangles, and `sum_t w_t x_t` `(n,)`, of x `(..., n)` and w `(...)`.
-
-    Rows of weight zero do not count, whatever they hold.
-    """
+    """`sum_t w_t x_t x_t^T` `(n, n)` and `sum_t w_t x_t` `(n,)`, without rows of weight zero, whatever they hold."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     if weight is None:
         return rows.mT @ rows, rows.sum(0)

@@ -50,10 +50,7 @@ _PROCESSORS = 132
 def candidates(
     dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
 ) -> tuple[GemmConfig, ...]:
-    """The configurations that are worth a measurement, largest tiles first; at least one.
-
-    `aligned`: whether loads of the wide operands can be vectorised. `capability`: of an NVIDIA chip; `None` on AMD.
-    """
+    """The configurations worth a measurement, largest tiles first; `aligned` if loads can be vectorised."""
     if capability is None:
         return (AMD_SQUARE, AMD_SMALL) if aligned and dtype != torch.float32 else (AMD_SMALL,)
     if not aligned:
@@ -74,10 +71,7 @@ def config_for(
     aligned: bool = True,
     capability: tuple[int, int] | None = (8, 0),
 ) -> GemmConfig:
-    """The configuration for (tokens, inner size, columns) where nothing was measured; see `candidates`.
-
-    It is the largest tile that gives every processor one.
-    """
+    """The largest tile of `candidates` that gives every processor one, for (tokens, inner size, columns)."""
     tokens, _, columns = shape
     configs = candidates(dtype, aligned=aligned, capability=capability)
     for config in configs:
@@ -87,10 +81,7 @@ def config_for(
 
 
 def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Of the wide matrices, with a unit stride each.
-    """
+    """Whether Triton vectorises loads of wide matrices: all sizes, strides and addresses are multiples of 16."""
     numbers = (
         number
         for matrix in matrices

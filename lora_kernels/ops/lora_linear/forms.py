@@ -108,10 +108,7 @@ def chip_name(device: torch.device) -> str:
 
 
 def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
-    """Why the Triton kernel cannot take a product, or `None` if it can.
-
-    It stays away from calls whose skinny products run on another backend.
-    """
+    """Why the Triton kernel cannot take a product whose skinny products run on `backend`, or `None` if it can."""
     missing = triton_refuses(device)
     if missing is not None:
         return missing
@@ -127,10 +124,7 @@ def _here() -> set[str]:
 
 @functools.cache
 def tables() -> Tables:
-    """The tables, read at first use; where both know a key, the user's counts. `forget` makes them be read again.
-
-    A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
-    """
+    """The tables, the user's before the shipped one, read at first use; a malformed one is warned of and not used."""
     entries: dict[Key, tuple[Record, str]] = {}
     counts, problems, chips = {}, {}, _here()
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
@@ -174,11 +168,7 @@ def choose(
     dropout: bool,
     backend: str,
 ) -> Choice:
-    """The form of a product: what was forced, or measured, or the default.
-
-    `sizes` are tokens, n and m of the layer; rank and dropout (whether it is masked) are those of the low-rank term. A
-    measured form that cannot run on this backend is the default; a forced one raises.
-    """
+    """The form of a product of tokens, n and m: forced (or an error), or measured and able to run, or the default."""
     if override is not None:
         reason = gemm_refuses(device, dtype, backend) if override == "gemm" else None
         if reason is not None:

@@ -203,10 +203,7 @@ def linear(
     mask: Mask | None = None,
     config: GemmConfig | None = None,
 ) -> None:
-    """`out = bias + x right + drop(t b)`, of one dtype, in the configuration of `fitting` by default.
-
-    `out` and x have unit column stride; `right` is copied if neither of its strides is 1; t and b have any strides.
-    """
+    """`out = bias + x right + drop(t b)`, of one dtype; `out` and x have unit column stride, the others any strides."""
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:
         return
@@ -256,11 +253,7 @@ _AOT_FLAGS = tuple(
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `linear` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `linear` launches; see `_reduce.aot_cases`."""
     for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
         configs = aot_configs(lambda capability: candidates(dtype, aligned=aligned, capability=capability))  # noqa: B023
         for (config, where), flags in itertools.product(configs, _AOT_FLAGS):

@@ -39,10 +39,7 @@ def rank_for(rank: int) -> int:
 
 
 def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str | None = None) -> ProConfig:
-    """The configuration of a call, for one of `RANKS`.
-
-    `stochastic`: whether the moments are bfloat16; `aligned`: whether loads of them can be vectorised.
-    """
+    """The configuration for one of `RANKS`; `stochastic`: moments are bfloat16, `aligned`: loads can be vectorised."""
     platform = platform or build_platform()
     if not aligned and platform == "cuda":
         # Every element's address takes registers.
@@ -53,10 +50,7 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
 
 
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
-    """How many blocks of rows, and steps of columns, a program takes, of `tall` and `wide`.
-
-    Every multiprocessor of the chip shall have at least one program and a half.
-    """
+    """The blocks of rows and steps of columns of a program that give every multiprocessor one and a half."""
     blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
     while -(-tall // blocks) * -(-wide // steps) * 2 < 3 * processors and (blocks > 1 or steps > _LEAST_STEPS):
         if blocks > 1 and blocks * _LEAST_STEPS >= steps:

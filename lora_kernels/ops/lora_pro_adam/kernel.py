@@ -242,11 +242,7 @@ def _types(kernel: Any, stochastic: bool) -> dict[str, str]:
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `lora_pro_adam` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `lora_pro_adam` launches; see `_reduce.aot_cases`."""
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for rank, stochastic, precision in itertools.product(RANKS, (False, True), precisions(platform)):

@@ -39,10 +39,7 @@ ROWS = 16  # of the elementwise kernels
 
 
 def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
-    """The configuration of `shrink` or `tall`; one table per platform until a measurement says otherwise.
-
-    `aligned`: whether loads can be vectorised.
-    """
+    """The configuration of `shrink` or `tall`; `aligned` if loads can be vectorised."""
     shrink = product == "shrink"
     single = dtype == torch.float32
     if (platform or build_platform()) == "hip":

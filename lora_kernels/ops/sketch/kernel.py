@@ -357,11 +357,7 @@ def sketch(
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
-    """Launch the kernels; matrices have unit column stride, and `left` and `right` are one object for an input sketch.
-
-    `configs` are those of both products. Tokens go by `chunk`, by default what the cache holds; a split has at least
-    `least` tokens or features.
-    """
+    """Launch the kernels on matrices of unit column stride; `left` and `right` are one object for an input sketch."""
     tokens = left.shape[0] if index is None else index.shape[0]
     if tokens == 0 or left.shape[1] == 0:
         return
@@ -417,11 +413,7 @@ _RANKS = (16, 32, 64)
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `sketch` and `project` launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
     integers = dict.fromkeys(("columns", "steps", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}

@@ -32,10 +32,7 @@ def sketch(
     kind: str = "rademacher",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t left_t (right_t^T Omega)` `(p, k)` and `sum_t w_t left_t` `(p,)`.
-
-    Rows of weight zero do not count, whatever they hold.
-    """
+    """`sum_t w_t left_t (right_t^T Omega)` `(p, k)` and `sum_t w_t left_t` `(p,)`; rows of weight zero do not count."""
     tokens = left.shape[:-1].numel()
     one, two = (rows.reshape(tokens, rows.shape[-1]).to(dtype) for rows in (left, right))
     if weight is not None:

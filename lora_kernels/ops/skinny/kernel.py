@@ -512,11 +512,7 @@ def _aot_case(
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that the functions here launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that the functions here launch; see `_reduce.aot_cases`."""
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
