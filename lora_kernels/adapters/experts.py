@@ -1,10 +1,10 @@
-"""The experts of a module of many, each seen as a linear layer with an adapter of its own.
+"""The experts of a module of many, seen as linear layers with adapters of their own.
 
 PEFT adapts a parameter `(experts, ...)` as one layer, a `ParamWrapper`, and keeps the factors of all experts in two
 matrices: the rows of the first are ordered by expert and rank, the columns of the second by rank and expert. Which of
 the two meets the inputs depends on the layout of the parameter and on PEFT's version. `by_expert` takes them apart for
 all experts at once, `ExpertLayer` shows one expert as a layer. While statistics are collected, a module of experts
-runs an implementation out of transformers' registry that calls each expert with the rows that go to it.
+runs an implementation out of transformers' registry that calls an expert with the rows that go to it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def with_experts(model: Any, modules: Sequence[str], parameters: Sequence[str], 
 
 
 def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
-    """One layer for each expert of a wrapper's parameter, by a name of its own: experts, parameter, number."""
+    """One layer per expert of a wrapper's parameter, by a name of its own: experts, parameter, number."""
     stem = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
     return {f"{stem}.{expert}": ExpertLayer(name, wrapper, expert) for expert in range(wrapper.num_experts)}
 

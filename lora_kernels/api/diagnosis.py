@@ -152,7 +152,7 @@ def diagnose(
         statistics: from `collect(...)` with the adapters on, instead of a pass over the loader.
         adapter_name: the adapter.
         start: from `snapshot`, to measure the drift from.
-        weights: compare with the norms of the base weights, which takes some products with each.
+        weights: compare with the norms of the base weights, which takes some products with them.
         intruders: compare the directions of the update with the leading ones of the base weight.
         thresholds: of the verdict.
         options: fields of `statistics.CollectOptions` for the pass over the data; by default `budget="auto"`, so that

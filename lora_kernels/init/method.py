@@ -148,8 +148,8 @@ class InitMethod(ABC):
 
         Args:
             statistics: of all layers named in `ranks`; gradients in a plain mapping are of the mean loss.
-            ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
-            base: weight and scaling of each layer, for methods that start from them.
+            ranks: the rank per layer; EVA with `rho` takes their sum for its budget.
+            base: weight and scaling per layer, for methods that start from them.
 
         Raises:
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
@@ -167,14 +167,14 @@ class InitMethod(ABC):
 
 @dataclass(frozen=True)
 class LayerwiseMethod(InitMethod):
-    """A method that solves layers apart from each other, or in groups."""
+    """A method that solves layers one by one, or in groups."""
 
     @abstractmethod
     def solve(self, layers: Sequence[LayerProblem]) -> Iterable[LayerFactors]:
         """The factors of the layers of one group, in order."""
 
     def together(self, layer: LayerProblem) -> Hashable:
-        """Layers of one key are solved together; by default each alone."""
+        """Layers of one key are solved together; by default a layer alone."""
         return layer.name
 
     def at_most(self, layer: LayerProblem) -> int | None:  # noqa: ARG002

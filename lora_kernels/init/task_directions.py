@@ -71,7 +71,7 @@ class TaskDirections(LayerwiseMethod):
         return {"weighting": "sample"} if self.update == "gradient_step" else {}
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
-        """Yield the directions of each weight."""
+        """Yield the directions of weights."""
         for layer in layers:
             weight, update = layer.weight(), self._update(layer)
             if bool(update.any()):

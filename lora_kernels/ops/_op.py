@@ -48,7 +48,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a body runs in: on a device, without autocast, and without modes that change where tensors are made."""
+    """What a body runs in: on a device, without autocast, and without modes that change where tensors are created."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     casts = known and torch.is_autocast_enabled(device.type)
     modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
@@ -73,10 +73,10 @@ def device_of(args: Iterable[Any]) -> torch.device:
     raise TypeError("an op needs at least one tensor")
 
 
-def no_float64(*tensors: torch.Tensor | None) -> str | None:
-    """The answer of a backend that takes no float64, given the tensors whose dtypes matter."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return "takes no float64" if wide else None
+def no_float64(*args: Any) -> str | None:
+    """The answer of a backend that takes no float64, by the first tensor among an op's arguments."""
+    first = next(value for value in args if isinstance(value, torch.Tensor))
+    return "takes no float64" if first.dtype == torch.float64 else None
 
 
 def _anything(*_: Any) -> str | None:

@@ -80,7 +80,7 @@ def normal(
 def signs(
     rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """`(rows, columns)` Rademacher draws on the CPU: each bit of the words is one, 0 for 1 and 1 for -1."""
+    """`(rows, columns)` Rademacher draws on the CPU: a bit of the words is one, 0 for 1 and 1 for -1."""
     words = _words(rows, -(-columns // 128), seed, stream, step)
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
     return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)
@@ -131,6 +131,15 @@ def keep_mask(
     return halves(rows, columns, seed=seed, stream=stream, first_row=first_row, device=device) >= keep_threshold(p)
 
 
+def signed64(name: str, seed: object, expected: str = "an int") -> int:
+    """A 64-bit integer as a signed one."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be {expected}, got {type(seed).__name__} {repr_short(seed)}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} is {repr_short(seed)}, but must be a 64-bit integer")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
     """A seed as the argument of a registered op: `(1,)` int64, from a number on `device`, a tensor where it is."""
     if isinstance(seed, torch.Tensor):
@@ -141,8 +150,4 @@ def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
         if seed.device != device and seed.device.type != "cpu":
             raise ValueError(f"{name} is on {seed.device}, but must be on {device} or on the CPU")
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__} {repr_short(seed)}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} is {repr_short(seed)}, but must be a 64-bit integer")
-    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    return torch.full((1,), signed64(name, seed, "an int or a tensor"), dtype=torch.int64, device=device)

@@ -173,7 +173,7 @@ def aot_case(
 
 
 def aot_configs(choices: Callable[[tuple[int, int] | None], Iterable[Config]]) -> list[tuple[Config, dict[str, Any]]]:
-    """The configurations that chips choose by capability, with the `platform` and the `chips` of each."""
+    """The configurations that chips choose by capability, with their `platform` and `chips`."""
     chips_of: dict[tuple[Config, str], list[str]] = {}
     for chip, capability in AOT_CHIPS.items():
         for config in dict.fromkeys(choices(capability)):

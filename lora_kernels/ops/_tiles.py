@@ -80,7 +80,7 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
 
 
 def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
-    """The number of parts of a product's token loop and the tokens of each; the last may have fewer."""
+    """The number of parts of a product's token loop and their tokens; the last may have fewer."""
     splits = token_splits(tiles, tokens, processors, least=least)
     chunk = -(-tokens // splits)
     if splits > 1:  # whole steps: no part but the last has a ragged end

@@ -57,7 +57,7 @@ def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS
         key1,
         7,
     )
-    # The last index of a join is its second operand's: words in order, each with its low half first.
+    # The last index of a join is its second operand's: words in order, their low halves first.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
 

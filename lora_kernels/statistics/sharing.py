@@ -18,7 +18,7 @@ from lora_kernels.statistics.moments import InputSums
 
 @dataclass
 class InputGroup:
-    """Layers with one input; of the current batch the inputs that were added, and how often each layer was called."""
+    """Layers with one input; of the current batch the inputs that were added, and how often a layer was called."""
 
     sums: InputSums
     born: int

@@ -38,7 +38,7 @@ def new_sums(
 def shapes(
     statistic: str, form: str, shape: tuple[int, int], dtype: torch.dtype, sketch_size: int
 ) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
-    """Dtype, shape, and whether the lower triangle stands for the tensor, of each tensor of `new_sums`."""
+    """Dtype, shape, and whether the lower triangle stands for the tensor, per tensor of `new_sums`."""
     sums = new_sums(statistic, form, shape, torch.device("meta"), dtype, sketch_size=sketch_size)
     return [(value.dtype, tuple(value.shape), name in sums.triangular) for name, value in sums.tensors().items()]
 

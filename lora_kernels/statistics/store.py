@@ -170,8 +170,8 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 
     Attributes:
         layers: the statistics by layer name.
-        batches: number of batches read in each pass, over all processes.
-        samples: number of samples read in each pass.
+        batches: number of batches read in a pass, over all processes.
+        samples: number of samples read in a pass.
         tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
         loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
             differentiated. 0 without a backward pass.

@@ -33,7 +33,7 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
             only the exact sums will do, or `None` for the input second moment.
 
     Returns:
-        Statistic names in the order of `STATISTICS`, with whether each must be exact.
+        Statistic names in the order of `STATISTICS`, with whether they must be exact.
 
     Raises:
         ValueError: if a name is unknown, or the method needs no data.

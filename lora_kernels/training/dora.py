@@ -17,7 +17,7 @@ from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.dora import NORM_BLOCK, block_entries, block_height, caching_enabled, row_norms
 from lora_kernels.runtime.modes import is_sharded
 
-# Entries that are scaled at a time: on a CPU by each thread, few enough for its second-level cache.
+# Entries that are scaled at a time: on a CPU by every thread, few enough for its second-level cache.
 _SCALE_BLOCK = 2**15
 # The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
 _CACHE_KEY = "lora_kernels"

@@ -3,7 +3,7 @@
 PEFT wraps a module of experts once per adapted parameter, one wrapper around the other, and makes `W + dW` of all
 experts at every call. Here the outermost wrapper runs an implementation of its own, as transformers' registry
 (`ALL_EXPERTS_FUNCTIONS`) has others: it sorts the rows by expert, takes the products with the weights from the
-implementation that the user chose, and adds the low-rank parts of the rows that each expert has. A module of experts
+implementation that the user chose, and adds the low-rank parts of the rows that an expert has. A module of experts
 that is hooked into is called, and asks the registry for that implementation by itself.
 """
 

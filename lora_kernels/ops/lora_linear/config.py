@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
+from lora_kernels.ops import _tiles
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,6 @@ def config_for(
     return configs[-1]
 
 
-def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
-    """Whether Triton vectorises loads of wide matrices: all sizes, strides and addresses are multiples of 16."""
-    numbers = (
-        number
-        for matrix in matrices
-        for number in (
-            matrix.data_ptr(),
-            *(size for size, stride in zip(matrix.shape, matrix.stride(), strict=True) if stride == 1),
-            *(stride for stride in matrix.stride() if stride != 1),
-        )
-    )
-    return all(number % 16 == 0 for number in numbers)
+def is_aligned(*matrices: torch.Tensor) -> bool:
+    """Whether Triton vectorises loads of matrices of which one stride is 1; see `_tiles.is_aligned`."""
+    return _tiles.is_aligned(*(matrix if matrix.stride(1) == 1 else matrix.mT for matrix in matrices))

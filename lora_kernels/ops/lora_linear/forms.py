@@ -5,7 +5,7 @@
     gemm            one Triton kernel for both; rounds once (a frozen pair beside a masked term is added in place)
 
 Which is fastest depends on chip and shape, so the choice is what was measured: the user's table (`lora-kernels tune`),
-else the one that ships, else `expand_first`. It is made inside the op, where sizes are known, from nothing that differs
+else the one that ships, else `expand_first`. The op makes it, where sizes are known, from nothing that differs
 between a forward pass and its recomputation; tables are read once, at first use.
 """
 

@@ -3,10 +3,10 @@
     y[k, j]  = bias[j] + sum_i x[k, i] W[j, i] + sum_c t[k, c] B[j, c]              forward
     dx[k, j] = sum_i g[k, i] W[i, j] + factor * m[k, j] sum_c u[k, c] A[c, j]       backward
 
-The low-rank term comes after the loop over the inner size: one product per step of each loop (two into one accumulator
+The low-rank term comes after the loop over the inner size: one product per step of a loop (two into one accumulator
 are miscompiled on Blackwell, triton #10821), and what it needs of registers the loop does not. Under a mask it has an
 accumulator of its own, which a wide tile has room for in quarters only. All sums are float32 and rounded once. m is the
-dropout mask of `_philox.keep_mask`, made from positions.
+dropout mask of `_philox.keep_mask`, from positions.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def linear_kernel(
 
 def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:
     """A configuration for these very tensors: the one wanted, unless it was for another chip, dtype or alignment."""
-    kind: dict[str, Any] = {"aligned": is_aligned((out, x, right)), "capability": capability_of(out.device)}
+    kind: dict[str, Any] = {"aligned": is_aligned(out, x, right), "capability": capability_of(out.device)}
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
     return config_for((out.shape[0], x.shape[1], out.shape[1]), out.dtype, **kind)

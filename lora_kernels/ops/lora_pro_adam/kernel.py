@@ -5,7 +5,7 @@
     H = avg_factor M / (root_factor sqrt(V) + eps)
     s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
 
-A program walks over a block of rows, tile by tile, and over the next one. A tile of E is made, the moments are
+A program walks over a block of rows, tile by tile, and over the next one. A tile of E is formed, the moments are
 updated, and the tile of H is contracted at once: into H A^T in registers, and into the program's own slab of B^T H,
 which stays in the second-level cache. Slabs are added in fixed order: same input, same bits. Ranks are padded with
 zeros.
@@ -27,6 +27,7 @@ from lora_kernels.ops._tiles import build_platform, is_aligned, processors, sign
 from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import (
     RANKS,
+    Adam,
     ProConfig,
     config_for,
     parts_for,
@@ -34,7 +35,6 @@ from lora_kernels.ops.lora_pro_adam.config import (
     precisions,
     rank_for,
 )
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
 
 _PART = 1024  # elements per program of `sum_slabs_kernel`
 

@@ -104,7 +104,7 @@ def _round(
 
 
 def _defect(q: torch.Tensor) -> torch.Tensor:
-    """Largest `|Q^T Q - 1|` of each matrix; NaN where it holds one."""
+    """Largest `|Q^T Q - 1|` of a matrix; NaN where it holds one."""
     product = gram(q)
     product.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return product.abs().amax((-2, -1))

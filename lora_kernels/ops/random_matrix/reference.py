@@ -19,6 +19,6 @@ def random_matrix(
     step: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """`(rows, columns)` draws on the CPU, each a function of seed and position, by integers or in float64."""
+    """`(rows, columns)` draws on the CPU, functions of seed and position, by integers or in float64."""
     draw = _philox.signs if kind == "rademacher" else _philox.normal
     return draw(rows, columns, seed=seed, stream=stream, step=step, dtype=dtype)

@@ -4,7 +4,7 @@
     out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ add_kernel)
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
-between the two kernels. Signs are made in the loop of `shrink_kernel`; gaussian draws would cost more there than the
+between the two kernels. Signs are drawn in the loop of `shrink_kernel`; gaussian draws would cost more there than the
 product, so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
 a larger Omega has the smaller one as its corner.
 
@@ -234,7 +234,7 @@ class Omega(NamedTuple):
 
 
 def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
-    """Draw what cannot be made inside the kernel, for rows `(rows, q)`."""
+    """Draw what the kernel itself does not, for rows `(rows, q)`."""
     scratch = None
     if kind == "gaussian":
         rank, blocks = rank_for(columns)

@@ -14,7 +14,7 @@ fix_signs = reference.fix_signs
 
 
 def _eigenpairs_cuda(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill eigenpairs, with signs as they come, and return the status of each matrix."""
+    """Fill eigenpairs, with signs as they come, and return the status per matrix."""
     info = drivers.new_info(flat)
     drivers.run_cuda("eigh", flat.dtype, flat, values, vectors, info, flat.shape[0], flat.shape[-1])
     return info
@@ -98,7 +98,7 @@ def _factors_torch(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _factors_cuda(out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill factors and return the status of each matrix."""
+    """Fill factors and return the status per matrix."""
     info = drivers.new_info(flat)
     drivers.run_cuda("cholesky", flat.dtype, flat, out, info, flat.shape[0], flat.shape[-1])
     return info
