@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +199,12 @@ class ExpertLayer(nn.Module):
         return nn.functional.linear(x, weight, bias)
 
 
+def asks_registry(kind: type) -> bool:
+    """Whether a class of experts has the forward that transformers' decorator gives it."""
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+
+
 def why_unseen(wrapper: Any, adapter: str) -> str | None:
     """Why the experts of a wrapper cannot be seen as layers, or `None`."""
     base, name = chain_of(wrapper)[-1].base_layer, wrapper.parameter_name
@@ -206,8 +212,7 @@ def why_unseen(wrapper: Any, adapter: str) -> str | None:
         return f"target_parameters ({name}): {type(base).__name__} is no module of experts (a router, say)"
     if name not in PRODUCTS or not all(hasattr(base, trait) for trait in TRAITS):
         return f"target_parameters ({name}): {type(base).__name__} is not a module of experts that transformers routes"
-    forward: Any = type(base).forward
-    if "experts_interface" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
+    if not asks_registry(type(base)):
         return f"target_parameters ({name}): {type(base).__name__} does not ask transformers' registry of experts"
     if getattr(base, "_is_expert_parallel", False):
         return f"target_parameters ({name}): its experts are shared out over processes"
@@ -268,6 +273,34 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
             base.__dict__.pop(_LAYERS, None)
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def one_by_one(
+    module: Any, x: torch.Tensor, name: str, bounds: list[int], run: Callable[..., Any] = _linear
+) -> torch.Tensor:
+    """The products of x, sorted by expert, with a parameter, by `run(x, weight, bias, expert, place)` per expert."""
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
+    parts = []
+    for expert, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if low < high:
+            matrix = weight[expert].mT if module.is_transposed else weight[expert]
+            operands = matrix, None if bias is None else bias[expert]
+            parts.append(run(x[low:high], *operands, expert, slice(low, high)))
+    width = weight.shape[2 if module.is_transposed else 1]
+    return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
+
+
+def mixture(module: Any, x: torch.Tensor, weights: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What the experts of a module make of rows x `(rows, n)`, sorted by expert, times the weights of the rows."""
+    inner = product(x, "gate_up_proj" if module.has_gate else "up_proj")
+    out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    return out * weights.unsqueeze(-1)
+
+
 def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
     """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
     if hidden_states.is_meta:
@@ -279,28 +312,12 @@ def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     layers = module.__dict__[_LAYERS]
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(module, name)
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        parts = []
-        for expert, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            if low == high:
-                continue
-            operands = (
-                weight[expert].mT if module.is_transposed else weight[expert],
-                None if bias is None else bias[expert],
-            )
+        def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, place: slice) -> Any:
             layer = layers[name].get(expert) if name in layers else None
-            if layer is None:
-                parts.append(nn.functional.linear(x[low:high], *operands))
-            else:
-                parts.append(layer.call(x[low:high], operands, rows[low:high], tokens))
-        width = weight.shape[2 if module.is_transposed else 1]
-        return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
+            return _linear(x, weight, bias) if layer is None else layer.call(x, (weight, bias), rows[place], tokens)
 
-    inner = product(hidden_states[rows], "gate_up_proj" if module.has_gate else "up_proj")
-    out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        return one_by_one(module, x, name, bounds, run)
+
+    out = mixture(module, hidden_states[rows], top_k_weights.reshape(-1)[order], product)
     result = torch.zeros(tokens, out.shape[1], dtype=out.dtype, device=out.device).index_add(0, rows, out)
     return result.to(hidden_states.dtype)

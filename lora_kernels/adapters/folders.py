@@ -22,10 +22,7 @@ from lora_kernels.reports import PREFIX
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Parts of an adapter that are no factors of a linear layer, and what is said of them.
-_OTHERS = {
-    ".lora_embedding_A": "an embedding: its input are indices",
-    ".lora_magnitude_vector": "",
-}
+_OTHERS = {".lora_embedding_A": "an embedding: its input are indices", ".lora_magnitude_vector": ""}
 
 
 class SavedLayer(NamedTuple):

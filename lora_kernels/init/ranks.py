@@ -20,11 +20,7 @@ def offers(
 
 
 def redistribute(
-    scores: Mapping[str, Sequence[float]],
-    budget: int,
-    *,
-    min_rank: int = 0,
-    multiple_of: int = 1,
+    scores: Mapping[str, Sequence[float]], budget: int, *, min_rank: int = 0, multiple_of: int = 1
 ) -> dict[str, int]:
     """Give a budget of ranks to the components with the highest scores.
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from lora_kernels.init.components import input_components
-from lora_kernels.init.curvature import whitened_gradient
-from lora_kernels.init.lora_da import WANTS
-from lora_kernels.init.method import solve_layers
+from lora_kernels.init.curvature import WANTS, whitened_gradient
 from lora_kernels.init.problem import LayerProblem, problems
+from lora_kernels.init.solving import solve_layers
 from lora_kernels.linalg import randomized_svd
 from lora_kernels.statistics.gradients import GRADIENT
 from lora_kernels.statistics.moments import INPUT_SECOND

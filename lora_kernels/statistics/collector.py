@@ -27,10 +27,10 @@ from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, make_plan
-from lora_kernels.statistics.probe import find_groups
+from lora_kernels.statistics.sharing import find_groups
+from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
-from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
 class _FailedElsewhere(Exception):

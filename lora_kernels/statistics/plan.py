@@ -26,7 +26,7 @@ FORMS = ("auto", "exact", "sketch")
 class Entry:
     """One set of sums."""
 
-    statistic: str  # see `wants.STATISTICS`
+    statistic: str  # see `statistic.STATISTICS`
     form: str  # `exact` or `sketch`
     layers: tuple[str, ...]  # the layers it belongs to: several where they read the same tensor
     bytes: int  # memory of its sums per process

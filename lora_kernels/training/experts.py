@@ -20,7 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import OBSERVED, PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert, why_no_sum
+from lora_kernels.adapters.experts import (
+    OBSERVED,
+    PRODUCTS,
+    TRAITS,
+    asks_registry,
+    by_expert,
+    chain_of,
+    mixture,
+    one_by_one,
+    sort_by_expert,
+    why_no_sum,
+)
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -187,11 +198,7 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
     return terms
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _asks_registry(kind: type) -> bool:
-    """Whether a class of experts has the forward that transformers' decorator gives it."""
-    forward: Any = kind.forward  # type: ignore[attr-defined]
-    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+_asks_registry = torch.compiler.assume_constant_result(asks_registry)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -238,16 +245,6 @@ def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: 
     return y
 
 
-def _loop(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bounds: list[int], transposed: bool) -> Any:
-    """The products of the implementation `eager`: one expert after another, as models have it themselves."""
-    parts = []
-    for expert, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if first < last:
-            matrix = weight[expert].mT if transposed else weight[expert]
-            parts.append(nn.functional.linear(x[first:last], matrix, None if bias is None else bias[expert]))
-    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[2 if transposed else 1])
-
-
 def _product(
     module: Any, implementation: str, ids: torch.Tensor, offsets: torch.Tensor
 ) -> Callable[[torch.Tensor, str], torch.Tensor]:
@@ -259,10 +256,9 @@ def _product(
     ends = offsets[1:].to(torch.int32)
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(module, name)
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        if implementation == "eager":
-            return _loop(x, weight, bias, bounds, transposed)  # type: ignore[no-any-return]
+        if implementation == "eager":  # as models have it themselves
+            return one_by_one(module, x, name, bounds)  # type: ignore[no-any-return]
+        weight, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
         bias = None if bias is None else bias[ids]
         if implementation == "batched_mm":
             return moe._batched_linear(x, weight[ids], bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
@@ -287,20 +283,17 @@ def _forward(
 ) -> torch.Tensor:
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
-    terms = call.terms
     tokens, count = top_k_index.shape
     ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     product = _product(module, call.implementation, ids, offsets)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     x = _Rows.apply(hidden_states, order // count, back, count)  # type: ignore[no-untyped-call]
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _with_terms(product(x, name), x, offsets, terms.get(name, ()))
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    out = _with_terms(product(inner, "down_proj"), inner, offsets, terms.get("down_proj", ()))
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+
+    def with_terms(x: torch.Tensor, name: str) -> torch.Tensor:
+        return _with_terms(product(x, name), x, offsets, call.terms.get(name, ()))
+
+    out = mixture(module, x, top_k_weights.reshape(-1)[order], with_terms)
     # Back in the order of tokens, where their experts are summed up: in fixed order, unlike `index_add_`.
     out = _Rows.apply(out, back, order, 1)  # type: ignore[no-untyped-call]
     return out.view(tokens, count, out.shape[1]).sum(1).to(hidden_states.dtype)  # type: ignore[no-any-return]

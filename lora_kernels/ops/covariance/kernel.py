@@ -204,5 +204,4 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             constexprs = {**config.constants(dtype, where["platform"]), "HAS_INDEX": index}
             constexprs |= {"HAS_WEIGHT": weight, "SPLIT": split, "UPCAST": False}
             label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
-            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
-            yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, **where, **launch)
+            yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, config, aligned=aligned, **where)

@@ -72,11 +72,7 @@ def _run_cpp(
 
 
 def _body(
-    backend: Backend,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
+    backend: Backend, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None
 ) -> None:
     if x.numel() > 0:
         backend(out, flat_rows(x), *selection(weight), column_sum)

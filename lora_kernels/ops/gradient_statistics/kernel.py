@@ -315,8 +315,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
             label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
             types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
-            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
-            yield aot_case(gradient_kernel, label, constexprs, types, **where, **launch)
+            yield aot_case(gradient_kernel, label, constexprs, types, config, aligned=aligned, **where)
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         for kind, label in ((1, "power 1"), (2, "power 0.5"), (0, "any power")):
             constexprs = {"ROWS": _SCALE_ROWS, "COLUMNS": _SCALE_COLUMNS, "STEPS": _SCALE_STEPS, "KIND": kind}

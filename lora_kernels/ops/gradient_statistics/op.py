@@ -252,10 +252,7 @@ scaling = Op(
     _scale,
     writes=("out",),
     check=_check_scaled,
-    backends=(
-        on_triton("gradient_statistics.kernel:scale_rows", no_float64),
-        on_torch(_scale_torch),
-    ),
+    backends=(on_triton("gradient_statistics.kernel:scale_rows", no_float64), on_torch(_scale_torch)),
 )
 
 

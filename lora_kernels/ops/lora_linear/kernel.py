@@ -240,8 +240,7 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
     types |= {"seed_ptr": "*i64", "factor": "fp32"}
     names = ("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT")
     label = " ".join(name.removeprefix("HAS_").lower() for name in names if flags[name])
-    launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
-    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, **where, **launch)
+    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, config, **where)
 
 
 _AOT_FLAGS = tuple(

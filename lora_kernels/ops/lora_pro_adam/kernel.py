@@ -251,6 +251,6 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             fixed |= {"STEP": min(rank, config.step), "STOCHASTIC": stochastic}
             fixed |= {"PRECISION": precision, "UPCAST": False}
             label = f"{'bf16' if stochastic else 'fp32'} {config.rows}x{config.columns}x{rank} {precision}"
-            launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip"}
-            yield aot_case(adam_kernel, label, fixed, _types(adam_kernel, stochastic), **where, **launch)
+            types, matrix = _types(adam_kernel, stochastic), platform == "hip"
+            yield aot_case(adam_kernel, label, fixed, types, config, matrix=matrix, **where)
         yield aot_case(sum_slabs_kernel, "", {"PART": _PART}, _types(sum_slabs_kernel, False), **where)

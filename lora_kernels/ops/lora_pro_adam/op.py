@@ -129,11 +129,7 @@ adam = Op(
     "lora_pro_adam_",
     _body,
     writes=("exp_avg", "exp_avg_sq", "bt_h", "h_at"),
-    backends=(
-        on_triton("lora_pro_adam.kernel:lora_pro_adam", _triton_takes),
-        on_cpp(_run_cpp),
-        on_torch(_run_torch),
-    ),
+    backends=(on_triton("lora_pro_adam.kernel:lora_pro_adam", _triton_takes), on_cpp(_run_cpp), on_torch(_run_torch)),
 )
 
 

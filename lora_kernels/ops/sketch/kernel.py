@@ -419,22 +419,20 @@ def aot_cases() -> Iterator[dict[str, Any]]:
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for dtype, x in AOT_DTYPES.items():
             config = config_for("shrink", dtype, aligned=aligned, platform=platform)
-            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             for index, signs in itertools.product((False, True), repeat=2):
                 constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
                 constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
                 types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
-                yield aot_case(shrink_kernel, label, constexprs, types, **products)
+                yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
             config = config_for("tall", dtype, aligned=aligned, platform=platform)
-            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             pair = dtype == torch.bfloat16
             p = dtype if pair else torch.float32
             for index in (False, True):
                 constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
-                yield aot_case(tall_kernel, label, constexprs, types, **products)
+                yield aot_case(tall_kernel, label, constexprs, types, config, **where)
         for weight, pair in itertools.product((False, True), repeat=2):
             constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
             types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}

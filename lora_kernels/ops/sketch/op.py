@@ -243,13 +243,7 @@ projection = Op(
 
 
 def project(
-    a: torch.Tensor,
-    k: int,
-    *,
-    seed: int,
-    stream: int = 0,
-    kind: str = "rademacher",
-    backend: str = "auto",
+    a: torch.Tensor, k: int, *, seed: int, stream: int = 0, kind: str = "rademacher", backend: str = "auto"
 ) -> torch.Tensor:
     """`a @ Omega`, without Omega: the Omega of `sketch_` for the same key. Not differentiable.
 

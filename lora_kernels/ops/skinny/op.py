@@ -113,12 +113,7 @@ expanding = Op("expand", _expand, writes=("out",), backends=_backends("expand"))
 
 
 def shrink(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    dropout: Dropout | None = None,
-    backend: str = "auto",
+    x: torch.Tensor, a: torch.Tensor, *, scale: float = 1.0, dropout: Dropout | None = None, backend: str = "auto"
 ) -> torch.Tensor:
     """`scale * drop(x) a^T`, summed in float32 and rounded once. Not differentiable: see `lora_linear`.
 

@@ -124,10 +124,7 @@ factor = Op(
     "cholesky",
     _cholesky,
     writes=("out",),
-    backends=(
-        on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"),
-        on_torch(_cholesky_torch),
-    ),
+    backends=(on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"), on_torch(_cholesky_torch)),
 )
 
 
@@ -193,10 +190,7 @@ solution = Op(
     "cholesky_solve",
     _cholesky_solve,
     writes=("out",),
-    backends=(
-        on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"),
-        on_torch(_solve_torch),
-    ),
+    backends=(on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"), on_torch(_solve_torch)),
 )
 
 
