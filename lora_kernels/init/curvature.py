@@ -14,6 +14,7 @@ from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.statistics.gradients import FISHER, GRADIENT
 from lora_kernels.statistics.moments import INPUT_SECOND
 
+# What a Fisher-preconditioned step reads.
 WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}
 
 

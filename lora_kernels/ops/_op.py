@@ -93,13 +93,9 @@ def on_triton(provider: str, takes: Callable[..., str | None] = _anything) -> Ba
     )
 
 
-def on_cpp(
-    provider: str | Callable[..., Any],
-    takes: Callable[..., str | None] = _anything,
-    slower: Callable[..., bool] = lambda *_: False,
-) -> Backend:
+def on_cpp(provider: str | Callable[..., Any], takes: Callable[..., str | None] = _anything) -> Backend:
     """A backend of the compiled extension, on CPU tensors."""
-    return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), slower, provider)
+    return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), provider=provider)
 
 
 def on_torch(provider: str | Callable[..., Any]) -> Backend:

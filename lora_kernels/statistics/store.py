@@ -112,12 +112,11 @@ class LayerStatistics:
         assert triplets.error is not None  # sketches carry probes
         return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
 
-    def gradient_svd(self, rank: int, *, seed: int = 0) -> RandomizedSVD:
+    def gradient_svd(self, rank: int) -> RandomizedSVD:
         """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
 
         Args:
             rank: number of triplets.
-            seed: of the random start, where the gradient is exact.
 
         Raises:
             ValueError: if the gradient was not collected, or its sketch has fewer columns.
@@ -125,7 +124,7 @@ class LayerStatistics:
         sums = self._sums(GRADIENT)
         if isinstance(sums, GradientSketch):
             return sums.svd(rank, scale=1.0 / self._items())
-        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS, seed=seed)
+        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS)
 
     def fisher(self) -> torch.Tensor:
         """`mean("fisher")`: the mean squared output gradient over tokens, `(m,)` float64."""

@@ -44,11 +44,11 @@ def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
     return None
 
 
-def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
+def norms(layer: Any, adapter: str) -> torch.Tensor:
     """`|W + s B A|` by row, `(m,)` without a graph; zero rows are an error on a CPU, elsewhere infinite (see `check`).
 
     Kept only inside of `peft.helpers.DoraCaching`, as by PEFT: a write that bypasses autograd (to `parameter.data`)
-    leaves no trace. `cached` is false where the parameters are new in every pass (FSDP2).
+    leaves no trace.
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
     holder = layer.lora_magnitude_vector[adapter]
     store = getattr(holder, "_dora_cache", None)  # PEFT 0.18 has none
     key = None
-    if cached and store is not None and not holder.training and caching_enabled():
+    if store is not None and not holder.training and caching_enabled():
         key = _key(layer.get_base_layer(), a, b, s)
         before = store.get(_CACHE_KEY)
         if before is not None and _same(before[0], key):

@@ -79,28 +79,6 @@ def _run_torch(
             fisher += squares.sum(0)  # not a product with the weights: sum adds in pairs, BLAS one after the other
 
 
-def _fisher_places(
-    index: torch.Tensor | None, weight: torch.Tensor | None, fisher_weight: torch.Tensor | None
-) -> tuple[bool, torch.Tensor | None]:
-    """Whether the rows that the gradient takes are all that the Fisher needs, and the Fisher's weights of these."""
-    if fisher_weight is None:
-        return index is None, None
-    flat = fisher_weight.reshape(-1)
-    if index is None or weight is None:
-        return True, flat
-    same = weight.data_ptr() == fisher_weight.data_ptr() and weight.stride() == fisher_weight.stride()
-    # Most often the Fisher's rows are some of the gradient's; if not, a pass of their own is cheaper than a union.
-    if not (same and weight.dtype == fisher_weight.dtype) and bool(((weight.reshape(-1) == 0) & (flat != 0)).any()):
-        return False, None
-    return True, flat[index]
-
-
-def _square_sum(fisher: torch.Tensor, g: torch.Tensor, fisher_weight: torch.Tensor | None) -> None:
-    weight = None if fisher_weight is None else single(fisher_weight.reshape(-1))
-    for part in row_parts(g, None):
-        pack_rows(g, None, part, square_weight=weight, square_sum=fisher)
-
-
 def _run_cpp(
     gradient: torch.Tensor | None,
     fisher: torch.Tensor | None,
@@ -109,39 +87,30 @@ def _run_cpp(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    """One pass selects, widens, weighs and squares a chunk of rows; BLAS multiplies what it leaves in cache."""
+    """One pass selects, widens and weighs a chunk of rows; BLAS multiplies what it leaves in cache."""
+    if fisher is not None:  # a pass of its own: it is short beside the product
+        squares = None if fisher_weight is None else single(fisher_weight.reshape(-1))
+        for part in row_parts(g, None):
+            pack_rows(g, None, part, square_weight=squares, square_sum=fisher)
     if gradient is None or x is None:
-        if fisher is not None:
-            _square_sum(fisher, g, fisher_weight)
         return
     index, factor = selection(weight)
-    factor, squared = single(factor), None
-    if fisher is not None:
-        together, squared = _fisher_places(index, weight, fisher_weight)
-        if not together:
-            _square_sum(fisher, g, fisher_weight)
-            fisher = None
-    squared = single(squared)
-    parts = row_parts(g, index)
-    if fisher is None and index is None and factor is None and g.dtype == x.dtype == torch.float32:
+    factor = single(factor)
+    if index is None and factor is None and g.dtype == x.dtype == torch.float32:
         gradient.addmm_(g.mT, x)
         return
     # The narrower operand is weighed. What is float32 and read as it is needs no copy.
     weighs_g = g.shape[1] <= x.shape[1]
-    weights = (factor if weighs_g else None, None if weighs_g else factor)
-    most = parts[0].stop if parts else 0
-    copies = [new_panel(rows, index, most, row_weight) for rows, row_weight in zip((g, x), weights, strict=True)]
+    operands = ((g, factor if weighs_g else None), (x, None if weighs_g else factor))
+    parts = row_parts(g, index)
+    panels = [new_panel(rows, index, parts[0].stop if parts else 0, weights) for rows, weights in operands]
     for part in parts:
-        operands = []
-        for rows, row_weight, copy, total in zip((g, x), weights, copies, (fisher, None), strict=True):
-            if copy is not None or total is not None:
-                pack_rows(
-                    rows, index, part, weight=row_weight,
-                    panel=copy if row_weight is None else None, weighted=None if row_weight is None else copy,
-                    square_weight=None if total is None else squared, square_sum=total,
-                )  # fmt: skip
-            operands.append(rows[part] if copy is None else copy[: part.stop - part.start])
-        gradient.addmm_(operands[0].mT, operands[1])
+        ready = []
+        for (rows, weights), panel in zip(operands, panels, strict=True):
+            if panel is not None:
+                pack_rows(rows, index, part, weight=weights, **{"panel" if weights is None else "weighted": panel})
+            ready.append(rows[part] if panel is None else panel[: part.stop - part.start])
+        gradient.addmm_(ready[0].mT, ready[1])
 
 
 def _body(
@@ -183,7 +152,7 @@ def gradient_statistics_(
     *,
     backend: str = "auto",
 ) -> None:
-    """Add `sum_t w_t g_t x_t^T` to `gradient`, and `sum_t v_t g_t^2` to `fisher`, in one pass over g.
+    """Add `sum_t w_t g_t x_t^T` to `gradient`, and `sum_t v_t g_t^2` to `fisher`.
 
     Rows of weight zero are never read into the respective result: they may hold anything. Gradients do not flow
     through. `fisher` alone is also the way to column sums of squares of anything.

@@ -117,16 +117,12 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
     return None if backend == "triton" else f"a Triton kernel, but the call runs on backend {backend!r}"
 
 
-def _here() -> set[str]:
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {chip_name(device) for device in devices}
-
-
 @functools.cache
 def tables() -> Tables:
     """The tables, the user's before the shipped one, read at first use; a malformed one is warned of and not used."""
     entries: dict[Key, tuple[Record, str]] = {}
-    counts, problems, chips = {}, {}, _here()
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    counts, problems, chips = {}, {}, {chip_name(device) for device in devices}
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
         if name == "tuned" and not path.exists():
             continue
