@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -126,30 +127,12 @@ class ExpertLayer(nn.Module):
         self.out_features, self.in_features = (n, m) if self.transposed else (m, n)
         self.direct = first_meets_inputs(wrapper)
 
-    @property
-    def r(self) -> Any:
-        """Ranks by adapter."""
-        return self.wrapper.r
-
-    @property
-    def lora_alpha(self) -> Any:
-        """Alphas by adapter."""
-        return self.wrapper.lora_alpha
-
-    @property
-    def use_rslora(self) -> Any:
-        """By adapter, whether the scaling is `alpha / sqrt(r)`."""
-        return self.wrapper.use_rslora
-
-    @property
-    def scaling(self) -> Any:
-        """Scalings by adapter."""
-        return self.wrapper.scaling
-
-    @property
-    def merged(self) -> bool:
-        """Whether adapters are merged."""
-        return bool(self.wrapper.merged)
+    # What PEFT's layer has, of all experts: by adapter, and whether adapters are merged.
+    r = property(attrgetter("wrapper.r"))
+    lora_alpha = property(attrgetter("wrapper.lora_alpha"))
+    use_rslora = property(attrgetter("wrapper.use_rslora"))
+    scaling = property(attrgetter("wrapper.scaling"))
+    merged = property(attrgetter("wrapper.merged"))
 
     def get_base_layer(self) -> nn.Module:
         """What is under the adapter."""
