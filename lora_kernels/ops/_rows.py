@@ -68,7 +68,7 @@ def single(weight: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def counted(rows: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of rows `(..., n)` those of weight `(...)` not zero, `(count, n)`, and these weights `(count, 1)`, in float64."""
+    """Rows `(..., n)` whose weight `(...)` is not zero, `(count, n)`, and these weights `(count, 1)`, in float64."""
     flat = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).double()
     if weight is None:
         return flat, flat.new_ones(flat.shape[0], 1)

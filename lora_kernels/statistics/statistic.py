@@ -83,6 +83,7 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
         ValueError: if a name is unknown, or the method needs no data.
         TypeError: if it is nothing of the above.
     """
+    known = tuple(Accumulator.statistics)  # of any class, not those here alone
     if wants is None:
         return {INPUT_SECOND: False}
     if isinstance(wants, str):
@@ -95,14 +96,14 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     elif isinstance(wants, (Sequence, Set, Iterator)):
         names = list(wants)
         for name in names:
-            check_choice("wants", name, STATISTICS)
+            check_choice("wants", name, known)
         exact_by_name = dict.fromkeys(names, False)
     else:
         raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
     for name in exact_by_name:
-        check_choice("wants", name, STATISTICS)
+        check_choice("wants", name, known)
     if not exact_by_name:
         raise ValueError(
             f"wants is {repr_short(wants)}, which needs no statistics of data: there is nothing to collect"
         )
-    return {name: bool(exact_by_name[name]) for name in STATISTICS if name in exact_by_name}
+    return {name: bool(exact_by_name[name]) for name in known if name in exact_by_name}

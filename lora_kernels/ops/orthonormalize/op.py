@@ -44,7 +44,7 @@ def _row_step(y: torch.Tensor) -> int:
 
 
 def _blocks(y: torch.Tensor) -> list[tuple[Any, Any]]:
-    """What is widened at a time, matrices of a batch of short ones or rows of all, and the matrices it is of."""
+    """Indices of what is widened at a time (matrices of a batch of short ones, or rows of all) and of its matrices."""
     step, rows = _row_step(y), y.shape[-2]
     if y.dim() == 3 and step >= rows:
         count = max(1, step // max(1, rows))
@@ -80,7 +80,7 @@ def times(y: torch.Tensor, small: torch.Tensor, out: torch.Tensor | None = None)
 
 
 def factored(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of Gram matrices L, its inverse, the flags of bad pivots, and a bound on the condition of y, squared."""
+    """Cholesky factors of `y^T y`, their inverses, flags of bad pivots, and a bound on the condition of y, squared."""
     lower, info = torch.linalg.cholesky_ex(product)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
