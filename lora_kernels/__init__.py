@@ -4,7 +4,7 @@
 
     report = lk.initialize(peft_model, loader, method="eva")
 
-Importing touches no GPU, needs no compiler, and loads each name at its first use: the functions below, and the
+Importing touches no GPU, needs no compiler, and loads a name at its first use: the functions below, and the
 subpackages with everything else (`lk.init.EVA`, `lk.statistics.Statistics`, `lk.api.LandscapeMonitor`, ...).
 """
 

@@ -57,8 +57,12 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
     numbers: bool = False,
+    contiguous: str = "",
 ) -> None:
-    """Raise unless an argument is a dense tensor; `None` in `shape` is any size, `numbers` refuses the meta device."""
+    """Raise unless an argument is a dense tensor.
+
+    `None` in `shape` is any size, `numbers` refuses the meta device, and `contiguous` is `rows` or `all`.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -72,6 +76,10 @@ def check_tensor(
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
+    if contiguous == "rows" and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {value.stride()}, but its rows must be contiguous")
+    if contiguous == "all" and not value.is_contiguous():
+        raise ValueError(f"{name} has strides {value.stride()}, but must be contiguous")
     if numbers and value.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, but must hold numbers")
     if _freed(value):

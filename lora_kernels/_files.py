@@ -45,10 +45,7 @@ def read_json(file: Path, what: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to, which then replaces the file: at any moment there is the old one or the new one, whole.
-
-    It has the same suffix. A symbolic link stays, and what it leads to is replaced. The folder is created.
-    """
+    """Yield a path of the same suffix that then replaces the file, whole; links stay, and the folder is created."""
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _temporary(target)

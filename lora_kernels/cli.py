@@ -296,17 +296,13 @@ class Verify(_TextCommand):
         (batch,) = transformers.task_batches(base, tokenizer, task, *rows, self.batch_size, self.max_length)
         output = console()
         output.print(lk.accelerate(model, guard=False).summary())
-        loss = None
+        settings: dict[str, Any] = {}
         if "labels" not in batch:
             output.print("no labels: the mean square of the model's first output stands for the loss")
-            loss = _mean_square
-        report = lk.verify(model, batch, loss=loss)
+            settings["loss"] = lambda outputs, _batch: outputs[0].float().square().mean()
+        report = lk.verify(model, batch, **settings)
         output.print(report)
         return 0 if report.ok else 1
-
-
-def _mean_square(outputs: Any, _batch: Any) -> Any:
-    return outputs[0].float().square().mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,14 +475,7 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ..
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: of the command line; `sys.argv` by default.
-
-    Returns:
-        The exit status: 0, or 1 where a check failed, or 2 where the input was bad.
-    """
+    """Run the command line (`sys.argv` by default): 0, or 1 where a check failed, or 2 where the input was bad."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser, configs = _parser(words[0] if words else None)
     given = vars(parser.parse_args(words))

@@ -1,4 +1,4 @@
-"""`lora-kernels doctor`: what is installed, which backends can run and why not, and a self-test of each op."""
+"""`lora-kernels doctor`: what is installed, which backends can run and why not, and a self-test of every op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The self-test of each op on each backend that says it can run, against float64."""
+"""The self-test of every op on every backend that says it can run, against float64."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.part import LIMIT, ROUNDING, Run, relative_error
 from lora_kernels.ops._tiles import TileConfig
 from lora_kernels.ops.lora_pro_adam import reference
-from lora_kernels.ops.lora_pro_adam.config import ProConfig
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
+from lora_kernels.ops.lora_pro_adam.config import Adam, ProConfig
 from lora_kernels.ops.skinny.config import SkinnyConfig
 
 TOKENS = 8192

@@ -11,7 +11,7 @@ from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.adapters.writing import copy_whole
 
-# Entries that are computed at a time: on a CPU by each thread, few enough for its second-level cache.
+# Entries that are computed at a time: on a CPU by every thread, few enough for its second-level cache.
 NORM_BLOCK, _GPU_BLOCK = 2**17, 2**24
 
 

@@ -1,17 +1,18 @@
-"""The experts of a module of many, each seen as a linear layer with an adapter of its own.
+"""The experts of a module of many, seen as linear layers with adapters of their own.
 
 PEFT adapts a parameter `(experts, ...)` as one layer, a `ParamWrapper`, and keeps the factors of all experts in two
 matrices: the rows of the first are ordered by expert and rank, the columns of the second by rank and expert. Which of
 the two meets the inputs depends on the layout of the parameter and on PEFT's version. `by_expert` takes them apart for
 all experts at once, `ExpertLayer` shows one expert as a layer. While statistics are collected, a module of experts
-runs an implementation out of transformers' registry that calls each expert with the rows that go to it.
+runs an implementation out of transformers' registry that calls an expert with the rows that go to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -52,13 +53,7 @@ def why_no_sum(wrapper: Any, adapter: str) -> str | None:
 
 
 def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(experts, r, n)` and B `(experts, m, r)` from matrices in PEFT's layout, differentiable.
-
-    Args:
-        wrapper: of a parameter of experts.
-        first: `(experts * r, .)`, as the weight of `lora_A`.
-        second: `(., r * experts)`, as that of `lora_B`.
-    """
+    """A `(experts, r, n)` and B `(experts, m, r)`, differentiable, of weights `(experts r, .)` and `(., r experts)`."""
     experts = wrapper.num_experts
     rank = first.shape[0] // experts
     left = first.reshape(experts, rank, first.shape[1])
@@ -67,11 +62,7 @@ def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[
 
 
 def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `(L experts, r, n)` and B `(L experts, m, r)`, from `(L, experts r, n)` and `(L, m, r experts)`.
-
-    PEFT orders the rows of A by expert and rank, the columns of B by rank and expert. What it calls A and B may be
-    those of the transposed weight (see `by_expert`).
-    """
+    """A `(L experts, r, n)` and B `(L experts, m, r)`, from PEFT's `(L, experts r, n)` and `(L, m, r experts)`."""
     if experts == 1:
         return a, b
     columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
@@ -87,12 +78,7 @@ def join_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.
 
 
 def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the choices `(tokens, k)` of experts.
-
-    Returns:
-        The experts in ascending order, the place in `top_k_index` of each, and the offsets `(experts + 1,)` of the
-        experts' runs.
-    """
+    """Choices `(tokens, k)` by expert: experts, their places in `top_k_index`, offsets `(experts + 1,)` of runs."""
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     places = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
     return ids, order, torch.searchsorted(ids, places)
@@ -121,22 +107,12 @@ class _Base(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """One expert of a parameter with its adapters; called, it is the product of the rows that go to this expert.
+    """One expert of a parameter with its adapters; called, it is the product of the rows that go to this expert."""
 
-    Attributes:
-        wrapper: PEFT's layer for all experts.
-        wrapper_name: its name in the model.
-        expert: its number.
-        in_features: n.
-        out_features: m.
-        rows: of the current call, the numbers of the tokens that its rows are.
-        tokens: of how many.
-    """
-
-    wrapper: Any
+    wrapper: Any  # PEFT's layer for all experts
     expert: int
-    rows: torch.Tensor | None
-    tokens: int
+    rows: torch.Tensor | None  # of the current call, the numbers of the tokens that its rows are
+    tokens: int  # of how many
     operands: tuple[torch.Tensor, torch.Tensor | None] | None
     lora_magnitude_vector: dict[str, Any] = {}  # noqa: RUF012  (no adapter of a parameter is DoRA)
 
@@ -151,30 +127,12 @@ class ExpertLayer(nn.Module):
         self.out_features, self.in_features = (n, m) if self.transposed else (m, n)
         self.direct = first_meets_inputs(wrapper)
 
-    @property
-    def r(self) -> Any:
-        """Ranks by adapter."""
-        return self.wrapper.r
-
-    @property
-    def lora_alpha(self) -> Any:
-        """Alphas by adapter."""
-        return self.wrapper.lora_alpha
-
-    @property
-    def use_rslora(self) -> Any:
-        """By adapter, whether the scaling is `alpha / sqrt(r)`."""
-        return self.wrapper.use_rslora
-
-    @property
-    def scaling(self) -> Any:
-        """Scalings by adapter."""
-        return self.wrapper.scaling
-
-    @property
-    def merged(self) -> bool:
-        """Whether adapters are merged."""
-        return bool(self.wrapper.merged)
+    # What PEFT's layer has, of all experts: by adapter, and whether adapters are merged.
+    r = property(attrgetter("wrapper.r"))
+    lora_alpha = property(attrgetter("wrapper.lora_alpha"))
+    use_rslora = property(attrgetter("wrapper.use_rslora"))
+    scaling = property(attrgetter("wrapper.scaling"))
+    merged = property(attrgetter("wrapper.merged"))
 
     def get_base_layer(self) -> nn.Module:
         """What is under the adapter."""
@@ -224,6 +182,12 @@ class ExpertLayer(nn.Module):
         return nn.functional.linear(x, weight, bias)
 
 
+def asks_registry(kind: type) -> bool:
+    """Whether a class of experts has the forward that transformers' decorator gives it."""
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+
+
 def why_unseen(wrapper: Any, adapter: str) -> str | None:
     """Why the experts of a wrapper cannot be seen as layers, or `None`."""
     base, name = chain_of(wrapper)[-1].base_layer, wrapper.parameter_name
@@ -231,8 +195,7 @@ def why_unseen(wrapper: Any, adapter: str) -> str | None:
         return f"target_parameters ({name}): {type(base).__name__} is no module of experts (a router, say)"
     if name not in PRODUCTS or not all(hasattr(base, trait) for trait in TRAITS):
         return f"target_parameters ({name}): {type(base).__name__} is not a module of experts that transformers routes"
-    forward: Any = type(base).forward
-    if "experts_interface" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
+    if not asks_registry(type(base)):
         return f"target_parameters ({name}): {type(base).__name__} does not ask transformers' registry of experts"
     if getattr(base, "_is_expert_parallel", False):
         return f"target_parameters ({name}): its experts are shared out over processes"
@@ -253,7 +216,7 @@ def with_experts(model: Any, modules: Sequence[str], parameters: Sequence[str], 
 
 
 def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
-    """One layer for each expert of a wrapper's parameter, by a name of its own: experts, parameter, number."""
+    """One layer per expert of a wrapper's parameter, by a name of its own: experts, parameter, number."""
     stem = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
     return {f"{stem}.{expert}": ExpertLayer(name, wrapper, expert) for expert in range(wrapper.num_experts)}
 
@@ -272,14 +235,7 @@ class _Config:
 
 @contextlib.contextmanager
 def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the modules of experts so that those of their experts that are among `modules` are called as layers.
-
-    Args:
-        modules: layers of a model, of any kind.
-
-    Yields:
-        Nothing.
-    """
+    """Run the modules of experts so that those of their experts that are among `modules` are called as layers."""
     by_base: dict[Any, dict[str, dict[int, ExpertLayer]]] = defaultdict(lambda: defaultdict(dict))
     for module in modules:
         if isinstance(module, ExpertLayer):
@@ -300,6 +256,32 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
             base.__dict__.pop(_LAYERS, None)
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def one_by_one(
+    module: Any, x: torch.Tensor, name: str, bounds: list[int], run: Callable[..., Any] = _linear
+) -> torch.Tensor:
+    """The products of x, sorted by expert, with a parameter, by `run(x, weight, bias, expert, place)` per expert."""
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
+    parts = []
+    for expert, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if low < high:
+            matrix = weight[expert].mT if module.is_transposed else weight[expert]
+            operands = matrix, None if bias is None else bias[expert]
+            parts.append(run(x[low:high], *operands, expert, slice(low, high)))
+    width = weight.shape[2 if module.is_transposed else 1]
+    return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
+
+
+def mixture(module: Any, x: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What the experts of a module make of rows x `(rows, n)`, sorted by expert."""
+    inner = product(x, "gate_up_proj" if module.has_gate else "up_proj")
+    out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out  # type: ignore[no-any-return]
+
+
 def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
     """The experts of a module, one after another, with the rows of `(tokens, n)` that `(tokens, k)` indices send."""
     if hidden_states.is_meta:
@@ -311,28 +293,12 @@ def _forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     layers = module.__dict__[_LAYERS]
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(module, name)
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        parts = []
-        for expert, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            if low == high:
-                continue
-            operands = (
-                weight[expert].mT if module.is_transposed else weight[expert],
-                None if bias is None else bias[expert],
-            )
+        def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int, place: slice) -> Any:
             layer = layers[name].get(expert) if name in layers else None
-            if layer is None:
-                parts.append(nn.functional.linear(x[low:high], *operands))
-            else:
-                parts.append(layer.call(x[low:high], operands, rows[low:high], tokens))
-        width = weight.shape[2 if module.is_transposed else 1]
-        return torch.cat(parts) if parts else x.new_zeros(0, width)  # (a call without rows)
+            return _linear(x, weight, bias) if layer is None else layer.call(x, (weight, bias), rows[place], tokens)
 
-    inner = product(hidden_states[rows], "gate_up_proj" if module.has_gate else "up_proj")
-    out = product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        return one_by_one(module, x, name, bounds, run)
+
+    out = mixture(module, hidden_states[rows], product) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     result = torch.zeros(tokens, out.shape[1], dtype=out.dtype, device=out.device).index_add(0, rows, out)
     return result.to(hidden_states.dtype)

@@ -23,10 +23,7 @@ from lora_kernels.reports import PREFIX
 CONFIG = "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Parts of an adapter that are no factors of a linear layer, and what is said of them.
-_OTHERS = {
-    ".lora_embedding_A": "an embedding: its input are indices",
-    ".lora_magnitude_vector": "",
-}
+_OTHERS = {".lora_embedding_A": "an embedding: its input are indices", ".lora_magnitude_vector": ""}
 
 _UNKNOWN = "the files alone do not say of how many experts, or whose, these factors are: give the base model (--base)"
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -229,11 +226,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
-
-    Raises:
-        ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
-    """
+    """The LoRA factors of a stock PEFT adapter folder, without its base model; a ValueError if there are none."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")

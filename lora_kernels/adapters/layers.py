@@ -84,7 +84,7 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 def places(model: nn.Module) -> Counter[int]:
-    """The number of parameters that use each storage; one that two modules hold counts twice."""
+    """The number of parameters that use a storage; one that two modules hold counts twice."""
     return Counter(_storage(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
 
@@ -154,7 +154,7 @@ def find_lora_layers(
     allow_none: bool = False,
 ) -> AdapterLayers:
     """The LoRA layers of an adapter, in the model's order; `allow_merged`: also those that are merged."""
-    # `without_experts` says why parameters of experts are left out; with `None` each of their experts is a layer.
+    # `without_experts` says why parameters of experts are left out; with `None` their experts are layers.
     # `allow_none`: layers that are not supported may be all that there is. An error says what is wrong with the model,
     # the adapter or its weights.
     if not is_peft_model(model):

@@ -4,9 +4,9 @@ They read adapter_config.json and the tensors, and follow PEFT's rules only in p
 
 - vLLM (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`): one scaling for all layers, `lora_alpha / r` or
   `lora_alpha / sqrt(r)` of the config's own values; patterns are dropped. It allocates for `--max-lora-rank`.
-- SGLang (`python/sglang/srt/lora/lora.py`, `mem_pool.py`): `lora_alpha / r`; no rsLoRA, and each tensor must be of the
+- SGLang (`python/sglang/srt/lora/lora.py`, `mem_pool.py`): `lora_alpha / r`; no rsLoRA, and a tensor must be of the
   config's r. (Its newest `lora_config.py` also reads patterns; what is said here holds for versions before that.)
-- llama.cpp (`convert_lora_to_gguf.py`, `src/llama-adapter.h`): `lora_alpha / rank` of each tensor; no rsLoRA, no
+- llama.cpp (`convert_lora_to_gguf.py`, `src/llama-adapter.h`): `lora_alpha / rank` by tensor; no rsLoRA, no
   patterns, and an alpha of 0 means a scaling of 1.
 """
 
@@ -26,7 +26,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _EXPORT = "write it with lora_kernels.export(model, path, serving=True)"
 MERGE = "merge the adapter instead (model.merge_and_unload()) and serve the merged model"
 _EXPERTS = "target_parameters (experts)"
-# What each does with PEFT's layout of experts: vLLM's `FusedMoE3DWithLoRA` (`is_3d_moe_weight` of its models,
+# What they do with PEFT's layout of experts: vLLM's `FusedMoE3DWithLoRA` (`is_3d_moe_weight` of its models,
 # vllm/lora/model_manager.py, `_stack_moe_lora_weights`); SGLang knows no such name; llama.cpp's converter neither.
 _OF_EXPERTS = (
     "vLLM alone reads experts, for models whose experts it keeps in one tensor (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE and "

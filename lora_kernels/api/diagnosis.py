@@ -78,13 +78,7 @@ def find_adapters(
     weights: Mapping[str, WeightNorms | None] | None = None,
     start: Mapping[str, Factors] | None = None,
 ) -> list[Adapter]:
-    """The factors of an adapter's layers, with norms of their base weights (`weights`, by name).
-
-    The drift is measured from `start`, or else from the frozen start, if there is one.
-
-    Raises:
-        ValueError: if a factor is on the meta device, or a start has another shape.
-    """
+    """The factors of an adapter's layers with norms of base weights; the drift is from `start`, or a frozen start."""
     adapters = []
     for layer in layers.supported:
         name, module = layer.view
@@ -158,7 +152,7 @@ def diagnose(
         statistics: from `collect(...)` with the adapters on, instead of a pass over the loader.
         adapter_name: the adapter.
         start: from `snapshot`, to measure the drift from.
-        weights: compare with the norms of the base weights, which takes some products with each.
+        weights: compare with the norms of the base weights, which takes some products with them.
         intruders: compare the directions of the update with the leading ones of the base weight.
         thresholds: of the verdict.
         options: fields of `statistics.CollectOptions` for the pass over the data; by default `budget="auto"`, so that

@@ -23,8 +23,8 @@ from lora_kernels.runtime.processes import check_same, together, unwrap
 from lora_kernels.statistics import Plan, Statistics, Target, make_plan, parse_budget
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.options import CollectKeywords, CollectOptions, Forward, PlanKeywords, read_options
-from lora_kernels.statistics.probe import find_groups
-from lora_kernels.statistics.wants import Wants, resolve_wants
+from lora_kernels.statistics.sharing import find_groups
+from lora_kernels.statistics.statistic import Wants, resolve_wants
 
 
 def _targets(

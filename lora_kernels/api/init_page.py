@@ -17,7 +17,7 @@ def init_page(report: InitReport) -> Page:
     ranks = {layer.name: float(layer.rank) for layer in report}
     grid = Grid(
         title="Rank",
-        meaning="of each adapter after the initialisation",
+        meaning="of adapters after the initialisation",
         values=ranks,
         texts={layer.name: str(layer.rank) for layer in report},
         tips={layer.name: f"rank {layer.rank_before} before, {layer.rank} now" for layer in report},

@@ -22,12 +22,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> Sequence[Target]:
-    """The linear layers of a model: those of the full `names`, or all of them in its order.
-
-    Raises:
-        TypeError: if names are something else.
-        ValueError: if a name is not in the model or not a linear layer, or there is no linear layer at all.
-    """
+    """The linear layers of a model: those of the full `names` (an error if one is not), or all, in its order."""
     modules = dict(model.named_modules())
     if names is not None:
         if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):

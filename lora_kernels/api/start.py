@@ -136,7 +136,7 @@ class Start:
 
     @without_autocast()
     def solve(self, *, progress: bool) -> None:
-        """Compute the factors of all layers that data reached, and what the report says of each layer."""
+        """Compute the factors of all layers that data reached, and what the report says of them."""
         reached = self._reached_ranks()
         assigned = reached if self.ranks is None else self.ranks.assign(self.statistics, reached)
         layers = {layer.name: layer for layer in self.layers.supported}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.init.method import solve_layers
+from lora_kernels.init.solving import solve_layers
 from lora_kernels.linalg import eigh_topk
 from lora_kernels.statistics.moments import InputMoments, InputSums
 from lora_kernels.statistics.sketches import InputSketch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.statistics.gradients import FISHER, GRADIENT
 from lora_kernels.statistics.moments import INPUT_SECOND
+
+# What a Fisher-preconditioned step reads.
+WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lora_kernels.statistics.moments import INPUT_SECOND
 
 @dataclass(frozen=True)
 class EVA(InitMethod):
-    """A = the leading principal components of each layer's inputs, B = 0; with `rho`, ranks follow the variance.
+    """A = the leading principal components of a layer's inputs, B = 0; with `rho`, ranks follow the variance.
 
     By default every layer keeps the rank that it has: what is saved then is right in every server as it is.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from lora_kernels._checks import check_choice, check_positive, check_range
-from lora_kernels.init.curvature import InputMetric, descent_step
+from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import InputwiseMethod
 from lora_kernels.init.problem import LayerProblem
@@ -19,12 +19,9 @@ from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg import fix_signs
-from lora_kernels.statistics.gradients import FISHER, GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.gradients import FISHER
 from lora_kernels.statistics.store import Statistics
 
-# What a Fisher-preconditioned step reads.
-WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}
 # Our names of the authors' token masks.
 _MASKS = {"attention": "attention", "labels": "next_labels"}
 # Gains below this share of the largest are rounding.

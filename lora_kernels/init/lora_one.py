@@ -20,7 +20,7 @@ class LoraOne(GradientMethod):
 
     With `-G = U S V^T`: `B = U_r sqrt(S_r / S_1) / sqrt(gamma)` and `A = sqrt(S_r / S_1) V_r^T / sqrt(gamma)`, as the
     authors' code has it (their text leaves out the square roots). The base weight stays as it is, so the start moves
-    the function of the model: by `s / gamma` along the leading direction of each layer, whatever the size of its
+    the function of the model: by `s / gamma` along the leading direction of a layer, whatever the size of its
     gradient. Where the gradient has fewer than r directions, the rest of B is zero and that of A arbitrary, which can
     learn. `residual` is an upper bound on the spectral norm of what the r triplets leave of G, relative to that of G.
 

@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
 from typing_extensions import Self
 
 from lora_kernels._checks import check_choice
 from lora_kernels.init.factors import BaseLayer, LayerFactors
 from lora_kernels.init.problem import LayerProblem, problems, stock_start
-from lora_kernels.runtime.processes import share_out, world_size
-from lora_kernels.runtime.progress import progress_bar
+from lora_kernels.init.ranks import Redistribution
+from lora_kernels.init.solving import solve_layers
 from lora_kernels.statistics.moments import Accumulator
+from lora_kernels.statistics.statistic import Wants
 from lora_kernels.statistics.store import LayerStatistics, Statistics
-from lora_kernels.statistics.wants import Wants
-
-if TYPE_CHECKING:
-    from lora_kernels.init.ranks import Redistribution
-
-Layer = TypeVar("Layer")
-Answer = TypeVar("Answer")
 
 # The methods by name: every subclass of `InitMethod` that has one.
 METHODS: dict[str, type[InitMethod]] = {}
-
-
-def solve_layers(
-    layers: Mapping[str, Layer],
-    solve: Callable[[Sequence[Layer]], Iterable[Answer]],
-    *,
-    device: Callable[[Layer], torch.device],
-    title: str = "solving layers",
-    unit: str = "layer",
-    together: Callable[[Layer], Hashable] | None = None,
-    at_most: Callable[[Layer], int | None] = lambda _: None,
-    work: Callable[[Layer], float] = lambda _: 1.0,
-) -> dict[str, Answer]:
-    """The answers for layers, by name: solved group by group with a progress bar; processes share the groups."""
-    # Layers with one key of `together` form a group (by default each its own), of which `at_most` so many are solved at
-    # once. `device` is where a layer's answer lives, `work` how long it takes, in any unit.
-    if not layers:
-        return {}
-    groups: dict[Hashable, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        groups[name if together is None else together(layer)].append(name)
-    pieces: list[list[str]] = []
-    for names in groups.values():
-        size, limit = len(names), at_most(layers[names[0]])
-        if limit is not None:  # no larger than what leaves every process a share
-            size = max(1, min(limit, -(-size // world_size())))
-        pieces += [names[low : low + size] for low in range(0, len(names), size)]
-    with progress_bar(len(layers), title, unit) as bar:
-
-        def compute(index: int) -> dict[str, Answer]:
-            names = pieces[index]
-            answers = dict(zip(names, solve([layers[name] for name in names]), strict=True))
-            bar.update(len(names))
-            return answers
-
-        def weigh(index: int) -> float:
-            return sum(work(layers[name]) for name in pieces[index])
-
-        where = device(next(iter(layers.values()))) if world_size() > 1 else torch.device("cpu")
-        shares = share_out(range(len(pieces)), compute, where, weigh)
-    merged = {name: answer for part in shares.values() for name, answer in part.items()}
-    return {name: merged[name] for name in layers}
 
 
 @dataclass(frozen=True)
@@ -148,8 +98,8 @@ class InitMethod(ABC):
 
         Args:
             statistics: of all layers named in `ranks`; gradients in a plain mapping are of the mean loss.
-            ranks: the rank of each layer; EVA with `rho` takes their sum for its budget.
-            base: weight and scaling of each layer, for methods that start from them.
+            ranks: the rank per layer; EVA with `rho` takes their sum for its budget.
+            base: weight and scaling per layer, for methods that start from them.
 
         Raises:
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
@@ -167,14 +117,14 @@ class InitMethod(ABC):
 
 @dataclass(frozen=True)
 class LayerwiseMethod(InitMethod):
-    """A method that solves layers apart from each other, or in groups."""
+    """A method that solves layers one by one, or in groups."""
 
     @abstractmethod
     def solve(self, layers: Sequence[LayerProblem]) -> Iterable[LayerFactors]:
         """The factors of the layers of one group, in order."""
 
     def together(self, layer: LayerProblem) -> Hashable:
-        """Layers of one key are solved together; by default each alone."""
+        """Layers of one key are solved together; by default a layer alone."""
         return layer.name
 
     def at_most(self, layer: LayerProblem) -> int | None:  # noqa: ARG002

@@ -14,17 +14,13 @@ from lora_kernels.statistics.store import Statistics
 def offers(
     ranks: Mapping[str, int], limits: Mapping[str, int], *, rho: float, max_rank: int | None = None
 ) -> dict[str, int]:
-    """How many components each layer may compete with: `round(rho * r)` within its limit min(m, n), and `max_rank`."""
+    """How many components a layer may compete with: `round(rho * r)` within its limit min(m, n), and `max_rank`."""
     check_ranks(ranks, limits)
     return {name: min(round(rho * rank), limits[name], max_rank or limits[name]) for name, rank in ranks.items()}
 
 
 def redistribute(
-    scores: Mapping[str, Sequence[float]],
-    budget: int,
-    *,
-    min_rank: int = 0,
-    multiple_of: int = 1,
+    scores: Mapping[str, Sequence[float]], budget: int, *, min_rank: int = 0, multiple_of: int = 1
 ) -> dict[str, int]:
     """Give a budget of ranks to the components with the highest scores.
 
@@ -38,7 +34,7 @@ def redistribute(
         multiple_of: every rank is a multiple of this (serving engines want 8 or 16).
 
     Returns:
-        The rank of each layer; 0 means no adapter. The sum is the budget, or what the offers or the block size allow.
+        The rank per layer; 0 means no adapter. The sum is the budget, or what the offers or the block size allow.
 
     Raises:
         TypeError: if the scores are no mapping to sequences of numbers, or a numeric argument is not a number.
@@ -78,7 +74,7 @@ class Redistribution:
     """A fixed budget of ranks, the sum of those asked for, goes where components score highest; for any method.
 
     Args:
-        score: `explained_variance` (of the inputs, relative to each layer; as EVA does), `gradient_energy` (squared
+        score: `explained_variance` (of the inputs, relative to the layer; as EVA does), `gradient_energy` (squared
             singular values of the weight gradient) or `fisher_energy` (what a natural-gradient step gains along a
             component); the last two compare layers in units of the loss.
         rho: a layer's rank may grow to `round(rho * r)`.

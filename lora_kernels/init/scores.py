@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from lora_kernels.init.components import input_components
-from lora_kernels.init.curvature import whitened_gradient
-from lora_kernels.init.lora_da import WANTS
-from lora_kernels.init.method import solve_layers
+from lora_kernels.init.curvature import WANTS, whitened_gradient
 from lora_kernels.init.problem import LayerProblem, problems
+from lora_kernels.init.solving import solve_layers
 from lora_kernels.linalg import randomized_svd
 from lora_kernels.statistics.gradients import GRADIENT
 from lora_kernels.statistics.moments import INPUT_SECOND
@@ -23,7 +22,7 @@ Scores = dict[str, list[float]]
 
 
 def explained_variance(statistics: Statistics, offered: Mapping[str, int], *, seed: int) -> Scores:
-    """Share of a layer's (centred) input variance along each principal component (EVA, arXiv 2410.07170)."""
+    """Share of a layer's (centred) input variance along its principal components (EVA, arXiv 2410.07170)."""
     components = input_components(statistics, offered, seed=seed)
     return {name: components[name].ratios()[:count] for name, count in offered.items()}
 
@@ -64,7 +63,7 @@ def _score(layers: Mapping[str, LayerProblem], energies: Callable[[LayerProblem]
 
 
 # By name: the statistics a score reads (True where only the exact sums will do), and its function of statistics, the
-# number of components that each layer offers, and a seed.
+# number of components that a layer offers, and a seed.
 SCORES: Mapping[str, tuple[Mapping[str, bool], Callable[..., Scores]]] = {
     "explained_variance": ({INPUT_SECOND: False}, explained_variance),
     "gradient_energy": ({GRADIENT: False}, gradient_energy),

@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_choice, check_positive
-from lora_kernels.init.curvature import InputMetric, descent_step
+from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
 from lora_kernels.init.factors import LayerFactors, as_factors
-from lora_kernels.init.lora_da import WANTS
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerProblem, stock_start
 from lora_kernels.linalg import core_basis
@@ -71,7 +70,7 @@ class TaskDirections(LayerwiseMethod):
         return {"weighting": "sample"} if self.update == "gradient_step" else {}
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
-        """Yield the directions of each weight."""
+        """Yield the directions of weights."""
         for layer in layers:
             weight, update = layer.weight(), self._update(layer)
             if bool(update.any()):

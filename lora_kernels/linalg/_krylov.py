@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_kernels.ops.orthonormalize import gram, orthonormalize, times
+from lora_kernels.ops.orthonormalize import factored, gram, orthonormalize, times
 from lora_kernels.ops.small_linalg import eigh
 
 # Singular values below this share of the largest lose float32 accuracy in a float64 Gram matrix.
@@ -22,11 +22,8 @@ _LOOSE_CONDITION = 1e3
 def _scaled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Well conditioned columns with the span of y, not orthonormal in float32, and y's Gram matrix."""
     product = gram(y)
-    lower, info = torch.linalg.cholesky_ex(product)
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
-    bad = (info != 0) | ~(condition <= _LOOSE_CONDITION**2)
+    _, inverse, failed, condition = factored(product)
+    bad = failed | ~(condition <= _LOOSE_CONDITION**2)
     scaled = y @ inverse.mT.to(y.dtype)
     if bool(bad.any()):
         scaled[bad] = orthonormalize(y[bad])[0]

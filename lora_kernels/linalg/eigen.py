@@ -24,7 +24,7 @@ _SMALL_ORDER = 128
 
 @dataclass(frozen=True)
 class TopEigenpairs:
-    """The k largest eigenpairs of each matrix of a batch.
+    """The k largest eigenpairs of a batch of matrices.
 
     Attributes:
         values: `(..., k)`, descending.

@@ -28,14 +28,14 @@ _WIDE_RANK = 24
 
 @dataclass(frozen=True)
 class RandomizedSVD:
-    """The leading singular triplets of each matrix of a batch, `A ~ U diag(S) Vh`.
+    """The leading singular triplets of a batch of matrices, `A ~ U diag(S) Vh`.
 
     Attributes:
         U: `(..., m, rank)`, orthonormal columns; the entry of largest magnitude of each is positive.
         S: `(..., rank)`, descending.
         Vh: `(..., rank, n)`, orthonormal rows.
         error: `(...)`, an upper bound on the spectral norm of `A - U diag(S) Vh` that holds with probability
-            `CONFIDENCE` for each matrix, or `None` without probes.
+            `CONFIDENCE` per matrix, or `None` without probes.
         method: `krylov`, `subspace`, `two_sided`, or `direct` (the full decomposition, as the basis would have been as
             large as the matrix).
         products: number of block products with the matrix or its transpose.

@@ -1,4 +1,4 @@
-"""Operators: pure functions of tensors, each with a reference, and backends for CPU and GPU."""
+"""Operators: pure functions of tensors, with a reference, and backends for CPU and GPU."""
 
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout

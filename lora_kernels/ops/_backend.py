@@ -3,7 +3,7 @@
 A backend of an op is asked "can you take this call?" and answers `None` (yes) or the reason why not, in words for the
 user. `auto` takes the first that says yes; a backend asked for by name that says no is an error, never a detour.
 
-The choice is made in plain Python before the registered op is called, so `torch.compile` sees a constant.
+Plain Python chooses before the registered op is called, so `torch.compile` sees a constant.
 """
 
 from __future__ import annotations

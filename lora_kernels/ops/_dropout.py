@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels._checks import check_number, repr_short
+from lora_kernels._checks import check_number, check_range
 from lora_kernels.ops._philox import keep_factor, keep_mask, keep_threshold, seed_tensor
 
 
@@ -86,12 +86,7 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
     check_number("dropout.p", dropout.p)
     if not 0 <= dropout.p < 1:
         raise ValueError(f"dropout.p is {dropout.p!r}, but must be at least 0 and below 1")
-    if isinstance(dropout.stream, bool) or not isinstance(dropout.stream, int):
-        raise TypeError(
-            f"dropout.stream must be an int, got {type(dropout.stream).__name__} {repr_short(dropout.stream)}"
-        )
-    if not 0 <= dropout.stream < 2**32:
-        raise ValueError(f"dropout.stream is {repr_short(dropout.stream)}, but must lie in [0, 2^32)")
+    check_range("dropout.stream", dropout.stream, low=0, high=2**32 - 1, integer=True)
     seed = seed_tensor("dropout.seed", dropout.seed, device)
     threshold = keep_threshold(dropout.p)
     return (threshold, seed, dropout.stream) if threshold else (0, None, 0)

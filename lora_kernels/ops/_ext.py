@@ -1,4 +1,4 @@
-"""The compiled extension `lora_kernels._C`: found once, never required."""
+"""The compiled extension `lora_kernels._C`: looked up once, never required."""
 
 from __future__ import annotations
 

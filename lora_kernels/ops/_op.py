@@ -48,7 +48,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a body runs in: on a device, without autocast, and without modes that change where tensors are made."""
+    """What a body runs in: on a device, without autocast, and without modes that change where tensors are created."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     casts = known and torch.is_autocast_enabled(device.type)
     modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
@@ -73,10 +73,10 @@ def device_of(args: Iterable[Any]) -> torch.device:
     raise TypeError("an op needs at least one tensor")
 
 
-def no_float64(*tensors: torch.Tensor | None) -> str | None:
-    """The answer of a backend that takes no float64, given the tensors whose dtypes matter."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return "takes no float64" if wide else None
+def no_float64(*args: Any) -> str | None:
+    """The answer of a backend that takes no float64, by the first tensor among an op's arguments."""
+    first = next(value for value in args if isinstance(value, torch.Tensor))
+    return "takes no float64" if first.dtype == torch.float64 else None
 
 
 def _anything(*_: Any) -> str | None:
@@ -93,13 +93,9 @@ def on_triton(provider: str, takes: Callable[..., str | None] = _anything) -> Ba
     )
 
 
-def on_cpp(
-    provider: str | Callable[..., Any],
-    takes: Callable[..., str | None] = _anything,
-    slower: Callable[..., bool] = lambda *_: False,
-) -> Backend:
+def on_cpp(provider: str | Callable[..., Any], takes: Callable[..., str | None] = _anything) -> Backend:
     """A backend of the compiled extension, on CPU tensors."""
-    return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), slower, provider)
+    return Backend("cpp", lambda *args: cpp_refuses(device_of(args)) or takes(*args), provider=provider)
 
 
 def on_torch(provider: str | Callable[..., Any]) -> Backend:
@@ -170,10 +166,7 @@ class Op:
         self.run(self.choose(backend, *args), *args)
 
     def run(self, backend: str, *args: Any) -> None:
-        """Run on a backend that takes the arguments, which are checked.
-
-        Without torch's dispatcher where nothing but it would see the call. Gradients do not flow through.
-        """
+        """Run on a backend that takes the checked arguments, past torch's dispatcher where only it would see."""
         values = list(args)
         if is_plain(*[args[i] for i in self._tensors]):
             for i in self._read:
@@ -196,10 +189,7 @@ class Op:
         return {backend.name: backend.refuses(*args) for backend in self.backends}
 
     def self_test(self, terms: int, dtype: torch.dtype = torch.float32) -> Callable[[Any], Any]:
-        """Decorates the function that makes the self-test's example.
-
-        A result may be wrong by `terms` roundings of the dtype of the arithmetic: about the length of the sums.
-        """
+        """Decorates the function that makes the example; its result may be wrong by `terms` roundings of dtype."""
 
         def keep(example: Callable[[torch.device], Example]) -> Callable[[torch.device], Example]:
             self.example, self.bound = example, terms * torch.finfo(dtype).eps

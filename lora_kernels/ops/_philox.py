@@ -42,10 +42,7 @@ def _mul_hi_lo(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch
 def philox4x32(
     seed: int | torch.Tensor, counter: Sequence[torch.Tensor], rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, ...]:
-    """Four random 32-bit words per counter, as int64 like the counter's four words, which are in [0, 2^32).
-
-    A seed that is an int64 tensor of one element is read where it lies.
-    """
+    """Four random 32-bit words per counter, int64 like its words; a seed that is a tensor is read where it lies."""
     if len(counter) != 4:
         raise ValueError(f"counter must hold 4 words, got {len(counter)}")
     if not isinstance(seed, torch.Tensor) and not -(2**63) <= seed < 2**64:
@@ -83,7 +80,7 @@ def normal(
 def signs(
     rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """`(rows, columns)` Rademacher draws on the CPU: each bit of the words is one, 0 for 1 and 1 for -1."""
+    """`(rows, columns)` Rademacher draws on the CPU: a bit of the words is one, 0 for 1 and 1 for -1."""
     words = _words(rows, -(-columns // 128), seed, stream, step)
     bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
     return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)
@@ -109,10 +106,7 @@ def halves(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """`(rows, columns)` int64 in [0, 2^16), by 7 rounds: what dropout and stochastic rounding take.
-
-    A seed that is a tensor of one element must be on `device`. `first_row` is for a matrix that is made in parts.
-    """
+    """`(rows, columns)` int64 in [0, 2^16) by 7 rounds, from `first_row` on; a tensor as seed must be on `device`."""
     groups = -(-columns // 8)
     column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
@@ -133,11 +127,17 @@ def keep_mask(
     first_row: int = 0,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Which elements of a matrix dropout keeps, `(rows, columns)` bool; these are to be multiplied by `keep_factor`.
-
-    p is rounded to a multiple of 2^-16; see `halves` for the rest.
-    """
+    """Which elements dropout keeps, to be multiplied by `keep_factor`, `(rows, columns)` bool; see `halves`."""
     return halves(rows, columns, seed=seed, stream=stream, first_row=first_row, device=device) >= keep_threshold(p)
+
+
+def signed64(name: str, seed: object, expected: str = "an int") -> int:
+    """A 64-bit integer as a signed one."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be {expected}, got {type(seed).__name__} {repr_short(seed)}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} is {repr_short(seed)}, but must be a 64-bit integer")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
@@ -150,8 +150,4 @@ def seed_tensor(name: str, seed: object, device: torch.device) -> torch.Tensor:
         if seed.device != device and seed.device.type != "cpu":
             raise ValueError(f"{name} is on {seed.device}, but must be on {device} or on the CPU")
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name} must be an int or a tensor, got {type(seed).__name__} {repr_short(seed)}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} is {repr_short(seed)}, but must be a 64-bit integer")
-    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    return torch.full((1,), signed64(name, seed, "an int or a tensor"), dtype=torch.int64, device=device)

@@ -160,23 +160,21 @@ _AOT_TYPES = {
 
 
 def aot_case(
-    kernel: Any, label: str, constexprs: dict[str, Any], types: dict[str, str] | None = None, **rest: Any
+    kernel: Any, label: str, constexprs: dict[str, Any], types: Any = None, config: Any = None, **rest: Any
 ) -> dict[str, Any]:
-    """Describe a launch for the ahead-of-time compile check; see `aot_cases` for the fields.
-
-    The name is the kernel's, the label and the flags that are set. `types` are those that are not the usual ones.
-    """
+    """Describe a launch (see `aot_cases`), named by kernel, label and flags; `types` are those that are not usual."""
     known = {**_AOT_TYPES, **(types or {})}
     signature = {name: known[name] for name in kernel.arg_names if name in known}
     names = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
     flags = [key.removeprefix("HAS_").lower() for key in names if constexprs.get(key)]
     name = " ".join((kernel.__name__.removesuffix("_kernel"), *label.split(), *flags))
     case = {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs}
-    return {**case, "warps": 4, "stages": 3, "matrix": False, **rest}
+    launch = (4, 3) if config is None else (config.warps, config.stages)  # of Triton itself without one
+    return {**case, **dict(zip(("warps", "stages"), launch, strict=True)), "matrix": config is not None, **rest}
 
 
 def aot_configs(choices: Callable[[tuple[int, int] | None], Iterable[Config]]) -> list[tuple[Config, dict[str, Any]]]:
-    """The configurations that chips choose by capability, with the `platform` and the `chips` of each."""
+    """The configurations that chips choose by capability, with their `platform` and `chips`."""
     chips_of: dict[tuple[Config, str], list[str]] = {}
     for chip, capability in AOT_CHIPS.items():
         for config in dict.fromkeys(choices(capability)):

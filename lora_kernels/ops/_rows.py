@@ -30,10 +30,7 @@ _MOST_SHARED = 8  # a batch has a mask or two, seen in a few shapes
 
 @contextlib.contextmanager
 def shared_selections(kept: Selections) -> Iterator[None]:
-    """Work out the rows that count only once for the same weights: on a GPU, each time waits for the device.
-
-    `kept` holds them, for calls in several blocks. Weights must not be changed behind autograd's back meanwhile.
-    """
+    """Keep in `kept` the rows that count of weights that do not change: to find them waits for a GPU."""
     token = _shared.set(kept)
     try:
         yield
@@ -42,10 +39,7 @@ def shared_selections(kept: Selections) -> Iterator[None]:
 
 
 def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The `(rows,)` int64 that count (`None`: all) and their `(rows,)` real weights (`None`: ones), by `(...)` weights.
-
-    Rows of weight zero are never read.
-    """
+    """The `(rows,)` int64 that count (`None`: all), and their `(rows,)` real weights (`None`: ones), by `(...)`."""
     if weight is None:
         return None, None
     kept = _shared.get()
@@ -73,6 +67,35 @@ def single(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.to(torch.float32).contiguous()
 
 
+def counted(rows: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `(..., n)` whose weight `(...)` is not zero, `(count, n)`, and these weights `(count, 1)`, in float64."""
+    flat = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).double()
+    if weight is None:
+        return flat, flat.new_ones(flat.shape[0], 1)
+    keep = weight.reshape(-1) != 0
+    return flat[keep], weight.reshape(-1, 1)[keep].double()
+
+
+def row_parts(rows: torch.Tensor, index: torch.Tensor | None, step: int = CHUNK) -> list[slice]:
+    """Places of the rows that count, by `step` on the CPU, all at once on a GPU."""
+    count = rows.shape[0] if index is None else index.shape[0]
+    step = step if rows.device.type == "cpu" else max(count, 1)
+    return [slice(low, min(low + step, count)) for low in range(0, count, step)]
+
+
+def widened(rows: torch.Tensor, index: torch.Tensor | None, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    """The rows that count at some places, in a dtype."""
+    return (rows[part] if index is None else rows[index[part]]).to(dtype)
+
+
+def new_panel(
+    rows: torch.Tensor, index: torch.Tensor | None, count: int, weight: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Room for `pack_rows` to widen or weigh `count` rows; `None` where they are float32 and read as they are."""
+    direct = index is None and weight is None and rows.dtype == torch.float32
+    return None if direct else torch.empty(count, rows.shape[1], dtype=torch.float32)
+
+
 def _address(tensor: torch.Tensor | None, low: int = 0) -> int:
     return 0 if tensor is None else tensor.data_ptr() + low * tensor.element_size()
 
@@ -80,8 +103,7 @@ def _address(tensor: torch.Tensor | None, low: int = 0) -> int:
 def pack_rows(
     rows: torch.Tensor,
     index: torch.Tensor | None,
-    low: int,
-    count: int,
+    part: slice,
     *,
     weight: torch.Tensor | None = None,
     panel: torch.Tensor | None = None,
@@ -90,25 +112,15 @@ def pack_rows(
     square_weight: torch.Tensor | None = None,
     square_sum: torch.Tensor | None = None,
 ) -> None:
-    """One C++ pass over the rows that count at places `low` to `low + count`: widen, weigh, sum, square.
+    """One C++ pass over the rows that count at some places: widen, weigh, sum, square.
 
     `panel`, `(>= count, n)` float32, becomes x, `weighted` likewise `w x`; `column_sum += sum w x` and
     `square_sum += sum v x^2`, both `(n,)` float32. w (`weight`) and v (`square_weight`) are `(places,)` float32, or
     `None` for ones; rows where v is zero are not read for the squares.
     """
-    source = rows[low : low + count] if index is None else rows
+    low, source = part.start, rows[part] if index is None else rows
     _ext.extension().pack_rows(
-        source.data_ptr(),
-        CPP_DTYPES[rows.dtype],
-        rows.stride(0),
-        _address(index, low),
-        count,
-        rows.shape[1],
-        _address(weight, low),
-        _address(panel),
-        _address(weighted),
-        _address(column_sum),
-        _address(square_weight, low),
-        _address(square_sum),
-        torch.get_num_threads(),
-    )
+        source.data_ptr(), CPP_DTYPES[rows.dtype], rows.stride(0), _address(index, low), part.stop - low, rows.shape[1],
+        _address(weight, low), _address(panel), _address(weighted), _address(column_sum),
+        _address(square_weight, low), _address(square_sum), torch.get_num_threads(),
+    )  # fmt: skip

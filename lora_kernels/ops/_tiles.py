@@ -58,10 +58,7 @@ def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ..
 
 @functools.lru_cache(maxsize=256)
 def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """Pairs `(tile row, tile column)` that cover a matrix, in groups of 8 tile rows, column by column.
-
-    Neighbours in the list share operands.
-    """
+    """Pairs `(tile row, tile column)` that cover a matrix, in groups of 8 tile rows: neighbours share operands."""
     tall, wide = -(-height // rows), -(-width // columns)
     return tuple(
         (i, j) for group in range(0, tall, _SUPER) for j in range(wide) for i in range(group, min(group + _SUPER, tall))
@@ -70,18 +67,12 @@ def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tup
 
 @functools.lru_cache(maxsize=128)
 def tile_map(order: Callable[..., tuple[tuple[int, int], ...]], sizes: tuple[int, ...], device: Any) -> torch.Tensor:
-    """`order(*sizes)` as kernels read it: int32 `tile row << 16 | tile column`.
-
-    Kept: a model calls with a handful of shapes, and the copy to the device would stall every call.
-    """
+    """`order(*sizes)` as int32 `tile row << 16 | tile column`; kept, as the copy to the device stalls a call."""
     return torch.tensor([i << 16 | j for i, j in order(*sizes)], dtype=torch.int32).to(device)
 
 
 def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024) -> int:
-    """Into how many parts, of `least` tokens or more, the token loop is cut so that a small matrix fills the chip.
-
-    More than one part needs a second, ordered stage that adds them up.
-    """
+    """In how many parts, of `least` tokens or more, a small matrix fills the chip; an ordered stage adds them up."""
     if tiles >= 2 * processors:
         return 1
     wanted = -(-2 * processors // max(tiles, 1))
@@ -89,7 +80,7 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
 
 
 def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
-    """The number of parts of a product's token loop and the tokens of each; the last may have fewer."""
+    """The number of parts of a product's token loop and their tokens; the last may have fewer."""
     splits = token_splits(tiles, tokens, processors, least=least)
     chunk = -(-tokens // splits)
     if splits > 1:  # whole steps: no part but the last has a ragged end

@@ -7,10 +7,7 @@ from triton.runtime import JITFunction
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """`acc + a @ b` in float32.
-
-    UPCAST is set in the interpreter only, whose dot multiplies the bit patterns of bfloat16 (triton #11584).
-    """
+    """`acc + a @ b` in float32; UPCAST in the interpreter, whose dot multiplies bits of bfloat16 (triton #11584)."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -49,10 +46,7 @@ def load_key(seed_ptr):
 
 @triton.jit
 def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """A tile of 16-bit numbers: `(ROWS, 8 * GROUPS)` uint32, column group g holds columns 8 g to 8 g + 7.
-
-    The definition is `_philox.halves`.
-    """
+    """`_philox.halves`: `(ROWS, 8 * GROUPS)` uint32, of which column group g holds columns 8 g to 8 g + 7."""
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     w0, w1, w2, w3 = philox(
         zero + groups[None, :].to(tl.uint32),
@@ -63,7 +57,7 @@ def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS
         key1,
         7,
     )
-    # The last index of a join is its second operand's: words in order, each with its low half first.
+    # The last index of a join is its second operand's: words in order, their low halves first.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
 

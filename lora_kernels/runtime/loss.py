@@ -2,7 +2,7 @@
 
 A training loss is a mean over items (tokens or samples), so gradients shrink with the batch. Statistics use the
 gradient of the *sum* over items: it adds over batches, and 16 batches of 1 sample give what 4 batches of 4 give.
-Under `weighting="sample"` each sample's gradients are divided by its number of items, which is the mean loss per sample
+Under `weighting="sample"` a sample's gradients are divided by its number of items, which is the mean loss per sample
 (what a loop over single samples computes).
 """
 

@@ -94,7 +94,7 @@ def share_out(
     device: torch.device,
     weigh: Callable[[Key], float] | None = None,
 ) -> dict[Key, Any]:
-    """The value of every key, computed by one process each and bit for bit the same on all."""
+    """The value of every key, computed by one process and bit for bit the same on all."""
     # Keys come in the same order on every process; `device` is that of tensors in the values; `weigh` says how long a
     # key takes, in any unit.
     ordered = list(keys)

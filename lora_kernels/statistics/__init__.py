@@ -9,8 +9,8 @@ from lora_kernels.statistics.moments import InputMoments, OutputMoments
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, make_plan
 from lora_kernels.statistics.sketches import GradientSketch, InputSketch
+from lora_kernels.statistics.statistic import STATISTICS, resolve_wants
 from lora_kernels.statistics.store import LayerStatistics, Statistics, Target
-from lora_kernels.statistics.wants import STATISTICS, resolve_wants
 
 __all__ = [
     "STATISTICS",

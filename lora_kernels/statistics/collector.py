@@ -27,10 +27,10 @@ from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, make_plan
-from lora_kernels.statistics.probe import find_groups
+from lora_kernels.statistics.sharing import find_groups
+from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
-from lora_kernels.statistics.wants import Wants, resolve_wants
 
 
 class _FailedElsewhere(Exception):
@@ -85,11 +85,7 @@ class Collection:
         return processes.together(step) if self.world > 1 else step()
 
     def plan(self) -> Plan:
-        """The plan; with a budget, a first forward pass finds which layers read the same tensor.
-
-        Raises:
-            ValueError: if a second pass is needed and the loader cannot be read twice.
-        """
+        """The plan; with a budget, a first forward pass finds which layers read the same tensor."""
         budget = self._together(lambda: parse_budget(self.options.budget, self.device))
         groups = None
         one_shot = isinstance(self.loader, Iterator)
@@ -265,10 +261,7 @@ class Collection:
         return progress.tokens
 
     def _separate(self, observer: Observer, number: int, *, first: bool) -> bool:
-        """Part layers that share a tensor in some calls only; whether the batch must run again, with sums of their own.
-
-        After the first batch it is too late: then the input of such a layer is left out.
-        """
+        """Part layers that share a tensor in some calls only; whether the batch must run again (the first one can)."""
         names = observer.sharing.deviating() if observer.counting else []
         fresh = first and self.progress.done == 0 and not self.resumed
         if self.lockstep and first:

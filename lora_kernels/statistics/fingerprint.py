@@ -16,7 +16,7 @@ from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.storage import Progress
 from lora_kernels.statistics.store import Target
 
-_SAMPLES = 64  # entries of each parameter that identify its values
+_SAMPLES = 64  # entries per parameter that identify its values
 
 
 def fingerprint(

@@ -88,7 +88,7 @@ class BatchWeights:
 
     tokens: torch.Tensor | None = None  # `(batch, tokens)` of the model's input sequence, or `None`
     decoder: torch.Tensor | None = None  # the same for the decoder's sequence; unused by other models
-    factors: torch.Tensor | None = None  # `(batch,)`, by which the gradients of each sample are multiplied, or `None`
+    factors: torch.Tensor | None = None  # `(batch,)`, by which the gradients of a sample are multiplied, or `None`
     lengths: frozenset[int] = frozenset()  # of the sequences of the batch, in tokens
 
     @classmethod
@@ -108,10 +108,7 @@ class BatchWeights:
         return cls(_attention(batch, "attention_mask"), counted if decoder is None else decoder, factors, lengths)
 
     def row_factors(self, shape: torch.Size) -> torch.Tensor | None:
-        """The factor of each row of a layer, in the leading sizes of its rows: `(batch, ...)`, or `(batch * tokens,)`.
-
-        `None` stands for ones; an UnassignedRowsError says that rows cannot be told apart by sample.
-        """
+        """The factors of rows, in the leading sizes of a layer's rows (`None`: ones), or an UnassignedRowsError."""
         if self.factors is None:
             return None
         samples = self.factors.numel()

@@ -47,7 +47,7 @@ class OutputGradients(NamedTuple):
     x: torch.Tensor | None  # `(..., n)`, the inputs; `None` if no sum of the layer reads them
     # `(...)` bool or real, which rows count in second moments and in the Fisher diagonal.
     weight: torch.Tensor | None = None
-    # `(...)` real, multiplies g of each row; bool: rows that count at all (in `weight` too).
+    # `(...)` real, multiplies g row by row; bool: rows that count at all (in `weight` too).
     factors: torch.Tensor | None = None
 
 

@@ -91,7 +91,7 @@ class Observer:
         self._discarding = False
         self.forwarding = True  # false during the backward pass, where checkpointed layers run forward a second time
         self.unaligned: dict[str, str] = {}  # layers whose rows no mask fits, and why
-        # Layers whose rows are not those of samples, where each sample counts alike, and why; their gradients are left
+        # Layers whose rows are not those of samples, where samples count alike, and why; their gradients are left
         # out.
         self.unassigned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
@@ -304,7 +304,7 @@ class Observer:
             raise ValueError(f"the loss is {float(loss.detach())} in batch {batch}")
 
     def check_inputs(self, batch: int) -> None:
-        """Refuse input sums that are not finite (one wait for each device)."""
+        """Refuse input sums that are not finite (one wait per device)."""
         groups = self.sharing.distinct()
         sums = [(", ".join(group.members), group.sums.total) for group in groups]
         _refuse_nonfinite(sums, "input", f"in batch {batch}")

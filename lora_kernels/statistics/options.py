@@ -33,7 +33,7 @@ class CollectOptions:
             where a statistic needs gradients.
         reduction: what the loss is a mean over; see `statistics.loss_items`.
         weighting: `token`: gradients are those of the sum of all items' losses, so that every token weighs the same.
-            `sample`: those of the sum of each sample's mean loss, so that every sample weighs the same (what a loop
+            `sample`: those of the sum of the samples' mean losses, so that every sample weighs the same (what a loop
             over single samples gives). Neither depends on the batch size.
         max_batches: read at most this many batches (per process).
         max_tokens: stop after the batch that reaches this many counted tokens (per process).

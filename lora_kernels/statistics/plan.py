@@ -26,11 +26,11 @@ FORMS = ("auto", "exact", "sketch")
 class Entry:
     """One set of sums."""
 
-    statistic: str  # see `wants.STATISTICS`
+    statistic: str  # see `statistic.STATISTICS`
     form: str  # `exact` or `sketch`
     layers: tuple[str, ...]  # the layers it belongs to: several where they read the same tensor
-    bytes: int  # memory of its sums on each process
-    message: int  # bytes that each process contributes to the reduction over processes (of symmetric sums about half)
+    bytes: int  # memory of its sums per process
+    message: int  # bytes that a process contributes to the reduction over processes (of symmetric sums about half)
     number: int = 0  # the pass over the data that collects it, from 0
 
 
@@ -61,7 +61,7 @@ class Plan(Report):
 
     @property
     def pass_bytes(self) -> tuple[int, ...]:
-        """Memory of the sums of each pass, per process."""
+        """Memory of the sums by pass, per process."""
         sizes = [0] * self.passes
         for entry in self.entries:
             sizes[entry.number] += entry.bytes
@@ -74,12 +74,12 @@ class Plan(Report):
 
     @property
     def message_bytes(self) -> int:
-        """Bytes that each process contributes to the reduction of all sums over processes."""
+        """Bytes that a process contributes to the reduction of all sums over processes."""
         return sum(entry.message for entry in self.entries)
 
     @property
     def communication(self) -> int:
-        """Bytes that each process sends in a ring all-reduce of all sums: `2 (W - 1) / W` times their size."""
+        """Bytes that a process sends in a ring all-reduce of all sums: `2 (W - 1) / W` times their size."""
         return 2 * (self.world_size - 1) * self.message_bytes // self.world_size
 
     @property
@@ -185,7 +185,7 @@ def make_plan(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """Decide what is exact, what is sketched, and in which pass each layer's turn comes.
+    """Decide what is exact, what is sketched, and in which pass a layer's turn comes.
 
     With `form="auto"` everything is exact if that fits one pass. Otherwise the largest sums that may be sketched (see
     `wants`) and would shrink to less than half are sketched until it does; what then still exceeds the budget is

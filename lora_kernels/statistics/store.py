@@ -112,12 +112,11 @@ class LayerStatistics:
         assert triplets.error is not None  # sketches carry probes
         return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
 
-    def gradient_svd(self, rank: int, *, seed: int = 0) -> RandomizedSVD:
+    def gradient_svd(self, rank: int) -> RandomizedSVD:
         """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
 
         Args:
             rank: number of triplets.
-            seed: of the random start, where the gradient is exact.
 
         Raises:
             ValueError: if the gradient was not collected, or its sketch has fewer columns.
@@ -125,7 +124,7 @@ class LayerStatistics:
         sums = self._sums(GRADIENT)
         if isinstance(sums, GradientSketch):
             return sums.svd(rank, scale=1.0 / self._items())
-        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS, seed=seed)
+        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS)
 
     def fisher(self) -> torch.Tensor:
         """`mean("fisher")`: the mean squared output gradient over tokens, `(m,)` float64."""
@@ -170,8 +169,8 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 
     Attributes:
         layers: the statistics by layer name.
-        batches: number of batches read in each pass, over all processes.
-        samples: number of samples read in each pass.
+        batches: number of batches read in a pass, over all processes.
+        samples: number of samples read in a pass.
         tokens: number of tokens counted in the batch masks (rows of the first layer where there is no mask).
         loss_items: number of items (tokens or samples, see `CollectOptions.weighting`) whose losses were
             differentiated. 0 without a backward pass.

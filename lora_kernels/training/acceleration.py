@@ -104,7 +104,7 @@ def _paths(layers: Sequence[LoraView], gathered: set[str]) -> tuple[LayerPath, .
     paths: dict[str, LayerPath] = {}
     for name, layer in layers:
         path, outer = _path(name, layer, name in gathered), paths.get(name.removesuffix(".base_layer"))
-        # Of wrappers around each other the outer ones come first, and run as one with those inside.
+        # Of nested wrappers the outer ones come first, and run as one with those inside.
         if outer is not None and outer.path == "eager" != path.path and is_experts(stock_class(layer)):
             path = LayerPath(name, path.kind, "eager", OUTER)
         paths[name] = path
@@ -118,7 +118,7 @@ def _sharded(layer: Any) -> bool:
 def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
     """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
 
-    The class of each layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
+    The class of a layer becomes a subclass of its own; parameters, saved adapters and everything PEFT does with the
     layer (several adapters, merging, disabling, mixed batches, variants) stay as they are. Call it before or after
     wrapping in DDP or FSDP2 and before `torch.compile`. In mixed precision products are in the dtype of the
     activations with float32 sums, where PEFT casts them up to that of the adapter.

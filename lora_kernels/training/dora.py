@@ -17,7 +17,7 @@ from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.dora import NORM_BLOCK, block_entries, block_height, caching_enabled, row_norms
 from lora_kernels.runtime.modes import is_sharded
 
-# Entries that are scaled at a time: on a CPU by each thread, few enough for its second-level cache.
+# Entries that are scaled at a time: on a CPU by every thread, few enough for its second-level cache.
 _SCALE_BLOCK = 2**15
 # The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
 _CACHE_KEY = "lora_kernels"
@@ -44,16 +44,11 @@ def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
     return None
 
 
-def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
-    """`|W + s B A|` by row, `(m,)` without a graph, of a layer as it is.
+def norms(layer: Any, adapter: str) -> torch.Tensor:
+    """`|W + s B A|` by row, `(m,)` without a graph; zero rows are an error on a CPU, elsewhere infinite (see `check`).
 
-    Rows that are zero are an error on a CPU; other devices would have to be waited for (see `check`), and there they
-    are infinite, so that their scale is zero.
-
-    They are kept where PEFT keeps them, too: in evaluation mode inside of `peft.helpers.DoraCaching`, and then as long
-    as W, A, B and s are the same. Without it they are computed anew at each call, as by PEFT: a write that bypasses
-    autograd (to `parameter.data`, or by an optimizer's own kernel) leaves no trace by which a change could be told.
-    `cached` is false where the parameters are new in every pass (FSDP2).
+    Kept only inside of `peft.helpers.DoraCaching`, as by PEFT: a write that bypasses autograd (to `parameter.data`)
+    leaves no trace.
     """
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
@@ -61,7 +56,7 @@ def norms(layer: Any, adapter: str, *, cached: bool = True) -> torch.Tensor:
     holder = layer.lora_magnitude_vector[adapter]
     store = getattr(holder, "_dora_cache", None)  # PEFT 0.18 has none
     key = None
-    if cached and store is not None and not holder.training and caching_enabled():
+    if store is not None and not holder.training and caching_enabled():
         key = _key(layer.get_base_layer(), a, b, s)
         before = store.get(_CACHE_KEY)
         if before is not None and _same(before[0], key):

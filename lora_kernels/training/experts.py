@@ -3,7 +3,7 @@
 PEFT wraps a module of experts once per adapted parameter, one wrapper around the other, and makes `W + dW` of all
 experts at every call. Here the outermost wrapper runs an implementation of its own, as transformers' registry
 (`ALL_EXPERTS_FUNCTIONS`) has others: it sorts the rows by expert, takes the products with the weights from the
-implementation that the user chose, and adds the low-rank parts of the rows that each expert has. A module of experts
+implementation that the user chose, and adds the low-rank parts of the rows that an expert has. A module of experts
 that is hooked into is called, and asks the registry for that implementation by itself.
 """
 
@@ -20,7 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import OBSERVED, PRODUCTS, TRAITS, by_expert, chain_of, sort_by_expert, why_no_sum
+from lora_kernels.adapters.experts import (
+    OBSERVED,
+    PRODUCTS,
+    TRAITS,
+    asks_registry,
+    by_expert,
+    chain_of,
+    mixture,
+    one_by_one,
+    sort_by_expert,
+    why_no_sum,
+)
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -34,29 +45,16 @@ COLLECTED = "statistics of its experts are collected"
 
 
 class Term(NamedTuple):
-    """The low-rank part of a product, of one adapter.
+    """The low-rank part of a product, of one adapter."""
 
-    Attributes:
-        a: A of all experts `(experts, r, n)`.
-        b: B `(experts, m, r)`.
-        scaling: s.
-        state: differs where the adapter does, for recomputations; `None` under tracing.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor  # of all experts, `(experts, r, n)`
+    b: torch.Tensor  # `(experts, m, r)`
     scaling: float
-    state: torch.Tensor | None
+    state: torch.Tensor | None  # differs where the adapter does, for recomputations; `None` under tracing
 
 
 class _Call:
-    """What a wrapper asks of `experts_forward`.
-
-    Attributes:
-        implementation: of the products with the weights.
-        terms: by parameter, the low-rank parts.
-        ran: whether it was done.
-    """
+    """What a wrapper asks of `experts_forward`."""
 
     def __init__(self, implementation: str, terms: dict[str, list[Term]]) -> None:
         self.implementation, self.terms, self.ran = implementation, terms, False
@@ -87,16 +85,7 @@ class FusedExperts(FusedForward):
     """The forward of an accelerated wrapper of a parameter of experts; mixed into a subclass of PEFT's own class."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's, fused where possible.
-
-        Args:
-            x: `(tokens, n)`.
-            args: further arguments of the module of experts: which experts each token goes to, and their weights.
-            kwargs: likewise, and PEFT's own.
-
-        Returns:
-            `(tokens, n)`.
-        """
+        """As PEFT's, fused where possible, for x `(tokens, n)` and what the module of experts takes beside it."""
         if self._runs_fused(x) and "adapter_names" not in kwargs:
             chain = chain_of(self)
             base, terms = chain[-1].base_layer, _terms(chain)
@@ -124,15 +113,7 @@ class FusedExperts(FusedForward):
 
 
 def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
-    """Why a wrapper, and those inside of it, have to run PEFT's own forward as they are now, or `None`.
-
-    Args:
-        wrapper: of a parameter of experts.
-        gathered: whether FSDP2 gathers shards before the wrapper runs.
-
-    Returns:
-        The reason, in words.
-    """
+    """Why a wrapper and those in it must run PEFT's own forward now, or `None`; FSDP2 may have `gathered` them."""
     chain = chain_of(wrapper)
     base = chain[-1].base_layer
     if not all(hasattr(base, trait) for trait in TRAITS):
@@ -217,20 +198,12 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
     return terms
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _asks_registry(kind: type) -> bool:
-    """Whether a class of experts has the forward that transformers' decorator gives it."""
-    forward: Any = kind.forward  # type: ignore[attr-defined]
-    return "experts_interface" in getattr(getattr(forward, "__code__", None), "co_freevars", ())
+_asks_registry = torch.compiler.assume_constant_result(asks_registry)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
 def _redirected(base: Any, call: _Call) -> Iterator[None]:
-    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module.
-
-    Yields:
-        Nothing.
-    """
+    """Make a module of experts ask for `experts_forward`, in this thread: others may be in the same module."""
     with _lock:
         routed = base.config if isinstance(base.config, _Routed) else _Routed(base.config)
         base.config, routed.users = routed, routed.users + 1
@@ -307,16 +280,6 @@ def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: 
     return y
 
 
-def _loop(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bounds: list[int], transposed: bool) -> Any:
-    """The products of the implementation `eager`: one expert after another, as models have it themselves."""
-    parts = []
-    for expert, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if first < last:
-            matrix = weight[expert].mT if transposed else weight[expert]
-            parts.append(nn.functional.linear(x[first:last], matrix, None if bias is None else bias[expert]))
-    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[2 if transposed else 1])
-
-
 def _product(
     module: Any, implementation: str, ids: torch.Tensor, offsets: torch.Tensor
 ) -> Callable[[torch.Tensor, str], torch.Tensor]:
@@ -328,10 +291,9 @@ def _product(
     ends = offsets[1:].to(torch.int32)
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(module, name)
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        if implementation == "eager":
-            return _loop(x, weight, bias, bounds, transposed)  # type: ignore[no-any-return]
+        if implementation == "eager":  # as models have it themselves
+            return one_by_one(module, x, name, bounds)  # type: ignore[no-any-return]
+        weight, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
         bias = None if bias is None else bias[ids]
         if implementation == "batched_mm":
             return moe._batched_linear(x, weight[ids], bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
@@ -343,17 +305,7 @@ def _product(
 def experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """An implementation of experts for transformers' registry: theirs, with low-rank parts.
-
-    Args:
-        module: the module of experts, called by an accelerated wrapper.
-        hidden_states: `(tokens, n)`.
-        top_k_index: `(tokens, k)` the experts of each token.
-        top_k_weights: `(tokens, k)` their weights.
-
-    Returns:
-        `(tokens, n)`.
-    """
+    """Transformers' implementation of experts, for x `(tokens, n)` and choices `(tokens, k)`, with low-rank parts."""
     call = _thread.call
     if call is None:
         raise ValueError(f"the implementation {NAME!r} of experts is for accelerated LoRA layers alone")
@@ -366,7 +318,6 @@ def _forward(
 ) -> torch.Tensor:
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
-    terms = call.terms
     tokens, count = top_k_index.shape
     ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
     product = _product(module, call.implementation, ids, offsets)
@@ -374,11 +325,10 @@ def _forward(
     places[order] = torch.arange(order.numel(), device=order.device)
     places = places.view(tokens, count)
     x = _Rows.apply(hidden_states, order // count, places)  # type: ignore[no-untyped-call]
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _with_terms(product(x, name), x, offsets, terms.get(name, ()))
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    out = _with_terms(product(inner, "down_proj"), inner, offsets, terms.get("down_proj", ()))
-    if getattr(module, "has_post_expert_norm", False):
-        out = module.post_expert_norm(out)
+
+    def with_terms(x: torch.Tensor, name: str) -> torch.Tensor:
+        return _with_terms(product(x, name), x, offsets, call.terms.get(name, ()))
+
+    out = mixture(module, x, with_terms)
     out = _Combined.apply(out, top_k_weights, places, order)  # type: ignore[no-untyped-call]
     return out.to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -115,7 +115,7 @@ def verify(
 ) -> VerifyReport:
     """Compare every accelerated layer with PEFT's own on the inputs and output gradients that a batch gives it.
 
-    The batch runs forward and backward through PEFT's layers; each call of each layer is then repeated by itself,
+    The batch runs forward and backward through PEFT's layers; every call of a layer is then repeated by itself,
     fused, by PEFT, and in float64, under the autocast that it had. In evaluation mode: two dropout masks cannot be
     compared. Where the base layer computes its own product (quantized bases), all three
     sides use that product. The model is left as it was.
@@ -224,7 +224,7 @@ def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
-    """The relative error that rounding allows: of each number, and of the float32 sums it comes from."""
+    """The relative error that rounding allows: of the numbers, and of the float32 sums it comes from."""
     # The mean of few roundings may lie above the usual by as much again over the root of their number.
     dtype = call.x.dtype if call.cast is None else call.cast
     tokens, outputs, inputs = call.x.shape[:-1].numel(), call.g.shape[-1], call.x.shape[-1]

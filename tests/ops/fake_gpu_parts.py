@@ -16,7 +16,7 @@ from lora_kernels.ops.grouped_lora import kernel as grouped
 from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.lora_pro_adam import kernel as pro
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
+from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
 from lora_kernels.ops.skinny import op as skinny_op

@@ -15,7 +15,7 @@ from lora_kernels.ops.gradient_statistics import kernel as gradients
 from lora_kernels.ops.grouped_lora import kernel as grouped
 from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_pro_adam import kernel as pro
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
+from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.random_matrix import kernel as draws
 from lora_kernels.ops.sketch import kernel as sketch
 from lora_kernels.ops.skinny import kernel as skinny

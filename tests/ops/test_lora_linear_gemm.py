@@ -173,6 +173,6 @@ def test_a_measured_configuration_is_for_what_it_was_measured_on():
 
 def test_alignment():
     wide = torch.zeros(64, 64)
-    assert config.is_aligned([wide, wide.mT])
+    assert config.is_aligned(wide, wide.mT)
     for view in (wide[:, :40], wide[:, 1:17], wide[:, :40].mT, torch.zeros(4, 40)):
-        assert not config.is_aligned([wide, view])
+        assert not config.is_aligned(wide, view)

@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
+from lora_kernels.ops.lora_pro_adam.config import Adam
 from tests.helpers.accuracy import assert_accurate, rounding
 from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, batch, check, make, whole_numbers
 

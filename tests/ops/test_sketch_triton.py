@@ -254,7 +254,7 @@ def test_configuration_depends_on_product_dtype_alignment_and_platform():
     assert tiles.config_for("tall", torch.float16) == tiles.config_for("tall", single) == tiles.TALL_SINGLE
     assert tiles.config_for("tall", half, aligned=False) == tiles.TALL_RAGGED
     assert tiles.config_for("shrink", half, platform="hip") == tiles.SHRINK_AMD
-    assert tiles.config_for("shrink", single, platform="hip") == tiles.SHRINK_AMD_SINGLE
+    assert tiles.config_for("shrink", single, platform="hip") == tiles.SHRINK_AMD
     assert tiles.config_for("tall", half, aligned=False, platform="hip") == tiles.TALL_AMD
 
 

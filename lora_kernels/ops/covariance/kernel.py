@@ -55,11 +55,7 @@ _LIBRARY_FROM, _LIBRARY_ROWS = 4096, 1024
 def config_for(
     features: int, dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
 ) -> TileConfig:
-    """The configuration for x `(rows, features)`; one table per kind of chip until a measurement says otherwise.
-
-    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot. `capability`: of an
-    NVIDIA chip; `None` on AMD.
-    """
+    """The configuration for x `(rows, features)`; `aligned` if loads can be vectorised, no `capability` on AMD."""
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
     if capability is None:
         return AMD_SQUARE if large else AMD_SMALL
@@ -175,10 +171,7 @@ def covariance(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels; `out` and x have unit column stride, `weight` is real.
-
-    A split has at least `least_chunk` tokens. Large sums of all rows are the library's, unless a `config` is given.
-    """
+    """Launch the kernels on matrices of unit column stride; without `config`, large sums of rows are the library's."""
     features = x.shape[1]
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or features == 0:
@@ -196,11 +189,7 @@ def covariance(
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every form of `syrk_kernel` that `covariance` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every form of `syrk_kernel` that `covariance` launches; see `_reduce.aot_cases`."""
     for aligned, (dtype, x) in itertools.product((True, False), AOT_DTYPES.items()):
         configs = aot_configs(
             lambda capability: (
@@ -215,5 +204,4 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             constexprs = {**config.constants(dtype, where["platform"]), "HAS_INDEX": index}
             constexprs |= {"HAS_WEIGHT": weight, "SPLIT": split, "UPCAST": False}
             label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
-            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
-            yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, **where, **launch)
+            yield aot_case(syrk_kernel, label, constexprs, {"x_ptr": f"*{x}"}, config, aligned=aligned, **where)

@@ -7,7 +7,7 @@ import torch
 from lora_kernels._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
+from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
 from lora_kernels.ops.covariance import reference
 
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
@@ -21,22 +21,13 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
     if x.dim() < 1:
         raise ValueError("x has shape (), but must be (..., n)")
     features = x.shape[-1]
-    wide = torch.float64 if x.dtype == torch.float64 else None
-    check_tensor(
-        "out", out, shape=(features, features), dtypes=(torch.float64,) if wide else FLOATS[2:], device=x.device
-    )
-    if features > 1 and out.stride(-1) != 1:
-        raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
+    sums = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[2:]
+    check_tensor("out", out, shape=(features, features), dtypes=sums, device=x.device, contiguous="rows")
     if weight is not None:
         check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
     if column_sum is not None:
-        check_tensor("column_sum", column_sum, shape=(features,), dtypes=(out.dtype,), device=x.device)
-        if not column_sum.is_contiguous():
-            raise ValueError(f"column_sum has strides {column_sum.stride()}, but must be contiguous")
-
-
-def _takes(out: torch.Tensor, x: torch.Tensor, *_: object) -> str | None:
-    return no_float64(out, x)
+        kind = (out.dtype,)
+        check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
 
 
 def _add_lower(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, block: int) -> None:
@@ -52,13 +43,10 @@ def _run_torch(
     weight: torch.Tensor | None,
     column_sum: torch.Tensor | None,
 ) -> None:
-    on_cpu = x.device.type == "cpu"
-    tokens = x.shape[0] if index is None else index.shape[0]
-    for low in range(0, tokens, CHUNK if on_cpu else max(tokens, 1)):
-        part = slice(low, min(low + CHUNK, tokens) if on_cpu else tokens)
-        rows = (x[part] if index is None else x[index[part]]).to(out.dtype)
+    for part in row_parts(x, index):
+        rows = widened(x, index, part, out.dtype)
         weighted = rows if weight is None else rows * weight[part].to(out.dtype).unsqueeze(-1)
-        _add_lower(out, weighted, rows, _CPU_BLOCK if on_cpu else _GPU_BLOCK)
+        _add_lower(out, weighted, rows, _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK)
         if column_sum is not None:
             column_sum += weighted.sum(0)
 
@@ -71,25 +59,20 @@ def _run_cpp(
     column_sum: torch.Tensor | None,
 ) -> None:
     """One pass selects, widens, weighs and sums a chunk of rows; BLAS multiplies what it leaves in cache."""
-    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
-    direct = index is None and x.dtype == torch.float32
-    panel = None if direct else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
-    scaled = None if weight is None else torch.empty(min(CHUNK, tokens), features, dtype=torch.float32)
-    weight = single(weight)
-    for low in range(0, tokens, CHUNK):
-        count = min(CHUNK, tokens - low)
+    parts, weight = row_parts(x, index), single(weight)
+    count = parts[0].stop if parts else 0
+    panel = new_panel(x, index, count)
+    scaled = None if weight is None else torch.empty(count, x.shape[1], dtype=torch.float32)
+    for part in parts:
         if panel is not None or scaled is not None or column_sum is not None:
-            pack_rows(x, index, low, count, weight=weight, panel=panel, weighted=scaled, column_sum=column_sum)
-        right = x[low : low + count] if panel is None else panel[:count]
+            pack_rows(x, index, part, weight=weight, panel=panel, weighted=scaled, column_sum=column_sum)
+        count = part.stop - part.start
+        right = x[part] if panel is None else panel[:count]
         _add_lower(out, right if scaled is None else scaled[:count], right, _CPU_BLOCK)
 
 
 def _body(
-    backend: Backend,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
+    backend: Backend, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None
 ) -> None:
     if x.numel() > 0:
         backend(out, flat_rows(x), *selection(weight), column_sum)
@@ -101,8 +84,8 @@ covariance = Op(
     writes=("out", "column_sum"),
     check=_check,
     backends=(
-        on_triton("covariance.kernel:covariance", _takes),
-        on_cpp(_run_cpp, _takes),
+        on_triton("covariance.kernel:covariance", no_float64),
+        on_cpp(_run_cpp, no_float64),
         on_torch(_run_torch),
     ),
 )

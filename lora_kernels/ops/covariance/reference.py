@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lora_kernels.ops._rows import counted
 
-def covariance(
-    x: torch.Tensor, weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_t w_t x_t x_t^T` `(n, n)`, both triangles, and `sum_t w_t x_t` `(n,)`, of x `(..., n)` and w `(...)`.
 
-    Rows of weight zero do not count, whatever they hold.
-    """
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
-    if weight is None:
-        return rows.mT @ rows, rows.sum(0)
-    flat = weight.reshape(-1)
-    rows, flat = rows[flat != 0], flat[flat != 0].to(dtype)
-    weighted = rows * flat.unsqueeze(-1)
-    return weighted.mT @ rows, weighted.sum(0)
+def covariance(x: torch.Tensor, weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sum_t w_t x_t x_t^T` `(n, n)` and `sum_t w_t x_t` `(n,)` in float64, without rows of weight zero."""
+    rows, factor = counted(x, weight)
+    return (rows * factor).mT @ rows, (rows * factor).sum(0)

@@ -66,11 +66,7 @@ def config_for(
     aligned: bool = True,
     capability: tuple[int, int] | None = (8, 0),
 ) -> TileConfig:
-    """The configuration for G `(height, width)`; one table per kind of chip until a measurement says otherwise.
-
-    `aligned`: whether loads can be vectorised; the larger tiles spill registers where they cannot. `capability`: of an
-    NVIDIA chip; `None` on AMD.
-    """
+    """The configuration for G `(height, width)`; `aligned` if loads can be vectorised, no `capability` on AMD."""
 
     def reaches(least: tuple[int, int]) -> bool:
         return min(height, width) >= least[0] and height * width >= least[1]
@@ -207,11 +203,7 @@ def gradient_statistics(
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
-    """Launch the kernels of the weight gradient; all matrices have unit column stride.
-
-    If the dtypes of g and x differ, a float32 copy is made of both. A split has at least `least_chunk` tokens. Large
-    sums of all rows are the library's, unless a `config` is given.
-    """
+    """Launch the kernels on matrices of unit column stride; without `config`, large sums of rows are the library's."""
     height, width = gradient.shape
     tokens = x.shape[0] if index is None else index.shape[0]
     if tokens == 0 or height == 0 or width == 0:
@@ -271,10 +263,7 @@ def both(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    """Launch the kernels of the weight gradient, and of the Fisher diagonal `(m,)`; either may be `None`.
-
-    x is given if the gradient is; weights are `(...)` bool or real.
-    """
+    """Launch the kernels of the weight gradient, with which x is given, and of the Fisher diagonal `(m,)`."""
     if gradient is not None and x is not None:
         index, factor = selection(weight)
         gradient_statistics(gradient, g, x, index, single(factor))
@@ -313,11 +302,7 @@ def scale_rows(
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every form of the kernels here that is launched, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every form of the kernels here that is launched; see `_reduce.aot_cases`."""
     for aligned, (dtype, x), weighted in itertools.product((True, False), AOT_DTYPES.items(), (False, True)):
         configs = aot_configs(
             lambda capability: (
@@ -330,8 +315,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
             label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
             types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
-            launch = {"aligned": aligned, "warps": config.warps, "stages": config.stages, "matrix": True}
-            yield aot_case(gradient_kernel, label, constexprs, types, **where, **launch)
+            yield aot_case(gradient_kernel, label, constexprs, types, config, aligned=aligned, **where)
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         for kind, label in ((1, "power 1"), (2, "power 0.5"), (0, "any power")):
             constexprs = {"ROWS": _SCALE_ROWS, "COLUMNS": _SCALE_COLUMNS, "STEPS": _SCALE_STEPS, "KIND": kind}

@@ -9,7 +9,7 @@ import torch
 from lora_kernels._checks import FLOATS, WEIGHTS, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, selection, single
+from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
 from lora_kernels.ops.gradient_statistics import reference
 
 
@@ -42,33 +42,14 @@ def _check(
     sums = (torch.float64,) if wide else FLOATS[2:]
     if gradient is not None and x is not None:
         check_tensor("x", x, shape=(*leading, None), device=g.device)
-        check_tensor("gradient", gradient, shape=(height, x.shape[-1]), dtypes=sums, device=g.device)
-        if gradient.shape[1] > 1 and gradient.stride(-1) != 1:
-            raise ValueError(f"gradient has strides {gradient.stride()}, but its rows must be contiguous")
+        size = (height, x.shape[-1])
+        check_tensor("gradient", gradient, shape=size, dtypes=sums, device=g.device, contiguous="rows")
         sums = (gradient.dtype,)
     if fisher is not None:
-        check_tensor("fisher", fisher, shape=(height,), dtypes=sums, device=g.device)
-        if not fisher.is_contiguous():
-            raise ValueError(f"fisher has strides {fisher.stride()}, but must be contiguous")
+        check_tensor("fisher", fisher, shape=(height,), dtypes=sums, device=g.device, contiguous="all")
     for name, rows in (("weight", weight), ("fisher_weight", fisher_weight)):
         if rows is not None:
             check_tensor(name, rows, shape=leading, dtypes=WEIGHTS, device=g.device)
-
-
-def _takes(
-    gradient: torch.Tensor | None, fisher: torch.Tensor | None, g: torch.Tensor, x: torch.Tensor | None, *_: object
-) -> str | None:
-    return no_float64(gradient, fisher, g, x)
-
-
-def _parts(tokens: int, device: torch.device) -> list[tuple[int, int]]:
-    step = CHUNK if device.type == "cpu" else max(tokens, 1)
-    return [(low, min(step, tokens - low)) for low in range(0, tokens, step)]
-
-
-def _taken(rows: torch.Tensor, index: torch.Tensor | None, low: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    part = slice(low, low + count)
-    return (rows[part] if index is None else rows[index[part]]).to(dtype)
 
 
 def _run_torch(
@@ -82,42 +63,20 @@ def _run_torch(
     if gradient is not None and x is not None:
         index, factor = selection(weight)
         factor = None if factor is None else factor.to(gradient.dtype).unsqueeze(-1)
-        for low, count in _parts(g.shape[0] if index is None else index.shape[0], g.device):
-            left, right = (_taken(rows, index, low, count, gradient.dtype) for rows in (g, x))
+        for part in row_parts(g, index):
+            left, right = (widened(rows, index, part, gradient.dtype) for rows in (g, x))
             if factor is not None and g.shape[1] <= x.shape[1]:
-                left = left * factor[low : low + count]
+                left = left * factor[part]
             elif factor is not None:
-                right = right * factor[low : low + count]
+                right = right * factor[part]
             gradient.addmm_(left.mT, right)
     if fisher is not None:
         index, factor = selection(fisher_weight)
-        for low, count in _parts(g.shape[0] if index is None else index.shape[0], g.device):
-            squares = _taken(g, index, low, count, fisher.dtype).square()
+        for part in row_parts(g, index):
+            squares = widened(g, index, part, fisher.dtype).square()
             if factor is not None:
-                squares *= factor[low : low + count].to(fisher.dtype).unsqueeze(-1)
+                squares *= factor[part].to(fisher.dtype).unsqueeze(-1)
             fisher += squares.sum(0)  # not a product with the weights: sum adds in pairs, BLAS one after the other
-
-
-def _fisher_places(
-    index: torch.Tensor | None, weight: torch.Tensor | None, fisher_weight: torch.Tensor | None
-) -> tuple[bool, torch.Tensor | None]:
-    """Whether the rows that the gradient takes are all that the Fisher needs, and the Fisher's weights of these."""
-    if fisher_weight is None:
-        return index is None, None
-    flat = fisher_weight.reshape(-1)
-    if index is None or weight is None:
-        return True, flat
-    same = weight.data_ptr() == fisher_weight.data_ptr() and weight.stride() == fisher_weight.stride()
-    # Most often the Fisher's rows are some of the gradient's; if not, a pass of their own is cheaper than a union.
-    if not (same and weight.dtype == fisher_weight.dtype) and bool(((weight.reshape(-1) == 0) & (flat != 0)).any()):
-        return False, None
-    return True, flat[index]
-
-
-def _square_sum(fisher: torch.Tensor, g: torch.Tensor, fisher_weight: torch.Tensor | None) -> None:
-    weight = None if fisher_weight is None else single(fisher_weight.reshape(-1))
-    for low, count in _parts(g.shape[0], g.device):
-        pack_rows(g, None, low, count, square_weight=weight, square_sum=fisher)
 
 
 def _run_cpp(
@@ -128,43 +87,30 @@ def _run_cpp(
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
 ) -> None:
-    """One pass selects, widens, weighs and squares a chunk of rows; BLAS multiplies what it leaves in cache."""
+    """One pass selects, widens and weighs a chunk of rows; BLAS multiplies what it leaves in cache."""
+    if fisher is not None:  # a pass of its own: it is short beside the product
+        squares = None if fisher_weight is None else single(fisher_weight.reshape(-1))
+        for part in row_parts(g, None):
+            pack_rows(g, None, part, square_weight=squares, square_sum=fisher)
     if gradient is None or x is None:
-        if fisher is not None:
-            _square_sum(fisher, g, fisher_weight)
         return
     index, factor = selection(weight)
-    factor, squared = single(factor), None
-    if fisher is not None:
-        together, squared = _fisher_places(index, weight, fisher_weight)
-        if not together:
-            _square_sum(fisher, g, fisher_weight)
-            fisher = None
-    squared = single(squared)
-    tokens = g.shape[0] if index is None else index.shape[0]
-    if fisher is None and index is None and factor is None and g.dtype == x.dtype == torch.float32:
+    factor = single(factor)
+    if index is None and factor is None and g.dtype == x.dtype == torch.float32:
         gradient.addmm_(g.mT, x)
         return
-    # The narrower operand is weighed. What is float32 and taken as it is needs no copy.
+    # The narrower operand is weighed. What is float32 and read as it is needs no copy.
     weighs_g = g.shape[1] <= x.shape[1]
-    weights = (factor if weighs_g else None, None if weighs_g else factor)
-    copies = [
-        None
-        if index is None and row_weight is None and rows.dtype == torch.float32
-        else torch.empty(min(CHUNK, tokens), rows.shape[1], dtype=torch.float32)
-        for rows, row_weight in zip((g, x), weights, strict=True)
-    ]
-    for low, count in _parts(tokens, g.device):
-        operands = []
-        for rows, row_weight, copy, total in zip((g, x), weights, copies, (fisher, None), strict=True):
-            if copy is not None or total is not None:
-                pack_rows(
-                    rows, index, low, count, weight=row_weight,
-                    panel=copy if row_weight is None else None, weighted=None if row_weight is None else copy,
-                    square_weight=None if total is None else squared, square_sum=total,
-                )  # fmt: skip
-            operands.append(rows[low : low + count] if copy is None else copy[:count])
-        gradient.addmm_(operands[0].mT, operands[1])
+    operands = ((g, factor if weighs_g else None), (x, None if weighs_g else factor))
+    parts = row_parts(g, index)
+    panels = [new_panel(rows, index, parts[0].stop if parts else 0, weights) for rows, weights in operands]
+    for part in parts:
+        ready = []
+        for (rows, weights), panel in zip(operands, panels, strict=True):
+            if panel is not None:
+                pack_rows(rows, index, part, weight=weights, **{"panel" if weights is None else "weighted": panel})
+            ready.append(rows[part] if panel is None else panel[: part.stop - part.start])
+        gradient.addmm_(ready[0].mT, ready[1])
 
 
 def _body(
@@ -189,8 +135,8 @@ gradient_statistics = Op(
     writes=("gradient", "fisher"),
     check=_check,
     backends=(
-        on_triton("gradient_statistics.kernel:both", _takes),
-        on_cpp(_run_cpp, _takes),
+        on_triton("gradient_statistics.kernel:both", no_float64),
+        on_cpp(_run_cpp, no_float64),
         on_torch(_run_torch),
     ),
 )
@@ -206,7 +152,7 @@ def gradient_statistics_(
     *,
     backend: str = "auto",
 ) -> None:
-    """Add `sum_t w_t g_t x_t^T` to `gradient`, and `sum_t v_t g_t^2` to `fisher`, in one pass over g.
+    """Add `sum_t w_t g_t x_t^T` to `gradient`, and `sum_t v_t g_t^2` to `fisher`.
 
     Rows of weight zero are never read into the respective result: they may hold anything. Gradients do not flow
     through. `fisher` alone is also the way to column sums of squares of anything.
@@ -244,9 +190,7 @@ def _example(device: torch.device) -> Example:
 
 
 def _check_scaled(out: torch.Tensor, gradient: torch.Tensor | None, fisher: torch.Tensor, *_: object) -> None:
-    check_tensor("out", out, shape=(None, None), dtypes=FLOATS[2:])
-    if out.shape[1] > 1 and out.stride(-1) != 1:
-        raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
+    check_tensor("out", out, shape=(None, None), dtypes=FLOATS[2:], contiguous="rows")
     if gradient is not None:
         check_tensor("gradient", gradient, shape=tuple(out.shape), dtypes=(out.dtype,), device=out.device)
     check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
@@ -277,10 +221,7 @@ scaling = Op(
     _scale,
     writes=("out",),
     check=_check_scaled,
-    backends=(
-        on_triton("gradient_statistics.kernel:scale_rows", lambda out, *_: no_float64(out)),
-        on_torch(_scale_torch),
-    ),
+    backends=(on_triton("gradient_statistics.kernel:scale_rows", no_float64), on_torch(_scale_torch)),
 )
 
 

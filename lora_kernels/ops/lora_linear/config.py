@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
+from lora_kernels.ops import _tiles
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,7 @@ _PROCESSORS = 132
 def candidates(
     dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
 ) -> tuple[GemmConfig, ...]:
-    """The configurations that are worth a measurement, largest tiles first; at least one.
-
-    `aligned`: whether loads of the wide operands can be vectorised. `capability`: of an NVIDIA chip; `None` on AMD.
-    """
+    """The configurations worth a measurement, largest tiles first; `aligned` if loads can be vectorised."""
     if capability is None:
         return (AMD_SQUARE, AMD_SMALL) if aligned and dtype != torch.float32 else (AMD_SMALL,)
     if not aligned:
@@ -74,10 +72,7 @@ def config_for(
     aligned: bool = True,
     capability: tuple[int, int] | None = (8, 0),
 ) -> GemmConfig:
-    """The configuration for (tokens, inner size, columns) where nothing was measured; see `candidates`.
-
-    It is the largest tile that gives every processor one.
-    """
+    """The largest tile of `candidates` that gives every processor one, for (tokens, inner size, columns)."""
     tokens, _, columns = shape
     configs = candidates(dtype, aligned=aligned, capability=capability)
     for config in configs:
@@ -86,18 +81,6 @@ def config_for(
     return configs[-1]
 
 
-def is_aligned(matrices: Iterable[torch.Tensor]) -> bool:
-    """Whether Triton will find every size, stride and address to be a multiple of 16, and so vectorise loads.
-
-    Of the wide matrices, with a unit stride each.
-    """
-    numbers = (
-        number
-        for matrix in matrices
-        for number in (
-            matrix.data_ptr(),
-            *(size for size, stride in zip(matrix.shape, matrix.stride(), strict=True) if stride == 1),
-            *(stride for stride in matrix.stride() if stride != 1),
-        )
-    )
-    return all(number % 16 == 0 for number in numbers)
+def is_aligned(*matrices: torch.Tensor) -> bool:
+    """Whether Triton vectorises loads of matrices of which one stride is 1; see `_tiles.is_aligned`."""
+    return _tiles.is_aligned(*(matrix if matrix.stride(1) == 1 else matrix.mT for matrix in matrices))

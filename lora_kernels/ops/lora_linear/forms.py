@@ -5,7 +5,7 @@
     gemm            one Triton kernel for both; rounds once (a frozen pair beside a masked term is added in place)
 
 Which is fastest depends on chip and shape, so the choice is what was measured: the user's table (`lora-kernels tune`),
-else the one that ships, else `expand_first`. It is made inside the op, where sizes are known, from nothing that differs
+else the one that ships, else `expand_first`. The op makes it, where sizes are known, from nothing that differs
 between a forward pass and its recomputation; tables are read once, at first use.
 """
 
@@ -108,10 +108,7 @@ def chip_name(device: torch.device) -> str:
 
 
 def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "triton") -> str | None:
-    """Why the Triton kernel cannot take a product, or `None` if it can.
-
-    It stays away from calls whose skinny products run on another backend.
-    """
+    """Why the Triton kernel cannot take a product whose skinny products run on `backend`, or `None` if it can."""
     missing = triton_refuses(device)
     if missing is not None:
         return missing
@@ -120,19 +117,12 @@ def gemm_refuses(device: torch.device, dtype: torch.dtype, backend: str = "trito
     return None if backend == "triton" else f"a Triton kernel, but the call runs on backend {backend!r}"
 
 
-def _here() -> set[str]:
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {chip_name(device) for device in devices}
-
-
 @functools.cache
 def tables() -> Tables:
-    """The tables, read at first use; where both know a key, the user's counts. `forget` makes them be read again.
-
-    A user's table that is malformed is warned of, once, and not used: training goes on with the defaults.
-    """
+    """The tables, the user's before the shipped one, read at first use; a malformed one is warned of and not used."""
     entries: dict[Key, tuple[Record, str]] = {}
-    counts, problems, chips = {}, {}, _here()
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    counts, problems, chips = {}, {}, {chip_name(device) for device in devices}
     for path, name in ((table.PACKAGED, "shipped"), (table.cache_file(), "tuned")):
         if name == "tuned" and not path.exists():
             continue
@@ -174,11 +164,7 @@ def choose(
     dropout: bool,
     backend: str,
 ) -> Choice:
-    """The form of a product: what was forced, or measured, or the default.
-
-    `sizes` are tokens, n and m of the layer; rank and dropout (whether it is masked) are those of the low-rank term. A
-    measured form that cannot run on this backend is the default; a forced one raises.
-    """
+    """The form of a product of tokens, n and m: forced (or an error), or measured and able to run, or the default."""
     if override is not None:
         reason = gemm_refuses(device, dtype, backend) if override == "gemm" else None
         if reason is not None:

@@ -3,10 +3,10 @@
     y[k, j]  = bias[j] + sum_i x[k, i] W[j, i] + sum_c t[k, c] B[j, c]              forward
     dx[k, j] = sum_i g[k, i] W[i, j] + factor * m[k, j] sum_c u[k, c] A[c, j]       backward
 
-The low-rank term comes after the loop over the inner size: one product per step of each loop (two into one accumulator
+The low-rank term comes after the loop over the inner size: one product per step of a loop (two into one accumulator
 are miscompiled on Blackwell, triton #10821), and what it needs of registers the loop does not. Under a mask it has an
 accumulator of its own, which a wide tile has room for in quarters only. All sums are float32 and rounded once. m is the
-dropout mask of `_philox.keep_mask`, made from positions.
+dropout mask of `_philox.keep_mask`, from positions.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def linear_kernel(
 
 def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> GemmConfig:
     """A configuration for these very tensors: the one wanted, unless it was for another chip, dtype or alignment."""
-    kind: dict[str, Any] = {"aligned": is_aligned((out, x, right)), "capability": capability_of(out.device)}
+    kind: dict[str, Any] = {"aligned": is_aligned(out, x, right), "capability": capability_of(out.device)}
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
     return config_for((out.shape[0], x.shape[1], out.shape[1]), out.dtype, **kind)
@@ -203,10 +203,7 @@ def linear(
     mask: Mask | None = None,
     config: GemmConfig | None = None,
 ) -> None:
-    """`out = bias + x right + drop(t b)`, of one dtype, in the configuration of `fitting` by default.
-
-    `out` and x have unit column stride; `right` is copied if neither of its strides is 1; t and b have any strides.
-    """
+    """`out = bias + x right + drop(t b)`, of one dtype; `out` and x have unit column stride, the others any strides."""
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:
         return
@@ -243,8 +240,7 @@ def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **
     types |= {"seed_ptr": "*i64", "factor": "fp32"}
     names = ("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT")
     label = " ".join(name.removeprefix("HAS_").lower() for name in names if flags[name])
-    launch = {"warps": config.warps, "stages": config.stages, "matrix": True}
-    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, **where, **launch)
+    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, config, **where)
 
 
 _AOT_FLAGS = tuple(
@@ -256,11 +252,7 @@ _AOT_FLAGS = tuple(
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `linear` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `linear` launches; see `_reduce.aot_cases`."""
     for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
         configs = aot_configs(lambda capability: candidates(dtype, aligned=aligned, capability=capability))  # noqa: B023
         for (config, where), flags in itertools.product(configs, _AOT_FLAGS):

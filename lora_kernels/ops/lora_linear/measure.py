@@ -30,7 +30,7 @@ MARGIN = 0.98
 LIMIT, ROUNDING = 2.0, 5e-7
 # Rows that are checked: blocks all over the matrix.
 _BLOCKS, _BLOCK = 8, 32
-# Bytes written before each timed call, and how often: more than any second-level cache, and about 1 ms, in which the
+# Bytes written before a timed call, and how often: more than any second-level cache, and about 1 ms, in which the
 # host queues the call's kernels (40 to 90 us); else a gap of the host's would be timed.
 _FLUSHED, _FLUSHES = 2**28, 12
 _THRESHOLD = round(0.1 * 65536)
@@ -167,7 +167,7 @@ def _candidates(problem: _Problem) -> tuple[list[Choice], dict[str, str]]:
     reason = forms.gemm_refuses(device, dtype, problem.backend)
     if reason is not None:
         return choices, {"gemm": reason}
-    aligned = is_aligned((problem.out, problem.left, problem.right))
+    aligned = is_aligned(problem.out, problem.left, problem.right)
     configs = candidates(dtype, aligned=aligned, capability=capability_of(device))
     return [*choices, *(Choice("gemm", config) for config in configs)], {}
 
@@ -182,7 +182,7 @@ def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
 def measure(
     key: Key, *, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, rounds: int = 20
 ) -> Measurement:
-    """Check all forms of one product and time them, `rounds` calls of each.
+    """Check all forms of one product and time them, `rounds` calls per form.
 
     It is an error if the default form gives wrong numbers or fails: nothing can be chosen then.
     """

@@ -63,7 +63,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y `(tokens, m)`, contiguous, and t `(tokens, r + q)`.
 
-    x is `(tokens, n)` with contiguous rows, W `(m, n)`, A `(r, n)`, B `(m, r)`, A0 `(q, n)` and B0 `(m, q)`, each of
+    x is `(tokens, n)` with contiguous rows, W `(m, n)`, A `(r, n)`, B `(m, r)`, A0 `(q, n)` and B0 `(m, q)`, of
     any dtype; `start` is the bias `(m,)`, or a base result `(tokens, m)` of x's dtype with contiguous rows.
     """
     scaling, frozen_scaling, threshold, stream, backend = scalars

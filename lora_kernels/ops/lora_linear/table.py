@@ -129,11 +129,7 @@ def _record(number: int, entry: Any) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, current or not.
-
-    Raises:
-        ValueError: if it cannot be read or is malformed; the message names the file and the reason.
-    """
+    """All records of a file, current or not; a ValueError with its name if it cannot be read or is malformed."""
     name = f"the table of measured forms {str(path)!r}"
     content = read_json(path, name)
     try:

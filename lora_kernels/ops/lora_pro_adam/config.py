@@ -1,7 +1,8 @@
-"""Tile sizes, launch shape and precision of the LoRA-Pro Adam kernel."""
+"""The numbers of a LoRA-Pro Adam step; tile sizes, launch shape and precision of its kernel."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,34 @@ from lora_kernels.ops._tiles import build_platform, precision
 class ProConfig:
     """Tile sizes and launch shape."""
 
-    rows: int  # of a tile; at best 16 per warp, or warps repeat each other's work
+    rows: int  # of a tile; at best 16 per warp, or warps repeat work
     columns: int  # of a tile, a multiple of 16
     warps: int
     stages: int  # depth of the load pipeline
     step: int = 16  # ranks per product: more would take more registers than there are
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The numbers of a step."""
+
+    scaling: float  # s
+    beta1: float
+    beta2: float
+    eps: float  # added to the root of the second moment
+    step: int  # counted from 1
+    row_offset: int  # the number of the first row, for the random bits
+    row_step: int  # from one matrix of a batch to the next
+
+    @property
+    def avg_factor(self) -> float:
+        """One over the bias of the first moment."""
+        return 1 / (1 - self.beta1**self.step)
+
+    @property
+    def root_factor(self) -> float:
+        """One over the bias of the root of the second moment."""
+        return 1 / math.sqrt(1 - self.beta2**self.step)
 
 
 RANKS = (16, 32, 64, 128)  # to which ranks are padded
@@ -39,10 +63,7 @@ def rank_for(rank: int) -> int:
 
 
 def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str | None = None) -> ProConfig:
-    """The configuration of a call, for one of `RANKS`.
-
-    `stochastic`: whether the moments are bfloat16; `aligned`: whether loads of them can be vectorised.
-    """
+    """The configuration for one of `RANKS`; `stochastic`: moments are bfloat16, `aligned`: loads can be vectorised."""
     platform = platform or build_platform()
     if not aligned and platform == "cuda":
         # Every element's address takes registers.
@@ -53,10 +74,7 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
 
 
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:
-    """How many blocks of rows, and steps of columns, a program takes, of `tall` and `wide`.
-
-    Every multiprocessor of the chip shall have at least one program and a half.
-    """
+    """The blocks of rows and steps of columns of a program that give every multiprocessor one and a half."""
     blocks, steps = min(tall, _MOST_BLOCKS), min(wide, _MOST_STEPS)
     while -(-tall // blocks) * -(-wide // steps) * 2 < 3 * processors and (blocks > 1 or steps > _LEAST_STEPS):
         if blocks > 1 and blocks * _LEAST_STEPS >= steps:

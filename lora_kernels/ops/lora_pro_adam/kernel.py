@@ -6,7 +6,7 @@
     s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
 
 A launch is for a batch of layers. A program walks over a block of rows, tile by tile, and over the next one. A tile of
-E is made, the moments are updated, and the tile of H is contracted at once: into H A^T in registers, and into the
+E is formed, the moments are updated, and the tile of H is contracted at once: into H A^T in registers, and into the
 program's own slab of B^T H, which stays in the second-level cache. Slabs are added in fixed order: same input, same
 bits. Ranks are padded with zeros.
 """
@@ -27,6 +27,7 @@ from lora_kernels.ops._tiles import build_platform, is_aligned, processors, sign
 from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import (
     RANKS,
+    Adam,
     ProConfig,
     config_for,
     parts_for,
@@ -34,7 +35,6 @@ from lora_kernels.ops.lora_pro_adam.config import (
     precisions,
     rank_for,
 )
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
 
 _PART = 1024  # elements per program of `sum_slabs_kernel`
 
@@ -259,11 +259,7 @@ def _types(kernel: Any, stochastic: bool) -> dict[str, str]:
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `lora_pro_adam` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `lora_pro_adam` launches; see `_reduce.aot_cases`."""
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for rank, stochastic, precision in itertools.product(RANKS, (False, True), precisions(platform)):
@@ -272,6 +268,6 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             fixed |= {"STEP": min(rank, config.step), "STOCHASTIC": stochastic}
             fixed |= {"PRECISION": precision, "UPCAST": False}
             label = f"{'bf16' if stochastic else 'fp32'} {config.rows}x{config.columns}x{rank} {precision}"
-            launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip"}
-            yield aot_case(adam_kernel, label, fixed, _types(adam_kernel, stochastic), **where, **launch)
+            types, matrix = _types(adam_kernel, stochastic), platform == "hip"
+            yield aot_case(adam_kernel, label, fixed, types, config, matrix=matrix, **where)
         yield aot_case(sum_slabs_kernel, "", {"PART": _PART}, _types(sum_slabs_kernel, False), **where)

@@ -12,8 +12,7 @@ from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops._philox import seed_tensor
 from lora_kernels.ops._tiles import MOST_PROGRAMS
-from lora_kernels.ops.lora_pro_adam.config import RANKS
-from lora_kernels.ops.lora_pro_adam.numbers import Adam
+from lora_kernels.ops.lora_pro_adam.config import RANKS, Adam
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, lora_pro_adam, stochastic_round
 
 STATES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # dtypes of the moments, and their codes in csrc
@@ -140,11 +139,7 @@ adam = Op(
     "lora_pro_adam_",
     _body,
     writes=("exp_avg", "exp_avg_sq", "bt_h", "h_at"),
-    backends=(
-        on_triton("lora_pro_adam.kernel:lora_pro_adam", _triton_takes),
-        on_cpp(_run_cpp),
-        on_torch(_run_torch),
-    ),
+    backends=(on_triton("lora_pro_adam.kernel:lora_pro_adam", _triton_takes), on_cpp(_run_cpp), on_torch(_run_torch)),
 )
 
 
@@ -188,9 +183,9 @@ def lora_pro_adam_(
     Moments in bfloat16 are rounded stochastically after every step (to the nearest, the second one would stop to decay:
     with beta2 = 0.999 a step changes it by less than half its last digit). Their random bits depend only on the seed,
     the step, which moment it is, the row and the column, and are the same on every backend: `_philox.halves`. Layers
-    must take different seeds. H is made from the moments before they are rounded.
+    must take different seeds. H comes from the moments before they are rounded.
 
-    The products are made in float32. On a CUDA device they take three tf32 products, which have float32's accuracy, or
+    The products are in float32. On a CUDA device they take three tf32 products, which have float32's accuracy, or
     a single one where the user allows it (`torch.backends.cuda.matmul.allow_tf32`).
 
     Args:

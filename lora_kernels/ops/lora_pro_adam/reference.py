@@ -14,10 +14,7 @@ FIRST_MOMENT, SECOND_MOMENT = 0, 1  # streams of the random bits
 def stochastic_round(
     x: torch.Tensor, *, seed: int | torch.Tensor, stream: int, step: int, first_row: int = 0
 ) -> torch.Tensor:
-    """Round `(rows, columns)` to bfloat16, up with the probability of what is cut off, so that the mean is kept.
-
-    A NaN stays one. A seed that is a tensor of one element must be on the device of x.
-    """
+    """Round `(rows, columns)` to bfloat16, up with the probability of what is cut off; a NaN stays one."""
     random = _philox.halves(*x.shape, seed=seed, stream=stream, step=step, first_row=first_row, device=x.device)
     # Sign and magnitude: what is added to the bits adds to the magnitude.
     bits = (x.contiguous().view(torch.int32) + random.to(torch.int32)) & -0x10000
@@ -38,11 +35,7 @@ def lora_pro_adam(
     step: int,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One step of Adam on `E = s (B dA + dB A)`, and the products of its direction with the factors.
-
-    Returns the new moments `(m, n)`, neither of them rounded, `s B^T H` `(r, n)` and `s H A^T` `(m, r)`; what is given
-    is not changed. `step` is counted from 1.
-    """
+    """A step of Adam on `E = s (B dA + dB A)`: new moments `(m, n)`, `s B^T H` `(r, n)` and `s H A^T` `(m, r)`."""
     a, b, grad_a, grad_b = (factor.to(dtype) for factor in (a, b, grad_a, grad_b))
     e = scaling * (b @ grad_a + grad_b @ a)
     exp_avg = betas[0] * exp_avg.to(dtype) + (1 - betas[0]) * e

@@ -8,6 +8,8 @@ cache anyway.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lora_kernels._checks import check_tensor
@@ -41,22 +43,23 @@ def _row_step(y: torch.Tensor) -> int:
     return max(128, _CHUNK // max(1, y.shape[-1]))
 
 
+def _blocks(y: torch.Tensor) -> list[tuple[Any, Any]]:
+    """Indices of what is widened at a time (matrices of a batch of short ones, or rows of all) and of its matrices."""
+    step, rows = _row_step(y), y.shape[-2]
+    if y.dim() == 3 and step >= rows:
+        count = max(1, step // max(1, rows))
+        matrices = (slice(low, low + count) for low in range(0, y.shape[0], count))
+        return [(some, some) for some in matrices]
+    return [((..., slice(low, low + step), slice(None)), ...) for low in range(0, rows, step)]
+
+
 def gram(y: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
     """`y^T other` (or `y^T y`), `(..., k, l)`, accumulated in float64."""
     right = y if other is None else other
     total = y.new_zeros((*y.shape[:-2], y.shape[-1], right.shape[-1]), dtype=torch.float64)
-    step = _row_step(y)
-    if y.dim() == 3 and step >= y.shape[-2]:  # a batch of short matrices: its chunks are matrices
-        matrices = max(1, step // max(1, y.shape[-2]))
-        for low in range(0, y.shape[0], matrices):
-            part = y[low : low + matrices].to(torch.float64)
-            mate = part if other is None else right[low : low + matrices].to(torch.float64)
-            torch.bmm(part.mT, mate, out=total[low : low + matrices])
-        return total
-    for low in range(0, y.shape[-2], step):
-        part = y[..., low : low + step, :].to(torch.float64)
-        mate = part if other is None else right[..., low : low + step, :].to(torch.float64)
-        total += part.mT @ mate
+    for block, matrices in _blocks(y):
+        part = y[block].to(torch.float64)
+        total[matrices] += part.mT @ (part if other is None else right[block].to(torch.float64))
     return total
 
 
@@ -70,24 +73,19 @@ def times(y: torch.Tensor, small: torch.Tensor, out: torch.Tensor | None = None)
     if out is None:
         shape = (*y.shape[:-2], small.shape[-1], y.shape[-2]) if turned else (*y.shape[:-1], small.shape[-1])
         out = y.new_empty(shape).mT if turned else y.new_empty(shape)
-    step, n = _row_step(y), y.shape[-2]
-    if y.dim() == 3 and step >= n:
-        matrices = max(1, step // max(1, n))
-        for low in range(0, y.shape[0], matrices):
-            some = slice(low, low + matrices)
-            wide = y[some].to(torch.float64)
-            out[some] = (left[some] @ wide.mT).mT if turned else wide @ small[some]
-        return out
-    for low in range(0, n, step):
-        wide = y[..., low : low + step, :].to(torch.float64)
-        out[..., low : low + step, :] = (left @ wide.mT).mT if turned else wide @ small
+    for block, matrices in _blocks(y):
+        wide = y[block].to(torch.float64)
+        out[block] = (left[matrices] @ wide.mT).mT if turned else wide @ small[matrices]
     return out
 
 
-def _invert(lower: torch.Tensor) -> torch.Tensor:
+def factored(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cholesky factors of `y^T y`, their inverses, flags of bad pivots, and a bound on the condition of y, squared."""
+    lower, info = torch.linalg.cholesky_ex(product)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
+    return lower, inverse, info != 0, condition
 
 
 def _round(
@@ -97,14 +95,12 @@ def _round(
     product = gram(y)
     if shift is not None:
         product = product + torch.diag_embed(shift.unsqueeze(-1).expand(product.shape[:-1]))
-    lower, info = torch.linalg.cholesky_ex(product)
-    inverse = _invert(lower)
-    condition = product.diagonal(dim1=-2, dim2=-1).sum(-1) * inverse.square().sum((-2, -1))
-    return times(y, inverse.mT, out), lower.mT, info != 0, condition
+    lower, inverse, bad, condition = factored(product)
+    return times(y, inverse.mT, out), lower.mT, bad, condition
 
 
 def _defect(q: torch.Tensor) -> torch.Tensor:
-    """Largest `|Q^T Q - 1|` of each matrix; NaN where it holds one."""
+    """Largest `|Q^T Q - 1|` of a matrix; NaN where it holds one."""
     product = gram(q)
     product.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return product.abs().amax((-2, -1))
@@ -129,22 +125,19 @@ def _careful(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _householder_is_faster(y: torch.Tensor) -> bool:
-    """Whether LAPACK's QR beats the rounds for `(b, n, k)`.
-
-    Measured on a CPU: in float64 1.4 to 4 times faster for 16 to 64 columns. In float32 it is faster for a few columns
-    too, but loses a digit of orthogonality on long ones. On GPUs it is far slower.
-    """
+    # On a CPU 1.4 to 4 times, in float64, for 16 to 64 columns. In float32 LAPACK's QR is faster for a few columns too,
+    # but loses a digit of orthogonality on long ones. On GPUs it is far slower.
     return y.device.type == "cpu" and y.dtype == torch.float64
 
 
 def _run(q: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> None:
     """Fill Q and R of `(b, n, k)` float32 or float64."""
-    if not _householder_is_faster(y):
+    if _householder_is_faster(y):
+        basis, triangle = _householder(y)
+        q.copy_(basis)
+        r.copy_(triangle)
+    else:
         r.copy_(_cholesky(q, y))
-        return
-    basis, triangle = _householder(y)
-    q.copy_(basis)
-    r.copy_(triangle)
 
 
 def _householder(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,10 +122,7 @@ def random_matrix(
     step: int,
     config: RandomConfig | None = None,
 ) -> None:
-    """Launch the kernel that fills `out`, contiguous float16, bfloat16 or float32.
-
-    `(2, rows, columns)` takes gaussian draws as a rounded part and the rest.
-    """
+    """Fill `out`, contiguous; `(2, rows, columns)` takes gaussian draws as a rounded part and the rest."""
     rows, columns = out.shape[-2:]
     if out.numel() == 0:
         return
@@ -144,11 +141,7 @@ _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may 
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `random_matrix` launches, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `random_matrix` launches; see `_reduce.aot_cases`."""
     integers = ("size", "columns", "seed_low", "seed_high", "stream", "step")
     for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
         types = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}

@@ -10,19 +10,17 @@ from lora_kernels._checks import FLOATS, as_device, check_choice, check_range, r
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._philox import signed64
 from lora_kernels.ops.random_matrix import reference
 from lora_kernels.ops.random_matrix.reference import KINDS
 
 
 def check_key(seed: object, stream: object = 0, step: object = 0) -> int:
     """Check a 64-bit seed, a 32-bit stream and step; returns the seed signed, as an op's argument can hold it."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__} {repr_short(seed)}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {repr_short(seed)}, but must be a 64-bit integer")
+    key = signed64("seed", seed)
     check_range("stream", stream, low=0, high=2**32 - 1, integer=True)
     check_range("step", step, low=0, high=2**32 - 1, integer=True)
-    return seed - 2**64 if seed >= 2**63 else seed
+    return key
 
 
 def draw_cpp(out: torch.Tensor, kind: str, seed: int, stream: int, step: int = 0) -> torch.Tensor:
@@ -43,17 +41,13 @@ def _body(backend: Backend, out: torch.Tensor, kind: str, seed: int, stream: int
     backend(out, kind, seed, stream, step)
 
 
-def _takes(out: torch.Tensor, *_: object) -> str | None:
-    return no_float64(out)
-
-
 matrix = Op(
     "random_matrix",
     _body,
     writes=("out",),
     backends=(
-        on_triton("random_matrix.kernel:random_matrix", _takes),
-        on_cpp(draw_cpp, _takes),
+        on_triton("random_matrix.kernel:random_matrix", no_float64),
+        on_cpp(draw_cpp, no_float64),
         on_torch(_draw_torch),
     ),
 )
@@ -71,7 +65,7 @@ def random_matrix(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Independent random numbers of mean 0 and variance 1, each a function of the seed and its position alone.
+    """Independent random numbers of mean 0 and variance 1, functions of the seed and their position alone.
 
     Philox 4x32 with 10 rounds (Salmon et al., SC 2011), see `_philox.py` for the convention. A smaller matrix of the
     same key is a corner of a larger one. Signs are the same bits on every backend and device; gaussian draws differ by
@@ -80,12 +74,12 @@ def random_matrix(
     Args:
         rows: number of rows, below 2^31.
         columns: number of columns, below 2^31.
-        kind: `rademacher` (1 or -1, probability 1/2 each) or `gaussian` (standard normal).
+        kind: `rademacher` (1 or -1, with probability 1/2) or `gaussian` (standard normal).
         seed: the 64-bit key, signed or unsigned: -1 is the same as 2^64 - 1.
         stream: which matrix (a layer, say), in [0, 2^32).
         step: which draw of that matrix, in [0, 2^32).
         dtype: float16, bfloat16, float32, or float64 (torch backend only).
-        device: where the matrix is made.
+        device: where the matrix is to be.
         backend: `auto`, `triton`, `cpp` or `torch`.
 
     Returns:

@@ -19,9 +19,6 @@ def random_matrix(
     step: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """`(rows, columns)` draws of mean 0 and variance 1 on the CPU, each a function of the seed and its position.
-
-    `kind` is `rademacher` (1 or -1) or `gaussian`. The arithmetic is that of integers or of float64.
-    """
+    """`(rows, columns)` draws on the CPU, functions of seed and position, by integers or in float64."""
     draw = _philox.signs if kind == "rademacher" else _philox.normal
     return draw(rows, columns, seed=seed, stream=stream, step=step, dtype=dtype)

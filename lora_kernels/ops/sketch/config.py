@@ -29,7 +29,6 @@ SHRINK = SketchConfig(64, 64, 4, 4)
 SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
 SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
 SHRINK_AMD = SketchConfig(64, 32, 8, 2)
-SHRINK_AMD_SINGLE = SketchConfig(64, 32, 8, 2)
 TALL = SketchConfig(64, 128, 8, 4)
 TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
 TALL_RAGGED = SketchConfig(32, 64, 4, 3)
@@ -39,15 +38,11 @@ ROWS = 16  # of the elementwise kernels
 
 
 def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
-    """The configuration of `shrink` or `tall`; one table per platform until a measurement says otherwise.
-
-    `aligned`: whether loads can be vectorised.
-    """
+    """The configuration of `shrink` or `tall`; `aligned` if loads can be vectorised."""
     shrink = product == "shrink"
-    single = dtype == torch.float32
     if (platform or build_platform()) == "hip":
-        return TALL_AMD if not shrink else SHRINK_AMD_SINGLE if single else SHRINK_AMD
-    if shrink and single:
+        return SHRINK_AMD if shrink else TALL_AMD
+    if shrink and dtype == torch.float32:
         return SHRINK_SINGLE
     if not aligned:
         return SHRINK_RAGGED if shrink else TALL_RAGGED

@@ -4,7 +4,7 @@
     out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ add_kernel)
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
-between the two kernels. Signs are made in the loop of `shrink_kernel`; gaussian draws would cost more there than the
+between the two kernels. Signs are drawn in the loop of `shrink_kernel`; gaussian draws would cost more there than the
 product, so they are drawn into a scratch of the cache's size. Columns beyond k are computed and dropped:
 a larger Omega has the smaller one as its corner.
 
@@ -234,7 +234,7 @@ class Omega(NamedTuple):
 
 
 def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
-    """Draw what cannot be made inside the kernel, for rows `(rows, q)`."""
+    """Draw what the kernel itself does not, for rows `(rows, q)`."""
     scratch = None
     if kind == "gaussian":
         rank, blocks = rank_for(columns)
@@ -357,11 +357,7 @@ def sketch(
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
-    """Launch the kernels; matrices have unit column stride, and `left` and `right` are one object for an input sketch.
-
-    `configs` are those of both products. Tokens go by `chunk`, by default what the cache holds; a split has at least
-    `least` tokens or features.
-    """
+    """Launch the kernels on matrices of unit column stride; `left` and `right` are one object for an input sketch."""
     tokens = left.shape[0] if index is None else index.shape[0]
     if tokens == 0 or left.shape[1] == 0:
         return
@@ -417,32 +413,26 @@ _RANKS = (16, 32, 64)
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that `sketch` and `project` launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
     integers = dict.fromkeys(("columns", "steps", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for dtype, x in AOT_DTYPES.items():
             config = config_for("shrink", dtype, aligned=aligned, platform=platform)
-            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             for index, signs in itertools.product((False, True), repeat=2):
                 constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
                 constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
                 types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
-                yield aot_case(shrink_kernel, label, constexprs, types, **products)
+                yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
             config = config_for("tall", dtype, aligned=aligned, platform=platform)
-            products = {**where, "warps": config.warps, "stages": config.stages, "matrix": True}
             pair = dtype == torch.bfloat16
             p = dtype if pair else torch.float32
             for index in (False, True):
                 constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
-                yield aot_case(tall_kernel, label, constexprs, types, **products)
+                yield aot_case(tall_kernel, label, constexprs, types, config, **where)
         for weight, pair in itertools.product((False, True), repeat=2):
             constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
             types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}

@@ -9,7 +9,7 @@ import torch
 from lora_kernels._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import flat_rows, pack_rows, selection, single
+from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
 from lora_kernels.ops.random_matrix.reference import KINDS
@@ -35,21 +35,13 @@ def _check(
     if right.dim() < 1 or right.shape[:-1] != left.shape[:-1]:
         expected = ", ".join(map(str, (*left.shape[:-1], "*")))
         raise ValueError(f"right has shape {tuple(right.shape)}, but must have shape ({expected}), as left has")
-    check_tensor(
-        "out", out, shape=(left.shape[-1], None), dtypes=FLOATS[3:] if wide else FLOATS[2:3], device=left.device
-    )
-    if out.shape[1] > 1 and out.stride(-1) != 1:
-        raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
+    sums = FLOATS[3:] if wide else FLOATS[2:3]
+    check_tensor("out", out, shape=(left.shape[-1], None), dtypes=sums, device=left.device, contiguous="rows")
     if weight is not None:
         check_tensor("weight", weight, shape=left.shape[:-1], dtypes=WEIGHTS, device=left.device)
     if column_sum is not None:
-        check_tensor("column_sum", column_sum, shape=(left.shape[-1],), dtypes=(out.dtype,), device=left.device)
-        if not column_sum.is_contiguous():
-            raise ValueError(f"column_sum has strides {column_sum.stride()}, but must be contiguous")
-
-
-def _takes(a: torch.Tensor, *_: object) -> str | None:
-    return no_float64(a)
+        size = left.shape[-1:]
+        check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -66,9 +58,7 @@ def _draw(x: torch.Tensor, k: int, dtype: torch.dtype, kind: str, seed: int, str
     return random_reference.random_matrix(x.shape[1], k, kind, seed=seed, stream=stream, dtype=dtype).to(x.device)
 
 
-def _chunk_for(tokens: int, *tensors: torch.Tensor) -> int:
-    if tensors[0].device.type != "cpu":
-        return max(tokens, 1)
+def _chunk_for(*tensors: torch.Tensor) -> int:
     widest = max(tensor.shape[1] for tensor in tensors)
     return max(min(_CHUNK, _CHUNK_BYTES // (4 * max(widest, 1))), 256)
 
@@ -85,13 +75,9 @@ def _run_torch(
     stream: int,
 ) -> None:
     omega = _draw(right, out.shape[1], out.dtype, kind, seed, stream)
-    tokens = left.shape[0] if index is None else index.shape[0]
-    chunk = _chunk_for(tokens, left, right)
-    for low in range(0, tokens, chunk):
-        part = slice(low, min(low + chunk, tokens))
-        picked = part if index is None else index[part]
-        two = right[picked].to(out.dtype)
-        one = two if left is right else left[picked].to(out.dtype)
+    for part in row_parts(left, index, _chunk_for(left, right)):
+        two = widened(right, index, part, out.dtype)
+        one = two if left is right else widened(left, index, part, out.dtype)
         weights = None if weight is None else weight[part].to(out.dtype).unsqueeze(-1)
         p = two @ omega
         out.addmm_(one.mT, p if weights is None else p * weights)
@@ -101,22 +87,16 @@ def _run_torch(
 
 def _pack(
     x: torch.Tensor,
-    low: int,
-    count: int,
+    part: slice,
     index: torch.Tensor | None,
     weight: torch.Tensor | None,
     panel: torch.Tensor | None,
     column_sum: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Rows `low` on of the selection in float32, in `panel` unless they already are so, and their weighted sum."""
+    """Some rows of the selection in float32, in `panel` unless they already are so, and their weighted sum."""
     if panel is not None or column_sum is not None:
-        pack_rows(x, index, low, count, weight=weight, panel=panel, column_sum=column_sum)
-    return x[low : low + count] if panel is None else panel[:count]
-
-
-def _panel(x: torch.Tensor, rows: int, index: torch.Tensor | None) -> torch.Tensor | None:
-    direct = index is None and x.dtype == torch.float32
-    return None if direct else torch.empty(rows, x.shape[1], dtype=torch.float32)
+        pack_rows(x, index, part, weight=weight, panel=panel, column_sum=column_sum)
+    return x[part] if panel is None else panel[: part.stop - part.start]
 
 
 def _run_cpp(
@@ -131,23 +111,21 @@ def _run_cpp(
     stream: int,
 ) -> None:
     """One pass selects, widens and sums a chunk of rows; BLAS multiplies what it leaves in cache. P is weighed."""
-    tokens = left.shape[0] if index is None else index.shape[0]
-    if tokens == 0:
+    parts = row_parts(left, index, _chunk_for(left, right))
+    if not parts:
         return
     omega = draw_cpp(torch.empty(right.shape[1], out.shape[1]), kind, seed, stream)
     weight = single(weight)
-    rows = min(_chunk_for(tokens, left, right), tokens)
-    left_panel = _panel(left, rows, index)
-    right_panel = left_panel if left is right else _panel(right, rows, index)
-    p = torch.empty(rows, out.shape[1], dtype=torch.float32)
-    for low in range(0, tokens, rows):
-        count = min(rows, tokens - low)
-        one = _pack(left, low, count, index, weight, left_panel, column_sum)
-        two = one if left is right else _pack(right, low, count, index, None, right_panel, None)
-        part = torch.mm(two, omega, out=p[:count])
+    left_panel = new_panel(left, index, parts[0].stop)
+    right_panel = left_panel if left is right else new_panel(right, index, parts[0].stop)
+    room = torch.empty(parts[0].stop, out.shape[1], dtype=torch.float32)
+    for part in parts:
+        one = _pack(left, part, index, weight, left_panel, column_sum)
+        two = one if left is right else _pack(right, part, index, None, right_panel, None)
+        p = torch.mm(two, omega, out=room[: part.stop - part.start])
         if weight is not None:
-            part *= weight[low : low + count].unsqueeze(-1)
-        out.addmm_(one.mT, part)
+            p *= weight[part].unsqueeze(-1)
+        out.addmm_(one.mT, p)
 
 
 def _body(
@@ -173,7 +151,7 @@ sketch = Op(
     _body,
     writes=("out", "column_sum"),
     check=_check,
-    backends=(on_triton("sketch.kernel:sketch", _takes), on_cpp(_run_cpp, _takes), on_torch(_run_torch)),
+    backends=(on_triton("sketch.kernel:sketch", no_float64), on_cpp(_run_cpp, no_float64), on_torch(_run_torch)),
 )
 
 
@@ -197,7 +175,7 @@ def sketch_(
     exchanged, of its transpose. Neither M nor G is formed (Halko, Martinsson and Tropp, SIAM Review 53, 2011).
 
     `Omega` is `random_matrix(q, k, kind=kind, seed=seed, stream=stream)`, not scaled: E[Omega Omega^T] = k I. It is
-    made anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never
+    drawn anew by every call, so sums over batches and processes agree if their keys do. Rows of weight zero are never
     read into the result: they may hold anything. Gradients do not flow through.
 
     Args:
@@ -231,19 +209,17 @@ def _example(device: torch.device) -> Example:
 
 def _project_torch(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
     omega = _draw(rows, out.shape[1], out.dtype, kind, seed, stream)
-    step = max(rows.shape[0], 1) if rows.dtype == out.dtype else _chunk_for(rows.shape[0], rows)
-    for low in range(0, rows.shape[0], step):
-        part = slice(low, low + step)
+    step = rows.shape[0] if rows.dtype == out.dtype else _chunk_for(rows)
+    for part in row_parts(rows, None, step):
         torch.mm(rows[part].to(out.dtype), omega, out=out[part])
 
 
 def _project_cpp(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
     omega = draw_cpp(torch.empty(rows.shape[1], out.shape[1]), kind, seed, stream)
-    step = rows.shape[0] if rows.dtype == out.dtype else min(_chunk_for(rows.shape[0], rows), rows.shape[0])
-    panel = _panel(rows, step, None)
-    for low in range(0, rows.shape[0], step):
-        part = out[low : low + step]
-        torch.mm(_pack(rows, low, part.shape[0], None, None, panel, None), omega, out=part)
+    parts = row_parts(rows, None, rows.shape[0] if rows.dtype == out.dtype else _chunk_for(rows))
+    panel = new_panel(rows, None, parts[0].stop)
+    for part in parts:
+        torch.mm(_pack(rows, part, None, None, panel, None), omega, out=out[part])
 
 
 def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: str, seed: int, stream: int) -> None:
@@ -259,21 +235,15 @@ projection = Op(
     _project_body,
     writes=("out",),
     backends=(
-        on_triton("sketch.kernel:project", _takes),
-        on_cpp(_project_cpp, _takes),
+        on_triton("sketch.kernel:project", no_float64),
+        on_cpp(_project_cpp, no_float64),
         on_torch(_project_torch),
     ),
 )
 
 
 def project(
-    a: torch.Tensor,
-    k: int,
-    *,
-    seed: int,
-    stream: int = 0,
-    kind: str = "rademacher",
-    backend: str = "auto",
+    a: torch.Tensor, k: int, *, seed: int, stream: int = 0, kind: str = "rademacher", backend: str = "auto"
 ) -> torch.Tensor:
     """`a @ Omega`, without Omega: the Omega of `sketch_` for the same key. Not differentiable.
 

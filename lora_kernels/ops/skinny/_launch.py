@@ -1,4 +1,4 @@
-"""The three products on each backend, on tensors that are already checked. Every function fills what it is given.
+"""The three products on all backends, on tensors that are already checked. Every function fills what it is given.
 
 Wide operands have unit column stride; b and a have any strides. All are of one dtype, but the result of `tsreduce`, and
 that factors may be float32 for Triton.
@@ -15,7 +15,7 @@ from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import provider
 from lora_kernels.ops._dropout import Mask
 
-# Elements per chunk where a mask, or a wider copy, is made on the way: a chunk of float32 fits a CPU's cache.
+# Elements per chunk where a mask, or a wider copy, comes on the way: a chunk of float32 fits a CPU's cache.
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 # What the names of the C++ functions end in, by dtype of the wide operand; the others are float32.
 CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}

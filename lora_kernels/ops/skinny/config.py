@@ -89,10 +89,7 @@ def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:
 
 
 def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
-    """The number of parts, of `least` or more, that a sum is cut into, and their length, a multiple of the step.
-
-    The last part may have less; `tiles` is the number of programs per part.
-    """
+    """How many parts, of `least` or more, a sum of `tiles` programs is cut into, and their length in whole steps."""
     chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
     chunk = -(-chunk // step) * step
     return -(-length // chunk), chunk

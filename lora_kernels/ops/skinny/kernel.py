@@ -506,17 +506,13 @@ def _aot_case(
     # (C7515); fewer than 64 rows go to the older matrix instruction on later chips.
     few = (config.tokens if kernel is shrink_kernel else rank) < 64 and kernel is not expand_kernel
     older = (kernel is shrink_kernel and drop) or few
-    launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
+    matrix = platform == "hip" or not older
     shape = f"{x[1:]} {config.tokens}x{config.columns}x{rank}" + " dropout" * drop + label
-    return aot_case(kernel, shape, {**fixed, **flags}, types, **where, **launch)
+    return aot_case(kernel, shape, {**fixed, **flags}, types, config, matrix=matrix, **where)
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that the functions here launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
+    """Yield every combination that the functions here launch; see `_reduce.aot_cases`."""
     flags = (False, True)
     for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}

@@ -33,13 +33,13 @@ def _no_cpp(device: torch.device, dtype: torch.dtype, _: bool) -> str | None:
 
 
 def _library_wins(_: torch.device, dtype: torch.dtype, drops: bool) -> bool:
-    # Without a mask the three are plain matrix products: in float32 ours are made for few columns, in bfloat16 the
+    # Without a mask the three are plain matrix products: in float32 ours are for few columns, in bfloat16 the
     # library may have instructions of the processor that ours do not use.
     return not drops and dtype != torch.float32
 
 
 def product_backends(kernel: str, ask: Callable[..., Any] = lambda *args: args) -> tuple[Backend, ...]:
-    """Of what is made of skinny products; `ask` finds a device, a dtype and whether anything is dropped in the args."""
+    """Backends of what consists of skinny products; `ask` gives device, dtype and whether anything is dropped."""
     return (
         Backend("triton", lambda *args: _no_triton(*ask(*args)), lambda *args: ask(*args)[0].type == "cpu", kernel),
         Backend("cpp", lambda *args: _no_cpp(*ask(*args)), lambda *args: _library_wins(*ask(*args))),
@@ -113,12 +113,7 @@ expanding = Op("expand", _expand, writes=("out",), backends=_backends("expand"))
 
 
 def shrink(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    dropout: Dropout | None = None,
-    backend: str = "auto",
+    x: torch.Tensor, a: torch.Tensor, *, scale: float = 1.0, dropout: Dropout | None = None, backend: str = "auto"
 ) -> torch.Tensor:
     """`scale * drop(x) a^T`, summed in float32 and rounded once. Not differentiable: see `lora_linear`.
 
@@ -126,7 +121,7 @@ def shrink(
         x: `(tokens, n)` float16, bfloat16 or float32; float64 on the torch backend.
         a: `(r, n)` of x's dtype, any strides.
         scale: a factor.
-        dropout: what is dropped of x, or `None`. The mask is made inside the product and never stored.
+        dropout: what is dropped of x, or `None`. The mask is computed inside the product and never stored.
         backend: `auto`, `triton`, `cpp` (CPU, not float16) or `torch`.
 
     Returns:
@@ -224,10 +219,9 @@ def expand(
     else:
         if bias is not None:
             raise ValueError("bias cannot be given together with out, which is added to")
-        check_tensor("out", out, shape=(t.shape[0], b.shape[1]), dtypes=(t.dtype,), device=t.device)
+        size = (t.shape[0], b.shape[1])
+        check_tensor("out", out, shape=size, dtypes=(t.dtype,), device=t.device, contiguous="rows")
         check_written("out", out, t=t, b=b)
-        if out.shape[1] > 1 and out.stride(1) != 1:
-            raise ValueError(f"out has strides {out.stride()}, but its rows must be contiguous")
     expanding(backend, out, t, b, bias, accumulate, *drop)
     return out
 

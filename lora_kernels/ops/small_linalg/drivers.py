@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64)
 MAX_ORDER = 128
 
 # On the CPU a matrix takes a vector lane, so that few matrices of a high order leave lanes idle, and LAPACK, one matrix
-# at a time, wins. C++ is the choice up to max(first, second * batch), measured on 2 cores with 8 lanes each, batches of
+# at a time, wins. C++ is the choice up to max(first, second * batch), measured on 2 cores of 8 lanes, batches of
 # 1 to 224 and orders of 4 to 128. The two Cholesky ops, not listed, are faster in C++ throughout. In float64 the QR
 # factorisations, which are LAPACK's either way, are most of factor_spectrum.
 _CPU_ORDERS = {
@@ -101,8 +101,8 @@ def raise_first(status: torch.Tensor) -> None:
 
 def not_finite(*batches: torch.Tensor) -> torch.Tensor:
     """Status per matrix `(...)` of what the compiled drivers would find: 1 where an entry is not finite."""
-    # A sum is finite only if all its terms are, and takes one read; looking at each makes copies. (Finite terms may sum
-    # to what is not: then each is looked at.)
+    # A sum is finite only if all its terms are, and takes one read; looking at all makes copies. (Finite terms may sum
+    # to what is not: then all are looked at.)
     if all(bool(torch.isfinite(batch.sum((-2, -1))).all()) for batch in batches):
         return torch.zeros(batches[0].shape[:-2], dtype=torch.int32, device=batches[0].device)
     return torch.stack([(~torch.isfinite(batch)).flatten(-2).any(-1) for batch in batches]).any(0).int() * _NOT_FINITE
@@ -132,7 +132,7 @@ def _entry(name: str, dtype: torch.dtype) -> Any:
 
 
 def run_cpu(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Run a CPU driver on dense tensors, which go as addresses, and numbers, and raise what it found."""
+    """Run a CPU driver on dense tensors, which go as addresses, and numbers, and raise what its status means."""
     raise_status(*_entry(name, dtype)(*_arguments(arguments), torch.get_num_threads()))
 
 

@@ -14,7 +14,7 @@ fix_signs = reference.fix_signs
 
 
 def _eigenpairs_cuda(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill eigenpairs, with signs as they come, and return the status of each matrix."""
+    """Fill eigenpairs, with signs as they come, and return the status per matrix."""
     info = drivers.new_info(flat)
     drivers.run_cuda("eigh", flat.dtype, flat, values, vectors, info, flat.shape[0], flat.shape[-1])
     return info
@@ -98,7 +98,7 @@ def _factors_torch(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _factors_cuda(out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill factors and return the status of each matrix."""
+    """Fill factors and return the status per matrix."""
     info = drivers.new_info(flat)
     drivers.run_cuda("cholesky", flat.dtype, flat, out, info, flat.shape[0], flat.shape[-1])
     return info
@@ -124,10 +124,7 @@ factor = Op(
     "cholesky",
     _cholesky,
     writes=("out",),
-    backends=(
-        on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"),
-        on_torch(_cholesky_torch),
-    ),
+    backends=(on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"), on_torch(_cholesky_torch)),
 )
 
 
@@ -193,10 +190,7 @@ solution = Op(
     "cholesky_solve",
     _cholesky_solve,
     writes=("out",),
-    backends=(
-        on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"),
-        on_torch(_solve_torch),
-    ),
+    backends=(on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"), on_torch(_solve_torch)),
 )
 
 

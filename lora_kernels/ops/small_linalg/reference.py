@@ -9,7 +9,7 @@ _SIGN_TIE = 0.999
 
 
 def fix_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """Make one entry of each column positive: the first of at least 0.999 times the largest magnitude in it."""
+    """Make one entry per column positive: the first of at least 0.999 times the largest magnitude in it."""
     if vectors.numel() == 0:
         return vectors
     magnitudes = vectors.abs()
@@ -22,17 +22,6 @@ def eigh(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending eigenvalues `(..., n)`, and eigenvectors `(..., n, n)` as columns, of the lower triangle."""
     values, vectors = torch.linalg.eigh(matrices)
     return values, fix_signs(vectors)
-
-
-def cholesky(matrices: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factors of symmetric positive definite matrices."""
-    factors: torch.Tensor = torch.linalg.cholesky(matrices)
-    return factors
-
-
-def cholesky_solve(matrices: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """X of `matrices X = rhs`, of symmetric positive definite matrices."""
-    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrices))
 
 
 def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:

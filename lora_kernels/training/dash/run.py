@@ -176,7 +176,7 @@ class DashRun:
             parameter for parameter in self.coordinates() if id(parameter) not in ids and parameter.requires_grad
         ]
         # Not as a group of their own: a learning rate schedule that exists already would not know it.
-        if "param_names" in factors:  # an optimizer of named parameters expects a name for each
+        if "param_names" in factors:  # an optimizer of named parameters expects names
             factors["param_names"] += [f"lora_dash.{index}" for index in range(len(missing))]
         factors["params"] += missing
 
