@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lora_kernels.adapters.view import stock_class
-from lora_kernels.ops import Dropout, _backend, lora_delta
+from lora_kernels.ops import Dropout, _backend, _ext, lora_delta
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._dropout import lowered
 from lora_kernels.ops.lora_linear import op as lora_op
@@ -225,7 +225,9 @@ class Prepared:
             if not isinstance(part, (nn.Dropout, nn.Identity)):
                 cells += [(part._parameters, "weight"), (part._parameters, "bias")]
         self.cells = tuple((cell, key, cell.get(key)) for cell, key in cells)
-        self.parts, self.classes = parts, tuple(map(type, parts))
+        self.parts, self.classes = tuple(parts), tuple(map(type, parts))
+        extension = _ext.load()[0]
+        self.unchanged = unchanged if extension is None else extension.unchanged
         self.stock: Any = stock_class(layer)
         self.forward = self.stock.forward  # type: ignore[attr-defined]
         # What must be empty: looked at all at once.
@@ -255,10 +257,8 @@ class Prepared:
             or x.dim() == 0
             or x.shape[-1] != self.inputs
             or own["_active_adapter"] != self.active
-            or any(self.empty)
             or (_cast_dtype(kind) if _casts(kind) else None) is not self.cast
             or _backend._override is not self.override
-            or tuple(map(type, self.parts)) != self.classes
             or self.stock.forward is not self.forward
             or nn.Linear.forward is not LINEAR_FORWARD
             or nn.Dropout.forward is not DROPOUT_FORWARD
@@ -266,9 +266,8 @@ class Prepared:
             or "fused" in own
         ):
             return False
-        for cell, key, value in self.cells:
-            if cell.get(key) is not value:
-                return False
+        if not self.unchanged(self.cells, self.empty, self.parts, self.classes):
+            return False
         if self.variants or self.trained is not None:
             return self._same_parts(layer)
         return True
@@ -288,9 +287,12 @@ class Prepared:
         seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
         if self.simple and torch.is_grad_enabled():
             apply = apply_directly if self.state is not None else LoraFunction.apply
-            y: torch.Tensor = apply(  # type: ignore[no-untyped-call]
-                x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, seed, self.state, self.scalars
-            )
+            tensors = (x, self.weight, self.bias, self.a, self.b)
+            y: torch.Tensor
+            if seed is None and self.a0 is None and self.state is not None:
+                y = apply(*tensors, self.scalars, self.state)  # type: ignore[no-untyped-call]
+            else:
+                y = apply(*tensors, self.scalars, self.state, seed, self.a0, self.b0)  # type: ignore[no-untyped-call]
             return y
         first, *others = self.adapters
         if first.magnitude is not None:  # of a layer with no other adapter
@@ -342,13 +344,26 @@ class Prepared:
         if not torch.is_grad_enabled():
             return run_forward(x, self.weight, start, a, b, self.a0, self.b0, seed, self.scalars)[0]
         y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, start, a, b, self.a0, self.b0, seed, self.state, self.scalars
+            x, self.weight, start, a, b, self.scalars, self.state, seed, self.a0, self.b0
         )
         return y
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a layer is prepared anew."""
         return type(None), ()
+
+
+def unchanged(
+    cells: tuple[tuple[Any, Any, Any], ...], empty: tuple[Any, ...], parts: tuple[Any, ...], classes: tuple[type, ...]
+) -> bool:
+    """Whether dictionaries `(cell, key, value)` hold their values, what was empty is, and parts have their classes.
+
+    The compiled extension has the same function.
+    """
+    for cell, key, value in cells:
+        if cell.get(key) is not value:
+            return False
+    return not any(empty) and tuple(map(type, parts)) == classes
 
 
 def _identical(one: Any, other: Any) -> bool:
