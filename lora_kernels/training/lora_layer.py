@@ -53,6 +53,7 @@ SEEDS = 2**63 - 1
 # Asked at every call. A tensor that a transform has left behind is a wrapper without memory.
 _transformed, _unwrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.unwrap_if_dead
 _compiling, _casts, _cast_dtype = torch.compiler.is_compiling, torch.is_autocast_enabled, torch.get_autocast_dtype
+_learns = torch.is_grad_enabled
 
 
 class FusedForward:
@@ -180,6 +181,7 @@ class Prepared:
         self.a0: torch.Tensor | None = None if start is None else start[0]
         self.b0: torch.Tensor | None = None if start is None else start[1]
         frozen_scaling = 0.0 if start is None else start[2]
+        self.masked = threshold > 0
         self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
         # One product is all: W, one adapter, and what is frozen beside it.
         alone = len(adapters) == 1 and first.bias is None and first.magnitude is None
@@ -284,15 +286,17 @@ class Prepared:
             if _transformed():
                 raise RuntimeError(TRANSFORMED)
             x = _unwrapped(x)
-        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
-        if self.simple and torch.is_grad_enabled():
-            apply = apply_directly if self.state is not None else LoraFunction.apply
-            tensors = (x, self.weight, self.bias, self.a, self.b)
-            y: torch.Tensor
+        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.masked else None
+        if self.simple and _learns():
             if seed is None and self.a0 is None and self.state is not None:
-                y = apply(*tensors, self.scalars, self.state)  # type: ignore[no-untyped-call]
-            else:
-                y = apply(*tensors, self.scalars, self.state, seed, self.a0, self.b0)  # type: ignore[no-untyped-call]
+                y: torch.Tensor = apply_directly(  # type: ignore[no-untyped-call]
+                    x, self.weight, self.bias, self.a, self.b, self.scalars, self.state
+                )
+                return y
+            apply = apply_directly if self.state is not None else LoraFunction.apply
+            y = apply(  # type: ignore[no-untyped-call]
+                x, self.weight, self.bias, self.a, self.b, self.scalars, self.state, seed, self.a0, self.b0
+            )
             return y
         first, *others = self.adapters
         if first.magnitude is not None:  # of a layer with no other adapter

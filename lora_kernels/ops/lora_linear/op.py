@@ -21,7 +21,8 @@ from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
 from lora_kernels.ops.skinny._launch import cast
 from lora_kernels.ops.skinny.op import product_backends
 
-_casts = torch.is_autocast_enabled
+_casts, _learns = torch.is_autocast_enabled, torch.is_grad_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
@@ -123,13 +124,13 @@ class LoraFunction(torch.autograd.Function):
         """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
         y, t = run_forward(x, weight, start, a, b, a0, b0, seed, scalars)
         needs = ctx.needs_input_grad
-        saved = (
-            x if needs[3] or needs[1] else None, t if needs[4] else None, weight if needs[0] else None, a, b, state,
+        source, projected, right = (
+            x if needs[3] or needs[1] else None, t if needs[4] else None, weight if needs[0] else None,
         )  # fmt: skip
         if seed is None and a0 is None:
-            ctx.save_for_backward(*saved)
+            ctx.save_for_backward(source, projected, right, a, b, state)
         else:
-            ctx.save_for_backward(*saved, seed, a0, b0)
+            ctx.save_for_backward(source, projected, right, a, b, state, seed, a0, b0)
         ctx.scalars, ctx.state = scalars, state
         if needs[1] or needs[2]:
             ctx.dtypes = None if weight is None else weight.dtype, None if start is None else start.dtype
@@ -144,9 +145,9 @@ class LoraFunction(torch.autograd.Function):
         need_x, need_weight, need_start, need_a, need_b, *_ = ctx.needs_input_grad
         scalars, plain = ctx.scalars, is_plain(g)
         if plain:
-            if torch.is_grad_enabled():
+            if _learns():
                 raise RuntimeError(TWICE)
-            if torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched, jacobian(vectorize=True)
+            if _batched(g):  # is_grads_batched, jacobian(vectorize=True)
                 raise RuntimeError(TRANSFORMED)
             if state is not ctx.state:
                 refuse_other_adapter(state, ctx.state)
