@@ -132,7 +132,11 @@ class Arena {
   void* part(int number) const { return memory_ + part_ * number; }
 
  private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kLine = 64, kSmall = kLine;  // none: the sanitizer sees what lies around an allocation
+#else
   static constexpr size_t kLine = 64, kSmall = 16384;
+#endif
   size_t part_;
   char* memory_;
   alignas(kLine) char small_[kSmall];  // an aligned allocation takes longer than a product of a small layer
