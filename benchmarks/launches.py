@@ -47,7 +47,7 @@ def chain(dtype: torch.dtype) -> Callable[[], None]:
     def step() -> None:
         y = x
         for a, b in factors:
-            y = LoraFunction.apply(y, weight, None, a, b, None, None, None, None, scalars)  # type: ignore[no-untyped-call]
+            y = LoraFunction.apply(y, weight, None, a, b, scalars)  # type: ignore[no-untyped-call]
         y.backward(g)  # type: ignore[no-untyped-call]
         for leaf in (x, *(factor for pair in factors for factor in pair)):
             leaf.grad = None

@@ -231,7 +231,40 @@ void grouped_lora_backward(bool bfloat16, uintptr_t offsets, int64_t experts, in
   lk::grouped_lora_backward(job, threads);
 }
 
+// Whether a layer is what it was when it was prepared: dictionaries (cell, key, value) hold their values (or none, where
+// the value is None), `empty` are empty, and parts have their classes. Four tuples; `unchanged` of lora_layer.py.
+PyObject* unchanged(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  bool plain = count == 4;
+  for (Py_ssize_t i = 0; plain && i < count; ++i) plain = PyTuple_Check(items[i]);
+  if (!plain || PyTuple_GET_SIZE(items[2]) != PyTuple_GET_SIZE(items[3])) {
+    PyErr_SetString(PyExc_ValueError, "unchanged takes four tuples, the last two of one length");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[0]); ++i) {
+    PyObject* const cell = PyTuple_GET_ITEM(items[0], i);
+    if (!PyTuple_Check(cell) || PyTuple_GET_SIZE(cell) != 3 || !PyDict_Check(PyTuple_GET_ITEM(cell, 0))) {
+      PyErr_SetString(PyExc_TypeError, "unchanged takes tuples of a dictionary, a key and a value");
+      return nullptr;
+    }
+    PyObject* const value = PyDict_GetItemWithError(PyTuple_GET_ITEM(cell, 0), PyTuple_GET_ITEM(cell, 1));
+    if (!value && PyErr_Occurred()) return nullptr;
+    if ((value ? value : Py_None) != PyTuple_GET_ITEM(cell, 2)) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[1]); ++i) {
+    const int filled = PyObject_IsTrue(PyTuple_GET_ITEM(items[1], i));
+    if (filled < 0) return nullptr;
+    if (filled) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items[2]); ++i) {
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(items[2], i)));
+    if (type != PyTuple_GET_ITEM(items[3], i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 PyMethodDef layer_methods[] = {
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&unchanged)), METH_FASTCALL,
+     "Whether a layer is what it was when it was prepared."},
     {"lora_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_forward)), METH_FASTCALL,
      "Low-rank part of a LoRA layer, forward: see LoraForward in drivers.h."},
     {"lora_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lora_backward)), METH_FASTCALL,

@@ -120,18 +120,26 @@ LK_HD void multiply(const typename L::V* a, int a_row, int a_column, const typen
 class Arena {
  public:
   Arena(size_t bytes, int parts)
-      : part_((bytes / kLine + 2) * kLine), memory_(static_cast<char*>(std::aligned_alloc(kLine, part_ * parts))) {
+      : part_((bytes / kLine + 2) * kLine),
+        memory_(part_ * parts <= kSmall ? small_ : static_cast<char*>(std::aligned_alloc(kLine, part_ * parts))) {
     if (!memory_) throw std::bad_alloc();
   }
-  ~Arena() { std::free(memory_); }
+  ~Arena() {
+    if (memory_ != small_) std::free(memory_);
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   void* part(int number) const { return memory_ + part_ * number; }
 
  private:
-  static constexpr size_t kLine = 64;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kLine = 64, kSmall = kLine;  // none: the sanitizer sees what lies around an allocation
+#else
+  static constexpr size_t kLine = 64, kSmall = 16384;
+#endif
   size_t part_;
   char* memory_;
+  alignas(kLine) char small_[kSmall];  // an aligned allocation takes longer than a product of a small layer
 };
 
 // The most bytes that a vector may have: $LORA_KERNELS_LANE_BYTES, or 64. For tests of what other machines run.

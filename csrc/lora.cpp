@@ -295,7 +295,11 @@ class Parts {
   char* next_;
 };
 
-// What the jobs of a product need to run, and their tasks; `jobs` have something to do.
+bool has_work(const LoraShrink& job) { return job.tokens > 0 && job.columns > 0 && job.rank > 0; }
+bool has_work(const LoraReduce& job) { return job.columns > 0 && job.rank > 0; }
+bool has_work(const LoraExpand& job) { return job.tokens > 0 && job.columns > 0; }
+
+// What the jobs of a product need to run, and their tasks.
 template <class X>
 struct Shrinks {
   using Job = ShrinkJob<X>;
@@ -340,49 +344,42 @@ struct Expands {
   }
 };
 template <class Kind, class Description>
-void run_batch(const std::vector<Description>& jobs, int threads) {
+void run_batch(const Description* jobs, size_t count, int threads) {
   size_t bytes = 0;
-  for (const auto& job : jobs) bytes += Kind::bytes(job);
+  for (size_t i = 0; i < count; ++i)
+    if (has_work(jobs[i])) bytes += Kind::bytes(jobs[i]);
   Parts parts(bytes);
   Batch<typename Kind::Job> batch;
-  for (const auto& job : jobs) Kind::add(batch, parts, job, threads);
+  batch.members.reserve(count);
+  for (size_t i = 0; i < count; ++i)
+    if (has_work(jobs[i])) Kind::add(batch, parts, jobs[i], threads);
   batch.run_all(threads);
 }
 template <template <class> class Kind, class Description>
-void run_jobs(const std::vector<Description>& jobs, int threads) {
-  if (jobs.empty()) return;
-  jobs.front().bfloat16 ? run_batch<Kind<BFloat16>>(jobs, threads) : run_batch<Kind<float>>(jobs, threads);
+void run_jobs(const Description* jobs, size_t count, int threads) {
+  if (count == 0) return;
+  jobs[0].bfloat16 ? run_batch<Kind<BFloat16>>(jobs, count, threads) : run_batch<Kind<float>>(jobs, count, threads);
+}
+void shrink_all(const LoraShrink* jobs, size_t count, int threads) {
+  for (size_t n = 0; n < count; ++n)
+    if (jobs[n].columns == 0)
+      for (int64_t i = 0; i < jobs[n].tokens; ++i) std::fill_n(jobs[n].t + i * jobs[n].t_stride, jobs[n].rank, 0.0f);
+  run_jobs<Shrinks>(jobs, count, threads);
 }
 
 }  // namespace
 
-void lora_shrink(const std::vector<LoraShrink>& jobs, int threads) {
-  std::vector<LoraShrink> real;
-  for (const LoraShrink& job : jobs) {
-    if (job.columns == 0)
-      for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
-    if (job.tokens > 0 && job.columns > 0 && job.rank > 0) real.push_back(job);
-  }
-  run_jobs<Shrinks>(real, threads);
-}
-
+void lora_shrink(const std::vector<LoraShrink>& jobs, int threads) { shrink_all(jobs.data(), jobs.size(), threads); }
 void lora_tsreduce(const std::vector<LoraReduce>& jobs, int threads) {
-  std::vector<LoraReduce> real;
-  for (const LoraReduce& job : jobs)
-    if (job.columns > 0 && job.rank > 0) real.push_back(job);
-  run_jobs<Reduces>(real, threads);
+  run_jobs<Reduces>(jobs.data(), jobs.size(), threads);
 }
-
 void lora_expand(const std::vector<LoraExpand>& jobs, int threads) {
-  std::vector<LoraExpand> real;
-  for (const LoraExpand& job : jobs)
-    if (job.tokens > 0 && job.columns > 0) real.push_back(job);
-  run_jobs<Expands>(real, threads);
+  run_jobs<Expands>(jobs.data(), jobs.size(), threads);
 }
 
-void lora_shrink(const LoraShrink& job, int threads) { lora_shrink(std::vector<LoraShrink>{job}, threads); }
-void lora_tsreduce(const LoraReduce& job, int threads) { lora_tsreduce(std::vector<LoraReduce>{job}, threads); }
-void lora_expand(const LoraExpand& job, int threads) { lora_expand(std::vector<LoraExpand>{job}, threads); }
+void lora_shrink(const LoraShrink& job, int threads) { shrink_all(&job, 1, threads); }
+void lora_tsreduce(const LoraReduce& job, int threads) { run_jobs<Reduces>(&job, 1, threads); }
+void lora_expand(const LoraExpand& job, int threads) { run_jobs<Expands>(&job, 1, threads); }
 
 namespace {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "lora_lanes.h"
@@ -64,31 +65,35 @@ void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, i
 // Jobs of one kind as one job: the tasks of all follow each other.
 template <class Job>
 struct Batch {
-  std::vector<Job> jobs;
-  std::vector<int64_t> preparations{0}, items{0};  // where those of each job begin
-  int64_t scratch = 0, products = 0;
+  struct Member {
+    Job job;
+    int64_t preparations, items;  // how many there are up to its last
+  };
+  std::vector<Member> members;
+  int64_t preparations = 0, items = 0, scratch = 0, products = 0;
 
   void add(const Job& job, int64_t to_prepare, int64_t to_work, int64_t multiplications) {
-    jobs.push_back(job);
-    preparations.push_back(preparations.back() + to_prepare);
-    items.push_back(items.back() + to_work);
+    members.push_back({job, preparations += to_prepare, items += to_work});
     scratch = std::max(scratch, job.scratch());
     products += multiplications;
   }
-  static size_t owner(const std::vector<int64_t>& begins, int64_t item) {
-    return size_t(std::upper_bound(begins.begin(), begins.end(), item) - begins.begin()) - 1;
+  // The job of a task, and which of its tasks it is.
+  std::pair<const Job&, int64_t> owner(int64_t Member::* last, int64_t item) const {
+    const auto member = std::upper_bound(members.begin(), members.end(), item,
+                                         [&](int64_t item, const Member& one) { return item < one.*last; });
+    return {member->job, member == members.begin() ? item : item - member[-1].*last};
   }
   template <class W>
   LK_HD void prepare(int64_t item) const {
-    const size_t job = owner(preparations, item);
-    jobs[job].template prepare<W>(item - preparations[job]);
+    const auto [job, own] = owner(&Member::preparations, item);
+    job.template prepare<W>(own);
   }
   template <class W>
   LK_HD void work(int64_t item, float* memory) const {
-    const size_t job = owner(items, item);
-    jobs[job].template work<W>(item - items[job], memory);
+    const auto [job, own] = owner(&Member::items, item);
+    job.template work<W>(own, memory);
   }
-  void run_all(int threads) const { run(*this, preparations.back(), items.back(), scratch, products, threads); }
+  void run_all(int threads) const { run(*this, preparations, items, scratch, products, threads); }
 };
 
 }  // namespace lora_kernels

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lora_kernels.adapters.view import stock_class
-from lora_kernels.ops import Dropout, _backend, lora_delta
+from lora_kernels.ops import Dropout, _backend, _ext, lora_delta
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._dropout import lowered
 from lora_kernels.ops.lora_linear import op as lora_op
@@ -53,6 +53,7 @@ SEEDS = 2**63 - 1
 # Asked at every call. A tensor that a transform has left behind is a wrapper without memory.
 _transformed, _unwrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.unwrap_if_dead
 _compiling, _casts, _cast_dtype = torch.compiler.is_compiling, torch.is_autocast_enabled, torch.get_autocast_dtype
+_learns = torch.is_grad_enabled
 
 
 class FusedForward:
@@ -180,6 +181,7 @@ class Prepared:
         self.a0: torch.Tensor | None = None if start is None else start[0]
         self.b0: torch.Tensor | None = None if start is None else start[1]
         frozen_scaling = 0.0 if start is None else start[2]
+        self.masked = threshold > 0
         self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
         # One product is all: W, one adapter, and what is frozen beside it.
         alone = len(adapters) == 1 and first.bias is None and first.magnitude is None
@@ -225,7 +227,9 @@ class Prepared:
             if not isinstance(part, (nn.Dropout, nn.Identity)):
                 cells += [(part._parameters, "weight"), (part._parameters, "bias")]
         self.cells = tuple((cell, key, cell.get(key)) for cell, key in cells)
-        self.parts, self.classes = parts, tuple(map(type, parts))
+        self.parts, self.classes = tuple(parts), tuple(map(type, parts))
+        extension = _ext.load()[0]
+        self.unchanged = unchanged if extension is None else extension.unchanged
         self.stock: Any = stock_class(layer)
         self.forward = self.stock.forward  # type: ignore[attr-defined]
         # What must be empty: looked at all at once.
@@ -255,10 +259,8 @@ class Prepared:
             or x.dim() == 0
             or x.shape[-1] != self.inputs
             or own["_active_adapter"] != self.active
-            or any(self.empty)
             or (_cast_dtype(kind) if _casts(kind) else None) is not self.cast
             or _backend._override is not self.override
-            or tuple(map(type, self.parts)) != self.classes
             or self.stock.forward is not self.forward
             or nn.Linear.forward is not LINEAR_FORWARD
             or nn.Dropout.forward is not DROPOUT_FORWARD
@@ -266,9 +268,8 @@ class Prepared:
             or "fused" in own
         ):
             return False
-        for cell, key, value in self.cells:
-            if cell.get(key) is not value:
-                return False
+        if not self.unchanged(self.cells, self.empty, self.parts, self.classes):
+            return False
         if self.variants or self.trained is not None:
             return self._same_parts(layer)
         return True
@@ -285,11 +286,16 @@ class Prepared:
             if _transformed():
                 raise RuntimeError(TRANSFORMED)
             x = _unwrapped(x)
-        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.scalars.threshold else None
-        if self.simple and torch.is_grad_enabled():
+        seed = torch.randint(SEEDS, (1,), dtype=torch.int64, device=self.device) if self.masked else None
+        if self.simple and _learns():
+            if seed is None and self.a0 is None and self.state is not None:
+                y: torch.Tensor = apply_directly(  # type: ignore[no-untyped-call]
+                    x, self.weight, self.bias, self.a, self.b, self.scalars, self.state
+                )
+                return y
             apply = apply_directly if self.state is not None else LoraFunction.apply
-            y: torch.Tensor = apply(  # type: ignore[no-untyped-call]
-                x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, seed, self.state, self.scalars
+            y = apply(  # type: ignore[no-untyped-call]
+                x, self.weight, self.bias, self.a, self.b, self.scalars, self.state, seed, self.a0, self.b0
             )
             return y
         first, *others = self.adapters
@@ -342,13 +348,26 @@ class Prepared:
         if not torch.is_grad_enabled():
             return run_forward(x, self.weight, start, a, b, self.a0, self.b0, seed, self.scalars)[0]
         y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, start, a, b, self.a0, self.b0, seed, self.state, self.scalars
+            x, self.weight, start, a, b, self.scalars, self.state, seed, self.a0, self.b0
         )
         return y
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a layer is prepared anew."""
         return type(None), ()
+
+
+def unchanged(
+    cells: tuple[tuple[Any, Any, Any], ...], empty: tuple[Any, ...], parts: tuple[Any, ...], classes: tuple[type, ...]
+) -> bool:
+    """Whether dictionaries `(cell, key, value)` hold their values, what was empty is, and parts have their classes.
+
+    The compiled extension has the same function.
+    """
+    for cell, key, value in cells:
+        if cell.get(key) is not value:
+            return False
+    return not any(empty) and tuple(map(type, parts)) == classes
 
 
 def _identical(one: Any, other: Any) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.ops import _ext
 from lora_kernels.training import lora_layer
 from lora_kernels.training.lora_layer import FusedForward
 from tests.conftest import relative_error
@@ -710,3 +712,52 @@ def test_a_tensor_that_a_transform_has_left_behind():
     left = []
     torch.func.grad(lambda z: left.append(2 * z) or z.sum())(x.detach())
     torch.testing.assert_close(model(left[0]), model(2 * x.detach()), rtol=0, atol=0)
+
+
+UNCHANGED = [lora_layer.unchanged]
+if _ext.load()[0] is not None:
+    UNCHANGED.append(_ext.extension().unchanged)
+
+
+@pytest.mark.parametrize("unchanged", UNCHANGED, ids=["python", "extension"][: len(UNCHANGED)])
+def test_unchanged_compares_by_identity(unchanged):
+    value, part = torch.ones(2), nn.Linear(2, 2)
+    cell, hooks, classes = {"value": value}, OrderedDict(), (nn.Linear,)
+    cells = ((cell, "value", value), (cell, "absent", None))
+    assert unchanged(cells, (hooks, []), (part,), classes)
+    cell["value"] = torch.ones(2)  # equal, but another
+    assert not unchanged(cells, (hooks, []), (part,), classes)
+    cell["value"] = value
+    cell["absent"] = 1
+    assert not unchanged(cells, (hooks, []), (part,), classes)
+    cell["absent"] = None
+    assert unchanged(cells, (hooks, []), (part,), classes)
+    hooks["one"] = print
+    assert not unchanged(cells, (hooks, []), (part,), classes)
+    hooks.clear()
+    part.__class__ = type("Other", (nn.Linear,), {})
+    assert not unchanged(cells, (hooks, []), (part,), classes)
+
+
+def test_unchanged_of_the_extension_refuses_other_arguments():
+    if len(UNCHANGED) == 1:
+        pytest.skip("no extension")
+    for arguments in ((), ((), (), (1,), ()), ([], (), (), ()), ("", (), (), ())):
+        with pytest.raises(ValueError, match="takes four tuples"):
+            UNCHANGED[1](*arguments)
+    for cells in (((1, 2, 3),), (({}, 2),), (5,)):
+        with pytest.raises(TypeError, match="a dictionary, a key and a value"):
+            UNCHANGED[1](cells, (), (), ())
+    with pytest.raises(TypeError, match="unhashable"):
+        UNCHANGED[1]((({}, [], None),), (), (), ())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_the_extension_a_changed_layer_is_seen(dropout, monkeypatch):
+    monkeypatch.setattr(_ext, "load", lambda: (None, "not built"))
+    model, layer, x = one_layer(lora_dropout=dropout)
+    model.eval()
+    before = model(x)
+    assert layer._prepared.unchanged is lora_layer.unchanged
+    layer.set_scale("default", 5.0)
+    assert_pefts(model, x, before)

@@ -54,16 +54,15 @@ def test_a_wrong_layer_is_found(part, monkeypatch):
 
     class Wrong(real):
         @staticmethod
-        def forward(ctx, *args):
-            *tensors, scalars = args
+        def forward(ctx, x, weight, start, a, b, scalars, *others):
             if part == "y":
                 scalars = scalars._replace(scaling=scalars.scaling * 1.001)
-            return real.forward(ctx, *tensors, scalars)
+            return real.forward(ctx, x, weight, start, a, b, scalars, *others)
 
         @staticmethod
         def backward(ctx, g):
-            *others, db, a0, b0, seed, state, scalars = real.backward(ctx, g)
-            return (*others, db / 2 if part == "dB" else db, a0, b0, seed, state, scalars)
+            dx, dw, start, da, db, *others = real.backward(ctx, g)
+            return (dx, dw, start, da, db / 2 if part == "dB" else db, *others)
 
     monkeypatch.setattr(lora_layer, "apply_directly", Wrong.apply)
     model = wrapped()

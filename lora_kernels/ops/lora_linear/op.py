@@ -21,7 +21,8 @@ from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
 from lora_kernels.ops.skinny._launch import cast
 from lora_kernels.ops.skinny.op import product_backends
 
-_casts = torch.is_autocast_enabled
+_casts, _learns = torch.is_autocast_enabled, torch.is_grad_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 TWICE = (
     "a fused LoRA layer cannot be differentiated twice (create_graph=True): compute second derivatives inside "
@@ -100,8 +101,11 @@ layer = Op("lora_linear", _forward, backends=_BACKENDS, fake=_forward_fake)
 layer_backward = Op("lora_linear_backward", _backward, backends=_BACKENDS, fake=_backward_fake, listed=False)
 
 
+_NOTHING_ELSE = (None, None, None)  # no seed, no frozen pair
+
+
 class LoraFunction(torch.autograd.Function):
-    """The node of a layer."""
+    """The node of a layer. A call may leave out arguments at the end, which are otherwise passed on and saved."""
 
     @staticmethod
     def forward(
@@ -111,19 +115,22 @@ class LoraFunction(torch.autograd.Function):
         start: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
-        a0: torch.Tensor | None,
-        b0: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        state: torch.Tensor | None,
         scalars: Scalars,
+        state: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+        a0: torch.Tensor | None = None,
+        b0: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
         y, t = run_forward(x, weight, start, a, b, a0, b0, seed, scalars)
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(
+        source, projected, right = (
             x if needs[3] or needs[1] else None, t if needs[4] else None, weight if needs[0] else None,
-            a, b, a0, b0, seed, state,
         )  # fmt: skip
+        if seed is None and a0 is None:
+            ctx.save_for_backward(source, projected, right, a, b, state)
+        else:
+            ctx.save_for_backward(source, projected, right, a, b, state, seed, a0, b0)
         ctx.scalars, ctx.state = scalars, state
         if needs[1] or needs[2]:
             ctx.dtypes = None if weight is None else weight.dtype, None if start is None else start.dtype
@@ -133,15 +140,17 @@ class LoraFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Of x, the weight, the start, A and B."""
-        x, t, weight, a, b, a0, b0, seed, state = ctx.saved_tensors
+        x, t, weight, a, b, state, *others = ctx.saved_tensors
+        seed, a0, b0 = others or _NOTHING_ELSE
         need_x, need_weight, need_start, need_a, need_b, *_ = ctx.needs_input_grad
         scalars, plain = ctx.scalars, is_plain(g)
         if plain:
-            if torch.is_grad_enabled():
+            if _learns():
                 raise RuntimeError(TWICE)
-            if torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched, jacobian(vectorize=True)
+            if _batched(g):  # is_grads_batched, jacobian(vectorize=True)
                 raise RuntimeError(TRANSFORMED)
-            refuse_other_adapter(state, ctx.state)
+            if state is not ctx.state:
+                refuse_other_adapter(state, ctx.state)
         else:
             g = with_memory(g)
         rows = g if g.dim() == 2 and g.is_contiguous() else rows_of(g)
@@ -165,7 +174,7 @@ class LoraFunction(torch.autograd.Function):
             dw = cast(torch.mm(rows.mT, source), ctx.dtypes[0])  # type: ignore[arg-type]
         if need_start:
             start = cast(rows.sum(0), ctx.dtypes[1]) if ctx.is_bias else g
-        return dx, dw, start, da, db, None, None, None, None, None
+        return dx, dw, start, da, db, None, None, None, None, None  # of arguments left out, too
 
 
 # `LoraFunction.apply` without a walk over its arguments, which looks for what `torch.func` transforms have left behind.
@@ -260,7 +269,7 @@ def _run(
     x = x if cast is None else x.to(cast)
     chosen = _backend.choose(name, _BACKENDS, backend, (x.device, x.dtype, threshold > 0)).name
     scalars = Scalars(float(scaling), frozen_scaling, threshold, stream, chosen)
-    y: torch.Tensor = LoraFunction.apply(x, weight, start, a, b, a0, b0, seed, None, scalars)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = LoraFunction.apply(x, weight, start, a, b, scalars, None, seed, a0, b0)  # type: ignore[no-untyped-call]
     return y
 
 
