@@ -7,6 +7,7 @@ from unittest import mock
 import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 from lora_kernels import accelerate
 from lora_kernels.ops import _backend, _launching, use_backend
@@ -173,6 +174,33 @@ def fallbacks():
             raise AssertionError("constants in another order were accepted")
 
 
+def hooks():
+    """Hooks of profilers see prepared launches, too, whether they stand before or after, as a chain or alone."""
+    tensors = torch.zeros(64, 16, dtype=HALF), *(torch.zeros(64, 64, dtype=HALF) for _ in range(3))
+    numbers, seen = (64, 64, 16, 1, 64, 1.0, 0, 0), []
+    chain = getattr(knobs, "HookChain", None)
+    with fake_gpu() as launches:
+        constants = Constants(4, 3, **SHRINK)
+
+        def run():
+            launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, constants)
+
+        run()
+        with mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append):
+            run()
+        assert len(seen) == 1 and type(launches[-1][2][0]) is int
+        with mock.patch.object(knobs.runtime, "launch_exit_hook", seen.append):
+            assert _launching.hooked()
+        if chain is not None:
+            hooks = chain()
+            with mock.patch.object(knobs.runtime, "launch_enter_hook", hooks):
+                assert not _launching.hooked()
+                hooks.add(seen.append)
+                run()
+            assert len(seen) == 2
+        assert not _launching.hooked()
+
+
 def no_growth():
     """Batches of ever other lengths share what is compiled, and do not fill the memory."""
     with fake_gpu() as launches, mock.patch.object(_launching, "_MOST_KEPT", 50), contextlib.ExitStack() as stack:
@@ -223,5 +251,5 @@ def capturable():
 
 if __name__ == "__main__":
     parts = (same_kernels_as_the_front_end, same_arguments, other_kernels, few_launches)
-    for part in (*parts, fallbacks, no_growth, capturable):
+    for part in (*parts, fallbacks, hooks, no_growth, capturable):
         part()
