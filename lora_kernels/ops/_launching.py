@@ -26,14 +26,13 @@ _HOOKS: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # hooks 
 
 
 class Constants:
-    """Compile-time arguments, and what was compiled for them; see `constants_of`."""
+    """Compile-time arguments, which kernels take last, and what was compiled for them; see `constants_of`."""
 
-    __slots__ = ("arguments", "compiled", "tail")
+    __slots__ = ("arguments", "compiled")
 
     def __init__(self, warps: int, stages: int, **values: Any) -> None:
-        """Values are in the order of the kernel's parameters, which end in them."""
+        """Values are by the names of the kernel's parameters."""
         self.arguments = {**values, "num_warps": warps, "num_stages": stages}
-        self.tail = tuple(values.values())
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -73,16 +72,15 @@ def launch(
     compiled: Any = constants.compiled.get(key) if aligned else None
     if compiled is not None:
         stream = driver.active.get_current_stream(device)
-        kernel, run, function, metadata = compiled
+        kernel, run, function, metadata, tail = compiled
         if hooked():
-            kernel[grid](*addresses, *numbers, *constants.tail, stream=stream)
+            kernel[grid](*addresses, *numbers, *tail, stream=stream)
         else:
-            run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants.tail)
+            run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *tail)
         return
     compiled = kernel[grid](*tensors, *numbers, **constants.arguments)
     if aligned and type(kernel) is JITFunction and prepares():
-        if [parameter.name for parameter in kernel.params if parameter.is_constexpr] != [*constants.arguments][:-2]:
-            raise TypeError(f"{kernel.__name__} does not end in the constants {[*constants.arguments]}")
+        tail = tuple(constants.arguments[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
         if len(constants.compiled) >= _MOST_KEPT:
             constants.compiled.clear()
-        constants.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        constants.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, tail

@@ -344,7 +344,7 @@ def _plan(
     mixed: bool,
     **flags: bool,
 ) -> _Plan:
-    """Of `shrink`, `reduce` or `expand`, over matrices of some sizes; flags in the order of the kernel's parameters."""
+    """Of `shrink`, `reduce` or `expand`, over matrices of some sizes."""
     if config is None and product == "shrink":
         config = shrink_config(tokens, dtype, aligned, device, mixed)
     config = config or config_for(product, dtype, aligned)
