@@ -118,7 +118,16 @@ def variants(case: dict[str, Any]) -> tuple[str, ...]:
     return ("aligned", "huge") if case["platform"] == "hip" else ("aligned",)
 
 
-def _source(case: dict[str, Any], variant: str) -> ASTSource:
+def source(case: dict[str, Any], variant: str) -> ASTSource:
+    """What Triton compiles for a description.
+
+    Args:
+        case: from a kernel module's `aot_cases`.
+        variant: one of `variants`.
+
+    Returns:
+        The source, with what is known of its arguments.
+    """
     kernel, constexprs = case["kernel"], dict(case["constexprs"])
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -256,7 +265,7 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     report = ""
     try:
         options = {"num_warps": case["warps"], "num_stages": case["stages"]}
-        compiled = triton.compile(_source(case, variant), target=chip.target, options=options)
+        compiled = triton.compile(source(case, variant), target=chip.target, options=options)
         if chip.target.backend == "cuda":
             text = compiled.asm["ptx"]
             report = assemble(text)
