@@ -339,7 +339,8 @@ void adam(const LoraProAdam& job, int threads) {
     batch.add(one, chunks, parts[0] * parts[1], 4 * job.rows * job.columns * job.rank);
   }
   batch.run_all(threads);
-  for (const Job& one : batch.jobs) {
+  for (const auto& member : batch.members) {
+    const Job& one = member.job;
     if (parts[0] > 1) add_parts(static_cast<T*>(one.bt_h), one.bt_h_parts, parts[0], sizes[0]);
     if (parts[1] > 1) add_parts(static_cast<T*>(one.h_at), one.h_at_parts, parts[1], sizes[1]);
   }

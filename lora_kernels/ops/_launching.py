@@ -3,8 +3,9 @@
 `kernel[grid](...)` binds and specialises every argument at each call: 10 to 20 us, where the launch itself takes 3. It
 specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers. So a launch with
 the numbers and dtypes of an earlier one, and all addresses multiples of 16, runs what was compiled for that one, by
-`CompiledKernel[grid]`. Interpreted kernels, AMD's (there, sizes of tensors count too) and versions of Triton in which
-this was not checked (`tests/ops/test_launching.py`) always go through the front end.
+`CompiledKernel.run`, without what only hooks of profilers read. Interpreted kernels, AMD's (there, sizes of
+tensors count too) and versions of Triton in which this was not checked (`tests/ops/test_launching.py`) always go
+through the front end.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from lora_kernels.ops._tl import INTERPRETED
 
 KNOWN_TRITON = ((3, 4), (3, 5), (3, 6), (3, 7))
 _MOST_KEPT = 4096  # launches of one kernel: numbers of tokens differ from batch to batch
-_ONES = (1, 1)
+_HOOKS: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # hooks are chains; in Triton 3.4 one or `None`
 
 
 class Constants:
-    """Compile-time arguments, and what was compiled for them; see `constants_of`."""
+    """Compile-time arguments, which kernels take last, and what was compiled for them; see `constants_of`."""
 
-    __slots__ = ("arguments", "compiled", "tail")
+    __slots__ = ("arguments", "compiled")
 
     def __init__(self, warps: int, stages: int, **values: Any) -> None:
-        """Values are in the order of the kernel's parameters, which end in them."""
+        """Values are by the names of the kernel's parameters."""
         self.arguments = {**values, "num_warps": warps, "num_stages": stages}
-        self.tail = tuple(values.values())
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -49,31 +49,38 @@ def prepares() -> bool:
     return not INTERPRETED and build_platform() == "cuda" and version in KNOWN_TRITON
 
 
+def hooked() -> bool:
+    """Whether a profiler is to hear of launches."""
+    before, after = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+
+
 def launch(
     kernel: Any,
-    grid: tuple[int, ...],
+    grid: tuple[int, int, int],
     tensors: tuple[torch.Tensor, ...],
     numbers: tuple[float, ...],
     constants: Constants,
 ) -> None:
     """`kernel[grid](*tensors, *numbers, **constants)` on the current stream; the tensors' device is the current one."""
-    addresses, dtypes, bits = [], [], 0
-    for tensor in tensors:
-        address = tensor.data_ptr()
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    bits = 0
+    for address in addresses:
         bits |= address
-        addresses.append(address)
-        dtypes.append(tensor.dtype)
     device, aligned = tensors[0].get_device(), bits % 16 == 0
-    key = (id(kernel), device, numbers, *dtypes)
-    compiled = constants.compiled.get(key) if aligned else None
+    key = (id(kernel), device, numbers, *[tensor.dtype for tensor in tensors])
+    compiled: Any = constants.compiled.get(key) if aligned else None
     if compiled is not None:
         stream = driver.active.get_current_stream(device)
-        compiled[grid + _ONES](*addresses, *numbers, *constants.tail, stream=stream)
+        kernel, run, function, metadata, tail = compiled
+        if hooked():
+            kernel[grid](*addresses, *numbers, *tail, stream=stream)
+        else:
+            run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *tail)
         return
     compiled = kernel[grid](*tensors, *numbers, **constants.arguments)
     if aligned and type(kernel) is JITFunction and prepares():
-        if [parameter.name for parameter in kernel.params if parameter.is_constexpr] != [*constants.arguments][:-2]:
-            raise TypeError(f"{kernel.__name__} does not end in the constants {[*constants.arguments]}")
+        tail = tuple(constants.arguments[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
         if len(constants.compiled) >= _MOST_KEPT:
             constants.compiled.clear()
-        constants.compiled[key] = compiled
+        constants.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, tail

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._tiles import MOST_PROGRAMS, TileConfig, processors, token_splits
 from lora_kernels.ops._tl import add_tile, token_rows
 
@@ -111,9 +112,10 @@ def add_tiles(
     out: torch.Tensor, partial: torch.Tensor, tiles: torch.Tensor, splits: int, config: TileConfig, *, lower: bool
 ) -> None:
     """Add partial tiles to a matrix with unit column stride, or to its lower triangle only."""
-    add_tiles_kernel[(tiles.numel(), config.rows // _STRIP)](
-        out, partial, tiles, out.shape[0], out.shape[1], splits, out.stride(0),
-        ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP, LOWER=lower,
+    launch(
+        add_tiles_kernel, (tiles.numel(), config.rows // _STRIP, 1), (out, partial, tiles),
+        (*out.shape, splits, out.stride(0)),
+        constants_of(ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP, LOWER=lower),
     )  # fmt: skip
 
 
@@ -136,14 +138,18 @@ def column_sums(
     chunk = -(-tokens // min(max(splits, -(-tokens // _SUM_CHUNK)), MOST_PROGRAMS))
     splits = -(-tokens // chunk)
     sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
-    column_sum_kernel[(blocks, splits)](
-        # A pointer that a flag switches off must still be one.
-        sums, x, x if index is None else index, x if weight is None else weight,
-        features, tokens, chunk, x.stride(0),
+    constants = constants_of(
         COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS,
         HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None, SQUARE=square,
     )  # fmt: skip
-    add_rows_kernel[(blocks,)](total, sums, features, splits, COLUMNS=_SUM_COLUMNS)
+    launch(
+        column_sum_kernel, (blocks, splits, 1),
+        # A pointer that a flag switches off must still be one.
+        (sums, x, x if index is None else index, x if weight is None else weight),
+        (features, tokens, chunk, x.stride(0)), constants,
+    )  # fmt: skip
+    constants = constants_of(COLUMNS=_SUM_COLUMNS)
+    launch(add_rows_kernel, (blocks, 1, 1), (total, sums), (features, splits), constants)
 
 
 # The compute capabilities of the chips that configurations are compiled for ahead of time; `None` is AMD's.
@@ -193,7 +199,8 @@ def aot_cases() -> Iterator[dict[str, Any]]:
     """
     for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for x, index, weight, square in itertools.product(AOT_DTYPES.values(), (0, 1), (0, 1), (0, 1)):
+        forms = [form for form in itertools.product((0, 1), repeat=3) if form[0] + form[2] < 2]  # squares: of all rows
+        for x, (index, weight, square) in itertools.product(AOT_DTYPES.values(), forms):
             constexprs = {"COLUMNS": _SUM_COLUMNS, "TOKENS": _SUM_TOKENS}
             constexprs |= {"HAS_INDEX": bool(index), "HAS_WEIGHT": bool(weight), "SQUARE": bool(square)}
             yield aot_case(column_sum_kernel, x, constexprs, {"x_ptr": f"*{x}"}, **where)

@@ -45,8 +45,8 @@ def load_key(seed_ptr):
 
 
 @triton.jit
-def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """`_philox.halves`: `(ROWS, 8 * GROUPS)` uint32, of which column group g holds columns 8 g to 8 g + 7."""
+def word_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Four words per counter: `(ROWS, GROUPS, 2, 2)` uint32, of two 16-bit numbers each, the low half first."""
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     w0, w1, w2, w3 = philox(
         zero + groups[None, :].to(tl.uint32),
@@ -57,15 +57,23 @@ def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS
         key1,
         7,
     )
-    # The last index of a join is its second operand's: words in order, their low halves first.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    # The last index of a join is its second operand's: words in order.
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """`_philox.halves`: `(ROWS, 8 * GROUPS)` uint32, of which column group g holds columns 8 g to 8 g + 7."""
+    words = word_tile(rows, groups, key0, key1, stream, step, ROWS, GROUPS)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
 
 
 @triton.jit
 def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`. The definition is `_philox.keep_mask`."""
-    return half_tile(rows, groups, key0, key1, stream, 0, ROWS, GROUPS) >= tl.cast(threshold, tl.uint32)
+    words = word_tile(rows, groups, key0, key1, stream, 0, ROWS, GROUPS)
+    least = tl.cast(threshold, tl.uint32) << 16  # halves are compared in the upper half of a word: none is shifted down
+    return tl.reshape(tl.join((words << 16) >= least, words >= least), (ROWS, 8 * GROUPS))
 
 
 @triton.jit

@@ -51,7 +51,7 @@ wide = next(case for case in syrk if "128x256" in case["name"])
 rows = next(case for case in cases() if case["kernel"].__name__ == "add_rows_kernel")
 def report(label, case, chip, variant="aligned", **constexprs):
     result = compile_case({**case, "constexprs": {**case["constexprs"], **constexprs}}, chips[chip], variant)
-    print(label, result.registers, "|", "; ".join(result.problems))
+    print(label, result.registers, *([result.spills] if label == "CHOSEN" else []), "|", "; ".join(result.problems))
 report("CLEAN", wide, "sm_80")
 report("SPILL", {**wide, "warps": 4}, "sm_80", TWO_SLICES=False)
 report("RAGGED", {**wide, "aligned": False}, "sm_90", "ragged")
@@ -59,6 +59,8 @@ report("SHARED", {**wide, "stages": 6}, "sm_80")
 report("AMD", {**wide, "platform": "hip"}, "gfx942")
 report("BUILD", wide, "sm_90", TOKENS=48)
 report("MATRIX", {**rows, "matrix": True}, "sm_90")
+ragged = [case for case in cases() if not case["aligned"]]
+report("CHOSEN", next(c for c in ragged if c["name"] == "grouped_shrink bf16 bf16 i64 64x32x32"), "sm_86", "ragged")
 from tests.aot.empty import kernel
 report("EMPTY", {**wide, "kernel": kernel, "constexprs": {"ROWS": 64}, "matrix": False}, "sm_90")
 """
@@ -70,6 +72,7 @@ def test_the_check_can_fail(tmp_path):
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert lines.get("CLEAN", "").endswith("| "), done.stdout + done.stderr[-2000:]
     assert "spilled" in lines["SPILL"] and "spilled" in lines["RAGGED"]
+    assert lines["CHOSEN"] == "80 12 | "  # ptxas spills by choice: 80 registers fit a third program
     assert "bytes of shared memory, 166912 there" in lines["SHARED"]
     assert "bytes of shared memory, 65536 there" in lines["AMD"]
     assert "does not build" in lines["BUILD"]

@@ -7,16 +7,22 @@ from unittest import mock
 import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 from lora_kernels import accelerate
-from lora_kernels.ops import _backend, _launching, use_backend
+from lora_kernels.ops import _backend, _launching, _reduce, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
+from lora_kernels.ops._op import OPS
+from lora_kernels.ops.covariance import kernel as covariance
+from lora_kernels.ops.gradient_statistics import kernel as gradients
 from lora_kernels.ops.grouped_lora import kernel as grouped
 from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.lora_pro_adam import kernel as pro
 from lora_kernels.ops.lora_pro_adam.config import Adam
+from lora_kernels.ops.random_matrix import kernel as draws
+from lora_kernels.ops.sketch import kernel as sketch
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
 from lora_kernels.ops.skinny import op as skinny_op
@@ -81,13 +87,26 @@ def same_arguments():
 
 
 def other_kernels():
-    """The other kernels that are prepared: the second of two equal calls does not go through the front end."""
+    """All other kernels: the second of two equal calls does not go through the front end."""
     x, t, b, w = (torch.zeros(*shape, dtype=HALF) for shape in ((64, 64), (64, 16), (16, 64), (64, 64)))
     factor, sums, offsets = b.view(1, 16, 64), torch.zeros(1, 16, 64), torch.zeros(2, dtype=torch.int64)
     moments = torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)
+    square, column, index, weight = torch.zeros(64, 64), torch.zeros(64), torch.arange(64), torch.rand(64)
+    tall, sketched = torch.zeros(2048, 64, dtype=HALF), torch.zeros(64, 16)
     left, right = torch.zeros(3, 64, 16), torch.zeros(3, 16, 64)
     adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0, row_step=64)
+    launched: set[int] = set()
     calls = (
+        lambda: covariance.covariance(square, x, index, weight, column),
+        lambda: covariance.covariance(square, tall, None, None, None),
+        lambda: gradients.gradient_statistics(square, x, x, index, weight),
+        lambda: gradients.gradient_statistics(square, tall, tall, None, None),
+        lambda: gradients.both(None, column, x, None, None, weight),
+        lambda: gradients.scale_rows(square, square, column, 1, 0, 1),
+        lambda: sketch.sketch(sketched, tall, tall, None, None, column, "rademacher", 0, 0),
+        lambda: sketch.sketch(sketched, x, w, index, weight, None, "gaussian", 2**40, 3),
+        lambda: sketch.project(sketched, x, "gaussian", 5, 6),
+        lambda: draws.random_matrix(square, "rademacher", 0, 0, 0),
         lambda: linear.linear(torch.zeros_like(x), x, w, t, b),
         lambda: grouped.shrink(t, x, offsets, factor, 1, None),
         lambda: grouped.reduce(sums, t, x, offsets, None),
@@ -103,6 +122,13 @@ def other_kernels():
             call()
             assert [kernel for kernel, _, _ in launches] == first
             assert all(type(args[0]) is int for _, _, args in launches), launches.names()
+            launched |= {id(kernel.src.fn) for kernel in first}
+    modules = (_reduce, covariance, draws, gradients, grouped, linear, pro, sketch)
+    assert {op.kernel_module for op in OPS.values()} - {None} <= {module.__name__ for module in (*modules, skinny)}
+    for module in modules:
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
+                assert id(kernel) in launched, f"{name} of {module.__name__} is not launched here"
 
 
 class Kernels(TorchDispatchMode):
@@ -164,13 +190,37 @@ def fallbacks():
                     launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, constants)
             _launching.prepares.cache_clear()
             assert not constants.compiled and isinstance(launches[-1][2][0], torch.Tensor)
-        wrong = Constants(4, 3, **dict(reversed(SHRINK.items())))
-        try:
-            launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, wrong)
-        except TypeError as error:
-            assert "does not end in the constants" in str(error)
-        else:
-            raise AssertionError("constants in another order were accepted")
+        other_order = Constants(4, 3, **dict(reversed(SHRINK.items())))
+        for _ in range(2):
+            launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, other_order)
+        assert launches[-1][2][-len(SHRINK) :] == tuple(SHRINK.values()) == launches[-2][2][-len(SHRINK) :]
+
+
+def hooks():
+    """Hooks of profilers see prepared launches, too, whether they stand before or after, as a chain or alone."""
+    tensors = torch.zeros(64, 16, dtype=HALF), *(torch.zeros(64, 64, dtype=HALF) for _ in range(3))
+    numbers, seen = (64, 64, 16, 1, 64, 1.0, 0, 0), []
+    chain = getattr(knobs, "HookChain", None)
+    with fake_gpu() as launches:
+        constants = Constants(4, 3, **SHRINK)
+
+        def run():
+            launch(skinny.shrink_kernel, (1, 1, 1), tensors, numbers, constants)
+
+        run()
+        with mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append):
+            run()
+        assert len(seen) == 1 and type(launches[-1][2][0]) is int
+        with mock.patch.object(knobs.runtime, "launch_exit_hook", seen.append):
+            assert _launching.hooked()
+        if chain is not None:
+            hooks = chain()
+            with mock.patch.object(knobs.runtime, "launch_enter_hook", hooks):
+                assert not _launching.hooked()
+                hooks.add(seen.append)
+                run()
+            assert len(seen) == 2
+        assert not _launching.hooked()
 
 
 def no_growth():
@@ -223,5 +273,5 @@ def capturable():
 
 if __name__ == "__main__":
     parts = (same_kernels_as_the_front_end, same_arguments, other_kernels, few_launches)
-    for part in (*parts, fallbacks, no_growth, capturable):
+    for part in (*parts, fallbacks, hooks, no_growth, capturable):
         part()

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import single
@@ -32,7 +32,7 @@ from lora_kernels.ops._tiles import (
     tile_map,
     token_parts,
 )
-from lora_kernels.ops._tl import dot, finish_tile, token_rows
+from lora_kernels.ops._tl import INTERPRETED, dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)
@@ -137,27 +137,16 @@ def _by_tiles(
     if splits > 1:
         area = tiles.numel() * config.rows * config.columns
         partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
-    syrk_kernel[(tiles.numel(), splits)](
-        out,
-        partial,
-        x,
+    constants = constants_of(
+        config.warps, config.stages, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None, SPLIT=splits > 1,
+        UPCAST=INTERPRETED, **config.constants(x.dtype, build_platform()),
+    )  # fmt: skip
+    launch(
+        syrk_kernel, (tiles.numel(), splits, 1),
         # A pointer that a flag switches off must still be one.
-        x if index is None else index,
-        x if weight is None else weight,
-        tiles,
-        features,
-        tokens,
-        chunk,
-        x.stride(0),
-        out.stride(0),
-        HAS_INDEX=index is not None,
-        HAS_WEIGHT=weight is not None,
-        SPLIT=splits > 1,
-        UPCAST=interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **config.constants(x.dtype, build_platform()),
-    )
+        (out, partial, x, x if index is None else index, x if weight is None else weight, tiles),
+        (features, tokens, chunk, x.stride(0), out.stride(0)), constants,
+    )  # fmt: skip
     if splits > 1:
         add_tiles(out, partial, tiles, splits, config, lower=True)
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
 from lora_kernels.ops._rows import selection, single
@@ -34,7 +34,7 @@ from lora_kernels.ops._tiles import (
     tile_map,
     token_parts,
 )
-from lora_kernels.ops._tl import dot, finish_tile, token_rows
+from lora_kernels.ops._tl import INTERPRETED, dot, finish_tile, token_rows
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
@@ -225,32 +225,17 @@ def gradient_statistics(
     if splits > 1:
         area = tiles.numel() * config.rows * config.columns
         partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
-    gradient_kernel[(tiles.numel(), splits)](
-        gradient,
-        partial,
-        g,
-        x,
-        # A pointer that a flag switches off must still be one.
-        x if index is None else index,
-        x if weight is None else weight,
-        x if scale is None else scale,
-        tiles,
-        height,
-        width,
-        tokens,
-        chunk,
-        g.stride(0),
-        x.stride(0),
-        gradient.stride(0),
-        HAS_INDEX=index is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_SCALE=scale is not None,
-        SPLIT=splits > 1,
-        UPCAST=interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
+    constants = constants_of(
+        config.warps, config.stages, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None,
+        HAS_SCALE=scale is not None, SPLIT=splits > 1, UPCAST=INTERPRETED,
         **config.constants(x.dtype, build_platform()),
-    )
+    )  # fmt: skip
+    # A pointer that a flag switches off must still be one.
+    optional = (x if tensor is None else tensor for tensor in (index, weight, scale))
+    launch(
+        gradient_kernel, (tiles.numel(), splits, 1), (gradient, partial, g, x, *optional, tiles),
+        (height, width, tokens, chunk, g.stride(0), x.stride(0), gradient.stride(0)), constants,
+    )  # fmt: skip
     if splits > 1:
         add_tiles(gradient, partial, tiles, splits, config, lower=False)
 
@@ -282,23 +267,13 @@ def scale_rows(
         return
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     rounded = float(torch.tensor(power, dtype=torch.float32))
-    scale_rows_kernel[(-(-height // _SCALE_ROWS), -(-width // (_SCALE_COLUMNS * _SCALE_STEPS)))](
-        out,
-        gradient,
-        fisher.contiguous(),
-        height,
-        width,
-        out.stride(0),
-        gradient.stride(0),
-        float(scale),
-        float(damping),
-        rounded,
-        float(power) - rounded,
-        ROWS=_SCALE_ROWS,
-        COLUMNS=_SCALE_COLUMNS,
-        STEPS=_SCALE_STEPS,
-        KIND={1.0: 1, 0.5: 2}.get(float(power), 0),
-    )
+    strides, exponent = (out.stride(0), gradient.stride(0)), (rounded, float(power) - rounded)
+    kind = {1.0: 1, 0.5: 2}.get(float(power), 0)
+    launch(
+        scale_rows_kernel, (-(-height // _SCALE_ROWS), -(-width // (_SCALE_COLUMNS * _SCALE_STEPS)), 1),
+        (out, gradient, fisher.contiguous()), (height, width, *strides, float(scale), float(damping), *exponent),
+        constants_of(ROWS=_SCALE_ROWS, COLUMNS=_SCALE_COLUMNS, STEPS=_SCALE_STEPS, KIND=kind),
+    )  # fmt: skip
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:

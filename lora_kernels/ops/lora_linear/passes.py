@@ -102,7 +102,7 @@ def forward(
         tail = _project(x, cast(a0, dtype), frozen_scaling, None, backend)
         t = torch.cat((_project(x, a, scaling, mask, backend), tail), 1)
         b = torch.cat((b, cast(b0, dtype)), 1)
-    y = x.new_empty((tokens, b.shape[0]))
+    y = x.new_empty(tokens, b.shape[0])
     bias = base = None
     if start is not None:
         bias, base = (cast(start, dtype).contiguous(), None) if start.dim() == 1 else (None, start)
@@ -186,7 +186,7 @@ def backward(
                 else:
                     tail = _project(g, cast(b0, dtype).mT, frozen_scaling, None, backend)
                     terms.append(forms.Term(tail, frozen))
-            dx = g.new_empty((g.shape[0], a.shape[1]))
+            dx = g.new_empty(tokens, a.shape[1])
             _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
     if a0 is not None:  # its columns need no gradient
         u, t = (None if part is None else part[:, :rank] for part in (u, t))

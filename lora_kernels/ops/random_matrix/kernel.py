@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import aot_case
 from lora_kernels.ops._tiles import signed32
 from lora_kernels.ops._tl import gaussian_pair, philox
@@ -127,14 +128,14 @@ def random_matrix(
     if out.numel() == 0:
         return
     config = config or config_for(kind)
-    arguments = (out, rows, columns, signed32(seed), signed32(seed >> 32), signed32(stream), signed32(step))
+    numbers = (rows, columns, signed32(seed), signed32(seed >> 32), signed32(stream), signed32(step))
     tall = -(-rows // config.rows)
     if kind == "rademacher":
-        signs_kernel[(tall * -(-columns // 128),)](*arguments, ROWS=config.rows, num_warps=config.warps)
+        constants = constants_of(config.warps, ROWS=config.rows)
+        launch(signs_kernel, (tall * -(-columns // 128), 1, 1), (out,), numbers, constants)
     else:
-        normal_kernel[(tall * -(-columns // (4 * config.groups)),)](
-            *arguments, ROWS=config.rows, GROUPS=config.groups, PAIR=out.dim() == 3, num_warps=config.warps
-        )
+        constants = constants_of(config.warps, ROWS=config.rows, GROUPS=config.groups, PAIR=out.dim() == 3)
+        launch(normal_kernel, (tall * -(-columns // (4 * config.groups)), 1, 1), (out,), numbers, constants)
 
 
 _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may be asked for

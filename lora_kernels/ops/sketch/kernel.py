@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops import _tiles
-from lora_kernels.ops._backend import interpreting
+from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
 from lora_kernels.ops._rows import single
 from lora_kernels.ops._tiles import build_platform, is_aligned, processors, rank_for, signed32
-from lora_kernels.ops._tl import dot, halves, philox, token_rows
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
 from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
 
@@ -266,34 +266,24 @@ def _shrink(
     target = out
     if not direct:
         target = torch.empty(splits, tokens, blocks * rank, dtype=torch.float32, device=x.device)
-    shrink_kernel[(blocks, tall, splits)](
-        target,
-        # A pointer that a flag switches off must still be one.
-        x,
-        x if index is None else index,
-        x if omega.scratch is None else omega.scratch,
-        features,
-        tokens,
-        target.shape[-1],
-        steps,
-        x.stride(0),
-        target.stride(-2),
-        signed32(omega.seed),
-        signed32(omega.seed >> 32),
-        signed32(omega.stream),
-        HAS_INDEX=index is not None,
-        SIGNS=omega.scratch is None,
-        PAIR=omega.scratch is not None and omega.scratch.dim() == 3,
-        UPCAST=interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
+    scratch = omega.scratch
+    constants = constants_of(
+        config.warps, config.stages, HAS_INDEX=index is not None, SIGNS=scratch is None,
+        PAIR=scratch is not None and scratch.dim() == 3, UPCAST=INTERPRETED,
         **config.constants(rank, x.dtype, build_platform()),
-    )
+    )  # fmt: skip
+    key = (signed32(omega.seed), signed32(omega.seed >> 32), signed32(omega.stream))
+    launch(
+        shrink_kernel, (blocks, tall, splits),
+        # A pointer that a flag switches off must still be one.
+        (target, x, x if index is None else index, x if scratch is None else scratch),
+        (features, tokens, target.shape[-1], steps, x.stride(0), target.stride(-2), *key), constants,
+    )  # fmt: skip
     if not direct:
-        combine_kernel[(blocks, -(-tokens // ROWS))](
-            out, target, target if weight is None else weight, tokens, splits,
-            blocks * rank if pair else out.shape[1], out.stride(0),
-            ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=pair,
+        launch(
+            combine_kernel, (blocks, -(-tokens // ROWS), 1), (out, target, target if weight is None else weight),
+            (tokens, splits, blocks * rank if pair else out.shape[1], out.stride(0)),
+            constants_of(ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=pair),
         )  # fmt: skip
 
 
@@ -316,25 +306,18 @@ def _add_tall(
         chunk = -(-chunk // config.tokens) * config.tokens
     splits = -(-tokens // chunk)
     partial = torch.empty(splits, features, blocks * rank, dtype=torch.float32, device=x.device)
-    tall_kernel[(blocks, tiles, splits)](
-        partial,
-        x,
-        x if index is None else index,
-        p,
-        features,
-        tokens,
-        chunk,
-        x.stride(0),
-        HAS_INDEX=index is not None,
-        PAIR=p.dtype != torch.float32,
-        UPCAST=interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
+    constants = constants_of(
+        config.warps, config.stages, HAS_INDEX=index is not None, PAIR=p.dtype != torch.float32, UPCAST=INTERPRETED,
         **config.constants(rank, p.dtype, build_platform()),
-    )
-    add_kernel[(-(-features // ROWS), blocks)](
-        out, partial, features, out.shape[1], splits, out.stride(0), ROWS=ROWS, RANK=rank
-    )
+    )  # fmt: skip
+    launch(
+        tall_kernel, (blocks, tiles, splits), (partial, x, x if index is None else index, p),
+        (features, tokens, chunk, x.stride(0)), constants,
+    )  # fmt: skip
+    launch(
+        add_kernel, (-(-features // ROWS), blocks, 1), (out, partial),
+        (features, out.shape[1], splits, out.stride(0)), constants_of(ROWS=ROWS, RANK=rank),
+    )  # fmt: skip
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -181,8 +181,8 @@ def factor_gradients(
         da = None if x is None or u is None else cast(tsreduce(u, x, mask, backend), a.dtype)
         db = None if t is None else cast(tsreduce(t, g, None, backend), b.dtype).mT.contiguous()
         return da, db
-    da = None if x is None else torch.empty(a.shape, dtype=a.dtype, device=g.device)
-    db = None if t is None else torch.empty(b.shape, dtype=b.dtype, device=g.device)
+    da = None if x is None else torch.empty_like(a, memory_format=torch.contiguous_format)
+    db = None if t is None else torch.empty_like(b, memory_format=torch.contiguous_format)
     if da is not None and db is not None and 0 not in (g.shape[0], da.numel(), db.numel()):
         _of("tsreduce_pair", backend)((da, db), u, x, mask, t, g)
     else:

@@ -307,7 +307,9 @@ def sum_parts_kernel(
 def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bool]:
     # A dense factor, and whether it is the transposed view of a row-major matrix. There is no kernel for such a view
     # and a mask: a layer has them never together.
-    if mask is None and not factor.is_contiguous() and factor.mT.is_contiguous():
+    if factor.is_contiguous():
+        return factor, False
+    if mask is None and factor.stride() == (1, factor.shape[0]):
         return factor, True
     return factor.contiguous(), False
 
@@ -342,7 +344,7 @@ def _plan(
     mixed: bool,
     **flags: bool,
 ) -> _Plan:
-    """Of `shrink`, `reduce` or `expand`, over matrices of some sizes; flags in the order of the kernel's parameters."""
+    """Of `shrink`, `reduce` or `expand`, over matrices of some sizes."""
     if config is None and product == "shrink":
         config = shrink_config(tokens, dtype, aligned, device, mixed)
     config = config or config_for(product, dtype, aligned)
