@@ -435,13 +435,14 @@ def tune(
     return choice
 
 
-def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[str, Any]:
+def study(setup: Setup, workers: int = 1, resume: Path | None = None, check: bool = True) -> dict[str, Any]:
     """Run a whole study.
 
     Args:
         setup: data, model, protocol, arms.
         workers: how many runs go on at a time.
         resume: where finished runs are kept, and read from.
+        check: whether the suggested rates are tried as well.
 
     Returns:
         The record.
@@ -485,7 +486,8 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None) -> dict[st
             Job("advice", arm, seed, 0.0) for arm in setup.arms if arm != "lora_dash" for seed in protocol.tuning_seeds
         ]
         advice = {job: {**entry, **_suggested(entry)} for job, entry in zip(asked, runs.do(asked), strict=True)}
-        of_arms([(entry["arm"], _rounded(entry["rate"])) for entry in advice.values() if entry["rate"] is not None])
+        if check:
+            of_arms([(entry["arm"], _rounded(entry["rate"])) for entry in advice.values() if entry["rate"] is not None])
         final = [Job("final", arm, seed, tuning[arm]["rate"]) for seed in protocol.seeds for arm in setup.arms]
         runs.do(final)
     order = list(setup.arms)
@@ -539,6 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
     parser.add_argument("--rates", action="store_true", help="rates and advice only: the record is rates_NAME")
+    parser.add_argument("--unchecked", action="store_true", help="no runs at the suggested rates")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="30 steps and one tuning seed")
     length.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
@@ -553,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rates:
         protocol = replace(protocol, seeds=())
     setup = Setup(options.data, options.model, protocol, arms)
-    record = study(setup, options.workers, options.resume)
+    record = study(setup, options.workers, options.resume, check=not options.unchecked)
     data = "word_problems" if options.data is None else options.data.resolve().stem
     kind = "rates" if options.rates else "quality"
     file = records.save(f"{kind}_{options.name or data}{'_quick' if options.quick else ''}", record, options.out)

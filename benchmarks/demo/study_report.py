@@ -170,9 +170,12 @@ def advice(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             for run in record["runs"]
             if run["part"] == "tune" and run["arm"] == arm and rates.get(run["seed"]) == run["learning_rate"]
         ]
-        if rates and None not in losses:
-            row |= {"rate": statistics.geometric_mean(rates.values()), "loss": statistics.fmean(losses)}
-            row |= {"ratio": row["rate"] / best, "excess": row["loss"] / lowest - 1}
+        if rates:
+            row["rate"] = statistics.geometric_mean(rates.values())
+            row["ratio"] = row["rate"] / best
+        if losses and None not in losses:
+            row["loss"] = statistics.fmean(losses)
+            row["excess"] = row["loss"] / lowest - 1
         row["reasons"] = [run["reason"] for run in runs if run.get("reason")]
         by_arm[arm] = row
     return by_arm
@@ -189,7 +192,8 @@ def advice_rows(record: Mapping[str, Any]) -> list[list[str]]:
             f"{row['turn']:.1e}" if "turn" in row else "-",
         ]
         if "rate" in row:
-            cells += [f"{row['rate']:.1e}", f"{row['ratio']:.2f}", f"{row['loss']:.3f} ({row['excess']:+.1%})"]
+            cells += [f"{row['rate']:.1e}", f"{row['ratio']:.2f}"]
+            cells.append(f"{row['loss']:.3f} ({row['excess']:+.1%})" if "loss" in row else "not run")
         else:
             cells += ["none", "-", "-"]
         rows.append(cells)
@@ -200,10 +204,11 @@ def hits(record: Mapping[str, Any]) -> str:
     """How often the advice was within a factor of 2 of the best rate, and its loss within 1 %."""
     rows = record["advice"].values()
     near = sum("ratio" in row and 0.5 <= row["ratio"] <= 2 for row in rows)
-    good = sum("excess" in row and row["excess"] <= 0.01 for row in rows)
+    ends = [row["excess"] for row in rows if "excess" in row]
+    good = sum(excess <= 0.01 for excess in ends)
     return (
-        f"Of {len(rows)} arms the suggestion is within a factor of 2 of the sweep's best rate for {near}, and ends "
-        f"within 1 % of its lowest loss for {good}."
+        f"Of {len(rows)} arms the suggestion is within a factor of 2 of the sweep's best rate for {near}; of "
+        f"{len(ends)} runs at a suggestion {good} end within 1 % of the sweep's lowest loss."
     )
 
 

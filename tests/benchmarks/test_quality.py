@@ -110,9 +110,13 @@ def test_advice_is_judged_by_the_sweep_and_by_a_run_of_its_own():
     )
     assert "rate" not in pissa and pissa["reasons"] == ["flat"]
     assert study_report.hits(record).startswith(
-        "Of 2 arms the suggestion is within a factor of 2 of the sweep's best rate for 1,"
+        "Of 2 arms the suggestion is within a factor of 2 of the sweep's best rate for 1;"
     )
+    assert study_report.hits(record).endswith("of 1 runs at a suggestion 0 end within 1 % of the sweep's lowest loss.")
     assert study_report.advice_rows(record)[2][-3:] == ["none", "-", "-"]
+    record["runs"].pop(1)
+    record["advice"] = study_report.advice(record)
+    assert study_report.advice_rows(record)[1][-2:] == ["1.20", "not run"]
 
 
 def test_rates_alone_come_from_the_runs_of_a_study(finished, tiny_decoder, monkeypatch):
