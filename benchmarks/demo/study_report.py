@@ -206,10 +206,10 @@ def hits(record: Mapping[str, Any]) -> str:
     near = sum("ratio" in row and 0.5 <= row["ratio"] <= 2 for row in rows)
     ends = [row["excess"] for row in rows if "excess" in row]
     good = sum(excess <= 0.01 for excess in ends)
-    return (
-        f"Of {len(rows)} arms the suggestion is within a factor of 2 of the sweep's best rate for {near}; of "
-        f"{len(ends)} runs at a suggestion {good} end within 1 % of the sweep's lowest loss."
-    )
+    text = f"Of {len(rows)} arms the suggestion is within a factor of 2 of the sweep's best rate for {near}"
+    if not ends:
+        return f"{text}; none was run."
+    return f"{text}; of {len(ends)} runs at a suggestion {good} end within 1 % of the sweep's lowest loss."
 
 
 def _mean_and_spread(numbers: Sequence[float]) -> dict[str, float | int | None]:

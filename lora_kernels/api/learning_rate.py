@@ -40,9 +40,9 @@ class Share(NamedTuple):
 # Calibrated on SmolLM2-135M, GSM8K and generated word problems (docs/learning_rate.md): `rate` is about the mean share
 # of the swept best rates, `low` to `high` holds them all.
 SHARES = {
-    "adamw": Share(0.25, 0.5, 2.5),
-    "lora_pro": Share(0.25, 0.5, 2.5),
-    "lora_pro_full": Share(0.1, 0.2, 0.5),
+    "adamw": Share(0.25, 0.5, 3.0),
+    "lora_pro": Share(0.25, 0.5, 3.0),
+    "lora_pro_full": Share(0.07, 0.2, 0.5),
 }
 OPTIMIZERS = tuple(SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
