@@ -153,11 +153,11 @@ def _skinny(run: Run, tokens: int, n: int, rank: int, *, product: str) -> Proble
 def _lora_pro(run: Run, m: int, n: int, rank: int) -> Problem:
     from lora_kernels.ops.lora_pro_adam import kernel
 
-    start = run.normal(m, n, dtype=torch.float32), run.normal(m, n, dtype=torch.float32).square_()
-    a, b = run.normal(rank, n, dtype=torch.float32, scale=n**-0.5), run.normal(m, rank, dtype=torch.float32)
-    factors = a, b, run.normal(rank, n, dtype=torch.float32), run.normal(m, rank, dtype=torch.float32)
+    start = run.normal(1, m, n, dtype=torch.float32), run.normal(1, m, n, dtype=torch.float32).square_()
+    a, b = run.normal(1, rank, n, dtype=torch.float32, scale=n**-0.5), run.normal(1, m, rank, dtype=torch.float32)
+    factors = a, b, run.normal(1, rank, n, dtype=torch.float32), run.normal(1, m, rank, dtype=torch.float32)
     numbers = Adam(scaling=2.0, beta1=0.9, beta2=0.999, eps=1e-8, step=3, row_offset=0, row_step=m)
-    bt_h, h_at = torch.empty(rank, n, device=run.device), torch.empty(m, rank, device=run.device)
+    bt_h, h_at = torch.empty(1, rank, n, device=run.device), torch.empty(1, m, rank, device=run.device)
     moments = start[0].clone(), start[1].clone()
 
     def reset() -> None:

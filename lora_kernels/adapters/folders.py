@@ -226,7 +226,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """The LoRA factors of a stock PEFT adapter folder, without its base model; a ValueError if there are none."""
+    """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
+
+    Raises:
+        ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")

@@ -24,7 +24,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """One column of texts, white space collapsed; a ValueError if a value is no text, or none is left."""
+    """One column of texts that are not empty, white space collapsed.
+
+    Raises:
+        ValueError: as `read_rows`, or if a value is no text, or no text is left.
+    """
     texts = []
     for place, row in read_rows(path, (column,)):
         value = row[column]
@@ -38,7 +42,11 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Texts and their labels, in the file's order; a ValueError if one is missing or empty."""
+    """Texts and their labels, in the file's order.
+
+    Raises:
+        ValueError: as `read_rows`, or if a text or label is missing or empty.
+    """
     texts, labels = [], []
     for place, row in read_rows(path, (text_column, label_column)):
         text, label = row[text_column], row[label_column]

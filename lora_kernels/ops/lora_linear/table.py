@@ -129,7 +129,11 @@ def _record(number: int, entry: Any) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, current or not; a ValueError with its name if it cannot be read or is malformed."""
+    """All records of a file, current or not.
+
+    Raises:
+        ValueError: if it cannot be read or is malformed; the message names the file and the reason.
+    """
     name = f"the table of measured forms {str(path)!r}"
     content = read_json(path, name)
     try:
