@@ -254,21 +254,25 @@ class _Combined(torch.autograd.Function):
     """The sums of the rows of each token, times the weights `(tokens, k)` of its experts."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, order: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, places, order)
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, places)
         ctx.dtype = rows.dtype
         return _sums(rows, places, weights)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        rows, weights, places, order = ctx.saved_tensors
-        spread = g.index_select(0, order // weights.shape[1])
-        need_rows, need_weights, *_ = ctx.needs_input_grad
-        of_weights = (spread * rows).sum(1)[places].to(weights.dtype) if need_weights else None
-        of_rows = (spread * weights.reshape(-1)[order].unsqueeze(-1)).to(ctx.dtype) if need_rows else None
-        return of_rows, of_weights, None, None
+        rows, weights, places = ctx.saved_tensors
+        need_rows, need_weights, _ = ctx.needs_input_grad
+        of_rows = g.new_empty(places.numel(), g.shape[1], dtype=ctx.dtype) if need_rows else None
+        of_weights = torch.empty_like(weights) if need_weights else None
+        # One choice of all tokens after the other: no temporary of the size of all rows.
+        for choice in range(places.shape[1]):
+            index = places[:, choice]
+            if of_weights is not None:
+                of_weights[:, choice] = (g * rows.index_select(0, index)).sum(1)
+            if of_rows is not None:
+                of_rows.index_copy_(0, index, (g * weights[:, choice, None]).to(ctx.dtype))
+        return of_rows, of_weights, None
 
 
 def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
@@ -330,5 +334,5 @@ def _forward(
         return _with_terms(product(x, name), x, offsets, call.terms.get(name, ()))
 
     out = mixture(module, x, with_terms)
-    out = _Combined.apply(out, top_k_weights, places, order)  # type: ignore[no-untyped-call]
+    out = _Combined.apply(out, top_k_weights, places)  # type: ignore[no-untyped-call]
     return out.to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -651,7 +651,7 @@ def test_rows_of_tokens_are_taken_and_summed_up_with_their_gradients(dtypes):
     places = places.view(tokens, k)
     rows = fused_experts._Rows.apply(x, order // k, places)
     factors = torch.randn(tokens * k, n).to(kind)
-    out = fused_experts._Combined.apply(rows * factors, weights, places, order)
+    out = fused_experts._Combined.apply(rows * factors, weights, places)
     g = torch.randn(tokens, n).to(out.dtype)
     found = (out, *torch.autograd.grad(out, (x, weights), g))
     exact = [value.detach().double().requires_grad_() for value in (x, weights)]
