@@ -4,13 +4,18 @@ The docstrings are read with `ast` from the source files that ship with every Py
 is the top-level package. Three rules keep the task honest: the split is by source file, so no module is on both
 sides; the package names and the module names of all classes are masked in every text; and a text that occurs twice is
 used once (or, if it occurs under two labels, not at all).
+
+`python -m benchmarks.docstrings FILE` writes the training texts without masks as JSON lines, for the programs that take
+`--data FILE`.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
+import sys
 import sysconfig
 import warnings
 from collections import defaultdict
@@ -181,3 +186,17 @@ def _test_files(examples: Sequence[Example], label: str) -> set[str]:
             count += sizes[source]
     # Where every file is larger than the share, the smallest one is held out.
     return chosen or {min(sizes, key=lambda name: (sizes[name], name))}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the training texts that hold no mask."""
+    if len(arguments) != 1:
+        print("usage: python -m benchmarks.docstrings FILE", file=sys.stderr)
+        return 2
+    texts = [example.text for example in docstring_task().train if MASK not in example.text]
+    Path(arguments[0]).write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

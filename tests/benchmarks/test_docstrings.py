@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -96,3 +97,12 @@ def test_stdlib_task_leaks_nothing(stdlib_task):
 
 def test_stdlib_task_is_the_same_every_time(stdlib_task):
     assert docstring_task() == stdlib_task
+
+
+def test_training_texts_are_written_for_other_programs(stdlib_task, tmp_path, capsys):
+    file = tmp_path / "texts.jsonl"
+    assert docstrings.main([str(file)]) == 0
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert texts == [example.text for example in stdlib_task.train if MASK not in example.text]
+    assert len(texts) > 100
+    assert docstrings.main([]) == 2 and "FILE" in capsys.readouterr().err
