@@ -27,8 +27,11 @@ def test_a_line_has_an_entry_for_a_parameter_and_the_numbers_of_every_expert(nam
     monitor.begin(model)
     start = lk.api.snapshot(model)
     nudge(model)
+    # One expert of a parameter has a smaller rank than the others.
+    model.get_submodule(views(model)[0].name).lora_A["default"].weight.data[0] = 0
     numbers = monitor.step(model)
     truth = lk.diagnose(model, start=start)
+    assert any(summary.ranks[0] < summary.ranks[1] for summary in truth.experts)
     assert {layer.name: layer.spectrum.values for layer in truth} == {
         key: spectrum.values for key, spectrum in monitor.latest.items()
     }
@@ -85,7 +88,7 @@ def test_experts_that_break_are_counted(experts, tmp_path):
 def test_the_history_of_a_page_has_a_cell_for_a_parameter(name, tmp_path):
     model, path = experts_alone(name), tmp_path / "log.jsonl"
     monitor = lk.api.LandscapeMonitor(1, path)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
     for _ in range(3):
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
