@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 _CODE = """
-from benchmarks.issue import BOUNDS, instructions, parse_sass, share
+from benchmarks.instructions import BOUNDS, instructions, parse_sass, share
 text = '''
 .L_x_0:
  /*0000*/ IADD3 R1, R1, 1, RZ ;
@@ -29,7 +29,7 @@ assert parse_sass(text) == (6, [(1, 2)]), parse_sass(text)
 assert share(BOUNDS[0]._replace(moved=1340), 100, "H100") == 1.0
 """
 _COUNT = """
-from benchmarks.issue import BOUNDS, instructions
+from benchmarks.instructions import BOUNDS, instructions
 for bound in BOUNDS:
     count = instructions(bound)
     print(bound.kernel, count, bound.most)

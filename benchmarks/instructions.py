@@ -1,4 +1,4 @@
-"""Whether kernels that memory should bound can issue their instructions in time: `python -m benchmarks.issue`.
+"""Whether kernels that memory should bound can issue their instructions in time: `python -m benchmarks.instructions`.
 
 Counts, in the machine code for an H100, the instructions of a warp per step of the main loop (or per program, where a
 tile has no loop). A multiprocessor issues at most four per clock; the share of these slots that the loop needs where
@@ -101,7 +101,7 @@ def main() -> None:
         rows.append({"kernel": bound.kernel, "instructions": count, "bytes": bound.moved, "slots": shares})
         table.add_row(bound.kernel, str(count), *(f"{value:.0%}" for value in shares.values()))
     CONSOLE.print(table)
-    CONSOLE.print(str(save("issue", {"chip": CHIP, "kernels": rows})))
+    CONSOLE.print(str(save("instructions", {"chip": CHIP, "kernels": rows})))
 
 
 if __name__ == "__main__":
