@@ -155,7 +155,7 @@ QUICK = Protocol(
 
 
 SHORT = Protocol(
-    evaluate_at=(5, 10, 20, 30), max_tokens=128, tuning_seeds=(100,), held_out=48, general=32, rates=(3e-4, 1e-3, 3e-3)
+    evaluate_at=(10, 30), max_tokens=128, tuning_seeds=(100,), held_out=48, general=32, rates=(3e-4, 1e-3, 3e-3)
 )
 
 
