@@ -68,17 +68,32 @@ def minilm() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     return model, batches
 
 
+def smollm2() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """SmolLM2-135M-Instruct and 4 batches of 4 x 128 tokens of docstrings of the standard library, without padding."""
+    from benchmarks import language_model
+    from benchmarks.docstrings import docstring_task
+
+    count, rows, length = 4, 4, 128
+    texts = "\n\n".join(example.text for example in docstring_task().train[:512])
+    tokens = language_model.tokenizer()(texts, return_tensors="pt")["input_ids"][0, : count * rows * length]
+    batches = tokens.view(count, rows, length)
+    return language_model.load(), [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+PRETRAINED = {"minilm": minilm, "smollm2": smollm2}
+
+
 def case(name: str) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """Model and batches of a case.
 
     Args:
-        name: `minilm`, or a key of `LLAMAS`.
+        name: `minilm`, `smollm2`, or a key of `LLAMAS`.
 
     Returns:
         Both.
     """
-    if name == "minilm":
-        return minilm()
+    if name in PRETRAINED:
+        return PRETRAINED[name]()
     layers, hidden, words, count, rows, length = LLAMAS[name]
     return llama(layers, hidden, words), llama_batches(count, words, rows, length)
 

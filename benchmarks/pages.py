@@ -30,6 +30,7 @@ _MODELS = {
     "small": "Llama, 2 layers, hidden 512, 4 batches of 8 x 256 tokens",
     "minilm": "MiniLM-L6, 16 batches of 32 docstrings",
 }
+_SMOLLM2 = "SmolLM2-135M-Instruct, 4 batches of 4 x 128 tokens"
 _SIDES = {"peft": "PEFT", "compiled": "torch.compile of PEFT", "hand_written": "addmm by hand", "ours": "ours"}
 
 Rows = list[list[str]]
@@ -94,24 +95,26 @@ def eva() -> Rows:
 def statistics() -> Rows:
     """Collections against ordinary passes."""
     rows = [["model", "what", "time", "passes alone", "ratio"]]
-    for name in ("llama", "small"):
+    for name, title in {"llama": _MODELS["llama"], "small": _MODELS["small"], "smollm2": _SMOLLM2}.items():
+        if name not in cases("statistics"):
+            continue
         entry = cases("statistics")[name]
         times = {side: f"{value:.1f} s" for side, value in _medians(entry["seconds"]).items()}
         ratios = [f"{entry[key]:.2f}" for key in ("statistics_over_training", "sketched_eva_over_forward")]
-        rows.append([_MODELS[name], "all statistics", times["statistics"], times["training"], ratios[0]])
-        rows.append([_MODELS[name], "EVA from sketches", times["sketched_eva"], times["forward"], ratios[1]])
+        rows.append([title, "all statistics", times["statistics"], times["training"], ratios[0]])
+        rows.append([title, "EVA from sketches", times["sketched_eva"], times["forward"], ratios[1]])
     return rows
 
 
-def methods() -> Rows:
-    """Every initialisation against its peer."""
-    large, small = cases("init")["llama"]["methods"], cases("init")["small"]["methods"]
+def methods(timed: str, weighed: str) -> Rows:
+    """Every initialisation against its peer: seconds of a case, and memory of another or the same."""
+    times, memories = (cases("init")[name]["methods"] for name in (timed, weighed))
     rows = [["method", "ours", "peer", "peer / ours", "memory, ours", "memory, peer"]]
-    for method, entry in large.items():
+    for method, entry in times.items():
         seconds = [f"{entry[side]['seconds']['p50']:.1f} s" for side in ("ours", "peer")]
         memory = ["", ""]
-        if method in small:
-            memory = [f"{small[method][side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
+        if "bytes" in memories.get(method, {}).get("ours", {}):
+            memory = [f"{memories[method][side]['bytes'] / 1e6:.0f} MB" for side in ("ours", "peer")]
         rows.append([method, *seconds, _factor(entry["seconds_ratio"]), *memory])
     return rows
 

@@ -289,8 +289,24 @@ def _work(job: Job) -> dict[str, Any]:
     return _WORKERS[0].run(job)
 
 
-# What a protocol says of which runs there are; a run does not depend on it.
+# What a protocol says of which runs there are; a run does not depend on it. Runs that are evaluated once, at their end,
+# depend on their length alone.
 _LISTS = ("rates", "extensions", "tuning_seeds", "seeds")
+
+
+def _identities(common: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """By part and arm, a digest of all that a run depends on, but for its seed and its rate."""
+    protocol = {key: value for key, value in common.get("protocol", {}).items() if key not in _LISTS}
+    once = {**protocol, "evaluate_at": protocol.get("evaluate_at", ())[-1:]}
+    return {
+        (part, arm): hashlib.sha256(
+            json.dumps(
+                {**common, "protocol": protocol if part == "final" else once, "arms": settings}, sort_keys=True
+            ).encode()
+        ).hexdigest()
+        for arm, settings in common.get("arms", {}).items()
+        for part in ("tune", "advice", "final")
+    }
 
 
 class Runs:
@@ -298,24 +314,33 @@ class Runs:
 
     A study that was killed goes on from that file: entries of another study, and a line that was cut off, do not count.
     `common` is the study's, with all arms. A run depends on its own arm and on no list of what else is run, so arms,
-    rates and seeds may be added later.
+    rates and seeds may be added later, also to the runs of `records`, those of other studies that count.
     """
 
-    def __init__(self, setup: Setup, workers: int, path: Path | None, common: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        workers: int,
+        path: Path | None,
+        common: Mapping[str, Any],
+        records: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         self.entries: dict[Job, dict[str, Any]] = {}
         self._path = path
-        protocol = {key: value for key, value in common.get("protocol", {}).items() if key not in _LISTS}
-        common = {**common, "protocol": protocol}
-        self._studies = {
-            arm: hashlib.sha256(json.dumps({**common, "arms": settings}, sort_keys=True).encode()).hexdigest()
-            for arm, settings in common.get("arms", {}).items()
-        }
+        self._studies = _identities(common)
+        for record in records:
+            settings = {key: record[key] for key in ("model", "protocol", "data", "arms")}
+            theirs = _identities({**settings, "versions": record["environment"]["versions"]})
+            for entry in record["runs"]:
+                key = entry["part"], entry["arm"]
+                if theirs.get(key) == self._studies.get(key):
+                    self.entries[_job(entry)] = entry
         for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry.pop("study") == self._studies.get(entry["arm"]):
+            if entry.pop("study") == self._studies.get((entry["part"], entry["arm"])):
                 self.entries[_job(entry)] = entry
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
@@ -340,7 +365,10 @@ class Runs:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="utf-8") as file:
                     # The newline goes first: it ends a line that was cut off.
-                    file.write("\n" + json.dumps({"study": self._studies[entry["arm"]], **entry}, allow_nan=False))
+                    file.write(
+                        "\n"
+                        + json.dumps({"study": self._studies[entry["part"], entry["arm"]], **entry}, allow_nan=False)
+                    )
             end = f"diverged: {entry['diverged']}" if "diverged" in entry else _outcome(entry)
             CONSOLE.print(
                 f"{number}/{len(missing)} {entry['part']} {entry['arm']}, seed {entry['seed']}, rate "
@@ -435,7 +463,9 @@ def tune(
     return choice
 
 
-def study(setup: Setup, workers: int = 1, resume: Path | None = None, check: bool = True) -> dict[str, Any]:
+def study(
+    setup: Setup, workers: int = 1, resume: Path | None = None, check: bool = True, extend: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Run a whole study.
 
     Args:
@@ -443,6 +473,7 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None, check: boo
         workers: how many runs go on at a time.
         resume: where finished runs are kept, and read from.
         check: whether the suggested rates are tried as well.
+        extend: records of other studies, whose runs count where everything that they depend on is the same.
 
     Returns:
         The record.
@@ -469,7 +500,8 @@ def study(setup: Setup, workers: int = 1, resume: Path | None = None, check: boo
     }
 
     versions = records.environment()["versions"]
-    with Runs(setup, workers, resume, {**common, "versions": versions}) as runs:
+    others = [json.loads(path.read_text(encoding="utf-8")) for path in extend]
+    with Runs(setup, workers, resume, {**common, "versions": versions}, others) as runs:
 
         def of_arms(wanted: list[tuple[str, float]]) -> Losses:
             tried = {
@@ -540,6 +572,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
+    parser.add_argument(
+        "--extend", nargs="+", type=Path, default=[], metavar="RECORD", help="runs of these records are not done again"
+    )
     parser.add_argument("--rates", action="store_true", help="rates and advice only: the record is rates_NAME")
     parser.add_argument("--unchecked", action="store_true", help="no runs at the suggested rates")
     length = parser.add_mutually_exclusive_group()
@@ -556,7 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rates:
         protocol = replace(protocol, seeds=())
     setup = Setup(options.data, options.model, protocol, arms)
-    record = study(setup, options.workers, options.resume, check=not options.unchecked)
+    record = study(setup, options.workers, options.resume, not options.unchecked, options.extend)
     data = "word_problems" if options.data is None else options.data.resolve().stem
     kind = "rates" if options.rates else "quality"
     file = records.save(f"{kind}_{options.name or data}{'_quick' if options.quick else ''}", record, options.out)

@@ -327,12 +327,12 @@ SUBJECT = Subject(
     about="Every initialisation against its peer, from the base model to the finished adapter, each run in a process "
     "of its own: seconds and memory. The tests compare what they find with PEFT's and with exact answers; of PiSSA "
     "the energy that both catch is recorded.",
-    cases={name: partial(measure, name) for name in models.LLAMAS},
+    cases={name: partial(measure, name) for name in (*models.LLAMAS, "smollm2")},
     rows=rows,
     notes=notes,
-    full=("small", "llama"),
+    full=("small", "llama", "smollm2"),
     quick=("tiny",),
-    table=("llama",),
+    table=("llama", "smollm2"),
     rounds=3,
     options=_options,
 )

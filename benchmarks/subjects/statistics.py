@@ -45,7 +45,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time the collection of all statistics against ordinary training passes, and sketched EVA against bare ones.
 
     Args:
-        name: the case, a Llama.
+        name: the case.
         options: of the command line.
 
     Returns:
@@ -140,10 +140,10 @@ SUBJECT = Subject(
     name="statistics",
     about="All statistics in one pass against ordinary forward and backward passes with all weight gradients, and EVA "
     "from sketches against bare forward passes; the sums must be those of autograd and of float64 hooks.",
-    cases={name: partial(measure, name) for name in models.LLAMAS},
+    cases={name: partial(measure, name) for name in (*models.LLAMAS, "smollm2")},
     rows=rows,
     notes=notes,
-    full=("small", "llama"),
+    full=("small", "llama", "smollm2"),
     quick=("small",),
-    table=("llama",),
+    table=("llama", "smollm2"),
 )

@@ -171,6 +171,29 @@ def test_runs_of_another_study_do_not_count(finished, tiny_decoder):
     assert not Runs(setup, 1, finished / "partial.jsonl", another).entries
 
 
+def test_a_study_goes_on_from_a_record(finished, tiny_decoder, monkeypatch):
+    done = []
+    run = Worker.run
+    monkeypatch.setattr(Worker, "run", lambda self, job: done.append(job) or run(self, job))
+    record = finished / "quality_word_problems_quick.json"
+    whole = json.loads(record.read_text())
+    arms = {name: ARMS[name] for name in whole["arms"]}
+    assert study(Setup(model=tiny_decoder, protocol=QUICK, arms=arms), extend=[record])["runs"] == whole["runs"]
+    assert not done
+    # Another evaluation on the way changes the final runs alone, another length all of them.
+    protocol = dataclasses.replace(QUICK, evaluate_at=(4, 8), rates=(1e-3,))
+    setup = Setup(model=tiny_decoder, protocol=protocol, arms={"random": ARMS["random"]})
+    study(setup, check=False, extend=[record])
+    assert [job.part for job in done] == ["final"]
+    done.clear()
+    study(
+        dataclasses.replace(setup, protocol=dataclasses.replace(protocol, evaluate_at=(4, 6))),
+        check=False,
+        extend=[record],
+    )
+    assert {job.part for job in done} == {"tune", "advice", "final"}
+
+
 def test_a_study_of_fewer_arms_finds_its_runs(finished, tiny_decoder, monkeypatch):
     monkeypatch.setattr(Worker, "run", lambda self, job: pytest.fail(f"{job} is done already"))
     record = study(Setup(model=tiny_decoder, protocol=QUICK, arms={"random": Arm()}), 1, finished / "partial.jsonl")
