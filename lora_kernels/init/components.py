@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.init.solving import solve_layers
+from lora_kernels.init.solving import batch_size, solve_layers
 from lora_kernels.linalg import eigh_topk
 from lora_kernels.statistics.moments import InputMoments, InputSums
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
 
-# Covariances decomposed in one batch: bounds the float64 copies to this many bytes.
-_BATCH_BYTES = 512 * 2**20
 # The sums are float32: residuals below their rounding would be work for nothing.
 _TOLERANCE = 1e-7
 
@@ -60,7 +58,7 @@ def input_components(
         unit="input",
         device=lambda group: group[0].total.device,
         together=lambda group: (group[0].kind, group[0].features, group[1], group[0].total.device),
-        at_most=lambda group: _BATCH_BYTES // (8 * group[0].features ** 2),
+        at_most=lambda group: batch_size(8 * group[0].features ** 2, group[0].total.device),  # float64 copies
         work=lambda group: float(group[0].features) ** 2 * group[1],
     )
     return {name: components[first[key]] for name, key in keys.items()}

@@ -12,7 +12,8 @@ import torch
 
 from lora_kernels.init.factors import LayerFactors
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, batch_size
+from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import randomized_svd
 from lora_kernels.statistics.gradients import GRADIENT
 
@@ -58,7 +59,7 @@ class GradientMethod(LayerwiseMethod):
 
     def at_most(self, layer: LayerProblem) -> int:
         """As many as a batch holds."""
-        return batch_size(layer)
+        return batch_size(4 * math.prod(layer.shape), layer.device)
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from the gradients of a group."""

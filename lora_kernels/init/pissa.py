@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,8 @@ import torch
 from lora_kernels._checks import check_range
 from lora_kernels.init.factors import LayerFactors, balanced
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, batch_size
+from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
 
@@ -52,7 +54,7 @@ class PiSSA(LayerwiseMethod):
 
     def at_most(self, layer: LayerProblem) -> int:
         """As many as a batch holds."""
-        return batch_size(layer)
+        return batch_size(4 * math.prod(layer.shape), layer.device)
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from a batch of weights."""

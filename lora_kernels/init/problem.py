@@ -15,10 +15,6 @@ from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator
 from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import LayerStatistics
 
-# Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
-_BATCH_BYTES = {"cpu": 2**22}
-_BATCH_BYTES_ELSEWHERE = 2**28
-
 
 def finite(what: str, name: str, values: torch.Tensor) -> torch.Tensor:
     """The values without their graph; a ValueError if an entry is NaN or infinite."""
@@ -177,9 +173,3 @@ def problems(
         raise ValueError("statistics hold no loss: there was no backward pass")
     check_ranks(ranks, {name: min(layer.shape) for name, layer in layers.items()})
     return layers
-
-
-def batch_size(layer: LayerProblem) -> int:
-    """How many float32 matrices of its shape are decomposed at once."""
-    m, n = layer.shape
-    return max(1, _BATCH_BYTES.get(layer.device.type, _BATCH_BYTES_ELSEWHERE) // (4 * m * n))

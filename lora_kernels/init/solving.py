@@ -14,6 +14,15 @@ from lora_kernels.runtime.progress import progress_bar
 Layer = TypeVar("Layer")
 Answer = TypeVar("Answer")
 
+# Matrices of one shape are decomposed in batches of at most this many bytes; on a CPU large ones gain nothing from it.
+_BATCH_BYTES = {"cpu": 2**22}
+_BATCH_BYTES_ELSEWHERE = 2**28
+
+
+def batch_size(matrix_bytes: int, device: torch.device) -> int:
+    """How many matrices of this size are decomposed at once."""
+    return max(1, _BATCH_BYTES.get(device.type, _BATCH_BYTES_ELSEWHERE) // matrix_bytes)
+
 
 def solve_layers(
     layers: Mapping[str, Layer],
