@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -126,13 +127,12 @@ class Init(_TextCommand):
         from lora_kernels._files import replacing_folder, write_text  # noqa: PLC0415
         from lora_kernels.api import transformers  # noqa: PLC0415
         from lora_kernels.api.init_page import init_page  # noqa: PLC0415
-        from lora_kernels.init.from_text import method_from_text  # noqa: PLC0415
         from lora_kernels.reports import console  # noqa: PLC0415
         from lora_kernels.runtime.loss import MissingLossError  # noqa: PLC0415
 
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ValueError(f"out is {str(self.out)!r}, but must be a new or empty folder")
-        method = method_from_text(self.method, self.set)
+        method = _method(self.method, self.set)
         score = self.ranks or (method.own_score if redistribution else None)
         if redistribution and score is None:
             raise ValueError(f"method {method.name} keeps every rank: name a score with --ranks to change them")
@@ -184,6 +184,26 @@ class Init(_TextCommand):
             )
         console(140).print(*lines, sep="\n")
         return 0
+
+
+def _method(name: str, settings: Sequence[str]) -> Any:
+    """The config of the method of this name; `settings` are `NAME=VALUE`, with Python literals or else plain text."""
+    from lora_kernels._checks import check_choice  # noqa: PLC0415
+    from lora_kernels.init import METHODS  # noqa: PLC0415
+
+    check_choice("method", name, tuple(METHODS))
+    known = {setting.name for setting in fields(METHODS[name])}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or key not in known:
+            must = f"NAME=VALUE with a name out of {', '.join(sorted(known))}"
+            raise ValueError(f"set is {setting!r}, but must be {must}")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return METHODS[name](**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from lora_kernels.api.report import InitReport, LayerReport
 from lora_kernels.api.report_experts import experts_together
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.init.ranks import RankRule
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.runtime.progress import progress_bars
@@ -83,7 +84,7 @@ class Start:
         return {name: bool(own.get(name)) or bool(more.get(name)) for name in (*own, *more)}
 
     @property
-    def rule(self) -> Redistribution | None:
+    def rule(self) -> RankRule | None:
         """How ranks change, if they do."""
         return self.method.redistribution if self.ranks is None else self.ranks
 
