@@ -360,7 +360,7 @@ class Tune(Command):
         import torch  # noqa: PLC0415
 
         import lora_kernels as lk  # noqa: PLC0415
-        from lora_kernels._checks import as_device, check_choice  # noqa: PLC0415
+        from lora_kernels._checks import check_choice  # noqa: PLC0415
         from lora_kernels.reports import console  # noqa: PLC0415
 
         layers: Any
@@ -378,7 +378,7 @@ class Tune(Command):
             rank=self.rank,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             dropout=self.dropout,
-            device=None if self.device is None else as_device("device", self.device),
+            device=self.device,
             rounds=self.rounds,
             out=self.out,
             progress=console(stderr=True).print,

@@ -10,20 +10,20 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from lora_kernels._checks import FLOATS, check_range
+from lora_kernels._checks import FLOATS, as_device, check_range
 from lora_kernels._files import locked
 from lora_kernels.api.plain import linear_features
 from lora_kernels.api.transformers import linear_targets
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
 from lora_kernels.ops.lora_linear.table import FORMS, Key
-from lora_kernels.reports import Printed, Table
+from lora_kernels.reports import Report, Table
 
 _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA layer's large product, and the fastest."
 
 
 @dataclass(frozen=True)
-class TuneReport(Printed):
+class TuneReport(Report):
     """The result of `tune`.
 
     Attributes:
@@ -105,16 +105,10 @@ def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tupl
 
 
 def _device(given: torch.device | str | None) -> torch.device:
-    device = torch.device(given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = as_device("device", given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {str(device)!r}, but must be a CPU or a CUDA (or ROCm) device")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
-        if index >= count:
-            raise ValueError(f"device is {str(device)!r}, but this machine has {count} such devices")
-        return torch.device("cuda", index)
-    return device
+    return torch.empty(0, device=device).device  # with its index
 
 
 def tune(

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_kernels"
 GROUND = ("_version", "_checks", "_files", "_options", "reports")
-FACE = ("self_tests", "doctor", "tuning", "cli", "__init__")
+FACE = ("doctor", "tuning", "cli", "__init__")
 FLOORS = (
     GROUND,
     ("runtime",),

@@ -219,8 +219,3 @@ def _rows_4bit(weight: Any, n: int, cuts: list[slice]) -> Iterator[torch.Tensor]
         )
         codes = packed[low * n // 2 : high * n // 2].unsqueeze(-1)
         yield functional.dequantize_4bit(codes, quant_state=part).reshape(high - low, n).to(torch.float32)
-
-
-def base_weight(module: Any, name: str = "") -> torch.Tensor:
-    """`dense_weight`, always float32."""
-    return dense_weight(module, name).to(torch.float32)

@@ -95,12 +95,6 @@ def _remove(model: nn.Module, layer: AdapterLayer, adapter: str) -> None:
     setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
-def _matches(config: Any, name: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415
-
-    return bool(check_target_module_exists(config, name))
-
-
 def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
     """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
     views = lora_layers(model, adapter)
@@ -128,15 +122,17 @@ def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
     """Make a config name the modules that have an adapter, and no others."""
     # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
+    from peft.tuners.tuners_utils import check_target_module_exists as matches  # noqa: PLC0415
+
     _, modules, without = _config_names(model, adapter)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
         config.target_modules = names
-        if not any(_matches(config, name) for name in without):
+        if not any(matches(config, name) for name in without):
             return
     # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
     if always:  # of what the list matches too much
-        others = [name for name in without if _matches(config, name)]
+        others = [name for name in without if matches(config, name)]
         config.exclude_modules = "|".join(re.escape(name) for name in sorted(others))
         return
     config.target_modules = "|".join(re.escape(name) for name in sorted(modules))

@@ -23,7 +23,6 @@ from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
     LayerDiagnosis,
-    Overlap,
     Spectrum,
     Thresholds,
     WeightNorms,
@@ -285,19 +284,21 @@ def _layer(
     intruders: bool,
 ) -> LayerDiagnosis:
     notes: list[str] = []
-    module, certificate = place.module, None
+    module, carries, certificate = place.module, carrier(place), None
     layer = None if statistics is None else statistics.get(adapter.name)
     tokens = None if layer is None else layer.tokens
-    expert = module if isinstance(module, ExpertLayer) else None
     unreadable = _why_no_weight(module)
     if unreadable is not None:
         notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        if any(_is_more(carrier(place), name) for name in carrier(place).active_adapters):
+        variants = {name: carries.lora_variant.get(name) for name in carries.active_adapters}
+        starts = [name for name, variant in variants.items() if isinstance(variant, parts.PartsVariant)]
+        starts = [name for name in starts if parts.directions(carries, name) is None]  # a frozen start is no more
+        if any(variant is not None and name not in starts for name, variant in variants.items()):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
-        elif expert is not None and tokens == 0:
+        elif isinstance(module, ExpertLayer) and tokens == 0:
             pass  # the summary of the experts names it
         elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
@@ -307,20 +308,8 @@ def _layer(
             certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
-        compared = _overlap(module, adapter, spectrum)
+        blocks, shape, device = _rows(module)
+        weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
+        compared = overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)
     verdict = judge(spectrum, certificate, limits)
     return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), place.parameter, tokens)
-
-
-def _is_more(module: Any, adapter: str) -> bool:
-    """Whether what an adapter trains is more than A and B (a frozen start is not)."""
-    variant = module.lora_variant.get(adapter)
-    return variant is not None and not (
-        isinstance(variant, parts.PartsVariant) and parts.directions(module, adapter) is None
-    )
-
-
-def _overlap(module: Any, adapter: Adapter, spectrum: Spectrum) -> Overlap:
-    blocks, shape, device = _rows(module)
-    weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
-    return overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)

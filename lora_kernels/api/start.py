@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import warnings
@@ -15,14 +14,13 @@ from torch import nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
 from lora_kernels.adapters import parts, starting, writing
-from lora_kernels.adapters.base_weight import base_weight, why_unreadable
+from lora_kernels.adapters.base_weight import dense_weight, why_unreadable
 from lora_kernels.adapters.dora import magnitudes, reset_magnitudes
 from lora_kernels.adapters.experts import observed as observed_experts
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, base_model_only, left_out_by_peft
 from lora_kernels.api import guidance
 from lora_kernels.api.learning_rate import OPTIMIZERS, LearningRateAdvice, advise
-from lora_kernels.api.report import InitReport, LayerReport
-from lora_kernels.api.report_experts import experts_together
+from lora_kernels.api.report import InitReport, LayerReport, experts_together
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
 from lora_kernels.init.factors import BaseLayer, LoraFactors
 from lora_kernels.init.ranks import RankRule
@@ -198,7 +196,9 @@ class Start:
             a, b = layer.view.factors(self.adapter)
             return LoraFactors(a.to(torch.float32, copy=True), b.to(torch.float32, copy=True))
 
-        return BaseLayer(functools.partial(base_weight, *reversed(layer.view)), layer.scaling, factors, layer.shape)
+        return BaseLayer(
+            lambda: dense_weight(layer.module, layer.name).to(torch.float32), layer.scaling, factors, layer.shape
+        )
 
     def _layer_report(self, layer: AdapterLayer) -> LayerReport:
         name, sums = layer.name, self.statistics.get(layer.name)
@@ -215,7 +215,7 @@ class Start:
             if unreadable is not None:
                 notes = (*notes, f"start not compared with the weight: {unreadable}")
             elif start > 0:
-                share = start / float(torch.linalg.vector_norm(base_weight(layer.module, name)))
+                share = start / float(torch.linalg.vector_norm(dense_weight(layer.module, name)))
         rows = self.statistics.skipped_rows.get(name, 0)
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
         stock = "stock" if answer.solver == "stock" else "initialised"
@@ -271,8 +271,9 @@ class Start:
     def report(self) -> InitReport:
         """What was done, with warnings about the learning rate."""
         advice = self._advice()
-        for sentence in filter(guidance.is_warning, advice):
-            warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+        for sentence in advice:
+            if sentence.startswith(guidance.WARNING):
+                warnings.warn(sentence, RuntimeWarning, stacklevel=3)
         ranks = {"ranks": asdict(self.ranks)} if self.ranks is not None else {}
         return InitReport(
             method=self.method.name,

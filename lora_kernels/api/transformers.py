@@ -173,45 +173,6 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.1f} M"
 
 
-def label_ids(model: Any, labels: Sequence[str]) -> list[int]:
-    """The numbers that a classifier gives to labels, by the names or the numbers in its config."""
-    known = {str(name): int(index) for name, index in model.config.label2id.items()}
-    known |= {str(index): index for index in range(model.config.num_labels)}
-    for label in labels:
-        if label not in known:
-            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
-    return [known[label] for label in labels]
-
-
-def text_batches(
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int,
-    max_length: int,
-    *,
-    causal: bool = False,
-    labels: Sequence[int] | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Tokenise texts into padded batches of `input_ids` and `attention_mask`, `(batch, tokens)` int64, in their order.
-
-    `causal` labels every token with itself, padding with -100 (causal models shift their labels); `labels` are those of
-    a classifier, `(batch,)`.
-    """
-    check_range("batch_size", batch_size, low=1, integer=True)
-    check_range("max_length", max_length, low=1, integer=True)
-    batches = []
-    for low in range(0, len(texts), batch_size):
-        part = list(texts[low : low + batch_size])
-        encoded = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        if causal:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-        elif labels is not None:
-            batch["labels"] = torch.tensor(labels[low : low + batch_size])
-        batches.append(batch)
-    return batches
-
-
 def task_batches(
     model: Any,
     tokenizer: Any,
@@ -221,7 +182,24 @@ def task_batches(
     batch_size: int,
     max_length: int,
 ) -> list[dict[str, torch.Tensor]]:
-    """`text_batches` with the labels that a model's head takes: without `labels`, a causal model's are its tokens."""
-    numbers = None if labels is None else label_ids(model, labels)
-    causal = task == "causal-lm" and labels is None
-    return text_batches(tokenizer, texts, batch_size, max_length, causal=causal, labels=numbers)
+    """Texts in padded batches, `(batch, tokens)` int64, in their order, with the labels that a model's head takes."""
+    # Labels of a classifier are the names or the numbers in its config; without any, those of a causal model are its
+    # tokens (it shifts them), with -100 for padding.
+    check_range("batch_size", batch_size, low=1, integer=True)
+    check_range("max_length", max_length, low=1, integer=True)
+    known = {str(name): int(index) for name, index in model.config.label2id.items()}
+    known |= {str(index): index for index in range(model.config.num_labels)}
+    for label in labels or ():
+        if label not in known:
+            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
+    batches = []
+    for low in range(0, len(texts), batch_size):
+        part = list(texts[low : low + batch_size])
+        encoded = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        if labels is not None:
+            batch["labels"] = torch.tensor([known[label] for label in labels[low : low + batch_size]])
+        elif task == "causal-lm":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        batches.append(batch)
+    return batches

@@ -89,7 +89,7 @@ class RankRule(ABC):
         return 2 * round(self.rho * max(ranks, default=1))
 
     def offers(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> dict[str, int]:
-        """How many components a layer may compete with: `round(rho * r)`, at most its limit min(m, n) and `max_rank`."""
+        """How many components a layer may compete with: `round(rho * r)`, within min(m, n) and `max_rank`."""
         check_ranks(ranks, limits)
         most = {name: min(limit, self.max_rank or limit) for name, limit in limits.items()}
         return {name: min(round(self.rho * rank), most[name]) for name, rank in ranks.items()}

@@ -76,60 +76,42 @@ def _hint(diagnosis: Diagnosis) -> tuple[str, str]:
     needed = " and ".join(name for name, is_missing in missing.items() if is_missing)
     advice = f"Add {needed}." if needed else "No layer could be certified: see the notes below."
     options = "--base MODEL --data train.jsonl --weight-decay 0.01 --out PAGES"
-    command = f"lora-kernels inspect {shlex.quote(diagnosis.adapter)} {options}"
-    return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", printable(
-        command
-    )
+    command = printable(f"lora-kernels inspect {shlex.quote(diagnosis.adapter)} {options}")
+    return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", command
 
 
 def _used_rank(diagnosis: Diagnosis) -> Grid:
-    spectra = {layer.name: layer.spectrum for layer in diagnosis}
-    usable = {layer.name: usable_rank(layer) for layer in diagnosis}
+    finite = {layer.name: layer for layer in diagnosis if layer.spectrum.status != "not_finite"}
+    used = {name: layer.spectrum.numerical_rank for name, layer in finite.items()}
+    usable = {name: usable_rank(layer) for name, layer in finite.items()}
+    leading = {name: ", ".join(f"{value:.2g}" for value in layer.spectrum.values[:8]) for name, layer in finite.items()}
+    shares = {name: used[name] / usable[name] if usable[name] else None for name in finite}
     return Grid(
         title="Used rank",
         meaning=f"singular values above {diagnosis.thresholds.rank_tolerance:g} of the largest; colour: share of r",
-        values={
-            name: math.nan
-            if spectrum.status == "not_finite"
-            else spectrum.numerical_rank / usable[name]
-            if usable[name]
-            else None
-            for name, spectrum in spectra.items()
-        },
-        texts={
-            name: str(spectrum.numerical_rank) for name, spectrum in spectra.items() if spectrum.status != "not_finite"
-        },
-        tips={
-            name: f"rank {spectrum.numerical_rank} of {usable[name]}; "
-            + ", ".join(f"{value:.2g}" for value in spectrum.values[:8])
-            for name, spectrum in spectra.items()
-        },
+        values={layer.name: shares.get(layer.name, math.nan) for layer in diagnosis},
+        texts={name: str(rank) for name, rank in used.items()},
+        tips={name: f"rank {used[name]} of {usable[name]}; {leading[name]}" for name in finite},
         hue=_HUE_RANK,
     )
 
 
 def _size(diagnosis: Diagnosis) -> Grid:
-    sizes = {layer.name: size(layer) for layer in diagnosis}
     compared = any(layer.spectrum.spectral_share is not None for layer in diagnosis)
     return Grid(
         title="Size of the update" + (", |sBA| / |W|" if compared else ", |sBA|"),
-        meaning="spectral norm, relative to the base weight's"
-        if compared
-        else "spectral norm; with --base: relative to |W|",
-        values=sizes,
-        tips={name: number(value) for name, value in sizes.items()},
+        meaning="spectral norm" + (", relative to the base weight's" if compared else "; with --base: relative to |W|"),
+        values={layer.name: size(layer) for layer in diagnosis},
         hue=_HUE_SIZE,
         log=True,
     )
 
 
 def _balance(diagnosis: Diagnosis) -> Grid:
-    balances = {layer.name: layer.spectrum.balance for layer in diagnosis}
     return Grid(
         title="Imbalance of A and B",
         meaning="|AAᵀ − BᵀB| / (|A|² + |B|²): 0 at every stationary point under weight decay",
-        values=balances,
-        tips={name: number(value) for name, value in balances.items()},
+        values={layer.name: layer.spectrum.balance for layer in diagnosis},
         hue=_HUE_BALANCE,
     )
 
@@ -163,7 +145,6 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[str, list[Curve], list[G
             meaning="singular values of s B A above the tolerance",
             values=ranks,
             texts={name: number(rank) for name, rank in ranks.items()},
-            tips={name: number(rank) for name, rank in ranks.items()},
             high=max((rank for rank in ranks.values() if rank is not None), default=1.0) or 1.0,
             hue=_HUE_RANK,
         ),
@@ -171,7 +152,6 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[str, list[Curve], list[G
             title=f"Growth of |sBA| since step {first['step']}",
             meaning="spectral norm at the last measurement over that at the first",
             values=growth,
-            tips={name: number(factor) for name, factor in growth.items()},
             hue=_HUE_SIZE,
             log=True,
         ),

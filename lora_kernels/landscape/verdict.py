@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lora_kernels._checks import check_range, check_type, repr_short
+from lora_kernels._checks import check_range, check_type
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import RANK_TOLERANCE, Spectrum
 
@@ -160,10 +161,9 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
         TypeError: if an entry is not a `Verdict`.
     """
     check_type("verdicts", verdicts, Iterable, "verdicts")
-    if hasattr(verdicts, "dtype"):  # tensors and arrays are iterable too
-        raise TypeError(f"verdicts must be verdicts, got {type(verdicts).__name__} {repr_short(verdicts)}")
     kinds = []
-    for verdict in verdicts:
+    every: Any = [verdicts] if hasattr(verdicts, "dtype") else verdicts  # tensors and arrays are iterable, too
+    for verdict in every:
         check_type("verdicts", verdict, Verdict, "verdicts")
         kinds.append(verdict.kind)
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_kernels.adapters.experts import chain_of
 from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
-from lora_kernels.reports import Layers, Printed, Table, short_name
+from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
@@ -46,7 +46,7 @@ class LayerPath:
 
 
 @dataclass(frozen=True)
-class AccelerateReport(Printed, Layers[LayerPath]):
+class AccelerateReport(Report, Layers[LayerPath]):
     """What `accelerate` did.
 
     Attributes:

@@ -40,7 +40,7 @@ class Guard:
         self.expected = len({id(factor) for factor in factors})
         self._handles = [
             *(factor.register_post_accumulate_grad_hook(self._receive) for factor in factors),  # type: ignore[no-untyped-call]
-            model.register_forward_pre_hook(self._called),
+            model.register_forward_pre_hook(self._judge),
         ]
 
     @classmethod
@@ -86,11 +86,9 @@ class Guard:
         if len(self.seen) == self.expected:
             self._judge()
 
-    def _called(self, _model: nn.Module, _args: Any) -> None:
-        if self.seen:
-            self._judge()
-
-    def _judge(self) -> None:
+    def _judge(self, *_: Any) -> None:
+        if not self.seen:
+            return
         problems = {
             name: _problem([float(self.seen[id(factor)]) for factor in pair if id(factor) in self.seen])
             for name, pair in self.pairs.items()
