@@ -1,4 +1,4 @@
-"""Loading a saved adapter into a model, and taking joined factors apart again."""
+"""Adding an adapter to a model, new or saved, and taking joined factors apart again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_kernels.adapters.files import MARK, OWN
 from lora_kernels.adapters.names import of_pattern
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.adapters.writing import set_rank
 
@@ -23,6 +24,14 @@ def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> list[tuple[LoraV
         (view, *(of_pattern(own.get(pattern), view.config_name, default) for pattern, default in settings))
         for view in lora_layers(model, adapter)
     ]
+
+
+def new_adapter(base: nn.Module, **settings: Any) -> Any:
+    """PEFT's model of a base model and a new adapter; settings are those of `LoraConfig`."""
+    require_peft()
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (peft is an optional dependency)
+
+    return get_peft_model(base, LoraConfig(**settings))  # type: ignore[arg-type]
 
 
 def wrap(base: nn.Module, folder: Path, adapter: str, **settings: Any) -> Any:
