@@ -47,8 +47,9 @@ class TuneReport(Report):
         rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}
         for case in self.measurements:
-            best = {form: self._best(case, form) for form in FORMS}
-            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best.values(), case.seconds[FLOOR])]
+            by_form = {form: [time for name, time in case.seconds.items() if name.split()[0] == form] for form in FORMS}
+            best = [min(times, default=None) for times in by_form.values()]
+            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best, case.seconds[FLOOR])]
             rows.add_row(
                 f"{case.tokens}, {case.key.n} -> {case.key.m}",
                 str(case.rank),
@@ -63,11 +64,6 @@ class TuneReport(Report):
         yield rows
         yield from reasons
         yield f"written to {self.path}"
-
-    @staticmethod
-    def _best(measurement: Measurement, form: str) -> float | None:
-        times = [value for name, value in measurement.seconds.items() if name.split(" ", 1)[0] == form]
-        return min(times, default=None)
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,17 +82,10 @@ def _float8_kind(layer: Any) -> str:
     if _block_scale(layer) is not None:
         return DEQUANTIZABLE
     tensors = {*layer._parameters, *layer._buffers, *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor))}
-    if type(layer) in (nn.Linear, *_conv1d()) and tensors <= {"weight", "bias"}:
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    if type(layer) in (nn.Linear, conv1d) and tensors <= {"weight", "bias"}:
         return DEQUANTIZABLE  # no scales: only the storage is 8-bit
     return f"{name} keeps {weight.dtype} numbers, whose scales are of an unknown form"
-
-
-def _conv1d() -> tuple[type, ...]:
-    try:
-        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415  (an optional dependency)
-    except ImportError:
-        return ()
-    return (Conv1D,)
 
 
 def _block_scale(layer: Any) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.experts import join_experts, split_experts
-from lora_kernels.adapters.files import WEIGHTS
+from lora_kernels.adapters.folders import WEIGHTS
 from lora_kernels.adapters.layers import find_lora_layers, is_wrapped
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.adapters.writing import list_modules
@@ -136,6 +136,7 @@ def export(
             exported[name] = _cut_experts(state, name, other.module.num_experts, rank)
         written = exported[name].rank
         shapes[other.config_name] = (written, tidy(other.scaling(adapter_name) * written))
+    config.use_rslora = False
     set_ranks(config, shapes)
     if serving or isinstance(config.target_modules, str):  # servers want a list
         list_modules(model, adapter_name, config, always=bool(serving))

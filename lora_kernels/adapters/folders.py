@@ -1,4 +1,4 @@
-"""Stock PEFT adapter folders, read without their base model."""
+"""Stock PEFT adapter folders: read without their base model, and the file of an adapter whose parts are joined."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from lora_kernels._checks import check_number, repr_short
-from lora_kernels._files import read_json
-from lora_kernels.adapters import servers
+from lora_kernels._files import read_json, write_tensors
+from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.experts import PRODUCTS, split_experts
-from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import of_pattern, scaling_of
-from lora_kernels.adapters.parts import Start
 from lora_kernels.reports import PREFIX
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# Under `auto_mapping` of adapter_config.json.
+MARK = "lora_kernels"
+# Fields in which a joined adapter's config differs from the adapter's own, which the mark holds.
+OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Parts of an adapter that are no factors of a linear layer, and what is said of them.
 _OTHERS = {".lora_embedding_A": "an embedding: its input are indices", ".lora_magnitude_vector": ""}
@@ -83,6 +86,44 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("target_parameters") or [], list):
         raise ValueError(f"{file} has target_parameters {repr_short(config['target_parameters'])}, but must be a list")
     return config
+
+
+def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter."""
+    # It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
+    mapping = config.get("auto_mapping")
+    mark = mapping.get(MARK) if isinstance(mapping, dict) else None
+    if mark is None:
+        return None
+    kinds: dict[str, Any] = {
+        "r": int,
+        "rank_pattern": dict,
+        "alpha_pattern": dict,
+        "start": bool,
+        "dash": (dict, type(None)),
+    }
+    if not isinstance(mark, dict) or not set(OWN) <= set(mark):
+        raise ValueError(f"auto_mapping.{MARK} is {repr_short(mark)}, but must have {', '.join(OWN)}")
+    for name, kind in kinds.items():
+        if not isinstance(mark.get(name), kind):
+            raise ValueError(f"auto_mapping.{MARK} has {name} {repr_short(mark.get(name))}, which is of a wrong type")
+    return mark
+
+
+def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
+    """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
+    from safetensors import safe_open  # noqa: PLC0415  (slow to import)
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())  # noqa: SIM118  (a file cannot be iterated over)
+    layers = [name for name in scalings if f"{name}.{parts.START}.a" in there or f"{name}.{parts.DASH}.right" in there]
+    if not layers:
+        return
+    state: dict[str, torch.Tensor] = load_file(path)
+    for name in layers:
+        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
+    write_tensors(path, state, {"format": "pt"})
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -160,7 +201,7 @@ class _Reader:
             return a, b, None
         rank = of_pattern(self.mark["rank_pattern"], name.removeprefix(PREFIX), self.mark["r"])
         started = self.mark["start"] and len(a) >= 2 * rank
-        start = (a[rank : 2 * rank], Start.sign * b[:, rank : 2 * rank]) if started else None
+        start = (a[rank : 2 * rank], parts.Start.sign * b[:, rank : 2 * rank]) if started else None
         return a[:rank], b[:, :rank], start
 
     def linear(self, name: str, a: torch.Tensor, b: torch.Tensor) -> SavedLayer:

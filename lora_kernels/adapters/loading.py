@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.files import MARK, OWN
+from lora_kernels.adapters.folders import MARK, OWN
 from lora_kernels.adapters.names import of_pattern
 from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers

@@ -12,7 +12,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers
-from lora_kernels.adapters.names import config_name, patterns, scaling_of
+from lora_kernels.adapters.names import config_name, scaling_of
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -107,14 +107,10 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
     """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter."""
     # `removed`: layers lost their adapter, so that `target_modules` must name those left.
-    from lora_kernels.adapters.config import tidy  # noqa: PLC0415  (imports peft)
+    from lora_kernels.adapters.config import set_ranks  # noqa: PLC0415  (imports peft)
 
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
-    layers, _, _ = _config_names(model, adapter)
-    # Servers allocate for r, and take `lora_alpha / r` for the scaling: the largest rank, and its alpha.
-    config.r = max(rank for rank, _ in layers.values())
-    config.lora_alpha = next(tidy(alpha) for rank, alpha in layers.values() if rank == config.r)
-    config.rank_pattern, config.alpha_pattern = patterns(layers, config)
+    set_ranks(config, _config_names(model, adapter)[0])
     if removed:
         list_modules(model, adapter, config)
 

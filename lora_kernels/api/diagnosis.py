@@ -35,7 +35,7 @@ from lora_kernels.landscape import (
     overlap,
     weight_norms,
 )
-from lora_kernels.landscape.experts import rows
+from lora_kernels.landscape.report import rows
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import summed_loss
@@ -188,6 +188,13 @@ def diagnose(
         with observed_experts(target.module for target in targets):
             statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
+    note = None
+    if broken and loader is not None:
+        note = "the data was not read: with factors that are not finite the loss is not finite either"
+    elif statistics is None:
+        note = "no data was given: no certificates"
+    elif not weight_decay:
+        note = "no weight decay was given: no certificates, since every low loss is then as good as another"
     diagnoses = tuple(
         _layer(layer, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for layer, adapter in zip(layers.supported, adapters, strict=True)
@@ -201,18 +208,8 @@ def diagnose(
         batches=0 if statistics is None else statistics.batches,
         tokens=0.0 if statistics is None else statistics.tokens,
         unsupported=tuple((name, why) for name, _, why in layers.unsupported),
-        notes=_notes(statistics, weight_decay, left_out=broken and loader is not None),
+        notes=() if note is None else (note,),
     )
-
-
-def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_out: bool) -> tuple[str, ...]:
-    if left_out:
-        return ("the data was not read: with factors that are not finite the loss is not finite either",)
-    if statistics is None:
-        return ("no data was given: no certificates",)
-    if not weight_decay:
-        return ("no weight decay was given: no certificates, since every low loss is then as good as another",)
-    return ()
 
 
 def _check_active(layers: AdapterLayers, adapter: str) -> None:
@@ -239,12 +236,8 @@ def _gain(
     a mean over samples is not that over batches.
     """
     modules = list(dict.fromkeys(carrier(layer) for layer in layers.supported))
-    if (
-        isinstance(loader, Iterator)
-        or world_size() > 1
-        or options.weighting != "token"
-        or any(module.merged for module in modules)
-    ):
+    unknown = isinstance(loader, Iterator) or world_size() > 1 or options.weighting != "token"
+    if unknown or any(module.merged for module in modules):
         return None
     device = model_device(model)
     totals, items = [0.0, 0.0], 0.0

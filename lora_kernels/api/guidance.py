@@ -6,7 +6,7 @@ import math
 import statistics as quantiles
 from collections.abc import Iterable
 
-from lora_kernels.init.factors import LoraFactors
+from lora_kernels.init.problem import LoraFactors
 from lora_kernels.statistics.store import Statistics
 
 # From here on a learning rate is one for stock LoRA rather than for full fine-tuning.

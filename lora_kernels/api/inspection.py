@@ -11,7 +11,7 @@ from lora_kernels._files import write_text
 from lora_kernels.adapters.folders import AdapterFolder
 from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
 from lora_kernels.landscape.diagnosis_page import diagnosis_page
-from lora_kernels.landscape.experts import rows
+from lora_kernels.landscape.report import rows
 
 
 def inspect_folder(folder: AdapterFolder) -> Diagnosis:

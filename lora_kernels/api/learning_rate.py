@@ -282,14 +282,6 @@ def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Seq
     return [second if is_idle else first for first, second, is_idle in zip(steps, later, idle, strict=True)]
 
 
-def _read(data: Iterable[Any], count: int, device: torch.device) -> tuple[list[Any], list[Any]]:
-    """The first batches: one half for the step, the other for the loss; of one alone both."""
-    batches = [to_device(batch, device) for batch in itertools.islice(data, count)]
-    raise_together(None if batches else ValueError("data is empty: it yielded no batch"))
-    half = (len(batches) + 1) // 2
-    return batches[:half], batches[half:] or batches
-
-
 def advise(
     model: nn.Module, data: Iterable[Any] | None, optimizer: str, settings: Mapping[str, Any]
 ) -> LearningRateAdvice:
@@ -351,7 +343,11 @@ def suggest_learning_rate(
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []
     with observation_mode(model, gradients=True):
-        of_step, of_loss = _read(data, batches, model_device(model))
+        device = model_device(model)
+        every = [to_device(batch, device) for batch in itertools.islice(data, batches)]
+        raise_together(None if every else ValueError("data is empty: it yielded no batch"))
+        half = (len(every) + 1) // 2  # for the step; the rest for the loss, or of one alone both
+        of_step, of_loss = every[:half], every[half:] or every
         start = probe.loss(of_loss)
         if not math.isfinite(start):
             raise ValueError(f"the loss is {start} before any step, but must be finite")

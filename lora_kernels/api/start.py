@@ -22,7 +22,7 @@ from lora_kernels.api import guidance
 from lora_kernels.api.learning_rate import OPTIMIZERS, LearningRateAdvice, advise
 from lora_kernels.api.report import InitReport, LayerReport, experts_together
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
-from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.init.problem import BaseLayer, LoraFactors
 from lora_kernels.init.ranks import RankRule
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.processes import unwrap, world_size
@@ -140,7 +140,9 @@ class Start:
         assigned = reached if self.ranks is None else self.ranks.assign(self.statistics, reached)
         layers = {layer.name: layer for layer in self.layers.supported}
         kept = {name: rank for name, rank in assigned.items() if rank > 0}
-        base = {name: self._base_layer(self._resized(layers[name], rank)) for name, rank in kept.items()}
+        base = {
+            name: self._base_layer(layers[name].with_rank(rank, adjust=self._adjust)) for name, rank in kept.items()
+        }
         with progress_bars(progress):
             self.answers = self.method.factors(self.statistics, kept, base=base)
         for name in assigned.keys() - kept.keys():
@@ -183,12 +185,9 @@ class Start:
             warnings.warn(f"{message}; they keep their stock initialisation", RuntimeWarning, stacklevel=5)
         return reached
 
-    def _resized(self, layer: AdapterLayer, rank: int) -> AdapterLayer:
-        """A layer as it will be, with the scaling that its factors are for."""
-        return layer.with_rank(rank, adjust=self._adjust)
-
     @property
     def _adjust(self) -> bool:
+        """Whether alpha follows where a rank changes."""
         return self.rule is not None and self.rule.adjust_scaling_factors
 
     def _base_layer(self, layer: AdapterLayer) -> BaseLayer:
@@ -208,9 +207,11 @@ class Start:
         answer = self.answers[name]
         factors, share, outlook = answer.factors, 0.0, {}
         if factors.rank:
-            scaling = self._resized(layer, factors.rank).scaling
+            scaling = layer.with_rank(factors.rank, adjust=self._adjust).scaling
             outlook = guidance.outlook(factors, scaling, self.statistics, name, offset=self.method.offsets_base)
-            start = _product_norm(factors, scaling)
+            a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
+            # |s B A| by the Gram matrices of the factors.
+            start = abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
             unreadable = why_unreadable(layer.module) if start > 0 else None
             if unreadable is not None:
                 notes = (*notes, f"start not compared with the weight: {unreadable}")
@@ -290,27 +291,23 @@ class Start:
         )
 
     def _advice(self) -> tuple[str, ...]:
-        change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
-        name = self.method.name
-        moved = f"{name} moves the model's function at the start: the loss is predicted to change by {change:.2g}"
+        outside = moved = None
+        if self.rate_advice is not None and self.learning_rate is not None:
+            outside = self.rate_advice.judge(self.learning_rate)
+        if self.method.moves_function:
+            change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
+            moved = f"the loss is predicted to change by {change:.2g}"
+            moved = f"{self.method.name} moves the model's function at the start: {moved}"
         rates = guidance.advice(
-            name,
+            self.method.name,
             [layer.step_ratio for layer in self.layer_reports if layer.step_ratio is not None],
             starts_away=any(bool(answer.factors.B.any()) for answer in self.answers.values()),
             full_rate=self.method.full_rate,
             learning_rate=self.learning_rate,
         )
-        outside = None
-        if self.rate_advice is not None and self.learning_rate is not None:
-            outside = self.rate_advice.judge(self.learning_rate)
-        left_out = left_out_by_peft(self.model, self.adapter)
-        return (
-            *([] if outside is None else [outside]),
-            *([] if left_out is None else [left_out]),
-            *([moved] if self.method.moves_function else []),
-            *self.method.remarks(self.statistics),
-            *rates,
-        )
+        remarks = self.method.remarks(self.statistics)
+        sentences = (outside, left_out_by_peft(self.model, self.adapter), moved, *remarks, *rates)
+        return tuple(sentence for sentence in sentences if sentence is not None)
 
     def _trainable(self, ranks: Mapping[str, int]) -> int:
         """Number of entries of all factors, with these ranks where they are not the layer's own."""
@@ -319,9 +316,3 @@ class Start:
     def _clock(self, step: str) -> None:
         now = time.perf_counter()
         self.seconds[step], self._lap = now - self._lap, now
-
-
-def _product_norm(factors: LoraFactors, scaling: float) -> float:
-    """`|s B A|` (Frobenius), from the Gram matrices of the factors."""
-    a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
-    return abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))

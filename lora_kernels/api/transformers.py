@@ -17,20 +17,14 @@ from lora_kernels.api.plain import linear_features
 from lora_kernels.reports import counted
 from lora_kernels.runtime.loss import IGNORED_LABEL
 
-TASKS = ("causal-lm", "sequence-classification", "base")
+# Heads, and transformers' classes for them.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "base": "AutoModel",
+}
 # As PEFT calls them: their heads get no adapter.
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-
-
-def _model_class(task: str) -> Any:
-    import transformers  # noqa: PLC0415  (an optional dependency)
-
-    kinds = {
-        "causal-lm": "AutoModelForCausalLM",
-        "sequence-classification": "AutoModelForSequenceClassification",
-        "base": "AutoModel",
-    }
-    return getattr(transformers, kinds[task])
 
 
 def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[Any, Any]:
@@ -54,7 +48,7 @@ def task_for(
 ) -> str:
     """The head to load a model with: as asked, by the adapter's `task_type`, a classifier with labels, or by config."""
     if asked is not None:
-        check_choice("task", asked, TASKS)
+        check_choice("task", asked, tuple(TASKS))
         return asked
     known = next((task for task, name in TASK_TYPES.items() if name == task_type), None)
     return known or (task_of(model) if labels is None else "sequence-classification")
@@ -77,9 +71,11 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
     """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails."""
     # A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the
     # `labels`, in alphabetical order.
-    check_choice("task", task, TASKS)
+    check_choice("task", task, tuple(TASKS))
     if not (folder / "config.json").is_file():
         raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")
+    import transformers  # noqa: PLC0415  (an optional dependency)
+
     head: dict[str, Any] = {}
     if labels is not None and task == "sequence-classification" and task_of(folder) != task:
         names = sorted(set(labels))
@@ -87,7 +83,7 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _model_class(task).from_pretrained(folder, local_files_only=True, **head)
+            model = getattr(transformers, TASKS[task]).from_pretrained(folder, local_files_only=True, **head)
     except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
         raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error!r}") from error
     return model.eval()
@@ -99,7 +95,7 @@ def empty_model(config_file: Path, task: str) -> Any:
     Raises:
         ValueError: if the task is unknown, or the file is no config that transformers can build a model of.
     """
-    check_choice("task", task, TASKS)
+    check_choice("task", task, tuple(TASKS))
     settings = read_json(config_file)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise ValueError(f"config {str(config_file)!r} holds no object with a model_type, as transformers writes it")
@@ -108,7 +104,7 @@ def empty_model(config_file: Path, task: str) -> Any:
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
-            model = _model_class(task).from_config(config)
+            model = getattr(transformers, TASKS[task]).from_config(config)
             return model.to(torch.bfloat16).eval()
     except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
         raise ValueError(f"config {str(config_file)!r} cannot be made into a {task} model: {error!r}") from error

@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels.init.components import Components, input_components
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import InitMethod
-from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
 from lora_kernels.init.ranks import RankRule
 from lora_kernels.statistics.moments import INPUT_SECOND
 

@@ -10,9 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels.init.factors import LayerFactors
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, batch_size
+from lora_kernels.init.problem import LayerFactors, LayerProblem, batch_size
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics.gradients import GRADIENT
 

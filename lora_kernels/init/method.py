@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from lora_kernels._checks import check_choice, check_type
-from lora_kernels.init.factors import BaseLayer, LayerFactors
-from lora_kernels.init.problem import LayerProblem, problems, stock_start
+from lora_kernels.init.problem import BaseLayer, LayerFactors, LayerProblem, problems, stock_start
 from lora_kernels.init.ranks import RankRule
 from lora_kernels.init.solving import solve_layers
 from lora_kernels.statistics.moments import Accumulator
@@ -160,9 +159,6 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
 
     Args:
         method: a name in `METHODS`, for that method with its defaults, or a config such as `EVA(rho=1.0)`.
-
-    Returns:
-        The config.
 
     Raises:
         ValueError: if the name is unknown; the message lists the names.

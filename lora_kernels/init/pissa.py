@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_range
-from lora_kernels.init.factors import LayerFactors, balanced
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, batch_size
+from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced, batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
 

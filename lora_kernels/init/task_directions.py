@@ -11,9 +11,8 @@ import torch
 
 from lora_kernels._checks import check_choice, check_positive
 from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, stock_start
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
 from lora_kernels.linalg.basis import changed_most, core_basis
 from lora_kernels.statistics.gradients import FISHER
 

@@ -81,9 +81,6 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
         rank: number of pairs, 1 <= rank <= min(k, n).
         trace: the exact trace of M, `(...)` or a number, for the residual.
 
-    Returns:
-        The pairs.
-
     Raises:
         TypeError: on another dtype.
         ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the core is not

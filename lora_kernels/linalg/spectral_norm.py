@@ -95,9 +95,6 @@ def spectral_norm(
         seed: 64-bit key: the same seed gives the same bits.
         stream: number of the matrix, in [0, 2^32).
 
-    Returns:
-        The bounds.
-
     Raises:
         TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
         ValueError: if it is not a matrix, a number is out of range, or an entry is NaN or infinite.

@@ -165,9 +165,6 @@ def make_plan(
         world_size: number of processes (every one holds all sums).
         dtype: of the sums.
 
-    Returns:
-        The plan.
-
     Raises:
         TypeError: on an argument of another type.
         ValueError: on a bad argument, or a budget that a single set of sums exceeds.

@@ -126,9 +126,6 @@ def verify(
         forward: calls the model; by default a mapping is given as keywords.
         loss: from outputs and batch; by default the model's own.
 
-    Returns:
-        The errors by layer.
-
     Raises:
         TypeError: if the model is not a module, or `forward` or `loss` is not callable.
         ValueError: if no layer is accelerated, none runs fused as it is now, or the loss reaches none.

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
 from lora_kernels.api.guidance import WARNING, advice, outlook
-from lora_kernels.init.factors import LoraFactors
+from lora_kernels.init.problem import LoraFactors
 from lora_kernels.statistics import Statistics
 from tests.statistics.models import padded, samples, tiny_llama
 

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.init.scores import SCORES
+from lora_kernels.init.ranks import SCORES
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 

@@ -275,9 +275,6 @@ class DashRun:
             optimizer: as for `step`.
             progress: show a bar over the layers.
 
-        Returns:
-            The selected directions.
-
         Raises:
             ValueError: as for `step`, or if the directions are selected already, or an adapter is merged.
         """

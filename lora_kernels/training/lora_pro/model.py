@@ -14,8 +14,8 @@ from typing_extensions import Unpack
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.view import lora_layers
+from lora_kernels.training.guard import Movement, trained_names
 from lora_kernels.training.lora_pro.optimizer import LoraPro, LoraProOptions, Scaling
-from lora_kernels.training.movement import Movement, trained_names
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling, int]
 
@@ -74,9 +74,6 @@ def create_lora_pro_optimizer(model: nn.Module, *, lr: float, **options: Unpack[
         options: mode, betas, eps, damping, state_dtype and rounding of `LoraPro`, and its weight_decay, which is that
             of factors and other matrices, not of biases and norms (parameters with one axis).
 
-    Returns:
-        The optimizer.
-
     Raises:
         TypeError: on a wrong type, or another option.
         ValueError: if the model trains no LoRA pair, or a number is out of range.
@@ -105,9 +102,6 @@ def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> t
         model: the PEFT model that the Trainer gets.
         lr: learning rate.
         options: mode, betas, eps, damping, state_dtype or rounding of `LoraPro`.
-
-    Returns:
-        The class and its arguments.
 
     Raises:
         TypeError: on another option.

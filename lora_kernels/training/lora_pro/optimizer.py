@@ -386,9 +386,6 @@ class LoraPro(Optimizer):
         Args:
             closure: computes the loss and the gradients again.
 
-        Returns:
-            The result of the closure.
-
         Raises:
             ValueError: if one factor of a pair has a gradient and the other has none, a gradient is sparse, the
                 factors of a pair are not finite, or its scaling is zero or not finite.
