@@ -138,9 +138,17 @@ def _too_large(value: float) -> bool:
 
 
 def check_range(
-    name: str, value: object, *, low: float | None = None, high: float | None = None, integer: bool = False
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    integer: bool = False,
+    optional: bool = False,
 ) -> None:
-    """Raise unless an argument is a number (not a bool, not NaN) in a closed interval."""
+    """Raise unless an argument is a number (not a bool, not NaN) in a closed interval, or `None` where it may be."""
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(
             f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {repr_short(value)}"

@@ -196,11 +196,8 @@ def _configs(name: str | None) -> tuple[Config, ...]:
     from lora_kernels.statistics.options import PlanKeywords  # noqa: PLC0415
 
     if name == "plan":
-        return (
-            Config(
-                CollectOptions, {option.name for option in fields(CollectOptions)} - {*PlanKeywords.__annotations__}
-            ),
-        )
+        others = {option.name for option in fields(CollectOptions)} - {*PlanKeywords.__annotations__}
+        return (Config(CollectOptions, others),)
     own = ("sketch_size", "distributed")  # follow the ranks and the process group
     return Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
 
@@ -208,10 +205,10 @@ def _configs(name: str | None) -> tuple[Config, ...]:
 def _settings_of_methods() -> str:
     from lora_kernels.init import METHODS  # noqa: PLC0415
 
-    settings = {
-        name: [f"{setting.name}={default_of(setting)!r}" for setting in fields(METHODS[name])] for name in METHODS
-    }
-    lines = [f"  {name}: {', '.join(defaults)}" for name, defaults in settings.items()]
+    lines = [
+        f"  {name}: {', '.join(f'{setting.name}={default_of(setting)!r}' for setting in fields(kind))}"
+        for name, kind in METHODS.items()
+    ]
     return "\n".join(["methods and their settings (--set NAME=VALUE), with defaults:", *lines])
 
 

@@ -168,8 +168,7 @@ def diagnose(
     check_type("thresholds", thresholds, (Thresholds, type(None)), "Thresholds or None")
     check_type("weights", weights, bool, "true or false")
     limits = thresholds or Thresholds()
-    if weight_decay is not None:
-        check_range("weight_decay", weight_decay, low=0.0)
+    check_range("weight_decay", weight_decay, low=0.0, optional=True)
     if loader is not None and statistics is not None:
         raise ValueError("at most one of loader and statistics can be given")
     if options and loader is None:

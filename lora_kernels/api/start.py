@@ -70,8 +70,7 @@ class Start:
         check_type("suggest_rate", self.suggest_rate, bool, "true or false")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("base", self.base, ("intact", "mutate"))
-        if self.learning_rate is not None:
-            check_range("learning_rate", self.learning_rate, low=0.0)
+        check_range("learning_rate", self.learning_rate, low=0.0, optional=True)
         if self.ranks is not None:
             self.method = self.method.keeping_ranks()
 

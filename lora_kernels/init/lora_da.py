@@ -79,8 +79,7 @@ class LoraDA(InputwiseMethod):
             check_positive("output_damping_ratio", self.output_damping_ratio)
         check_range("variance_weight", self.variance_weight, low=0)
         check_choice("token_mask", self.token_mask, tuple(_MASKS))
-        if self.population_size is not None:
-            check_range("population_size", self.population_size, low=1, integer=True)
+        check_range("population_size", self.population_size, low=1, integer=True, optional=True)
 
     @property
     def collect_options(self) -> Mapping[str, Any]:

@@ -42,8 +42,7 @@ class PiSSA(LayerwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_iter is not None:
-            check_range("n_iter", self.n_iter, low=0, integer=True)
+        check_range("n_iter", self.n_iter, low=0, integer=True, optional=True)
 
     def together(self, layer: LayerProblem) -> Hashable:
         """Weights of one shape are decomposed in batches."""

@@ -143,8 +143,7 @@ class RankRule(ABC):
         check_range("rho", self.rho, low=1.0)
         check_range("min_rank", self.min_rank, low=0, integer=True)
         check_range("multiple_of", self.multiple_of, low=1, integer=True)
-        if self.max_rank is not None:
-            check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True)
+        check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True, optional=True)
 
     def sketch_size(self, ranks: Sequence[int]) -> int:
         """Columns that a sketch should have: twice the components that the widest layer may offer."""

@@ -38,6 +38,10 @@ class Adapter:
         scaling: s.
         weight: norms of W, if known.
         start: the factors A and B at the start of training, if known (same scaling).
+
+    Raises:
+        TypeError: if a factor is not a float tensor.
+        ValueError: if the shapes of the factors do not match.
     """
 
     name: str
@@ -48,12 +52,6 @@ class Adapter:
     start: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes.
-
-        Raises:
-            TypeError: if a factor is not a float tensor.
-            ValueError: if the shapes of the factors do not match.
-        """
         check_type("scaling", self.scaling, (int, float), "a number")
         pair = self.start if isinstance(self.start, (tuple, list)) and len(self.start) == 2 else None
         if pair is None:

@@ -218,10 +218,8 @@ def randomized_svd(
     check_range("rank", rank, low=1, high=min(m, n), integer=True)
     check_choice("method", method, METHODS)
     krylov = method == "krylov"
-    if oversample is not None:
-        check_range("oversample", oversample, low=0, integer=True)
-    if n_iter is not None:
-        check_range("n_iter", n_iter, low=0, integer=True)
+    check_range("oversample", oversample, low=0, integer=True, optional=True)
+    check_range("n_iter", n_iter, low=0, integer=True, optional=True)
     check_range("probes", probes, low=0, integer=True)
     check_key(seed, stream)
     width, rounds = block_plan(rank, method, oversample, n_iter)

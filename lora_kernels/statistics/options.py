@@ -89,8 +89,7 @@ class CollectOptions:
         check_range("sketch_size", self.sketch_size, low=1, integer=True)
         check_range("checkpoint_every", self.checkpoint_every, low=1, integer=True)
         for name in ("max_batches", "max_tokens"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), low=1, integer=True)
+            check_range(name, getattr(self, name), low=1, integer=True, optional=True)
 
     def plan(
         self, targets: Sequence[Target], wants: Mapping[str, bool], groups: Any, budget: int | None, world_size: int

@@ -176,8 +176,7 @@ def make_plan(
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
         check_choice("wants", name, tuple(Accumulator.statistics))
-    if budget is not None:
-        check_range("budget", budget, low=1, integer=True)
+    check_range("budget", budget, low=1, integer=True, optional=True)
     check_choice("dtype", dtype, (torch.float32, torch.float64))
     by_name = {target.name: target for target in targets}
     check_type("groups", groups, (tuple, list, type(None)), "lists of names, or None")
