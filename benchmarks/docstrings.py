@@ -188,15 +188,15 @@ def _test_files(examples: Sequence[Example], label: str) -> set[str]:
     return chosen or {min(sizes, key=lambda name: (sizes[name], name))}
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the training texts that hold no mask."""
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.docstrings FILE", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.docstrings", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="a .jsonl file with a `text` in every line")
+    options = parser.parse_args(arguments)
     texts = [example.text for example in docstring_task().train if MASK not in example.text]
-    Path(arguments[0]).write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    options.file.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -23,16 +23,14 @@ def repr_short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _freed(value: torch.Tensor) -> bool:
-    """Whether its memory was given back (`untyped_storage().resize_(0)`): reading it would end the process."""
+def _has_address(value: torch.Tensor) -> bool:
+    """Whether a tensor is an ordinary one with numbers in memory."""
     return (
-        not torch.compiler.is_compiling()
-        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
         and (value.is_cpu or value.is_cuda)
         and value.numel() > 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._is_zerotensor(value)
-        and value.data_ptr() == 0
     )
 
 
@@ -82,7 +80,8 @@ def check_tensor(
         raise ValueError(f"{name} has strides {value.stride()}, but must be contiguous")
     if numbers and value.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, but must hold numbers")
-    if _freed(value):
+    # Memory that was given back (`untyped_storage().resize_(0)`): reading it would end the process.
+    if not torch.compiler.is_compiling() and _has_address(value) and value.data_ptr() == 0:
         raise ValueError(f"{name} has no memory: its storage was freed")
 
 
@@ -108,15 +107,7 @@ def check_written(name: str, value: torch.Tensor, **inputs: torch.Tensor | None)
 
 def _overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether two tensors surely share memory: where both are in one piece; columns of one matrix may lie apart."""
-    plain = all(
-        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and tensor.device.type in ("cpu", "cuda")
-        and tensor.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._is_zerotensor(tensor)
-        for tensor in (one, two)
-    )
-    if not plain or one.device != two.device:
+    if not (_has_address(one) and _has_address(two)) or one.device != two.device:
         return False
     first, second = one.data_ptr(), two.data_ptr()
     if first == second:
@@ -147,9 +138,17 @@ def _too_large(value: float) -> bool:
 
 
 def check_range(
-    name: str, value: object, *, low: float | None = None, high: float | None = None, integer: bool = False
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    integer: bool = False,
+    optional: bool = False,
 ) -> None:
-    """Raise unless an argument is a number (not a bool, not NaN) in a closed interval."""
+    """Raise unless an argument is a number (not a bool, not NaN) in a closed interval, or `None` where it may be."""
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(
             f"{name} must be {'an int' if integer else 'a number'}, got {type(value).__name__} {repr_short(value)}"

@@ -141,7 +141,11 @@ def _take_place(fresh: Path, target: Path) -> None:
     if fresh.parent == target.parent and not _is_current(target):
         with contextlib.suppress(OSError):
             return os.rename(fresh, target)  # there is none yet, or an empty one
-        _keep_others(target, fresh)
+
+        def replaced(folder: Any, _: list[str]) -> list[str]:
+            return names if Path(folder) == target else []
+
+        shutil.copytree(target, fresh, True, replaced, _link, dirs_exist_ok=True)  # the other files, as links
         with contextlib.suppress(OSError):
             return _exchange(fresh, target)
         old = fresh.with_suffix(".old")
@@ -162,18 +166,6 @@ def _is_current(folder: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return Path.cwd().is_relative_to(folder)
     return False
-
-
-def _keep_others(old: Path, fresh: Path) -> None:
-    shutil.copymode(old, fresh)
-    for entry in old.iterdir():
-        other = fresh / entry.name
-        if other.exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, other, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, other)
 
 
 def _link(source: str | Path, target: str | Path) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 
 from lora_kernels._version import __version__
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import cpp_refuses, triton_refuses
-from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.ops._backend import Refused, cpp_refuses, triton_refuses
+from lora_kernels.ops._op import OPS
+from lora_kernels.ops.lora_linear import forms, table, use_form
 from lora_kernels.reports import Table, console
-from lora_kernels.self_tests import self_tests
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "rich", "tqdm")
 
@@ -52,6 +53,48 @@ def _measured_forms() -> Table:
     if mine not in tables.counts and mine not in tables.problems:
         rows.add_row(str(mine), "0", "", "", "not there: `lora-kernels tune` writes it")
     return rows
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The outcome of running one op on one backend."""
+
+    op: str  # the op's name
+    backend: str  # the backend
+    device: str  # where
+    error: float | None  # relative error against float64, or `None` if it did not run
+    bound: float  # the error allowed
+    reason: str = ""  # why it did not run, or what went wrong
+
+    @property
+    def broken(self) -> bool:
+        """Whether a backend that says it can run gave a wrong answer or failed."""
+        return (self.error is None and self.reason.startswith("failed")) or (
+            self.error is not None and not self.error <= self.bound
+        )
+
+
+def _self_test(name: str, backend: str, device: torch.device, form: str = "auto") -> SelfTest:
+    op, error, reason = OPS[name], None, ""
+    refusal = forms.gemm_refuses(device, torch.float32) if form == "gemm" else None
+    try:
+        if refusal is not None:
+            raise Refused(refusal, {backend: refusal})
+        with use_form(form):
+            error = op.error(device, backend)
+    except Refused as refused:
+        reason = refused.reasons.get(backend, str(refused))
+    except Exception as problem:
+        reason = f"failed: {problem!r}"
+    return SelfTest(name if form == "auto" else f"{name} {form}", backend, device.type, error, op.bound, reason)
+
+
+def self_tests() -> list[SelfTest]:
+    """The outcomes of every op on every backend of every device at hand."""
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    cases = [(op.name, backend.name) for op in OPS.values() for backend in op.backends]
+    plain = [_self_test(*case, device) for case in cases for device in devices]
+    return [*plain, *(_self_test("lora_linear", "triton", device, "gemm") for device in devices)]
 
 
 def run() -> int:

@@ -101,8 +101,17 @@ def _cut(name: str, room: int, shared: str) -> str:
     return rest if len(rest) <= room else f"{rest[:8]}…{rest[9 - room :]}"
 
 
-class Printed:
-    """A report that rich can print: `print` shows the same as plain text."""
+class Layers(Generic[Layer]):
+    """A report that goes through its layers."""
+
+    layers: tuple[Layer, ...]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+
+class Report:
+    """A report, a dataclass: `print` shows what rich does, as plain text; it can be written as JSON as well."""
 
     text_width: ClassVar[int] = 160
 
@@ -113,19 +122,6 @@ class Printed:
             plain_console.print(self)
         return captured.get()
 
-
-class Layers(Generic[Layer]):
-    """A report that goes through its layers."""
-
-    layers: tuple[Layer, ...]
-
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-
-class Report(Printed):
-    """A report, a dataclass, that can be written as JSON as well."""
-
     def to_dict(self) -> dict[str, object]:
         """Plain Python values, with derived ones; numbers that are not finite become `None`."""
         values: dict[str, object] = plain(self)  # type: ignore[assignment]
@@ -133,7 +129,7 @@ class Report(Printed):
 
     def to_json(self) -> str:
         """The report as strict JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, default=str)
 
 
 def plain(value: object) -> object:

@@ -10,20 +10,20 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from lora_kernels._checks import FLOATS, check_range
+from lora_kernels._checks import FLOATS, as_device, check_range
 from lora_kernels._files import locked
 from lora_kernels.api.plain import linear_features
 from lora_kernels.api.transformers import linear_targets
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.measure import FLOOR, Measurement, measure
 from lora_kernels.ops.lora_linear.table import FORMS, Key
-from lora_kernels.reports import Printed, Table
+from lora_kernels.reports import Report, Table
 
 _NOTE = "Written by `lora-kernels tune`: median seconds of the forms of a LoRA layer's large product, and the fastest."
 
 
 @dataclass(frozen=True)
-class TuneReport(Printed):
+class TuneReport(Report):
     """The result of `tune`.
 
     Attributes:
@@ -47,8 +47,9 @@ class TuneReport(Printed):
         rows = Table(*heads, title="ms, medians; the floor is the library's product alone")
         reasons: dict[str, None] = {}
         for case in self.measurements:
-            best = {form: self._best(case, form) for form in FORMS}
-            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best.values(), case.seconds[FLOOR])]
+            by_form = {form: [time for name, time in case.seconds.items() if name.split()[0] == form] for form in FORMS}
+            best = [min(times, default=None) for times in by_form.values()]
+            times = ["-" if value is None else f"{1e3 * value:.3f}" for value in (*best, case.seconds[FLOOR])]
             rows.add_row(
                 f"{case.tokens}, {case.key.n} -> {case.key.m}",
                 str(case.rank),
@@ -63,11 +64,6 @@ class TuneReport(Printed):
         yield rows
         yield from reasons
         yield f"written to {self.path}"
-
-    @staticmethod
-    def _best(measurement: Measurement, form: str) -> float | None:
-        times = [value for name, value in measurement.seconds.items() if name.split(" ", 1)[0] == form]
-        return min(times, default=None)
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
@@ -105,16 +101,10 @@ def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tupl
 
 
 def _device(given: torch.device | str | None) -> torch.device:
-    device = torch.device(given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = as_device("device", given if given is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {str(device)!r}, but must be a CPU or a CUDA (or ROCm) device")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        index = torch.cuda.current_device() if device.index is None and count else device.index or 0
-        if index >= count:
-            raise ValueError(f"device is {str(device)!r}, but this machine has {count} such devices")
-        return torch.device("cuda", index)
-    return device
+    return torch.empty(0, device=device).device  # with its index
 
 
 def tune(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels import cli
-from lora_kernels.self_tests import SelfTest, self_tests
+from lora_kernels.doctor import SelfTest, self_tests
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lora_kernels as lk
 from lora_kernels import _files
 from lora_kernels._files import append_line
-from lora_kernels.api.text_files import read_texts
+from lora_kernels.api.text_files import read
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
@@ -248,4 +248,4 @@ def test_csv_that_would_lose_text_is_refused(tmp_path, text, said):
     path = tmp_path / "data.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
-        read_texts(path, "text")
+        read(path, "text")

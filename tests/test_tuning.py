@@ -199,7 +199,7 @@ def test_shapes_of_models():
         ({"rounds": 0}, ValueError, "rounds is 0"),
         ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
         ({"device": "meta"}, ValueError, "device is 'meta'"),
-        ({"device": "cuda:77"}, ValueError, "device is 'cuda:77', but this machine has"),
+        ({"device": "cuda:77"}, ValueError, "device is 'cuda:77', but must be a device of this machine"),
     ],
 )
 def test_bad_arguments(change, kind, message, cache):

@@ -218,7 +218,7 @@ def _tests(run: Run, selection: Sequence[str]) -> None:
 
 
 _SELF_TESTS = """
-from lora_kernels.self_tests import self_tests
+from lora_kernels.doctor import self_tests
 for test in self_tests():
     if test.device == "cuda" and (test.error is not None or test.broken):
         print(test.op, test.backend, "FAILED " + test.reason if test.broken else "PASSED", flush=True)

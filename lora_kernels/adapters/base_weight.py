@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,67 +32,66 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def _source(module: Any) -> tuple[str, Callable[[], torch.Tensor] | None]:
+    """The `weight_kind` of a LoRA layer, and a function that makes its weight dense, if it can be read."""
+    layer = module.get_base_layer()
+    name, weight = type(layer).__name__, getattr(layer, "weight", None)
+    if name in _NORMALISING:
+        return (
+            f"{name} applies its weight to the normalised input, and the adapter is applied to the input itself",
+            None,
+        )
+    if hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None)):
+        return DEQUANTIZABLE, layer.dequantize  # HQQ
+    if not isinstance(weight, torch.Tensor):
+        return f"{name} keeps no weight matrix", None
+    if type(weight).__name__ == "Params4bit":
+        state = getattr(weight, "quant_state", None)
+        return (f"{name} is not quantized yet", None) if state is None else (DEQUANTIZABLE, lambda: _dense_4bit(weight))
+    shape = (module.out_features, module.in_features)
+    if tuple(weight.shape) not in (shape, shape[::-1]):
+        return f"{name} keeps a weight of shape {tuple(weight.shape)}, but the layer's is {shape}", None
+    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+        scale = _int8_scale(layer)
+        if scale is None:
+            return f"{name} keeps integers without their scales", None
+        return DEQUANTIZABLE, lambda: _int8_rows(weight, scale, slice(None))
+    own = getattr(type(weight), "dequantize", None)
+    if own is not None and own is not torch.Tensor.dequantize:  # torchao's and quanto's classes have their own
+        return DEQUANTIZABLE, weight.dequantize
+    if weight.dtype in _FLOAT8:
+        blocks = _block_scale(layer)
+        if blocks is not None:
+            return DEQUANTIZABLE, lambda: whole(weight).to(torch.float32) * _spread(blocks, layer)
+        kept = {
+            *layer._parameters,
+            *layer._buffers,
+            *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor)),
+        }
+        conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+        if type(layer) in (nn.Linear, conv1d) and kept <= {"weight", "bias"}:
+            return DEQUANTIZABLE, lambda: whole(weight)  # no scales: only the storage is 8-bit
+        return f"{name} keeps {weight.dtype} numbers, whose scales are of an unknown form", None
+    if not weight.is_floating_point():
+        return f"{name} keeps {weight.dtype} codes of an unknown quantization", None
+    registered = (layer._parameters.get("weight"), layer._buffers.get("weight"))
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and any(tensor is weight for tensor in registered)
+    # A write would not reach what another weight is computed from.
+    return PLAIN if plain else DEQUANTIZABLE, lambda: whole(weight)
+
+
 def weight_kind(module: Any) -> str:
     """Whether the weight under a LoRA layer can be read as the matrix that the base layer multiplies by."""
     # `PLAIN` (a floating tensor that can also be changed in place), `DEQUANTIZABLE` (only a copy: quantized, sharded,
     # or computed from other tensors), or the reason why it cannot be read: codes of an unknown quantization, or 8-bit
     # floats with scales of an unknown form, are not interpreted.
-    layer = module.get_base_layer()
-    name = type(layer).__name__
-    if name in _NORMALISING:
-        return f"{name} applies its weight to the normalised input, and the adapter is applied to the input itself"
-    if hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None)):
-        return DEQUANTIZABLE  # HQQ
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return f"{name} keeps no weight matrix"
-    if type(weight).__name__ == "Params4bit":
-        return DEQUANTIZABLE if getattr(weight, "quant_state", None) is not None else f"{name} is not quantized yet"
-    shape = (module.out_features, module.in_features)
-    if tuple(weight.shape) not in (shape, shape[::-1]):
-        return f"{name} keeps a weight of shape {tuple(weight.shape)}, but the layer's is {shape}"
-    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
-        return DEQUANTIZABLE if _int8_scale(layer) is not None else f"{name} keeps integers without their scales"
-    if _dequantizes_itself(weight):
-        return DEQUANTIZABLE
-    if weight.dtype in _FLOAT8:
-        return _float8_kind(layer)
-    if not weight.is_floating_point():
-        return f"{name} keeps {weight.dtype} codes of an unknown quantization"
-    registered = (layer._parameters.get("weight"), layer._buffers.get("weight"))
-    if type(weight) not in (nn.Parameter, torch.Tensor) or all(tensor is not weight for tensor in registered):
-        return DEQUANTIZABLE  # a write would not reach what the weight is computed from
-    return PLAIN
+    return _source(module)[0]
 
 
 def _int8_scale(layer: Any) -> torch.Tensor | None:
     """Largest entries `(m,)` of the rows of bitsandbytes' int8 weights; in the layer's state after its first run."""
     scale: torch.Tensor | None = getattr(getattr(layer, "state", None), "SCB", None)
     return getattr(layer.weight, "SCB", None) if scale is None else scale
-
-
-def _dequantizes_itself(weight: torch.Tensor) -> bool:
-    """Whether a tensor's class (torchao's, quanto's) has its own `dequantize`."""
-    own = getattr(type(weight), "dequantize", None)
-    return own is not None and own is not torch.Tensor.dequantize
-
-
-def _float8_kind(layer: Any) -> str:
-    name, weight = type(layer).__name__, layer.weight
-    if _block_scale(layer) is not None:
-        return DEQUANTIZABLE
-    tensors = {*layer._parameters, *layer._buffers, *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor))}
-    if type(layer) in (nn.Linear, *_conv1d()) and tensors <= {"weight", "bias"}:
-        return DEQUANTIZABLE  # no scales: only the storage is 8-bit
-    return f"{name} keeps {weight.dtype} numbers, whose scales are of an unknown form"
-
-
-def _conv1d() -> tuple[type, ...]:
-    try:
-        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415  (an optional dependency)
-    except ImportError:
-        return ()
-    return (Conv1D,)
 
 
 def _block_scale(layer: Any) -> torch.Tensor | None:
@@ -107,8 +107,8 @@ def _block_scale(layer: Any) -> torch.Tensor | None:
 
 def why_unreadable(module: Any) -> str | None:
     """Why the weight under a LoRA layer cannot be read, or `None`."""
-    kind = weight_kind(module)
-    return None if kind in (PLAIN, DEQUANTIZABLE) else kind
+    kind, dense = _source(module)
+    return kind if dense is None else None
 
 
 def check_readable(module: Any, name: str = "") -> None:
@@ -122,24 +122,17 @@ def dense_weight(module: Any, name: str = "") -> torch.Tensor:
     """The weight `(m, n)` under a LoRA layer, float32 (float64 if the base is); a ValueError if it cannot be read."""
     # A copy if it is quantized, sharded or of another dtype.
     check_readable(module, name)
-    layer = module.get_base_layer()
-    weight = getattr(layer, "weight", None)
-    if weight is None:
-        dense = layer.dequantize()  # HQQ
-    elif type(weight).__name__ == "Params4bit":
-        from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
-
-        dense = functional.dequantize_4bit(weight.data, weight.quant_state)
-    elif type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
-        dense = _int8_rows(weight, _int8_scale(layer), slice(None))
-    elif _dequantizes_itself(weight):
-        dense = weight.dequantize()
-    else:
-        dense = whole(weight)
-        scale = _block_scale(layer) if weight.dtype in _FLOAT8 else None
-        dense = dense if scale is None else dense.to(torch.float32) * _spread(scale, layer)
-    dense = _oriented(module, dense.detach())
+    read = _source(module)[1]
+    assert read is not None  # it is readable
+    dense = _oriented(module, read().detach())
     return dense if dense.dtype == torch.float64 else dense.to(torch.float32)
+
+
+def _dense_4bit(weight: Any) -> torch.Tensor:
+    from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
+
+    dense: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return dense
 
 
 def row_blocks(module: Any, entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:
@@ -219,8 +212,3 @@ def _rows_4bit(weight: Any, n: int, cuts: list[slice]) -> Iterator[torch.Tensor]
         )
         codes = packed[low * n // 2 : high * n // 2].unsqueeze(-1)
         yield functional.dequantize_4bit(codes, quant_state=part).reshape(high - low, n).to(torch.float32)
-
-
-def base_weight(module: Any, name: str = "") -> torch.Tensor:
-    """`dense_weight`, always float32."""
-    return dense_weight(module, name).to(torch.float32)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.files import MARK, OWN, WEIGHTS, join_file
+from lora_kernels.adapters.folders import MARK, OWN, WEIGHTS, join_file
 from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.adapters.view import lora_layers
 
@@ -76,6 +76,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         for name, entry in self.layers():
             rank = entry.r[self.adapter] + _more(entry, self.adapter)
             shapes[config_name(name, entry)] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
+        stock.use_rslora = False
         set_ranks(stock, shapes)
         return stock, mark
 
@@ -109,10 +110,10 @@ def tidy(alpha: float) -> float:
 
 
 def set_ranks(config: LoraConfig, shapes: dict[str, tuple[int, float]]) -> None:
-    """Set the ranks and alphas of a config, given by `config_name`; the scaling becomes alpha / r for all."""
-    config.use_rslora = False
+    """Set the ranks and alphas of a config, given by `config_name`."""
+    # Servers allocate for r, and take `lora_alpha / r` for the scaling: the largest rank, and its alpha.
     config.r = max(rank for rank, _ in shapes.values())
-    config.lora_alpha = next(alpha for rank, alpha in shapes.values() if rank == config.r)
+    config.lora_alpha = next(tidy(alpha) for rank, alpha in shapes.values() if rank == config.r)
     config.rank_pattern, config.alpha_pattern = patterns(shapes, config)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import FLOATS
-from lora_kernels.adapters.versions import require_peft
 from lora_kernels.runtime.modes import is_sharded
 
 PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -205,14 +204,6 @@ def why_unseen(wrapper: Any, adapter: str) -> str | None:
     if parameter.dtype not in FLOATS or any(map(is_sharded, (parameter, *factors))):
         return f"target_parameters ({name}): it is quantized or sharded"
     return None
-
-
-def with_experts(model: Any, modules: Sequence[str], parameters: Sequence[str], rank: int) -> Any:
-    """A PEFT model with an adapter of one rank on modules and parameters of experts."""
-    require_peft()
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (an optional dependency)
-
-    return get_peft_model(model, LoraConfig(r=rank, target_modules=list(modules), target_parameters=list(parameters)))
 
 
 def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:

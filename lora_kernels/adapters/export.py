@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from lora_kernels._files import replacing_folder, write_tensors
 from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.experts import join_experts, split_experts
-from lora_kernels.adapters.files import WEIGHTS
-from lora_kernels.adapters.layers import AdapterLayers, find_lora_layers, is_wrapped
+from lora_kernels.adapters.folders import WEIGHTS
+from lora_kernels.adapters.layers import find_lora_layers, is_wrapped
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.adapters.writing import list_modules
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -102,8 +101,11 @@ def export(
         key: value for key, value in state.items() if f".{parts.START}." not in key and f".{parts.DASH}." not in key
     }
     config: Any = plain_config(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
-    if serving:
-        _check_servable(config, layers, state)
+    if serving:  # refuse what no server computes, before anything is written
+        refused = servers.refusals(vars(config), {name: tuple(value.shape) for name, value in state.items()})
+        refused = refused or [f"layer {name} ({why})" for name, _, why in layers.unsupported[:1]]
+        if refused:
+            raise ValueError(f"servers of adapters do not compute {servers.words(refused)}")
     views = {layer.name: layer.view for layer in layers.supported}
     factors = {name: _product(view, adapter_name, rank) for name, view in views.items()}
     scalings = {name: view.scaling(adapter_name) for name, view in views.items()}
@@ -134,6 +136,7 @@ def export(
             exported[name] = _cut_experts(state, name, other.module.num_experts, rank)
         written = exported[name].rank
         shapes[other.config_name] = (written, tidy(other.scaling(adapter_name) * written))
+    config.use_rslora = False
     set_ranks(config, shapes)
     if serving or isinstance(config.target_modules, str):  # servers want a list
         list_modules(model, adapter_name, config, always=bool(serving))
@@ -154,17 +157,6 @@ def _cut_experts(state: dict[str, torch.Tensor], name: str, experts: int, rank: 
     first, second = join_experts(torch.stack([a for a, _, _ in cut]), torch.stack([b for _, b, _ in cut]), experts)
     state[key_a], state[key_b] = first[0].to(state[key_a].dtype), second[0].to(state[key_b].dtype)
     return ExportedLayer(rank, max(error for _, _, error in cut))
-
-
-def _check_servable(config: Any, layers: AdapterLayers, state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what no server computes, before anything is written."""
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    refused = servers.refusals(vars(config), shapes)
-    if not refused and layers.unsupported:
-        name, _, why = layers.unsupported[0]
-        refused = [f"layer {name} ({why})"]
-    if refused:
-        raise ValueError(f"servers of adapters do not compute {servers.words(refused)}")
 
 
 def _product(layer: LoraView, adapter: str, rank: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -1,4 +1,4 @@
-"""Stock PEFT adapter folders, read without their base model."""
+"""Stock PEFT adapter folders: read without their base model, and the file of an adapter whose parts are joined."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from lora_kernels._checks import check_number, repr_short
-from lora_kernels._files import read_json
-from lora_kernels.adapters import servers
+from lora_kernels._files import read_json, write_tensors
+from lora_kernels.adapters import parts, servers
 from lora_kernels.adapters.experts import PRODUCTS, split_experts
-from lora_kernels.adapters.files import WEIGHTS, mark_of
 from lora_kernels.adapters.names import of_pattern, scaling_of
-from lora_kernels.adapters.parts import Start
 from lora_kernels.reports import PREFIX
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# Under `auto_mapping` of adapter_config.json.
+MARK = "lora_kernels"
+# Fields in which a joined adapter's config differs from the adapter's own, which the mark holds.
+OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Parts of an adapter that are no factors of a linear layer, and what is said of them.
 _OTHERS = {".lora_embedding_A": "an embedding: its input are indices", ".lora_magnitude_vector": ""}
@@ -85,6 +88,44 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The mark in an adapter_config.json, from which joined parts are separated again; `None` for a plain adapter."""
+    # It has the `OWN` values, whether there is a `start`, and the settings of `dash`. A ValueError if it is malformed.
+    mapping = config.get("auto_mapping")
+    mark = mapping.get(MARK) if isinstance(mapping, dict) else None
+    if mark is None:
+        return None
+    kinds: dict[str, Any] = {
+        "r": int,
+        "rank_pattern": dict,
+        "alpha_pattern": dict,
+        "start": bool,
+        "dash": (dict, type(None)),
+    }
+    if not isinstance(mark, dict) or not set(OWN) <= set(mark):
+        raise ValueError(f"auto_mapping.{MARK} is {repr_short(mark)}, but must have {', '.join(OWN)}")
+    for name, kind in kinds.items():
+        if not isinstance(mark.get(name), kind):
+            raise ValueError(f"auto_mapping.{MARK} has {name} {repr_short(mark.get(name))}, which is of a wrong type")
+    return mark
+
+
+def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
+    """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
+    from safetensors import safe_open  # noqa: PLC0415  (slow to import)
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())  # noqa: SIM118  (a file cannot be iterated over)
+    layers = [name for name in scalings if f"{name}.{parts.START}.a" in there or f"{name}.{parts.DASH}.right" in there]
+    if not layers:
+        return
+    state: dict[str, torch.Tensor] = load_file(path)
+    for name in layers:
+        parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
+    write_tensors(path, state, {"format": "pt"})
+
+
 def _is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that arithmetic can take."""
     try:
@@ -101,37 +142,15 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
     file = folder / WEIGHTS
     if not file.is_file():
-        other = folder / "adapter_model.bin"
-        why = (
-            f"; {other.name} is a pickle, which is not read: save the adapter as safetensors" if other.exists() else ""
-        )
+        pickle = "adapter_model.bin"
+        why = f"; {pickle} is a pickle, which is not read: save the adapter as safetensors"
+        why *= (folder / pickle).exists()
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder with {WEIGHTS}{why}")
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     return tensors
-
-
-def _settings(config: Mapping[str, Any], name: str, folder: Path) -> tuple[int, float]:
-    """Rank and scaling that a config gives a layer."""
-    short = name.removeprefix(PREFIX)
-    try:
-        rank = of_pattern(config.get("rank_pattern"), short, config["r"])
-        alpha = of_pattern(config.get("alpha_pattern"), short, config["lora_alpha"])
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG} has a pattern that is no regular expression: {error}") from error
-    positive = _is_number(rank) and rank > 0
-    return rank, scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if positive else 0.0
-
-
-def _trained(
-    a: torch.Tensor, b: torch.Tensor, mark: Mapping[str, Any], name: str
-) -> tuple[torch.Tensor, torch.Tensor, Factors | None]:
-    """What is trained of joined factors, and where it started."""
-    rank = of_pattern(mark["rank_pattern"], name.removeprefix(PREFIX), mark["r"])
-    start = (a[rank : 2 * rank], Start.sign * b[:, rank : 2 * rank]) if mark["start"] and len(a) >= 2 * rank else None
-    return a[:rank], b[:, :rank], start
 
 
 def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
@@ -143,81 +162,88 @@ def _factors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Fac
                 raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_A beside it")
             continue
         name = key.removesuffix(_A)
-        b = tensors.get(name + _B)
+        b, where = tensors.get(name + _B), f"layer {name} of {folder / WEIGHTS}"
         if b is None:
             raise ValueError(f"{folder / WEIGHTS} has {key}, but no lora_B beside it")
         if not (a.is_floating_point() and b.is_floating_point()):
-            raise ValueError(
-                f"layer {name} of {folder / WEIGHTS} has dtypes {a.dtype} and {b.dtype}, but must be floats"
-            )
+            raise ValueError(f"{where} has dtypes {a.dtype} and {b.dtype}, but must be floats")
         if a.dim() == 2 and (b.dim() != 2 or a.shape[0] != b.shape[1]):
-            raise ValueError(
-                f"layer {name} of {folder / WEIGHTS} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                "but must have A (r, n) and B (m, r)"
-            )
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise ValueError(f"{where} has factors of shapes {shapes}, but must have A (r, n) and B (m, r)")
         factors[name] = (a, b)
     return factors
 
 
-def _linear(
-    config: Mapping[str, Any],
-    mark: Mapping[str, Any] | None,
-    name: str,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    folder: Path,
-) -> SavedLayer:
-    """A linear layer, of factors that have the config's rank."""
-    rank, scaling = _settings(config, name, folder)
-    if rank != len(a):
-        raise ValueError(f"layer {name} of {folder / WEIGHTS} has rank {len(a)}, but {CONFIG} says {rank}")
-    a, b, start = (a, b, None) if mark is None else _trained(a, b, mark, name)
-    return SavedLayer(name, a, b, scaling, start)
+@dataclass(frozen=True)
+class _Reader:
+    """The config of a folder, and what it says of factors."""
 
+    folder: Path
+    config: dict[str, Any]
+    mark: dict[str, Any] | None  # by which joined parts are separated
 
-def _parameters(config: Mapping[str, Any], module: str, *, plain: bool) -> list[str]:
-    """The parameters of a module that `target_parameters` name, in the order in which transformers has them.
+    def _settings(self, name: str) -> tuple[int, float]:
+        """Rank and scaling that the config gives a layer."""
+        config, short = self.config, name.removeprefix(PREFIX)
+        try:
+            rank = of_pattern(config.get("rank_pattern"), short, config["r"])
+            alpha = of_pattern(config.get("alpha_pattern"), short, config["lora_alpha"])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{self.folder / CONFIG} has a pattern that is no regular expression: {error}") from error
+        positive = _is_number(rank) and rank > 0
+        return rank, scaling_of(float(alpha), rank, bool(config.get("use_rslora"))) if positive else 0.0
 
-    Names without a path, to which PEFT converts `all-linear`, are those of any module that is not a `plain` layer.
-    """
-    targets = [str(target).rpartition(".") for target in config.get("target_parameters") or ()]
-    own = {name for path, _, name in targets if path and f".{module}".endswith(f".{path}")}
-    names = own or {name for path, _, name in targets if not path and not plain}
-    return sorted(names, key=lambda name: (PRODUCTS.index(name) if name in PRODUCTS else len(PRODUCTS), name))
+    def _trained(
+        self, name: str, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Factors | None]:
+        """What is trained of factors, which may be joined ones, and where it started."""
+        if self.mark is None:
+            return a, b, None
+        rank = of_pattern(self.mark["rank_pattern"], name.removeprefix(PREFIX), self.mark["r"])
+        started = self.mark["start"] and len(a) >= 2 * rank
+        start = (a[rank : 2 * rank], parts.Start.sign * b[:, rank : 2 * rank]) if started else None
+        return a[:rank], b[:, :rank], start
 
+    def linear(self, name: str, a: torch.Tensor, b: torch.Tensor) -> SavedLayer:
+        """A linear layer, of factors that have the config's rank."""
+        rank, scaling = self._settings(name)
+        if rank != len(a):
+            raise ValueError(f"layer {name} of {self.folder / WEIGHTS} has rank {len(a)}, but {CONFIG} says {rank}")
+        a, b, start = self._trained(name, a, b)
+        return SavedLayer(name, a, b, scaling, start)
 
-def _experts(
-    config: Mapping[str, Any],
-    mark: Mapping[str, Any] | None,
-    module: str,
-    parameters: Sequence[str],
-    pairs: Sequence[Factors],
-    folder: Path,
-) -> list[SavedLayer]:
-    """The experts of a module's parameters, given their factors; none where files do not say how many there are.
+    def parameters(self, module: str, pairs: Sequence[Factors]) -> list[str]:
+        """The parameters of a module that `target_parameters` name, in the order in which transformers has them."""
+        # Names without a path, to which PEFT converts `all-linear`, are those of any module that is not a plain layer.
+        plain = len(pairs) == 1 and len(pairs[0][0]) == self._settings(module)[0]
+        targets = [str(target).rpartition(".") for target in self.config.get("target_parameters") or ()]
+        own = {name for path, _, name in targets if path and f".{module}".endswith(f".{path}")}
+        names = own or {name for path, _, name in targets if not path and not plain}
+        return sorted(names, key=lambda name: (PRODUCTS.index(name) if name in PRODUCTS else len(PRODUCTS), name))
 
-    A has as many rows as experts have ranks together, and the config says how many one of them has.
-    """
-    if len(parameters) != len(pairs) or (len(pairs) > 1 and not set(parameters) <= set(PRODUCTS)):
-        return []  # which factors are whose is unknown
-    # gate_up_proj is the largest; others are nested in the order that they have in their module.
-    pairs = sorted(pairs, key=lambda pair: pair[0].shape[1] + pair[1].shape[0], reverse=True)
-    layers, counts = [], set()
-    for parameter, (first, second) in zip(parameters, pairs, strict=True):
-        name = f"{module}.{parameter}"
-        rank, scaling = _settings(config, name, folder)
-        if not isinstance(rank, int) or rank < 1 or len(first) % rank:
-            return []
-        count = len(first) // rank
-        counts.add(count)
-        split = split_experts(first.unsqueeze(0), second.unsqueeze(0), count)
-        for expert, (a, b) in enumerate(zip(*split, strict=True)):
-            a, b, start = (a, b, None) if mark is None else _trained(a, b, mark, name)
-            if count == 1 and parameter not in PRODUCTS:  # a router's matrix, say
-                layers.append(SavedLayer(module, a, b, scaling, start))
-            else:
-                layers.append(SavedLayer(f"{name}.{expert}", a, b, scaling, start, name))
-    return layers if len(counts) == 1 else []
+    def experts(self, module: str, parameters: Sequence[str], pairs: Sequence[Factors]) -> list[SavedLayer]:
+        """The experts of a module's parameters, given their factors; none where files do not say how many there are."""
+        # A has as many rows as experts have ranks together, and the config says how many one of them has.
+        if len(parameters) != len(pairs) or (len(pairs) > 1 and not set(parameters) <= set(PRODUCTS)):
+            return []  # which factors are whose is unknown
+        # gate_up_proj is the largest; others are nested in the order that they have in their module.
+        pairs = sorted(pairs, key=lambda pair: pair[0].shape[1] + pair[1].shape[0], reverse=True)
+        layers, counts = [], set()
+        for parameter, (first, second) in zip(parameters, pairs, strict=True):
+            name = f"{module}.{parameter}"
+            rank, scaling = self._settings(name)
+            if not isinstance(rank, int) or rank < 1 or len(first) % rank:
+                return []
+            count = len(first) // rank
+            counts.add(count)
+            split = split_experts(first.unsqueeze(0), second.unsqueeze(0), count)
+            for expert, factors in enumerate(zip(*split, strict=True)):
+                a, b, start = self._trained(name, *factors)
+                if count == 1 and parameter not in PRODUCTS:  # a router's matrix, say
+                    layers.append(SavedLayer(module, a, b, scaling, start))
+                else:
+                    layers.append(SavedLayer(f"{name}.{expert}", a, b, scaling, start, name))
+        return layers if len(counts) == 1 else []
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -235,8 +261,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     if not folder.is_dir():
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")
     config, tensors = read_config(folder), read_tensors(folder)
-    factors = _factors(folder, tensors)
-    mark = mark_of(config)
+    factors, reader = _factors(folder, tensors), _Reader(folder, config, mark_of(config))
     modules: dict[str, list[str]] = {}  # those of a module with several adapted parameters are nested
     for name in sorted(factors, key=_natural):
         modules.setdefault(name.replace(".base_layer", ""), []).append(name)
@@ -244,19 +269,17 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     unsupported: list[tuple[str, str]] = []
     for module, names in modules.items():
         pairs = [factors[name] for name in sorted(names, key=len, reverse=True)]  # the innermost first
-        plain = len(pairs) == 1 and len(pairs[0][0]) == _settings(config, module, folder)[0]
-        parameters = _parameters(config, module, plain=plain)
+        parameters = reader.parameters(module, pairs)
         if any(a.dim() != 2 for a, _ in pairs):
-            unsupported.append(
-                (module, f"factors of {pairs[0][0].dim()} dimensions (a convolution): not a linear layer")
-            )
+            why = f"factors of {pairs[0][0].dim()} dimensions (a convolution): not a linear layer"
+            unsupported.append((module, why))
         elif parameters:
-            experts = _experts(config, mark, module, parameters, pairs, folder)
+            experts = reader.experts(module, parameters, pairs)
             if not experts:
                 unsupported.append((module, f"target_parameters ({', '.join(parameters)}): {_UNKNOWN}"))
             layers += experts
         else:
-            layers += [_linear(config, mark, name, *factors[name], folder) for name in names]
+            layers += [reader.linear(name, *factors[name]) for name in names]
     for key in tensors:
         for part, why in _OTHERS.items():
             if part in key and why:

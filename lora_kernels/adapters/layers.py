@@ -25,20 +25,16 @@ from lora_kernels.runtime.processes import unwrap
 class AdapterLayer:
     """A linear layer of one adapter: the layer, and rank, `lora_alpha` and rsLoRA flag of the adapter."""
 
-    view: LoraView
+    name: str  # in the model
+    module: Any  # PEFT's layer
     rank: int
     alpha: float
     rslora: bool
 
     @property
-    def name(self) -> str:
-        """Name in the model."""
-        return self.view.name
-
-    @property
-    def module(self) -> Any:
-        """PEFT's layer."""
-        return self.view.module
+    def view(self) -> LoraView:
+        """The layer with all of its adapters."""
+        return LoraView(self.name, self.module)
 
     @property
     def parameter(self) -> str | None:
@@ -181,7 +177,7 @@ def find_lora_layers(
         numbers = rank, view.alpha(adapter), view.rslora(adapter)
         if view.parameter_name is not None:
             experts = expert_layers(name, module)
-            supported += [AdapterLayer(LoraView(expert, layer), *numbers) for expert, layer in experts.items()]
+            supported += [AdapterLayer(expert, layer, *numbers) for expert, layer in experts.items()]
             continue
         shape = tuple(module.lora_A[adapter].weight.shape)
         if shape != (rank, module.in_features):
@@ -189,7 +185,7 @@ def find_lora_layers(
                 f"layer {name} has lora_A of shape {shape}, but must be {(rank, module.in_features)}: sharded weights "
                 "(ZeRO-3, FSDP) must be initialised before they are sharded"
             )
-        supported.append(AdapterLayer(view, *numbers))
+        supported.append(AdapterLayer(name, module, *numbers))
     if not supported and not (allow_none and unsupported):
         raise ValueError(f"adapter {adapter!r} has no linear LoRA layer")
     return AdapterLayers(tuple(supported), tuple(unsupported))

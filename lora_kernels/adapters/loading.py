@@ -1,4 +1,4 @@
-"""Loading a saved adapter into a model, and taking joined factors apart again."""
+"""Adding an adapter to a model, new or saved, and taking joined factors apart again."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.files import MARK, OWN
+from lora_kernels.adapters.folders import MARK, OWN
+from lora_kernels.adapters.names import of_pattern
+from lora_kernels.adapters.versions import require_peft
 from lora_kernels.adapters.view import LoraView, lora_layers
 from lora_kernels.adapters.writing import set_rank
 
 
 def _ranks(model: Any, adapter: str, own: Mapping[str, Any]) -> list[tuple[LoraView, int, float]]:
     """The layers of an adapter, with the rank and alpha that a config's values mean."""
-    from peft.utils.other import get_pattern_key  # noqa: PLC0415
-
-    ranks, alphas = own.get("rank_pattern") or {}, own.get("alpha_pattern") or {}
+    settings = (("rank_pattern", own["r"]), ("alpha_pattern", own["lora_alpha"]))
     return [
-        (
-            view,
-            ranks.get(get_pattern_key(ranks, view.config_name), own["r"]),
-            alphas.get(get_pattern_key(alphas, view.config_name), own["lora_alpha"]),
-        )
+        (view, *(of_pattern(own.get(pattern), view.config_name, default) for pattern, default in settings))
         for view in lora_layers(model, adapter)
     ]
+
+
+def new_adapter(base: nn.Module, **settings: Any) -> Any:
+    """PEFT's model of a base model and a new adapter; settings are those of `LoraConfig`."""
+    require_peft()
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (peft is an optional dependency)
+
+    return get_peft_model(base, LoraConfig(**settings))  # type: ignore[arg-type]
 
 
 def wrap(base: nn.Module, folder: Path, adapter: str, **settings: Any) -> Any:
@@ -79,12 +83,8 @@ def check_complete(model: Any, adapter: str, folder: Path, tensors: Iterable[str
     # Without embeddings: whether they have changed, older versions look up in the base model's folder, and warn.
     held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     written, wanted = factors(tensors), factors(held)
-    for missing, where, other in (
-        (wanted - written, "the model", "the file"),
-        (written - wanted, "the file", "the model"),
-    ):
+    sides = (wanted - written, "the model", "the file"), (written - wanted, "the file", "the model")
+    for missing, where, other in sides:
         if missing:
-            raise ValueError(
-                f"adapter {str(folder)!r} does not fit this model: {where} has {min(missing)}, which {other} has not "
-                f"({len(missing)} such)"
-            )
+            what = f"{where} has {min(missing)}, which {other} has not ({len(missing)} such)"
+            raise ValueError(f"adapter {str(folder)!r} does not fit this model: {what}")

@@ -26,7 +26,8 @@ def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_exp
     layers = find_lora_layers(model, adapter, without_experts=without_experts)
     if any(parts.directions(layer.module, adapter) is not None for layer in layers.supported):
         raise ValueError(f"adapter {adapter!r} has LoRA-Dash's coordinates: initialise first, attach afterwards")
-    offloaded = [layer.name for layer in layers.supported if _is_offloaded(layer.module, adapter)]
+    factors = {layer.name: carrier(layer).lora_A[adapter] for layer in layers.supported}
+    offloaded = [name for name, factor in factors.items() if hasattr(factor, "_hf_hook") and factor.weight.is_meta]
     if offloaded:
         raise ValueError(
             f"the factors of layer {', '.join(offloaded)} are on the meta device, offloaded by accelerate, which would "
@@ -44,11 +45,6 @@ def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_exp
             "init_lora_weights=True"
         )
     return layers
-
-
-def _is_offloaded(module: Any, adapter: str) -> bool:
-    factor = getattr(module, "wrapper", module).lora_A[adapter]  # of all experts, where it is one of them
-    return hasattr(factor, "_hf_hook") and factor.weight.is_meta
 
 
 def _config(model: nn.Module, adapter: str) -> Any:
@@ -78,11 +74,8 @@ def _check_biases(model: nn.Module, layers: AdapterLayers, adapter: str) -> None
     if config.bias == "all":
         names = [name for name, _ in model.named_parameters() if name.endswith("bias") and ".lora_" not in name]
     else:
-        names = [
-            f"{layer.name}.bias"
-            for layer in layers.supported
-            if getattr(layer.module.get_base_layer(), "bias", None) is not None
-        ]
+        bases = {layer.name: layer.module.get_base_layer() for layer in layers.supported}
+        names = [f"{name}.bias" for name, base in bases.items() if getattr(base, "bias", None) is not None]
     if not names:
         return
     try:

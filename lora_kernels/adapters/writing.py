@@ -12,7 +12,7 @@ from torch import nn
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers
-from lora_kernels.adapters.names import config_name, patterns, scaling_of
+from lora_kernels.adapters.names import config_name, scaling_of
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.runtime.modes import is_sharded
 
@@ -95,12 +95,6 @@ def _remove(model: nn.Module, layer: AdapterLayer, adapter: str) -> None:
     setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
-def _matches(config: Any, name: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415
-
-    return bool(check_target_module_exists(config, name))
-
-
 def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
     """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
     views = lora_layers(model, adapter)
@@ -113,14 +107,10 @@ def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, 
 def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
     """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter."""
     # `removed`: layers lost their adapter, so that `target_modules` must name those left.
-    from lora_kernels.adapters.config import tidy  # noqa: PLC0415  (imports peft)
+    from lora_kernels.adapters.config import set_ranks  # noqa: PLC0415  (imports peft)
 
     config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
-    layers, _, _ = _config_names(model, adapter)
-    # Servers allocate for r, and take `lora_alpha / r` for the scaling: the largest rank, and its alpha.
-    config.r = max(rank for rank, _ in layers.values())
-    config.lora_alpha = next(tidy(alpha) for rank, alpha in layers.values() if rank == config.r)
-    config.rank_pattern, config.alpha_pattern = patterns(layers, config)
+    set_ranks(config, _config_names(model, adapter)[0])
     if removed:
         list_modules(model, adapter, config)
 
@@ -128,15 +118,17 @@ def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
     """Make a config name the modules that have an adapter, and no others."""
     # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
+    from peft.tuners.tuners_utils import check_target_module_exists as matches  # noqa: PLC0415
+
     _, modules, without = _config_names(model, adapter)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
         config.target_modules = names
-        if not any(_matches(config, name) for name in without):
+        if not any(matches(config, name) for name in without):
             return
     # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
     if always:  # of what the list matches too much
-        others = [name for name in without if _matches(config, name)]
+        others = [name for name in without if matches(config, name)]
         config.exclude_modules = "|".join(re.escape(name) for name in sorted(others))
         return
     config.target_modules = "|".join(re.escape(name) for name in sorted(modules))

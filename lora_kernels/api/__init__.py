@@ -7,7 +7,6 @@ from lora_kernels.api.diagnosis import snapshot
 from lora_kernels.api.learning_rate import LearningRateAdvice
 from lora_kernels.api.monitor import LandscapeMonitor
 from lora_kernels.api.report import InitReport, LayerReport
-from lora_kernels.api.tsd import LoraTSD
 
 if TYPE_CHECKING:
     from lora_kernels.api.callbacks import LandscapeCallback, LearningRateCallback, LoraDashCallback
@@ -21,7 +20,6 @@ __all__ = [
     "LearningRateAdvice",
     "LearningRateCallback",
     "LoraDashCallback",
-    "LoraTSD",
     "snapshot",
 ]
 

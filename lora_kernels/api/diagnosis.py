@@ -23,7 +23,6 @@ from lora_kernels.landscape import (
     Adapter,
     Diagnosis,
     LayerDiagnosis,
-    Overlap,
     Spectrum,
     Thresholds,
     WeightNorms,
@@ -36,7 +35,7 @@ from lora_kernels.landscape import (
     overlap,
     weight_norms,
 )
-from lora_kernels.landscape.experts import rows
+from lora_kernels.landscape.report import rows
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import summed_loss
@@ -169,8 +168,7 @@ def diagnose(
     check_type("thresholds", thresholds, (Thresholds, type(None)), "Thresholds or None")
     check_type("weights", weights, bool, "true or false")
     limits = thresholds or Thresholds()
-    if weight_decay is not None:
-        check_range("weight_decay", weight_decay, low=0.0)
+    check_range("weight_decay", weight_decay, low=0.0, optional=True)
     if loader is not None and statistics is not None:
         raise ValueError("at most one of loader and statistics can be given")
     if options and loader is None:
@@ -189,6 +187,13 @@ def diagnose(
         with observed_experts(target.module for target in targets):
             statistics = collect_targets(model, loader, targets, GRADIENT, chosen)
         gain = None if not weight_decay else _gain(model, layers, adapter_name, loader, chosen, statistics)
+    note = None
+    if broken and loader is not None:
+        note = "the data was not read: with factors that are not finite the loss is not finite either"
+    elif statistics is None:
+        note = "no data was given: no certificates"
+    elif not weight_decay:
+        note = "no weight decay was given: no certificates, since every low loss is then as good as another"
     diagnoses = tuple(
         _layer(layer, adapter, spectra[adapter.name], statistics, weight_decay, gain, limits, intruders)
         for layer, adapter in zip(layers.supported, adapters, strict=True)
@@ -202,18 +207,8 @@ def diagnose(
         batches=0 if statistics is None else statistics.batches,
         tokens=0.0 if statistics is None else statistics.tokens,
         unsupported=tuple((name, why) for name, _, why in layers.unsupported),
-        notes=_notes(statistics, weight_decay, left_out=broken and loader is not None),
+        notes=() if note is None else (note,),
     )
-
-
-def _notes(statistics: Statistics | None, weight_decay: float | None, *, left_out: bool) -> tuple[str, ...]:
-    if left_out:
-        return ("the data was not read: with factors that are not finite the loss is not finite either",)
-    if statistics is None:
-        return ("no data was given: no certificates",)
-    if not weight_decay:
-        return ("no weight decay was given: no certificates, since every low loss is then as good as another",)
-    return ()
 
 
 def _check_active(layers: AdapterLayers, adapter: str) -> None:
@@ -240,12 +235,8 @@ def _gain(
     a mean over samples is not that over batches.
     """
     modules = list(dict.fromkeys(carrier(layer) for layer in layers.supported))
-    if (
-        isinstance(loader, Iterator)
-        or world_size() > 1
-        or options.weighting != "token"
-        or any(module.merged for module in modules)
-    ):
+    unknown = isinstance(loader, Iterator) or world_size() > 1 or options.weighting != "token"
+    if unknown or any(module.merged for module in modules):
         return None
     device = model_device(model)
     totals, items = [0.0, 0.0], 0.0
@@ -285,19 +276,21 @@ def _layer(
     intruders: bool,
 ) -> LayerDiagnosis:
     notes: list[str] = []
-    module, certificate = place.module, None
+    module, carries, certificate = place.module, carrier(place), None
     layer = None if statistics is None else statistics.get(adapter.name)
     tokens = None if layer is None else layer.tokens
-    expert = module if isinstance(module, ExpertLayer) else None
     unreadable = _why_no_weight(module)
     if unreadable is not None:
         notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
     elif statistics is not None and weight_decay:
-        if any(_is_more(carrier(place), name) for name in carrier(place).active_adapters):
+        variants = {name: carries.lora_variant.get(name) for name in carries.active_adapters}
+        starts = [name for name, variant in variants.items() if isinstance(variant, parts.PartsVariant)]
+        starts = [name for name in starts if parts.directions(carries, name) is None]  # a frozen start is no more
+        if any(variant is not None and name not in starts for name, variant in variants.items()):
             notes.append("no certificate: with DoRA or another variant the update is more than s B A")
-        elif expert is not None and tokens == 0:
+        elif isinstance(module, ExpertLayer) and tokens == 0:
             pass  # the summary of the experts names it
         elif layer is None or not layer.has_gradient:
             notes.append("no certificate: the data, or its loss, never reached this layer")
@@ -307,20 +300,8 @@ def _layer(
             certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
-        compared = _overlap(module, adapter, spectrum)
+        blocks, shape, device = _rows(module)
+        weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
+        compared = overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)
     verdict = judge(spectrum, certificate, limits)
     return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), place.parameter, tokens)
-
-
-def _is_more(module: Any, adapter: str) -> bool:
-    """Whether what an adapter trains is more than A and B (a frozen start is not)."""
-    variant = module.lora_variant.get(adapter)
-    return variant is not None and not (
-        isinstance(variant, parts.PartsVariant) and parts.directions(module, adapter) is None
-    )
-
-
-def _overlap(module: Any, adapter: Adapter, spectrum: Spectrum) -> Overlap:
-    blocks, shape, device = _rows(module)
-    weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
-    return overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)

@@ -20,7 +20,7 @@ from lora_kernels.init.method import named_wants
 from lora_kernels.runtime import processes
 from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import check_same, together, unwrap
-from lora_kernels.statistics import Plan, Statistics, Target, make_plan, parse_budget
+from lora_kernels.statistics import Plan, Statistics, Target, parse_budget
 from lora_kernels.statistics import collect as collect_targets
 from lora_kernels.statistics.options import CollectKeywords, CollectOptions, Forward, PlanKeywords, read_options
 from lora_kernels.statistics.sharing import find_groups
@@ -123,16 +123,8 @@ def plan(
             groups = find_groups(model, layers, batch, forward)
     devices = (parameter.device for parameter in model.parameters())
     device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-    return make_plan(
-        layers,
-        resolve_wants(named_wants(wants)),
-        groups=groups,
-        budget=parse_budget(chosen.budget, device),
-        form=chosen.form,
-        sketch_size=chosen.sketch_size,
-        world_size=processes.world_size() if world_size is None else world_size,
-        dtype=chosen.dtype,
-    )
+    world = processes.world_size() if world_size is None else world_size
+    return chosen.plan(layers, resolve_wants(named_wants(wants)), groups, parse_budget(chosen.budget, device), world)
 
 
 def initialize(

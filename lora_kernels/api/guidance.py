@@ -6,11 +6,12 @@ import math
 import statistics as quantiles
 from collections.abc import Iterable
 
-from lora_kernels.init.factors import LoraFactors
+from lora_kernels.init.problem import LoraFactors
 from lora_kernels.statistics.store import Statistics
 
 # From here on a learning rate is one for stock LoRA rather than for full fine-tuning.
 LORA_RATE = 1e-4
+WARNING = "learning rate: "  # begins a sentence that deserves a `RuntimeWarning`
 # Closer than this the rates of two starts are alike.
 _ALIKE = 1.5
 
@@ -59,15 +60,7 @@ def advice(
         )
     if learning_rate is not None and starts_away and learning_rate >= LORA_RATE and ratio > _ALIKE:
         sentences.append(
-            f"{_WARNING}: {method} starts at B != 0, and learning_rate={learning_rate:g} is a rate for B = 0; it moves "
+            f"{WARNING}{method} starts at B != 0, and learning_rate={learning_rate:g} is a rate for B = 0; it moves "
             f"the weights as {learning_rate * ratio:.1e} would there. Try {learning_rate / ratio:.1e}"
         )
     return tuple(sentences)
-
-
-_WARNING = "learning rate"
-
-
-def is_warning(sentence: str) -> bool:
-    """Whether a sentence of `advice` deserves a `RuntimeWarning`."""
-    return sentence.startswith(_WARNING)

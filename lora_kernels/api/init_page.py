@@ -10,6 +10,12 @@ from lora_kernels.reports import printable
 
 # Explained variance below which the data have clearly more directions than the rank covers.
 _LOW_VARIANCE = 0.5
+# Attribute of a layer's report, title, meaning and hue.
+_GRIDS = (
+    ("explained_variance", "Explained variance", "share of the input variance that A captures, in %", 150),
+    ("start_share", "Size of the start, |sBA| / |W|", "Frobenius norms", 20),
+    ("first_step", "First step", "predicted loss change by Adam's first step per unit of learning rate", 275),
+)
 
 
 def init_page(report: InitReport) -> Page:
@@ -23,19 +29,7 @@ def init_page(report: InitReport) -> Page:
         tips={layer.name: f"rank {layer.rank_before} before, {layer.rank} now" for layer in report},
         high=max(ranks.values(), default=0.0) or 1.0,
     )
-    others = [
-        _grid(
-            report, "explained_variance", "Explained variance", "share of the input variance that A captures, in %", 150
-        ),
-        _grid(report, "start_share", "Size of the start, |sBA| / |W|", "Frobenius norms", 20),
-        _grid(
-            report,
-            "first_step",
-            "First step",
-            "predicted loss change by Adam's first step per unit of learning rate",
-            275,
-        ),
-    ]
+    others = [_grid(report, *settings) for settings in _GRIDS]
     return Page(
         title=f"{report.method} initialisation of adapter {printable(report.adapter)}",
         headline=report.summary(),
@@ -77,11 +71,8 @@ def _findings(report: InitReport) -> list[Finding]:
     variances = {layer.name: layer.explained_variance for layer in report if layer.explained_variance is not None}
     low = sorted((value, name) for name, value in variances.items() if value < _LOW_VARIANCE)
     if low:
-        finding = Finding(
-            title="low explained variance",
-            meaning="the inputs of these layers have more directions than the rank covers",
-            advice="raise r, or let ranks follow the data: ranks=Redistribution('explained_variance', 2.0)",
-            layers=tuple((name, f"{100 * value:.1f} %") for value, name in low),
-        )
-        findings.append(finding)
+        meaning = "the inputs of these layers have more directions than the rank covers"
+        advice = "raise r, or let ranks follow the data: ranks=Redistribution('explained_variance', 2.0)"
+        layers = tuple((name, f"{100 * value:.1f} %") for value, name in low)
+        findings.append(Finding(title="low explained variance", meaning=meaning, advice=advice, layers=layers))
     return findings

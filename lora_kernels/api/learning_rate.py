@@ -204,7 +204,8 @@ class _Probe:
 
     def gradients(self, batches: Sequence[Any]) -> Tensors:
         """Gradients of the mean loss by all parameters, zero where it does not depend on one."""
-        sums = [torch.zeros_like(parameter, dtype=_wide(parameter)) for parameter in self.parameters]
+        wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters]
+        sums = [torch.zeros_like(part, dtype=dtype) for part, dtype in zip(self.parameters, wide, strict=True)]
 
         def run() -> tuple[float, float]:
             counted = 0.0
@@ -251,37 +252,21 @@ class _Probe:
                 parameter.data = value
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _lora_pro_step(
-    mode: Any, values: Mapping[int, torch.Tensor], gradients: Mapping[int, torch.Tensor], pairs: Sequence[Any]
-) -> dict[int, torch.Tensor]:
-    """The first step of LoRA-Pro per unit of rate, by the optimizer itself on copies; one pair at a time."""
-    steps: dict[int, torch.Tensor] = {}
-    for a, b, scaling, experts in pairs:
-        keys = id(a), id(b)
-        before = [values[key].detach().to(gradients[key].dtype) for key in keys]
-        copies = [nn.Parameter(value.clone()) for value in before]
-        for copy, key in zip(copies, keys, strict=True):
-            copy.grad = gradients[key].clone()
-        group = {"pairs": [copies], "scaling": scaling, "experts": experts}
-        LoraPro([group], 1.0, mode=mode, eps=_EPS).step()
-        steps |= {key: copy.detach() - value for key, copy, value in zip(keys, copies, before, strict=True)}
-    return steps
-
-
 def _first_step(probe: _Probe, optimizer: str, pairs: Sequence[Any], gradients: Tensors) -> Tensors:
     """The optimizer's first step from here, per unit of rate."""
-    steps = [-gradient / (gradient.abs() + _EPS) for gradient in gradients]  # Adam's moments are those of one gradient
-    if optimizer == "adamw":
-        return steps
-    by_key = {id(parameter): gradient for parameter, gradient in zip(probe.parameters, gradients, strict=True)}
-    reached = [pair for pair in pairs if bool(by_key[id(pair[0])].any()) or bool(by_key[id(pair[1])].any())]
-    mode = "full" if optimizer == "lora_pro_full" else "efficient"
-    adjusted = _lora_pro_step(mode, {id(parameter): parameter for parameter in probe.parameters}, by_key, reached)
-    return [adjusted.get(id(parameter), step) for parameter, step in zip(probe.parameters, steps, strict=True)]
+    of = {id(parameter): gradient for parameter, gradient in zip(probe.parameters, gradients, strict=True)}
+    # Adam's moments are those of one gradient.
+    steps = {key: -gradient / (gradient.abs() + _EPS) for key, gradient in of.items()}
+    for a, b, scaling, experts in pairs:  # of LoRA-Pro, by the optimizer itself on copies; one pair at a time
+        if bool(of[id(a)].any()) or bool(of[id(b)].any()):
+            before = [factor.detach().to(of[id(factor)].dtype) for factor in (a, b)]
+            copies = [nn.Parameter(value.clone()) for value in before]
+            for copy, factor in zip(copies, (a, b), strict=True):
+                copy.grad = of[id(factor)].clone()
+            group = {"pairs": [copies], "scaling": scaling, "experts": experts}
+            LoraPro([group], 1.0, mode="full" if optimizer == "lora_pro_full" else "efficient", eps=_EPS).step()
+            steps[id(a)], steps[id(b)] = (copy.detach() - value for copy, value in zip(copies, before, strict=True))
+    return [steps[id(parameter)] for parameter in probe.parameters]
 
 
 def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Sequence[Any]) -> Tensors:
@@ -295,14 +280,6 @@ def _direction(probe: _Probe, optimizer: str, pairs: Sequence[Any], batches: Seq
     with probe.moved(_SECOND_STEP, steps):
         later = _first_step(probe, optimizer, pairs, probe.gradients(batches))
     return [second if is_idle else first for first, second, is_idle in zip(steps, later, idle, strict=True)]
-
-
-def _read(data: Iterable[Any], count: int, device: torch.device) -> tuple[list[Any], list[Any]]:
-    """The first batches: one half for the step, the other for the loss; of one alone both."""
-    batches = [to_device(batch, device) for batch in itertools.islice(data, count)]
-    raise_together(None if batches else ValueError("data is empty: it yielded no batch"))
-    half = (len(batches) + 1) // 2
-    return batches[:half], batches[half:] or batches
 
 
 def advise(
@@ -366,7 +343,11 @@ def suggest_learning_rate(
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []
     with observation_mode(model, gradients=True):
-        of_step, of_loss = _read(data, batches, model_device(model))
+        device = model_device(model)
+        every = [to_device(batch, device) for batch in itertools.islice(data, batches)]
+        raise_together(None if every else ValueError("data is empty: it yielded no batch"))
+        half = (len(every) + 1) // 2  # for the step; the rest for the loss, or of one alone both
+        of_step, of_loss = every[:half], every[half:] or every
         start = probe.loss(of_loss)
         if not math.isfinite(start):
             raise ValueError(f"the loss is {start} before any step, but must be finite")

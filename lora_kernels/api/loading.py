@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.adapters import loading
-from lora_kernels.adapters.files import mark_of
-from lora_kernels.adapters.folders import CONFIG, read_config, read_tensors
+from lora_kernels.adapters.folders import CONFIG, mark_of, read_config, read_tensors
 from lora_kernels.adapters.layers import find_lora_layers, is_peft_model
 from lora_kernels.adapters.versions import require_peft
 from lora_kernels.training.dash import LoraDash
@@ -30,9 +29,6 @@ def load(
         adapter_name: the name that it gets, or has.
         is_trainable: whether its factors are to be trained; of a PEFT model they stay as they are.
         settings: more arguments of `PeftModel.from_pretrained`.
-
-    Returns:
-        The PEFT model.
 
     Raises:
         ValueError: if the folder is missing, malformed or of another method, or does not fit the model: a factor of

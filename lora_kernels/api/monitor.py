@@ -41,7 +41,12 @@ def _finite(spectra: Iterable[Spectrum]) -> list[Spectrum]:
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
+    return statistics.fmean(values) if values else math.nan
+
+
+def _known(spectra: Iterable[Spectrum], name: str) -> list[float]:
+    """A number of spectra, of those that have it."""
+    return [value for spectrum in spectra if (value := getattr(spectrum, name)) is not None]
 
 
 def summarize(spectra: Mapping[str, Spectrum], parameters: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -57,11 +62,9 @@ def summarize(spectra: Mapping[str, Spectrum], parameters: Mapping[str, str] | N
         "nuclear": math.fsum(spectrum.nuclear for spectrum in finite) if finite else math.nan,
         "balance": max((spectrum.balance for spectrum in finite), default=math.nan),
     }
-    shares = [spectrum.spectral_share for spectrum in finite if spectrum.spectral_share is not None]
-    if shares:
+    if shares := _known(finite, "spectral_share"):
         numbers["share"] = max(shares)
-    drifts = [spectrum.drift for spectrum in finite if spectrum.drift is not None]
-    if drifts:
+    if drifts := _known(finite, "drift"):
         numbers["drift"] = math.hypot(*drifts)
     return {**numbers, "not_finite": float(len(spectra) - len(finite))}
 
@@ -76,18 +79,16 @@ def _rows(spectra: Mapping[str, Spectrum], parameters: Mapping[str, str]) -> dic
 def _of_experts(spectra: Sequence[Spectrum]) -> dict[str, float | None]:
     """What a line has of the experts of a parameter: norms of all together, the median entropy, else the largest."""
     finite = _finite(spectra) or spectra
-    shares = [spectrum.spectral_share for spectrum in finite if spectrum.spectral_share is not None]
-    drifts = [spectrum.drift for spectrum in finite if spectrum.drift is not None]
+    known = {name: _known(finite, name) for name in LAYER_FIELDS}
     return {
-        "spectral": max(spectrum.spectral for spectrum in finite),
-        "nuclear": math.fsum(spectrum.nuclear for spectrum in finite),
-        "frobenius": math.hypot(*(spectrum.frobenius for spectrum in finite)),
-        "numerical_rank": max(spectrum.numerical_rank for spectrum in finite),
-        "smallest_rank": min(spectrum.numerical_rank for spectrum in finite),
-        "entropy_rank": statistics.median(spectrum.entropy_rank for spectrum in finite),
-        "balance": max(spectrum.balance for spectrum in finite),
-        "spectral_share": max(shares, default=None),
-        "drift": math.hypot(*drifts) if drifts else None,
+        **{
+            name: max(known[name], default=None) for name in ("spectral", "numerical_rank", "balance", "spectral_share")
+        },
+        "nuclear": math.fsum(known["nuclear"]),
+        "frobenius": math.hypot(*known["frobenius"]),
+        "smallest_rank": min(known["numerical_rank"]),
+        "entropy_rank": statistics.median(known["entropy_rank"]),
+        "drift": math.hypot(*known["drift"]) if known["drift"] else None,
         "experts": len(spectra),
         "not_finite": len(spectra) - len(_finite(spectra)),
     }
@@ -198,10 +199,6 @@ class LandscapeMonitor:
         return numbers
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63  # and not NaN
-
-
 def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The measurements of a log by step, without those that a run which was resumed at an earlier step repeated."""
     latest: list[dict[str, Any]] = []
@@ -234,11 +231,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("layers"), dict)
-            or not _is_number(entry.get("step"))
-        ):
+        step, layers = (entry.get("step"), entry.get("layers")) if isinstance(entry, dict) else (None, None)
+        is_number = isinstance(step, (int, float)) and not isinstance(step, bool) and abs(step) < 2**63  # and not NaN
+        if not (is_number and isinstance(layers, dict)):
             raise ValueError(f"line {number} of {path} was not written by a LandscapeMonitor")
         entries.append(entry)
     if not entries:

@@ -30,14 +30,12 @@ def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> 
         listed = list(names)
         for name in listed:
             check_type("targets", name, str, "module names")
-        chosen = list(dict.fromkeys(listed))
-        for name in chosen:
             if name not in modules:
                 raise ValueError(f"targets names {name!r}, but the model has no such module")
             if linear_features(modules[name]) is None:
-                raise ValueError(
-                    f"targets names {name!r}, a {type(modules[name]).__name__}, but must name linear layers"
-                )
+                kind = type(modules[name]).__name__
+                raise ValueError(f"targets names {name!r}, a {kind}, but must name linear layers")
+        chosen = list(dict.fromkeys(listed))
     else:
         chosen = [name for name, module in modules.items() if linear_features(module) is not None]
         if not chosen:
@@ -53,12 +51,10 @@ def skipped_modules(model: nn.Module) -> dict[str, str]:
         matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() >= 2]
         if not matrices or linear_features(module) is not None:
             continue
-        kind = type(module).__name__
+        reason = f"{', '.join(matrices)} belong to no linear layer with an input of its own"
         if isinstance(module, nn.Embedding):
-            reason = f"{kind}: its input are indices"
+            reason = "its input are indices"
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            reason = f"{kind}: its inputs are patches, not rows"
-        else:
-            reason = f"{kind}: {', '.join(matrices)} belong to no linear layer with an input of its own"
-        reasons[name] = reason
+            reason = "its inputs are patches, not rows"
+        reasons[name] = f"{type(module).__name__}: {reason}"
     return reasons

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import warnings
@@ -15,16 +14,16 @@ from torch import nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
 from lora_kernels.adapters import parts, starting, writing
-from lora_kernels.adapters.base_weight import base_weight, why_unreadable
+from lora_kernels.adapters.base_weight import dense_weight, why_unreadable
 from lora_kernels.adapters.dora import magnitudes, reset_magnitudes
 from lora_kernels.adapters.experts import observed as observed_experts
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, base_model_only, left_out_by_peft
 from lora_kernels.api import guidance
 from lora_kernels.api.learning_rate import OPTIMIZERS, LearningRateAdvice, advise
-from lora_kernels.api.report import InitReport, LayerReport
-from lora_kernels.api.report_experts import experts_together
+from lora_kernels.api.report import InitReport, LayerReport, experts_together
 from lora_kernels.init import InitMethod, LayerFactors, Redistribution
-from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.init.problem import BaseLayer, LoraFactors
+from lora_kernels.init.ranks import RankRule
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.runtime.progress import progress_bars
@@ -71,8 +70,7 @@ class Start:
         check_type("suggest_rate", self.suggest_rate, bool, "true or false")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("base", self.base, ("intact", "mutate"))
-        if self.learning_rate is not None:
-            check_range("learning_rate", self.learning_rate, low=0.0)
+        check_range("learning_rate", self.learning_rate, low=0.0, optional=True)
         if self.ranks is not None:
             self.method = self.method.keeping_ranks()
 
@@ -83,7 +81,7 @@ class Start:
         return {name: bool(own.get(name)) or bool(more.get(name)) for name in (*own, *more)}
 
     @property
-    def rule(self) -> Redistribution | None:
+    def rule(self) -> RankRule | None:
         """How ranks change, if they do."""
         return self.method.redistribution if self.ranks is None else self.ranks
 
@@ -141,7 +139,9 @@ class Start:
         assigned = reached if self.ranks is None else self.ranks.assign(self.statistics, reached)
         layers = {layer.name: layer for layer in self.layers.supported}
         kept = {name: rank for name, rank in assigned.items() if rank > 0}
-        base = {name: self._base_layer(self._resized(layers[name], rank)) for name, rank in kept.items()}
+        base = {
+            name: self._base_layer(layers[name].with_rank(rank, adjust=self._adjust)) for name, rank in kept.items()
+        }
         with progress_bars(progress):
             self.answers = self.method.factors(self.statistics, kept, base=base)
         for name in assigned.keys() - kept.keys():
@@ -184,12 +184,9 @@ class Start:
             warnings.warn(f"{message}; they keep their stock initialisation", RuntimeWarning, stacklevel=5)
         return reached
 
-    def _resized(self, layer: AdapterLayer, rank: int) -> AdapterLayer:
-        """A layer as it will be, with the scaling that its factors are for."""
-        return layer.with_rank(rank, adjust=self._adjust)
-
     @property
     def _adjust(self) -> bool:
+        """Whether alpha follows where a rank changes."""
         return self.rule is not None and self.rule.adjust_scaling_factors
 
     def _base_layer(self, layer: AdapterLayer) -> BaseLayer:
@@ -197,7 +194,9 @@ class Start:
             a, b = layer.view.factors(self.adapter)
             return LoraFactors(a.to(torch.float32, copy=True), b.to(torch.float32, copy=True))
 
-        return BaseLayer(functools.partial(base_weight, *reversed(layer.view)), layer.scaling, factors, layer.shape)
+        return BaseLayer(
+            lambda: dense_weight(layer.module, layer.name).to(torch.float32), layer.scaling, factors, layer.shape
+        )
 
     def _layer_report(self, layer: AdapterLayer) -> LayerReport:
         name, sums = layer.name, self.statistics.get(layer.name)
@@ -207,14 +206,16 @@ class Start:
         answer = self.answers[name]
         factors, share, outlook = answer.factors, 0.0, {}
         if factors.rank:
-            scaling = self._resized(layer, factors.rank).scaling
+            scaling = layer.with_rank(factors.rank, adjust=self._adjust).scaling
             outlook = guidance.outlook(factors, scaling, self.statistics, name, offset=self.method.offsets_base)
-            start = _product_norm(factors, scaling)
+            a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
+            # |s B A| by the Gram matrices of the factors.
+            start = abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
             unreadable = why_unreadable(layer.module) if start > 0 else None
             if unreadable is not None:
                 notes = (*notes, f"start not compared with the weight: {unreadable}")
             elif start > 0:
-                share = start / float(torch.linalg.vector_norm(base_weight(layer.module, name)))
+                share = start / float(torch.linalg.vector_norm(dense_weight(layer.module, name)))
         rows = self.statistics.skipped_rows.get(name, 0)
         explained = None if math.isnan(answer.explained_variance) else answer.explained_variance
         stock = "stock" if answer.solver == "stock" else "initialised"
@@ -270,8 +271,9 @@ class Start:
     def report(self) -> InitReport:
         """What was done, with warnings about the learning rate."""
         advice = self._advice()
-        for sentence in filter(guidance.is_warning, advice):
-            warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+        for sentence in advice:
+            if sentence.startswith(guidance.WARNING):
+                warnings.warn(sentence, RuntimeWarning, stacklevel=3)
         ranks = {"ranks": asdict(self.ranks)} if self.ranks is not None else {}
         return InitReport(
             method=self.method.name,
@@ -288,27 +290,23 @@ class Start:
         )
 
     def _advice(self) -> tuple[str, ...]:
-        change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
-        name = self.method.name
-        moved = f"{name} moves the model's function at the start: the loss is predicted to change by {change:.2g}"
+        outside = moved = None
+        if self.rate_advice is not None and self.learning_rate is not None:
+            outside = self.rate_advice.judge(self.learning_rate)
+        if self.method.moves_function:
+            change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
+            moved = f"the loss is predicted to change by {change:.2g}"
+            moved = f"{self.method.name} moves the model's function at the start: {moved}"
         rates = guidance.advice(
-            name,
+            self.method.name,
             [layer.step_ratio for layer in self.layer_reports if layer.step_ratio is not None],
             starts_away=any(bool(answer.factors.B.any()) for answer in self.answers.values()),
             full_rate=self.method.full_rate,
             learning_rate=self.learning_rate,
         )
-        outside = None
-        if self.rate_advice is not None and self.learning_rate is not None:
-            outside = self.rate_advice.judge(self.learning_rate)
-        left_out = left_out_by_peft(self.model, self.adapter)
-        return (
-            *([] if outside is None else [outside]),
-            *([] if left_out is None else [left_out]),
-            *([moved] if self.method.moves_function else []),
-            *self.method.remarks(self.statistics),
-            *rates,
-        )
+        remarks = self.method.remarks(self.statistics)
+        sentences = (outside, left_out_by_peft(self.model, self.adapter), moved, *remarks, *rates)
+        return tuple(sentence for sentence in sentences if sentence is not None)
 
     def _trainable(self, ranks: Mapping[str, int]) -> int:
         """Number of entries of all factors, with these ranks where they are not the layer's own."""
@@ -317,9 +315,3 @@ class Start:
     def _clock(self, step: str) -> None:
         now = time.perf_counter()
         self.seconds[step], self._lap = now - self._lap, now
-
-
-def _product_norm(factors: LoraFactors, scaling: float) -> float:
-    """`|s B A|` (Frobenius), from the Gram matrices of the factors."""
-    a, b = factors.A.detach().to(torch.float64), factors.B.detach().to(torch.float64)
-    return abs(scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))

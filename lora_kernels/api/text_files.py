@@ -23,49 +23,28 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """One column of texts that are not empty, white space collapsed.
+def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
+    """The texts, white space collapsed, and their labels if a column of them is named; empty texts are then refused.
 
     Raises:
-        ValueError: as `read_rows`, or if a value is no text, or no text is left.
-    """
-    texts = []
-    for place, row in read_rows(path, (column,)):
-        value = row[column]
-        if not isinstance(value, str):
-            raise ValueError(f"{place}: {column!r} is {value!r}, but must be a text")
-        if value.strip():
-            texts.append(" ".join(value.split()))
-    if not texts:
-        raise ValueError(f"{path.name} has no text in column {column!r}")
-    return texts
-
-
-def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Texts and their labels, in the file's order.
-
-    Raises:
-        ValueError: as `read_rows`, or if a text or label is missing or empty.
+        ValueError: as `read_rows`, or if a text or a label is missing, or there is none at all.
     """
     texts, labels = [], []
-    for place, row in read_rows(path, (text_column, label_column)):
-        text, label = row[text_column], row[label_column]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be a text that is not empty")
-        if not isinstance(label, (str, int)) or not str(label).strip():
-            raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
-        texts.append(" ".join(text.split()))
-        labels.append(str(label).strip())
+    for place, row in read_rows(path, (text_column,) if label_column is None else (text_column, label_column)):
+        text = row[text_column]
+        if not isinstance(text, str) or not (text.strip() or label_column is None):
+            kind = "a text" if label_column is None else "a text that is not empty"
+            raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be {kind}")
+        if label_column is not None:
+            label = row[label_column]
+            if not isinstance(label, (str, int)) or not str(label).strip():
+                raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
+            labels.append(str(label).strip())
+        if text.strip():
+            texts.append(" ".join(text.split()))
     if not texts:
-        raise ValueError(f"{path.name} has no rows")
-    return texts, labels
-
-
-def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
-    """The texts, and their labels if a column of them is named."""
-    if label_column is None:
-        return read_texts(path, text_column), None
-    return read_labelled(path, text_column, label_column)
+        raise ValueError(f"{path.name} has no text in column {text_column!r}")
+    return texts, None if label_column is None else labels
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,20 +17,14 @@ from lora_kernels.api.plain import linear_features
 from lora_kernels.reports import counted
 from lora_kernels.runtime.loss import IGNORED_LABEL
 
-TASKS = ("causal-lm", "sequence-classification", "base")
+# Heads, and transformers' classes for them.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "base": "AutoModel",
+}
 # As PEFT calls them: their heads get no adapter.
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-
-
-def _model_class(task: str) -> Any:
-    import transformers  # noqa: PLC0415  (an optional dependency)
-
-    kinds = {
-        "causal-lm": "AutoModelForCausalLM",
-        "sequence-classification": "AutoModelForSequenceClassification",
-        "base": "AutoModel",
-    }
-    return getattr(transformers, kinds[task])
 
 
 def load(folder: Path, task: str, labels: Sequence[str] | None = None) -> tuple[Any, Any]:
@@ -54,7 +48,7 @@ def task_for(
 ) -> str:
     """The head to load a model with: as asked, by the adapter's `task_type`, a classifier with labels, or by config."""
     if asked is not None:
-        check_choice("task", asked, TASKS)
+        check_choice("task", asked, tuple(TASKS))
         return asked
     known = next((task for task, name in TASK_TYPES.items() if name == task_type), None)
     return known or (task_of(model) if labels is None else "sequence-classification")
@@ -77,9 +71,11 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
     """Load a model from a folder, nothing from a hub, in evaluation mode; a ValueError if that fails."""
     # A classifier whose folder holds no head of its own gets a new one (of seed 0) with a class for each of the
     # `labels`, in alphabetical order.
-    check_choice("task", task, TASKS)
+    check_choice("task", task, tuple(TASKS))
     if not (folder / "config.json").is_file():
         raise ValueError(f"model is {str(folder)!r}, but must be a folder with a transformers config.json")
+    import transformers  # noqa: PLC0415  (an optional dependency)
+
     head: dict[str, Any] = {}
     if labels is not None and task == "sequence-classification" and task_of(folder) != task:
         names = sorted(set(labels))
@@ -87,7 +83,7 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _model_class(task).from_pretrained(folder, local_files_only=True, **head)
+            model = getattr(transformers, TASKS[task]).from_pretrained(folder, local_files_only=True, **head)
     except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
         raise ValueError(f"model {str(folder)!r} cannot be loaded as {task}: {error!r}") from error
     return model.eval()
@@ -99,7 +95,7 @@ def empty_model(config_file: Path, task: str) -> Any:
     Raises:
         ValueError: if the task is unknown, or the file is no config that transformers can build a model of.
     """
-    check_choice("task", task, TASKS)
+    check_choice("task", task, tuple(TASKS))
     settings = read_json(config_file)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise ValueError(f"config {str(config_file)!r} holds no object with a model_type, as transformers writes it")
@@ -108,7 +104,7 @@ def empty_model(config_file: Path, task: str) -> Any:
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
-            model = _model_class(task).from_config(config)
+            model = getattr(transformers, TASKS[task]).from_config(config)
             return model.to(torch.bfloat16).eval()
     except Exception as error:  # noqa: BLE001  (a wrong value surfaces anywhere in transformers, as any error)
         raise ValueError(f"config {str(config_file)!r} cannot be made into a {task} model: {error!r}") from error
@@ -173,45 +169,6 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.1f} M"
 
 
-def label_ids(model: Any, labels: Sequence[str]) -> list[int]:
-    """The numbers that a classifier gives to labels, by the names or the numbers in its config."""
-    known = {str(name): int(index) for name, index in model.config.label2id.items()}
-    known |= {str(index): index for index in range(model.config.num_labels)}
-    for label in labels:
-        if label not in known:
-            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
-    return [known[label] for label in labels]
-
-
-def text_batches(
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int,
-    max_length: int,
-    *,
-    causal: bool = False,
-    labels: Sequence[int] | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Tokenise texts into padded batches of `input_ids` and `attention_mask`, `(batch, tokens)` int64, in their order.
-
-    `causal` labels every token with itself, padding with -100 (causal models shift their labels); `labels` are those of
-    a classifier, `(batch,)`.
-    """
-    check_range("batch_size", batch_size, low=1, integer=True)
-    check_range("max_length", max_length, low=1, integer=True)
-    batches = []
-    for low in range(0, len(texts), batch_size):
-        part = list(texts[low : low + batch_size])
-        encoded = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        if causal:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-        elif labels is not None:
-            batch["labels"] = torch.tensor(labels[low : low + batch_size])
-        batches.append(batch)
-    return batches
-
-
 def task_batches(
     model: Any,
     tokenizer: Any,
@@ -221,7 +178,24 @@ def task_batches(
     batch_size: int,
     max_length: int,
 ) -> list[dict[str, torch.Tensor]]:
-    """`text_batches` with the labels that a model's head takes: without `labels`, a causal model's are its tokens."""
-    numbers = None if labels is None else label_ids(model, labels)
-    causal = task == "causal-lm" and labels is None
-    return text_batches(tokenizer, texts, batch_size, max_length, causal=causal, labels=numbers)
+    """Texts in padded batches, `(batch, tokens)` int64, in their order, with the labels that a model's head takes."""
+    # Labels of a classifier are the names or the numbers in its config; without any, those of a causal model are its
+    # tokens (it shifts them), with -100 for padding.
+    check_range("batch_size", batch_size, low=1, integer=True)
+    check_range("max_length", max_length, low=1, integer=True)
+    known = {str(name): int(index) for name, index in model.config.label2id.items()}
+    known |= {str(index): index for index in range(model.config.num_labels)}
+    for label in labels or ():
+        if label not in known:
+            raise ValueError(f"label {label!r} is none of the model's: {', '.join(list(known)[:8])}, ...")
+    batches = []
+    for low in range(0, len(texts), batch_size):
+        part = list(texts[low : low + batch_size])
+        encoded = tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        batch = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        if labels is not None:
+            batch["labels"] = torch.tensor([known[label] for label in labels[low : low + batch_size]])
+        elif task == "causal-lm":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        batches.append(batch)
+    return batches

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_choice, check_range
-from lora_kernels.init.factors import LayerFactors, balanced
 from lora_kernels.init.method import InputwiseMethod
-from lora_kernels.init.problem import LayerProblem, stock_start
+from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
 from lora_kernels.statistics.moments import INPUT_SECOND

@@ -39,7 +39,8 @@ class InputMetric:
         notes: tuple[str, ...] = ()
         if (used := float(raised)) > damping:
             notes = (f"input damping raised from {damping:g} to {used:g}: the moments are not positive definite",)
-        return cls(lower, used, layer.input_mean(), power, notes)
+        assert layer.seen.input is not None  # it has the second moment
+        return cls(lower, used, layer.seen.input.mean(), power, notes)
 
     def solve(self, block: torch.Tensor) -> torch.Tensor:
         """`C^{-1}` times a block `(n, k)`."""
@@ -78,4 +79,4 @@ def whitened_gradient(layer: LayerProblem, damping: float) -> torch.Tensor:
     root = (layer.mean(FISHER).to(metric.lower) + damping).rsqrt()
     gradient = layer.mean(GRADIENT).to(metric.lower) * root.unsqueeze(-1)
     white: torch.Tensor = torch.linalg.solve_triangular(metric.lower, gradient.mT, upper=False)
-    return white * math.sqrt(layer.items / layer.tokens)
+    return white * math.sqrt(layer.seen.loss_items / layer.seen.tokens)

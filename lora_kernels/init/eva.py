@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from lora_kernels.init.components import Components, input_components
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import InitMethod
-from lora_kernels.init.problem import LayerProblem
-from lora_kernels.init.ranks import Redistribution, offers, redistribute
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
+from lora_kernels.init.ranks import RankRule
 from lora_kernels.statistics.moments import INPUT_SECOND
 
 
 @dataclass(frozen=True)
-class EVA(InitMethod):
+class EVA(RankRule, InitMethod):
     """A = the leading principal components of a layer's inputs, B = 0; with `rho`, ranks follow the variance.
 
     By default every layer keeps the rank that it has: what is saved then is right in every server as it is.
@@ -28,12 +27,7 @@ class EVA(InitMethod):
             keeps every rank.
         center: subtract the mean input (as PEFT does); otherwise the raw second moment is decomposed.
         whiten: divide row i of A by the square root of its singular value (that of the centred token matrix).
-        min_rank: smallest rank of a layer where ranks change; with 0 a layer without a winning component loses its
-            adapter.
-        max_rank: largest rank of a layer (serving engines allocate for it).
-        multiple_of: every rank is a multiple of this.
-        adjust_scaling_factors: where a rank changes, alpha follows so that the scaling s stays the same.
-        seed: of the random start of the eigensolver.
+        min_rank: as for `Redistribution`, like `max_rank`, `multiple_of`, `adjust_scaling_factors` and `seed`.
 
     Raises:
         TypeError: if a numeric argument is not a number.
@@ -47,44 +41,24 @@ class EVA(InitMethod):
     rho: float = 1.0
     center: bool = True
     whiten: bool = False
-    min_rank: int = 1
-    max_rank: int | None = None
-    multiple_of: int = 1
-    adjust_scaling_factors: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        assert self._rule()  # checks itself
-
-    def _rule(self) -> Redistribution:
-        limits = self.min_rank, self.max_rank, self.multiple_of
-        return Redistribution(self.own_score, self.rho, *limits, self.adjust_scaling_factors)
 
     @property
-    def redistribution(self) -> Redistribution | None:
+    def redistribution(self) -> RankRule | None:
         """By explained variance, where `rho`, `max_rank` or `multiple_of` say so."""
-        changes = self.rho != 1.0 or self.max_rank is not None or self.multiple_of != 1
-        return self._rule() if changes else None
+        return self if self.rho != 1.0 or self.max_rank is not None or self.multiple_of != 1 else None
 
     def keeping_ranks(self) -> EVA:
         """The same method with the ranks as they are asked for."""
         return replace(self, rho=1.0, min_rank=1, max_rank=None, multiple_of=1)
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:
-        """Columns that a sketch should have: twice the components that the widest layer may offer."""
-        return 2 * round(self.rho * max(ranks, default=1))
-
     def solve_all(self, layers: Mapping[str, LayerProblem]) -> dict[str, LayerFactors]:
         """The factors of all layers, which share the sum of their ranks."""
         winners = {name: layer.rank for name, layer in layers.items()}
-        limits = {name: min(layer.shape) for name, layer in layers.items()}
-        offered = offers(winners, limits, rho=self.rho, max_rank=self.max_rank)
+        offered = self.offers(winners, {name: min(layer.shape) for name, layer in layers.items()})
         statistics = next(iter(layers.values())).collection
         components = input_components(statistics, offered, center=self.center, seed=self.seed)
         if self.redistribution is not None:
-            scores = {name: components[name].ratios()[: offered[name]] for name in layers}
-            budget = sum(winners.values())
-            winners = redistribute(scores, budget, min_rank=self.min_rank, multiple_of=self.multiple_of)
+            winners = self.share({name: components[name].ratios()[: offered[name]] for name in layers}, winners)
         return {name: self._layer(components[name], winners[name], layer) for name, layer in layers.items()}
 
     def _layer(self, components: Components, rank: int, layer: LayerProblem) -> LayerFactors:

@@ -10,11 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels.init.factors import LayerFactors
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.problem import LayerFactors, LayerProblem
 from lora_kernels.init.solving import batch_size
-from lora_kernels.linalg.randomized_svd import randomized_svd
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics.gradients import GRADIENT
 
 
@@ -29,10 +28,19 @@ class Triplets:
     residual: float  # bound on the spectral norm of what they leave, relative to that of the gradient
     solver: str  # the algorithm
 
+    @classmethod
+    def of(cls, svd: RandomizedSVD, dtype: torch.dtype) -> Triplets:
+        """Those of a gradient whose sums are of some dtype."""
+        assert svd.error is not None  # probes are drawn
+        # Errors of the sums are relative to their entries, and independent.
+        noise = math.sqrt(max(svd.U.shape[0], svd.Vh.shape[1])) * torch.finfo(dtype).eps
+        above = svd.S / svd.S[0] > noise
+        residual = float(svd.error / svd.S[0])
+        return cls(svd.U, torch.where(above, svd.S, 0.0), svd.Vh, int(above.sum()), residual, svd.method)
+
     def notes(self, use: str) -> tuple[str, ...]:
         """What is to be said where the gradient has too few directions for their use."""
-        count = self.s.numel()
-        if self.usable == count:
+        if self.usable == self.s.numel():
             return ()
         said = f"the gradient has {self.usable} directions above rounding for {use}"
         return (f"{said}: the others are arbitrary in A, zero in B",)
@@ -64,35 +72,17 @@ class GradientMethod(LayerwiseMethod):
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from the gradients of a group."""
         count = min(self.triplets_per_rank * layers[0].rank, *layers[0].shape)
-        decompose = self._decompose if layers[0].has(GRADIENT, exact=True) else self._reconstruct
-        for layer, triplets in zip(layers, decompose(layers, count), strict=True):
-            yield self.start(layer, triplets)
+        exact = layers[0].has(GRADIENT, exact=True)
+        every = self._decompose(layers, count) if exact else (layer.gradient_svd(count) for layer in layers)
+        for layer, svd in zip(layers, every, strict=True):
+            yield self.start(layer, Triplets.of(svd, layer.seen.sums[GRADIENT].dtype))
 
-    def _decompose(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
+    def _decompose(self, layers: Sequence[LayerProblem], count: int) -> Iterator[RandomizedSVD]:
         gradients = torch.stack([layer.mean(GRADIENT) for layer in layers])
         # By its largest entry, so that no product overflows or vanishes.
         scales = gradients.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gradients.dtype).tiny)
-        gradients /= scales
-        triplets = randomized_svd(gradients, count, n_iter=4, seed=self.seed)
-        assert triplets.error is not None  # probes are drawn
-        for u, s, vh, error, scale in zip(
-            triplets.U, triplets.S, triplets.Vh, triplets.error, scales.flatten(), strict=True
-        ):
-            residual = float(error / s[0])
-            yield _triplets(u, s.to(torch.float64) * scale, vh, residual, triplets.method, gradients.dtype)
-
-    def _reconstruct(self, layers: Sequence[LayerProblem], count: int) -> Iterator[Triplets]:
-        for layer in layers:
-            triplets = layer.gradient_svd(count)
-            assert triplets.error is not None  # a sketch has probes
-            residual = float(triplets.error / triplets.S[0])
-            yield _triplets(triplets.U, triplets.S, triplets.Vh, residual, triplets.method, layer.sums_dtype(GRADIENT))
-
-
-def _triplets(
-    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, residual: float, solver: str, dtype: torch.dtype
-) -> Triplets:
-    # Errors of the sums are relative to their entries, and independent.
-    noise = math.sqrt(max(u.shape[0], vh.shape[1])) * torch.finfo(dtype).eps
-    above = s > noise * s[0]
-    return Triplets(u, torch.where(above, s, 0.0), vh, int(above.sum()), residual, solver)
+        svd = randomized_svd(gradients.div_(scales), count, n_iter=4, seed=self.seed)
+        assert svd.error is not None  # probes are drawn
+        values, errors = (part.to(torch.float64) * scales.view(-1, 1) for part in (svd.S, svd.error.unsqueeze(-1)))
+        for u, s, vh, error in zip(svd.U, values, svd.Vh, errors[:, 0], strict=True):
+            yield RandomizedSVD(u, s, vh, error, svd.method)

@@ -12,9 +12,8 @@ import torch
 
 from lora_kernels._checks import check_choice, check_positive, check_range
 from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import InputwiseMethod
-from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
 from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
@@ -74,15 +73,13 @@ class LoraDA(InputwiseMethod):
     balance_factors: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("bias_weight", "damping", "gamma", "output_damping_ratio"):
-            value = getattr(self, name)
-            if name == "output_damping_ratio" and value is None:
-                continue
-            check_positive(name, value)
+        for name in ("bias_weight", "damping", "gamma"):
+            check_positive(name, getattr(self, name))
+        if self.output_damping_ratio is not None:
+            check_positive("output_damping_ratio", self.output_damping_ratio)
         check_range("variance_weight", self.variance_weight, low=0)
         check_choice("token_mask", self.token_mask, tuple(_MASKS))
-        if self.population_size is not None:
-            check_range("population_size", self.population_size, low=1, integer=True)
+        check_range("population_size", self.population_size, low=1, integer=True, optional=True)
 
     @property
     def collect_options(self) -> Mapping[str, Any]:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice, check_positive
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
-from lora_kernels.init.problem import LayerProblem, stock_start
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
 from lora_kernels.linalg.randomized_svd import randomized_svd
 from lora_kernels.statistics.sketches import stream_of
 
@@ -77,17 +76,14 @@ class LoraGA(GradientMethod):
             top = randomized_svd(layer.weight(), 1, n_iter=6, probes=0, seed=self.seed).S[0]
             b = b * float(top / kept[0])
         size = float(b.norm(dim=0).max()) if b.numel() else 0.0
+        need = 'gradients of this size need another gamma, or scale="weight_svd"'
         if size > _TOO_LONG:
-            why = f"B would be as large as {size:.1e}: gradients of this size need another gamma, or scale='weight_svd'"
-            return stock_start(layer, why)
+            return stock_start(layer, f"B would be as large as {size:.1e}: {need}")
         notes = triplets.notes(f"the 2r = {2 * rank} of A and B")
         if min(len(rows), len(columns)) < rank:
             notes = (*notes, f"min(m, n) = {count} directions for the 2r = {2 * rank} of A and B: the last are zero")
         if size > _LONG or 0 < size < _SHORT:
-            notes = (
-                *notes,
-                f'B starts at {size:.1e}: gradients of this size need another gamma, or scale="weight_svd"',
-            )
+            notes = (*notes, f"B starts at {size:.1e}: {need}")
         a = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
         b = nn.functional.pad(b, (0, rank - b.shape[1]))
         return LayerFactors(as_factors(a, b), residual=triplets.residual, solver=triplets.solver, notes=notes)

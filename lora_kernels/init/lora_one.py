@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_positive
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.gradients import GradientMethod, Triplets
-from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from lora_kernels._checks import check_choice
-from lora_kernels.init.factors import BaseLayer, LayerFactors
-from lora_kernels.init.problem import LayerProblem, problems, stock_start
-from lora_kernels.init.ranks import Redistribution
+from lora_kernels._checks import check_choice, check_type
+from lora_kernels.init.problem import BaseLayer, LayerFactors, LayerProblem, problems, stock_start
+from lora_kernels.init.ranks import RankRule
 from lora_kernels.init.solving import solve_layers
 from lora_kernels.statistics.moments import Accumulator
 from lora_kernels.statistics.statistic import Wants
@@ -69,7 +68,7 @@ class InitMethod(ABC):
         return 1
 
     @property
-    def redistribution(self) -> Redistribution | None:
+    def redistribution(self) -> RankRule | None:
         """How it changes ranks; `None` where it keeps them."""
         return None
 
@@ -105,8 +104,8 @@ class InitMethod(ABC):
             ValueError: if statistics or base layers are missing or not finite, or ranks are outside [1, min(m, n)].
         """
         layers = problems(statistics, ranks, self.wants, base)
-        reasons = {name: layer.why_unusable(self.wants) for name, layer in layers.items()} if self.wants else {}
-        usable = {name: layer for name, layer in layers.items() if reasons.get(name) is None}
+        reasons = {name: layer.why_unusable(self.wants) for name, layer in layers.items()}
+        usable = {name: layer for name, layer in layers.items() if reasons[name] is None}
         answers = self.solve_all(usable) if usable else {}
         return {name: answers[name] if name in usable else stock_start(layers[name], reasons[name]) for name in layers}
 
@@ -147,7 +146,7 @@ class InputwiseMethod(LayerwiseMethod):
 
     def together(self, layer: LayerProblem) -> Hashable:
         """Layers that read the same tensor share C and its factor."""
-        return layer.input_key
+        return id(layer.seen.input)
 
     def work(self, layer: LayerProblem) -> float:
         """Multiplications with C and with a matrix of the weight's shape, per column."""
@@ -161,19 +160,14 @@ def resolve_method(method: str | InitMethod) -> InitMethod:
     Args:
         method: a name in `METHODS`, for that method with its defaults, or a config such as `EVA(rho=1.0)`.
 
-    Returns:
-        The config.
-
     Raises:
         ValueError: if the name is unknown; the message lists the names.
         TypeError: if it is neither a name nor a config.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}, or a config")
+        check_choice("method", method, tuple(METHODS))
         return METHODS[method]()
-    if not isinstance(method, InitMethod):
-        raise TypeError(f"method must be a name or a method config such as EVA(), got {type(method).__name__}")
+    check_type("method", method, InitMethod, "a name or a method config such as EVA()")
     return method
 
 

@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_range
-from lora_kernels.init.factors import LayerFactors, balanced
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem
+from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced
 from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
@@ -45,8 +44,7 @@ class PiSSA(LayerwiseMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_iter is not None:
-            check_range("n_iter", self.n_iter, low=0, integer=True)
+        check_range("n_iter", self.n_iter, low=0, integer=True, optional=True)
 
     def together(self, layer: LayerProblem) -> Hashable:
         """Weights of one shape are decomposed in batches."""

@@ -1,19 +1,83 @@
-"""One layer as a method gets it to solve: rank, statistics as means, what is under the adapter."""
+"""One layer as a method gets it to solve (rank, statistics as means, what is under the adapter), and the answer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.init.factors import BaseLayer, LayerFactors, as_factors
 from lora_kernels.linalg.randomized_svd import RandomizedSVD
 from lora_kernels.statistics.gradients import FISHER, GRADIENT
 from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator
 from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import LayerStatistics
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The two factors of an adapter, `W + s B A`.
+
+    Attributes:
+        A: `(r, n)` float32.
+        B: `(m, r)` float32.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rank: the number of rows of A."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """A method's answer for one layer.
+
+    Attributes:
+        factors: the factors; rank 0 where the layer is to have no adapter.
+        explained_variance: share of the input variance in the span of A's rows, in [0, 1]; NaN if the input never
+            varies, or the method does not look at it.
+        residual: largest relative residual of the eigenpairs behind A (see `linalg.TopEigenpairs`), or what the
+            method says of the error of its singular triplets, relative to the largest singular value.
+        solver: the algorithm; `stock` for LoRA's own start, where the method has nothing to start from.
+        notes: facts a user should know, in words.
+    """
+
+    factors: LoraFactors
+    explained_variance: float = math.nan
+    residual: float = 0.0
+    solver: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """What a method may need to know of the layer under an adapter."""
+
+    # Returns W, `(m, n)` float32, dequantized where the base is; called only by methods that need it.
+    weight: Callable[[], torch.Tensor]
+    scaling: float  # s, by which PEFT multiplies `B A`
+    adapter: Callable[[], LoraFactors] | None = None  # returns the factors as they are now, or `None`
+    shape: tuple[int, int] | None = None  # `(m, n)`; by default that of `weight()`
+
+
+def as_factors(a: torch.Tensor, b: torch.Tensor) -> LoraFactors:
+    """The factors in float32."""
+    return LoraFactors(a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous())
+
+
+def balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, scaling: float) -> tuple[LoraFactors, tuple[str, ...]]:
+    """The factors with `scaling * B A = U diag(S) Vh` (`(m, r)`, `(r,)`, `(r, n)`), S split evenly; and notes."""
+    root = (s / scaling).sqrt()
+    factors = as_factors(root.unsqueeze(-1) * vh, u * root)
+    zeros = int((s <= 0).sum())
+    if not zeros:
+        return factors, ()
+    return factors, (f"{zeros} components have singular value zero: their rows of A and B are zero and never learn",)
 
 
 def finite(what: str, name: str, values: torch.Tensor) -> torch.Tensor:
@@ -28,10 +92,8 @@ def check_ranks(ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
     """Refuse ranks outside [1, min(m, n)], naming all such layers."""
     bad = [name for name, rank in ranks.items() if not 1 <= rank <= limits[name]]
     if bad:
-        layers = (
-            f"layer {name} has rank {ranks[name]}, but must be between 1 and min(m, n) = {limits[name]}" for name in bad
-        )
-        raise ValueError("; ".join(layers))
+        must = "layer {} has rank {}, but must be between 1 and min(m, n) = {}"
+        raise ValueError("; ".join(must.format(name, ranks[name], limits[name]) for name in bad))
 
 
 @dataclass(frozen=True)
@@ -44,29 +106,22 @@ class LayerProblem:
     base: BaseLayer | None
 
     @property
-    def seen(self) -> LayerStatistics | None:
-        """What was collected of it."""
-        return self.collection.get(self.name)
-
-    @property
-    def items(self) -> float:
-        """By what its sum of gradients is divided."""
-        return 0.0 if self.seen is None else self.seen.loss_items
+    def seen(self) -> LayerStatistics:
+        """What was collected of it; nothing, where the method wants nothing."""
+        if self.name in self.collection:
+            return self.collection[self.name]
+        m, n = self.under.shape or self.under.weight().shape
+        return LayerStatistics(name=self.name, in_features=n, out_features=m)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(m, n)`."""
-        if self.seen is not None:
-            return self.seen.out_features, self.seen.in_features
-        base = self.under
-        m, n = base.weight().shape if base.shape is None else base.shape
-        return m, n
+        return self.seen.out_features, self.seen.in_features
 
     @property
     def device(self) -> torch.device:
         """Where the sums are, or else the base weight."""
-        sums = () if self.seen is None else self.seen.sums.values()
-        return next((part.count.device for part in sums), None) or self.under.weight().device
+        return next((part.count.device for part in self.seen.sums.values()), None) or self.under.weight().device
 
     @property
     def under(self) -> BaseLayer:
@@ -90,50 +145,24 @@ class LayerProblem:
             raise ValueError(f"the base weight of layer {self.name} is {tuple(weight.shape)}, but must be {self.shape}")
         return weight
 
-    @property
-    def tokens(self) -> float:
-        """Rows counted."""
-        return 0.0 if self.seen is None else self.seen.tokens
-
     def mean(self, statistic: str) -> torch.Tensor:
         """The mean of a statistic (see `LayerStatistics.mean`), with finite entries."""
-        seen = self._statistics()
-        return finite(seen.sums[statistic].words, self.name, seen.mean(statistic))
-
-    def input_mean(self) -> torch.Tensor:
-        """Mean of x, `(n,)` float64."""
-        inputs = self._statistics().input
-        assert inputs is not None  # `problems` has checked it
-        return inputs.mean()
+        return finite(self.seen.sums[statistic].words, self.name, self.seen.mean(statistic))
 
     def gradient_svd(self, rank: int) -> RandomizedSVD:
         """The leading singular triplets of the gradient, or of its sketch (then in float64)."""
-        seen = self._statistics()
-        for sums in seen.sums[GRADIENT].tensors().values():
-            finite(seen.sums[GRADIENT].words, self.name, sums)
-        return seen.gradient_svd(rank)
-
-    def sums_dtype(self, statistic: str) -> torch.dtype:
-        """Dtype of the sums of a statistic."""
-        return self._statistics().sums[statistic].dtype
-
-    def _statistics(self) -> LayerStatistics:
-        assert self.seen is not None  # `problems` has checked it
-        return self.seen
-
-    @property
-    def input_key(self) -> Hashable:
-        """The same for layers that read the same tensor."""
-        return self.name if self.seen is None else id(self.seen.input)
+        for sums in self.seen.sums[GRADIENT].tensors().values():
+            finite(self.seen.sums[GRADIENT].words, self.name, sums)
+        return self.seen.gradient_svd(rank)
 
     def has(self, statistic: str, *, exact: bool) -> bool:
         """Whether a statistic was collected."""
-        form = None if self.seen is None else self.seen.form(statistic)
+        form = self.seen.form(statistic) if self.name in self.collection else None
         return form == "exact" or (form is not None and not exact)
 
     def why_unusable(self, wants: Iterable[str]) -> str | None:
         """Why its statistics say nothing, or `None`."""
-        sums = {} if self.seen is None else {name: self.seen.sums[name] for name in wants if name in self.seen.sums}
+        sums = {name: self.seen.sums[name] for name in wants}
         if INPUT_SECOND in sums and sums[INPUT_SECOND].tokens <= 0:
             return "it saw no token in the collection pass"
         if FISHER in sums and sums[FISHER].tokens <= 0:
@@ -169,7 +198,7 @@ def problems(
                 f"statistics hold no {what} of layer {', '.join(missing)}: collect with the method, or with "
                 f"wants={{{statistic!r}: {exact}}}"
             )
-    if GRADIENT in wants and any(layer.items <= 0 for layer in layers.values()):
+    if GRADIENT in wants and any(layer.seen.loss_items <= 0 for layer in layers.values()):
         raise ValueError("statistics hold no loss: there was no backward pass")
     check_ranks(ranks, {name: min(layer.shape) for name, layer in layers.items()})
     return layers

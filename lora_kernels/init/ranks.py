@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lora_kernels._checks import check_choice, check_range, check_type
-from lora_kernels.init.problem import check_ranks
-from lora_kernels.init.scores import SCORES
+from lora_kernels.init.components import input_components
+from lora_kernels.init.curvature import WANTS, whitened_gradient
+from lora_kernels.init.problem import LayerProblem, check_ranks, problems
+from lora_kernels.init.solving import solve_layers
+from lora_kernels.linalg import randomized_svd
+from lora_kernels.statistics.gradients import GRADIENT
+from lora_kernels.statistics.moments import INPUT_SECOND
 from lora_kernels.statistics.store import Statistics
 
+_DAMPING = 1e-6
+_ROUNDS = 4
 
-def offers(
-    ranks: Mapping[str, int], limits: Mapping[str, int], *, rho: float, max_rank: int | None = None
-) -> dict[str, int]:
-    """How many components a layer may compete with: `round(rho * r)` within its limit min(m, n), and `max_rank`."""
-    check_ranks(ranks, limits)
-    return {name: min(round(rho * rank), limits[name], max_rank or limits[name]) for name, rank in ranks.items()}
+Scores = dict[str, list[float]]
+
+
+def explained_variance(statistics: Statistics, offered: Mapping[str, int], *, seed: int) -> Scores:
+    """Share of a layer's (centred) input variance along its principal components (EVA, arXiv 2410.07170)."""
+    components = input_components(statistics, offered, seed=seed)
+    return {name: components[name].ratios()[:count] for name, count in offered.items()}
+
+
+def gradient_energy(statistics: Statistics, offered: Mapping[str, int], *, seed: int) -> Scores:
+    """Squared singular values of the mean loss gradient: what a unit gradient step along a component gains."""
+
+    def energies(layer: LayerProblem) -> torch.Tensor:
+        if layer.has(GRADIENT, exact=True):
+            return _energies(layer.mean(GRADIENT), layer.rank, seed)
+        return layer.gradient_svd(layer.rank).S.square()
+
+    return _score(problems(statistics, offered, {GRADIENT: False}), energies)
+
+
+def fisher_energy(statistics: Statistics, offered: Mapping[str, int], *, seed: int) -> Scores:
+    """What a natural-gradient step along a component gains, in units of the loss."""
+    # Half the squared singular values of the gradient, whitened by the input second moments and the Fisher diagonal.
+    # Unlike the gradient energy it does not change when a layer's inputs or outputs are rescaled.
+
+    def energies(layer: LayerProblem) -> torch.Tensor:
+        if layer.why_unusable(WANTS) is not None:
+            return torch.zeros(layer.rank)
+        return _energies(whitened_gradient(layer, _DAMPING), layer.rank, seed) / 2
+
+    return _score(problems(statistics, offered, WANTS), energies)
+
+
+def _energies(matrix: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    return randomized_svd(matrix, count, n_iter=_ROUNDS, probes=0, seed=seed).S.square()
+
+
+def _score(layers: Mapping[str, LayerProblem], energies: Callable[[LayerProblem], torch.Tensor]) -> Scores:
+    def solve(group: Iterable[LayerProblem]) -> Iterable[list[float]]:
+        return [energies(layer).tolist() for layer in group]
+
+    return solve_layers(layers, solve, title="scoring layers", device=lambda layer: layer.device)
+
+
+# By name: the statistics a score reads (True where only the exact sums will do), and its function of statistics, the
+# number of components that a layer offers, and a seed.
+SCORES: Mapping[str, tuple[Mapping[str, bool], Callable[..., Scores]]] = {
+    "explained_variance": ({INPUT_SECOND: False}, explained_variance),
+    "gradient_energy": ({GRADIENT: False}, gradient_energy),
+    "fisher_energy": (WANTS, fisher_energy),
+}
 
 
 def redistribute(
@@ -69,8 +124,48 @@ def redistribute(
     return {name: count * multiple_of for name, count in counts.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankRule(ABC):
+    """How a fixed budget of ranks may go to other layers; `Redistribution` describes the fields."""
+
+    min_rank: int = 1
+    max_rank: int | None = None
+    multiple_of: int = 1
+    adjust_scaling_factors: bool = True
+    seed: int = 0
+
+    @property
+    @abstractmethod
+    def rho(self) -> float:
+        """A layer's rank may grow to `round(rho * r)`."""
+
+    def __post_init__(self) -> None:
+        check_range("rho", self.rho, low=1.0)
+        check_range("min_rank", self.min_rank, low=0, integer=True)
+        check_range("multiple_of", self.multiple_of, low=1, integer=True)
+        check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True, optional=True)
+
+    def sketch_size(self, ranks: Sequence[int]) -> int:
+        """Columns that a sketch should have: twice the components that the widest layer may offer."""
+        return 2 * round(self.rho * max(ranks, default=1))
+
+    def offers(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> dict[str, int]:
+        """How many components a layer may compete with: `round(rho * r)`, within min(m, n) and `max_rank`."""
+        check_ranks(ranks, limits)
+        most = {name: min(limit, self.max_rank or limit) for name, limit in limits.items()}
+        return {name: min(round(self.rho * rank), most[name]) for name, rank in ranks.items()}
+
+    def share(self, scores: Mapping[str, Sequence[float]], ranks: Mapping[str, int]) -> dict[str, int]:
+        """The new ranks, 0 where a layer is to have no adapter; the sum of the old ones is the budget."""
+        return redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
+
+    def check(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
+        """Refuse ranks outside [1, min(m, n)] and a `min_rank` that no scores could meet, before there are any."""
+        self.share({name: [0.0] * count for name, count in self.offers(ranks, limits).items()}, ranks)
+
+
 @dataclass(frozen=True)
-class Redistribution:
+class Redistribution(RankRule):
     """A fixed budget of ranks, the sum of those asked for, goes where components score highest; for any method.
 
     Args:
@@ -91,38 +186,17 @@ class Redistribution:
 
     score: str = "explained_variance"
     rho: float = 2.0
-    min_rank: int = 1
-    max_rank: int | None = None
-    multiple_of: int = 1
-    adjust_scaling_factors: bool = True
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, tuple(SCORES))
-        check_range("rho", self.rho, low=1.0)
-        check_range("min_rank", self.min_rank, low=0, integer=True)
-        check_range("multiple_of", self.multiple_of, low=1, integer=True)
-        if self.max_rank is not None:
-            check_range("max_rank", self.max_rank, low=max(1, self.min_rank), integer=True)
+        super().__post_init__()
 
     @property
     def wants(self) -> Mapping[str, bool]:
         """The statistics it reads; True where only the exact sums will do."""
         return SCORES[self.score][0]
 
-    def sketch_size(self, ranks: Sequence[int]) -> int:
-        """Columns that a sketch should have: twice the components that the widest layer may offer."""
-        return 2 * round(self.rho * max(ranks, default=1))
-
-    def check(self, ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
-        """Refuse ranks outside [1, min(m, n)] and a `min_rank` that no scores could meet, before there are any."""
-        counts = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
-        scores = {name: [0.0] * count for name, count in counts.items()}
-        redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
-
     def assign(self, statistics: Statistics, ranks: Mapping[str, int]) -> dict[str, int]:
-        """The new ranks, 0 where a layer is to have no adapter; `ranks` are those asked for, their sum the budget."""
+        """The new ranks; `ranks` are those asked for."""
         limits = {name: min(statistics[name].in_features, statistics[name].out_features) for name in ranks}
-        offered = offers(ranks, limits, rho=self.rho, max_rank=self.max_rank)
-        scores = SCORES[self.score][1](statistics, offered, seed=self.seed)
-        return redistribute(scores, sum(ranks.values()), min_rank=self.min_rank, multiple_of=self.multiple_of)
+        return self.share(SCORES[self.score][1](statistics, self.offers(ranks, limits), seed=self.seed), ranks)

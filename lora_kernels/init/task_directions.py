@@ -11,11 +11,9 @@ import torch
 
 from lora_kernels._checks import check_choice, check_positive
 from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
-from lora_kernels.init.factors import LayerFactors, as_factors
 from lora_kernels.init.method import LayerwiseMethod
-from lora_kernels.init.problem import LayerProblem, stock_start
-from lora_kernels.linalg import core_basis
-from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
+from lora_kernels.linalg.basis import changed_most, core_basis
 from lora_kernels.statistics.gradients import FISHER
 
 UPDATES = ("gradient_step", "adapter")
@@ -90,14 +88,11 @@ class TaskDirections(LayerwiseMethod):
     def _chosen(self, layer: LayerProblem, weight: torch.Tensor, update: torch.Tensor) -> LayerFactors:
         u, s, vh = core_basis(weight, self.cache)
         # Row sums of (U^T dW) * V^T: the diagonal of U^T dW V alone.
-        along = ((u.mT @ update.to(u)) * vh).sum(1).abs()
-        rates = along / (s + self.epsilon * s[0])
-        chosen = rates.topk(layer.rank).indices
-        left, right = fix_pair(u[:, chosen], vh[chosen].mT)
+        most = changed_most((u, s, vh), ((u.mT @ update.to(u)) * vh).sum(1), layer.rank, self.epsilon)
         size = self.share * float(torch.linalg.vector_norm(s)) / (abs(layer.under.scaling) * math.sqrt(layer.rank))
-        caught = float(along[chosen].square().sum() / along.square().sum().clamp_min(torch.finfo(along.dtype).tiny))
         note = (
-            f"change rates {float(rates[chosen].max()):.1e} to {float(rates[chosen].min()):.1e}; "
-            f"{100 * caught:.0f} % of the update along core directions"
+            f"change rates {float(most.rates[0]):.1e} to {float(most.rates[-1]):.1e}; "
+            f"{100 * most.share:.0f} % of the update along core directions"
         )
-        return LayerFactors(as_factors(math.sqrt(size) * right.mT, math.sqrt(size) * left), solver="svd", notes=(note,))
+        factors = as_factors(math.sqrt(size) * most.right, math.sqrt(size) * most.left)
+        return LayerFactors(factors, solver="svd", notes=(note,))

@@ -4,8 +4,7 @@ Pure functions of factors, weights and statistics: spectra, balance, optimality 
 """
 
 from lora_kernels.landscape.certificate import Certificate, certify
-from lora_kernels.landscape.experts import ExpertsDiagnosis
-from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis
+from lora_kernels.landscape.report import Diagnosis, ExpertsDiagnosis, LayerDiagnosis
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions, factor_spectra, measure
 from lora_kernels.landscape.verdict import Thresholds, Verdict, judge, overall
 from lora_kernels.landscape.weights import Overlap, WeightNorms, leading_directions, overlap, weight_norms

@@ -105,9 +105,6 @@ def certify(
         weight_decay: lambda, above zero.
         gain: see `Certificate`.
 
-    Returns:
-        The numbers.
-
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if lambda is not positive, the scaling is zero, shapes do not match, or an entry is not finite.

@@ -1,17 +1,24 @@
-"""The page of a diagnosis, with the history that a monitor wrote."""
+"""The page of a diagnosis: grids, the most notable layers, and the history that a monitor wrote."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_kernels.landscape.findings import findings, size, usable_rank
-from lora_kernels.landscape.page import Curve, Grid, Page
-from lora_kernels.landscape.report import Diagnosis, number
-from lora_kernels.landscape.verdict import LOUD_FAILURE, LOW_RANK_MINIMUM, NOT_JUDGED, STILL_TRAINING, WORST_FIRST
+from lora_kernels.landscape.page import Curve, Finding, Grid, Page
+from lora_kernels.landscape.report import Diagnosis, LayerDiagnosis, number
+from lora_kernels.landscape.verdict import (
+    LOUD_FAILURE,
+    LOW_RANK_MINIMUM,
+    NOT_JUDGED,
+    RANK_LIMITED,
+    STILL_TRAINING,
+    WORST_FIRST,
+)
 from lora_kernels.reports import printable
 
 _COLOURS = {LOUD_FAILURE: "#b3261e", LOW_RANK_MINIMUM: "#1b7f3b", STILL_TRAINING: "#c98a00", NOT_JUDGED: "#8a8a8a"}
@@ -29,6 +36,55 @@ _CURVES = {
     "share": "largest |sBA| / |W|",
     "rank": "mean used rank",
     "balance": "largest imbalance",
+}
+
+
+# Times the median from which on an update is an outlier.
+_OUTLIER = 5.0
+# Share of the rank up to which most of it counts as idle.
+_IDLE = 0.25
+# Ratio of the factors' norms from which on they count as unbalanced.
+_UNBALANCED = 10.0
+
+# What can be notable, the most serious first: meaning and advice.
+_TEXTS = {
+    "not finite": (
+        "the layer puts out NaN: training has diverged",
+        "go back to an earlier checkpoint; lower the learning rate, or clip gradients",
+    ),
+    "loud failure": (
+        "the update uses the whole rank and is large beside the weight: the base model is overwritten",
+        "train again with a learning rate 3 to 10 times smaller, or a smaller lora_alpha",
+    ),
+    "zero update": (
+        "s B A is zero: the adapter changes nothing here",
+        "check that the layer is used and that the optimizer has its factors, or take it out of target_modules",
+    ),
+    "rank-limited": (
+        "stationary at full rank: with this weight decay a larger rank would reach a lower loss",
+        "raise r for these layers (rank_pattern)",
+    ),
+    "intruder dimensions": (
+        "new directions as large as the leading ones of the weight, which can make a model forget",
+        "test the model on other tasks; lower the learning rate or lora_alpha if it forgets",
+    ),
+    "outlier": (
+        f"more than {_OUTLIER:g} times the median update of this model",
+        "if the model forgets, scale these layers down (alpha_pattern)",
+    ),
+    "still training": (
+        "gradient and weight decay are not in balance, which they are at a stationary point (0)",
+        "train longer, or decay the learning rate to zero, and inspect again",
+    ),
+    "idle rank": (
+        "the other singular values are negligible",
+        "a smaller r would do here (rank_pattern)",
+    ),
+    "unbalanced factors": (
+        f"A and B differ in size more than {_UNBALANCED:g}-fold; weight decay makes them equal in the end",
+        "nothing if training was short; otherwise train longer, or with weight decay",
+    ),
+    "largest updates": ("within the usual range of this model", "nothing"),
 }
 
 
@@ -76,60 +132,42 @@ def _hint(diagnosis: Diagnosis) -> tuple[str, str]:
     needed = " and ".join(name for name, is_missing in missing.items() if is_missing)
     advice = f"Add {needed}." if needed else "No layer could be certified: see the notes below."
     options = "--base MODEL --data train.jsonl --weight-decay 0.01 --out PAGES"
-    command = f"lora-kernels inspect {shlex.quote(diagnosis.adapter)} {options}"
-    return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", printable(
-        command
-    )
+    command = printable(f"lora-kernels inspect {shlex.quote(diagnosis.adapter)} {options}")
+    return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", command
 
 
 def _used_rank(diagnosis: Diagnosis) -> Grid:
-    spectra = {layer.name: layer.spectrum for layer in diagnosis}
-    usable = {layer.name: usable_rank(layer) for layer in diagnosis}
+    finite = {layer.name: layer for layer in diagnosis if layer.spectrum.status != "not_finite"}
+    used = {name: layer.spectrum.numerical_rank for name, layer in finite.items()}
+    usable = {name: usable_rank(layer) for name, layer in finite.items()}
+    leading = {name: ", ".join(f"{value:.2g}" for value in layer.spectrum.values[:8]) for name, layer in finite.items()}
+    shares = {name: used[name] / usable[name] if usable[name] else None for name in finite}
     return Grid(
         title="Used rank",
         meaning=f"singular values above {diagnosis.thresholds.rank_tolerance:g} of the largest; colour: share of r",
-        values={
-            name: math.nan
-            if spectrum.status == "not_finite"
-            else spectrum.numerical_rank / usable[name]
-            if usable[name]
-            else None
-            for name, spectrum in spectra.items()
-        },
-        texts={
-            name: str(spectrum.numerical_rank) for name, spectrum in spectra.items() if spectrum.status != "not_finite"
-        },
-        tips={
-            name: f"rank {spectrum.numerical_rank} of {usable[name]}; "
-            + ", ".join(f"{value:.2g}" for value in spectrum.values[:8])
-            for name, spectrum in spectra.items()
-        },
+        values={layer.name: shares.get(layer.name, math.nan) for layer in diagnosis},
+        texts={name: str(rank) for name, rank in used.items()},
+        tips={name: f"rank {used[name]} of {usable[name]}; {leading[name]}" for name in finite},
         hue=_HUE_RANK,
     )
 
 
 def _size(diagnosis: Diagnosis) -> Grid:
-    sizes = {layer.name: size(layer) for layer in diagnosis}
     compared = any(layer.spectrum.spectral_share is not None for layer in diagnosis)
     return Grid(
         title="Size of the update" + (", |sBA| / |W|" if compared else ", |sBA|"),
-        meaning="spectral norm, relative to the base weight's"
-        if compared
-        else "spectral norm; with --base: relative to |W|",
-        values=sizes,
-        tips={name: number(value) for name, value in sizes.items()},
+        meaning="spectral norm" + (", relative to the base weight's" if compared else "; with --base: relative to |W|"),
+        values={layer.name: size(layer) for layer in diagnosis},
         hue=_HUE_SIZE,
         log=True,
     )
 
 
 def _balance(diagnosis: Diagnosis) -> Grid:
-    balances = {layer.name: layer.spectrum.balance for layer in diagnosis}
     return Grid(
         title="Imbalance of A and B",
         meaning="|AAᵀ − BᵀB| / (|A|² + |B|²): 0 at every stationary point under weight decay",
-        values=balances,
-        tips={name: number(value) for name, value in balances.items()},
+        values={layer.name: layer.spectrum.balance for layer in diagnosis},
         hue=_HUE_BALANCE,
     )
 
@@ -163,7 +201,6 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[str, list[Curve], list[G
             meaning="singular values of s B A above the tolerance",
             values=ranks,
             texts={name: number(rank) for name, rank in ranks.items()},
-            tips={name: number(rank) for name, rank in ranks.items()},
             high=max((rank for rank in ranks.values() if rank is not None), default=1.0) or 1.0,
             hue=_HUE_RANK,
         ),
@@ -171,7 +208,6 @@ def _history(log: Sequence[Mapping[str, Any]]) -> tuple[str, list[Curve], list[G
             title=f"Growth of |sBA| since step {first['step']}",
             meaning="spectral norm at the last measurement over that at the first",
             values=growth,
-            tips={name: number(factor) for name, factor in growth.items()},
             hue=_HUE_SIZE,
             log=True,
         ),
@@ -183,3 +219,64 @@ def _value(entry: Any, key: str, default: float | None = None) -> Any:
     """A number of a line that a monitor wrote."""
     value = entry.get(key) if isinstance(entry, Mapping) else None
     return value if isinstance(value, (int, float)) and abs(value) < 2**63 else default
+
+
+def size(layer: LayerDiagnosis) -> float:
+    """`|s B A|_2 / |W|_2`, or `|s B A|_2` where the weight was not read."""
+    share = layer.spectrum.spectral_share
+    return layer.spectrum.spectral if share is None else share
+
+
+def usable_rank(layer: LayerDiagnosis) -> int:
+    """The largest rank that the update can have."""
+    return min(layer.spectrum.rank, *layer.spectrum.shape)
+
+
+def findings(diagnosis: Diagnosis) -> list[Finding]:
+    """What is notable in a diagnosis, the most serious first; a layer can be in several findings."""
+    sizes = [size(layer) for layer in diagnosis if layer.spectrum.status == "ok"]
+    median = statistics.median(sizes) if sizes else 0.0
+    layers: dict[str, list[tuple[float, str, str]]] = defaultdict(list)
+    for layer in diagnosis:
+        for title, score, text in _remarks(layer, median):
+            layers[title].append((score, layer.name, text))
+    return [
+        Finding(
+            title=title,
+            meaning=meaning,
+            advice=advice,
+            layers=tuple(entry[1:] for entry in sorted(layers[title], key=lambda entry: -entry[0])),
+        )
+        for title, (meaning, advice) in _TEXTS.items()
+        if layers[title]
+    ]
+
+
+def _remarks(layer: LayerDiagnosis, median: float) -> Iterator[tuple[str, float, str]]:
+    """Yield the findings that a layer is in: title, how notable it is there, and its number in words."""
+    spectrum, certificate, kind = layer.spectrum, layer.certificate, layer.verdict.kind
+    if spectrum.status == "not_finite":
+        yield "not finite", 1.0, "NaN or inf"
+        return
+    if spectrum.status == "zero":
+        yield "zero update", 1.0, "0"
+        return
+    length = f"{size(layer):.3g}" + ("" if spectrum.spectral_share is None else " of |W|")
+    if kind == LOUD_FAILURE:
+        yield "loud failure", size(layer), length
+    elif median > 0 and size(layer) > _OUTLIER * median:
+        yield "outlier", size(layer), f"{length}, median {median:.3g}"
+    else:
+        yield "largest updates", size(layer), length
+    if certificate is not None and kind == RANK_LIMITED:
+        yield "rank-limited", certificate.ratio, f"s|G|/λ = {certificate.ratio:.3g}"
+    if certificate is not None and kind == STILL_TRAINING:
+        yield "still training", certificate.stationarity, f"stationarity {certificate.stationarity:.3g}"
+    if layer.overlap is not None and layer.overlap.intruders:
+        yield "intruder dimensions", layer.overlap.intruders, f"{layer.overlap.intruders} intruders"
+    used, usable = spectrum.numerical_rank, usable_rank(layer)
+    if used <= _IDLE * usable:
+        yield "idle rank", usable / used, f"rank {used} of {usable}"
+    small, large = sorted((spectrum.norm_a, spectrum.norm_b))
+    if large > _UNBALANCED * small:
+        yield "unbalanced factors", large / small, f"|A| {spectrum.norm_a:.2g}, |B| {spectrum.norm_b:.2g}"

@@ -30,12 +30,17 @@ class Grid:
     values: Mapping[str, float | None]
     # What stands in a cell, where it has one layer and is wide enough.
     texts: Mapping[str, str] = field(default_factory=dict)
-    tips: Mapping[str, str] = field(default_factory=dict)  # what a pointer over a cell shows beside the name
+    tips: Mapping[str, str] = field(default_factory=dict)  # what a pointer over a cell shows instead of the value
     high: float = 1.0  # value of the darkest colour; the lightest is 0
     log: bool = False  # colours are logarithmic instead, up to the largest value and over one to three decades
     hue: int = 215  # of the colours, in degrees
     # Labels and colours; a value is then an index, and a cell of several layers has the largest.
     palette: tuple[tuple[str, str], ...] = ()
+
+    def tip(self, name: str) -> str:
+        """What a pointer over the cell of a layer shows beside its name."""
+        value = self.values[name]
+        return self.tips.get(name, "" if value is None else f"{value:.3g}")
 
     def colours(self, names: Sequence[str]) -> tuple[str, str]:
         """Background and text colour of the cell of these layers."""
@@ -47,7 +52,10 @@ class Grid:
         mean = sum(values) / len(values)
         if math.isnan(mean):
             return _NOT_FINITE, "#fff"
-        level = self._level(mean)
+        value, (low, high) = mean, self._ends
+        if self.log:
+            value, low, high = (math.log(max(number, 1e-300)) for number in (value, low, high))
+        level = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else float(value >= high)
         return self._colour(level), "#fff" if level > 0.75 else "#000"
 
     @cached_property
@@ -58,12 +66,6 @@ class Grid:
         positive = [value for value in self.values.values() if value is not None and 0 < value < math.inf]
         high = max(positive, default=1.0)
         return max(high / 1000, min(high / 10, min(positive, default=high))), high
-
-    def _level(self, value: float) -> float:
-        low, high = self._ends
-        if self.log:
-            value, low, high = (math.log(max(number, 1e-300)) for number in (value, low, high))
-        return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else float(value >= high)
 
     @property
     def legend(self) -> list[tuple[str, str]]:
@@ -89,15 +91,12 @@ class Finding:
 
 def select(findings: Sequence[Finding], count: int = 10) -> list[tuple[Finding, tuple[tuple[str, str], ...]]]:
     """Findings with those of their layers that are to be shown, `count` in all, each finding with at least three."""
-    share, left = max(3, count // max(1, len(findings))), count
-    chosen = []
-    for index, finding in enumerate(findings):
-        last = index == len(findings) - 1
-        layers = finding.layers[: left if last else min(share, left)]
+    share, left, chosen = max(3, count // max(1, len(findings))), count, []
+    for finding in findings:
+        layers = finding.layers[: left if finding is findings[-1] else min(share, left)]
         left -= len(layers)
-        if layers:
-            chosen.append((finding, layers))
-    return chosen
+        chosen.append((finding, layers))
+    return [(finding, layers) for finding, layers in chosen if layers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +192,7 @@ def _labels(kinds: Sequence[str]) -> list[str]:
     """The shortest tail of each dotted name in which no other name ends; a long one without its middle."""
     tails = {kind: [kind.split(".", count)[-1] for count in range(kind.count("."), -1, -1)] for kind in kinds}
     counts = Counter(tail for kind in kinds for tail in tails[kind])
-    labels = []
-    for kind in kinds:
-        usable = (tail for tail in tails[kind] if counts[tail] == 1 and not tail.startswith("*."))
-        labels.append(next(usable, kind))
+    usable = {kind: (tail for tail in tails[kind] if counts[tail] == 1 and tail[:2] != "*.") for kind in kinds}
+    labels = [next(usable[kind], kind) for kind in kinds]
     short = [re.sub(r"\..*\.", "…", label) if len(label) > _LABEL else label for label in labels]
     return [brief if short.count(brief) == 1 else label for brief, label in zip(short, labels, strict=True)]

@@ -38,6 +38,10 @@ class Adapter:
         scaling: s.
         weight: norms of W, if known.
         start: the factors A and B at the start of training, if known (same scaling).
+
+    Raises:
+        TypeError: if a factor is not a float tensor.
+        ValueError: if the shapes of the factors do not match.
     """
 
     name: str
@@ -48,18 +52,11 @@ class Adapter:
     start: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes.
-
-        Raises:
-            TypeError: if a factor is not a float tensor.
-            ValueError: if the shapes of the factors do not match.
-        """
         check_type("scaling", self.scaling, (int, float), "a number")
-        if self.start is not None and (not isinstance(self.start, (tuple, list)) or len(self.start) != 2):
-            raise TypeError(
-                f"start must be None or two factors, got {type(self.start).__name__} {repr_short(self.start)}"
-            )
-        for a, b in ((self.a, self.b), *((self.start,) if self.start is not None else ())):
+        pair = self.start if isinstance(self.start, (tuple, list)) and len(self.start) == 2 else None
+        if pair is None:
+            check_type("start", self.start, type(None), "None or two factors")
+        for a, b in ((self.a, self.b), *(() if pair is None else (pair,))):
             check_tensor("a", a)
             check_tensor("b", b)
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
@@ -140,10 +137,6 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0 if part == 0 else math.inf
 
 
-def _working(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
 @without_autocast()
 def factor_spectra(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -166,15 +159,15 @@ def factor_spectra(
         ValueError: if the number of scalings is not that of the pairs, or the shapes of a pair do not match.
         RuntimeError: if the requested backend does not support the call.
     """
-    if not isinstance(factors, (tuple, list)):
-        raise TypeError(f"factors must be a sequence of pairs, got {type(factors).__name__} {repr_short(factors)}")
+    check_type("factors", factors, (tuple, list), "a sequence of pairs")
     for index, pair in enumerate(factors):
         _check_pair(f"factors[{index}]", pair)
-    if not isinstance(scalings, (int, float, tuple, list)):
-        raise TypeError(f"scalings must be a number or numbers, got {type(scalings).__name__} {repr_short(scalings)}")
-    for scaling in scalings if isinstance(scalings, (tuple, list)) else (scalings,):
+    check_type("scalings", scalings, (int, float, tuple, list), "a number or numbers")
+    scaling_of = [scalings] if isinstance(scalings, (int, float)) else list(scalings)
+    for scaling in scaling_of:
         check_number("scalings", scaling)
-    scaling_of = [float(scalings)] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
+    if isinstance(scalings, (int, float)):
+        scaling_of *= len(factors)
     if len(scaling_of) != len(factors):
         raise ValueError(f"scalings has {len(scaling_of)} entries, but must have {len(factors)}, one per pair")
     spectra: dict[int, torch.Tensor] = {}
@@ -268,8 +261,7 @@ def measure(
         ValueError: if the tolerance is out of range, or a factor is on the meta device.
         RuntimeError: if the requested backend does not support the call.
     """
-    if not isinstance(adapters, (tuple, list)):
-        raise TypeError(f"adapters must be a sequence of Adapter, got {type(adapters).__name__} {repr_short(adapters)}")
+    check_type("adapters", adapters, (tuple, list), "a sequence of Adapter")
     for adapter in adapters:
         check_type("adapters", adapter, Adapter, "a sequence of Adapter")
         _check_pair(adapter.name, (adapter.a, adapter.b))
@@ -290,7 +282,8 @@ def _drifts(adapters: Sequence[Adapter], backend: str) -> dict[int, float]:
     indices, pairs, scalings = [], [], []
     for index, adapter in enumerate(adapters):
         if adapter.start is not None:
-            a, b, a0, b0 = (_working(factor.to(adapter.a.device)) for factor in (adapter.a, adapter.b, *adapter.start))
+            factors = [factor.detach().to(adapter.a.device) for factor in (adapter.a, adapter.b, *adapter.start)]
+            a, b, a0, b0 = (factor if factor.dtype == torch.float64 else factor.float() for factor in factors)
             indices.append(index)
             pairs.append((torch.cat((a, a0)), torch.cat((b, -b0), dim=-1)))
             scalings.append(adapter.scaling)

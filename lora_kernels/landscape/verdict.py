@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lora_kernels._checks import check_range, check_type, repr_short
+from lora_kernels._checks import check_range, check_type
 from lora_kernels.landscape.certificate import Certificate
 from lora_kernels.landscape.spectra import RANK_TOLERANCE, Spectrum
 
@@ -74,9 +75,6 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
         certificate: its optimality conditions; without them only a loud failure can be detected.
         thresholds: of the verdict.
 
-    Returns:
-        The verdict.
-
     Raises:
         TypeError: if an argument has the wrong type.
     """
@@ -92,16 +90,20 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
     ranks = f"numerical rank {rank} of {usable} (tolerance {limits.rank_tolerance:g})"
     share = spectrum.spectral_share
     sizes = [] if share is None else [f"|s B A|_2 is {share:.3g} of |W|_2"]
-    if certificate is not None:
-        verdict = _by_certificate(certificate, limits, full, share, (ranks, *sizes))
-        if verdict is not None:
-            return verdict
+    facts = () if certificate is None else _facts(certificate, limits)
+    if certificate is not None and certificate.stationarity <= limits.stationarity:
+        error = 0.0 if certificate.alignment is None else certificate.alignment + certificate.alignment_error
+        if certificate.ratio_high <= 1 + limits.ratio and error <= limits.alignment:
+            note = ("the whole rank is in use: a larger r may go lower",) if full else ()
+            return Verdict(LOW_RANK_MINIMUM, (*facts, ranks, *sizes, *note))
+        if full and certificate.ratio_low > 1 + limits.ratio:
+            return _stuck(certificate, limits, share, (*facts, ranks, *sizes))
     if full and share is not None and not share < limits.loud_share:
         return Verdict(LOUD_FAILURE, (ranks, f"{sizes[0]}, at least {limits.loud_share:g}"))
     if certificate is None:
         reason = "no weight decay or no data was given: minima cannot be distinguished from other points"
         return Verdict(NOT_JUDGED, (ranks, *sizes, reason))
-    return Verdict(STILL_TRAINING, (*_facts(certificate, limits), ranks))
+    return Verdict(STILL_TRAINING, (*facts, ranks))
 
 
 def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
@@ -113,22 +115,6 @@ def _facts(certificate: Certificate, limits: Thresholds) -> tuple[str, ...]:
     if certificate.alignment is not None:
         facts.append(f"alignment error {certificate.alignment:.3g} (at a minimum at most {limits.alignment:g})")
     return tuple(facts)
-
-
-def _by_certificate(
-    certificate: Certificate, limits: Thresholds, full: bool, share: float | None, measured: tuple[str, ...]
-) -> Verdict | None:
-    """The verdict on a minimum, or on a stationary point of full rank that is not a minimum."""
-    facts = _facts(certificate, limits)
-    if not certificate.stationarity <= limits.stationarity:
-        return None
-    aligned = certificate.alignment is None or certificate.alignment + certificate.alignment_error <= limits.alignment
-    if certificate.ratio_high <= 1 + limits.ratio and aligned:
-        note = ("the whole rank is in use: a larger r may go lower",) if full else ()
-        return Verdict(LOW_RANK_MINIMUM, (*facts, *measured, *note))
-    if full and certificate.ratio_low > 1 + limits.ratio:
-        return _stuck(certificate, limits, share, (*facts, *measured))
-    return None
 
 
 def _stuck(certificate: Certificate, limits: Thresholds, share: float | None, facts: tuple[str, ...]) -> Verdict:
@@ -153,17 +139,13 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     Args:
         verdicts: of its layers.
 
-    Returns:
-        The verdict, with the counts.
-
     Raises:
         TypeError: if an entry is not a `Verdict`.
     """
     check_type("verdicts", verdicts, Iterable, "verdicts")
-    if hasattr(verdicts, "dtype"):  # tensors and arrays are iterable too
-        raise TypeError(f"verdicts must be verdicts, got {type(verdicts).__name__} {repr_short(verdicts)}")
     kinds = []
-    for verdict in verdicts:
+    every: Any = [verdicts] if hasattr(verdicts, "dtype") else verdicts  # tensors and arrays are iterable, too
+    for verdict in every:
         check_type("verdicts", verdict, Verdict, "verdicts")
         kinds.append(verdict.kind)
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)

@@ -83,16 +83,13 @@ def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device
 def leading_directions(
     blocks: RowBlocks, shape: tuple[int, int], count: int, device: torch.device | str = "cpu"
 ) -> RandomizedSVD:
-    """The leading singular triplets of a weight.
+    """The leading singular triplets of a weight, float32.
 
     Args:
         blocks: a function that yields the rows in blocks.
         shape: (m, n).
         count: number of triplets, cut to min(m, n).
         device: of the blocks.
-
-    Returns:
-        The triplets, float32.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -137,9 +134,6 @@ def overlap(
     Args:
         update: U `(m, k)`, S `(k,)` and V `(n, k)` of the update.
         weight: leading triplets of the weight.
-
-    Returns:
-        The comparison.
 
     Raises:
         TypeError: if an argument has the wrong type.

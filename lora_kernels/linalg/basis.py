@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_kernels._checks import check_tensor
 from lora_kernels._files import write_tensors
+from lora_kernels.linalg.randomized_svd import fix_pair
 
 # Below this share of the largest singular value, squaring in the Gram matrix has mixed the directions.
 _TRAILING = 1e-3
@@ -55,6 +57,41 @@ def core_basis(weight: torch.Tensor, cache: str | None = None) -> tuple[torch.Te
     if file is not None:
         write_tensors(file, {"u": u, "s": s, "vh": vh})
     return u, s, vh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The core directions of a weight that an update changes most, by descending rate."""
+
+    left: torch.Tensor  # the `u_i` `(m, k)`
+    right: torch.Tensor  # the `v_i^T` `(k, n)`
+    indices: torch.Tensor  # their positions `(k,)` in the order of descending singular values
+    sigma: torch.Tensor  # their singular values `(k,)`
+    rates: torch.Tensor  # their change rates `(k,)`
+    largest: float  # largest singular value of the weight
+    share: float  # of the update's squared change along all core directions, the fraction along the selected ones
+
+
+def changed_most(
+    basis: tuple[torch.Tensor, torch.Tensor, torch.Tensor], changes: torch.Tensor, k: int, epsilon: float
+) -> Selection:
+    """The k directions of a `core_basis` with the largest rates `|c_i| / (sigma_i + eps sigma_1)`, given changes c."""
+    # Of equal rates, that of the larger singular value comes first.
+    (u, s, vh), sizes = basis, changes.abs()
+    # sigma = 0 and eps = 0: the rate is infinite for a nonzero change, and 0 otherwise.
+    rates = torch.where(sizes > 0, sizes / (s.to(sizes) + epsilon * float(s[0])), 0.0)
+    indices = rates.argsort(descending=True, stable=True)[:k]
+    left, right = fix_pair(u[:, indices], vh[indices].mT)
+    total, chosen = float(sizes.square().sum()), float(sizes[indices].square().sum())
+    return Selection(
+        left=left,
+        right=right.mT.contiguous(),
+        indices=indices,
+        sigma=s[indices],
+        rates=rates[indices],
+        largest=float(s[0]),
+        share=chosen / total if total > 0 else 0.0,
+    )
 
 
 def _decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -77,15 +77,6 @@ def _orthonormalize(block: torch.Tensor, basis: torch.Tensor | None) -> torch.Te
     return block
 
 
-def _rayleigh_ritz(
-    basis: torch.Tensor, image: torch.Tensor, block: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    projected = basis.mT @ image
-    values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
-    values, rotation = values[..., -block:].flip(-1), rotation[..., -block:].flip(-1)
-    return values, basis @ rotation, image @ rotation
-
-
 @without_autocast()
 def eigh_topk(
     matrices: torch.Tensor | LinearOperator,
@@ -157,7 +148,11 @@ def eigh_topk(
             bases.append(_orthonormalize(images[-1], basis))
             images.append(apply(bases[-1]))
             products += 1
-        values, vectors, image = _rayleigh_ritz(torch.cat(bases, dim=-1), torch.cat(images, dim=-1), block)
+        basis, image = torch.cat(bases, dim=-1), torch.cat(images, dim=-1)
+        projected = basis.mT @ image
+        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+        values, rotation = values[..., -block:].flip(-1), rotation[..., -block:].flip(-1)
+        vectors, image = basis @ rotation, image @ rotation
         residual = torch.linalg.vector_norm(image - vectors * values.unsqueeze(-2), dim=-2)[..., :k].amax(-1)
         worst = float((residual / values[..., 0].abs().clamp_min(torch.finfo(values.dtype).tiny)).max())
         if worst <= tolerance:

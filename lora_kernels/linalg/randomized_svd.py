@@ -122,13 +122,6 @@ def _draw(rows: int, width: int, probes: int, seed: int, stream: int, operator: 
     return torch.cat((start, test), dim=-1).to(operator.dtype)
 
 
-def _check_operator(a: LinearOperator) -> None:
-    if a.dtype not in FLOATS[2:]:
-        raise TypeError(f"the operator's dtype is {a.dtype}, but must be float32 or float64")
-    if len(a.shape) < 2:
-        raise ValueError(f"the operator's shape is {tuple(a.shape)}, but must be (..., m, n)")
-
-
 def _name_bad_matrix(a: torch.Tensor | LinearOperator, product: torch.Tensor) -> None:
     """Raise if the first product shows that a matrix has NaN or infinite entries; it is smaller than the matrix."""
     # The sum is cheaper than a test of all entries, which decides if the sum overflows.
@@ -214,22 +207,19 @@ def randomized_svd(
         TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
         ValueError: if a number is out of range, or a matrix holds NaN or infinite entries; the message has its index.
     """
-    if isinstance(a, LinearOperator):
-        operator = a
-        _check_operator(a)
-    else:
+    if not isinstance(a, LinearOperator):
         check_tensor("a", a, numbers=True)
-        if a.dim() < 2:
-            raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., m, n)")
-        operator = dense_operator(a)
+    elif a.dtype not in FLOATS[2:]:
+        raise TypeError(f"the operator's dtype is {a.dtype}, but must be float32 or float64")
+    if len(a.shape) < 2:
+        raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., m, n)")
+    operator = a if isinstance(a, LinearOperator) else dense_operator(a)
     *batch, m, n = operator.shape
     check_range("rank", rank, low=1, high=min(m, n), integer=True)
     check_choice("method", method, METHODS)
     krylov = method == "krylov"
-    if oversample is not None:
-        check_range("oversample", oversample, low=0, integer=True)
-    if n_iter is not None:
-        check_range("n_iter", n_iter, low=0, integer=True)
+    check_range("oversample", oversample, low=0, integer=True, optional=True)
+    check_range("n_iter", n_iter, low=0, integer=True, optional=True)
     check_range("probes", probes, low=0, integer=True)
     check_key(seed, stream)
     width, rounds = block_plan(rank, method, oversample, n_iter)

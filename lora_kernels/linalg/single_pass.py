@@ -51,12 +51,11 @@ def _check_sketch(name: str, value: torch.Tensor, rows: int | None = None) -> to
     return wide
 
 
-def _check_batch(name: str, value: torch.Tensor, other: str, second: torch.Tensor) -> None:
-    """Check that the leading sizes are equal, or that the second matrix has none."""
-    if second.dim() > 2 and second.shape[:-2] != value.shape[:-2]:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and {other} {tuple(second.shape)}: their batches differ"
-        )
+def _check_batch(y: torch.Tensor, **others: torch.Tensor) -> None:
+    """Check that the leading sizes are equal, or that the other matrices have none."""
+    for name, other in others.items():
+        if other.dim() > 2 and other.shape[:-2] != y.shape[:-2]:
+            raise ValueError(f"y has shape {tuple(y.shape)} and {name} {tuple(other.shape)}: their batches differ")
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
@@ -82,9 +81,6 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
         rank: number of pairs, 1 <= rank <= min(k, n).
         trace: the exact trace of M, `(...)` or a number, for the residual.
 
-    Returns:
-        The pairs.
-
     Raises:
         TypeError: on another dtype.
         ValueError: if shapes do not match, rank is out of range, an entry is NaN or infinite, or the core is not
@@ -92,7 +88,7 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     """
     wide = _check_sketch("y", y)
     test = _check_sketch("omega", omega, y.shape[-2])
-    _check_batch("y", wide, "omega", test)
+    _check_batch(wide, omega=test)
     if isinstance(trace, torch.Tensor):
         check_tensor("trace", trace, numbers=True)
         if trace.shape not in ((), y.shape[:-2]):
@@ -168,9 +164,7 @@ def two_sided(
     length, n = right.shape[-2:]
     test = _check_sketch("omega", omega, n)
     co_test = _check_sketch("psi", psi, length)
-    _check_batch("y", left, "z", right)
-    _check_batch("y", left, "omega", test)
-    _check_batch("y", left, "psi", co_test)
+    _check_batch(left, z=right, omega=test, psi=co_test)
     if co_test.shape[-1] != m or test.shape[-1] != k or k > length:
         raise ValueError(
             f"y, z, omega and psi have shapes {tuple(y.shape)}, {tuple(z.shape)}, {tuple(omega.shape)} and "

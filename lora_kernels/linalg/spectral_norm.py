@@ -34,12 +34,6 @@ class SpectralNorm:
     upper: float
 
 
-def _finite(a: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(a).all()):
-        raise ValueError("a holds NaN or infinite entries")
-    return a.detach()
-
-
 def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
     """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`."""
     # `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
@@ -101,9 +95,6 @@ def spectral_norm(
         seed: 64-bit key: the same seed gives the same bits.
         stream: number of the matrix, in [0, 2^32).
 
-    Returns:
-        The bounds.
-
     Raises:
         TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
         ValueError: if it is not a matrix, a number is out of range, or an entry is NaN or infinite.
@@ -118,13 +109,12 @@ def spectral_norm(
         raise ValueError(f"a has shape {tuple(a.shape)}, but must be (m, n)")
     if min(a.shape) == 0:
         return SpectralNorm(0.0, 0.0)
-    if isinstance(a, LinearOperator):
-        operator = a
-    else:
-        if min(a.shape) <= _COMPLETE:
-            value = float(torch.linalg.matrix_norm(_finite(a).to(torch.float64), 2))
-            return SpectralNorm(value, value)
-        operator = dense_operator(a)
+    if isinstance(a, torch.Tensor) and min(a.shape) <= _COMPLETE:
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("a holds NaN or infinite entries")
+        value = float(torch.linalg.matrix_norm(a.detach().to(torch.float64), 2))
+        return SpectralNorm(value, value)
+    operator = a if isinstance(a, LinearOperator) else dense_operator(a)
     triplets = min(_TRIPLETS, *a.shape)
     leading = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
     value = float(leading.S[0])

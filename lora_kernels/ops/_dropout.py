@@ -77,7 +77,7 @@ class Mask(NamedTuple):
         return Mask(self.threshold, torch.full((1,), int(self.seed), dtype=torch.int64, device=device), self.stream)
 
 
-def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:
+def to_op_args(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:
     """A dropout as the arguments of a registered op: threshold (0: nothing is dropped), seed and stream."""
     if dropout is None:
         return 0, None, 0
@@ -93,7 +93,7 @@ def lowered(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.T
 
 
 def mask_of(threshold: int, seed: torch.Tensor | None, stream: int) -> Mask | None:
-    """The inverse of `lowered`, inside an op."""
+    """The inverse of `to_op_args`, inside an op."""
     if threshold == 0:
         return None
     if seed is None:

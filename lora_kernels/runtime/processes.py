@@ -100,16 +100,14 @@ def share_out(
     ordered = list(keys)
     if world_size() == 1:
         return {key: compute(key) for key in ordered}
-    values: dict[Key, Any] = {}
-    error: BaseException | None = None
-    try:
+
+    def mine() -> dict[Key, Any]:
         assigned = owners([1.0 if weigh is None else weigh(key) for key in ordered], world_size())
-        mine = {key: compute(key) for key, owner in zip(ordered, assigned, strict=True) if owner == rank()}
-    except Exception as caught:
-        mine, error = {}, caught
-    raise_together(error)
+        return {key: compute(key) for key, owner in zip(ordered, assigned, strict=True) if owner == rank()}
+
+    values: dict[Key, Any] = {}
     buffer = io.BytesIO()
-    torch.save(mine, buffer)
+    torch.save(together(mine), buffer)
     for part in gather(buffer.getvalue()):
         # This process's own values too, so that all processes hold the same. The pickles are of this run.
         values.update(torch.load(io.BytesIO(part), map_location=device, weights_only=False))

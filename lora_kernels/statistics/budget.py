@@ -48,9 +48,6 @@ def parse_budget(budget: Budget, device: torch.device | None = None) -> int | No
             `"auto"` for half of the free memory, or `None` for no limit.
         device: whose free memory is meant; the host's by default.
 
-    Returns:
-        The bytes, or `None`.
-
     Raises:
         ValueError: if it is anything else.
         TypeError: if it is of another type.

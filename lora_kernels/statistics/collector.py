@@ -26,7 +26,7 @@ from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.plan import Plan, make_plan
+from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sharing import find_groups
 from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress
@@ -93,16 +93,7 @@ class Collection:
             groups = self._probe()
         if self.world > 1:
             budget, groups = distributed.agree_on_plan(budget, groups)
-        plan = make_plan(
-            self.targets,
-            self.wants,
-            groups=groups,
-            budget=budget,
-            form=self.options.form,
-            sketch_size=self.options.sketch_size,
-            world_size=self.world,
-            dtype=self.options.dtype,
-        )
+        plan = self.options.plan(self.targets, self.wants, groups, budget, self.world)
         if plan.passes > 1 and one_shot:
             raise ValueError(
                 f"the budget needs {plan.passes} passes over the data, but the loader is an iterator that can be read "

@@ -65,13 +65,12 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """In what a fingerprint differs from the expected one, in words; empty if in nothing."""
-    keys = [key for key in expected if json.loads(json.dumps(expected[key])) != actual.get(key)]
     named = []
-    for key in keys:
-        if key == "options" and isinstance(actual.get(key), Mapping):
-            old, new = actual[key], json.loads(json.dumps(expected[key]))
+    for key, new in json.loads(json.dumps(dict(expected))).items():
+        old = actual.get(key)
+        if key == "options" and isinstance(old, Mapping):
             named += [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in new if old.get(name) != new[name]]
-        else:
+        elif old != new:
             named.append(key)
     return ", ".join(named)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels.runtime.loss import REDUCTIONS, Loss, Reduction
 from lora_kernels.statistics.budget import Budget
 from lora_kernels.statistics.masks import Mask, check_mask
-from lora_kernels.statistics.plan import FORMS
+from lora_kernels.statistics.plan import FORMS, Plan, make_plan
+from lora_kernels.statistics.store import Target
 
 Forward = Callable[[nn.Module, Any], Any]
 WEIGHTINGS = ("token", "sample")
@@ -88,8 +89,14 @@ class CollectOptions:
         check_range("sketch_size", self.sketch_size, low=1, integer=True)
         check_range("checkpoint_every", self.checkpoint_every, low=1, integer=True)
         for name in ("max_batches", "max_tokens"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), low=1, integer=True)
+            check_range(name, getattr(self, name), low=1, integer=True, optional=True)
+
+    def plan(
+        self, targets: Sequence[Target], wants: Mapping[str, bool], groups: Any, budget: int | None, world_size: int
+    ) -> Plan:
+        """`make_plan` with these options."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in ("form", "sketch_size", "dtype")}
+        return make_plan(targets, wants, groups=groups, budget=budget, world_size=world_size, **settings)
 
     def described(self) -> dict[str, Any]:
         """What of this changes the numbers: part of a stored file's fingerprint."""

@@ -121,33 +121,6 @@ class Plan(Report):
             yield "which layers read the same tensor is not known: each is counted by itself (an upper bound)"
 
 
-def _sizes(statistic: str, form: str, target: Target, sketch_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the sums, and of what is reduced over processes."""
-    held = sent = 0
-    shape = (target.out_features, target.in_features)
-    for kind, size, triangular in shapes(statistic, form, shape, dtype, sketch_size):
-        held += math.prod(size) * kind.itemsize
-        sent += (packed_size(size[0]) if triangular else math.prod(size)) * kind.itemsize
-    return held, sent
-
-
-def _can_sketch(statistic: str, target: Target, sketch_size: int) -> bool:
-    """A sketch pays where it is smaller than half of the exact sums."""
-    if "sketch" not in Accumulator.statistics[statistic]:
-        return False
-    exact = _sizes(statistic, "exact", target, sketch_size, torch.float32)[0]
-    return 2 * _sizes(statistic, "sketch", target, sketch_size, torch.float32)[0] < exact
-
-
-def _check_budget(entries: Sequence[Entry], budget: int | None) -> None:
-    largest = max(entries, key=lambda entry: entry.bytes)
-    if budget is not None and largest.bytes > budget:
-        raise ValueError(
-            f"budget is {show_bytes(budget)}, but the {largest.form} {largest.statistic} of {largest.layers[0]} alone "
-            f"takes {show_bytes(largest.bytes)}"
-        )
-
-
 def _assign(groups: Sequence[Sequence[Entry]], budget: int | None) -> tuple[tuple[Entry, ...], int]:
     """Fill passes in the model's order; a group that does not fit what is left goes to the next pass."""
     if budget is None:
@@ -163,15 +136,6 @@ def _assign(groups: Sequence[Sequence[Entry]], budget: int | None) -> tuple[tupl
             placed.append(replace(entry, number=number))
             used += entry.bytes
     return tuple(placed), number + 1
-
-
-def _messages(entries: Sequence[Entry], targets: Mapping[str, Target], sketch_size: int, dtype: torch.dtype) -> int:
-    sums: list[tuple[torch.dtype, tuple[int, ...]]] = []
-    for entry in entries:
-        target = targets[entry.layers[0]]
-        shape = (target.out_features, target.in_features)
-        sums += [(kind, size) for kind, size, _ in shapes(entry.statistic, entry.form, shape, dtype, sketch_size)]
-    return len(buckets(sums))
 
 
 def make_plan(
@@ -201,9 +165,6 @@ def make_plan(
         world_size: number of processes (every one holds all sums).
         dtype: of the sums.
 
-    Returns:
-        The plan.
-
     Raises:
         TypeError: on an argument of another type.
         ValueError: on a bad argument, or a budget that a single set of sums exceeds.
@@ -215,37 +176,41 @@ def make_plan(
     check_type("wants", wants, Mapping, "a mapping from `resolve_wants`")
     for name in wants:
         check_choice("wants", name, tuple(Accumulator.statistics))
-    if budget is not None:
-        check_range("budget", budget, low=1, integer=True)
+    check_range("budget", budget, low=1, integer=True, optional=True)
     check_choice("dtype", dtype, (torch.float32, torch.float64))
-    names = {target.name for target in targets}
+    by_name = {target.name: target for target in targets}
     check_type("groups", groups, (tuple, list, type(None)), "lists of names, or None")
     for group in groups or ():
         check_type("groups", group, (tuple, list), "lists of names")
         for name in group:
-            if not isinstance(name, str) or name not in names:
+            if not isinstance(name, str) or name not in by_name:
                 raise ValueError(f"groups has {repr_short(name)}, but must have names of targets")
     check_choice("form", form, FORMS)
     check_range("sketch_size", sketch_size, low=1, integer=True)
     check_range("world_size", world_size, low=1, integer=True)
     if not targets:
         raise ValueError("targets is empty: there is no layer to plan for")
-    by_name = {target.name: target for target in targets}
-    partition = [list(group) for group in groups] if groups is not None else []
-    known = {name for group in partition for name in group}
-    partition += [[name] for name in by_name if name not in known]
+    partition = [list(group) for group in groups or ()]
+    partition += [[name] for name in by_name.keys() - {name for group in partition for name in group}]
     order = {name: position for position, name in enumerate(by_name)}
     partition.sort(key=lambda group: order[group[0]])
 
+    def sums_of(statistic: str, chosen: str, layer: str) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
+        shape = by_name[layer].out_features, by_name[layer].in_features
+        return shapes(statistic, chosen, shape, dtype, sketch_size)
+
     def entry(statistic: str, layers: Sequence[str], chosen: str) -> Entry:
-        size, message = _sizes(statistic, chosen, by_name[layers[0]], sketch_size, dtype)
-        return Entry(statistic, chosen, tuple(layers), size, message)
+        held = sent = 0
+        for kind, size, triangular in sums_of(statistic, chosen, layers[0]):
+            held += math.prod(size) * kind.itemsize
+            sent += (packed_size(size[0]) if triangular else math.prod(size)) * kind.itemsize
+        return Entry(statistic, chosen, tuple(layers), held, sent)
 
     def sketched(exact: Entry) -> Entry | None:
-        target = by_name[exact.layers[0]]
-        if wants[exact.statistic] or not _can_sketch(exact.statistic, target, sketch_size):
+        if wants[exact.statistic] or "sketch" not in Accumulator.statistics[exact.statistic]:
             return None
-        return entry(exact.statistic, exact.layers, "sketch")
+        smaller = entry(exact.statistic, exact.layers, "sketch")
+        return smaller if 2 * smaller.bytes < exact.bytes else None  # otherwise it does not pay
 
     planned: list[list[Entry]] = []
     for group in partition:
@@ -256,9 +221,14 @@ def make_plan(
         planned.append([(form == "sketch" and sketched(part)) or part for part in exact])
     if form == "auto" and budget is not None:
         _sketch_until_it_fits(planned, sketched, budget)
-    _check_budget([part for group in planned for part in group], budget)
+    largest = max((part for group in planned for part in group), key=lambda part: part.bytes)
+    if budget is not None and largest.bytes > budget:
+        raise ValueError(
+            f"budget is {show_bytes(budget)}, but the {largest.form} {largest.statistic} of {largest.layers[0]} alone "
+            f"takes {show_bytes(largest.bytes)}"
+        )
     entries, passes = _assign(planned, budget)
-    messages = _messages(entries, by_name, sketch_size, dtype) if world_size > 1 else 0
+    sums = [part[:2] for one in entries for part in sums_of(one.statistic, one.form, one.layers[0])]
     return Plan(
         entries=entries,
         passes=passes,
@@ -266,7 +236,7 @@ def make_plan(
         world_size=world_size,
         sketch_size=sketch_size,
         shared=groups is not None,
-        messages=messages,
+        messages=len(buckets(sums)) if world_size > 1 else 0,
     )
 
 

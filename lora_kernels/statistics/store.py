@@ -210,9 +210,6 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
             path: the file.
             device: where the sums are to live.
 
-        Returns:
-            The statistics.
-
         Raises:
             TypeError: if `device` is neither a device nor the name of one.
             ValueError: if the file is missing, truncated, changed, or holds an unfinished run, or there is no such

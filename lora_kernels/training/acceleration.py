@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_kernels.adapters.experts import chain_of
 from lora_kernels.adapters.view import LoraView, lora_layers, stock_class
-from lora_kernels.reports import Layers, Printed, Table, short_name
+from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
@@ -46,7 +46,7 @@ class LayerPath:
 
 
 @dataclass(frozen=True)
-class AccelerateReport(Printed, Layers[LayerPath]):
+class AccelerateReport(Report, Layers[LayerPath]):
     """What `accelerate` did.
 
     Attributes:
@@ -111,10 +111,6 @@ def _paths(layers: Sequence[LoraView], gathered: set[str]) -> tuple[LayerPath, .
     return tuple(paths.values())
 
 
-def _sharded(layer: Any) -> bool:
-    return any(is_sharded(parameter) or parameter.is_meta for parameter in layer.parameters())
-
-
 def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) -> AccelerateReport:
     """Run the LoRA layers of a PEFT model through the fused op, forward and backward.
 
@@ -150,8 +146,9 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
         warnings.warn(report.summary(), RuntimeWarning, stacklevel=2)
     kinds = supported()
     for name, layer in layers:
-        for adapter in layer.active_adapters if type(layer) in kinds else ():
-            if adapter in layer.lora_A and dora.magnitude(layer, adapter) is not None and not _sharded(layer):
+        whole = not any(is_sharded(parameter) or parameter.is_meta for parameter in layer.parameters())
+        for adapter in layer.active_adapters if whole and type(layer) in kinds else ():
+            if adapter in layer.lora_A and dora.magnitude(layer, adapter) is not None:
                 dora.check(layer, adapter, name)
     for (_, layer), path in zip(layers, report, strict=True):
         if type(layer) in kinds:  # also those that are eager now: a variant may be deactivated

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import FLOATS
-from lora_kernels.adapters.extension import Extension, tied
+from lora_kernels.adapters.parts import Extension, tied
 from lora_kernels.adapters.view import stock_class
 from lora_kernels.ops._backend import requested
 from lora_kernels.ops.lora_linear import op as lora_op

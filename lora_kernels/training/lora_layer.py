@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 from lora_kernels.adapters.view import stock_class
 from lora_kernels.ops import Dropout, _backend, _ext, lora_delta
 from lora_kernels.ops._autocast import autocast_dtype
-from lora_kernels.ops._dropout import lowered
+from lora_kernels.ops._dropout import to_op_args
 from lora_kernels.ops.lora_linear import op as lora_op
 from lora_kernels.ops.lora_linear.op import TRANSFORMED, LoraFunction, apply_directly, run_forward
 from lora_kernels.ops.lora_linear.passes import Scalars
@@ -175,7 +175,7 @@ class Prepared:
         self.type = type(x)
         self.dtype, self.device, self.kind, self.inputs = x.dtype, x.device, x.device.type, first.a.shape[1]
         masked = first.p > 0 and first.magnitude is None
-        threshold = lowered(Dropout(first.p, 0), x.device)[0] if masked else 0
+        threshold = to_op_args(Dropout(first.p, 0), x.device)[0] if masked else 0
         backend = lora_op.layer.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0)
         start = first.start()
         self.a0: torch.Tensor | None = None if start is None else start[0]

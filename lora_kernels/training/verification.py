@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.reports import Layers, Printed, Table, short_name
+from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.feed import call_model, model_device, to_device
 from lora_kernels.runtime.loss import model_loss
 from lora_kernels.runtime.modes import evaluation_mode
@@ -53,7 +53,7 @@ class LayerErrors:
 
 
 @dataclass(frozen=True)
-class VerifyReport(Printed, Layers[LayerErrors]):
+class VerifyReport(Report, Layers[LayerErrors]):
     """The result of `verify`.
 
     Attributes:
@@ -125,9 +125,6 @@ def verify(
         batch: with labels, or whatever `loss` needs; inputs and output gradients of all layers are held at once.
         forward: calls the model; by default a mapping is given as keywords.
         loss: from outputs and batch; by default the model's own.
-
-    Returns:
-        The errors by layer.
 
     Raises:
         TypeError: if the model is not a module, or `forward` or `loss` is not callable.
@@ -260,8 +257,8 @@ def _run(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
 
 def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     """The same in float64; of a base that computes its own product, that product."""
-    x, g = call.x, call.g.to(torch.float64)
-    rows, adapters = x.to(torch.float64).requires_grad_(True), active(layer)
+    x, adapters = call.x, active(layer)
+    rows = x.to(torch.float64).requires_grad_(True)
     leaves = [
         {part: leaf.detach().to(torch.float64) for part, leaf in _leaves(adapter).items()} for adapter in adapters
     ]
@@ -270,30 +267,22 @@ def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     bias = getattr(base, "bias", None)
     bias = None if bias is None else bias.detach().to(torch.float64)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        scale = None if adapters[0].magnitude is None else _scale(layer, adapters[0], leaves[0])
+        scale = None
+        if adapters[0].magnitude is not None:  # DoRA's `m / |W + s B A|`, `(m,)`; the norm counts as a constant
+            update = adapters[0].scaling * (leaves[0]["dB"] @ leaves[0]["dA"]).detach()
+            scale = leaves[0]["dm"] / torch.linalg.vector_norm(dense_weight(layer).to(torch.float64) + update, dim=1)
         if base_is_fused(layer):
             y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
-            shift = torch.zeros((), dtype=torch.float64, device=x.device)
         else:
-            start = x.clone().requires_grad_(True)
             with call.autocast():
-                product = base(start)
-            scaled = g if scale is None else g * scale.detach()
-            (shift,) = torch.autograd.grad(product, start, scaled.to(product.dtype))
-            y, shift = product.detach().to(torch.float64), shift.to(torch.float64)
+                product = base(rows.to(x.dtype))
+            y = product.to(torch.float64)
         for adapter, own in zip(adapters, leaves, strict=True):
             y = y + _delta(rows, adapter, own)
         if scale is not None:
             y = y * scale if bias is None else (y - bias) * scale + bias
-        dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], g)
-    return {"y": y.detach(), "dx": dx + shift, **dict(zip(wanted, rest, strict=True))}
-
-
-def _scale(layer: Any, adapter: Adapter, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """DoRA's `m / |W + s B A|`, `(m,)`; the norm counts as a constant."""
-    whole = dense_weight(layer).to(torch.float64) + adapter.scaling * (own["dB"] @ own["dA"]).detach()
-    scale: torch.Tensor = own["dm"] / torch.linalg.vector_norm(whole, dim=1)
-    return scale
+        dx, *rest = torch.autograd.grad(y, [rows, *wanted.values()], call.g.to(torch.float64))
+    return {"y": y.detach(), "dx": dx, **dict(zip(wanted, rest, strict=True))}
 
 
 def _delta(rows: torch.Tensor, adapter: Adapter, own: Mapping[str, torch.Tensor]) -> torch.Tensor:

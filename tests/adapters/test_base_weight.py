@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import lora_kernels as lk
 from lora_kernels.adapters import base_weight as base_module
-from lora_kernels.adapters.base_weight import DEQUANTIZABLE, PLAIN, base_weight, dense_weight, row_blocks, weight_kind
+from lora_kernels.adapters.base_weight import DEQUANTIZABLE, PLAIN, dense_weight, row_blocks, weight_kind
 from tests.conftest import relative_error
 from tests.helpers import quantized as stand_ins
 from tests.helpers.quantized import bitsandbytes_linear
@@ -61,7 +61,7 @@ def test_blocks_make_the_whole_weight(kind, chunk, monkeypatch):
     module = wrapped(LAYERS[kind]())
     rows = row_blocks(module)
     blocks = list(rows())
-    truth = base_weight(module)
+    truth = dense_weight(module)
     assert torch.cat(blocks).shape == (40, WIDTH)
     assert torch.allclose(torch.cat(blocks).float(), truth, rtol=1e-5, atol=1e-6)
     assert (len(blocks) == 1) == (chunk == 2**23)
@@ -72,7 +72,7 @@ def test_blocks_of_the_quantization_that_run_over_rows_are_not_cut(monkeypatch):
     monkeypatch.setattr(base_module, "_CHUNK", 1)
     module = wrapped(bitsandbytes_linear("nf4", 96, 40))
     blocks = list(row_blocks(module)())
-    assert torch.equal(torch.cat(blocks), base_weight(module))
+    assert torch.equal(torch.cat(blocks), dense_weight(module))
     for width in (96, 128):
         weight = wrapped(bitsandbytes_linear("nf4", width, 40)).get_base_layer().weight
         assert base_module._sliceable(weight, 40, width) == (width == 128)
@@ -89,7 +89,7 @@ def test_weights_that_are_kept_transposed():
     square = Conv1D(WIDTH, WIDTH)
     module = wrapped(square)
     assert torch.equal(torch.cat(list(row_blocks(module)())), square.weight.detach().mT)
-    assert torch.equal(base_weight(module), square.weight.detach().mT)
+    assert torch.equal(dense_weight(module), square.weight.detach().mT)
     module.base_layer, module.out_features = Other(), 40
     assert torch.equal(torch.cat(list(row_blocks(module)())), Other.weight.mT)
 
@@ -97,7 +97,7 @@ def test_weights_that_are_kept_transposed():
 @pytest.mark.parametrize("kind", LAYERS)
 def test_norms_of_every_kind(kind):
     module = wrapped(LAYERS[kind]())
-    truth = base_weight(module)
+    truth = dense_weight(module)
     model = get_peft_model(Net(LAYERS["float32"]()), LoraConfig(r=2, target_modules=["lin"]))
     model.base_model.model.lin = module
     (layer,) = lk.diagnose(model)

@@ -15,7 +15,7 @@ from lora_kernels.adapters import parts
 from lora_kernels.adapters.experts import expert_layers, observed, why_unseen
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.init import METHODS
-from lora_kernels.init.factors import BaseLayer
+from lora_kernels.init.problem import BaseLayer
 from tests.adapters.start_models import nudge
 from tests.adapters.test_experts_files import IDS, SIZES, make
 from tests.conftest import relative_error

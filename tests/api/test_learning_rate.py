@@ -160,7 +160,7 @@ def test_the_step_is_the_optimizers_own(name, method):
     model, data, rate = llama(), batches(), 1e-3
     lk.initialize(model, data, method, progress=False, suggest_rate=False)
     probe = rates._Probe(model, None, None, "auto")
-    pairs = rates.find_pairs(model)
+    pairs = [] if name == "adamw" else rates.find_pairs(model)
     with observation_mode(model, gradients=True):
         steps = rates._first_step(probe, name, pairs, probe.gradients(data[:1]))
         moved = rates._direction(probe, name, pairs, data[:1])

@@ -98,7 +98,7 @@ def test_experts_that_cannot_be_observed_are_named(tmp_path, capsys):
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, interleave_moe_layer_step=1,
     )  # fmt: skip
     with torch.device("meta"):
-        model = models._model_class("causal-lm").from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     assert models.expert_parameters(model) == []  # (it routes by itself: its parameters have no traits of experts)
     config.architectures = ["Llama4ForCausalLM"]
     file = tmp_path / "config.json"

@@ -251,7 +251,7 @@ def test_other_files_in_strange_places(tmp_path, name, capsys):
         elif name == "x.safetensors":
             assert not outcome(lk.statistics.Statistics.load, {"path": file})[0]
         else:
-            assert not outcome(text_files.read_texts, {"path": file, "column": "text"})[0]
+            assert not outcome(text_files.read, {"path": file, "text_column": "text"})[0]
             if name == "data.jsonl":
                 assert not outcome(monitor.read_log, {"path": file})[0]
 
@@ -330,8 +330,8 @@ def test_text_files(tmp_path, capsys):
             else b'{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n'
         )
         file.write_bytes(data.draw(edited(whole) | NOISE))
-        outcome(text_files.read_texts, {"path": file, "column": "text"})
-        outcome(text_files.read_labelled, {"path": file, "text_column": "text", "label_column": "label"})
+        outcome(text_files.read, {"path": file, "text_column": "text"})
+        outcome(text_files.read, {"path": file, "text_column": "text", "label_column": "label"})
 
     run()
     for content in (

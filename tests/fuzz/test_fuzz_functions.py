@@ -81,7 +81,6 @@ ELSEWHERE = {
     "suggest_learning_rate": "tests/api/test_learning_rate.py: takes a model and its data",
     "LoraDashCallback": "called by transformers",
     "LoraPro": "by create_lora_pro_optimizer",
-    "LoraTSD": "by LoraDash and TaskDirections",
     "tune": "measures for seconds; tests/test_tuning.py",
     "export": "tests/adapters/test_start.py",
     "reference_mode": "takes any objects with attributes",

@@ -6,7 +6,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 
 from lora_kernels.init import CorDA, resolve_method
-from lora_kernels.init.factors import BaseLayer
+from lora_kernels.init.problem import BaseLayer
 from lora_kernels.statistics import InputMoments
 from lora_kernels.statistics.sketches import InputSketch
 from tests.helpers.accuracy import assert_accurate

@@ -6,8 +6,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from lora_kernels.init import LoraGA, resolve_method
-from lora_kernels.init.factors import BaseLayer
 from lora_kernels.init.lora_ga import DIRECTIONS, SCALES
+from lora_kernels.init.problem import BaseLayer
 from lora_kernels.statistics import Statistics
 from tests.helpers.layers import fisher_diagonal, gradient_layer, layer_statistics, sketched_gradient_layer
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_kernels.init import PiSSA, resolve_method
-from lora_kernels.init.factors import BaseLayer
+from lora_kernels.init.problem import BaseLayer
 
 
 def matrix(m, n, decay=0.9):

@@ -3,7 +3,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.init import Redistribution, redistribute
-from lora_kernels.init.ranks import offers
 
 
 def test_the_best_components_win():
@@ -44,10 +43,10 @@ def test_sums_and_limits(rows, budget, multiple):
 
 
 def test_offers_and_errors():
-    assert offers({"a": 4, "b": 4}, {"a": 100, "b": 6}, rho=2.0) == {"a": 8, "b": 6}
-    assert offers({"a": 4}, {"a": 100}, rho=3.0, max_rank=10) == {"a": 10}
+    assert Redistribution(rho=2.0).offers({"a": 4, "b": 4}, {"a": 100, "b": 6}) == {"a": 8, "b": 6}
+    assert Redistribution(rho=3.0, max_rank=10).offers({"a": 4}, {"a": 100}) == {"a": 10}
     with pytest.raises(ValueError, match="layer a has rank 9, but must be between 1 and min"):
-        offers({"a": 9}, {"a": 8}, rho=1.0)
+        Redistribution(rho=1.0).offers({"a": 9}, {"a": 8})
     with pytest.raises(ValueError, match="rho is 0.5"):
         Redistribution(rho=0.5)
     with pytest.raises(ValueError, match="cannot give 2 layers a rank of 3 each"):

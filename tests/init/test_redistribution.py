@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.init.scores import SCORES
+from lora_kernels.init.ranks import SCORES
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 
@@ -101,7 +101,11 @@ def test_any_method_takes_any_score(method, score):
 def test_a_layer_may_lose_its_adapter():
     model = wrapped(r=1, lora_alpha=2)
     report = lk.initialize(
-        model, padded(samples(), 4), "pissa", ranks=lk.init.Redistribution("gradient_energy", 4.0, 0), progress=False
+        model,
+        padded(samples(), 4),
+        "pissa",
+        ranks=lk.init.Redistribution("gradient_energy", 4.0, min_rank=0),
+        progress=False,
     )
     assert {each.status for each in report} == {"initialised", "removed"}
     assert sum(each.rank for each in report) == len(report.layers)

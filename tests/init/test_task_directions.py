@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lora_kernels as lk
-from lora_kernels.init.factors import BaseLayer, LoraFactors
+from lora_kernels.init.problem import BaseLayer, LoraFactors
 from lora_kernels.statistics import Statistics
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama

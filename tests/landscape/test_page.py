@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
-from lora_kernels.landscape.diagnosis_page import diagnosis_page
-from lora_kernels.landscape.findings import findings
+from lora_kernels.landscape.diagnosis_page import diagnosis_page, findings
 from lora_kernels.landscape.page import Curve, Finding, Grid, layout, select
 from lora_kernels.landscape.weights import Overlap, WeightNorms
 

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import ops
+from lora_kernels.doctor import self_tests
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Refused
 from lora_kernels.ops._op import OPS, Op, is_plain, no_float64, on_cpp, on_torch
-from lora_kernels.self_tests import self_tests
 
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("op", OPS.values(), ids=OPS)

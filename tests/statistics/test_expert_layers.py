@@ -196,7 +196,7 @@ def test_every_expert_starts_as_a_layer_of_its_own(name, method):
 
 
 def _base(layer):
-    from lora_kernels.init.factors import BaseLayer  # noqa: PLC0415
+    from lora_kernels.init.problem import BaseLayer  # noqa: PLC0415
 
     return BaseLayer(lambda: layer.get_base_layer().weight.float(), layer.scaling["default"])
 

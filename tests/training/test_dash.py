@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.training.dash import report as dash_report
-from lora_kernels.training.dash.selection import Selection, along_directions, select
+from lora_kernels.linalg.basis import Selection
+from lora_kernels.training.dash.run import _launched
+from lora_kernels.training.dash.selection import along_directions, select
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 from tests.training.dash_models import (
@@ -212,9 +213,9 @@ def test_an_entry_of_the_report():
         largest=8.0,
         share=0.5,
     )
-    entry = dash_report.launched("l", selection)
+    entry = _launched("l", selection)
     assert entry.sigma == (0.5, 0.125) and entry.rates == (7.0, 0.0) and entry.share == 0.5 and not entry.reason
-    nothing = dash_report.launched("l", replace(selection, rates=0 * rates, sigma=0 * rates, largest=0.0))
+    nothing = _launched("l", replace(selection, rates=0 * rates, sigma=0 * rates, largest=0.0))
     assert nothing.sigma == (0.0, 0.0) and "arbitrary" in nothing.reason
 
 

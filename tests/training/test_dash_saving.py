@@ -161,9 +161,8 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
                 value.zero_()
     batches = BATCHES
     before = logits(model)
-    init = lk.init.TaskDirections(cache=str(tmp_path / "bases"))
-    tsd = lk.api.LoraTSD(init=init, dash=lk.LoraDash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")))
-    report, run = tsd.attach(model, batches, progress=False)
+    report = lk.initialize(model, batches, lk.init.TaskDirections(cache=str(tmp_path / "bases")), progress=False)
+    run = lk.LoraDash(k=3, pre_launch=2, cache_dir=str(tmp_path / "bases")).attach(model)
     assert all(each.status == "initialised" for each in report.layers) and run.adapter == "default"
     files = {each.name for each in (tmp_path / "bases").iterdir()}
     assert len(files) == 6
@@ -194,7 +193,3 @@ def test_task_specific_directions_from_start_to_file(tmp_path):
         warnings.simplefilter("ignore", RuntimeWarning)
         lk.accelerate(fused)
     assert relative_error(logits(fused), expected) < 1e-5
-    with pytest.raises(TypeError, match="settings of LoraTSD"):
-        tsd.attach(wrapped(), batches, method="eva")
-    with pytest.raises(TypeError, match="init must be a TaskDirections"):
-        lk.api.LoraTSD(init="eva")

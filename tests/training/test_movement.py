@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels.training.guard import STEPS, Movement, trained_names
 from lora_kernels.training.lora_pro import lora_pro_cls_and_kwargs
 from lora_kernels.training.lora_pro.update import Rounding
-from lora_kernels.training.movement import STEPS, Movement, trained_names
 from tests.statistics.models import padded, samples
 from tests.training.test_accelerate import wrapped
 

@@ -10,7 +10,7 @@ from lora_kernels._checks import check_number, check_tensor
 from lora_kernels.ops import _backend
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._dropout import Dropout, lowered
+from lora_kernels.ops._dropout import Dropout, to_op_args
 from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, on_cpp, on_torch, on_triton, relative_error
 from lora_kernels.ops.grouped_lora import passes, reference
 from lora_kernels.ops.grouped_lora.passes import Scalars, bounds_of
@@ -203,7 +203,7 @@ def grouped_lora(
     kinds = (torch.int32, torch.int64)
     check_tensor("offsets", offsets, shape=(a.shape[0] + 1,), dtypes=kinds, device=x.device)
     check_number("scaling", scaling)
-    threshold, seed, stream = lowered(dropout, x.device)
+    threshold, seed, stream = to_op_args(dropout, x.device)
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
     if offsets.is_cpu and is_plain(offsets):

@@ -14,7 +14,7 @@ from lora_kernels._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops import _backend
 from lora_kernels.ops._autocast import autocast_dtype
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._dropout import Dropout, lowered
+from lora_kernels.ops._dropout import Dropout, to_op_args
 from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, relative_error
 from lora_kernels.ops.lora_linear import passes, reference
 from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
@@ -263,7 +263,7 @@ def _run(
     if weight is None and start is not None:
         check_tensor(start_name, start, shape=(*x.shape[:-1], b.shape[0]), device=x.device)
         start = start.to(x.dtype if cast is None else cast)
-    threshold, seed, stream = lowered(dropout, x.device)
+    threshold, seed, stream = to_op_args(dropout, x.device)
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
     x = x if cast is None else x.to(cast)

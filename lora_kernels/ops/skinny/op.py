@@ -10,7 +10,7 @@ import torch
 from lora_kernels._checks import check_number, check_tensor, check_written
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
-from lora_kernels.ops._dropout import Dropout, lowered, mask_of
+from lora_kernels.ops._dropout import Dropout, mask_of, to_op_args
 from lora_kernels.ops._op import Example, Op, normal, relative_error
 from lora_kernels.ops.skinny import _launch, reference
 
@@ -134,7 +134,7 @@ def shrink(
     """
     _check_pair(("x", "a"), x, a, (1, 1))
     check_number("scale", scale)
-    drop = lowered(dropout, x.device)
+    drop = to_op_args(dropout, x.device)
     out = x.new_empty(x.shape[0], a.shape[0])
     shrinking(backend, out, x, a, float(scale), *drop)
     return out
@@ -168,7 +168,7 @@ def tsreduce(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check_pair(("t", "z"), t, z, (0, 0))
-    drop = lowered(dropout, z.device)
+    drop = to_op_args(dropout, z.device)
     out = z.new_empty(t.shape[1], z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     reducing(backend, out, t, z, *drop)
     return out
@@ -210,7 +210,7 @@ def expand(
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
     _check_pair(("t", "b"), t, b, (1, 0))
-    drop = lowered(dropout, t.device)
+    drop = to_op_args(dropout, t.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(b.shape[1],), dtypes=(t.dtype,), device=t.device)
     accumulate = out is not None

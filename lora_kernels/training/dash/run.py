@@ -6,11 +6,13 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 from torch import nn
 
 from lora_kernels._checks import check_range
@@ -18,12 +20,66 @@ from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.parts import Directions
 from lora_kernels.adapters.view import lora_layers, stock_class
-from lora_kernels.linalg import core_basis
+from lora_kernels.linalg.basis import Selection, core_basis
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.training.dash import selection
-from lora_kernels.training.dash.report import DashLayer, DashReport, launched
 from lora_kernels.training.lora_layer import KINDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashLayer:
+    """One LoRA layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        status: `waiting` for the switch, `launched`, or `refused`.
+        reason: why it is refused, or a note.
+        rates: largest and smallest change rate among the selected directions.
+        sigma: largest and smallest of their singular values, as fractions of the weight's largest.
+        share: of the adapter's squared change along all core directions, the fraction along the selected ones.
+    """
+
+    name: str
+    status: Literal["waiting", "launched", "refused"]
+    reason: str = ""
+    rates: tuple[float, float] | None = None
+    sigma: tuple[float, float] | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashReport(Report, Layers[DashLayer]):
+    """The state of a run of LoRA-Dash.
+
+    Attributes:
+        layers: one entry per LoRA layer of the adapter, in the model's order.
+        steps: optimizer steps counted.
+        pre_launch: the step of the switch.
+    """
+
+    layers: tuple[DashLayer, ...]
+    steps: int
+    pre_launch: int
+
+    def summary(self) -> str:
+        """One line: the number of layers by status, and why some are refused."""
+        counts = Counter(layer.status for layer in self.layers)
+        states = ", ".join(f"{count} {status}" for status, count in counts.items())
+        reasons = Counter(layer.reason for layer in self.layers if layer.status == "refused")
+        why = "".join(f"; refused: {reason} ({count})" for reason, count in reasons.items())
+        return f"LoRA-Dash, step {self.steps} (switch at {self.pre_launch}): {states}{why}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("layer", "status", "change rates", "singular values", "share", "note", title="LoRA-Dash")
+        for layer in self.layers:
+            rates = "" if layer.rates is None else f"{layer.rates[0]:.1e} to {layer.rates[1]:.1e}"
+            sigma = "" if layer.sigma is None else f"{layer.sigma[0]:.1e} to {layer.sigma[1]:.1e}"
+            share = "" if layer.share is None else f"{100 * layer.share:.0f} %"
+            table.add_row(short_name(layer.name), layer.status, rates, sigma, share, layer.reason)
+        yield table
+        yield Text(self.summary())
 
 
 @dataclass(frozen=True)
@@ -170,7 +226,7 @@ class DashRun:
             TypeError: if it is not an optimizer.
             ValueError: if it holds none of the factors.
         """
-        factors = _factor_group(optimizer, self._factors())
+        factors = self._group(optimizer)
         ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [
             parameter for parameter in self.coordinates() if id(parameter) not in ids and parameter.requires_grad
@@ -197,7 +253,9 @@ class DashRun:
             ValueError: if the factors of a layer are not finite at the switch, or the optimizer has no parameter of
                 the adapter.
         """
-        if self.launched or _was_skipped(optimizer):
+        gradients = getattr(optimizer, "gradient_state", None)  # of accelerate's optimizer
+        accumulates = gradients is not None and not gradients.sync_gradients
+        if self.launched or accumulates or getattr(optimizer, "step_was_skipped", False):
             return False
         steps = self.steps + 1
         for directions in self.directions().values():
@@ -217,23 +275,20 @@ class DashRun:
             optimizer: as for `step`.
             progress: show a bar over the layers.
 
-        Returns:
-            The selected directions.
-
         Raises:
             ValueError: as for `step`, or if the directions are selected already, or an adapter is merged.
         """
         if self.launched:
             raise ValueError(f"adapter {self.adapter!r} has its directions already")
         self._check_unmerged()
-        _factor_group(optimizer, self._factors())
+        self._group(optimizer)
         compute = functools.partial(
             selection.select, k=self.config.k, epsilon=self.config.epsilon, cache=self.config.cache_dir
         )
         selections = selection.for_layers(self.layers, compute, self.adapter, progress=progress)
         for name, directions in self.directions().items():
             directions.launch(selections[name].left, selections[name].right)
-            self._launched[name] = launched(name, selections[name])
+            self._launched[name] = _launched(name, selections[name])
         self.join(optimizer)
         for coordinates in self.coordinates():  # so that Adam corrects its moments from this step on
             optimizer.state.pop(coordinates, None)
@@ -303,14 +358,37 @@ class DashRun:
         tidy_up(self.model, self.adapter)
         self._launched.clear()
 
-    def _factors(self) -> list[nn.Parameter]:
-        """A and B of all layers."""
-        return [part[self.adapter].weight for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B)]
+    def _group(self, optimizer: Any) -> dict[str, Any]:
+        """The parameter group of an optimizer that holds the adapter's factors."""
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "add_param_group"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        parts_of_all = [part[self.adapter] for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B)]
+        ids = {id(part.weight) for part in parts_of_all}
+        for group in optimizer.param_groups:
+            if any(id(parameter) in ids for parameter in group["params"]):
+                return group  # type: ignore[no-any-return]
+        raise ValueError(
+            "the optimizer holds no factor of the adapter (another model's optimizer, or one that keeps flat shards, "
+            "as ZeRO's do, which is not supported)"
+        )
 
     def _check_unmerged(self) -> None:
         for name, layer in self.layers.items():
-            if layer.merged:
-                raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+            _check_unmerged(name, layer)
+
+
+def _check_unmerged(name: str, layer: Any) -> None:
+    if layer.merged:
+        raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+
+
+def _launched(name: str, selection: Selection) -> DashLayer:
+    """The entry of a layer that has its directions."""
+    rates = float(selection.rates[0]), float(selection.rates[-1])
+    scale = selection.largest if selection.largest > 0 else 1.0
+    sigma = float(selection.sigma.max()) / scale, float(selection.sigma.min()) / scale
+    note = "" if rates[0] > 0 else "the adapter has changed nothing: the directions are arbitrary"
+    return DashLayer(name=name, status="launched", reason=note, rates=rates, sigma=sigma, share=selection.share)
 
 
 def _adapter(model: nn.Module, name: str | None) -> str:
@@ -344,30 +422,7 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
         raise ValueError(f"layer {name} has a sharded adapter: attach before sharding (FSDP2; ZeRO-3 is not supported)")
     if weight.device.type == "meta":
         raise ValueError(f"layer {name} is on the meta device: attach after its weights are loaded")
-    if layer.merged:
-        raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+    _check_unmerged(name, layer)
     directions = parts.directions(layer, adapter)
     if directions is not None and directions.coordinates.numel() != k:
         raise ValueError(f"k is {k}, but layer {name} has {directions.coordinates.numel()} coordinates already")
-
-
-def _was_skipped(optimizer: Any) -> bool:
-    """Whether the last `step` of accelerate's optimizer changed nothing (accumulation, or an overflow)."""
-    gradients = getattr(optimizer, "gradient_state", None)
-    if gradients is not None and not gradients.sync_gradients:
-        return True
-    return bool(getattr(optimizer, "step_was_skipped", False))
-
-
-def _factor_group(optimizer: Any, factors: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """The parameter group of an optimizer that holds the adapter's factors."""
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "add_param_group"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    ids = {id(factor) for factor in factors}
-    for group in optimizer.param_groups:
-        if any(id(parameter) in ids for parameter in group["params"]):
-            return group  # type: ignore[no-any-return]
-    raise ValueError(
-        "the optimizer holds no factor of the adapter (another model's optimizer, or one that keeps flat shards, "
-        "as ZeRO's do, which is not supported)"
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +10,12 @@ from tqdm import tqdm
 
 from lora_kernels.adapters.base_weight import check_readable, dense_weight, whole
 from lora_kernels.adapters.parts import start
-from lora_kernels.linalg import core_basis
-from lora_kernels.linalg.randomized_svd import fix_pair
+from lora_kernels.linalg.basis import Selection, changed_most, core_basis
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import raise_together, rank, share_out, world_size
 
 # A and B of an adapter `(r, n)`, `(m, r)`, and its scaling.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The selected directions of one layer, by descending rate."""
-
-    left: torch.Tensor  # the `u_i` `(m, k)`
-    right: torch.Tensor  # the `v_i^T` `(k, n)`
-    indices: torch.Tensor  # their positions `(k,)` in the order of descending singular values
-    sigma: torch.Tensor  # their singular values `(k,)`
-    rates: torch.Tensor  # their change rates `(k,)`
-    largest: float  # largest singular value of the weight
-    share: float  # of the update's squared change along all core directions, the fraction along the selected ones
 
 
 def along_directions(u: torch.Tensor, vh: torch.Tensor, factors: Iterable[Factors]) -> torch.Tensor:
@@ -44,29 +29,12 @@ def along_directions(u: torch.Tensor, vh: torch.Tensor, factors: Iterable[Factor
 
 
 def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: float, cache: str | None) -> Selection:
-    """The k core directions of W `(m, n)` with the largest change rates `|u_i^T dW v_i| / (sigma_i + eps sigma_1)`."""
-    # dW is the sum of the products `s B A`. Of equal rates, that of the larger singular value comes first.
+    """The k core directions of W `(m, n)` that the sum of products `s B A` changes most."""
     factors = list(factors)
     if not all(bool(torch.isfinite(factor).all()) for a, b, _ in factors for factor in (a, b)):
         raise ValueError("the factors of the adapter hold NaN or infinite entries")
     u, s, vh = core_basis(weight, cache)
-    sizes = along_directions(u, vh, factors).abs()
-    bottom = s.to(sizes) + epsilon * float(s[0])
-    # sigma = 0 and eps = 0: the rate is infinite for a nonzero change, and 0 otherwise.
-    rates = torch.where(sizes > 0, sizes / bottom, torch.zeros_like(sizes))
-    indices = rates.argsort(descending=True, stable=True)[:k]
-    left, right = fix_pair(u[:, indices], vh[indices].mT)
-    total = float(sizes.square().sum())
-    share = float(sizes[indices].square().sum()) / total if total > 0 else 0.0
-    return Selection(
-        left=left,
-        right=right.mT.contiguous(),
-        indices=indices,
-        sigma=s[indices],
-        rates=rates[indices],
-        largest=float(s[0]),
-        share=share,
-    )
+    return changed_most((u, s, vh), along_directions(u, vh, factors), k, epsilon)
 
 
 def factors_of(layer: Any, adapter: str) -> list[Factors]:

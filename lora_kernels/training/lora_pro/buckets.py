@@ -22,13 +22,6 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def like_rows(parameter: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros `(m, columns)`, of the rows of a parameter `(m, *)` and sharded as it is."""
-    part = local(parameter)
-    zeros = torch.zeros(part.shape[0], columns, dtype=dtype, device=part.device)
-    return wrap(zeros, parameter) if is_sharded(parameter) else zeros
-
-
 def wrap(part: torch.Tensor, parameter: Any) -> torch.Tensor:
     """A DTensor with a given local part, sharded as a parameter is."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  (needs torch.distributed)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from lora_kernels._checks import check_type
 from lora_kernels.adapters.view import lora_layers
-from lora_kernels.training.lora_pro.optimizer import LoraPro, Mode, RoundingMode, Scaling
-from lora_kernels.training.movement import Movement, trained_names
+from lora_kernels.training.guard import Movement, trained_names
+from lora_kernels.training.lora_pro.optimizer import LoraPro, LoraProOptions, Scaling
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling, int]
 
 
-@dataclass(frozen=True)
-class LayerScaling:
+def _scaling(layer: Any, adapter: str) -> float:
     """The current scaling of an adapter on a layer."""
-
-    layer: Any
-    adapter: str
-
-    def __call__(self) -> float:
-        """The scaling s."""
-        return float(self.layer.scaling[self.adapter])
+    return float(layer.scaling[adapter])
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -39,20 +33,9 @@ def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
         yield adapter, layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
 
 
-def _why_not_a_pair(layer: Any, a: Any, b: Any) -> str | None:
-    """Why A and B, one of which is trained, are not a pair whose product is added to one weight, or `None`."""
-    if not (a.requires_grad and b.requires_grad):
-        return "one factor is frozen"
-    if a.dim() != 2 or b.dim() != 2:
-        return f"factors of {type(layer).__name__} are not matrices (of a convolution, or flattened by FSDP1)"
-    return None
-
-
 def find_pairs(model: nn.Module) -> list[_Pair]:
-    """A, B, scaling and number of experts of all LoRA pairs that a PEFT model trains, DoRA's included; at least one.
-
-    Warns about trained factors that are not a pair; they get AdamW.
-    """
+    """A, B, scaling and number of experts of all LoRA pairs that a PEFT model trains, DoRA's included; at least one."""
+    # A warning tells of trained factors that are not a pair, whose product is added to one weight; they get AdamW.
     check_type("model", model, nn.Module, "a torch.nn.Module")
     pairs: list[_Pair] = []
     unpaired: Counter[str] = Counter()
@@ -60,11 +43,14 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
         for adapter, a, b in _factors(layer):
             if not any(isinstance(factor, torch.Tensor) and factor.requires_grad for factor in (a, b)):
                 continue
-            reason = _why_not_a_pair(layer, a, b)
-            if reason is None:
-                pairs.append((a, b, LayerScaling(layer, adapter), getattr(layer, "num_experts", 1)))
+            if not (a.requires_grad and b.requires_grad):
+                unpaired["one factor is frozen"] += 1
+            elif a.dim() != 2 or b.dim() != 2:
+                kind = type(layer).__name__
+                unpaired[f"factors of {kind} are not matrices (of a convolution, or flattened by FSDP1)"] += 1
             else:
-                unpaired[reason] += 1
+                scaling = functools.partial(_scaling, layer, adapter)
+                pairs.append((a, b, scaling, getattr(layer, "num_experts", 1)))
     if unpaired:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in unpaired.items())
         warnings.warn(f"{unpaired.total()} LoRA layers get plain AdamW: {reasons}", RuntimeWarning, stacklevel=3)
@@ -73,18 +59,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
     return pairs
 
 
-def create_lora_pro_optimizer(
-    model: nn.Module,
-    *,
-    lr: float,
-    mode: Mode = "efficient",
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    damping: float = 1e-8,
-    state_dtype: torch.dtype | None = None,
-    rounding: RoundingMode = "nearest",
-) -> LoraPro:
+def create_lora_pro_optimizer(model: nn.Module, *, lr: float, **options: Unpack[LoraProOptions]) -> LoraPro:
     """LoRA-Pro for all that a PEFT model trains: pairs by LoRA-Pro, the rest (heads, biases, ...) by AdamW.
 
     Create it after the model is sharded by `fully_shard`; before or after DistributedDataParallel. The scaling of a
@@ -96,19 +71,11 @@ def create_lora_pro_optimizer(
     Args:
         model: with PEFT's LoRA layers.
         lr: learning rate.
-        mode: `efficient` (state of LoRA's size) or `full` (the paper's: the moments of the full weight).
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment; above 0 in `full` mode.
-        weight_decay: decoupled; of factors and other matrices, not of biases and norms (parameters with one axis).
-        damping: added to the eigenvalues of `B^T B` and `A A^T` before they are inverted.
-        state_dtype: of the moments in `full` mode: `None`, float32; or `torch.bfloat16` with stochastic rounding.
-        rounding: of bfloat16 parameters after a step, `nearest` or `stochastic` (see `LoraPro`).
-
-    Returns:
-        The optimizer.
+        options: mode, betas, eps, damping, state_dtype and rounding of `LoraPro`, and its weight_decay, which is that
+            of factors and other matrices, not of biases and norms (parameters with one axis).
 
     Raises:
-        TypeError: on a wrong type.
+        TypeError: on a wrong type, or another option.
         ValueError: if the model trains no LoRA pair, or a number is out of range.
     """
     pairs = find_pairs(model)
@@ -119,18 +86,8 @@ def create_lora_pro_optimizer(
     matrices = [parameter for parameter in others if parameter.dim() > 1]
     vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
-    optimizer = LoraPro(
-        groups,
-        lr,
-        mode=mode,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        damping=damping,
-        state_dtype=state_dtype,
-        rounding=rounding,
-    )
-    if rounding == "nearest":
+    optimizer = LoraPro(groups, lr, **options)
+    if optimizer.rounding == "nearest":
         Movement.watch(optimizer, trained_names(model))
     return optimizer
 
@@ -146,16 +103,11 @@ def lora_pro_cls_and_kwargs(model: nn.Module, *, lr: float, **options: Any) -> t
         lr: learning rate.
         options: mode, betas, eps, damping, state_dtype or rounding of `LoraPro`.
 
-    Returns:
-        The class and its arguments.
-
     Raises:
         TypeError: on another option.
         ValueError: if the model trains no LoRA pair.
     """
-    unknown = sorted(set(options) - {"mode", "betas", "eps", "damping", "state_dtype", "rounding"})
-    if unknown:
-        raise TypeError(
-            f"options must be of mode, betas, eps, damping, state_dtype and rounding, got {', '.join(unknown)}"
-        )
+    known = [name for name in LoraProOptions.__annotations__ if name != "weight_decay"]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"options must be of {', '.join(known)}, got {', '.join(unknown)}")
     return LoraPro, {"pairs": find_pairs(model), "lr": lr, **options}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
 from lora_kernels._checks import check_choice, check_range, check_tensor
 from lora_kernels.ops import lora_pro_adam_
@@ -22,7 +23,6 @@ from lora_kernels.training.lora_pro.buckets import (
     Layout,
     Scratch,
     draw_seed,
-    like_rows,
     mix,
     working_dtype,
     wrap,
@@ -39,6 +39,18 @@ _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side
 Scaling = float | Callable[[], float]
 PairEntry = tuple[torch.Tensor, torch.Tensor, Scaling] | tuple[torch.Tensor, torch.Tensor, Scaling, int]
 Place = tuple[int, int]  # number of the group, and of the parameter in it
+
+
+class LoraProOptions(TypedDict, total=False):
+    """Arguments of `LoraPro`, as keywords."""
+
+    mode: Mode
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    damping: float
+    state_dtype: torch.dtype | None
+    rounding: RoundingMode
 
 
 @dataclass(frozen=True)
@@ -93,18 +105,20 @@ def check_options(group: dict[str, Any]) -> None:
     check_range("weight_decay", group["weight_decay"], low=0.0, high=sys.float_info.max)
 
 
-def check_scalings(scaling: Any, count: int) -> list[Scaling]:
-    """One scaling per pair, from one scaling or a sequence."""
-    scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
-    if len(scalings) != count:
-        raise ValueError(f"scaling has {len(scalings)} entries, but must be one number or one per pair ({count})")
-    for value in scalings:
-        if callable(value):
-            continue
+def per_pair(name: str, value: Any, count: int) -> list[Any]:
+    """One value per pair, from one value or a sequence."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries, but must be a number or one per pair ({count})")
+    return values
+
+
+def check_scaling(value: Any) -> None:
+    """Check the scaling of a pair, if it is not a function."""
+    if not callable(value):
         check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
         if value == 0:
             raise ValueError("scaling is 0, but must not be: such a pair never learns")
-    return scalings
 
 
 def check_gradient(name: str, gradient: torch.Tensor) -> None:
@@ -229,15 +243,12 @@ class LoraPro(Optimizer):
         if "scaling" not in group:
             raise ValueError("a group with pairs needs its scaling")
         pairs, number = [tuple(pair) for pair in group.pop("pairs")], len(self.param_groups)
-        scalings = check_scalings(group.pop("scaling"), len(pairs))
-        experts = group.pop("experts", 1)
-        counts = list(experts) if isinstance(experts, Sequence) else [experts] * len(pairs)
-        if len(counts) != len(pairs):
-            raise ValueError(f"experts has {len(counts)} entries, but must be a number or one per pair ({len(pairs)})")
-        for index, (pair, count) in enumerate(zip(pairs, counts, strict=True)):
+        scalings = per_pair("scaling", group.pop("scaling"), len(pairs))
+        counts = per_pair("experts", group.pop("experts", 1), len(pairs))
+        for index, (pair, scaling, count) in enumerate(zip(pairs, scalings, counts, strict=True)):
             if len(pair) != 2:
                 raise ValueError(f"pairs[{index}] has {len(pair)} entries, but must be (A, B)")
-            self._check_pair(f"pairs[{index}]", *pair, count)
+            self._check_pair(f"pairs[{index}]", *pair, scaling, count)
         group["params"] = [parameter for pair in pairs for parameter in pair]
         if len({id(parameter) for parameter in group["params"]}) != len(group["params"]):
             raise ValueError("pairs holds a parameter twice")
@@ -247,8 +258,9 @@ class LoraPro(Optimizer):
             for index, (scaling, count) in enumerate(zip(scalings, counts, strict=True))
         ]
 
-    def _check_pair(self, name: str, a: Any, b: Any, experts: Any = 1) -> None:
+    def _check_pair(self, name: str, a: Any, b: Any, scaling: Any, experts: Any = 1) -> None:
         check_pair(name, a, b, experts)
+        check_scaling(scaling)
         if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
             raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
@@ -261,9 +273,8 @@ class LoraPro(Optimizer):
         }
         paired = {place for pair in self._pairs for place in (pair.a, pair.b)}
         for index, (a, b, scaling, *experts) in enumerate(pairs):
-            name = f"pairs[{index}]"
-            self._check_pair(name, a, b, *experts)
-            pair_places = []
+            name, pair_places = f"pairs[{index}]", []
+            self._check_pair(name, a, b, scaling, *experts)
             for parameter, factor in ((a, "A"), (b, "B")):
                 place = places.get(id(parameter))
                 if place is None:
@@ -272,7 +283,7 @@ class LoraPro(Optimizer):
                     raise ValueError(f"{factor} of {name} is in two pairs")
                 paired.add(place)
                 pair_places.append(place)
-            self._pairs.append(Pair(pair_places[0], pair_places[1], check_scalings(scaling, 1)[0], *experts))
+            self._pairs.append(Pair(pair_places[0], pair_places[1], scaling, *experts))
 
     def _at(self, place: Place) -> torch.Tensor:
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
@@ -290,13 +301,13 @@ class LoraPro(Optimizer):
         if not state:
             dtype = self._moment_dtype(parameter, full=columns is not None)
             state["step"] = torch.zeros((), dtype=torch.float32)
+            part = local(parameter)
             for key in _MOMENTS if columns != 0 else ():
-                if columns is not None:
-                    state[key] = like_rows(parameter, columns, dtype)
-                    continue
-                state[key] = torch.zeros_like(local(parameter), dtype=dtype)
-                if local(parameter) is not parameter:
-                    state[key] = wrap(state[key], parameter)
+                if columns is None:
+                    zeros = torch.zeros_like(part, dtype=dtype)
+                else:
+                    zeros = torch.zeros(part.shape[0], columns, dtype=dtype, device=part.device)
+                state[key] = zeros if part is parameter else wrap(zeros, parameter)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,9 +385,6 @@ class LoraPro(Optimizer):
 
         Args:
             closure: computes the loss and the gradients again.
-
-        Returns:
-            The result of the closure.
 
         Raises:
             ValueError: if one factor of a pair has a gradient and the other has none, a gradient is sparse, the
