@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops._tiles import MOST_PROGRAMS, TileConfig, processors, token_splits
 from lora_kernels.ops._tl import add_tile, token_rows
 
@@ -129,8 +130,8 @@ def column_sums(
     least_chunk: int = 256,
 ) -> None:
     """`total += sum_t w_t x_t`, or `sum_t w_t x_t^2`; x has unit column stride, and the sums are contiguous."""
-    features = x.shape[1]
-    tokens = x.shape[0] if index is None else index.shape[0]
+    features, selected = x.shape[1], Selection(index, weight)
+    tokens = selected.count(x)
     if tokens == 0 or features == 0:
         return
     blocks = -(-features // _SUM_COLUMNS)
@@ -138,16 +139,9 @@ def column_sums(
     chunk = -(-tokens // min(max(splits, -(-tokens // _SUM_CHUNK)), MOST_PROGRAMS))
     splits = -(-tokens // chunk)
     sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
-    constants = constants_of(
-        COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS,
-        HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None, SQUARE=square,
-    )  # fmt: skip
-    launch(
-        column_sum_kernel, (blocks, splits, 1),
-        # A pointer that a flag switches off must still be one.
-        (sums, x, x if index is None else index, x if weight is None else weight),
-        (features, tokens, chunk, x.stride(0)), constants,
-    )  # fmt: skip
+    constants = constants_of(COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS, **selected.flags(), SQUARE=square)
+    tensors, numbers = (sums, *selected.pointers(x)), (features, tokens, chunk, x.stride(0))
+    launch(column_sum_kernel, (blocks, splits, 1), tensors, numbers, constants)
     constants = constants_of(COLUMNS=_SUM_COLUMNS)
     launch(add_rows_kernel, (blocks, 1, 1), (total, sums), (features, splits), constants)
 

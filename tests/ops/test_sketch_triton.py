@@ -8,10 +8,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _philox, project, random_matrix, sketch_
-from lora_kernels.ops._rows import selection
+from lora_kernels.ops._rows import Selection, selection
 from lora_kernels.ops._tiles import is_aligned, rank_for
 from lora_kernels.ops.sketch import config as tiles
 from lora_kernels.ops.sketch import kernel, reference
+from lora_kernels.ops.sketch.config import Omega
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -38,9 +39,8 @@ def bound_for(left, right, kind):
 
 def run(left, right, k, weight, kind="rademacher", configs=(TINY, TINY), chunk=None, least=1024):
     out, total = torch.zeros(left.shape[1], k, device=DEVICE), torch.zeros(left.shape[1], device=DEVICE)
-    index, factor = selection(weight)
-    factor = None if factor is None else factor.float()
-    kernel.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
+    omega = Omega(kind, **KEY)
+    kernel.sketch(out, left, right, selection(weight), total, omega, configs=configs, chunk=chunk, least=least)
     return out, total
 
 
@@ -95,7 +95,7 @@ def test_projection_matches_float64(tokens, width, k, dtype, kind, poisoned_memo
     truth = reference.project(a, k, **KEY, kind=kind)
     for least in (1024, 16):
         out = torch.empty(tokens, k, device=DEVICE)
-        kernel.project(out, a, kind=kind, **KEY, config=TINY, least=least)
+        kernel.project(out, a, Omega(kind, **KEY), config=TINY, least=least)
         assert_accurate(out, truth, bound_for(out[:1], a, kind))
 
 
@@ -182,7 +182,7 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit(kind):
     first, second = (run(left, right, 24, weight, kind, least=16) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     out, parts = first[0].clone(), torch.zeros_like(first[0])
-    kernel.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
+    kernel.sketch(out, left, right, Selection(None, weight), None, Omega(kind, **KEY), configs=(TINY, TINY))
     bound = 2 * bound_for(left, right, "rademacher")  # both are rounded, with the same draws
     assert_accurate(out, 2 * first[0], bound)
     for part in (slice(0, 33), slice(33, 90)):
@@ -220,9 +220,8 @@ def test_memory_beyond_is_left_alone():
     left, right = torch.randn(40, 33, device=DEVICE), torch.randn(40, 30, device=DEVICE)
     for least, two in itertools.product((1024, 16), (left, right)):
         out = wide.clone()
-        kernel.sketch(
-            out[:33, 5:26], left, two, None, None, None, kind="rademacher", **KEY, configs=(TINY, TINY), least=least
-        )
+        omega = Omega("rademacher", **KEY)
+        kernel.sketch(out[:33, 5:26], left, two, Selection(), None, omega, configs=(TINY, TINY), least=least)
         truth = reference.sketch(left, two, 21, **KEY)[0]
         assert_accurate(out[:33, 5:26].double() + 7.0, truth, bound_for(left, two, "rademacher"))
         out[:33, 5:26] = -7.0

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_kernels.ops._tiles import build_platform, precision
+
+
+class Omega(NamedTuple):
+    """Which random matrix."""
+
+    kind: str
+    seed: int
+    stream: int
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
-from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import build_platform, is_aligned, processors, rank_for, signed32
+from lora_kernels.ops._rows import ALL, Selection
+from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, processors, rank_for, signed32, token_splits
 from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
-from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
+from lora_kernels.ops.sketch.config import ROWS, Omega, SketchConfig, config_for, token_chunk
 
 
 @triton.jit
@@ -224,94 +223,74 @@ _CACHE = 40 * 2**20
 _MOST_TOKENS = 2**19  # of a launch, whose grid has at most MOST_PROGRAMS blocks of ROWS
 
 
-class Omega(NamedTuple):
-    """What Omega is; `scratch`, `(1 or 2, q, padded k)`, holds draws in the rows' dtype if the kernel makes none."""
-
-    columns: int
-    seed: int
-    stream: int
-    scratch: torch.Tensor | None
-
-
-def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
-    """Draw what the kernel itself does not, for rows `(rows, q)`."""
-    scratch = None
-    if kind == "gaussian":
-        rank, blocks = rank_for(columns)
-        parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
-        scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
-        draw(scratch, kind, seed, stream, 0)
-    return Omega(columns, seed, stream, scratch)
+def _scratch(x: torch.Tensor, columns: int, omega: Omega) -> torch.Tensor | None:
+    """Draws that the kernel does not make itself, `(1 or 2, q, padded columns)` in the dtype of rows `(rows, q)`."""
+    if omega.kind != "gaussian":
+        return None
+    rank, blocks = rank_for(columns)
+    parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
+    scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
+    draw(scratch, *omega, 0)
+    return scratch
 
 
 def _shrink(
     out: torch.Tensor,
     x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    selected: Selection,
+    columns: int,
     omega: Omega,
+    scratch: torch.Tensor | None,
     config: SketchConfig | None,
     least_features: int,
 ) -> None:
     """Fill `out`: `(tokens, k)` or `(tokens, padded k)` float32, or `(tokens, 2 * padded k)` for a pair."""
-    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    tokens, features = selected.count(x), x.shape[1]
     config = config or config_for("shrink", x.dtype, aligned=is_aligned(x))
-    rank, blocks = rank_for(omega.columns)
+    rank, blocks = rank_for(columns)
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
-    splits = _tiles.token_splits(blocks * tall, features, processors(x.device), least=least_features)
+    splits = token_splits(blocks * tall, features, processors(x.device), least=least_features)
     steps = -(-features // (splits * config.features))  # no part but the last has a ragged end
     splits = -(-features // (steps * config.features))
-    direct = splits == 1 and weight is None and not pair
+    direct = splits == 1 and selected.weight is None and not pair
     target = out
     if not direct:
         target = torch.empty(splits, tokens, blocks * rank, dtype=torch.float32, device=x.device)
-    scratch = omega.scratch
     constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, SIGNS=scratch is None,
+        config.warps, config.stages, HAS_INDEX=selected.rows is not None, SIGNS=scratch is None,
         PAIR=scratch is not None and scratch.dim() == 3, UPCAST=INTERPRETED,
         **config.constants(rank, x.dtype, build_platform()),
     )  # fmt: skip
     key = (signed32(omega.seed), signed32(omega.seed >> 32), signed32(omega.stream))
     launch(
-        shrink_kernel, (blocks, tall, splits),
-        # A pointer that a flag switches off must still be one.
-        (target, x, x if index is None else index, x if scratch is None else scratch),
+        shrink_kernel, (blocks, tall, splits), (target, *selected.pointers(x)[:2], x if scratch is None else scratch),
         (features, tokens, target.shape[-1], steps, x.stride(0), target.stride(-2), *key), constants,
     )  # fmt: skip
     if not direct:
         launch(
-            combine_kernel, (blocks, -(-tokens // ROWS), 1), (out, target, target if weight is None else weight),
+            combine_kernel, (blocks, -(-tokens // ROWS), 1), (out, target, selected.pointers(target)[2]),
             (tokens, splits, blocks * rank if pair else out.shape[1], out.stride(0)),
-            constants_of(ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=pair),
+            constants_of(ROWS=ROWS, RANK=rank, HAS_WEIGHT=selected.weight is not None, PAIR=pair),
         )  # fmt: skip
 
 
 def _add_tall(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    p: torch.Tensor,
-    config: SketchConfig | None,
-    least_tokens: int,
+    out: torch.Tensor, x: torch.Tensor, selected: Selection, p: torch.Tensor, config: SketchConfig | None, least: int
 ) -> None:
-    """`out += x^T P`, P as `_shrink` left it."""
+    """`out += x^T P`, P as `_shrink` left it; a part has at least `least` tokens."""
     tokens, features = p.shape[0], x.shape[1]
     config = config or config_for("tall", x.dtype, aligned=is_aligned(x))
     rank, blocks = rank_for(out.shape[1])
     tiles = -(-features // config.features)
-    splits = _tiles.token_splits(blocks * tiles, tokens, processors(x.device), least=least_tokens)
-    chunk = -(-tokens // splits)
-    if splits > 1:
-        chunk = -(-chunk // config.tokens) * config.tokens
-    splits = -(-tokens // chunk)
+    splits, chunk = parts_for(blocks * tiles, tokens, config.tokens, x.device, least)
     partial = torch.empty(splits, features, blocks * rank, dtype=torch.float32, device=x.device)
     constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, PAIR=p.dtype != torch.float32, UPCAST=INTERPRETED,
-        **config.constants(rank, p.dtype, build_platform()),
+        config.warps, config.stages, HAS_INDEX=selected.rows is not None, PAIR=p.dtype != torch.float32,
+        UPCAST=INTERPRETED, **config.constants(rank, p.dtype, build_platform()),
     )  # fmt: skip
     launch(
-        tall_kernel, (blocks, tiles, splits), (partial, x, x if index is None else index, p),
+        tall_kernel, (blocks, tiles, splits), (partial, *selected.pointers(x)[:2], p),
         (features, tokens, chunk, x.stride(0)), constants,
     )  # fmt: skip
     launch(
@@ -329,67 +308,51 @@ def sketch(
     out: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    selected: Selection,
     column_sum: torch.Tensor | None,
-    kind: str,
-    seed: int,
-    stream: int,
+    omega: Omega,
     *,
     configs: tuple[SketchConfig | None, SketchConfig | None] = (None, None),
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
     """Launch the kernels on matrices of unit column stride; `left` and `right` are one object for an input sketch."""
-    tokens = left.shape[0] if index is None else index.shape[0]
+    tokens, columns = selected.count(left), out.shape[1]
     if tokens == 0 or left.shape[1] == 0:
         return
-    weight = single(weight)
+    selected = selected.to(torch.float32)
     # Without columns, or rows that hold anything, only the sum is left.
-    omega = make_omega(right, out.shape[1], kind, seed, stream) if out.shape[1] and right.shape[1] else None
+    empty = columns == 0 or right.shape[1] == 0
+    scratch = None if empty else _scratch(right, columns, omega)
     if chunk is None:
         chunk = _MOST_TOKENS
         if left is right:  # else nothing is read twice
             row_bytes = left.stride(0) * left.element_size()
             chunk = min(chunk, token_chunk(tokens, row_bytes, _cache_bytes(left.device)))
-    rank, blocks = rank_for(out.shape[1])
-    pair = left.dtype == torch.bfloat16
+    rank, blocks = rank_for(columns)
+    width, dtype = (2, torch.bfloat16) if left.dtype == torch.bfloat16 else (1, torch.float32)
     for low in range(0, tokens, chunk):
         part = slice(low, min(low + chunk, tokens))
-        picked = None if index is None else index[part]
-        weights = None if weight is None else weight[part]
-        one = left[part] if index is None else left
-        if omega is not None:
-            two = one if left is right else right[part] if index is None else right
-            p = torch.empty(
-                part.stop - low,
-                blocks * rank * (2 if pair else 1),
-                dtype=torch.bfloat16 if pair else torch.float32,
-                device=left.device,
-            )
-            _shrink(p, two, picked, weights, omega, configs[0], 2 * least)
-            _add_tall(out, one, picked, p, configs[1], least)
+        one, some = selected.part(left, part)
+        if not empty:
+            two = one if left is right else selected.part(right, part)[0]
+            p = torch.empty(part.stop - low, blocks * rank * width, dtype=dtype, device=left.device)
+            _shrink(p, two, some, columns, omega, scratch, configs[0], 2 * least)
+            _add_tall(out, one, some, p, configs[1], least)
         if column_sum is not None:
-            column_sums(column_sum, one, picked, weights)
+            column_sums(column_sum, one, *some)
 
 
 def project(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    kind: str,
-    seed: int,
-    stream: int,
-    *,
-    config: SketchConfig | None = None,
-    least: int = 512,
+    out: torch.Tensor, a: torch.Tensor, omega: Omega, *, config: SketchConfig | None = None, least: int = 512
 ) -> None:
     """Launch the first product alone, which fills `out` `(rows, k)`; a split has at least `least` features."""
     if out.numel() == 0:
         return
-    omega = make_omega(a, out.shape[1], kind, seed, stream)
+    scratch = _scratch(a, out.shape[1], omega)
     for low in range(0, a.shape[0], _MOST_TOKENS):
         part = slice(low, low + _MOST_TOKENS)
-        _shrink(out[part], a[part], None, None, omega, config, least)
+        _shrink(out[part], a[part], ALL, out.shape[1], omega, scratch, config, least)
 
 
 _RANKS = (16, 32, 64)
