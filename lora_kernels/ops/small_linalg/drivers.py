@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +93,10 @@ def raise_status(status: int, index: int) -> None:
         raise ValueError(f"matrix {index} is not positive definite (its leading minor of order {minor} is not)")
 
 
-def raise_first(status: torch.Tensor) -> None:
-    """Raise for the first matrix whose status is not 0."""
-    if bool(status.any()):
+def raise_first(*statuses: torch.Tensor | None) -> None:
+    """Raise for the first matrix of which a status `(...)` is not 0; `None` has been looked at."""
+    known = [status for status in statuses if status is not None]
+    if known and bool((status := functools.reduce(torch.maximum, known)).any()):
         index = int(status.reshape(-1).nonzero()[0])
         raise_status(int(status.reshape(-1)[index]), index)
 
@@ -123,24 +125,19 @@ def room(out: torch.Tensor) -> torch.Tensor:
     return out.view(out.shape[:-2].numel(), *out.shape[-2:])
 
 
-def _arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    return [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-
-
 def _entry(name: str, dtype: torch.dtype) -> Any:
     return getattr(_ext.extension(), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def run_cpu(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Run a CPU driver on dense tensors, which go as addresses, and numbers, and raise what its status means."""
-    raise_status(*_entry(name, dtype)(*_arguments(arguments), torch.get_num_threads()))
-
-
-def run_cuda(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Launch a CUDA driver on the current device and stream, likewise; `info` among the tensors takes what it finds."""
-    _entry(f"{name}_cuda", dtype)(*_arguments(arguments), torch.cuda.current_stream().cuda_stream)
-
-
-def new_info(like: torch.Tensor) -> torch.Tensor:
-    """Room for one status per matrix of a dense batch."""
-    return torch.empty(like.shape[0], dtype=torch.int32, device=like.device)
+def run(
+    name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, reports: bool = True
+) -> torch.Tensor | None:
+    """Run a driver on dense tensors of one dtype: on the CPU it raises, on a GPU the status per matrix is returned."""
+    first, arguments = tensors[0], [tensor.data_ptr() for tensor in tensors]
+    if first.device.type == "cpu":
+        raise_status(*_entry(name, first.dtype)(*arguments, *sizes, torch.get_num_threads()))
+        return None
+    status = torch.empty(first.shape[0], dtype=torch.int32, device=first.device) if reports else None
+    found = [] if status is None else [status.data_ptr()]
+    _entry(f"{name}_cuda", first.dtype)(*arguments, *found, *sizes, torch.cuda.current_stream().cuda_stream)
+    return status
