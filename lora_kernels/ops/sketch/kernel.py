@@ -1,7 +1,7 @@
 """Triton kernels of the sketch ops.
 
     P[t, c]   = sum_i  x[t, i] * Omega[i, c]            shrink_kernel (+ combine_kernel, which weighs: w[t] * P[t, c])
-    out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ add_kernel)
+    out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ combine_kernel)
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
 between the two kernels. Signs are drawn in the loop of `shrink_kernel`; gaussian draws would cost more there than the
@@ -112,12 +112,12 @@ def shrink_kernel(
     tl.store(out_ptr + place, acc, mask=(token[:, None] < n_tokens) & (lane[None, :] < columns))
 
 
-@triton.jit(do_not_specialize=["n_tokens", "splits"])
+@triton.jit(do_not_specialize=["size", "splits"])
 def combine_kernel(
-    out_ptr,  # (n_tokens, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
-    partial_ptr,  # (splits, n_tokens, blocks * RANK) float32
-    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
-    n_tokens,
+    out_ptr,  # (size, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
+    partial_ptr,  # (splits, size, blocks * RANK) float32
+    weight_ptr,  # (size,) float32, if HAS_WEIGHT
+    size,
     splits,
     columns,
     out_stride,
@@ -125,27 +125,29 @@ def combine_kernel(
     RANK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     PAIR: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """Add the parts of P in order, weigh its rows, and store it as the second product wants it."""
-    block = tl.program_id(0)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, RANK)
-    width = tl.num_programs(0) * RANK
-    mask = (token[:, None] < n_tokens) & (block * RANK + lane[None, :] < columns)
+    """The sum of parts in order, its rows weighed: stored as the second product wants it, or added to `out` if ADD."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    mask = (row[:, None] < size) & (lane[None, :] < columns)
+    width = tl.num_programs(1) * RANK
     acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for split in range(0, splits):
-        place = (tl.cast(split, tl.int64) * n_tokens + token)[:, None] * width + block * RANK + lane[None, :]
+        place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
         acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
     if HAS_WEIGHT:
-        acc *= tl.load(weight_ptr + token, mask=token < n_tokens, other=0.0)[:, None]
-    pointers = out_ptr + token[:, None].to(tl.int64) * out_stride + lane[None, :]
+        acc *= tl.load(weight_ptr + row, mask=row < size, other=0.0)[:, None]
+    pointers = out_ptr + row[:, None].to(tl.int64) * out_stride + lane[None, :]
     if PAIR:
         high = acc.to(out_ptr.dtype.element_ty)
-        pointers += block * (2 * RANK)
+        pointers += tl.program_id(1) * RANK
         tl.store(pointers, high, mask=mask)
         tl.store(pointers + RANK, (acc - high.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+    elif ADD:
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + acc, mask=mask)
     else:
-        tl.store(pointers + block * RANK, acc, mask=mask)
+        tl.store(pointers, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -194,30 +196,6 @@ def tall_kernel(
     tl.store(partial_ptr + place, acc, mask=feature[:, None] < size)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def add_kernel(
-    out_ptr,  # (size, columns) float32
-    partial_ptr,  # (splits, size, blocks * RANK) float32
-    size,
-    columns,
-    splits,
-    out_stride,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Add the partial sums, in order, to `out`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    mask = (row[:, None] < size) & (lane[None, :] < columns)
-    width = tl.num_programs(1) * RANK
-    acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
-    for split in range(0, splits):
-        place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
-        acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
-    pointers = out_ptr + row[:, None].to(tl.int64) * out_stride + lane[None, :]
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + acc, mask=mask)
-
-
 # Second-level cache assumed where the device does not tell; half of it is for the rows of a chunk.
 _CACHE = 40 * 2**20
 _MOST_TOKENS = 2**19  # of a launch, whose grid has at most MOST_PROGRAMS blocks of ROWS
@@ -232,6 +210,22 @@ def _scratch(x: torch.Tensor, columns: int, omega: Omega) -> torch.Tensor | None
     scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
     draw(scratch, *omega, 0)
     return scratch
+
+
+def _combine(
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    columns: int,
+    blocks: int,
+    weight: torch.Tensor | None = None,
+    add: bool = False,
+) -> None:
+    splits, size, width = partial.shape
+    constants = constants_of(
+        ROWS=ROWS, RANK=width // blocks, HAS_WEIGHT=weight is not None, PAIR=out.dtype != torch.float32, ADD=add
+    )
+    tensors, numbers = (out, partial, partial if weight is None else weight), (size, splits, columns, out.stride(0))
+    launch(combine_kernel, (-(-size // ROWS), blocks, 1), tensors, numbers, constants)
 
 
 def _shrink(
@@ -268,11 +262,7 @@ def _shrink(
         (features, tokens, target.shape[-1], steps, x.stride(0), target.stride(-2), *key), constants,
     )  # fmt: skip
     if not direct:
-        launch(
-            combine_kernel, (blocks, -(-tokens // ROWS), 1), (out, target, selected.pointers(target)[2]),
-            (tokens, splits, blocks * rank if pair else out.shape[1], out.stride(0)),
-            constants_of(ROWS=ROWS, RANK=rank, HAS_WEIGHT=selected.weight is not None, PAIR=pair),
-        )  # fmt: skip
+        _combine(out, target, blocks * rank if pair else out.shape[1], blocks, weight=selected.weight)
 
 
 def _add_tall(
@@ -293,10 +283,7 @@ def _add_tall(
         tall_kernel, (blocks, tiles, splits), (partial, *selected.pointers(x)[:2], p),
         (features, tokens, chunk, x.stride(0)), constants,
     )  # fmt: skip
-    launch(
-        add_kernel, (-(-features // ROWS), blocks, 1), (out, partial),
-        (features, out.shape[1], splits, out.stride(0)), constants_of(ROWS=ROWS, RANK=rank),
-    )  # fmt: skip
+    _combine(out, partial, out.shape[1], blocks, add=True)
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -379,8 +366,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
                 yield aot_case(tall_kernel, label, constexprs, types, config, **where)
-        for weight, pair in itertools.product((False, True), repeat=2):
-            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
+        for weight, pair, add in ((False, False, True), *itertools.product((False, True), (False, True), (False,))):
+            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair, "ADD": add}
             types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}
-            yield aot_case(combine_kernel, f"{rank}" + " pair" * pair, constexprs, types, **where)
-        yield aot_case(add_kernel, f"{rank}", {"ROWS": ROWS, "RANK": rank}, integers, **where)
+            yield aot_case(combine_kernel, f"{rank}" + " pair" * pair + " add" * add, constexprs, types, **where)
