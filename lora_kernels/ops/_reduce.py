@@ -152,21 +152,17 @@ AOT_CHIPS: dict[str, tuple[int, int] | None] = {
     "sm_100": (10, 0), "sm_120": (12, 0), "gfx942": None,
 }  # fmt: skip
 AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_AOT_TYPES = {
-    "out_ptr": "*fp32", "partial_ptr": "*fp32", "index_ptr": "*i64", "weight_ptr": "*fp32", "tiles_ptr": "*i32",
-    "size": "i32", "height": "i32", "width": "i32", "n_tokens": "i32", "chunk": "i32", "splits": "i32",
-    "x_stride": "i32", "out_stride": "i32",
-}  # fmt: skip
 
 
 def aot_case(
     kernel: Any, label: str, constexprs: dict[str, Any], types: Any = None, config: Any = None, **rest: Any
 ) -> dict[str, Any]:
     """Describe a launch (see `aot_cases`), named by kernel, label and flags; `types` are those that are not usual."""
-    known = {**_AOT_TYPES, **(types or {})}
-    signature = {name: known[name] for name in kernel.arg_names if name in known}
-    names = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
-    flags = [key.removeprefix("HAS_").lower() for key in names if constexprs.get(key)]
+    known = {"index_ptr": "*i64", "tiles_ptr": "*i32", **(types or {})}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {name: known.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    shown = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
+    flags = [key.removeprefix("HAS_").lower() for key in shown if constexprs.get(key)]
     name = " ".join((kernel.__name__.removesuffix("_kernel"), *label.split(), *flags))
     case = {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs}
     launch = (4, 3) if config is None else (config.warps, config.stages)  # of Triton itself without one

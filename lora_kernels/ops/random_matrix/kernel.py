@@ -119,10 +119,8 @@ _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Yield every combination that `random_matrix` launches; see `_reduce.aot_cases`."""
-    integers = ("size", "columns", "seed_low", "seed_high", "stream", "step")
     for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
-        types = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
+        types, where = {"out_ptr": f"*{dtype}"}, {"platform": platform, "aligned": aligned}
         yield aot_case(signs_kernel, dtype, {"ROWS": _SIGN_ROWS}, types, **where)
         for pair in (False, True) if _AOT_DTYPES[dtype] else (False,):
             constexprs = {"ROWS": _NORMAL_ROWS, "GROUPS": _NORMAL_GROUPS, "PAIR": pair}

@@ -347,7 +347,6 @@ _RANKS = (16, 32, 64)
 
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
-    integers = dict.fromkeys(("columns", "steps", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for dtype, x in AOT_DTYPES.items():
@@ -356,7 +355,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
                 constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
-                types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
+                types = {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
                 yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
             config = config_for("tall", dtype, aligned=aligned, platform=platform)
             pair = dtype == torch.bfloat16
@@ -368,5 +367,5 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 yield aot_case(tall_kernel, label, constexprs, types, config, **where)
         for weight, pair, add in ((False, False, True), *itertools.product((False, True), (False, True), (False,))):
             constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair, "ADD": add}
-            types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}
-            yield aot_case(combine_kernel, f"{rank}" + " pair" * pair + " add" * add, constexprs, types, **where)
+            label = f"{rank}" + " pair" * pair + " add" * add
+            yield aot_case(combine_kernel, label, constexprs, {"out_ptr": "*bf16"} if pair else None, **where)
