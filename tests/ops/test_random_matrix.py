@@ -66,7 +66,7 @@ def test_known_answers_in_triton(seed, counter, answer):
 def test_same_numbers_as_the_definition(rows, columns, seed, stream, step, backend, poisoned_memory):
     key = {"seed": seed, "stream": stream, "step": step}
     signs = random_matrix(rows, columns, **key, device=where(backend), backend=backend)
-    assert torch.equal(signs.cpu(), reference.random_matrix(rows, columns, **key, dtype=torch.float32))
+    assert torch.equal(signs.cpu(), reference.random_matrix(rows, columns, "rademacher", **key, dtype=torch.float32))
     draws = random_matrix(rows, columns, kind="gaussian", **key, device=where(backend), backend=backend)
     truth = reference.random_matrix(rows, columns, "gaussian", **key)
     assert float((draws.cpu().double() - truth).abs().max()) < 1e-6

@@ -108,7 +108,7 @@ def test_omega_is_the_random_matrix(kind, columns):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         found = project(torch.eye(20, device=DEVICE, dtype=dtype), columns, kind=kind, **key, backend="triton").cpu()
         if kind == "rademacher":
-            assert torch.equal(found, draws.random_matrix(20, columns, **key, dtype=torch.float32))
+            assert torch.equal(found, draws.random_matrix(20, columns, "rademacher", **key, dtype=torch.float32))
         else:
             rest = PAIR if dtype == torch.bfloat16 else 2.0**-20
             drawn = random_matrix(20, columns, kind=kind, **key, device=DEVICE, backend="triton").cpu()
@@ -334,4 +334,4 @@ def test_on_gpu_error_is_that_of_float32(features, k, dtype, kind):
 def test_on_gpu_signs_are_those_of_the_cpu():
     for k in (5, 64, 200):
         made = project(torch.eye(300, device="cuda"), k, seed=9, stream=1, backend="triton")
-        assert torch.equal(made.cpu(), draws.random_matrix(300, k, seed=9, stream=1, dtype=torch.float32))
+        assert torch.equal(made.cpu(), draws.random_matrix(300, k, "rademacher", seed=9, stream=1, dtype=torch.float32))

@@ -14,11 +14,11 @@ KINDS = ("rademacher", "gaussian")
 def random_matrix(
     rows: int,
     columns: int,
-    kind: str = "rademacher",
-    *,
+    kind: str,
     seed: int,
     stream: int = 0,
     step: int = 0,
+    *,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """`(rows, columns)` on the CPU: signs (a bit is 0 for 1 and 1 for -1), or normal draws by Box-Muller in float64."""

@@ -286,11 +286,6 @@ def _add_tall(
     _combine(out, partial, out.shape[1], blocks, add=True)
 
 
-def _cache_bytes(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return int(getattr(properties, "L2_cache_size", 0)) or _CACHE
-
-
 def sketch(
     out: torch.Tensor,
     left: torch.Tensor,
@@ -314,8 +309,9 @@ def sketch(
     if chunk is None:
         chunk = _MOST_TOKENS
         if left is right:  # else nothing is read twice
-            row_bytes = left.stride(0) * left.element_size()
-            chunk = min(chunk, token_chunk(tokens, row_bytes, _cache_bytes(left.device)))
+            properties = torch.cuda.get_device_properties(left.device) if left.is_cuda else None
+            cache = int(getattr(properties, "L2_cache_size", 0)) or _CACHE
+            chunk = min(chunk, token_chunk(tokens, left.stride(0) * left.element_size(), cache))
     rank, blocks = rank_for(columns)
     width, dtype = (2, torch.bfloat16) if left.dtype == torch.bfloat16 else (1, torch.float32)
     for low in range(0, tokens, chunk):

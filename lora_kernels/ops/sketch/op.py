@@ -59,9 +59,7 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _draw(x: torch.Tensor, out: torch.Tensor, omega: Omega, cpp: bool) -> torch.Tensor:
     if cpp:
         return draw_cpp(torch.empty(x.shape[1], out.shape[1]), *omega)
-    kind, seed, stream = omega
-    size = x.shape[1], out.shape[1]
-    return random_reference.random_matrix(*size, kind, seed=seed, stream=stream, dtype=out.dtype).to(x.device)
+    return random_reference.random_matrix(x.shape[1], out.shape[1], *omega, dtype=out.dtype).to(x.device)
 
 
 def _chunk_for(*tensors: torch.Tensor) -> int:

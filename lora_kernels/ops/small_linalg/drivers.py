@@ -50,7 +50,11 @@ def _order_refuses(device: torch.device, order: int, kernels: tuple[str, ...], d
     with torch.cuda.device(device):
         limit = min(int(getattr(module, f"{kernel}_cuda_limit")(dtype.itemsize)) for kernel in kernels)
         if limit == 0:
-            return _ext.no_image(torch.cuda.get_device_capability())
+            capability, built = torch.cuda.get_device_capability(), module.build_info()["cuda_archs"]
+            return (
+                "the compiled extension has no code for compute capability {}.{}".format(*capability)
+                + f" (only {built})"
+            )
     return None if order <= limit else f"order {order} exceeds the {limit} that fit in shared memory"
 
 
@@ -63,9 +67,8 @@ def on_compiled(
 ) -> Backend:
     """The backend `cpp` of an op on small matrices: C++ on CPU tensors, CUDA on those of a GPU.
 
-    `problem` finds a batch `(..., rows, columns)` and the order of the matrices worked on among the op's arguments.
-    `kernels` are the CUDA kernels, whose limits hold, and `dtype` what they work in, by default the batch's. `op` is
-    the name in the table of measured orders above; without one C++ always wins.
+    `problem` finds a batch `(..., rows, columns)` and its order among the op's arguments. The limits of the CUDA
+    `kernels` hold, in `dtype` or the batch's. `op` names a row of the measured orders; without one C++ always wins.
     """
 
     def refuses(*args: Any) -> str | None:
