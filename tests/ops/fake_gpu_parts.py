@@ -23,8 +23,8 @@ from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.lora_pro_adam import kernel as pro
 from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.random_matrix import kernel as draws
+from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel as sketch
-from lora_kernels.ops.sketch.config import Omega
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
 from lora_kernels.ops.skinny import op as skinny_op

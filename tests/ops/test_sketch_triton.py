@@ -11,16 +11,15 @@ from lora_kernels.ops import project, random_matrix, sketch_
 from lora_kernels.ops._rows import Selection, selection
 from lora_kernels.ops._tiles import is_aligned, rank_for
 from lora_kernels.ops.random_matrix import reference as draws
-from lora_kernels.ops.sketch import config as tiles
+from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel, reference
-from lora_kernels.ops.sketch.config import Omega
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["rademacher", "gaussian"]
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = tiles.SketchConfig(16, 32, 4, 2)
+TINY = kernel.SketchConfig(16, 32, 4, 2)
 KEY = {"seed": -5, "stream": 2**32 - 3}
 # A pair of bfloat16 numbers, of which the interpreter cuts off what it should round.
 PAIR = 2.0**-17 if DEVICE == "cuda" else 2.0**-15
@@ -229,13 +228,13 @@ def test_memory_beyond_is_left_alone():
         assert torch.equal(out, wide)
 
 
-SHIPPED = [each for each in vars(tiles).values() if isinstance(each, tiles.SketchConfig)]
+SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.SketchConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_shipped_configurations(config):
     left, right = torch.randn(70, 140, device=DEVICE).half(), torch.randn(70, 150, device=DEVICE).half()
-    if config in (tiles.SHRINK_SINGLE, tiles.TALL_SINGLE):
+    if config in (kernel.SHRINK_SINGLE, kernel.TALL_SINGLE):
         left, right = left.float(), right.float()
     for kind, k in itertools.product(KINDS, (16, 40)):
         truth = reference.sketch(left, right, k, **KEY, kind=kind)[0]
@@ -245,17 +244,17 @@ def test_shipped_configurations(config):
 
 def test_configuration_depends_on_product_dtype_alignment_and_platform():
     half, single = torch.bfloat16, torch.float32
-    assert tiles.config_for("shrink", half) == tiles.SHRINK
-    assert tiles.config_for("shrink", single) == tiles.SHRINK_SINGLE
-    assert tiles.config_for("shrink", single, aligned=False) == tiles.SHRINK_SINGLE
-    assert tiles.config_for("shrink", half, aligned=False) == tiles.SHRINK_RAGGED
-    assert tiles.config_for("tall", half) == tiles.TALL
+    assert kernel.config_for("shrink", half) == kernel.SHRINK
+    assert kernel.config_for("shrink", single) == kernel.SHRINK_SINGLE
+    assert kernel.config_for("shrink", single, aligned=False) == kernel.SHRINK_SINGLE
+    assert kernel.config_for("shrink", half, aligned=False) == kernel.SHRINK_RAGGED
+    assert kernel.config_for("tall", half) == kernel.TALL
     # The projections of float16 rows exceed float16: they are multiplied as float32.
-    assert tiles.config_for("tall", torch.float16) == tiles.config_for("tall", single) == tiles.TALL_SINGLE
-    assert tiles.config_for("tall", half, aligned=False) == tiles.TALL_RAGGED
-    assert tiles.config_for("shrink", half, platform="hip") == tiles.SHRINK_AMD
-    assert tiles.config_for("shrink", single, platform="hip") == tiles.SHRINK_AMD
-    assert tiles.config_for("tall", half, aligned=False, platform="hip") == tiles.TALL_AMD
+    assert kernel.config_for("tall", torch.float16) == kernel.config_for("tall", single) == kernel.TALL_SINGLE
+    assert kernel.config_for("tall", half, aligned=False) == kernel.TALL_RAGGED
+    assert kernel.config_for("shrink", half, platform="hip") == kernel.SHRINK_AMD
+    assert kernel.config_for("shrink", single, platform="hip") == kernel.SHRINK_AMD
+    assert kernel.config_for("tall", half, aligned=False, platform="hip") == kernel.TALL_AMD
 
 
 def test_tiling_of_columns():
@@ -272,10 +271,10 @@ def test_alignment_is_that_of_width_stride_and_address():
 
 def test_chunks_of_tokens_fit_the_cache():
     for tokens, row_bytes, cache in ((1, 2, 2**25), (4096, 8192, 50 * 2**20), (2**20, 28672, 40 * 2**20)):
-        chunk = tiles.token_chunk(tokens, row_bytes, cache)
+        chunk = kernel.token_chunk(tokens, row_bytes, cache)
         assert chunk % 64 == 0 and chunk >= 64
         assert chunk * row_bytes <= max(cache // 2, 2**24) + 64 * row_bytes
-    assert tiles.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
+    assert kernel.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
 
 
 def test_ahead_of_time_cases_cover_every_launch():
@@ -294,7 +293,7 @@ def test_ahead_of_time_cases_cover_every_launch():
         rank, _ = rank_for(k)
         for dtype, name in names.items():
             for product, signs in itertools.product(("shrink", "tall"), (True, False)):
-                each = tiles.config_for(product, dtype, aligned=aligned, platform=platform)
+                each = kernel.config_for(product, dtype, aligned=aligned, platform=platform)
                 shrink = product == "shrink"
                 pair = (not signs and dtype != torch.float32) if shrink else dtype == torch.bfloat16
                 form = (each.tokens, each.features, rank, index, signs if shrink else None, pair)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from lora_kernels.ops._philox import words
 
 KINDS = ("rademacher", "gaussian")
+
+
+class Omega(NamedTuple):
+    """Which random matrix a sketch is made with."""
+
+    kind: str
+    seed: int
+    stream: int
 
 
 def random_matrix(

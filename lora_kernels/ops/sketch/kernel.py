@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,57 @@ import triton.language as tl
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
 from lora_kernels.ops._rows import ALL, Selection
-from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, processors, rank_for, signed32, token_splits
+from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
-from lora_kernels.ops.sketch.config import ROWS, Omega, SketchConfig, config_for, token_chunk
+from lora_kernels.ops.random_matrix.reference import Omega
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """Tile sizes and launch shape of one of the two products."""
+
+    tokens: int  # per tile (`shrink_kernel`) or per step (`tall_kernel`)
+    features: int  # per step (`shrink_kernel`) or per tile (`tall_kernel`)
+    warps: int
+    stages: int  # depth of the load pipeline
+
+    def constants(self, rank: int, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles, `rank` columns of Omega wide."""
+        sizes = {"TOKENS": self.tokens, "FEATURES": self.features, "RANK": rank}
+        return {**sizes, "PRECISION": precision(dtype, platform)}
+
+
+SHRINK = SketchConfig(64, 64, 4, 4)
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
+SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
+SHRINK_AMD = SketchConfig(64, 32, 8, 2)
+TALL = SketchConfig(64, 128, 8, 4)
+TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
+TALL_RAGGED = SketchConfig(32, 64, 4, 3)
+TALL_AMD = SketchConfig(32, 64, 4, 2)
+
+ROWS = 16  # of the elementwise kernels
+
+
+def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
+    """The configuration of `shrink` or `tall`; `aligned` if loads can be vectorised."""
+    shrink = product == "shrink"
+    if (platform or build_platform()) == "hip":
+        return SHRINK_AMD if shrink else TALL_AMD
+    if shrink and dtype == torch.float32:
+        return SHRINK_SINGLE
+    if not aligned:
+        return SHRINK_RAGGED if shrink else TALL_RAGGED
+    if shrink:
+        return SHRINK
+    return TALL if dtype == torch.bfloat16 else TALL_SINGLE
+
+
+def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
+    """How many tokens, in whole tiles, go through both kernels at a time: half the cache holds their rows."""
+    parts = -(-tokens * row_bytes // max(cache // 2, 2**24))
+    return max(-(-tokens // (max(parts, 1) * 64)) * 64, 64)
 
 
 @triton.jit
@@ -213,16 +261,11 @@ def _scratch(x: torch.Tensor, columns: int, omega: Omega) -> torch.Tensor | None
 
 
 def _combine(
-    out: torch.Tensor,
-    partial: torch.Tensor,
-    columns: int,
-    blocks: int,
-    weight: torch.Tensor | None = None,
-    add: bool = False,
+    out: torch.Tensor, partial: torch.Tensor, columns: int, weight: torch.Tensor | None = None, add: bool = False
 ) -> None:
-    splits, size, width = partial.shape
+    (splits, size, _), (rank, blocks) = partial.shape, rank_for(columns)
     constants = constants_of(
-        ROWS=ROWS, RANK=width // blocks, HAS_WEIGHT=weight is not None, PAIR=out.dtype != torch.float32, ADD=add
+        ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=out.dtype != torch.float32, ADD=add
     )
     tensors, numbers = (out, partial, partial if weight is None else weight), (size, splits, columns, out.stride(0))
     launch(combine_kernel, (-(-size // ROWS), blocks, 1), tensors, numbers, constants)
@@ -236,7 +279,7 @@ def _shrink(
     omega: Omega,
     scratch: torch.Tensor | None,
     config: SketchConfig | None,
-    least_features: int,
+    least: int,
 ) -> None:
     """Fill `out`: `(tokens, k)` or `(tokens, padded k)` float32, or `(tokens, 2 * padded k)` for a pair."""
     tokens, features = selected.count(x), x.shape[1]
@@ -244,9 +287,7 @@ def _shrink(
     rank, blocks = rank_for(columns)
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
-    splits = token_splits(blocks * tall, features, processors(x.device), least=least_features)
-    steps = -(-features // (splits * config.features))  # no part but the last has a ragged end
-    splits = -(-features // (steps * config.features))
+    splits, chunk = parts_for(blocks * tall, features, config.features, x.device, least)
     direct = splits == 1 and selected.weight is None and not pair
     target = out
     if not direct:
@@ -259,10 +300,10 @@ def _shrink(
     key = (signed32(omega.seed), signed32(omega.seed >> 32), signed32(omega.stream))
     launch(
         shrink_kernel, (blocks, tall, splits), (target, *selected.pointers(x)[:2], x if scratch is None else scratch),
-        (features, tokens, target.shape[-1], steps, x.stride(0), target.stride(-2), *key), constants,
+        (features, tokens, target.shape[-1], chunk // config.features, x.stride(0), target.stride(-2), *key), constants,
     )  # fmt: skip
     if not direct:
-        _combine(out, target, blocks * rank if pair else out.shape[1], blocks, weight=selected.weight)
+        _combine(out, target, blocks * rank if pair else out.shape[1], selected.weight)
 
 
 def _add_tall(
@@ -283,7 +324,7 @@ def _add_tall(
         tall_kernel, (blocks, tiles, splits), (partial, *selected.pointers(x)[:2], p),
         (features, tokens, chunk, x.stride(0)), constants,
     )  # fmt: skip
-    _combine(out, partial, out.shape[1], blocks, add=True)
+    _combine(out, partial, out.shape[1], add=True)
 
 
 def sketch(

@@ -13,9 +13,8 @@ from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_tor
 from lora_kernels.ops._rows import ALL, Selection, flat_rows, packed, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
-from lora_kernels.ops.random_matrix.reference import KINDS
+from lora_kernels.ops.random_matrix.reference import KINDS, Omega
 from lora_kernels.ops.sketch import reference
-from lora_kernels.ops.sketch.config import Omega
 
 # Rows handled at a time on the CPU, and the bytes of their float32 copy: the second product finds it in the cache.
 _CHUNK, _CHUNK_BYTES = 2048, 2**23
