@@ -120,17 +120,32 @@ def syrk_kernel(
     finish_tile(out_ptr, partial_ptr, packed, acc, size, size, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, True)
 
 
-def _by_tiles(
-    out: torch.Tensor, x: torch.Tensor, selected: Selection, config: TileConfig | None, least_chunk: int
+def covariance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    selected: Selection = ALL,
+    column_sum: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+    least_chunk: int = 1024,
 ) -> None:
+    """Launch the kernels on matrices of unit column stride; without `config`, large sums of rows are the library's."""
     features, tokens = x.shape[1], selected.count(x)
+    if tokens == 0 or features == 0:
+        return
+    selected = selected.to(torch.float32)
+    if column_sum is not None:
+        column_sums(column_sum, x, *selected)
+    plain = config is None and selected.rows is None and selected.weight is None
+    if plain and features >= _LIBRARY_FROM and adds(x.device, x.dtype):
+        for low in range(0, features, _LIBRARY_ROWS):
+            high = min(low + _LIBRARY_ROWS, features)
+            add_product(out[low:high, :high], x[:, low:high].mT, x[:, :high])
+        return
     config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
     tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
     splits, chunk = parts_for(tiles.numel(), tokens, config.tokens, x.device, least_chunk)
-    partial = out
-    if splits > 1:
-        area = tiles.numel() * config.rows * config.columns
-        partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
+    area = tiles.numel() * config.rows * config.columns
+    partial = torch.empty(splits * area, dtype=torch.float32, device=x.device) if splits > 1 else out
     constants = constants_of(
         config.warps, config.stages, **selected.flags(), SPLIT=splits > 1, UPCAST=INTERPRETED,
         **config.constants(x.dtype, build_platform()),
@@ -141,30 +156,6 @@ def _by_tiles(
     )  # fmt: skip
     if splits > 1:
         add_tiles(out, partial, tiles, splits, config, lower=True)
-
-
-def covariance(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    selected: Selection = ALL,
-    column_sum: torch.Tensor | None = None,
-    config: TileConfig | None = None,
-    least_chunk: int = 1024,
-) -> None:
-    """Launch the kernels on matrices of unit column stride; without `config`, large sums of rows are the library's."""
-    features = x.shape[1]
-    if selected.count(x) == 0 or features == 0:
-        return
-    selected = selected.to(torch.float32)
-    plain = config is None and selected.rows is None and selected.weight is None
-    if plain and features >= _LIBRARY_FROM and adds(x.device, x.dtype):
-        for low in range(0, features, _LIBRARY_ROWS):
-            high = min(low + _LIBRARY_ROWS, features)
-            add_product(out[low:high, :high], x[:, low:high].mT, x[:, :high])
-    else:
-        _by_tiles(out, x, selected, config, least_chunk)
-    if column_sum is not None:
-        column_sums(column_sum, x, *selected)
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
