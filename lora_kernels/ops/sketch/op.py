@@ -45,16 +45,6 @@ def _check(
         check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two arguments are one tensor, so that its rows are read (and widened) once."""
-    return (
-        left.data_ptr() == right.data_ptr()
-        and left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.stride() == right.stride()
-    )
-
-
 def _draw(x: torch.Tensor, out: torch.Tensor, omega: Omega, cpp: bool) -> torch.Tensor:
     if cpp:
         return draw_cpp(torch.empty(x.shape[1], out.shape[1]), *omega)
@@ -100,7 +90,8 @@ def _body(
     if left.numel() == 0:
         return
     one = flat_rows(left)
-    two = one if _same(left, right) else flat_rows(right)
+    first, second = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (left, right))
+    two = one if first == second else flat_rows(right)  # the rows of one tensor are read (and widened) once
     backend(out, one, two, selection(weight), column_sum, Omega(kind, seed, stream))
 
 
