@@ -103,7 +103,7 @@ def _covariance(run: Run, tokens: int, n: int) -> Problem:
     x, out = run.normal(tokens, n), torch.zeros(n, n, device=run.device)
 
     def call(config: TileConfig | None) -> torch.Tensor:
-        kernel.covariance(out, x, None, None, None, config)
+        kernel.covariance(out, x, config=config)
         return out
 
     return (x.double().mT @ x.double()).tril_(), call, out.zero_

@@ -8,10 +8,10 @@ import torch
 
 from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator
-from lora_kernels.ops import _philox
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.orthonormalize import orthonormalize
 from lora_kernels.ops.random_matrix.op import check_key
+from lora_kernels.ops.random_matrix.reference import random_matrix
 from lora_kernels.ops.small_linalg import eigh as small_eigh
 from lora_kernels.ops.small_linalg import fix_signs
 
@@ -134,7 +134,7 @@ def eigh_topk(
     if depth is None:
         return _direct(matrices, k, "direct", 0)
 
-    start = apply(_philox.normal(n, block, seed=seed).to(device))
+    start = apply(random_matrix(n, block, "gaussian", seed=seed).to(device))
     if not bool(torch.isfinite(start).all()):
         raise ValueError("the product with matrices holds NaN or infinite entries")
     vectors = _orthonormalize(start, None)

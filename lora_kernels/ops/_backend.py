@@ -124,7 +124,6 @@ class Refused(RuntimeError):
     """No backend that was asked for can take a call; `reasons` says by backend why it cannot."""
 
     def __init__(self, message: str, reasons: dict[str, str]) -> None:
-        """Keep the reasons beside the message."""
         super().__init__(message)
         self.reasons = reasons
 

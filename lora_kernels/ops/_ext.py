@@ -38,9 +38,3 @@ def extension() -> ModuleType:
     if module is None:
         raise RuntimeError(reason)
     return module
-
-
-def no_image(capability: tuple[int, int]) -> str:
-    """In words, that the CUDA part was not compiled for a device of this compute capability."""
-    built = extension().build_info()["cuda_archs"]
-    return f"the compiled extension has no code for compute capability {capability[0]}.{capability[1]} (only {built})"

@@ -26,20 +26,17 @@ _HOOKS: Any = getattr(getattr(triton, "knobs", None), "runtime", None)  # hooks 
 
 
 class Constants:
-    """Compile-time arguments, which kernels take last, and what was compiled for them; see `constants_of`."""
+    """Compile-time arguments, which kernels take last, and what was compiled for them."""
 
     __slots__ = ("arguments", "compiled")
 
-    def __init__(self, warps: int, stages: int, **values: Any) -> None:
+    def __init__(self, warps: int = 4, stages: int = 3, **values: Any) -> None:
         """Values are by the names of the kernel's parameters."""
         self.arguments = {**values, "num_warps": warps, "num_stages": stages}
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
 
-@functools.lru_cache(maxsize=1024)
-def constants_of(warps: int = 4, stages: int = 3, **values: Any) -> Constants:
-    """The `Constants` of these values, the same at every call."""
-    return Constants(warps, stages, **values)
+constants_of = functools.lru_cache(maxsize=1024)(Constants)  # the same object at every call
 
 
 @functools.cache

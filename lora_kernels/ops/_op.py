@@ -18,6 +18,7 @@ import torch
 
 from lora_kernels._checks import check_written
 from lora_kernels.ops import _backend
+from lora_kernels.ops._autocast import autocasts
 from lora_kernels.ops._backend import Backend, cpp_refuses, triton_refuses
 
 OPS: dict[str, Op] = {}
@@ -49,8 +50,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """What a body runs in: on a device, without autocast, and without modes that change where tensors are created."""
-    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    casts = known and torch.is_autocast_enabled(device.type)
+    casts = autocasts(device.type)
     modes = torch._C._len_torch_function_stack() > 0  # torch.set_default_device, for one
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     if not (elsewhere or casts or modes):
@@ -120,18 +120,12 @@ class Op:
         fake: Callable[..., Any] | None = None,
         listed: bool = True,
     ) -> None:
-        """Register an op under its public function's name.
+        """Register an op under the name of its public function in `lora_kernels.ops`, its backends best first.
 
-        Args:
-            name: that of its public function in `lora_kernels.ops`, and of the operation in `torch.ops.lora_kernels`.
-            body: called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
-                optional tensors, ints, floats, bools and strings.
-            writes: the arguments, tensors, that are written; they may be optional.
-            backends: best first.
-            check: called with the op's arguments before anything else, where they come from the user as they are. What
-                is written is then checked to lie apart from what is read.
-            fake: of an op that returns tensors: makes empty ones, given the arguments and the backend's name.
-            listed: whether the op enters `OPS`: not if it is a part of another.
+        `body` is called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
+        optional ones (of which some are written), ints, floats, bools and strings. `check` is called with arguments
+        that come from the user as they are; what is written is then checked to lie apart from what is read. `fake`, of
+        an op that returns tensors, makes empty ones. An op that is a part of another is not `listed` in `OPS`.
         """
         first, *parameters = inspect.signature(body).parameters.values()
         hints = typing.get_type_hints(body)

@@ -16,7 +16,6 @@ so an element depends on its position alone: not on tile shapes, devices or the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -57,33 +56,23 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _words(rows: int, groups: int, seed: int, stream: int, step: int) -> torch.Tensor:
-    column = torch.arange(groups, dtype=torch.int64).expand(rows, groups)
-    row = torch.arange(rows, dtype=torch.int64).unsqueeze(1).expand(rows, groups)
+def words(
+    rows: int,
+    groups: int,
+    *,
+    seed: int | torch.Tensor,
+    stream: int,
+    step: int,
+    rounds: int = ROUNDS,
+    first_row: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """`(rows, groups, 4)`: the words of counters (group, row, stream, step); a tensor as seed must be on `device`."""
+    column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
     constant = torch.zeros_like(column)
-    words = philox4x32(seed, (column, row, constant + (stream & _MASK), constant + (step & _MASK)))
-    return torch.stack(words, dim=-1)  # (rows, groups, 4)
-
-
-def normal(
-    rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    """`(rows, columns)` standard normal draws on the CPU, by Box-Muller on pairs of words, in float64 arithmetic."""
-    words = _words(rows, -(-columns // 4), seed, stream, step).to(torch.float64)
-    uniform = (words + 0.5) * 2.0**-32  # open interval (0, 1)
-    radius = (-2.0 * uniform[..., 0::2].log()).sqrt()
-    angle = (2.0 * math.pi) * uniform[..., 1::2]
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)  # (rows, groups, 2, 2)
-    return pairs.flatten(1)[:, :columns].to(dtype)
-
-
-def signs(
-    rows: int, columns: int, *, seed: int, stream: int = 0, step: int = 0, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    """`(rows, columns)` Rademacher draws on the CPU: a bit of the words is one, 0 for 1 and 1 for -1."""
-    words = _words(rows, -(-columns // 128), seed, stream, step)
-    bits = (words.unsqueeze(-1) >> torch.arange(32)) & 1  # (rows, groups, 4, 32)
-    return (1 - 2 * bits).flatten(1)[:, :columns].to(dtype)
+    counter = (column, row & _MASK, constant + (stream & _MASK), constant + (step & _MASK))
+    return torch.stack(philox4x32(seed, counter, rounds), dim=-1)
 
 
 def keep_threshold(p: float) -> int:
@@ -108,13 +97,8 @@ def halves(
 ) -> torch.Tensor:
     """`(rows, columns)` int64 in [0, 2^16) by 7 rounds, from `first_row` on; a tensor as seed must be on `device`."""
     groups = -(-columns // 8)
-    column = torch.arange(groups, dtype=torch.int64, device=device).expand(rows, groups)
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, groups)
-    constant = torch.zeros_like(column)
-    counter = (column, row & _MASK, constant + (stream & _MASK), constant + (step & _MASK))
-    words = torch.stack(philox4x32(seed, counter, 7), dim=-1)
-    both = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, groups, 4, 2)
-    return both.flatten(1)[:, :columns]
+    drawn = words(rows, groups, seed=seed, stream=stream, step=step, rounds=7, first_row=first_row, device=device)
+    return torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1).flatten(1)[:, :columns]
 
 
 def keep_mask(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops._tiles import MOST_PROGRAMS, TileConfig, processors, token_splits
 from lora_kernels.ops._tl import add_tile, token_rows
 
@@ -129,8 +130,8 @@ def column_sums(
     least_chunk: int = 256,
 ) -> None:
     """`total += sum_t w_t x_t`, or `sum_t w_t x_t^2`; x has unit column stride, and the sums are contiguous."""
-    features = x.shape[1]
-    tokens = x.shape[0] if index is None else index.shape[0]
+    features, selected = x.shape[1], Selection(index, weight)
+    tokens = selected.count(x)
     if tokens == 0 or features == 0:
         return
     blocks = -(-features // _SUM_COLUMNS)
@@ -138,16 +139,9 @@ def column_sums(
     chunk = -(-tokens // min(max(splits, -(-tokens // _SUM_CHUNK)), MOST_PROGRAMS))
     splits = -(-tokens // chunk)
     sums = torch.empty(splits * features, dtype=torch.float32, device=x.device)
-    constants = constants_of(
-        COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS,
-        HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None, SQUARE=square,
-    )  # fmt: skip
-    launch(
-        column_sum_kernel, (blocks, splits, 1),
-        # A pointer that a flag switches off must still be one.
-        (sums, x, x if index is None else index, x if weight is None else weight),
-        (features, tokens, chunk, x.stride(0)), constants,
-    )  # fmt: skip
+    constants = constants_of(COLUMNS=_SUM_COLUMNS, TOKENS=_SUM_TOKENS, **selected.flags(), SQUARE=square)
+    tensors, numbers = (sums, *selected.pointers(x)), (features, tokens, chunk, x.stride(0))
+    launch(column_sum_kernel, (blocks, splits, 1), tensors, numbers, constants)
     constants = constants_of(COLUMNS=_SUM_COLUMNS)
     launch(add_rows_kernel, (blocks, 1, 1), (total, sums), (features, splits), constants)
 
@@ -158,21 +152,17 @@ AOT_CHIPS: dict[str, tuple[int, int] | None] = {
     "sm_100": (10, 0), "sm_120": (12, 0), "gfx942": None,
 }  # fmt: skip
 AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_AOT_TYPES = {
-    "out_ptr": "*fp32", "partial_ptr": "*fp32", "index_ptr": "*i64", "weight_ptr": "*fp32", "tiles_ptr": "*i32",
-    "size": "i32", "height": "i32", "width": "i32", "n_tokens": "i32", "chunk": "i32", "splits": "i32",
-    "x_stride": "i32", "out_stride": "i32",
-}  # fmt: skip
 
 
 def aot_case(
     kernel: Any, label: str, constexprs: dict[str, Any], types: Any = None, config: Any = None, **rest: Any
 ) -> dict[str, Any]:
     """Describe a launch (see `aot_cases`), named by kernel, label and flags; `types` are those that are not usual."""
-    known = {**_AOT_TYPES, **(types or {})}
-    signature = {name: known[name] for name in kernel.arg_names if name in known}
-    names = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
-    flags = [key.removeprefix("HAS_").lower() for key in names if constexprs.get(key)]
+    known = {"index_ptr": "*i64", "tiles_ptr": "*i32", **(types or {})}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {name: known.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    shown = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
+    flags = [key.removeprefix("HAS_").lower() for key in shown if constexprs.get(key)]
     name = " ".join((kernel.__name__.removesuffix("_kernel"), *label.split(), *flags))
     case = {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs}
     launch = (4, 3) if config is None else (config.warps, config.stages)  # of Triton itself without one

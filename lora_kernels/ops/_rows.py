@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +23,37 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+class Selection(NamedTuple):
+    """The rows of a matrix that count, and how much each."""
+
+    rows: torch.Tensor | None = None  # `(count,)` int64; `None`: all
+    weight: torch.Tensor | None = None  # `(count,)`, real; `None`: ones
+
+    def count(self, x: torch.Tensor) -> int:
+        """How many rows of a matrix count."""
+        return x.shape[0] if self.rows is None else self.rows.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Selection:
+        """With contiguous weights of a dtype."""
+        return Selection(self.rows, None if self.weight is None else self.weight.to(dtype).contiguous())
+
+    def part(self, x: torch.Tensor, places: slice) -> tuple[torch.Tensor, Selection]:
+        """Matrix and selection of some of the rows that count."""
+        rows, weight = (None if values is None else values[places] for values in self)
+        return x if rows is not None else x[places], Selection(rows, weight)
+
+    def pointers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Matrix, rows and weights for a launch: a pointer that a flag switches off must still be one."""
+        return x, x if self.rows is None else self.rows, x if self.weight is None else self.weight
+
+    def flags(self) -> dict[str, bool]:
+        """Which of them a kernel is to read."""
+        return {"HAS_INDEX": self.rows is not None, "HAS_WEIGHT": self.weight is not None}
+
+
+ALL = Selection()
 # Weights and their selections, of the block that shares them; see `shared_selections`.
-Selections = dict[tuple[object, ...], tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]]
+Selections = dict[tuple[object, ...], tuple[torch.Tensor, Selection]]
 _shared: ContextVar[Selections | None] = ContextVar("selections", default=None)
 _MOST_SHARED = 8  # a batch has a mask or two, seen in a few shapes
 
@@ -38,10 +68,10 @@ def shared_selections(kept: Selections) -> Iterator[None]:
         _shared.reset(token)
 
 
-def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The `(rows,)` int64 that count (`None`: all), and their `(rows,)` real weights (`None`: ones), by `(...)`."""
+def selection(weight: torch.Tensor | None) -> Selection:
+    """The rows that weights `(...)` select."""
     if weight is None:
-        return None, None
+        return ALL
     kept = _shared.get()
     if kept is None or weight.is_inference():
         return _selection(weight)
@@ -54,12 +84,12 @@ def selection(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
     return kept[key][1]
 
 
-def _selection(weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _selection(weight: torch.Tensor) -> Selection:
     flat = weight.reshape(-1)
     index = flat.nonzero().squeeze(-1)
     if index.numel() == flat.numel():  # nothing is masked: no rows need to be gathered
-        return None, None if flat.dtype == torch.bool else flat
-    return index, None if flat.dtype == torch.bool else flat[index]
+        return Selection(None, None if flat.dtype == torch.bool else flat)
+    return Selection(index, None if flat.dtype == torch.bool else flat[index])
 
 
 def single(weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -124,3 +154,41 @@ def pack_rows(
         _address(weight, low), _address(panel), _address(weighted), _address(column_sum),
         _address(square_weight, low), _address(square_sum), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def packed(
+    x: torch.Tensor,
+    selected: Selection,
+    dtype: torch.dtype,
+    *,
+    cpp: bool,
+    step: int = CHUNK,
+    weighted: bool = False,
+    column_sum: torch.Tensor | None = None,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """One part after the other of the rows that count; with `cpp`, of float32, a C++ pass leaves it in the cache.
+
+    Yields:
+        Their places, themselves in a dtype, and these times their weights if `weighted`; `column_sum` receives the sum
+        of the latter in any case.
+    """
+    index, weight = selected.to(dtype)
+    parts = row_parts(x, index, step)
+    if not cpp:
+        for part in parts:
+            rows = products = widened(x, index, part, dtype)
+            if weight is not None and (weighted or column_sum is not None):
+                products = rows * weight[part].unsqueeze(-1)
+            if column_sum is not None:
+                column_sum += products.sum(0)
+            yield part, rows, products
+        return
+    most = parts[0].stop if parts else 0
+    panel = new_panel(x, index, most)
+    room = torch.empty(most, x.shape[1]) if weighted and weight is not None else None
+    for part in parts:
+        if panel is not None or room is not None or column_sum is not None:
+            pack_rows(x, index, part, weight=weight, panel=panel, weighted=room, column_sum=column_sum)
+        count = part.stop - part.start
+        rows = x[part] if panel is None else panel[:count]
+        yield part, rows, rows if room is None else room[:count]

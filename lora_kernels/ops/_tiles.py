@@ -88,6 +88,13 @@ def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *,
     return -(-tokens // chunk), chunk
 
 
+def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
+    """How many parts, of `least` or more, a sum of `tiles` programs is cut into, and their length in whole steps."""
+    chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
+    chunk = -(-chunk // step) * step
+    return -(-length // chunk), chunk
+
+
 def rank_for(rank: int) -> tuple[int, int]:
     """How a rank is tiled: the width of a tile, a power of two from 16 to 64, and the number of tiles."""
     width = min(max(LEAST_RANK, 1 << (rank - 1).bit_length()), MOST_RANK)

@@ -14,6 +14,7 @@ from lora_kernels.ops import _backend, _launching, _reduce, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
 from lora_kernels.ops._op import OPS
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops.covariance import kernel as covariance
 from lora_kernels.ops.gradient_statistics import kernel as gradients
 from lora_kernels.ops.grouped_lora import kernel as grouped
@@ -22,6 +23,7 @@ from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.lora_pro_adam import kernel as pro
 from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.random_matrix import kernel as draws
+from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel as sketch
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
@@ -97,15 +99,15 @@ def other_kernels():
     adam = Adam(scaling=1.0, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0, row_step=64)
     launched: set[int] = set()
     calls = (
-        lambda: covariance.covariance(square, x, index, weight, column),
-        lambda: covariance.covariance(square, tall, None, None, None),
+        lambda: covariance.covariance(square, x, Selection(index, weight), column),
+        lambda: covariance.covariance(square, tall),
         lambda: gradients.gradient_statistics(square, x, x, index, weight),
         lambda: gradients.gradient_statistics(square, tall, tall, None, None),
         lambda: gradients.both(None, column, x, None, None, weight),
         lambda: gradients.scale_rows(square, square, column, 1, 0, 1),
-        lambda: sketch.sketch(sketched, tall, tall, None, None, column, "rademacher", 0, 0),
-        lambda: sketch.sketch(sketched, x, w, index, weight, None, "gaussian", 2**40, 3),
-        lambda: sketch.project(sketched, x, "gaussian", 5, 6),
+        lambda: sketch.sketch(sketched, tall, tall, Selection(), column, Omega("rademacher", 0, 0)),
+        lambda: sketch.sketch(sketched, x, w, Selection(index, weight), None, Omega("gaussian", 2**40, 3)),
+        lambda: sketch.project(sketched, x, Omega("gaussian", 5, 6)),
         lambda: draws.random_matrix(square, "rademacher", 0, 0, 0),
         lambda: linear.linear(torch.zeros_like(x), x, w, t, b),
         lambda: grouped.shrink(t, x, offsets, factor, 1, None),

@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lora_kernels.ops._reduce import AOT_CHIPS
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops._tiles import is_aligned, lower_tiles, token_splits
 from lora_kernels.ops.covariance import covariance_, kernel, reference
 from tests.conftest import relative_error
@@ -20,11 +21,11 @@ TWO_HALVES = kernel.TileConfig(16, 256, 16, 4, 2)
 def run(x, weight, config, least_chunk=1024):
     features = x.shape[1]
     out, total = torch.zeros(features, features, device=DEVICE), torch.zeros(features, device=DEVICE)
-    index, weights = None, None
+    selected = Selection()
     if weight is not None:
         index = weight.nonzero().squeeze(-1)
-        weights = None if weight.dtype == torch.bool else weight[index].float()
-    kernel.covariance(out, x, index, weights, total, config, least_chunk)
+        selected = Selection(index, None if weight.dtype == torch.bool else weight[index].float())
+    kernel.covariance(out, x, selected, total, config, least_chunk)
     return out, total
 
 
@@ -66,7 +67,7 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit():
     first, _ = run(x, None, TINY, least_chunk=16)
     second, _ = run(x, None, TINY, least_chunk=16)
     assert torch.equal(first.tril(), second.tril())
-    kernel.covariance(second, x, None, None, None, TINY)
+    kernel.covariance(second, x, config=TINY)
     assert_accurate(second.tril(), 2 * first.tril(), 2 * rounding(torch.float32, 90))  # both are rounded
 
 
@@ -91,7 +92,7 @@ def test_strict_upper_triangle_and_memory_beyond_are_left_alone():
     x = torch.randn(40, 33, device=DEVICE)
     for least_chunk in (1024, 16):
         out = wide.clone()
-        kernel.covariance(out[:, :33], x, None, None, None, TINY, least_chunk)
+        kernel.covariance(out[:, :33], x, config=TINY, least_chunk=least_chunk)
         outside = torch.ones(33, 60, dtype=torch.bool, device=DEVICE).triu(1)
         assert torch.equal(out[outside], wide[outside])
         assert float((out[:, :33].tril() - wide[:, :33].tril()).abs().max()) > 1.0

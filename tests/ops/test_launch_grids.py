@@ -10,6 +10,7 @@ from triton.runtime import KernelInterface
 
 from lora_kernels.ops import _reduce
 from lora_kernels.ops._op import OPS
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops.covariance import kernel as covariance
 from lora_kernels.ops.gradient_statistics import kernel as gradients
 from lora_kernels.ops.grouped_lora import kernel as grouped
@@ -17,6 +18,7 @@ from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_pro_adam import kernel as pro
 from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.random_matrix import kernel as draws
+from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel as sketch
 from lora_kernels.ops.skinny import kernel as skinny
 
@@ -69,17 +71,13 @@ def scale(rows, columns):
 def sketches(tokens, features, same):
     left, out = matrix(tokens, features), matrix(features, 16, FLOAT)
     right = left if same else matrix(tokens, features)
-    sketch.sketch(out, left, right, None, vector(tokens), None, "rademacher", 0, 0)
-    sketch.project(matrix(tokens, 16, FLOAT), left, "gaussian", 0, 0)
+    sketch.sketch(out, left, right, Selection(None, vector(tokens)), None, Omega("rademacher", 0, 0))
+    sketch.project(matrix(tokens, 16, FLOAT), left, Omega("gaussian", 0, 0))
 
 
 CALLS = {
-    "covariance of many tokens": lambda: covariance.covariance(
-        matrix(64, 64, FLOAT), matrix(TOKENS, 64), None, None, None
-    ),
-    "covariance of many features": lambda: covariance.covariance(
-        matrix(32768, 32768, FLOAT), matrix(8, 32768), None, None, None
-    ),
+    "covariance of many tokens": lambda: covariance.covariance(matrix(64, 64, FLOAT), matrix(TOKENS, 64)),
+    "covariance of many features": lambda: covariance.covariance(matrix(32768, 32768, FLOAT), matrix(8, 32768)),
     "column sums of many rows": lambda: _reduce.column_sums(vector(64), matrix(LARGEST, 64)),
     "column sums of many columns": lambda: _reduce.column_sums(vector(LARGEST), matrix(8, LARGEST)),
     "gradient of many tokens": lambda: gradients.gradient_statistics(

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lora_kernels.ops import _library
+from lora_kernels.ops._rows import Selection
 from lora_kernels.ops.covariance import kernel as covariance
 from lora_kernels.ops.gradient_statistics import kernel as gradients
 
@@ -35,7 +36,7 @@ def half(*shape):
 @pytest.mark.parametrize("features", [24, 32, 41])
 def test_covariance_by_blocks_of_rows(products, features):
     x, out, total = half(30, 2 * features)[:, :features], torch.ones(features, features), torch.ones(features)
-    covariance.covariance(out, x, None, None, total)
+    covariance.covariance(out, x, column_sum=total)
     assert torch.allclose(out.tril(), (1 + x.float().T @ x.float()).tril(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(total, 1 + x.float().sum(0), rtol=1e-4, atol=1e-4)
     heights = [height for height, _, _ in products]
@@ -54,11 +55,11 @@ def test_gradient(products):
 def test_what_the_library_has_no_product_for_runs_in_triton(products):
     x, out = half(30, 32), torch.zeros(32, 32)
     index, weight = torch.arange(0, 30, 2), torch.rand(30)
-    covariance.covariance(out, x, index, None, None)
-    covariance.covariance(out, x, None, weight, None)
-    covariance.covariance(out, x.float(), None, None, None)
-    covariance.covariance(out, x, None, None, None, covariance.SMALL)  # asked for
-    covariance.covariance(torch.zeros(16, 16), x[:, :16], None, None, None)  # small
+    covariance.covariance(out, x, Selection(index))
+    covariance.covariance(out, x, Selection(None, weight))
+    covariance.covariance(out, x.float())
+    covariance.covariance(out, x, config=covariance.SMALL)  # asked for
+    covariance.covariance(torch.zeros(16, 16), x[:, :16])  # small
     gradients.both(torch.zeros(32, 32), None, x, x, weight, None)
     gradients.both(torch.zeros(16, 16), None, x[:, :16], x[:, :16], None, None)
     assert products == []

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import _philox
+from lora_kernels.ops.random_matrix import reference
 
 # Known answers of the Random123 distribution for philox4x32 with 10 rounds.
 KNOWN = [
@@ -22,14 +23,14 @@ def test_known_answers(seed, counter, answer):
 
 
 def test_an_element_depends_on_its_position_alone():
-    whole = _philox.normal(40, 37, seed=5, stream=3)
-    assert torch.equal(_philox.normal(20, 11, seed=5, stream=3), whole[:20, :11])
-    assert not torch.equal(_philox.normal(40, 37, seed=5, stream=4), whole)
-    assert not torch.equal(_philox.normal(40, 37, seed=6, stream=3), whole)
+    whole = reference.random_matrix(40, 37, "gaussian", seed=5, stream=3)
+    assert torch.equal(reference.random_matrix(20, 11, "gaussian", seed=5, stream=3), whole[:20, :11])
+    assert not torch.equal(reference.random_matrix(40, 37, "gaussian", seed=5, stream=4), whole)
+    assert not torch.equal(reference.random_matrix(40, 37, "gaussian", seed=6, stream=3), whole)
 
 
 def test_normal_moments():
-    draws = _philox.normal(1000, 1000, seed=1)
+    draws = reference.random_matrix(1000, 1000, "gaussian", seed=1)
     count = draws.numel()
     assert abs(float(draws.mean())) < 5 / count**0.5
     assert abs(float(draws.var()) - 1) < 5 * (2 / count) ** 0.5
@@ -41,7 +42,7 @@ def test_errors():
     with pytest.raises(ValueError, match="4 words"):
         _philox.philox4x32(0, [torch.zeros(1)])
     with pytest.raises(ValueError, match="64-bit"):
-        _philox.normal(1, 1, seed=2**64)
+        reference.random_matrix(1, 1, "gaussian", seed=2**64)
 
 
 def _words_by_hand(seed, counter, rounds):

@@ -7,10 +7,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from lora_kernels.ops import _philox, project, random_matrix, sketch_
-from lora_kernels.ops._rows import selection
+from lora_kernels.ops import project, random_matrix, sketch_
+from lora_kernels.ops._rows import Selection, selection
 from lora_kernels.ops._tiles import is_aligned, rank_for
-from lora_kernels.ops.sketch import config as tiles
+from lora_kernels.ops.random_matrix import reference as draws
+from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -18,7 +19,7 @@ from tests.helpers.accuracy import assert_accurate, rounding
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["rademacher", "gaussian"]
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = tiles.SketchConfig(16, 32, 4, 2)
+TINY = kernel.SketchConfig(16, 32, 4, 2)
 KEY = {"seed": -5, "stream": 2**32 - 3}
 # A pair of bfloat16 numbers, of which the interpreter cuts off what it should round.
 PAIR = 2.0**-17 if DEVICE == "cuda" else 2.0**-15
@@ -38,9 +39,8 @@ def bound_for(left, right, kind):
 
 def run(left, right, k, weight, kind="rademacher", configs=(TINY, TINY), chunk=None, least=1024):
     out, total = torch.zeros(left.shape[1], k, device=DEVICE), torch.zeros(left.shape[1], device=DEVICE)
-    index, factor = selection(weight)
-    factor = None if factor is None else factor.float()
-    kernel.sketch(out, left, right, index, factor, total, kind=kind, **KEY, configs=configs, chunk=chunk, least=least)
+    omega = Omega(kind, **KEY)
+    kernel.sketch(out, left, right, selection(weight), total, omega, configs=configs, chunk=chunk, least=least)
     return out, total
 
 
@@ -95,7 +95,7 @@ def test_projection_matches_float64(tokens, width, k, dtype, kind, poisoned_memo
     truth = reference.project(a, k, **KEY, kind=kind)
     for least in (1024, 16):
         out = torch.empty(tokens, k, device=DEVICE)
-        kernel.project(out, a, kind=kind, **KEY, config=TINY, least=least)
+        kernel.project(out, a, Omega(kind, **KEY), config=TINY, least=least)
         assert_accurate(out, truth, bound_for(out[:1], a, kind))
 
 
@@ -107,7 +107,7 @@ def test_omega_is_the_random_matrix(kind, columns):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         found = project(torch.eye(20, device=DEVICE, dtype=dtype), columns, kind=kind, **key, backend="triton").cpu()
         if kind == "rademacher":
-            assert torch.equal(found, _philox.signs(20, columns, **key, dtype=torch.float32))
+            assert torch.equal(found, draws.random_matrix(20, columns, "rademacher", **key, dtype=torch.float32))
         else:
             rest = PAIR if dtype == torch.bfloat16 else 2.0**-20
             drawn = random_matrix(20, columns, kind=kind, **key, device=DEVICE, backend="triton").cpu()
@@ -182,7 +182,7 @@ def test_adds_to_what_is_there_and_repeats_bit_for_bit(kind):
     first, second = (run(left, right, 24, weight, kind, least=16) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     out, parts = first[0].clone(), torch.zeros_like(first[0])
-    kernel.sketch(out, left, right, None, weight, None, kind=kind, **KEY, configs=(TINY, TINY))
+    kernel.sketch(out, left, right, Selection(None, weight), None, Omega(kind, **KEY), configs=(TINY, TINY))
     bound = 2 * bound_for(left, right, "rademacher")  # both are rounded, with the same draws
     assert_accurate(out, 2 * first[0], bound)
     for part in (slice(0, 33), slice(33, 90)):
@@ -220,22 +220,21 @@ def test_memory_beyond_is_left_alone():
     left, right = torch.randn(40, 33, device=DEVICE), torch.randn(40, 30, device=DEVICE)
     for least, two in itertools.product((1024, 16), (left, right)):
         out = wide.clone()
-        kernel.sketch(
-            out[:33, 5:26], left, two, None, None, None, kind="rademacher", **KEY, configs=(TINY, TINY), least=least
-        )
+        omega = Omega("rademacher", **KEY)
+        kernel.sketch(out[:33, 5:26], left, two, Selection(), None, omega, configs=(TINY, TINY), least=least)
         truth = reference.sketch(left, two, 21, **KEY)[0]
         assert_accurate(out[:33, 5:26].double() + 7.0, truth, bound_for(left, two, "rademacher"))
         out[:33, 5:26] = -7.0
         assert torch.equal(out, wide)
 
 
-SHIPPED = [each for each in vars(tiles).values() if isinstance(each, tiles.SketchConfig)]
+SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.SketchConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_shipped_configurations(config):
     left, right = torch.randn(70, 140, device=DEVICE).half(), torch.randn(70, 150, device=DEVICE).half()
-    if config in (tiles.SHRINK_SINGLE, tiles.TALL_SINGLE):
+    if config in (kernel.SHRINK_SINGLE, kernel.TALL_SINGLE):
         left, right = left.float(), right.float()
     for kind, k in itertools.product(KINDS, (16, 40)):
         truth = reference.sketch(left, right, k, **KEY, kind=kind)[0]
@@ -245,17 +244,17 @@ def test_shipped_configurations(config):
 
 def test_configuration_depends_on_product_dtype_alignment_and_platform():
     half, single = torch.bfloat16, torch.float32
-    assert tiles.config_for("shrink", half) == tiles.SHRINK
-    assert tiles.config_for("shrink", single) == tiles.SHRINK_SINGLE
-    assert tiles.config_for("shrink", single, aligned=False) == tiles.SHRINK_SINGLE
-    assert tiles.config_for("shrink", half, aligned=False) == tiles.SHRINK_RAGGED
-    assert tiles.config_for("tall", half) == tiles.TALL
+    assert kernel.config_for("shrink", half) == kernel.SHRINK
+    assert kernel.config_for("shrink", single) == kernel.SHRINK_SINGLE
+    assert kernel.config_for("shrink", single, aligned=False) == kernel.SHRINK_SINGLE
+    assert kernel.config_for("shrink", half, aligned=False) == kernel.SHRINK_RAGGED
+    assert kernel.config_for("tall", half) == kernel.TALL
     # The projections of float16 rows exceed float16: they are multiplied as float32.
-    assert tiles.config_for("tall", torch.float16) == tiles.config_for("tall", single) == tiles.TALL_SINGLE
-    assert tiles.config_for("tall", half, aligned=False) == tiles.TALL_RAGGED
-    assert tiles.config_for("shrink", half, platform="hip") == tiles.SHRINK_AMD
-    assert tiles.config_for("shrink", single, platform="hip") == tiles.SHRINK_AMD
-    assert tiles.config_for("tall", half, aligned=False, platform="hip") == tiles.TALL_AMD
+    assert kernel.config_for("tall", torch.float16) == kernel.config_for("tall", single) == kernel.TALL_SINGLE
+    assert kernel.config_for("tall", half, aligned=False) == kernel.TALL_RAGGED
+    assert kernel.config_for("shrink", half, platform="hip") == kernel.SHRINK_AMD
+    assert kernel.config_for("shrink", single, platform="hip") == kernel.SHRINK_AMD
+    assert kernel.config_for("tall", half, aligned=False, platform="hip") == kernel.TALL_AMD
 
 
 def test_tiling_of_columns():
@@ -272,10 +271,10 @@ def test_alignment_is_that_of_width_stride_and_address():
 
 def test_chunks_of_tokens_fit_the_cache():
     for tokens, row_bytes, cache in ((1, 2, 2**25), (4096, 8192, 50 * 2**20), (2**20, 28672, 40 * 2**20)):
-        chunk = tiles.token_chunk(tokens, row_bytes, cache)
+        chunk = kernel.token_chunk(tokens, row_bytes, cache)
         assert chunk % 64 == 0 and chunk >= 64
         assert chunk * row_bytes <= max(cache // 2, 2**24) + 64 * row_bytes
-    assert tiles.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
+    assert kernel.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
 
 
 def test_ahead_of_time_cases_cover_every_launch():
@@ -294,7 +293,7 @@ def test_ahead_of_time_cases_cover_every_launch():
         rank, _ = rank_for(k)
         for dtype, name in names.items():
             for product, signs in itertools.product(("shrink", "tall"), (True, False)):
-                each = tiles.config_for(product, dtype, aligned=aligned, platform=platform)
+                each = kernel.config_for(product, dtype, aligned=aligned, platform=platform)
                 shrink = product == "shrink"
                 pair = (not signs and dtype != torch.float32) if shrink else dtype == torch.bfloat16
                 form = (each.tokens, each.features, rank, index, signs if shrink else None, pair)
@@ -334,4 +333,4 @@ def test_on_gpu_error_is_that_of_float32(features, k, dtype, kind):
 def test_on_gpu_signs_are_those_of_the_cpu():
     for k in (5, 64, 200):
         made = project(torch.eye(300, device="cuda"), k, seed=9, stream=1, backend="triton")
-        assert torch.equal(made.cpu(), _philox.signs(300, k, seed=9, stream=1, dtype=torch.float32))
+        assert torch.equal(made.cpu(), draws.random_matrix(300, k, "rademacher", seed=9, stream=1, dtype=torch.float32))

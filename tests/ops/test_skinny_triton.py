@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 from lora_kernels.ops import Dropout
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._philox import keep_mask, keep_threshold
-from lora_kernels.ops._tiles import rank_for
+from lora_kernels.ops._tiles import parts_for, rank_for
 from lora_kernels.ops.skinny import config, kernel, reference
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -184,7 +184,7 @@ def test_too_many_tokens_for_a_grid():
 def test_sums_are_cut_into_whole_steps():
     device = torch.device("cpu")
     for length in (1, 5, 16, 100, 1000):
-        splits, chunk = config.parts_for(1, length, 16, device, 32)
+        splits, chunk = parts_for(1, length, 16, device, 32)
         assert chunk % 16 == 0 and (splits - 1) * chunk < length <= splits * chunk
 
 

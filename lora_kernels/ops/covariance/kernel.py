@@ -21,16 +21,15 @@ import triton.language as tl
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
-from lora_kernels.ops._rows import single
+from lora_kernels.ops._rows import ALL, Selection
 from lora_kernels.ops._tiles import (
     TileConfig,
     build_platform,
     capability_of,
     is_aligned,
     lower_tiles,
-    processors,
+    parts_for,
     tile_map,
-    token_parts,
 )
 from lora_kernels.ops._tl import INTERPRETED, dot, finish_tile, token_rows
 
@@ -121,60 +120,42 @@ def syrk_kernel(
     finish_tile(out_ptr, partial_ptr, packed, acc, size, size, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, True)
 
 
-def _by_tiles(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    config: TileConfig | None,
-    least_chunk: int,
-) -> None:
-    features, tokens = x.shape[1], x.shape[0] if index is None else index.shape[0]
-    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
-    tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
-    splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
-    partial = out
-    if splits > 1:
-        area = tiles.numel() * config.rows * config.columns
-        partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
-    constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None, SPLIT=splits > 1,
-        UPCAST=INTERPRETED, **config.constants(x.dtype, build_platform()),
-    )  # fmt: skip
-    launch(
-        syrk_kernel, (tiles.numel(), splits, 1),
-        # A pointer that a flag switches off must still be one.
-        (out, partial, x, x if index is None else index, x if weight is None else weight, tiles),
-        (features, tokens, chunk, x.stride(0), out.stride(0)), constants,
-    )  # fmt: skip
-    if splits > 1:
-        add_tiles(out, partial, tiles, splits, config, lower=True)
-
-
 def covariance(
     out: torch.Tensor,
     x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
+    selected: Selection = ALL,
+    column_sum: torch.Tensor | None = None,
     config: TileConfig | None = None,
     least_chunk: int = 1024,
 ) -> None:
     """Launch the kernels on matrices of unit column stride; without `config`, large sums of rows are the library's."""
-    features = x.shape[1]
-    tokens = x.shape[0] if index is None else index.shape[0]
+    features, tokens = x.shape[1], selected.count(x)
     if tokens == 0 or features == 0:
         return
-    weight = single(weight)
-    plain = config is None and index is None and weight is None
+    selected = selected.to(torch.float32)
+    if column_sum is not None:
+        column_sums(column_sum, x, *selected)
+    plain = config is None and selected.rows is None and selected.weight is None
     if plain and features >= _LIBRARY_FROM and adds(x.device, x.dtype):
         for low in range(0, features, _LIBRARY_ROWS):
             high = min(low + _LIBRARY_ROWS, features)
             add_product(out[low:high, :high], x[:, low:high].mT, x[:, :high])
-    else:
-        _by_tiles(out, x, index, weight, config, least_chunk)
-    if column_sum is not None:
-        column_sums(column_sum, x, index, weight)
+        return
+    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
+    tiles = tile_map(lower_tiles, (features, config.rows, config.columns), x.device)
+    splits, chunk = parts_for(tiles.numel(), tokens, config.tokens, x.device, least_chunk)
+    area = tiles.numel() * config.rows * config.columns
+    partial = torch.empty(splits * area, dtype=torch.float32, device=x.device) if splits > 1 else out
+    constants = constants_of(
+        config.warps, config.stages, **selected.flags(), SPLIT=splits > 1, UPCAST=INTERPRETED,
+        **config.constants(x.dtype, build_platform()),
+    )  # fmt: skip
+    launch(
+        syrk_kernel, (tiles.numel(), splits, 1), (out, partial, *selected.pointers(x), tiles),
+        (features, tokens, chunk, x.stride(0), out.stride(0)), constants,
+    )  # fmt: skip
+    if splits > 1:
+        add_tiles(out, partial, tiles, splits, config, lower=True)
 
 
 def aot_cases() -> Iterator[dict[str, Any]]:

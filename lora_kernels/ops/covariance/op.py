@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
+from lora_kernels.ops._rows import Selection, flat_rows, packed, selection
 from lora_kernels.ops.covariance import reference
 
 # Block rows: only columns left of a block's end are computed, so the waste is one block in n. Below about 128 the
@@ -30,52 +32,21 @@ def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, colu
         check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
 
 
-def _add_lower(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, block: int) -> None:
-    for low in range(0, out.shape[0], block):
-        high = min(low + block, out.shape[0])
-        out[low:high, :high].addmm_(left[:, low:high].mT, right[:, :high])
-
-
-def _run_torch(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
+def _by_blocks(
+    out: torch.Tensor, x: torch.Tensor, selected: Selection, column_sum: torch.Tensor | None, cpp: bool = False
 ) -> None:
-    for part in row_parts(x, index):
-        rows = widened(x, index, part, out.dtype)
-        weighted = rows if weight is None else rows * weight[part].to(out.dtype).unsqueeze(-1)
-        _add_lower(out, weighted, rows, _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK)
-        if column_sum is not None:
-            column_sum += weighted.sum(0)
-
-
-def _run_cpp(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-) -> None:
-    """One pass selects, widens, weighs and sums a chunk of rows; BLAS multiplies what it leaves in cache."""
-    parts, weight = row_parts(x, index), single(weight)
-    count = parts[0].stop if parts else 0
-    panel = new_panel(x, index, count)
-    scaled = None if weight is None else torch.empty(count, x.shape[1], dtype=torch.float32)
-    for part in parts:
-        if panel is not None or scaled is not None or column_sum is not None:
-            pack_rows(x, index, part, weight=weight, panel=panel, weighted=scaled, column_sum=column_sum)
-        count = part.stop - part.start
-        right = x[part] if panel is None else panel[:count]
-        _add_lower(out, right if scaled is None else scaled[:count], right, _CPU_BLOCK)
+    block = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+    for _, rows, weighted in packed(x, selected, out.dtype, cpp=cpp, weighted=True, column_sum=column_sum):
+        for low in range(0, out.shape[0], block):
+            high = min(low + block, out.shape[0])
+            out[low:high, :high].addmm_(weighted[:, low:high].mT, rows[:, :high])
 
 
 def _body(
     backend: Backend, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None
 ) -> None:
     if x.numel() > 0:
-        backend(out, flat_rows(x), *selection(weight), column_sum)
+        backend(out, flat_rows(x), selection(weight), column_sum)
 
 
 covariance = Op(
@@ -85,8 +56,8 @@ covariance = Op(
     check=_check,
     backends=(
         on_triton("covariance.kernel:covariance", no_float64),
-        on_cpp(_run_cpp, no_float64),
-        on_torch(_run_torch),
+        on_cpp(functools.partial(_by_blocks, cpp=True), no_float64),
+        on_torch(_by_blocks),
     ),
 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +19,9 @@ from lora_kernels.ops._reduce import aot_case
 from lora_kernels.ops._tiles import signed32
 from lora_kernels.ops._tl import gaussian_pair, philox
 
-
-@dataclass(frozen=True)
-class RandomConfig:
-    """Tile and launch shape."""
-
-    rows: int  # per program
-    groups: int  # counters per row and program: 128 signs or 4 normal draws each
-    warps: int = 4
-
-
-SIGNS = RandomConfig(32, 1)
-NORMAL = RandomConfig(16, 16)  # 32 rows take twice the registers, and spill on sm_120 where nothing is aligned
-
-
-def config_for(kind: str) -> RandomConfig:
-    """The configuration of a kind; the same for every chip until a measurement says otherwise."""
-    return SIGNS if kind == "rademacher" else NORMAL
+# Rows per program, the same for every chip until a measurement says otherwise.
+_SIGN_ROWS = 32
+_NORMAL_ROWS, _NORMAL_GROUPS = 16, 16  # 32 rows take twice the registers, and spill on sm_120 where nothing is aligned
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step"])
@@ -115,27 +100,18 @@ def normal_kernel(
         tl.store(pointers + tl.cast(size, tl.int64) * columns, low, mask=mask)
 
 
-def random_matrix(
-    out: torch.Tensor,
-    kind: str,
-    seed: int,
-    stream: int,
-    step: int,
-    config: RandomConfig | None = None,
-) -> None:
+def random_matrix(out: torch.Tensor, kind: str, seed: int, stream: int, step: int) -> None:
     """Fill `out`, contiguous; `(2, rows, columns)` takes gaussian draws as a rounded part and the rest."""
     rows, columns = out.shape[-2:]
     if out.numel() == 0:
         return
-    config = config or config_for(kind)
+    signs = kind == "rademacher"
+    kernel, tall, wide = (signs_kernel, _SIGN_ROWS, 128) if signs else (normal_kernel, _NORMAL_ROWS, 4 * _NORMAL_GROUPS)
     numbers = (rows, columns, signed32(seed), signed32(seed >> 32), signed32(stream), signed32(step))
-    tall = -(-rows // config.rows)
-    if kind == "rademacher":
-        constants = constants_of(config.warps, ROWS=config.rows)
-        launch(signs_kernel, (tall * -(-columns // 128), 1, 1), (out,), numbers, constants)
-    else:
-        constants = constants_of(config.warps, ROWS=config.rows, GROUPS=config.groups, PAIR=out.dim() == 3)
-        launch(normal_kernel, (tall * -(-columns // (4 * config.groups)), 1, 1), (out,), numbers, constants)
+    constants = (
+        constants_of(ROWS=tall) if signs else constants_of(ROWS=tall, GROUPS=_NORMAL_GROUPS, PAIR=out.dim() == 3)
+    )
+    launch(kernel, (-(-rows // tall) * -(-columns // wide), 1, 1), (out,), numbers, constants)
 
 
 _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may be asked for
@@ -143,12 +119,9 @@ _AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may 
 
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Yield every combination that `random_matrix` launches; see `_reduce.aot_cases`."""
-    integers = ("size", "columns", "seed_low", "seed_high", "stream", "step")
     for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
-        types = {"out_ptr": f"*{dtype}", **dict.fromkeys(integers, "i32")}
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        yield aot_case(signs_kernel, dtype, {"ROWS": SIGNS.rows}, types, warps=SIGNS.warps, **where)
+        types, where = {"out_ptr": f"*{dtype}"}, {"platform": platform, "aligned": aligned}
+        yield aot_case(signs_kernel, dtype, {"ROWS": _SIGN_ROWS}, types, **where)
         for pair in (False, True) if _AOT_DTYPES[dtype] else (False,):
-            constexprs = {"ROWS": NORMAL.rows, "GROUPS": NORMAL.groups, "PAIR": pair}
-            label = dtype + " pair" * pair
-            yield aot_case(normal_kernel, label, constexprs, types, warps=NORMAL.warps, **where)
+            constexprs = {"ROWS": _NORMAL_ROWS, "GROUPS": _NORMAL_GROUPS, "PAIR": pair}
+            yield aot_case(normal_kernel, dtype + " pair" * pair, constexprs, types, **where)

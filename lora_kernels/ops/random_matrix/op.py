@@ -32,11 +32,6 @@ def draw_cpp(out: torch.Tensor, kind: str, seed: int, stream: int, step: int = 0
     return out if drawn is out else out.copy_(drawn)
 
 
-def _draw_torch(out: torch.Tensor, kind: str, seed: int, stream: int, step: int) -> None:
-    rows, columns = out.shape
-    out.copy_(reference.random_matrix(rows, columns, kind, seed=seed, stream=stream, step=step, dtype=out.dtype))
-
-
 def _body(backend: Backend, out: torch.Tensor, kind: str, seed: int, stream: int, step: int) -> None:
     backend(out, kind, seed, stream, step)
 
@@ -48,7 +43,7 @@ matrix = Op(
     backends=(
         on_triton("random_matrix.kernel:random_matrix", no_float64),
         on_cpp(draw_cpp, no_float64),
-        on_torch(_draw_torch),
+        on_torch(lambda out, *key: out.copy_(reference.random_matrix(*out.shape, *key, dtype=out.dtype))),
     ),
 )
 

@@ -1,7 +1,7 @@
 """Triton kernels of the sketch ops.
 
     P[t, c]   = sum_i  x[t, i] * Omega[i, c]            shrink_kernel (+ combine_kernel, which weighs: w[t] * P[t, c])
-    out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ add_kernel)
+    out[i, c] += sum_t  x[t, i] * P[t, c]               tall_kernel (+ combine_kernel)
 
 Both read their wide operand once and are bound by memory. Tokens go by chunks whose rows stay in the second-level cache
 between the two kernels. Signs are drawn in the loop of `shrink_kernel`; gaussian draws would cost more there than the
@@ -21,20 +21,67 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.ops import _tiles
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
-from lora_kernels.ops._rows import single
-from lora_kernels.ops._tiles import build_platform, is_aligned, processors, rank_for, signed32
+from lora_kernels.ops._rows import ALL, Selection
+from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
-from lora_kernels.ops.sketch.config import ROWS, SketchConfig, config_for, token_chunk
+from lora_kernels.ops.random_matrix.reference import Omega
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """Tile sizes and launch shape of one of the two products."""
+
+    tokens: int  # per tile (`shrink_kernel`) or per step (`tall_kernel`)
+    features: int  # per step (`shrink_kernel`) or per tile (`tall_kernel`)
+    warps: int
+    stages: int  # depth of the load pipeline
+
+    def constants(self, rank: int, dtype: torch.dtype, platform: str) -> dict[str, Any]:
+        """Those of a kernel on these tiles, `rank` columns of Omega wide."""
+        sizes = {"TOKENS": self.tokens, "FEATURES": self.features, "RANK": rank}
+        return {**sizes, "PRECISION": precision(dtype, platform)}
+
+
+SHRINK = SketchConfig(64, 64, 4, 4)
+SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
+SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
+SHRINK_AMD = SketchConfig(64, 32, 8, 2)
+TALL = SketchConfig(64, 128, 8, 4)
+TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
+TALL_RAGGED = SketchConfig(32, 64, 4, 3)
+TALL_AMD = SketchConfig(32, 64, 4, 2)
+
+ROWS = 16  # of the elementwise kernels
+
+
+def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
+    """The configuration of `shrink` or `tall`; `aligned` if loads can be vectorised."""
+    shrink = product == "shrink"
+    if (platform or build_platform()) == "hip":
+        return SHRINK_AMD if shrink else TALL_AMD
+    if shrink and dtype == torch.float32:
+        return SHRINK_SINGLE
+    if not aligned:
+        return SHRINK_RAGGED if shrink else TALL_RAGGED
+    if shrink:
+        return SHRINK
+    return TALL if dtype == torch.bfloat16 else TALL_SINGLE
+
+
+def token_chunk(tokens: int, row_bytes: int, cache: int) -> int:
+    """How many tokens, in whole tiles, go through both kernels at a time: half the cache holds their rows."""
+    parts = -(-tokens * row_bytes // max(cache // 2, 2**24))
+    return max(-(-tokens // (max(parts, 1) * 64)) * 64, 64)
 
 
 @triton.jit
@@ -113,12 +160,12 @@ def shrink_kernel(
     tl.store(out_ptr + place, acc, mask=(token[:, None] < n_tokens) & (lane[None, :] < columns))
 
 
-@triton.jit(do_not_specialize=["n_tokens", "splits"])
+@triton.jit(do_not_specialize=["size", "splits"])
 def combine_kernel(
-    out_ptr,  # (n_tokens, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
-    partial_ptr,  # (splits, n_tokens, blocks * RANK) float32
-    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
-    n_tokens,
+    out_ptr,  # (size, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
+    partial_ptr,  # (splits, size, blocks * RANK) float32
+    weight_ptr,  # (size,) float32, if HAS_WEIGHT
+    size,
     splits,
     columns,
     out_stride,
@@ -126,27 +173,29 @@ def combine_kernel(
     RANK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     PAIR: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """Add the parts of P in order, weigh its rows, and store it as the second product wants it."""
-    block = tl.program_id(0)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, RANK)
-    width = tl.num_programs(0) * RANK
-    mask = (token[:, None] < n_tokens) & (block * RANK + lane[None, :] < columns)
+    """The sum of parts in order, its rows weighed: stored as the second product wants it, or added to `out` if ADD."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    mask = (row[:, None] < size) & (lane[None, :] < columns)
+    width = tl.num_programs(1) * RANK
     acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for split in range(0, splits):
-        place = (tl.cast(split, tl.int64) * n_tokens + token)[:, None] * width + block * RANK + lane[None, :]
+        place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
         acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
     if HAS_WEIGHT:
-        acc *= tl.load(weight_ptr + token, mask=token < n_tokens, other=0.0)[:, None]
-    pointers = out_ptr + token[:, None].to(tl.int64) * out_stride + lane[None, :]
+        acc *= tl.load(weight_ptr + row, mask=row < size, other=0.0)[:, None]
+    pointers = out_ptr + row[:, None].to(tl.int64) * out_stride + lane[None, :]
     if PAIR:
         high = acc.to(out_ptr.dtype.element_ty)
-        pointers += block * (2 * RANK)
+        pointers += tl.program_id(1) * RANK
         tl.store(pointers, high, mask=mask)
         tl.store(pointers + RANK, (acc - high.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+    elif ADD:
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + acc, mask=mask)
     else:
-        tl.store(pointers + block * RANK, acc, mask=mask)
+        tl.store(pointers, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "chunk"])
@@ -195,201 +244,139 @@ def tall_kernel(
     tl.store(partial_ptr + place, acc, mask=feature[:, None] < size)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def add_kernel(
-    out_ptr,  # (size, columns) float32
-    partial_ptr,  # (splits, size, blocks * RANK) float32
-    size,
-    columns,
-    splits,
-    out_stride,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Add the partial sums, in order, to `out`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    mask = (row[:, None] < size) & (lane[None, :] < columns)
-    width = tl.num_programs(1) * RANK
-    acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
-    for split in range(0, splits):
-        place = (tl.cast(split, tl.int64) * size + row)[:, None] * width + lane[None, :]
-        acc += tl.load(partial_ptr + place, mask=mask, other=0.0)
-    pointers = out_ptr + row[:, None].to(tl.int64) * out_stride + lane[None, :]
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + acc, mask=mask)
-
-
 # Second-level cache assumed where the device does not tell; half of it is for the rows of a chunk.
 _CACHE = 40 * 2**20
 _MOST_TOKENS = 2**19  # of a launch, whose grid has at most MOST_PROGRAMS blocks of ROWS
 
 
-class Omega(NamedTuple):
-    """What Omega is; `scratch`, `(1 or 2, q, padded k)`, holds draws in the rows' dtype if the kernel makes none."""
+def _scratch(x: torch.Tensor, columns: int, omega: Omega) -> torch.Tensor | None:
+    """Draws that the kernel does not make itself, `(1 or 2, q, padded columns)` in the dtype of rows `(rows, q)`."""
+    if omega.kind != "gaussian":
+        return None
+    rank, blocks = rank_for(columns)
+    parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
+    scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
+    draw(scratch, *omega, 0)
+    return scratch
 
-    columns: int
-    seed: int
-    stream: int
-    scratch: torch.Tensor | None
 
-
-def make_omega(x: torch.Tensor, columns: int, kind: str, seed: int, stream: int) -> Omega:
-    """Draw what the kernel itself does not, for rows `(rows, q)`."""
-    scratch = None
-    if kind == "gaussian":
-        rank, blocks = rank_for(columns)
-        parts = (2,) if x.dtype != torch.float32 else ()  # 16-bit rows meet a rounded part and the rest
-        scratch = torch.empty(*parts, x.shape[1], blocks * rank, dtype=x.dtype, device=x.device)
-        draw(scratch, kind, seed, stream, 0)
-    return Omega(columns, seed, stream, scratch)
+def _combine(
+    out: torch.Tensor, partial: torch.Tensor, columns: int, weight: torch.Tensor | None = None, add: bool = False
+) -> None:
+    (splits, size, _), (rank, blocks) = partial.shape, rank_for(columns)
+    constants = constants_of(
+        ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=out.dtype != torch.float32, ADD=add
+    )
+    tensors, numbers = (out, partial, partial if weight is None else weight), (size, splits, columns, out.stride(0))
+    launch(combine_kernel, (-(-size // ROWS), blocks, 1), tensors, numbers, constants)
 
 
 def _shrink(
     out: torch.Tensor,
     x: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    selected: Selection,
+    columns: int,
     omega: Omega,
+    scratch: torch.Tensor | None,
     config: SketchConfig | None,
-    least_features: int,
+    least: int,
 ) -> None:
     """Fill `out`: `(tokens, k)` or `(tokens, padded k)` float32, or `(tokens, 2 * padded k)` for a pair."""
-    tokens, features = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    tokens, features = selected.count(x), x.shape[1]
     config = config or config_for("shrink", x.dtype, aligned=is_aligned(x))
-    rank, blocks = rank_for(omega.columns)
+    rank, blocks = rank_for(columns)
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
-    splits = _tiles.token_splits(blocks * tall, features, processors(x.device), least=least_features)
-    steps = -(-features // (splits * config.features))  # no part but the last has a ragged end
-    splits = -(-features // (steps * config.features))
-    direct = splits == 1 and weight is None and not pair
+    splits, chunk = parts_for(blocks * tall, features, config.features, x.device, least)
+    direct = splits == 1 and selected.weight is None and not pair
     target = out
     if not direct:
         target = torch.empty(splits, tokens, blocks * rank, dtype=torch.float32, device=x.device)
-    scratch = omega.scratch
     constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, SIGNS=scratch is None,
+        config.warps, config.stages, HAS_INDEX=selected.rows is not None, SIGNS=scratch is None,
         PAIR=scratch is not None and scratch.dim() == 3, UPCAST=INTERPRETED,
         **config.constants(rank, x.dtype, build_platform()),
     )  # fmt: skip
     key = (signed32(omega.seed), signed32(omega.seed >> 32), signed32(omega.stream))
     launch(
-        shrink_kernel, (blocks, tall, splits),
-        # A pointer that a flag switches off must still be one.
-        (target, x, x if index is None else index, x if scratch is None else scratch),
-        (features, tokens, target.shape[-1], steps, x.stride(0), target.stride(-2), *key), constants,
+        shrink_kernel, (blocks, tall, splits), (target, *selected.pointers(x)[:2], x if scratch is None else scratch),
+        (features, tokens, target.shape[-1], chunk // config.features, x.stride(0), target.stride(-2), *key), constants,
     )  # fmt: skip
     if not direct:
-        launch(
-            combine_kernel, (blocks, -(-tokens // ROWS), 1), (out, target, target if weight is None else weight),
-            (tokens, splits, blocks * rank if pair else out.shape[1], out.stride(0)),
-            constants_of(ROWS=ROWS, RANK=rank, HAS_WEIGHT=weight is not None, PAIR=pair),
-        )  # fmt: skip
+        _combine(out, target, blocks * rank if pair else out.shape[1], selected.weight)
 
 
 def _add_tall(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    p: torch.Tensor,
-    config: SketchConfig | None,
-    least_tokens: int,
+    out: torch.Tensor, x: torch.Tensor, selected: Selection, p: torch.Tensor, config: SketchConfig | None, least: int
 ) -> None:
-    """`out += x^T P`, P as `_shrink` left it."""
+    """`out += x^T P`, P as `_shrink` left it; a part has at least `least` tokens."""
     tokens, features = p.shape[0], x.shape[1]
     config = config or config_for("tall", x.dtype, aligned=is_aligned(x))
     rank, blocks = rank_for(out.shape[1])
     tiles = -(-features // config.features)
-    splits = _tiles.token_splits(blocks * tiles, tokens, processors(x.device), least=least_tokens)
-    chunk = -(-tokens // splits)
-    if splits > 1:
-        chunk = -(-chunk // config.tokens) * config.tokens
-    splits = -(-tokens // chunk)
+    splits, chunk = parts_for(blocks * tiles, tokens, config.tokens, x.device, least)
     partial = torch.empty(splits, features, blocks * rank, dtype=torch.float32, device=x.device)
     constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, PAIR=p.dtype != torch.float32, UPCAST=INTERPRETED,
-        **config.constants(rank, p.dtype, build_platform()),
+        config.warps, config.stages, HAS_INDEX=selected.rows is not None, PAIR=p.dtype != torch.float32,
+        UPCAST=INTERPRETED, **config.constants(rank, p.dtype, build_platform()),
     )  # fmt: skip
     launch(
-        tall_kernel, (blocks, tiles, splits), (partial, x, x if index is None else index, p),
+        tall_kernel, (blocks, tiles, splits), (partial, *selected.pointers(x)[:2], p),
         (features, tokens, chunk, x.stride(0)), constants,
     )  # fmt: skip
-    launch(
-        add_kernel, (-(-features // ROWS), blocks, 1), (out, partial),
-        (features, out.shape[1], splits, out.stride(0)), constants_of(ROWS=ROWS, RANK=rank),
-    )  # fmt: skip
-
-
-def _cache_bytes(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return int(getattr(properties, "L2_cache_size", 0)) or _CACHE
+    _combine(out, partial, out.shape[1], add=True)
 
 
 def sketch(
     out: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    selected: Selection,
     column_sum: torch.Tensor | None,
-    kind: str,
-    seed: int,
-    stream: int,
+    omega: Omega,
     *,
     configs: tuple[SketchConfig | None, SketchConfig | None] = (None, None),
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
     """Launch the kernels on matrices of unit column stride; `left` and `right` are one object for an input sketch."""
-    tokens = left.shape[0] if index is None else index.shape[0]
+    tokens, columns = selected.count(left), out.shape[1]
     if tokens == 0 or left.shape[1] == 0:
         return
-    weight = single(weight)
+    selected = selected.to(torch.float32)
     # Without columns, or rows that hold anything, only the sum is left.
-    omega = make_omega(right, out.shape[1], kind, seed, stream) if out.shape[1] and right.shape[1] else None
+    empty = columns == 0 or right.shape[1] == 0
+    scratch = None if empty else _scratch(right, columns, omega)
     if chunk is None:
         chunk = _MOST_TOKENS
         if left is right:  # else nothing is read twice
-            row_bytes = left.stride(0) * left.element_size()
-            chunk = min(chunk, token_chunk(tokens, row_bytes, _cache_bytes(left.device)))
-    rank, blocks = rank_for(out.shape[1])
-    pair = left.dtype == torch.bfloat16
+            properties = torch.cuda.get_device_properties(left.device) if left.is_cuda else None
+            cache = int(getattr(properties, "L2_cache_size", 0)) or _CACHE
+            chunk = min(chunk, token_chunk(tokens, left.stride(0) * left.element_size(), cache))
+    rank, blocks = rank_for(columns)
+    width, dtype = (2, torch.bfloat16) if left.dtype == torch.bfloat16 else (1, torch.float32)
     for low in range(0, tokens, chunk):
         part = slice(low, min(low + chunk, tokens))
-        picked = None if index is None else index[part]
-        weights = None if weight is None else weight[part]
-        one = left[part] if index is None else left
-        if omega is not None:
-            two = one if left is right else right[part] if index is None else right
-            p = torch.empty(
-                part.stop - low,
-                blocks * rank * (2 if pair else 1),
-                dtype=torch.bfloat16 if pair else torch.float32,
-                device=left.device,
-            )
-            _shrink(p, two, picked, weights, omega, configs[0], 2 * least)
-            _add_tall(out, one, picked, p, configs[1], least)
+        one, some = selected.part(left, part)
+        if not empty:
+            two = one if left is right else selected.part(right, part)[0]
+            p = torch.empty(part.stop - low, blocks * rank * width, dtype=dtype, device=left.device)
+            _shrink(p, two, some, columns, omega, scratch, configs[0], 2 * least)
+            _add_tall(out, one, some, p, configs[1], least)
         if column_sum is not None:
-            column_sums(column_sum, one, picked, weights)
+            column_sums(column_sum, one, *some)
 
 
 def project(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    kind: str,
-    seed: int,
-    stream: int,
-    *,
-    config: SketchConfig | None = None,
-    least: int = 512,
+    out: torch.Tensor, a: torch.Tensor, omega: Omega, *, config: SketchConfig | None = None, least: int = 512
 ) -> None:
     """Launch the first product alone, which fills `out` `(rows, k)`; a split has at least `least` features."""
     if out.numel() == 0:
         return
-    omega = make_omega(a, out.shape[1], kind, seed, stream)
+    scratch = _scratch(a, out.shape[1], omega)
     for low in range(0, a.shape[0], _MOST_TOKENS):
         part = slice(low, low + _MOST_TOKENS)
-        _shrink(out[part], a[part], None, None, omega, config, least)
+        _shrink(out[part], a[part], ALL, out.shape[1], omega, scratch, config, least)
 
 
 _RANKS = (16, 32, 64)
@@ -397,7 +384,6 @@ _RANKS = (16, 32, 64)
 
 def aot_cases() -> Iterator[dict[str, Any]]:
     """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
-    integers = dict.fromkeys(("columns", "steps", "seed_low", "seed_high", "stream"), "i32")
     for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
         where: dict[str, Any] = {"platform": platform, "aligned": aligned}
         for dtype, x in AOT_DTYPES.items():
@@ -406,7 +392,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
                 constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
                 label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
-                types = {**integers, "x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
+                types = {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
                 yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
             config = config_for("tall", dtype, aligned=aligned, platform=platform)
             pair = dtype == torch.bfloat16
@@ -416,8 +402,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
                 label = f"{x} {config.features}x{config.tokens}x{rank}"
                 types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
                 yield aot_case(tall_kernel, label, constexprs, types, config, **where)
-        for weight, pair in itertools.product((False, True), repeat=2):
-            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair}
-            types = {**integers, "out_ptr": "*bf16" if pair else "*fp32"}
-            yield aot_case(combine_kernel, f"{rank}" + " pair" * pair, constexprs, types, **where)
-        yield aot_case(add_kernel, f"{rank}", {"ROWS": ROWS, "RANK": rank}, integers, **where)
+        for weight, pair, add in ((False, False, True), *itertools.product((False, True), (False, True), (False,))):
+            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair, "ADD": add}
+            label = f"{rank}" + " pair" * pair + " add" * add
+            yield aot_case(combine_kernel, label, constexprs, {"out_ptr": "*bf16"} if pair else None, **where)

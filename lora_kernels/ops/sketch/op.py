@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ import torch
 from lora_kernels._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
+from lora_kernels.ops._rows import ALL, Selection, flat_rows, packed, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
-from lora_kernels.ops.random_matrix.reference import KINDS
+from lora_kernels.ops.random_matrix.reference import KINDS, Omega
 from lora_kernels.ops.sketch import reference
 
 # Rows handled at a time on the CPU, and the bytes of their float32 copy: the second product finds it in the cache.
@@ -44,18 +45,10 @@ def _check(
         check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two arguments are one tensor, so that its rows are read (and widened) once."""
-    return (
-        left.data_ptr() == right.data_ptr()
-        and left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.stride() == right.stride()
-    )
-
-
-def _draw(x: torch.Tensor, k: int, dtype: torch.dtype, kind: str, seed: int, stream: int) -> torch.Tensor:
-    return random_reference.random_matrix(x.shape[1], k, kind, seed=seed, stream=stream, dtype=dtype).to(x.device)
+def _draw(x: torch.Tensor, out: torch.Tensor, omega: Omega, cpp: bool) -> torch.Tensor:
+    if cpp:
+        return draw_cpp(torch.empty(x.shape[1], out.shape[1]), *omega)
+    return random_reference.random_matrix(x.shape[1], out.shape[1], *omega, dtype=out.dtype).to(x.device)
 
 
 def _chunk_for(*tensors: torch.Tensor) -> int:
@@ -63,68 +56,23 @@ def _chunk_for(*tensors: torch.Tensor) -> int:
     return max(min(_CHUNK, _CHUNK_BYTES // (4 * max(widest, 1))), 256)
 
 
-def _run_torch(
+def _by_parts(
     out: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    selected: Selection,
     column_sum: torch.Tensor | None,
-    kind: str,
-    seed: int,
-    stream: int,
+    omega: Omega,
+    cpp: bool = False,
 ) -> None:
-    omega = _draw(right, out.shape[1], out.dtype, kind, seed, stream)
-    for part in row_parts(left, index, _chunk_for(left, right)):
-        two = widened(right, index, part, out.dtype)
-        one = two if left is right else widened(left, index, part, out.dtype)
-        weights = None if weight is None else weight[part].to(out.dtype).unsqueeze(-1)
-        p = two @ omega
-        out.addmm_(one.mT, p if weights is None else p * weights)
-        if column_sum is not None:
-            column_sum += (one if weights is None else one * weights).sum(0)
-
-
-def _pack(
-    x: torch.Tensor,
-    part: slice,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    panel: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-) -> torch.Tensor:
-    """Some rows of the selection in float32, in `panel` unless they already are so, and their weighted sum."""
-    if panel is not None or column_sum is not None:
-        pack_rows(x, index, part, weight=weight, panel=panel, column_sum=column_sum)
-    return x[part] if panel is None else panel[: part.stop - part.start]
-
-
-def _run_cpp(
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    index: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    kind: str,
-    seed: int,
-    stream: int,
-) -> None:
-    """One pass selects, widens and sums a chunk of rows; BLAS multiplies what it leaves in cache. P is weighed."""
-    parts = row_parts(left, index, _chunk_for(left, right))
-    if not parts:
-        return
-    omega = draw_cpp(torch.empty(right.shape[1], out.shape[1]), kind, seed, stream)
-    weight = single(weight)
-    left_panel = new_panel(left, index, parts[0].stop)
-    right_panel = left_panel if left is right else new_panel(right, index, parts[0].stop)
-    room = torch.empty(parts[0].stop, out.shape[1], dtype=torch.float32)
-    for part in parts:
-        one = _pack(left, part, index, weight, left_panel, column_sum)
-        two = one if left is right else _pack(right, part, index, None, right_panel, None)
-        p = torch.mm(two, omega, out=room[: part.stop - part.start])
-        if weight is not None:
-            p *= weight[part].unsqueeze(-1)
+    """The narrow P is weighed, not the rows; BLAS multiplies what is in the cache."""
+    drawn, selected = _draw(right, out, omega, cpp), selected.to(out.dtype)
+    step = _chunk_for(left, right)
+    others = packed(right, selected, out.dtype, cpp=cpp, step=step)
+    for part, one, _ in packed(left, selected, out.dtype, cpp=cpp, step=step, column_sum=column_sum):
+        p = (one if left is right else next(others)[1]) @ drawn
+        if selected.weight is not None:
+            p *= selected.weight[part].unsqueeze(-1)
         out.addmm_(one.mT, p)
 
 
@@ -142,8 +90,9 @@ def _body(
     if left.numel() == 0:
         return
     one = flat_rows(left)
-    two = one if _same(left, right) else flat_rows(right)
-    backend(out, one, two, *selection(weight), column_sum, kind, seed, stream)
+    first, second = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (left, right))
+    two = one if first == second else flat_rows(right)  # the rows of one tensor are read (and widened) once
+    backend(out, one, two, selection(weight), column_sum, Omega(kind, seed, stream))
 
 
 sketch = Op(
@@ -151,7 +100,11 @@ sketch = Op(
     _body,
     writes=("out", "column_sum"),
     check=_check,
-    backends=(on_triton("sketch.kernel:sketch", no_float64), on_cpp(_run_cpp, no_float64), on_torch(_run_torch)),
+    backends=(
+        on_triton("sketch.kernel:sketch", no_float64),
+        on_cpp(functools.partial(_by_parts, cpp=True), no_float64),
+        on_torch(_by_parts),
+    ),
 )
 
 
@@ -207,19 +160,11 @@ def _example(device: torch.device) -> Example:
     return arguments, lambda _: relative_error((out, total), truths)
 
 
-def _project_torch(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
-    omega = _draw(rows, out.shape[1], out.dtype, kind, seed, stream)
+def _project(out: torch.Tensor, rows: torch.Tensor, omega: Omega, cpp: bool = False) -> None:
+    drawn = _draw(rows, out, omega, cpp)
     step = rows.shape[0] if rows.dtype == out.dtype else _chunk_for(rows)
-    for part in row_parts(rows, None, step):
-        torch.mm(rows[part].to(out.dtype), omega, out=out[part])
-
-
-def _project_cpp(out: torch.Tensor, rows: torch.Tensor, kind: str, seed: int, stream: int) -> None:
-    omega = draw_cpp(torch.empty(rows.shape[1], out.shape[1]), kind, seed, stream)
-    parts = row_parts(rows, None, rows.shape[0] if rows.dtype == out.dtype else _chunk_for(rows))
-    panel = new_panel(rows, None, parts[0].stop)
-    for part in parts:
-        torch.mm(_pack(rows, part, None, None, panel, None), omega, out=out[part])
+    for part, wide, _ in packed(rows, ALL, out.dtype, cpp=cpp, step=step):
+        torch.mm(wide, drawn, out=out[part])
 
 
 def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: str, seed: int, stream: int) -> None:
@@ -227,7 +172,7 @@ def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: st
         out.zero_()
         return
     rows = flat_rows(a)
-    backend(out.view(rows.shape[0], out.shape[-1]), rows, kind, seed, stream)
+    backend(out.view(rows.shape[0], out.shape[-1]), rows, Omega(kind, seed, stream))
 
 
 projection = Op(
@@ -236,8 +181,8 @@ projection = Op(
     writes=("out",),
     backends=(
         on_triton("sketch.kernel:project", no_float64),
-        on_cpp(_project_cpp, no_float64),
-        on_torch(_project_torch),
+        on_cpp(functools.partial(_project, cpp=True), no_float64),
+        on_torch(_project),
     ),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -21,11 +22,14 @@ _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 CPP_NAMES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
-def _chunks(wide: torch.Tensor) -> Iterator[slice]:
+def _kept(wide: torch.Tensor, mask: Mask | None) -> Iterator[tuple[slice, Any]]:
+    # Chunks of rows, and which of their elements dropout keeps; `None`: all.
     tokens, size = wide.shape
     step = max((_CPU_CHUNK if wide.device.type == "cpu" else _GPU_CHUNK) // max(size, 1), 1)
+    mask = None if mask is None else mask.on(wide.device)
     for low in range(0, tokens, step):
-        yield slice(low, min(low + step, tokens))
+        part = slice(low, min(low + step, tokens))
+        yield part, None if mask is None else mask.keep(part, size, wide.device)
 
 
 def _shrink_torch(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None) -> None:
@@ -33,10 +37,8 @@ def _shrink_torch(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, scale: fl
     if mask is None:
         out.addmm_(x, a.mT, beta=0, alpha=scale)
         return
-    mask = mask.on(x.device)
-    for part in _chunks(x):
-        kept = torch.where(mask.keep(part, x.shape[1], x.device), x[part], 0)
-        out[part].addmm_(kept, a.mT, beta=0, alpha=scale * mask.factor)
+    for part, keep in _kept(x, mask):
+        out[part].addmm_(torch.where(keep, x[part], 0), a.mT, beta=0, alpha=scale * mask.factor)
 
 
 def _tsreduce_torch(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: Mask | None) -> None:
@@ -44,11 +46,8 @@ def _tsreduce_torch(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, mask: M
         torch.mm(t.mT, z, out=out)
         return
     out.zero_()
-    mask = None if mask is None else mask.on(z.device)
-    for part in _chunks(z):
-        rows = z[part]
-        if mask is not None:
-            rows = torch.where(mask.keep(part, z.shape[1], z.device), rows, 0)
+    for part, keep in _kept(z, mask):
+        rows = z[part] if keep is None else torch.where(keep, z[part], 0)
         out.addmm_(t[part].to(out.dtype).mT, rows.to(out.dtype), alpha=1.0 if mask is None else mask.factor)
 
 
@@ -64,25 +63,21 @@ def _expand_torch(
     if mask is None:
         if start is None:
             torch.mm(t, b, out=out)
-        elif start is out:
-            out.addmm_(t, b)
         else:
             torch.addmm(start, t, b, out=out)
         return
     wide = torch.promote_types(out.dtype, torch.float32)
-    mask, right = mask.on(out.device), b.to(wide)
-    for part in _chunks(out):
-        delta = torch.mm(t[part].to(wide), right).mul_(mask.factor)
-        delta.masked_fill_(~mask.keep(part, out.shape[1], out.device), 0)
+    right = b.to(wide)
+    for part, keep in _kept(out, mask):
+        delta = torch.where(keep, torch.mm(t[part].to(wide), right).mul_(mask.factor), 0)
         if start is not None:
             delta += start if base is None else base[part]
         out[part].copy_(delta)
 
 
 def _cpp_mask(mask: Mask | None) -> tuple[int, int, int, int]:
-    if mask is None:
-        return 0, 0, 0, torch.get_num_threads()
-    return mask.threshold, mask.key(), mask.stream, torch.get_num_threads()
+    drop = (0, 0, 0) if mask is None else (mask.threshold, mask.key(), mask.stream)
+    return *drop, torch.get_num_threads()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops import _tiles
-from lora_kernels.ops._tiles import LEAST_RANK, MOST_PROGRAMS, build_platform, processors, rank_for, token_splits
+from lora_kernels.ops._tiles import LEAST_RANK, MOST_PROGRAMS, build_platform, processors, rank_for
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,6 @@ def step_for(rank: int, dtype: torch.dtype) -> int:
 def is_aligned(rank: int, t_stride: int, *wide: torch.Tensor) -> bool:
     """Whether loads can be vectorised: ranks and their strides in eights, all else of the wide matrices in sixteens."""
     return rank % 8 == 0 and t_stride % 8 == 0 and _tiles.is_aligned(*wide)
-
-
-def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
-    """How many parts, of `least` or more, a sum of `tiles` programs is cut into, and their length in whole steps."""
-    chunk = -(-length // token_splits(tiles, length, processors(device), least=least))
-    chunk = -(-chunk // step) * step
-    return -(-length // chunk), chunk
 
 
 def tall_for(tokens: int, config: SkinnyConfig) -> int:

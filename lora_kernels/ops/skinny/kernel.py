@@ -25,14 +25,13 @@ import triton.language as tl
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
-from lora_kernels.ops._tiles import build_platform, precision, rank_for, signed32
+from lora_kernels.ops._tiles import build_platform, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
 from lora_kernels.ops.skinny.config import (
     FLAT,
     SkinnyConfig,
     config_for,
     is_aligned,
-    parts_for,
     shrink_config,
     shrink_configs,
     step_for,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ def _order_refuses(device: torch.device, order: int, kernels: tuple[str, ...], d
     with torch.cuda.device(device):
         limit = min(int(getattr(module, f"{kernel}_cuda_limit")(dtype.itemsize)) for kernel in kernels)
         if limit == 0:
-            return _ext.no_image(torch.cuda.get_device_capability())
+            capability, built = torch.cuda.get_device_capability(), module.build_info()["cuda_archs"]
+            return (
+                "the compiled extension has no code for compute capability {}.{}".format(*capability)
+                + f" (only {built})"
+            )
     return None if order <= limit else f"order {order} exceeds the {limit} that fit in shared memory"
 
 
@@ -62,9 +67,8 @@ def on_compiled(
 ) -> Backend:
     """The backend `cpp` of an op on small matrices: C++ on CPU tensors, CUDA on those of a GPU.
 
-    `problem` finds a batch `(..., rows, columns)` and the order of the matrices worked on among the op's arguments.
-    `kernels` are the CUDA kernels, whose limits hold, and `dtype` what they work in, by default the batch's. `op` is
-    the name in the table of measured orders above; without one C++ always wins.
+    `problem` finds a batch `(..., rows, columns)` and its order among the op's arguments. The limits of the CUDA
+    `kernels` hold, in `dtype` or the batch's. `op` names a row of the measured orders; without one C++ always wins.
     """
 
     def refuses(*args: Any) -> str | None:
@@ -92,9 +96,10 @@ def raise_status(status: int, index: int) -> None:
         raise ValueError(f"matrix {index} is not positive definite (its leading minor of order {minor} is not)")
 
 
-def raise_first(status: torch.Tensor) -> None:
-    """Raise for the first matrix whose status is not 0."""
-    if bool(status.any()):
+def raise_first(*statuses: torch.Tensor | None) -> None:
+    """Raise for the first matrix of which a status `(...)` is not 0; `None` has been looked at."""
+    known = [status for status in statuses if status is not None]
+    if known and bool((status := functools.reduce(torch.maximum, known)).any()):
         index = int(status.reshape(-1).nonzero()[0])
         raise_status(int(status.reshape(-1)[index]), index)
 
@@ -123,24 +128,19 @@ def room(out: torch.Tensor) -> torch.Tensor:
     return out.view(out.shape[:-2].numel(), *out.shape[-2:])
 
 
-def _arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    return [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-
-
 def _entry(name: str, dtype: torch.dtype) -> Any:
     return getattr(_ext.extension(), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def run_cpu(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Run a CPU driver on dense tensors, which go as addresses, and numbers, and raise what its status means."""
-    raise_status(*_entry(name, dtype)(*_arguments(arguments), torch.get_num_threads()))
-
-
-def run_cuda(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
-    """Launch a CUDA driver on the current device and stream, likewise; `info` among the tensors takes what it finds."""
-    _entry(f"{name}_cuda", dtype)(*_arguments(arguments), torch.cuda.current_stream().cuda_stream)
-
-
-def new_info(like: torch.Tensor) -> torch.Tensor:
-    """Room for one status per matrix of a dense batch."""
-    return torch.empty(like.shape[0], dtype=torch.int32, device=like.device)
+def run(
+    name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int], *, reports: bool = True
+) -> torch.Tensor | None:
+    """Run a driver on dense tensors of one dtype: on the CPU it raises, on a GPU the status per matrix is returned."""
+    first, arguments = tensors[0], [tensor.data_ptr() for tensor in tensors]
+    if first.device.type == "cpu":
+        raise_status(*_entry(name, first.dtype)(*arguments, *sizes, torch.get_num_threads()))
+        return None
+    status = torch.empty(first.shape[0], dtype=torch.int32, device=first.device) if reports else None
+    found = [] if status is None else [status.data_ptr()]
+    _entry(f"{name}_cuda", first.dtype)(*arguments, *found, *sizes, torch.cuda.current_stream().cuda_stream)
+    return status

@@ -13,13 +13,6 @@ from lora_kernels.ops.small_linalg.drivers import on_compiled
 fix_signs = reference.fix_signs
 
 
-def _eigenpairs_cuda(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill eigenpairs, with signs as they come, and return the status per matrix."""
-    info = drivers.new_info(flat)
-    drivers.run_cuda("eigh", flat.dtype, flat, values, vectors, info, flat.shape[0], flat.shape[-1])
-    return info
-
-
 def _eigh_torch(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
     drivers.raise_first(drivers.not_finite(flat.tril()))
     pairs = reference.eigh(flat)  # where it does not converge, torch's error names the matrix
@@ -28,11 +21,9 @@ def _eigh_torch(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor)
 
 
 def _eigh_compiled(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
-    if flat.device.type == "cpu":
-        drivers.run_cpu("eigh", flat.dtype, flat, values, vectors, flat.shape[0], flat.shape[-1])
-        return
-    drivers.raise_first(_eigenpairs_cuda(values, vectors, flat))
-    vectors.copy_(fix_signs(vectors))
+    drivers.raise_first(drivers.run("eigh", (flat, values, vectors), flat.shape[:2]))
+    if flat.device.type != "cpu":
+        vectors.copy_(fix_signs(vectors))
 
 
 def _eigh(backend: Backend, values: torch.Tensor, vectors: torch.Tensor, matrices: torch.Tensor) -> None:
@@ -97,22 +88,8 @@ def _factors_torch(flat: torch.Tensor) -> torch.Tensor:
     return factors
 
 
-def _factors_cuda(out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill factors and return the status per matrix."""
-    info = drivers.new_info(flat)
-    drivers.run_cuda("cholesky", flat.dtype, flat, out, info, flat.shape[0], flat.shape[-1])
-    return info
-
-
-def _cholesky_torch(out: torch.Tensor, flat: torch.Tensor) -> None:
-    out.copy_(_factors_torch(flat))
-
-
 def _cholesky_compiled(out: torch.Tensor, flat: torch.Tensor) -> None:
-    if flat.device.type == "cpu":
-        drivers.run_cpu("cholesky", flat.dtype, flat, out, flat.shape[0], flat.shape[-1])
-        return
-    drivers.raise_first(_factors_cuda(out, flat))
+    drivers.raise_first(drivers.run("cholesky", (flat, out), flat.shape[:2]))
 
 
 def _cholesky(backend: Backend, out: torch.Tensor, matrices: torch.Tensor) -> None:
@@ -124,7 +101,10 @@ factor = Op(
     "cholesky",
     _cholesky,
     writes=("out",),
-    backends=(on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"), on_torch(_cholesky_torch)),
+    backends=(
+        on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"),
+        on_torch(lambda out, flat: out.copy_(_factors_torch(flat))),
+    ),
 )
 
 
@@ -165,20 +145,15 @@ def _cholesky_example(device: torch.device) -> Example:
     return {"matrices": p}, lambda factors: float(torch.linalg.norm(factors @ factors.mT - p) / torch.linalg.norm(p))
 
 
-def _solve_torch(out: torch.Tensor, flat: torch.Tensor, rhs: torch.Tensor) -> None:
-    out.copy_(torch.cholesky_solve(rhs, _factors_torch(flat)))
-
-
 def _solve_compiled(out: torch.Tensor, flat: torch.Tensor, rhs: torch.Tensor) -> None:
-    sizes = flat.shape[0], flat.shape[-1], rhs.shape[-1]
     if flat.device.type == "cpu":
-        drivers.run_cpu("cholesky_solve", flat.dtype, flat, rhs, out, *sizes)
+        drivers.run("cholesky_solve", (flat, rhs, out), rhs.shape)
         return
     factors = torch.empty_like(flat)
-    info = _factors_cuda(factors, flat)
+    status = drivers.run("cholesky", (flat, factors), flat.shape[:2])
     if rhs.numel() > 0:
-        drivers.run_cuda("cholesky_substitute", flat.dtype, factors, rhs, out, *sizes)
-    drivers.raise_first(info)
+        drivers.run("cholesky_substitute", (factors, rhs, out), rhs.shape, reports=False)
+    drivers.raise_first(status)
 
 
 def _cholesky_solve(backend: Backend, out: torch.Tensor, matrices: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -190,7 +165,10 @@ solution = Op(
     "cholesky_solve",
     _cholesky_solve,
     writes=("out",),
-    backends=(on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"), on_torch(_solve_torch)),
+    backends=(
+        on_compiled(_solve_compiled, lambda _out, a, _rhs: (a, a.shape[-1]), "cholesky"),
+        on_torch(lambda out, flat, rhs: out.copy_(torch.cholesky_solve(rhs, _factors_torch(flat)))),
+    ),
 )
 
 
@@ -233,14 +211,6 @@ def _solve_example(device: torch.device) -> Example:
     return {"matrices": p, "rhs": rhs}, lambda x: _residual(p @ x, rhs, size, x)
 
 
-def _check_sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
-    drivers.check_square("p", p)
-    drivers.check_square("q", q)
-    batch, k = p.shape[:-2], q.shape[-1]
-    check_tensor("q", q, shape=(*batch, k, k), dtypes=(p.dtype,), device=p.device)
-    check_tensor("rhs", rhs, shape=(*batch, p.shape[-1], k), dtypes=(p.dtype,), device=p.device)
-
-
 def _sylvester_torch(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
     drivers.raise_first(drivers.not_finite(p.tril(), q.tril(), rhs))
     out.copy_(reference.sylvester(p, q, rhs))
@@ -248,13 +218,15 @@ def _sylvester_torch(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs: t
 
 def _sylvester_compiled(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
     if rhs.device.type == "cpu":
-        drivers.run_cpu("sylvester", rhs.dtype, p, q, rhs, out, *rhs.shape)
+        drivers.run("sylvester", (p, q, rhs, out), rhs.shape)
         return
-    pairs = [(flat.new_empty(flat.shape[:-1]), torch.empty_like(flat)) for flat in (p, q)]
-    infos = [_eigenpairs_cuda(*pair, flat) for pair, flat in zip(pairs, (p, q), strict=True)]
-    info = drivers.new_info(rhs)
-    drivers.run_cuda("sylvester_rotate", rhs.dtype, *pairs[0], *pairs[1], rhs, out, info, *rhs.shape)
-    drivers.raise_first(torch.stack([*infos, info]).amax(0))
+    tensors, statuses = [], []
+    for flat in (p, q):
+        values, vectors = flat.new_empty(flat.shape[:-1]), torch.empty_like(flat)
+        statuses.append(drivers.run("eigh", (flat, values, vectors), flat.shape[:2]))
+        tensors += [values, vectors]
+    statuses.append(drivers.run("sylvester_rotate", (*tensors, rhs, out), rhs.shape))
+    drivers.raise_first(*statuses)
 
 
 def _sylvester(backend: Backend, out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor) -> None:
@@ -262,16 +234,14 @@ def _sylvester(backend: Backend, out: torch.Tensor, p: torch.Tensor, q: torch.Te
         backend(drivers.room(out), drivers.dense(p), drivers.dense(q), drivers.dense(rhs))
 
 
-def _largest(_out: object, p: torch.Tensor, q: torch.Tensor, _rhs: object) -> tuple[torch.Tensor, int]:
-    return p, max(p.shape[-1], q.shape[-1])
-
-
 equation = Op(
     "sylvester",
     _sylvester,
     writes=("out",),
     backends=(
-        on_compiled(_sylvester_compiled, _largest, "eigh", "sylvester", op="sylvester"),
+        on_compiled(
+            _sylvester_compiled, lambda _, p, q, rhs: (p, max(rhs.shape[-2:])), "eigh", "sylvester", op="sylvester"
+        ),
         on_torch(_sylvester_torch),
     ),
 )
@@ -301,7 +271,11 @@ def sylvester(p: torch.Tensor, q: torch.Tensor, rhs: torch.Tensor, *, backend: s
             its index.
         RuntimeError: if the eigenproblems do not converge, or the backend asked for cannot take the call.
     """
-    _check_sylvester(p, q, rhs)
+    drivers.check_square("p", p)
+    drivers.check_square("q", q)
+    batch, k = p.shape[:-2], q.shape[-1]
+    check_tensor("q", q, shape=(*batch, k, k), dtypes=(p.dtype,), device=p.device)
+    check_tensor("rhs", rhs, shape=(*batch, p.shape[-1], k), dtypes=(p.dtype,), device=p.device)
     out = rhs.new_empty(rhs.shape)
     equation(backend, out, p, q, rhs)
     return out

@@ -61,17 +61,8 @@ def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return roots / scale, scale.squeeze(-1)
 
 
-def _values_torch(values: torch.Tensor, core: torch.Tensor) -> None:
-    values.copy_(torch.linalg.svdvals(core))
-
-
 def _values_compiled(values: torch.Tensor, core: torch.Tensor) -> None:
-    if core.device.type == "cpu":
-        drivers.run_cpu("singular_values", core.dtype, core, values, core.shape[0], core.shape[-1])
-        return
-    info = drivers.new_info(core)
-    drivers.run_cuda("singular_values", core.dtype, core, values, info, core.shape[0], core.shape[-1])
-    drivers.raise_first(info)
+    drivers.raise_first(drivers.run("singular_values", (core, values), core.shape[:2]))
 
 
 def _body(backend: Backend, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
@@ -99,7 +90,7 @@ spectrum = Op(
             op="factor_spectrum",
             dtype=torch.float64,
         ),
-        on_torch(_values_torch),
+        on_torch(lambda values, core: values.copy_(torch.linalg.svdvals(core))),
     ),
 )
 
