@@ -42,8 +42,8 @@ BOUNDS = (
     Bound("skinny reduce bf16 64x128x16 dropout to bf16", 64 * 128 * 2, 840),
     Bound("skinny expand bf16 64x128x16", 64 * 128 * 2, 420, loop=False),
     Bound("skinny expand bf16 64x128x16 dropout", 64 * 128 * 2, 1400, loop=False),
-    Bound("lora_pro_adam adam fp32 64x16x16 tf32x3", 64 * 16 * 16, 950),
-    Bound("lora_pro_adam adam bf16 64x16x16 tf32x3", 64 * 16 * 8, 1110),
+    Bound("lora_pro_adam adam fp32 64x32x16 tf32x3", 64 * 32 * 16, 920),
+    Bound("lora_pro_adam adam bf16 64x32x16 tf32x3", 64 * 32 * 8, 1240),
 )
 
 

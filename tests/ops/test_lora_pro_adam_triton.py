@@ -1,14 +1,19 @@
 """The Triton kernels of the LoRA-Pro Adam op in the interpreter (CPU), or for real where there is a GPU."""
 
+import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
 from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
 from lora_kernels.ops.lora_pro_adam.config import Adam
+from tests.helpers import accuracy
 from tests.helpers.accuracy import assert_accurate, rounding
 from tests.ops.lora_pro_cases import BETAS, EPS, EXACT, SCALING, batch, check, make, whole_numbers
 
@@ -66,6 +71,37 @@ def test_shipped_configurations(rank):
         seed = torch.tensor([1]) if stochastic else None
         results = run(moments, factors, config.config_for(width, stochastic), seed=seed)
         check((*moments, *results), truth, 70, 37, rank, state=moments[0].dtype)
+
+
+def tensor_core(a, b, acc, precision, _upcast):
+    """`dot` as tensor cores form it: operands cut to tf32, blocks added exactly, each partial sum rounded to zero."""
+    assert precision == "tf32"
+    left, right = ((each.handle.data.view(np.int32) & -0x2000).view(np.float32).astype(float) for each in (a, b))
+    total = acc.handle.data
+    for first in range(0, left.shape[1], 4):
+        exact = total + left[:, first : first + 4] @ right[first : first + 4]
+        total = exact.astype(np.float32)
+        away = abs(total.astype(float)) > abs(exact)
+        total = np.where(away, np.nextafter(total, np.float32(0)), total)
+    return tl.core.tensor(TensorHandle(total, acc.handle.dtype), acc.type)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="models a GPU")
+@pytest.mark.parametrize("rank", [16, 40])
+def test_three_products_of_tensor_cores_have_the_accuracy_of_float32(rank, monkeypatch):
+    monkeypatch.setattr(accuracy, "TRUNCATES", True)
+    monkeypatch.setattr(kernel, "dot", tensor_core)
+    moments, factors = make(130, 500, rank)
+    truth = reference.lora_pro_adam(*moments, *factors, scaling=SCALING, betas=BETAS, eps=EPS, step=3)
+    start = [each.clone() for each in moments]
+    results = run(moments, factors, config.config_for(config.rank_for(rank), False))
+    check((*moments, *results), truth, 130, 500, rank)
+    # One product has not.
+    monkeypatch.setattr(kernel, "precision_for", lambda _platform: "tf32")
+    results = run(start, factors, config.config_for(config.rank_for(rank), False))
+    for one, exact in zip((*start, *results), truth, strict=True):
+        with pytest.raises(AssertionError, match="but must be at most"):
+            assert_accurate(one, exact, 2 * rounding(torch.float32, 500))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 + 12345])
@@ -148,7 +184,7 @@ def test_nothing_of_the_size_of_the_matrix_is_made(monkeypatch):
                 self.made[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
             return out
 
-    for name in ("adam_kernel", "sum_slabs_kernel"):
+    for name in ("join_kernel", "adam_kernel", "sum_slabs_kernel"):
         monkeypatch.setattr(kernel, name, NoLaunch())
     monkeypatch.setattr(kernel, "processors", lambda _device: 132)
     moments = torch.empty(8192, 8192), torch.empty(8192, 8192)  # never touched

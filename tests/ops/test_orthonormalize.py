@@ -147,6 +147,12 @@ def test_gram_and_times_do_not_round_to_float32():
     assert torch.equal(times(y, small), (y.double() @ small).float())
 
 
+def test_batches_are_not_walked_through_on_a_gpu():
+    assert len(op._blocks(torch.empty(224, 4096, 40, device="meta"))) == 1  # like all but the CPU
+    assert len(op._blocks(torch.empty(8, 1 << 20, 16, device="meta"))) == 2  # 512 MB at a time
+    assert len(op._blocks(torch.empty(3, 4096, 40))) == 3  # rows of all three
+
+
 def test_arguments():
     with pytest.raises(TypeError, match="y has dtype int64"):
         orthonormalize(torch.zeros(3, 2, dtype=torch.int64))

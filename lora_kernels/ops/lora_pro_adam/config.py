@@ -45,8 +45,8 @@ class Adam:
 
 
 RANKS = (16, 32, 64, 128)  # to which ranks are padded
-# Blocks of rows and steps of columns that a program takes where there is work enough for all. With 512 rows and columns
-# slabs add 4 R (1 / 512 + 1 / 512) bytes per parameter to the memory traffic, which is 16 without them.
+# Blocks of rows and steps of columns that a program takes where there is work enough for all. With 512 rows and 1024
+# columns slabs add 4 R (1 / 512 + 1 / 1024) bytes per parameter to the memory traffic, which is 16 without them.
 _MOST_BLOCKS, _MOST_STEPS, _LEAST_STEPS = 8, 32, 4
 # Where loads of bfloat16 moments cannot be vectorised: what spills on no NVIDIA chip (rounding takes registers, too).
 _RAGGED_BFLOAT16 = {
@@ -69,8 +69,9 @@ def config_for(rank: int, stochastic: bool, aligned: bool = True, platform: str 
         # Every element's address takes registers.
         return _RAGGED_BFLOAT16[rank] if stochastic else ProConfig(32, 16, 4, 2)
     warps = 8 if rank > 64 else 4
-    # On AMD a second stage takes more scalar registers than there are.
-    return ProConfig(64, 16, warps, 1 if platform == "hip" and (rank <= 64 or not aligned) else 2)
+    if platform == "hip":  # a second stage takes more scalar registers than there are
+        return ProConfig(64, 16, warps, 1 if rank <= 64 or not aligned else 2)
+    return ProConfig(64, 32, warps, 2 if rank <= 32 else 1)
 
 
 def parts_for(tall: int, wide: int, processors: int) -> tuple[int, int]:

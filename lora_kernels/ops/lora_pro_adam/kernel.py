@@ -3,12 +3,15 @@
     E = s (B dA + dB A) = [s B | s dB] [dA ; A]          one product: left (m, 2 R), right (2 R, n)
     M <- beta1 M + (1 - beta1) E                         V <- beta2 V + (1 - beta2) E^2
     H = avg_factor M / (root_factor sqrt(V) + eps)
-    s B^T H, s H A^T                                     adam_kernel, then sum_slabs_kernel
+    s B^T H, s H A^T                                     join_kernel, adam_kernel, then sum_slabs_kernel
 
 A launch is for a batch of layers. A program walks over a block of rows, tile by tile, and over the next one. A tile of
 E is formed, the moments are updated, and the tile of H is contracted at once: into H A^T in registers, and into the
 program's own slab of B^T H, which stays in the second-level cache. Slabs are added in fixed order: same input, same
 bits. Ranks are padded with zeros.
+
+Where tensor cores multiply tf32, float32's accuracy takes three products of numbers split in two, `high + low`. Factors
+are split once, before the launch: by Triton, for every tile, it would be half of all instructions.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from lora_kernels.ops.lora_pro_adam.config import (
     rank_for,
 )
 
-_PART = 1024  # elements per program of `sum_slabs_kernel`
+_PART = 1024  # elements per program of `join_kernel` and `sum_slabs_kernel`
 
 
 @triton.jit
@@ -56,12 +59,77 @@ def round_moment(values, random):
     return bits.to(tl.int16)
 
 
+@triton.jit
+def split(values):
+    """Float32 as the nearest number of tf32 and what that leaves. A NaN stays one, in the second."""
+    high = ((values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, values - high
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "height"])
+def join_kernel(
+    left_ptr,  # (layers, height, parts, 2 * RANK) float32: [sB | s dB]
+    right_ptr,  # (layers, parts, 2 * RANK, width) float32: [dA ; A]
+    a_ptr,  # (layers, rank, columns) float32, as its gradient
+    grad_a_ptr,
+    b_ptr,  # (layers, rows, rank) float32, as its gradient
+    grad_b_ptr,
+    rows,
+    columns,
+    height,
+    width,
+    rank,
+    scaling,
+    RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Factors side by side, in parts, and padded with zeros, so that no load of them needs a mask."""
+    layer = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * PART + tl.arange(0, PART)
+    PITCH: tl.constexpr = 4 * RANK if SPLIT else 2 * RANK
+    if tl.program_id(2) == 0:
+        row, inner = place // (2 * RANK), place % (2 * RANK)
+        at, mask = (layer * rows + row) * rank + inner % RANK, (row < rows) & (inner % RANK < rank)
+        values = tl.load(b_ptr + at, mask=mask & (inner < RANK), other=0.0)
+        values += tl.load(grad_b_ptr + at, mask=mask & (inner >= RANK), other=0.0)
+        values *= scaling
+        to, apart, inside = left_ptr + (layer * height + row) * PITCH + inner, 2 * RANK, row < height
+    else:
+        inner, column = place // width, place % width
+        at, mask = (layer * rank + inner % RANK) * columns + column, (inner % RANK < rank) & (column < columns)
+        values = tl.load(grad_a_ptr + at, mask=mask & (inner < RANK), other=0.0)
+        values += tl.load(a_ptr + at, mask=mask & (inner >= RANK) & (inner < 2 * RANK), other=0.0)
+        to, apart, inside = right_ptr + layer * width * PITCH + place, 2 * RANK * width, inner < 2 * RANK
+    if SPLIT:
+        values, low = split(values)
+        tl.store(to + apart, low, mask=inside)
+    tl.store(to, values, mask=inside)
+
+
+@triton.jit
+def load_parts(pointers, apart, SPLIT: tl.constexpr):
+    """Both parts of a tile of a factor; without SPLIT, itself and a stand-in."""
+    high = tl.load(pointers)
+    return high, tl.load(pointers + apart) if SPLIT else high
+
+
+@triton.jit
+def product(a, a_low, b, b_low, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """`a @ b` of matrices in parts, small terms first."""
+    acc = tl.zeros((a.shape[0], b.shape[1]), dtype=tl.float32)
+    if PRECISION == "tf32x3":
+        acc = dot(a, b_low, dot(a_low, b, acc, "tf32", UPCAST), "tf32", UPCAST)
+        return dot(a, b, acc, "tf32", UPCAST)
+    return dot(a, b, acc, PRECISION, UPCAST)
+
+
 @triton.jit(do_not_specialize=["rows", "blocks", "steps", "step", "row_offset", "row_step"])
 def adam_kernel(
     avg_ptr,  # (layers, rows, columns) float32, or int16: the bits of bfloat16
     square_ptr,  # (layers, rows, columns), likewise
-    left_ptr,  # (layers, height, 2 * RANK) float32; the height is that of whole blocks, the width that of whole steps
-    right_ptr,  # (layers, 2 * RANK, width) float32
+    left_ptr,  # as of `join_kernel`; the height is that of whole blocks, the width that of whole steps
+    right_ptr,
     bt_ptr,  # (layers, row parts, RANK, width) float32
     ha_ptr,  # (layers, column parts, height, RANK) float32
     seed_ptr,  # (1,) int64, if STOCHASTIC
@@ -93,13 +161,15 @@ def adam_kernel(
     UPCAST: tl.constexpr,
 ):
     """The tiles of `blocks` blocks of rows and `steps` steps of columns of a layer."""
-    lane = tl.arange(0, RANK)
+    lane, inner = tl.arange(0, RANK), tl.arange(0, 2 * STEP)
+    SPLIT: tl.constexpr = PRECISION == "tf32x3"
+    PITCH: tl.constexpr = 4 * RANK if SPLIT else 2 * RANK  # of a row of the left factors
     height, width = tl.cdiv(rows, ROWS) * ROWS, tl.cdiv(columns, COLUMNS) * COLUMNS
     layer = tl.program_id(2).to(tl.int64)
     avg_ptr += layer * avg_layer
     square_ptr += layer * square_layer
-    left_ptr += layer * height * (2 * RANK)
-    right_ptr += layer * width * (2 * RANK)
+    left_ptr += layer * height * PITCH
+    right_ptr += layer * width * PITCH
     row_offset += tl.program_id(2) * row_step
     first = tl.program_id(0) * (steps * COLUMNS)
     last = tl.minimum(first + steps * COLUMNS, columns)
@@ -112,15 +182,20 @@ def adam_kernel(
     for block in range(top, bottom):
         row = block * ROWS + tl.arange(0, ROWS)
         wide = row.to(tl.int64)
+        left_at = left_ptr + wide * PITCH
         ha = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        if RANK == STEP:  # small enough to stay
+            left, left_low = load_parts(left_at[:, None] + inner[None, :], 2 * RANK, SPLIT)
         for start in range(first, last, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
+            right_at = right_ptr + column
             e = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for rank in range(0, 2 * RANK, 2 * STEP):
-                inner = rank + tl.arange(0, 2 * STEP)
-                left = tl.load(left_ptr + wide[:, None] * (2 * RANK) + inner[None, :])
-                right = tl.load(right_ptr + inner[:, None] * width + column[None, :])
-                e = dot(left, right, e, PRECISION, UPCAST)
+                if RANK > STEP:
+                    left, left_low = load_parts(left_at[:, None] + (rank + inner)[None, :], 2 * RANK, SPLIT)
+                right_tile = right_at[None, :] + (rank + inner)[:, None] * width
+                right, right_low = load_parts(right_tile, 2 * RANK * width, SPLIT)
+                e += product(left, left_low, right, right_low, PRECISION, UPCAST)
             mask = (row[:, None] < rows) & (column[None, :] < columns)
             avg_at = avg_ptr + wide[:, None] * avg_stride + column[None, :]
             square_at = square_ptr + wide[:, None] * square_stride + column[None, :]
@@ -137,15 +212,18 @@ def adam_kernel(
                 tl.store(avg_at, m, mask=mask)
                 tl.store(square_at, v, mask=mask)
             h = m * avg_factor / (tl.sqrt(v) * root_factor + eps)
-            a_t = tl.load(right_ptr + (RANK + lane)[None, :] * width + column[:, None])
-            ha = dot(h, a_t, ha, PRECISION, UPCAST)
+            h_low = h
+            if SPLIT:
+                h, h_low = split(h)
             for rank in range(0, RANK, STEP):
-                inner = rank + tl.arange(0, STEP)
-                b_t = tl.load(left_ptr + wide[None, :] * (2 * RANK) + inner[:, None])
-                bt = dot(b_t, h, tl.zeros((STEP, COLUMNS), dtype=tl.float32), PRECISION, UPCAST)
-                bt_at = bt_slab + inner[:, None] * width + column[None, :]
-                bt += tl.load(bt_at, mask=(inner[:, None] >= 0) & (block > top), other=0.0)
+                of_b = rank + tl.arange(0, STEP)
+                b_t, b_low = load_parts(left_at[None, :] + of_b[:, None], 2 * RANK, SPLIT)
+                bt = product(b_t, b_low, h, h_low, PRECISION, UPCAST)
+                bt_at = bt_slab + of_b[:, None] * width + column[None, :]
+                bt += tl.load(bt_at, mask=(of_b[:, None] >= 0) & (block > top), other=0.0)
                 tl.store(bt_at, bt)
+            a_t, a_low = load_parts(right_at[:, None] + (RANK + lane)[None, :] * width, 2 * RANK * width, SPLIT)
+            ha += product(h, h_low, a_t, a_low, PRECISION, UPCAST)
         tl.store(ha_slab + wide[:, None] * RANK + lane[None, :], ha * scaling)
         # What one thread has added to the slab another may read in the next round.
         tl.debug_barrier()
@@ -181,17 +259,6 @@ def _sum_slabs(out: torch.Tensor, slabs: torch.Tensor) -> None:
     launch(sum_slabs_kernel, (-(-size // _PART), layers, 1), (out, slabs), numbers, constants_of(PART=_PART))
 
 
-def _joined(left: tuple[torch.Tensor, ...], height: int, right: tuple[torch.Tensor, ...], width: int, rank: int) -> Any:
-    # [sB | s dB] and [dA ; A], padded with zeros: no load of them needs a mask.
-    (layers, rows, actual), columns = left[0].shape, right[0].shape[2]
-    tall = left[0].new_zeros(layers, height, 2, rank, dtype=torch.float32)
-    wide = right[0].new_zeros(layers, 2, rank, width, dtype=torch.float32)
-    for side in range(2):
-        tall[:, :rows, side, :actual] = left[side]
-        wide[:, side, :actual, :columns] = right[side]
-    return tall, wide
-
-
 def lora_pro_adam(
     moments: tuple[torch.Tensor, torch.Tensor],
     factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -215,18 +282,24 @@ def lora_pro_adam(
     tall, wide = -(-rows // config.rows), -(-columns // config.columns)
     blocks, steps = parts or parts_for(tall, wide, -(-processors(bt_h.device) // layers))
     grid = (-(-wide // steps), -(-tall // blocks))
-    left, right = _joined(
-        (b * numbers.scaling, grad_b * numbers.scaling), tall * config.rows,
-        (grad_a, a), wide * config.columns, rank,
+    precision = precision_for(build_platform())
+    pitch = 4 * rank if precision == "tf32x3" else 2 * rank
+    left, right = (bt_h.new_empty(layers, size, pitch) for size in (tall * config.rows, wide * config.columns))
+    height, width = left.shape[1], right.shape[1]
+    launch(
+        join_kernel, (-(-max(height, width) * 2 * rank // _PART), layers, 2),
+        (left, right, *(factor.float().contiguous() for factor in (a, grad_a, b, grad_b))),
+        (rows, columns, height, width, a.shape[1], float(numbers.scaling)),
+        constants_of(RANK=rank, SPLIT=precision == "tf32x3", PART=_PART),
     )  # fmt: skip
-    bt_slabs = bt_h.new_empty(layers, grid[1], rank, wide * config.columns)
-    ha_slabs = bt_h.new_empty(layers, grid[0], tall * config.rows, rank)
+    bt_slabs = bt_h.new_empty(layers, grid[1], rank, width)
+    ha_slabs = bt_h.new_empty(layers, grid[0], height, rank)
     # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
     states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
     constants = constants_of(
         config.warps, config.stages,
         ROWS=config.rows, COLUMNS=config.columns, RANK=rank, STEP=min(rank, config.step), STOCHASTIC=stochastic,
-        PRECISION=precision_for(build_platform()), UPCAST=INTERPRETED,
+        PRECISION=precision, UPCAST=INTERPRETED,
     )  # fmt: skip
     reals = (
         numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
@@ -270,4 +343,7 @@ def aot_cases() -> Iterator[dict[str, Any]]:
             label = f"{'bf16' if stochastic else 'fp32'} {config.rows}x{config.columns}x{rank} {precision}"
             types, matrix = _types(adam_kernel, stochastic), platform == "hip"
             yield aot_case(adam_kernel, label, fixed, types, config, matrix=matrix, **where)
+            if not stochastic:
+                fixed = {"RANK": rank, "SPLIT": precision == "tf32x3", "PART": _PART}
+                yield aot_case(join_kernel, f"{rank} {precision}", fixed, _types(join_kernel, False), **where)
         yield aot_case(sum_slabs_kernel, "", {"PART": _PART}, _types(sum_slabs_kernel, False), **where)

@@ -47,10 +47,20 @@ _RAGGED = {
 }
 
 
-def config_for(product: str, dtype: torch.dtype, aligned: bool = True, platform: str | None = None) -> SkinnyConfig:
+# Dropout takes registers: with four warps fewer fit a multiprocessor, and on sm_100 one case spills.
+_MASKED_REDUCE = SkinnyConfig(64, 128, 8, 4)
+
+
+def config_for(
+    product: str, dtype: torch.dtype, aligned: bool = True, platform: str | None = None, drops: bool = False
+) -> SkinnyConfig:
     """The configuration of `shrink`, `reduce` or `expand`; `aligned` says whether loads can be vectorised."""
-    single = dtype == torch.float32
-    return _CONFIGS[product, single, platform or build_platform()] if aligned else _RAGGED[product, single]
+    single, platform = dtype == torch.float32, platform or build_platform()
+    if not aligned:
+        return _RAGGED[product, single]
+    if drops and (product, single, platform) == ("reduce", False, "cuda"):
+        return _MASKED_REDUCE
+    return _CONFIGS[product, single, platform]
 
 
 # Half the tokens per tile: twice the tiles, where a chip would otherwise be filled by parts of sums, one more launch.

@@ -346,7 +346,7 @@ def _plan(
     """Of `shrink`, `reduce` or `expand`, over matrices of some sizes."""
     if config is None and product == "shrink":
         config = shrink_config(tokens, dtype, aligned, device, mixed)
-    config = config or config_for(product, dtype, aligned)
+    config = config or config_for(product, dtype, aligned, drops=drops)
     (width, blocks), chunk = rank_for(rank), 0
     if product == "shrink":
         tall = tall_for(tokens, config)
@@ -521,10 +521,11 @@ def aot_cases() -> Iterator[dict[str, Any]]:
         factors = ("", "fp32") if x != "fp32" and platform == "cuda" else ("",)
         for rank, drop in itertools.product((16, 32, 64), flags):
             for out in dict.fromkeys((x, "fp32")):
+                config = of("reduce", drops=drop)
                 for transposed in (False,) if drop else flags:
                     label, given = " transposed" * transposed + f" to {out}", {"TRANSPOSED": transposed}
-                    yield _aot_case(reduce_kernel, rank, drop, dtype, out, label, given, of("reduce"), **where)
-                yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, of("reduce"), **where)
+                    yield _aot_case(reduce_kernel, rank, drop, dtype, out, label, given, config, **where)
+                yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, config, **where)
             for transposed, factor in itertools.product((False,) if drop else flags, factors):
                 label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
                 for config in shrink_configs(dtype, aligned, platform, factor != ""):
