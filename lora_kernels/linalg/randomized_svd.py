@@ -248,8 +248,8 @@ def randomized_svd(
     else:
         flat = first[..., :width].contiguous()
         parts = grow(apply, flat, rounds, krylov)
-        blocks, images, grams = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
-        u, s, v = ritz(blocks, images, grams, rank)
+        blocks, images = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
+        u, s, v = ritz(blocks, images, rank)
         u, s, v = u.reshape(*batch, m, rank), s.reshape(*batch, rank), v.reshape(*batch, n, rank)
     error = None
     if probes:
