@@ -18,6 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks import sensing
+from benchmarks.claims import report
 from benchmarks.demo import study_report
 from benchmarks.records import RESULTS, ROOT, cases
 
@@ -201,6 +202,13 @@ def landscape() -> Figure:
     return figure
 
 
+def claims() -> Figure:
+    """Claims of the papers in small."""
+    record = json.loads((RESULTS / f"{report.COSTS}.json").read_text())
+    figure: Figure = report.draw(cases("claims"), record)
+    return figure
+
+
 # By name: the records it is drawn from, and how.
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
     "train": (("train",), train),
@@ -210,6 +218,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[[], Figure]]] = {
     "lora_pro": (("lora_pro",), lora_pro),
     "linalg": (("svd", "small_linalg", "spectrum"), linalg),
     "landscape": (("landscape",), landscape),
+    "claims": (("claims", report.COSTS), claims),
 }
 
 

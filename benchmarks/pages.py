@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import compare, records
+from benchmarks.claims import report as claims
 from benchmarks.demo import report, study_report
 from benchmarks.demo.config import OURS, STOCK
 from benchmarks.records import ROOT, cases
@@ -342,7 +343,7 @@ def _environment() -> Environment:
         cases,
     )
     environment.globals |= {source.__name__: source for source in sources}
-    environment.globals |= {"study": study_report}
+    environment.globals |= {"study": study_report, "claims": claims}
     return environment
 
 

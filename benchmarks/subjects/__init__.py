@@ -2,6 +2,7 @@
 
 from benchmarks.subject import Subject
 from benchmarks.subjects import (
+    claims,
     eva,
     experts,
     init,
@@ -31,5 +32,6 @@ SUBJECTS: dict[str, Subject] = {
         small_linalg,
         spectrum,
         landscape,
+        claims,
     )
 }

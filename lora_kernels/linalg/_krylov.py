@@ -13,21 +13,22 @@ from lora_kernels.ops.small_linalg import eigh
 _GRAM_FLOOR = 1e-4
 # Up to this distance from orthonormal a Cholesky factor repairs a basis; beyond it, dependent columns are dropped.
 _REPAIRABLE, _DEPENDENT = 0.3, 1e-2
-# Inner products of columns up to this need no repair: the blocks themselves are no more orthonormal.
+# Inner products of columns up to this need no repair.
 _NEGLIGIBLE = {torch.float32: 4e-7, torch.float64: 1e-14}
 # Condition number of the next block up to which scaling by a Cholesky factor is enough.
 _LOOSE_CONDITION = 1e3
+# Columns of a Gram matrix that are computed at a time: of wider ones nearly half is known by symmetry.
+_STRIP = 64
 
 
-def _scaled(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Well conditioned columns with the span of y, not orthonormal in float32, and y's Gram matrix."""
-    product = gram(y)
-    _, inverse, failed, condition = factored(product)
+def _scaled(y: torch.Tensor) -> torch.Tensor:
+    """Well conditioned columns with the span of y, orthonormal to about 1e-4 in float32."""
+    _, inverse, failed, condition = factored(gram(y))
     bad = failed | ~(condition <= _LOOSE_CONDITION**2)
     scaled = y @ inverse.mT.to(y.dtype)
     if bool(bad.any()):
         scaled[bad] = orthonormalize(y[bad])[0]
-    return scaled, product
+    return scaled
 
 
 def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -40,26 +41,24 @@ def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def grow(
     apply: Callable[[torch.Tensor, bool], torch.Tensor], first: torch.Tensor, rounds: int, keep: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Alternate products with A^T and A, starting from `first = A x`."""
     # `apply(block, transposed)` multiplies by A or A^T. With `keep` all blocks are kept (block Krylov by Golub-Kahan
-    # bidiagonalisation), otherwise only the last. Returns blocks of orthonormal columns, their images under A^T, and
-    # the Gram matrices of all images but the last.
-    blocks = [orthonormalize(first)[0]]
-    images, grams = [apply(blocks[0], True)], []
+    # bidiagonalisation), otherwise only the last. Returns blocks of nearly orthonormal columns, and their images under
+    # A^T. What the columns lack, and the overlap of blocks that cancellation leaves in float32, `ritz` repairs.
+    blocks = [_scaled(first)]
+    images = [apply(blocks[0], True)]
     for _ in range(rounds):
-        direction, product = _scaled(images[-1])
-        following = apply(direction, False)
+        following = apply(_scaled(images[-1]), False)
         if keep:
-            # `ritz` repairs the overlap that cancellation leaves in float32; in float64 a second pass removes it.
+            # In float64 a second pass removes the overlap.
             for block in blocks * (2 if following.dtype == torch.float64 else 1):
                 following = _without(following, block)
-            grams.append(product)
         else:
             blocks, images = [], []
-        blocks.append(orthonormalize(following)[0])
+        blocks.append(_scaled(following))
         images.append(apply(blocks[-1], True))
-    return blocks, images, grams
+    return blocks, images
 
 
 def _careful_ritz(
@@ -84,36 +83,27 @@ def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _assemble(parts: list[list[torch.Tensor]]) -> torch.Tensor:
-    """A symmetric matrix from the blocks of its upper triangle, row by row."""
-    count = len(parts)
-    rows = [
-        torch.cat([parts[i][j - i] if j >= i else parts[j][i - j].mT for j in range(count)], dim=-1)
-        for i in range(count)
-    ]
-    return torch.cat(rows, dim=-2)
+def _wide_gram(y: torch.Tensor) -> torch.Tensor:
+    """`y^T y` in float64 for many columns, by rows of blocks of the upper triangle."""
+    size = y.shape[-1]
+    product = torch.empty(*y.shape[:-2], size, size, dtype=torch.float64, device=y.device)
+    for low in range(0, size, _STRIP):
+        strip = slice(low, low + _STRIP)
+        rows = gram(y[..., strip], y[..., low:])
+        product[..., strip, low:] = rows
+        product[..., low:, strip] = rows.mT
+    return product
 
 
 def ritz(
-    blocks: list[torch.Tensor], images: list[torch.Tensor], grams: list[torch.Tensor], rank: int
+    blocks: list[torch.Tensor], images: list[torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The leading triplets of `Q Q^+ A`, Q the blocks side by side: `(b, p, rank)`, `(b, rank)` and `(b, q, rank)`."""
-    # `blocks` `(b, p, c)` have orthonormal columns, nearly orthogonal to those of other blocks; `images` `(b, q, c)`
-    # are A^T times the blocks; `grams` are the Gram matrices of the first images, as far as known, float64.
-    count = len(blocks)
-    batch, _, width = blocks[0].shape
-    eye = torch.eye(width * count, dtype=torch.float64, device=blocks[0].device)
-    ones = eye[:width, :width].expand(batch, -1, -1)
-    overlap = _assemble(
-        [[ones] + [(blocks[i].mT @ other).to(torch.float64) for other in blocks[i + 1 :]] for i in range(count)]
-    )
-    square = _assemble(
-        [
-            [grams[i] if i < len(grams) else gram(images[i])] + [gram(images[i], other) for other in images[i + 1 :]]
-            for i in range(count)
-        ]
-    )
+    # `blocks` `(b, p, c)` have nearly orthonormal columns, nearly orthogonal to those of other blocks; `images`
+    # `(b, q, c)` are A^T times the blocks.
     basis, image = _side_by_side(blocks), _side_by_side(images)
+    overlap, square = (basis.mT @ basis).to(torch.float64), _wide_gram(image)
+    eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
     difference = (overlap - eye).abs()
     hard = ~(difference.square().sum((-2, -1)) <= _REPAIRABLE**2)
     lower = None

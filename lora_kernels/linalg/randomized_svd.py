@@ -181,10 +181,10 @@ def randomized_svd(
 
     `subspace` (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) keeps the last block of the iteration;
     `krylov` (Musco and Musco 2015, algorithm 2, by Golub-Kahan bidiagonalisation with full orthogonalisation) keeps all
-    blocks, with a far smaller error for the same products. Both orthonormalise after every product and compute the Ritz
-    triplets from the last images, without a further product. Products are in float32 (float64 for float64 input), Gram
-    matrices in float64. The matrices of a batch share the random block, so a matrix has the same triplets alone and in
-    a batch, up to rounding. Not differentiable.
+    blocks, with a far smaller error for the same products. Both make the columns nearly orthonormal after every product
+    and compute the Ritz triplets from the last images, without a further product. Products are in float32 (float64 for
+    float64 input), Gram matrices in float64. The matrices of a batch share the random block, so a matrix has the same
+    triplets alone and in a batch, up to rounding. Not differentiable.
 
     Args:
         a: `(..., m, n)` float16, bfloat16, float32 or float64; 16-bit is widened to a float32 copy. Or a
@@ -238,8 +238,8 @@ def randomized_svd(
     else:
         flat = first[..., :width].contiguous()
         parts = grow(apply, flat, rounds, krylov)
-        blocks, images, grams = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
-        u, s, v = ritz(blocks, images, grams, rank)
+        blocks, images = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
+        u, s, v = ritz(blocks, images, rank)
         u, s, v = u.reshape(*batch, m, rank), s.reshape(*batch, rank), v.reshape(*batch, n, rank)
     error = None
     if probes:

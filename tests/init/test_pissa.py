@@ -87,6 +87,17 @@ def test_errors():
     assert resolve_method("pissa") == PiSSA() and PiSSA.offsets_base
 
 
+def test_five_rounds_catch_as_much_as_pefts_sixteen_iterations():
+    torch.manual_seed(0)
+    weight = torch.randn(700, 640)
+    theirs = float(torch.svd_lowrank(weight, 16, niter=16)[1].square().sum())
+    caught = {}
+    for rounds in (3, 5):
+        factors = PiSSA(n_iter=rounds).factors({}, {"l": 16}, base=bases({"l": weight}, 1.0))["l"].factors
+        caught[rounds] = float((factors.B @ factors.A).square().sum())
+    assert caught[3] < 0.98 * theirs and caught[5] > 0.998 * theirs
+
+
 def test_the_default_rounds_catch_all_but_little_where_singular_values_hardly_decay():
     torch.manual_seed(0)
     weight = torch.randn(700, 640)

@@ -11,8 +11,8 @@ from lora_kernels.ops.small_linalg import drivers
 from lora_kernels.ops.small_linalg.drivers import on_compiled
 from lora_kernels.ops.small_linalg.op import definite, eigh
 
-# Entries of a factor that are widened to float64 at a time (128 MB).
-_CHUNK = 2**24
+# Entries of a factor that are widened to float64 at a time: 2 MB stay in a CPU's cache.
+_CHUNK = {"cpu": 2**18, "gpu": 2**24}
 
 
 def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
@@ -32,26 +32,24 @@ def _triangle(tall: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(r, (0, 0, 0, tall.shape[-1] - r.shape[-2]))
 
 
-def _gram_root(factor: torch.Tensor, backend: str) -> torch.Tensor:
-    """R with `R^T R = factor factor^T`, from float32 (batch, rank, n) in float64."""
+def _gram(factor: torch.Tensor) -> torch.Tensor:
+    """`factor factor^T` in float64, from float32 (batch, rank, n)."""
     rank, columns = factor.shape[-2:]
-    step = max(1, _CHUNK // max(1, rank * columns))
+    step = max(1, _CHUNK["cpu" if factor.device.type == "cpu" else "gpu"] // (rank * columns))
     chunks = (factor[low : low + step].double() for low in range(0, factor.shape[0], step))
-    grams = [chunk @ chunk.mT for chunk in chunks]
-    values, vectors = eigh(torch.cat(grams), backend=backend)  # finds what is not finite
-    return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return torch.cat([chunk @ chunk.mT for chunk in chunks])
 
 
-def _roots(a: torch.Tensor, b: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float64 R_a and R_b, (batch, rank, rank), with `R_a^T R_a = A A^T` and `R_b^T R_b = B^T B`.
+def _by_grams(a: torch.Tensor, b: torch.Tensor, backend: str) -> torch.Tensor:
+    """Singular values of `B A` from float32 factors, in float64: the roots of the eigenvalues of `R A A^T R^T`.
 
-    By Gram matrices where the input is float32: in float64 they lose nothing that float32 had (eigenvalues to 1e-16 of
-    the largest, so singular values to 1e-8), cannot overflow, and are matrix products. By QR where it is float64.
+    `R^T R = B^T B`. Products of float32 numbers are exact in float64 and their sums neither overflow nor vanish;
+    eigenvalues are off by 1e-16 of the largest, so singular values by 1e-8, which float32 cannot show.
     """
-    if a.dtype == torch.float32:
-        return _gram_root(a, backend), _gram_root(b.mT, backend)
-    drivers.raise_first(drivers.not_finite(a, b))  # not their triangles: LAPACK can lose a NaN on the way
-    return _triangle(a.mT), _triangle(b)
+    values, vectors = eigh(_gram(b.mT), backend=backend)
+    root = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    squares, _ = eigh(root @ _gram(a) @ root.mT, backend=backend)  # finds what is not finite
+    return squares.clamp_min(0).sqrt().flip(-1)
 
 
 def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +67,12 @@ def _body(backend: Backend, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
     if a.numel() == 0 or b.numel() == 0:
         out.zero_()
         return
-    root_a, root_b = _roots(drivers.dense(a), drivers.dense(b), backend.name)
-    (left, scale_a), (right, scale_b) = _normalised(root_a), _normalised(root_b)
+    a, b = drivers.dense(a), drivers.dense(b)
+    if a.dtype == torch.float32:
+        out.copy_((_by_grams(a, b, backend.name) * abs(scaling)).reshape(out.shape))
+        return
+    drivers.raise_first(drivers.not_finite(a, b))  # not their triangles: LAPACK can lose a NaN on the way
+    (left, scale_a), (right, scale_b) = _normalised(_triangle(a.mT)), _normalised(_triangle(b))
     core = (right @ left.mT).contiguous()
     values = core.new_empty(core.shape[:-1])
     backend(values, core)
@@ -98,10 +100,10 @@ spectrum = Op(
 def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, backend: str = "auto") -> torch.Tensor:
     """Singular values of `scaling * B A` for a batch of factor pairs, without forming the product.
 
-    Both factors are reduced to r x r, by QR (float64) or by their Gram matrices in float64 (float32), and the singular
-    values of the product of the two reductions found by one-sided Jacobi (Golub and Van Loan, section 8.6.3). Absolute
-    error relative to `scaling * |A| |B|` (spectral norms): a few roundings of float64, one of float32. Not
-    differentiable.
+    In float64 both factors are reduced to r x r by QR, and the singular values of the product of the two triangles
+    found by one-sided Jacobi (Golub and Van Loan, section 8.6.3). In float32 they are the roots of the eigenvalues of a
+    product of the factors' Gram matrices in float64. Absolute error relative to `scaling * |A| |B|` (spectral norms): a
+    few roundings of float64, one of float32. Not differentiable.
 
     Args:
         a: `(..., r, n)` float32 or float64.
