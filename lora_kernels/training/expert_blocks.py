@@ -18,7 +18,7 @@ and goes through all steps before the next one. Of all rows only z is kept; the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, refuse_other_adapter
 from lora_kernels.training.description import is_replaced
 
-ROWS = 512  # of a block, at least, if it has more than one expert; experts are not cut
+ROWS = 512  # of a block, at most, if it has more than one expert: experts are not cut
 
 
 class Term(NamedTuple):
@@ -90,12 +90,12 @@ def run(
     names = _names(module)
     by_product = [terms.get(name, []) for name in names]
     backend = grouped.experts.choose("auto", x)
-    scalars = tuple([Scalars(term.scaling, 0, 0, backend) for term in each] for each in by_product)
+    first, second = ([Scalars(term.scaling, 0, 0, backend) for term in each] for each in by_product)
     states = [term.state for each in by_product for term in each]
     gate = module._apply_gate if module.has_gate else module.act_fn
     call = _Call(
-        gate, module.is_transposed, list(_cut(offsets)), order // weights.shape[1], order, scalars, states,
-        torch.is_grad_enabled(),
+        gate, module.is_transposed, _cut(offsets), order // weights.shape[1], order,
+        (first, second), states, torch.is_grad_enabled(),
     )  # fmt: skip
     operands = [getattr(module, f"{name}{kind}", None) for name in names for kind in ("", "_bias")]
     factors = [factor for each in by_product for term in each for factor in (term.a, term.b)]
@@ -103,16 +103,18 @@ def run(
     return out
 
 
-def _cut(offsets: torch.Tensor) -> Iterator[_Block]:
+def _cut(offsets: torch.Tensor) -> list[_Block]:
     """Blocks of consecutive experts, all of them."""
-    bounds: list[int] = offsets.tolist()
+    blocks, bounds = [], offsets.tolist()
     first, experts = 0, len(bounds) - 1
     for last in range(1, experts + 1):
         if last == experts or bounds[last + 1] - bounds[first] > ROWS:
             begin = bounds[first]
             mine = [bound - begin for bound in bounds[first : last + 1]]
-            yield _Block(slice(first, last), slice(begin, bounds[last]), offsets[first : last + 1] - begin, mine)
+            rows = slice(begin, bounds[last])
+            blocks.append(_Block(slice(first, last), rows, offsets[first : last + 1] - begin, mine))
             first = last
+    return blocks
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: _Block) -> torch.Tensor:
