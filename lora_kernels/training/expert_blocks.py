@@ -27,7 +27,7 @@ from lora_kernels.ops._op import is_plain, isolated
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora import passes
 from lora_kernels.ops.grouped_lora.passes import Scalars
-from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, refuse_other_adapter
+from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, refuse_other_adapter, with_memory
 from lora_kernels.training.description import is_replaced
 
 ROWS = 512  # of a block, at most, if it has more than one expert: experts are not cut
@@ -187,9 +187,10 @@ class _Blocks(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         with isolated(x.device):
             first, second = _split(call, factors, ctx.needs_input_grad[7:])
+            wide = _wide(x, weights)
             in_rows = weights.reshape(-1)[call.order].unsqueeze(1)
             one, two = (weight.mT if call.transposed else weight for weight in (w1, w2))
-            out = torch.zeros(x.shape[0], two.shape[1], dtype=_wide(x, weights))
+            out = torch.zeros(x.shape[0], two.shape[1], dtype=wide)
             for block in call.blocks:
                 owners = call.owners[block.rows]
                 rows = x.index_select(0, owners)
@@ -198,7 +199,7 @@ class _Blocks(torch.autograd.Function):
                 h = call.gate(z).to(x.dtype).contiguous()
                 y = _product(h, two, bias2, block)
                 of_second = second.add(y, h, block)
-                out.index_add_(0, owners, y.to(out.dtype).mul_(in_rows[block.rows]))
+                out.index_add_(0, owners, y.to(wide).mul_(in_rows[block.rows]))
                 if call.learns:
                     kept += [z, *of_first, *of_second]
         ctx.save_for_backward(x, weights, w1, bias1, w2, bias2, *factors, *call.states, *kept)
@@ -217,6 +218,7 @@ class _Blocks(torch.autograd.Function):
             raise RuntimeError(TRANSFORMED)
         for state, recorded in zip(states, call.states, strict=True):
             refuse_other_adapter(state, recorded)
+        g = with_memory(g)
         _, need_x, need_weights, *_ = ctx.needs_input_grad
         with isolated(g.device):
             first, second = _split(call, factors, ctx.needs_input_grad[7:])
@@ -228,14 +230,14 @@ class _Blocks(torch.autograd.Function):
             need_z = need_x or any(map(any, first.needs))
             for number, block in enumerate(call.blocks):
                 z, *t = kept[number * (1 + terms) : (number + 1) * (1 + terms)]
-                owners, w = call.owners[block.rows], in_rows[block.rows].to(x.dtype)
+                owners, w = call.owners[block.rows], in_rows[block.rows]
                 rows = g.index_select(0, owners)
                 z = z.detach().requires_grad_(need_z)
                 with torch.set_grad_enabled(need_z):
                     gated = call.gate(z).to(x.dtype)
                 h = gated.detach().contiguous()
                 q = _product(rows, back[1], None, block)
-                second.gradient(q, rows, h * w, w, t[len(first.terms) :], block)
+                second.gradient(q, rows, (h * w).to(x.dtype), w, t[len(first.terms) :], block)
                 if need_weights:
                     dw[block.rows] = torch.linalg.vecdot(q.to(wide), h.to(wide))
                     if bias2 is not None:

@@ -27,7 +27,7 @@ from tests.training.test_experts import (
     wrapped,
 )
 
-HAS_CPP = hasattr(_ext.load()[0], "grouped_lora_forward")
+NEEDS_CPP = pytest.mark.skipif(not hasattr(_ext.load()[0], "grouped_lora_forward"), reason="kernels not built")
 
 
 @pytest.fixture
@@ -100,6 +100,14 @@ def test_a_token_may_choose_an_expert_twice(monkeypatch, calls):
     x, index, weights = routed(fused, 30, 2)
     index[:10, 1] = index[:10, 0]
     compare(stock, fused, (x, index, weights))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_weights_of_another_dtype(dtypes, calls):
+    stock, fused = both(wrapped().to(dtypes[0]))
+    x, index, weights = routed(fused, 50, 2, dtypes[0])
+    compare(stock, fused, (x, index, weights.to(dtypes[1])))
     assert len(calls) == 1
 
 
@@ -241,7 +249,7 @@ def test_the_graph_can_be_kept(calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="-"))])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=NEEDS_CPP)])
 def test_a_gradient_is_added_into_another(backend, dtype):
     """`passes.backward` into memory; rows of no expert keep what is there."""
     offsets, rows = torch.tensor([0, 20, 20, 33]), 40
