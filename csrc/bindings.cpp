@@ -221,11 +221,12 @@ void grouped_lora_forward(bool bfloat16, uintptr_t offsets, int64_t experts, int
 void grouped_lora_backward(bool bfloat16, uintptr_t offsets, int64_t experts, int64_t rows, int64_t inputs,
                            int64_t outputs, int64_t rank, uintptr_t a, uintptr_t b, float scale, int64_t threshold,
                            uint64_t seed, uint32_t stream, int threads, uintptr_t g, int64_t g_stride, uintptr_t x,
-                           int64_t x_stride, uintptr_t t, uintptr_t dx, uintptr_t da, uintptr_t db) {
+                           int64_t x_stride, uintptr_t t, uintptr_t dx, bool accumulate, uintptr_t da, uintptr_t db) {
   const lk::GroupedBackward job{grouped_layer(bfloat16, offsets, experts, rows, inputs, outputs, rank, a, b, scale,
                                               threshold, seed, stream, threads),
                                 pointer<const void>(g), g_stride, pointer<const void>(x), x_stride,
-                                pointer<const float>(t), pointer<void>(dx), pointer<float>(da), pointer<float>(db)};
+                                pointer<const float>(t), pointer<void>(dx), accumulate, pointer<float>(da),
+                                pointer<float>(db)};
   check(rows == 0 || (!(da && !x) && !(db && !t)), "da needs x, and db needs t");
   py::gil_scoped_release release;
   lk::grouped_lora_backward(job, threads);

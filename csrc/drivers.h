@@ -144,7 +144,7 @@ struct GroupedForward {
   void* y;   // (rows, outputs), dense
 };
 void grouped_lora_forward(const GroupedForward& job, int threads);
-// u = scale g b[e]; dx = mask(u a[e]); da[e] = u^T drop(x); db[e] = g^T t. Null: not needed.
+// u = scale g b[e]; dx = mask(u a[e]), or is increased by it; da[e] = u^T drop(x); db[e] = g^T t. Null: not needed.
 struct GroupedBackward {
   GroupedLora layer;
   const void* g;
@@ -153,6 +153,7 @@ struct GroupedBackward {
   int64_t x_stride;
   const float* t;  // for db, as grouped_lora_forward wrote it
   void* dx;        // (rows, inputs), dense
+  bool accumulate;
   float* da;       // (experts, rank, inputs), dense
   float* db;       // (experts, outputs, rank), dense
 };

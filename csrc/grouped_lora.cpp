@@ -97,12 +97,12 @@ void grouped_lora_backward(const GroupedBackward& job, int threads) {
       if (job.dx)
         expands.push_back({rows, l.rank, l.a + group.expert * l.rank * l.inputs, l.inputs,
                            row_of(l, job.dx, group.first, l.inputs), l.bfloat16, l.inputs, group.count, l.inputs,
-                           l.rank, false, nullptr, dropout});
+                           l.rank, job.accumulate, nullptr, dropout});
     }
     lora_shrink(shrinks, threads);
     lora_tsreduce(reduces, threads);
     lora_expand(expands, threads);
-    if (job.dx) {
+    if (job.dx && !job.accumulate) {
       const int64_t covered = l.offsets[l.experts];
       std::fill_n(static_cast<char*>(row_of(l, job.dx, covered, l.inputs)),
                   (l.rows - covered) * l.inputs * (l.bfloat16 ? 2 : 4), char(0));

@@ -1,13 +1,15 @@
 """LoRA on the parameters of many experts, forward and backward: ours against PEFT's fold of all weights.
 
 A module of experts as transformers has it (Qwen3's), random routing. Outputs and all gradients must be PEFT's before
-any time is taken. The memory that a step takes at most is measured in a process of its own.
+any time is taken. What the low-rank part costs is our time without it taken off ours, beside the time of the experts
+alone, as transformers has them. The memory that a step takes at most is measured in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ import lora_kernels as lk
 from benchmarks import lora_layers, records
 from benchmarks.rates import Floor, Rates, here
 from benchmarks.subject import Row, Subject
+from lora_kernels.adapters.experts import chain_of
+from lora_kernels.training import experts as fused_experts
 
 # Experts, inputs, inner size, experts of a token, rank.
 SIZES, SMALL = (32, 1024, 512, 4, 16), (8, 64, 48, 2, 4)
@@ -24,6 +28,8 @@ TOKENS, SMALL_TOKENS = (1024, 4096), (32,)
 DTYPES = ("float32", "bfloat16")
 # Relative differences from PEFT's numbers, which rounds the sum of its weights to their dtype.
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
+# PEFT's time over ours, the experts' over that of the low-rank part, our memory over PEFT's.
+TIMES, PART, MEMORY = 2.0, 4.0, 0.6
 
 
 class _Model(nn.Module):
@@ -74,11 +80,11 @@ def routed(tokens: int, sizes: tuple[int, int, int, int, int], dtype: torch.dtyp
     return [each.to(device, dtype if each.is_floating_point() else None) for each in (x, index, weights, g)]
 
 
-def both_ways(layer: Any, inputs: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """Output and gradients of inputs and factors."""
+def both_ways(layer: Any, inputs: list[torch.Tensor], of: nn.Module | None = None) -> Callable[[], list[torch.Tensor]]:
+    """Output and gradients of inputs and factors: those of the layer, or `of` another module."""
     x, index, weights, g = inputs
     leaf = x.detach().requires_grad_()
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in (of or layer).parameters() if parameter.requires_grad]
 
     def step() -> list[torch.Tensor]:
         y = layer(leaf, index, weights)
@@ -87,12 +93,19 @@ def both_ways(layer: Any, inputs: list[torch.Tensor]) -> Callable[[], list[torch
     return step
 
 
+def without_adapters(layer: Any) -> dict[str, Callable[..., torch.Tensor]]:
+    """The frozen experts inside of our wrappers: as transformers runs them, and as the wrappers do but for adapters."""
+    base = chain_of(layer)[-1].base_layer
+    call = fused_experts._Call(base.config._experts_implementation, {})
+    return {"base": base, "bare": partial(fused_experts._forward, call, base)}
+
+
 def peak(side: str, tokens: int, sizes: tuple[int, int, int, int, int], dtype: str, implementation: str) -> int:
-    """Bytes that a side's second step takes beyond what is there before it, in this process."""
+    """Bytes that a side's steps take beyond what is there before them, in this process: the median of three."""
     kind = getattr(torch, dtype)
     step = both_ways(sides(sizes, kind, implementation)[side], routed(tokens, sizes, kind))
     step()
-    return records.extra_peak(lambda: [step(), None][1])
+    return sorted(records.extra_peak(lambda: [step(), None][1]) for _ in range(3))[1]
 
 
 def floor(tokens: int, sizes: tuple[int, int, int, int, int], dtype: str, rates: Rates | None) -> Floor:
@@ -124,14 +137,19 @@ def layer(
     """
     kind = getattr(torch, dtype)
     inputs = routed(tokens, sizes, kind)
-    calls = {name: both_ways(each, inputs) for name, each in sides(sizes, kind, implementation).items()}
+    layers = sides(sizes, kind, implementation)
+    calls = {name: both_ways(each, inputs) for name, each in layers.items()}
+    programs = {
+        name: f"from {__name__} import peak; print(peak({name!r}, *{(tokens, sizes, dtype, implementation)!r}))"
+        for name in calls
+    }
     pairs = zip(calls["ours"](), calls["peft"](), strict=True)
     difference = lora_layers.largest(lora_layers.relative(one, two) for one, two in pairs)
     if not difference <= BOUNDS[dtype]:
         raise SystemExit(f"{tokens} tokens, {dtype}: relative difference from PEFT's numbers {difference:.1e}")
+    frozen = nn.Module()
+    calls |= {name: both_ways(each, inputs, frozen) for name, each in without_adapters(layers["ours"]).items()}
     times = records.interleaved(calls, rounds)
-    arguments = (tokens, sizes, dtype, implementation)
-    programs = {name: f"from {__name__} import peak; print(peak({name!r}, *{arguments!r}))" for name in calls}
     experts, size, inner, top, rank = sizes
     return {
         "tokens": tokens,
@@ -145,6 +163,8 @@ def layer(
         "difference": difference,
         "seconds": times,
         "peft_over_ours": times["peft"]["p50"] / times["ours"]["p50"],
+        "low_rank_over_base": (times["ours"]["p50"] - times["bare"]["p50"]) / times["base"]["p50"],
+        "ours_over_base": times["ours"]["p50"] / times["base"]["p50"],
         "floor": floor(tokens, sizes, dtype, here()).record(),
         "peak_extra_bytes": records.peaks(programs),
         "weight_bytes": experts * 3 * size * inner * kind.itemsize,
@@ -168,24 +188,32 @@ def _named(each: Mapping[str, Any]) -> str:
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
-    """Each layer against PEFT's."""
-    return [
-        Row(
-            _named(each), "PEFT", each["seconds"]["ours"]["p50"], each["seconds"]["peft"]["p50"],
-            each["floor"]["seconds"], None, each["dtype"],
-        )
-        for each in entry["entries"]
-    ]  # fmt: skip
+    """Each layer against PEFT's, and its low-rank part against the experts alone."""
+    found = []
+    for each in entry["entries"]:
+        times = {side: quantiles["p50"] for side, quantiles in each["seconds"].items()}
+        floor = each["floor"]["seconds"]
+        found.append(Row(_named(each), "PEFT", times["ours"], times["peft"], floor, TIMES, each["dtype"]))
+        part = max(times["ours"] - times["bare"], 1e-9)  # of noise alone it may be less than nothing
+        what = f"{_named(each)}: the low-rank part"
+        found.append(Row(what, "the experts alone", part, times["base"], None, PART, each["dtype"]))
+    return found
 
 
 def notes(entry: Mapping[str, Any]) -> list[str]:
-    """Memory, beside that of the weights."""
+    """Time over that of the experts alone; memory, beside that of the weights."""
     lines = []
     for each in entry["entries"]:
-        extra = ", ".join(f"{side} {size / 1e6:.0f} MB" for side, size in each["peak_extra_bytes"].items())
-        if extra:
+        lines.append(
+            f"{_named(each)}: the low-rank part takes {each['low_rank_over_base']:.2f} of the experts' time alone, "
+            f"all of ours {each['ours_over_base']:.2f}"
+        )
+        sizes = each["peak_extra_bytes"]
+        if sizes:
+            extra = ", ".join(f"{side} {size / 1e6:.0f} MB" for side, size in sizes.items())
             lines.append(
-                f"{_named(each)}: extra memory at its peak {extra}; weights {each['weight_bytes'] / 1e6:.0f} MB"
+                f"{_named(each)}: extra memory at its peak {extra}: {sizes['ours'] / sizes['peft']:.2f} of PEFT's "
+                f"({MEMORY:g} asked for); weights {each['weight_bytes'] / 1e6:.0f} MB"
             )
     return lines
 

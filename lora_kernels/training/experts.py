@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,22 +35,15 @@ from lora_kernels.adapters.experts import (
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
+from lora_kernels.training import expert_blocks
 from lora_kernels.training.description import is_patched, is_replaced, is_whole, plain_linear
+from lora_kernels.training.expert_blocks import Term
 from lora_kernels.training.lora_layer import GLOBAL_HOOKS, SEEDS, FusedForward, warn_once
 
 NAME = "lora_kernels"  # of the implementation
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 OUTER = "another parameter of the same experts runs PEFT's own forward"
 COLLECTED = "statistics of its experts are collected"
-
-
-class Term(NamedTuple):
-    """The low-rank part of a product, of one adapter."""
-
-    a: torch.Tensor  # of all experts, `(experts, r, n)`
-    b: torch.Tensor  # `(experts, m, r)`
-    scaling: float
-    state: torch.Tensor | None  # differs where the adapter does, for recomputations; `None` under tracing
 
 
 class _Call:
@@ -324,6 +317,8 @@ def _forward(
         raise RuntimeError(TRANSFORMED)
     tokens, count = top_k_index.shape
     ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
+    if expert_blocks.can_run(module, hidden_states, top_k_weights):
+        return expert_blocks.run(module, hidden_states, top_k_weights, order, offsets, call.terms)
     product = _product(module, call.implementation, ids, offsets)
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)

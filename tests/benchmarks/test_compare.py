@@ -87,12 +87,32 @@ def test_smallest_form(name, case, arguments, capsys):
 
 def test_experts_must_give_pefts_numbers(monkeypatch):
     entry, rows = measured("experts", "layers", "--rounds", "1")
-    check_rows(rows, {"PEFT"})
-    extra = entry["entries"][0]["peak_extra_bytes"]
-    assert extra.keys() == {"peft", "ours"} and "extra memory" in experts.notes(entry)[0]
+    check_rows(rows, {"PEFT", "the experts alone"}, floors=False)
+    assert [(row.peer, row.target) for row in rows] == [("PEFT", 2.0), ("the experts alone", 4.0)]
+    found = entry["entries"][0]
+    times = {side: quantiles["p50"] for side, quantiles in found["seconds"].items()}
+    assert times.keys() == {"peft", "ours", "base", "bare"}
+    assert found["low_rank_over_base"] == (times["ours"] - times["bare"]) / times["base"]
+    assert rows[1].ours == max(times["ours"] - times["bare"], 1e-9) and rows[1].theirs == times["base"]
+    assert found["peak_extra_bytes"].keys() == {"peft", "ours"}
+    assert "low-rank part takes" in experts.notes(entry)[0] and "of PEFT's (0.6 asked for)" in experts.notes(entry)[1]
     monkeypatch.setitem(experts.BOUNDS, "float32", 0.0)
     with pytest.raises(SystemExit, match="relative difference from PEFT's numbers"):
         experts.layers(compare.parse(SUBJECTS["experts"], ["--quick", "--rounds", "1"]))
+
+
+def test_experts_without_adapters_are_the_experts_alone():
+    """Both sides that the low-rank part is measured with: the same numbers, ours without PEFT's factors."""
+    layer = experts.sides(experts.SMALL, torch.float32, "grouped_mm")["ours"]
+    inputs = experts.routed(24, experts.SMALL, torch.float32)
+    found = {
+        name: experts.both_ways(each, inputs, torch.nn.Module())()
+        for name, each in experts.without_adapters(layer).items()
+    }
+    whole = experts.both_ways(layer, inputs)()
+    assert len(whole) == 6 and all(len(each) == 2 for each in found.values())
+    for one, other, changed in zip(found["base"], found["bare"], whole, strict=False):
+        assert lora_layers.relative(one, other) < 1e-5 < lora_layers.relative(changed, other)
 
 
 def test_eva_without_peft_has_no_rows():

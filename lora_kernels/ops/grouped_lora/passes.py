@@ -86,22 +86,25 @@ def backward(
     seed: torch.Tensor | None,
     scalars: Scalars,
     need_x: bool,
+    *,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Dx `(rows, n)` of g's dtype, dA and dB of their factors' dtypes, rounded from float32 sums.
 
     g is `(rows, m)` with contiguous rows, t as `forward` returned it. x is `None` where dA is not needed, t where dB is
-    not.
+    not. Where dx is needed, it can be added `into` the memory of another part of it.
     """
     scaling, threshold, stream, backend = scalars
     mask, rows = mask_of(threshold, seed, stream), g.shape[0]
-    dx = g.new_empty((rows, a.shape[2])) if need_x else None
+    dx = None if not need_x else g.new_empty((rows, a.shape[2])) if into is None else into
     if backend == "cpp":
         da = None if x is None else torch.empty(a.shape, dtype=torch.float32)
         db = None if t is None else torch.empty(b.shape, dtype=torch.float32)
         kept, numbers = _cpp_layer(g.dtype, rows, offsets, a, b, scaling, mask)
         _ext.extension().grouped_lora_backward(
             *numbers, g.data_ptr(), g.stride(0), 0 if x is None else x.data_ptr(), 0 if x is None else x.stride(0),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in (t, dx, da, db)),
+            *(0 if tensor is None else tensor.data_ptr() for tensor in (t, dx)), into is not None,
+            *(0 if tensor is None else tensor.data_ptr() for tensor in (da, db)),
         )  # fmt: skip
         del kept
         return dx, None if da is None else cast(da, a.dtype), None if db is None else cast(db, b.dtype)
@@ -109,7 +112,7 @@ def backward(
     db = None if t is None else torch.empty(b.shape, dtype=b.dtype, device=b.device)
     if 0 in (rows, a.shape[2], *b.shape):
         bounds_of(offsets, rows)
-        for gradient in (dx, da, db):
+        for gradient in (dx if into is None else None, da, db):
             if gradient is not None:
                 gradient.zero_()
         return dx, da, db
@@ -120,7 +123,7 @@ def backward(
         if da is not None:
             products.reduce(da, u, x, groups, mask)
         if dx is not None:
-            products.expand(dx, u, groups, cast(a, g.dtype), None, mask)
+            products.expand(dx, u, groups, cast(a, g.dtype), into, mask)
     if db is not None:
         products.reduce(db.mT, t, g, groups, None)
     return dx, da, db
