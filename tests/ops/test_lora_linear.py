@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import Dropout, _ext, lora_delta, lora_linear
-from lora_kernels.ops.lora_linear import reference
+from lora_kernels.ops.lora_linear import passes, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -50,33 +50,36 @@ def widened(extra, dtype):
     return None if extra is None else (extra[0].to(dtype), extra[1].to(dtype), extra[2])
 
 
-def magnitudes(tensors, dropout, extra, scaling, grad):
+def named(function, names, **settings):
+    """A function of the tensors of these names; without a bias if it is not among them."""
+    return lambda *each: function(**{"bias": None, **dict(zip(names, each, strict=True))}, **settings)
+
+
+def magnitudes(tensors, dropout, extra, scaling, grad, names):
     """The sums of the magnitudes of all terms, of the output and of each gradient; the sums themselves may cancel."""
     leaves = [tensor.detach().double().abs() for tensor in tensors]
     pair = None if extra is None else (extra[0].double().abs(), extra[1].double().abs(), abs(extra[2]))
-    run = lambda *each: reference.lora_linear(*each, scaling=abs(scaling), dropout=dropout, extra=pair)  # noqa: E731
+    run = named(reference.lora_linear, names, scaling=abs(scaling), dropout=dropout, extra=pair)
     return differentiate(run, leaves, grad.double().abs(), torch.float64)
 
 
-def check_all(tensors, dropout, extra, backend, scaling=0.7):
+def check_all(tensors, dropout, extra, backend, scaling=0.7, names=NAMES):
     """Output and all gradients: at most twice the error of plain torch; half-scaled ones fail."""
     x, weight = tensors[:2]
     grad = torch.randn(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-    run = lambda *each: lora_linear(*each, scaling=scaling, dropout=dropout, extra=extra, backend=backend)  # noqa: E731
+    run = named(lora_linear, names, scaling=scaling, dropout=dropout, extra=extra, backend=backend)
 
     def plain(dtype):
-        more = widened(extra, dtype)
-        return lambda *each: reference.lora_linear(*each, scaling=scaling, dropout=dropout, extra=more)
+        return named(reference.lora_linear, names, scaling=scaling, dropout=dropout, extra=widened(extra, dtype))
 
     found = differentiate(run, tensors, grad)
     truth = differentiate(plain(torch.float64), tensors, grad, torch.float64)
     own = differentiate(plain(x.dtype), tensors, grad, x.dtype)
     tokens = x.shape[:-1].numel()
-    lengths = (x.shape[-1], weight.shape[0], tokens, tokens, tokens, tokens)
-    sums = magnitudes(tensors, dropout, extra, scaling, grad)
-    names = ("y", *NAMES)
+    lengths = (x.shape[-1], weight.shape[0], *[tokens] * (len(names) - 1))
+    sums = magnitudes(tensors, dropout, extra, scaling, grad, names)
     for name, one, exact, torchs, like, length, total in zip(
-        names, found, truth, own, (x, *tensors), lengths, sums, strict=True
+        ("y", *names), found, truth, own, (x, *tensors), lengths, sums, strict=True
     ):
         assert one.shape == exact.shape and one.dtype == like.dtype, name
         bar = rounding(torch.float32, length)
@@ -90,6 +93,30 @@ def check_all(tensors, dropout, extra, backend, scaling=0.7):
 def test_matches_float64(leading, features, outputs, rank, dropout, ratio, backend, poisoned_memory):
     extra = None if ratio is None else make_extra(features, outputs, 0.7 * ratio)
     check_all(make(leading, features, outputs, rank), dropout, extra, backend)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+@pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("leading, features, outputs, rank", SHAPES)
+def test_small_base_products_in_cpp(leading, features, outputs, rank, dropout, ratio, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(passes, "_SMALL", 2**30)
+    monkeypatch.setattr(passes, "linear", None)  # not called
+    extra = None if ratio is None else make_extra(features, outputs, 0.7 * ratio)
+    x, weight, _, a, b = make(leading, features, outputs, rank)
+    check_all([x, weight, a, b], dropout, extra, "cpp", names=("x", "weight", "a", "b"))
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_what_is_a_small_base_product(tokens, monkeypatch):
+    calls, linear = [], passes.linear
+    monkeypatch.setattr(passes, "linear", lambda *args: calls.append(1) or linear(*args))
+    x, weight, bias, a, b = make((tokens,), 64, 64, 8)
+    lora_linear(x, weight, None, a, b, scaling=1.0, backend="cpp")
+    assert len(calls) == (tokens > 8)
+    lora_linear(x, weight, bias, a, b, scaling=1.0, backend="cpp")  # a bias is the library's
+    assert len(calls) == 1 + (tokens > 8)
 
 
 @pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])
