@@ -1,8 +1,10 @@
+import functools
+
 import pytest
 import torch
 
 from lora_kernels.ops import Dropout, _ext, lora_delta, lora_linear
-from lora_kernels.ops.lora_linear import passes, reference
+from lora_kernels.ops.lora_linear import op, passes, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -108,6 +110,14 @@ def test_small_base_products_in_cpp(leading, features, outputs, rank, dropout, r
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+def test_few_ranks_in_bfloat16_are_one_call_of_cpp():
+    choose = functools.partial(op.layer.choose, "auto", torch.device("cpu"))
+    assert choose(torch.bfloat16, False, 16) == choose(torch.bfloat16, True, 64) == "cpp"
+    assert choose(torch.bfloat16, False, 17) == choose(torch.float16, False, 16) == "torch"
+    assert choose(torch.float32, False, 64) == "cpp"
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
 @pytest.mark.parametrize("tokens", [8, 9])
 def test_what_is_a_small_base_product(tokens, monkeypatch):
     calls, linear = [], passes.linear
@@ -154,15 +164,17 @@ def test_narrow_dtypes(dtype, adapters, dropout, extra):
     check_all(tensors, dropout, make_extra(48, 30, -0.7, dtype=dtype) if extra else None, "auto")
 
 
-def test_masters_get_gradients_of_float32_sums():
-    """A sum of many products is not rounded to bfloat16 on its way into a float32 gradient."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masters_get_gradients_of_float32_sums(backend):
+    """A sum of many products is not rounded to bfloat16 on its way into a float32 gradient; C++ rounds no factor."""
     tensors = make((2000,), 16, 12, 4, torch.bfloat16, torch.float32)
     grad = torch.randn(2000, 12).bfloat16()
-    found = differentiate(lambda *each: lora_linear(*each, scaling=1.0), tensors, grad)
+    found = differentiate(lambda *each: lora_linear(*each, scaling=1.0, backend=backend), tensors, grad)
     x, _, _, a, b = (each.detach() for each in tensors)
-    u, t = grad.float() @ b.bfloat16().float(), x.float() @ a.bfloat16().float().mT
-    assert relative_error(found[4], u.bfloat16().double().mT @ x.double()) < 1e-5
-    assert relative_error(found[5], grad.double().mT @ t.bfloat16().double()) < 1e-5
+    rounded = (lambda z: z.bfloat16().float()) if backend == "torch" else (lambda z: z)
+    u, t = rounded(grad.float() @ rounded(b)), rounded(x.float() @ rounded(a).mT)
+    assert relative_error(found[4], u.double().mT @ x.double()) < 1e-5
+    assert relative_error(found[5], grad.double().mT @ t.double()) < 1e-5
 
 
 @pytest.mark.parametrize("scaling, extra_scaling", [(0.0, 0.5), (-2.0, 2.0), (0.3, 0.0), (1e-3, 5.0)])
