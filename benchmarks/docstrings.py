@@ -11,6 +11,7 @@ used once (or, if it occurs under two labels, not at all).
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import json

@@ -157,9 +157,9 @@ PyObject* guarded(Py_ssize_t given, Py_ssize_t expected, const Run& run) {
   Py_RETURN_NONE;
 }
 
-// The layer's numbers, then x, its row stride, t, y.
+// The layer's numbers, then x, its row stride, t, y, the base weight or 0.
 PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return guarded(count, kLayerNumbers + 4, [&] {
+  return guarded(count, kLayerNumbers + 5, [&] {
     Numbers next{items};
     int threads;
     lk::LoraForward job{read_layer(next, threads)};
@@ -167,14 +167,16 @@ PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     job.x_stride = next.integer();
     job.t = next.address<float>();
     job.y = next.address<void>();
+    job.weight = next.address<const float>();
+    check(!(job.weight && job.layer.bfloat16), "a weight is float32, as is x");
     py::gil_scoped_release release;
     lk::lora_forward(job, threads);
   });
 }
 
-// The layer's numbers, then g, its row stride, x, its row stride, t, dx, whether dx accumulates, da, db.
+// The layer's numbers, then g, its row stride, x, its row stride, t, dx, whether dx accumulates, da, db, the weight or 0.
 PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return guarded(count, kLayerNumbers + 9, [&] {
+  return guarded(count, kLayerNumbers + 10, [&] {
     Numbers next{items};
     int threads;
     lk::LoraBackward job{read_layer(next, threads)};
@@ -187,6 +189,8 @@ PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     job.accumulate = next.integer() != 0;
     job.da = next.address<float>();
     job.db = next.address<float>();
+    job.weight = next.address<const float>();
+    check(!(job.weight && job.layer.bfloat16), "a weight is float32, as is g");
     check(job.layer.tokens == 0 || (!(job.da && !job.x) && !(job.db && !job.t)), "da needs x, and db needs t");
     py::gil_scoped_release release;
     lk::lora_backward(job, threads);

@@ -5,6 +5,7 @@
 #include "lora_lanes.h"
 
 #include <algorithm>
+#include <new>
 
 #include "drivers.h"
 #include "lora_tasks.h"
@@ -299,31 +300,42 @@ bool has_work(const LoraShrink& job) { return job.tokens > 0 && job.columns > 0 
 bool has_work(const LoraReduce& job) { return job.columns > 0 && job.rank > 0; }
 bool has_work(const LoraExpand& job) { return job.tokens > 0 && job.columns > 0; }
 
-// What the jobs of a product need to run, and their tasks.
+// A job in memory of its own: `bytes` of it, job and buffers, and how it enters the phases.
+template <class Job>
+size_t own_bytes() {
+  static_assert(std::is_trivially_destructible_v<Job>);
+  return size_t(round_up(sizeof(Job), 64));
+}
 template <class X>
 struct Shrinks {
   using Job = ShrinkJob<X>;
   static size_t packed(const LoraShrink& job) {
     return size_t(round_up(job.rank * Job::padded(job.columns), 16)) * sizeof(float);
   }
-  static size_t bytes(const LoraShrink& job) { return packed(job) + table_bytes(job.dropout, job.columns); }
-  static void add(Batch<Job>& batch, Parts& parts, const LoraShrink& job, int) {
+  static size_t bytes(const LoraShrink& job) {
+    return own_bytes<Job>() + packed(job) + table_bytes(job.dropout, job.columns);
+  }
+  static void add(Phases& phases, int phase, Parts& parts, const LoraShrink& job, int) {
+    void* const memory = parts.take<void>(own_bytes<Job>());
     float* const factor = parts.take<float>(packed(job));
-    const Job one{job, MaskSource(job.dropout), factor, parts.take<void>(table_bytes(job.dropout, job.columns))};
-    batch.add(one, one.panels(), one.blocks(), job.tokens * job.columns * job.rank);
+    void* const table = parts.take<void>(table_bytes(job.dropout, job.columns));
+    const Job& one = *new (memory) Job{job, MaskSource(job.dropout), factor, table};
+    phases.add(phase, one, one.panels(), one.blocks(), job.tokens * job.columns * job.rank);
   }
 };
 template <class X>
 struct Reduces {
   using Job = ReduceJob<X>;
-  static size_t bytes(const LoraReduce& job) { return table_bytes(job.dropout, job.columns); }
-  static void add(Batch<Job>& batch, Parts& parts, const LoraReduce& job, int threads) {
-    Job one{job, MaskSource(job.dropout), parts.take<void>(bytes(job)), 0};
+  static size_t bytes(const LoraReduce& job) { return own_bytes<Job>() + table_bytes(job.dropout, job.columns); }
+  static void add(Phases& phases, int phase, Parts& parts, const LoraReduce& job, int threads) {
+    void* const memory = parts.take<void>(own_bytes<Job>());
+    Job& one = *new (memory)
+        Job{job, MaskSource(job.dropout), parts.take<void>(table_bytes(job.dropout, job.columns)), 0};
     // Equal shares, but sums that fit half of a second-level cache.
     const int64_t fits = std::max<int64_t>(1, (1 << 16) / (job.rank * MaskSource::kColumns)) * MaskSource::kColumns;
     const int64_t shares = round_up(ceil_div(job.columns, fits), threads);
     one.panel = round_up(ceil_div(job.columns, shares), MaskSource::kColumns);
-    batch.add(one, one.blocks(), one.blocks(), job.tokens * job.columns * job.rank);
+    phases.add(phase, one, one.table ? one.blocks() : 0, one.blocks(), job.tokens * job.columns * job.rank);
   }
 };
 template <class X>
@@ -331,55 +343,81 @@ struct Expands {
   using Job = ExpandJob<X>;
   static size_t base(const LoraExpand& job) { return size_t(round_up(job.columns, kChunk)) * sizeof(float); }
   static size_t bytes(const LoraExpand& job) {
-    return size_t(job.rank + 1) * base(job) + table_bytes(job.dropout, job.columns);
+    return own_bytes<Job>() + size_t(job.rank + 1) * base(job) + table_bytes(job.dropout, job.columns);
   }
-  static void add(Batch<Job>& batch, Parts& parts, const LoraExpand& job, int) {
+  static void add(Phases& phases, int phase, Parts& parts, const LoraExpand& job, int) {
+    void* const memory = parts.take<void>(own_bytes<Job>());
     float* const packed = parts.take<float>(size_t(job.rank) * base(job));
     float* const bias = parts.take<float>(base(job));
-    Job one{job, MaskSource(job.dropout), packed, bias, parts.take<void>(table_bytes(job.dropout, job.columns)), 0};
+    void* const table = parts.take<void>(table_bytes(job.dropout, job.columns));
+    Job& one = *new (memory) Job{job, MaskSource(job.dropout), packed, bias, table, 0};
     const int64_t rank = std::max<int64_t>(job.rank, 1);
     const int64_t fits = std::max<int64_t>(1, (1 << 16) / (rank * kChunk)) * kChunk;
     one.panel = round_up(ceil_div(job.columns, ceil_div(job.columns, fits)), kChunk);
-    batch.add(one, one.chunks(), one.blocks(), job.tokens * job.columns * rank);
+    phases.add(phase, one, one.chunks(), one.blocks(), job.tokens * job.columns * rank);
   }
 };
-template <class Kind, class Description>
-void run_batch(const Description* jobs, size_t count, int threads) {
-  size_t bytes = 0;
-  for (size_t i = 0; i < count; ++i)
-    if (has_work(jobs[i])) bytes += Kind::bytes(jobs[i]);
-  Parts parts(bytes);
-  Batch<typename Kind::Job> batch;
-  batch.members.reserve(count);
-  for (size_t i = 0; i < count; ++i)
-    if (has_work(jobs[i])) Kind::add(batch, parts, jobs[i], threads);
-  batch.run_all(threads);
-}
-template <template <class> class Kind, class Description>
-void run_jobs(const Description* jobs, size_t count, int threads) {
-  if (count == 0) return;
-  jobs[0].bfloat16 ? run_batch<Kind<BFloat16>>(jobs, count, threads) : run_batch<Kind<float>>(jobs, count, threads);
-}
-void shrink_all(const LoraShrink* jobs, size_t count, int threads) {
-  for (size_t n = 0; n < count; ++n)
-    if (jobs[n].columns == 0)
-      for (int64_t i = 0; i < jobs[n].tokens; ++i) std::fill_n(jobs[n].t + i * jobs[n].t_stride, jobs[n].rank, 0.0f);
-  run_jobs<Shrinks>(jobs, count, threads);
+
+// Products of one dtype that run together: those of a phase read what earlier phases have written.
+class Products {
+ public:
+  void add(int phase, const LoraShrink& job) {
+    if (job.columns == 0)
+      for (int64_t i = 0; i < job.tokens; ++i) std::fill_n(job.t + i * job.t_stride, job.rank, 0.0f);
+    keep(shrinks_, phase, job);
+  }
+  void add(int phase, const LoraReduce& job) { keep(reduces_, phase, job); }
+  void add(int phase, const LoraExpand& job) { keep(expands_, phase, job); }
+  void run(bool bfloat16, int threads) const { bfloat16 ? run_as<BFloat16>(threads) : run_as<float>(threads); }
+
+ private:
+  template <class Description>
+  using Jobs = std::vector<std::pair<int, Description>>;
+  Jobs<LoraShrink> shrinks_;
+  Jobs<LoraReduce> reduces_;
+  Jobs<LoraExpand> expands_;
+
+  template <class Description>
+  static void keep(Jobs<Description>& jobs, int phase, const Description& job) {
+    if (has_work(job)) jobs.push_back({phase, job});
+  }
+  template <class Kind, class Description>
+  static size_t bytes(const Jobs<Description>& jobs) {
+    size_t sum = 0;
+    for (const auto& [phase, job] : jobs) sum += Kind::bytes(job);
+    return sum;
+  }
+  template <class Kind, class Description>
+  static void add_all(const Jobs<Description>& jobs, Phases& phases, Parts& parts, int threads) {
+    for (const auto& [phase, job] : jobs) Kind::add(phases, phase, parts, job, threads);
+  }
+  template <class X>
+  void run_as(int threads) const {
+    Parts parts(bytes<Shrinks<X>>(shrinks_) + bytes<Reduces<X>>(reduces_) + bytes<Expands<X>>(expands_));
+    Phases phases;
+    add_all<Shrinks<X>>(shrinks_, phases, parts, threads);
+    add_all<Reduces<X>>(reduces_, phases, parts, threads);
+    add_all<Expands<X>>(expands_, phases, parts, threads);
+    phases.run(threads);
+  }
+};
+
+template <class Description>
+void run_all(const Description* jobs, size_t count, int threads) {
+  Products products;
+  for (size_t i = 0; i < count; ++i) products.add(1, jobs[i]);
+  if (count > 0) products.run(jobs[0].bfloat16, threads);
 }
 
 }  // namespace
 
-void lora_shrink(const std::vector<LoraShrink>& jobs, int threads) { shrink_all(jobs.data(), jobs.size(), threads); }
-void lora_tsreduce(const std::vector<LoraReduce>& jobs, int threads) {
-  run_jobs<Reduces>(jobs.data(), jobs.size(), threads);
-}
-void lora_expand(const std::vector<LoraExpand>& jobs, int threads) {
-  run_jobs<Expands>(jobs.data(), jobs.size(), threads);
-}
+void lora_shrink(const std::vector<LoraShrink>& jobs, int threads) { run_all(jobs.data(), jobs.size(), threads); }
+void lora_tsreduce(const std::vector<LoraReduce>& jobs, int threads) { run_all(jobs.data(), jobs.size(), threads); }
+void lora_expand(const std::vector<LoraExpand>& jobs, int threads) { run_all(jobs.data(), jobs.size(), threads); }
 
-void lora_shrink(const LoraShrink& job, int threads) { shrink_all(&job, 1, threads); }
-void lora_tsreduce(const LoraReduce& job, int threads) { run_jobs<Reduces>(&job, 1, threads); }
-void lora_expand(const LoraExpand& job, int threads) { run_jobs<Expands>(&job, 1, threads); }
+void lora_shrink(const LoraShrink& job, int threads) { run_all(&job, 1, threads); }
+void lora_tsreduce(const LoraReduce& job, int threads) { run_all(&job, 1, threads); }
+void lora_expand(const LoraExpand& job, int threads) { run_all(&job, 1, threads); }
 
 namespace {
 
@@ -428,54 +466,58 @@ void lora_forward(const LoraForward& job, int threads) {
   const LoraLayer& l = job.layer;
   const Factors factors(l);
   const int64_t ranks = l.rank + l.frozen_rank;
+  Products products;
   const auto shrink = [&](int64_t first, int64_t count, float scale, const Dropout& dropout) {
-    lora_shrink({job.x, l.bfloat16, job.x_stride, factors.a + first * l.inputs, l.inputs,
-                 job.t + first, ranks, l.tokens, l.inputs, count, scale, dropout},
-                threads);
+    products.add(1, LoraShrink{job.x, l.bfloat16, job.x_stride, factors.a + first * l.inputs, l.inputs, job.t + first,
+                               ranks, l.tokens, l.inputs, count, scale, dropout});
   };
   shrink(0, l.rank, l.scale, l.dropout);
   shrink(l.rank, l.frozen_rank, l.frozen_scale, kNone);
-  lora_expand({job.t, ranks, factors.b, l.outputs, job.y, l.bfloat16, l.outputs, l.tokens, l.outputs, ranks, true,
-               nullptr, kNone},
-              threads);
+  if (job.weight)
+    products.add(1, LoraShrink{job.x, l.bfloat16, job.x_stride, job.weight, l.inputs, static_cast<float*>(job.y),
+                               l.outputs, l.tokens, l.inputs, l.outputs, 1.0f, kNone});
+  products.add(2, LoraExpand{job.t, ranks, factors.b, l.outputs, job.y, l.bfloat16, l.outputs, l.tokens, l.outputs,
+                             ranks, true, nullptr, kNone});
+  products.run(l.bfloat16, threads);
 }
 
 void lora_backward(const LoraBackward& job, int threads) {
   const LoraLayer& l = job.layer;
   const Factors factors(l);
   const int64_t ranks = l.rank + l.frozen_rank;
-  if (job.dx || job.da) {
-    const Arena memory(size_t(l.tokens * ranks) * sizeof(float), 1);
-    float* const u = static_cast<float*>(memory.part(0));
+  const int64_t projected = job.dx || job.da ? l.tokens * ranks : 0, summed = job.db ? l.rank * l.outputs : 0;
+  const Arena memory(size_t(projected + summed) * sizeof(float), 1);
+  float* const u = static_cast<float*>(memory.part(0));
+  float* const sums = u + projected;  // db^T
+  Products products;
+  if (projected) {
     const auto shrink = [&](int64_t first, int64_t count, float scale) {
-      lora_shrink({job.g, l.bfloat16, job.g_stride, factors.b + first * l.outputs, l.outputs, u + first, ranks,
-                   l.tokens, l.outputs, count, scale, kNone},
-                  threads);
+      products.add(1, LoraShrink{job.g, l.bfloat16, job.g_stride, factors.b + first * l.outputs, l.outputs, u + first,
+                                 ranks, l.tokens, l.outputs, count, scale, kNone});
     };
     shrink(0, l.rank, l.scale);
     if (job.dx) shrink(l.rank, l.frozen_rank, l.frozen_scale);
-    if (job.da)
-      lora_tsreduce({u, ranks, job.x, l.bfloat16, job.x_stride, job.da, l.inputs, l.tokens, l.inputs, l.rank,
-                     l.dropout},
-                    threads);
-    if (job.dx) {
-      const int64_t together = l.dropout.threshold > 0 ? l.rank : ranks;
-      const auto expand = [&](int64_t first, int64_t count, bool accumulate, const Dropout& dropout) {
-        lora_expand({u + first, ranks, factors.a + first * l.inputs, l.inputs, job.dx, l.bfloat16,
-                     l.inputs, l.tokens, l.inputs, count, accumulate, nullptr, dropout},
-                    threads);
-      };
-      expand(0, together, job.accumulate, l.dropout);
-      if (together < ranks) expand(together, ranks - together, true, kNone);
-    }
   }
-  if (job.db) {
-    const Arena memory(size_t(l.rank * l.outputs) * sizeof(float), 1);
-    float* const sums = static_cast<float*>(memory.part(0));
-    lora_tsreduce({job.t, ranks, job.g, l.bfloat16, job.g_stride, sums, l.outputs, l.tokens, l.outputs, l.rank, kNone},
-                  threads);
-    transpose(sums, false, l.rank, l.outputs, job.db);
+  if (job.db)
+    products.add(1, LoraReduce{job.t, ranks, job.g, l.bfloat16, job.g_stride, sums, l.outputs, l.tokens, l.outputs,
+                               l.rank, kNone});
+  if (job.da)
+    products.add(2, LoraReduce{u, ranks, job.x, l.bfloat16, job.x_stride, job.da, l.inputs, l.tokens, l.inputs, l.rank,
+                               l.dropout});
+  if (job.dx) {
+    const int64_t together = l.dropout.threshold > 0 ? l.rank : ranks;
+    const auto expand = [&](int phase, int64_t first, int64_t count, bool accumulate, const Dropout& dropout) {
+      products.add(phase, LoraExpand{u + first, ranks, factors.a + first * l.inputs, l.inputs, job.dx, l.bfloat16,
+                                     l.inputs, l.tokens, l.inputs, count, accumulate, nullptr, dropout});
+    };
+    if (job.weight)
+      products.add(1, LoraExpand{static_cast<const float*>(job.g), job.g_stride, job.weight, l.inputs, job.dx,
+                                 l.bfloat16, l.inputs, l.tokens, l.inputs, l.outputs, false, nullptr, kNone});
+    expand(2, 0, together, job.accumulate || job.weight, l.dropout);
+    if (together < ranks) expand(3, together, ranks - together, true, kNone);
   }
+  products.run(l.bfloat16, threads);
+  if (job.db) transpose(sums, false, l.rank, l.outputs, job.db);
 }
 
 }  // namespace lora_kernels

@@ -317,7 +317,9 @@ void adam(const LoraProAdam& job, int threads) {
   const size_t table_bytes = Job::kStochastic ? MaskSource::table_bytes(job.columns) : 0;
   const Arena tables(table_bytes, 2);  // which depend on the column alone
   for (int moment = 0; moment < 2; ++moment) all.table[moment] = tables.part(moment);
-  Batch<Job> batch;
+  std::vector<Job> jobs;
+  jobs.reserve(size_t(job.batch));
+  Phases phases;
   for (int64_t matrix = 0; matrix < job.batch; ++matrix) {
     Job one = all;
     one.exp_avg = static_cast<X*>(job.exp_avg) + matrix * job.avg_batch;
@@ -336,11 +338,11 @@ void adam(const LoraProAdam& job, int threads) {
     }
     if (parts[1] > 1) one.h_at_parts = next;
     const int64_t chunks = Job::kStochastic && matrix == 0 ? ceil_div(job.columns, Job::kChunk) : 0;
-    batch.add(one, chunks, parts[0] * parts[1], 4 * job.rows * job.columns * job.rank);
+    jobs.push_back(one);
+    phases.add(1, jobs.back(), chunks, parts[0] * parts[1], 4 * job.rows * job.columns * job.rank);
   }
-  batch.run_all(threads);
-  for (const auto& member : batch.members) {
-    const Job& one = member.job;
+  phases.run(threads);
+  for (const Job& one : jobs) {
     if (parts[0] > 1) add_parts(static_cast<T*>(one.bt_h), one.bt_h_parts, parts[0], sizes[0]);
     if (parts[1] > 1) add_parts(static_cast<T*>(one.h_at), one.h_at_parts, parts[1], sizes[1]);
   }

@@ -1,8 +1,7 @@
-// How the skinny products are cut into tasks, and run: tiles of equal width, a preparation, work shared by threads.
+// How the skinny products are cut into tasks, and run: tiles of equal width, and phases of work shared by threads.
 #pragma once
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "lora_lanes.h"
@@ -36,64 +35,74 @@ struct Work {
   }
 };
 
-// All preparations, then all work, with `scratch` floats for each thread.
-template <class Job>
-void run(const Job& job, int64_t preparations, int64_t items, int64_t scratch, int64_t products, int threads) {
-  const int bytes = lane_bytes();
-  // Waking a thread takes longer than a few thousand products.
-  threads = int(std::max<int64_t>(1, std::min<int64_t>({threads, items, products >> 16})));
-  const Arena arena(size_t(scratch) * sizeof(float), threads);  // here, because nothing may be thrown inside
-  if (threads == 1) {  // a parallel region takes longer than a small job
-    for (int64_t item = 0; item < preparations; ++item) run_group(Preparation<Job>{job}, item, 1, arena.part(0), bytes);
-    for (int64_t item = 0; item < items; ++item) run_group(Work<Job>{job}, item, 1, arena.part(0), bytes);
-    return;
+// Tasks in phases, the preparations of all jobs first: those of a phase run in any order, shared by threads, and a phase
+// begins when the one before it has ended. A thread is woken, and waited for, once for all of them.
+class Phases {
+ public:
+  // A job, which must outlive `run`: it works in phase 1 or later.
+  template <class Job>
+  void add(int phase, const Job& job, int64_t preparations, int64_t items, int64_t products) {
+    push(0, &task<Preparation<Job>, Job>, &job, preparations);
+    push(phase, &task<Work<Job>, Job>, &job, items);
+    scratch_ = std::max(scratch_, job.scratch());
+    products_ += products;
   }
+  void run(int threads) const {
+    const int bytes = lane_bytes();
+    int64_t most = 0;
+    for (const Phase& phase : phases_) most = std::max(most, phase.items);
+    // Waking a thread takes longer than a few thousand products.
+    threads = int(std::max<int64_t>(1, std::min<int64_t>({threads, most, products_ >> 16})));
+    const Arena arena(size_t(scratch_) * sizeof(float), threads);  // here, because nothing may be thrown inside
+    if (threads == 1) {  // a parallel region takes longer than a small job
+      for (const Phase& phase : phases_)
+        for (const Tasks& tasks : phase.tasks)
+          for (int64_t item = 0; item < tasks.count; ++item) tasks.run(tasks.job, item, arena.part(0), bytes);
+      return;
+    }
 #pragma omp parallel num_threads(threads)
-  {
+    {
 #ifdef _OPENMP
-    void* const part = arena.part(omp_get_thread_num());
+      void* const part = arena.part(omp_get_thread_num());
 #else
-    void* const part = arena.part(0);
+      void* const part = arena.part(0);
 #endif
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < preparations; ++item) run_group(Preparation<Job>{job}, item, 1, part, bytes);
+      for (const Phase& phase : phases_) {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) run_group(Work<Job>{job}, item, 1, part, bytes);
+        for (int64_t item = 0; item < phase.items; ++item) phase.run(item, part, bytes);
+      }
+    }
   }
-}
 
-// Jobs of one kind as one job: the tasks of all follow each other.
-template <class Job>
-struct Batch {
-  struct Member {
-    Job job;
-    int64_t preparations, items;  // how many there are up to its last
+ private:
+  struct Tasks {
+    void (*run)(const void* job, int64_t item, void* scratch, int bytes);
+    const void* job;
+    int64_t first, count;  // in the phase
   };
-  std::vector<Member> members;
-  int64_t preparations = 0, items = 0, scratch = 0, products = 0;
+  struct Phase {
+    std::vector<Tasks> tasks;
+    int64_t items = 0;
 
-  void add(const Job& job, int64_t to_prepare, int64_t to_work, int64_t multiplications) {
-    members.push_back({job, preparations += to_prepare, items += to_work});
-    scratch = std::max(scratch, job.scratch());
-    products += multiplications;
+    void run(int64_t item, void* scratch, int bytes) const {
+      const auto after = std::upper_bound(tasks.begin(), tasks.end(), item,
+                                          [](int64_t item, const Tasks& one) { return item < one.first; });
+      const Tasks& owner = after[-1];
+      owner.run(owner.job, item - owner.first, scratch, bytes);
+    }
+  };
+  Phase phases_[4];
+  int64_t scratch_ = 0, products_ = 0;
+
+  template <class Step, class Job>
+  static void task(const void* job, int64_t item, void* scratch, int bytes) {
+    run_group(Step{*static_cast<const Job*>(job)}, item, 1, scratch, bytes);
   }
-  // The job of a task, and which of its tasks it is.
-  std::pair<const Job&, int64_t> owner(int64_t Member::* last, int64_t item) const {
-    const auto member = std::upper_bound(members.begin(), members.end(), item,
-                                         [&](int64_t item, const Member& one) { return item < one.*last; });
-    return {member->job, member == members.begin() ? item : item - member[-1].*last};
+  void push(int phase, void (*run)(const void*, int64_t, void*, int), const void* job, int64_t count) {
+    if (count == 0) return;
+    phases_[phase].tasks.push_back({run, job, phases_[phase].items, count});
+    phases_[phase].items += count;
   }
-  template <class W>
-  LK_HD void prepare(int64_t item) const {
-    const auto [job, own] = owner(&Member::preparations, item);
-    job.template prepare<W>(own);
-  }
-  template <class W>
-  LK_HD void work(int64_t item, float* memory) const {
-    const auto [job, own] = owner(&Member::items, item);
-    job.template work<W>(own, memory);
-  }
-  void run_all(int threads) const { run(*this, preparations, items, scratch, products, threads); }
 };
 
 }  // namespace lora_kernels

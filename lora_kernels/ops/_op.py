@@ -33,7 +33,7 @@ _compiling, _is_zeros = torch.compiler.is_compiling, torch._is_zerotensor
 _modes, _transforms, _tracing = (
     torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch._C._is_tracing,
 )  # fmt: skip
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -41,9 +41,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     if _compiling() or _modes() or _transforms() or _tracing():
         return False
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or _is_zeros(tensor)
-        ):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta or tensor.is_neg() or _is_zeros(tensor)):
             return False
     return True
 

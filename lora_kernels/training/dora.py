@@ -17,8 +17,8 @@ from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.dora import NORM_BLOCK, block_entries, block_height, caching_enabled, row_norms
 from lora_kernels.runtime.modes import is_sharded
 
-# Entries that are scaled at a time: on a CPU by every thread, few enough for its second-level cache.
-_SCALE_BLOCK = 2**15
+# Entries that are scaled at a time: on a CPU by every thread, about what its second-level cache holds.
+_SCALE_BLOCK = 2**17
 # The key of the norms in the cache of PEFT's magnitude module, which PEFT clears when training begins.
 _CACHE_KEY = "lora_kernels"
 
@@ -220,6 +220,7 @@ class _Rescaled(torch.autograd.Function):
         cuts = _cuts(rows, whole=False)
         d_product = torch.empty_like(rows) if needs[0] else None
         total, buffer = torch.zeros_like(scale), scale.new_empty(rows[: cuts[0].stop].shape if cuts else 0)
+        ones = scale.new_ones(len(buffer))
         for cut in cuts:
             part = gs[cut]
             if d_product is not None:
@@ -231,7 +232,7 @@ class _Rescaled(torch.autograd.Function):
                 else:
                     terms.copy_(rows[cut])
                     (terms if inner is None else terms.sub_(inner)).mul_(part)
-                total += terms.sum(0)
+                total.addmv_(terms.mT, ones[: len(part)])  # faster than `sum(0)`
         return (
             None if d_product is None else d_product.view(product.shape),
             (total / norms).to(magnitudes.dtype) if needs[1] else None,

@@ -176,8 +176,9 @@ class Prepared:
         self.dtype, self.device, self.kind, self.inputs = x.dtype, x.device, x.device.type, first.a.shape[1]
         masked = first.p > 0 and first.magnitude is None
         threshold = to_op_args(Dropout(first.p, 0), x.device)[0] if masked else 0
-        backend = lora_op.layer.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0)
         start = first.start()
+        rank = first.a.shape[0] + (0 if start is None else start[0].shape[0])
+        backend = lora_op.layer.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0, rank)
         self.a0: torch.Tensor | None = None if start is None else start[0]
         self.b0: torch.Tensor | None = None if start is None else start[1]
         frozen_scaling = 0.0 if start is None else start[2]

@@ -105,4 +105,6 @@ def test_training_texts_are_written_for_other_programs(stdlib_task, tmp_path, ca
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     assert texts == [example.text for example in stdlib_task.train if MASK not in example.text]
     assert len(texts) > 100
-    assert docstrings.main([]) == 2 and "FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        docstrings.main(["--nonsense"])
+    assert "usage" in capsys.readouterr().err

@@ -1,8 +1,10 @@
+import functools
+
 import pytest
 import torch
 
 from lora_kernels.ops import Dropout, _ext, lora_delta, lora_linear
-from lora_kernels.ops.lora_linear import reference
+from lora_kernels.ops.lora_linear import op, passes, reference
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
@@ -50,33 +52,36 @@ def widened(extra, dtype):
     return None if extra is None else (extra[0].to(dtype), extra[1].to(dtype), extra[2])
 
 
-def magnitudes(tensors, dropout, extra, scaling, grad):
+def named(function, names, **settings):
+    """A function of the tensors of these names; without a bias if it is not among them."""
+    return lambda *each: function(**{"bias": None, **dict(zip(names, each, strict=True))}, **settings)
+
+
+def magnitudes(tensors, dropout, extra, scaling, grad, names):
     """The sums of the magnitudes of all terms, of the output and of each gradient; the sums themselves may cancel."""
     leaves = [tensor.detach().double().abs() for tensor in tensors]
     pair = None if extra is None else (extra[0].double().abs(), extra[1].double().abs(), abs(extra[2]))
-    run = lambda *each: reference.lora_linear(*each, scaling=abs(scaling), dropout=dropout, extra=pair)  # noqa: E731
+    run = named(reference.lora_linear, names, scaling=abs(scaling), dropout=dropout, extra=pair)
     return differentiate(run, leaves, grad.double().abs(), torch.float64)
 
 
-def check_all(tensors, dropout, extra, backend, scaling=0.7):
+def check_all(tensors, dropout, extra, backend, scaling=0.7, names=NAMES):
     """Output and all gradients: at most twice the error of plain torch; half-scaled ones fail."""
     x, weight = tensors[:2]
     grad = torch.randn(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-    run = lambda *each: lora_linear(*each, scaling=scaling, dropout=dropout, extra=extra, backend=backend)  # noqa: E731
+    run = named(lora_linear, names, scaling=scaling, dropout=dropout, extra=extra, backend=backend)
 
     def plain(dtype):
-        more = widened(extra, dtype)
-        return lambda *each: reference.lora_linear(*each, scaling=scaling, dropout=dropout, extra=more)
+        return named(reference.lora_linear, names, scaling=scaling, dropout=dropout, extra=widened(extra, dtype))
 
     found = differentiate(run, tensors, grad)
     truth = differentiate(plain(torch.float64), tensors, grad, torch.float64)
     own = differentiate(plain(x.dtype), tensors, grad, x.dtype)
     tokens = x.shape[:-1].numel()
-    lengths = (x.shape[-1], weight.shape[0], tokens, tokens, tokens, tokens)
-    sums = magnitudes(tensors, dropout, extra, scaling, grad)
-    names = ("y", *NAMES)
+    lengths = (x.shape[-1], weight.shape[0], *[tokens] * (len(names) - 1))
+    sums = magnitudes(tensors, dropout, extra, scaling, grad, names)
     for name, one, exact, torchs, like, length, total in zip(
-        names, found, truth, own, (x, *tensors), lengths, sums, strict=True
+        ("y", *names), found, truth, own, (x, *tensors), lengths, sums, strict=True
     ):
         assert one.shape == exact.shape and one.dtype == like.dtype, name
         bar = rounding(torch.float32, length)
@@ -90,6 +95,38 @@ def check_all(tensors, dropout, extra, backend, scaling=0.7):
 def test_matches_float64(leading, features, outputs, rank, dropout, ratio, backend, poisoned_memory):
     extra = None if ratio is None else make_extra(features, outputs, 0.7 * ratio)
     check_all(make(leading, features, outputs, rank), dropout, extra, backend)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+@pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["whole", "dropped"])
+@pytest.mark.parametrize("leading, features, outputs, rank", SHAPES)
+def test_small_base_products_in_cpp(leading, features, outputs, rank, dropout, ratio, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(passes, "_SMALL", 2**30)
+    monkeypatch.setattr(passes, "linear", None)  # not called
+    extra = None if ratio is None else make_extra(features, outputs, 0.7 * ratio)
+    x, weight, _, a, b = make(leading, features, outputs, rank)
+    check_all([x, weight, a, b], dropout, extra, "cpp", names=("x", "weight", "a", "b"))
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+def test_few_ranks_in_bfloat16_are_one_call_of_cpp():
+    choose = functools.partial(op.layer.choose, "auto", torch.device("cpu"))
+    assert choose(torch.bfloat16, False, 16) == choose(torch.bfloat16, True, 64) == "cpp"
+    assert choose(torch.bfloat16, False, 17) == choose(torch.float16, False, 16) == "torch"
+    assert choose(torch.float32, False, 64) == "cpp"
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_what_is_a_small_base_product(tokens, monkeypatch):
+    calls, linear = [], passes.linear
+    monkeypatch.setattr(passes, "linear", lambda *args: calls.append(1) or linear(*args))
+    x, weight, bias, a, b = make((tokens,), 64, 64, 8)
+    lora_linear(x, weight, None, a, b, scaling=1.0, backend="cpp")
+    assert len(calls) == (tokens > 8)
+    lora_linear(x, weight, bias, a, b, scaling=1.0, backend="cpp")  # a bias is the library's
+    assert len(calls) == 1 + (tokens > 8)
 
 
 @pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])
@@ -127,15 +164,17 @@ def test_narrow_dtypes(dtype, adapters, dropout, extra):
     check_all(tensors, dropout, make_extra(48, 30, -0.7, dtype=dtype) if extra else None, "auto")
 
 
-def test_masters_get_gradients_of_float32_sums():
-    """A sum of many products is not rounded to bfloat16 on its way into a float32 gradient."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masters_get_gradients_of_float32_sums(backend):
+    """A sum of many products is not rounded to bfloat16 on its way into a float32 gradient; C++ rounds no factor."""
     tensors = make((2000,), 16, 12, 4, torch.bfloat16, torch.float32)
     grad = torch.randn(2000, 12).bfloat16()
-    found = differentiate(lambda *each: lora_linear(*each, scaling=1.0), tensors, grad)
+    found = differentiate(lambda *each: lora_linear(*each, scaling=1.0, backend=backend), tensors, grad)
     x, _, _, a, b = (each.detach() for each in tensors)
-    u, t = grad.float() @ b.bfloat16().float(), x.float() @ a.bfloat16().float().mT
-    assert relative_error(found[4], u.bfloat16().double().mT @ x.double()) < 1e-5
-    assert relative_error(found[5], grad.double().mT @ t.bfloat16().double()) < 1e-5
+    rounded = (lambda z: z.bfloat16().float()) if backend == "torch" else (lambda z: z)
+    u, t = rounded(grad.float() @ rounded(b)), rounded(x.float() @ rounded(a).mT)
+    assert relative_error(found[4], u.double().mT @ x.double()) < 1e-5
+    assert relative_error(found[5], grad.double().mT @ t.double()) < 1e-5
 
 
 @pytest.mark.parametrize("scaling, extra_scaling", [(0.0, 0.5), (-2.0, 2.0), (0.3, 0.0), (1e-3, 5.0)])

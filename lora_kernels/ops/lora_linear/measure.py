@@ -93,7 +93,7 @@ class _Problem:
 
         generator = torch.Generator(device).manual_seed(0)
         weight, mask = normal(key.m, key.n).mul_(key.n**-0.5), None
-        backend = layer.choose("auto", device, dtype, key.dropout)
+        backend = layer.choose("auto", device, dtype, key.dropout, rank)
         if key.product == "forward":
             left, right, b = normal(tokens, key.n), weight.mT, normal(key.m, rank).mT
         else:

@@ -267,7 +267,8 @@ def _run(
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
     x = x if cast is None else x.to(cast)
-    chosen = _backend.choose(name, _BACKENDS, backend, (x.device, x.dtype, threshold > 0)).name
+    rank = a.shape[0] + (0 if a0 is None else a0.shape[0])
+    chosen = _backend.choose(name, _BACKENDS, backend, (x.device, x.dtype, threshold > 0, rank)).name
     scalars = Scalars(float(scaling), frozen_scaling, threshold, stream, chosen)
     y: torch.Tensor = LoraFunction.apply(x, weight, start, a, b, scalars, None, seed, a0, b0)  # type: ignore[no-untyped-call]
     return y

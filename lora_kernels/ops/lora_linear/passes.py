@@ -7,7 +7,8 @@
     dA = u^T drop(x),  dB = g^T t,  dW = g^T x,  dbias = sum of g
 
 The frozen pair (A0, B0) is more rank of the same products: where it is what the adapter started from, the two cancel
-in the float32 sums. On the CPU the library makes the product with W and one call of C++ all others.
+in the float32 sums. On the CPU the library makes the product with W, unless it is small, and one call of C++ all
+others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.functional import linear
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._dropout import Mask, mask_of
+from lora_kernels.ops._op import PLAIN
 from lora_kernels.ops._tiles import build_platform
 from lora_kernels.ops.lora_linear import forms
 from lora_kernels.ops.skinny import _launch
@@ -30,6 +32,8 @@ _Optional = torch.Tensor | None
 # Of a sum without a large product, and of all where nothing was measured.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD, _FLOAT = 2**64 - 1, torch.float32
+# Multiplications up to which C++ computes the large product, too: calling torch takes longer.
+_SMALL = 2**15
 
 
 class Scalars(NamedTuple):
@@ -75,19 +79,24 @@ def forward(
         if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
             a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
         ranks = rank if a0 is None else rank + a0.shape[0]
+        weight_at = 0 if weight is None or start is not None else _small(weight, x)
         if weight is None:
             y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+        elif weight_at and weight.shape == (outputs, inputs):
+            y = x.new_empty(tokens, outputs)
         else:
+            weight_at = 0
             weight = weight if weight.dtype is dtype else weight.to(dtype)
             y = linear(x, weight, start if start is None or start.dtype is dtype else start.to(dtype))
         if y.shape[1] != outputs:
             _refuse(y, a, b)
-        t = x.new_empty((tokens, ranks), dtype=None if flags == 0 else _FLOAT)
+        # Sizes one by one, and a dtype only where it differs, are what torch reads fastest.
+        t = x.new_empty(tokens, ranks) if flags == 0 else x.new_empty(tokens, ranks, dtype=_FLOAT)
         _calls()[0](
             flags, tokens, inputs, outputs, rank, ranks - rank, a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
-            x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(),
+            x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(), weight_at,
         )  # fmt: skip
         return y, t
     mask = mask_of(threshold, seed, stream)
@@ -141,28 +150,30 @@ def backward(
             _refuse(x, a, b)
         if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
             a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
-        x_at = x_stride = t_at = dx_at = da_at = db_at = 0
+        x_at = x_stride = t_at = dx_at = da_at = db_at = weight_at = 0
         if need_x:
-            if weight is None:
-                dx = g.new_empty((tokens, inputs))
+            if weight is not None and weight.shape == (outputs, inputs):
+                weight_at = _small(weight, g)
+            if weight is None or weight_at:
+                dx = g.new_empty(tokens, inputs)
             else:
                 dx = torch.mm(g, weight if weight.dtype is dtype else weight.to(dtype))
             dx_at = dx.data_ptr()
         if x is not None:
-            da = torch.empty_like(a, dtype=None if flags & 2 == 0 else _FLOAT)
+            da = torch.empty_like(a) if flags & 2 == 0 else torch.empty_like(a, dtype=_FLOAT)
             x_at, x_stride, da_at = x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), da.data_ptr()
         frozen_rank = 0 if a0 is None else a0.shape[0]
         if dx is not None and dx.shape[1] != inputs or t is not None and t.shape[1] != rank + frozen_rank:
             _refuse(g, a, b)
         if t is not None:
-            db = torch.empty_like(b, dtype=None if flags & 2 == 0 else _FLOAT)
+            db = torch.empty_like(b) if flags & 2 == 0 else torch.empty_like(b, dtype=_FLOAT)
             t_at, db_at = t.data_ptr(), db.data_ptr()
         _calls()[1](
             flags, tokens, inputs, outputs, rank, frozen_rank, a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
             g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
-            weight is not None, da_at, db_at,
+            weight is not None and not weight_at, da_at, db_at, weight_at,
         )  # fmt: skip
         return dx, None if da is None else cast(da, kinds[0]), None if db is None else cast(db, kinds[1])
     mask, rank, factors, u = mask_of(threshold, seed, stream), a.shape[0], (a, b), None
@@ -249,6 +260,14 @@ def _readable(
         _refuse(a0, a, b)
     (first, second), (third, fourth) = pairs
     return first, second, third, fourth, flags  # type: ignore[return-value]
+
+
+def _small(weight: torch.Tensor, rows: torch.Tensor) -> int:
+    """The address of a weight that C++ multiplies rows by, or 0 if torch does."""
+    if weight.numel() * rows.shape[0] > _SMALL:
+        return 0
+    single = weight.dtype is rows.dtype is _FLOAT and weight.is_cpu and weight.is_contiguous()
+    return weight.data_ptr() if single and type(weight) in PLAIN and not weight.is_neg() else 0
 
 
 def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:

@@ -14,6 +14,8 @@ from lora_kernels.ops._dropout import Dropout, mask_of, to_op_args
 from lora_kernels.ops._op import Example, Op, normal, relative_error
 from lora_kernels.ops.skinny import _launch, reference
 
+_FEW_RANKS = 16
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _not_built(name: str) -> str | None:
@@ -23,23 +25,23 @@ def _not_built(name: str) -> str | None:
     return None if hasattr(module, name) else f"not built: the compiled extension has no {name}"
 
 
-def _no_triton(device: torch.device, dtype: torch.dtype, _: bool) -> str | None:
+def _no_triton(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
     return triton_refuses(device) or ("takes no float64" if dtype == torch.float64 else None)
 
 
-def _no_cpp(device: torch.device, dtype: torch.dtype, _: bool) -> str | None:
+def _no_cpp(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
     name, refusal = _launch.CPP_NAMES.get(dtype), cpp_refuses(device)
     return refusal or (f"takes no {dtype}" if name is None else _not_built(f"lora_shrink{name}"))
 
 
-def _library_wins(_: torch.device, dtype: torch.dtype, drops: bool) -> bool:
+def _library_wins(_: torch.device, dtype: torch.dtype, drops: bool, rank: int | None = None) -> bool:
     # Without a mask the three are plain matrix products: in float32 ours are for few columns, in bfloat16 the
-    # library may have instructions of the processor that ours do not use.
-    return not drops and dtype != torch.float32
+    # library may have instructions of the processor that ours do not use. All of a layer of few ranks are one call.
+    return not drops and dtype != torch.float32 and (rank is None or rank > _FEW_RANKS)
 
 
 def product_backends(kernel: str, ask: Callable[..., Any] = lambda *args: args) -> tuple[Backend, ...]:
-    """Backends of what consists of skinny products; `ask` gives device, dtype and whether anything is dropped."""
+    """Backends of skinny products; `ask` gives device, dtype, whether anything is dropped, and the rank of a layer."""
     return (
         Backend("triton", lambda *args: _no_triton(*ask(*args)), lambda *args: ask(*args)[0].type == "cpu", kernel),
         Backend("cpp", lambda *args: _no_cpp(*ask(*args)), lambda *args: _library_wins(*ask(*args))),
