@@ -142,9 +142,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
     file = folder / WEIGHTS
     if not file.is_file():
-        pickle = "adapter_model.bin"
-        why = f"; {pickle} is a pickle, which is not read: save the adapter as safetensors"
-        why *= (folder / pickle).exists()
+        pickle = folder / "adapter_model.bin"
+        why = f"; {pickle.name} is a pickle, which is not read: save the adapter as safetensors"
+        why = why if pickle.exists() else ""
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder with {WEIGHTS}{why}")
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)

@@ -27,7 +27,12 @@ class EVA(RankRule, InitMethod):
             keeps every rank.
         center: subtract the mean input (as PEFT does); otherwise the raw second moment is decomposed.
         whiten: divide row i of A by the square root of its singular value (that of the centred token matrix).
-        min_rank: as for `Redistribution`, like `max_rank`, `multiple_of`, `adjust_scaling_factors` and `seed`.
+        min_rank: smallest rank of a layer where ranks change; with 0 a layer without a winning component loses its
+            adapter.
+        max_rank: largest rank of a layer (serving engines allocate for it).
+        multiple_of: every rank is a multiple of this.
+        adjust_scaling_factors: where a rank changes, alpha follows so that the scaling s stays the same.
+        seed: of the random start of the eigensolver.
 
     Raises:
         TypeError: if a numeric argument is not a number.

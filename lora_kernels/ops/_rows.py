@@ -166,11 +166,11 @@ def packed(
     weighted: bool = False,
     column_sum: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """One part after the other of the rows that count; with `cpp`, of float32, a C++ pass leaves it in the cache.
+    """The selected rows of x in a dtype, part by part; with `cpp` (float32) one C++ pass converts and weighs a part.
 
     Yields:
-        Their places, themselves in a dtype, and these times their weights if `weighted`; `column_sum` receives the sum
-        of the latter in any case.
+        The part's slice of the selection, its rows `(count, n)`, and, if `weighted`, the rows times their weights.
+        `column_sum` `(n,)` receives the sum of the weighted rows in any case.
     """
     index, weight = selected.to(dtype)
     parts = row_parts(x, index, step)
