@@ -4,12 +4,14 @@ import copy
 import pickle
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
+from torch._dynamo import compiled_autograd
 
 import lora_kernels as lk
 from lora_kernels.ops import _ext
@@ -352,6 +354,26 @@ def test_compiles_as_one_graph_for_any_number_of_tokens(dropout):
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
+
+
+@pytest.mark.skipif(not hasattr(compiled_autograd, "_enable"), reason="another interface in this version of torch")
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.2}, {"use_dora": True}], ids=str)
+def test_backward_passes_that_are_compiled(settings):
+    model = wrapped(target_modules=["down_proj"], **settings).train()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    lk.accelerate(model, strict=True)
+    torch._dynamo.reset()
+    results = []
+    for context in (nullcontext(), compiled_autograd._enable(torch.compile(backend="aot_eager"))):
+        torch.manual_seed(2)
+        x = torch.randn(6, 40, requires_grad=True)
+        with context:
+            layer(x).sin().sum().backward()
+        results.append((x.grad, *(value.grad for value in layer.parameters() if value.grad is not None)))
+        layer.zero_grad()
+    assert len(results[0]) == len(results[1]) >= 3
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_double_backward_in_reference_mode():

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 moe = pytest.importorskip("transformers.integrations.moe")
@@ -23,6 +24,7 @@ from tests.training.test_experts import (
     compare,
     own_experts,
     routed,
+    run,
     same,
     wrapped,
 )
@@ -108,6 +110,20 @@ def test_weights_of_another_dtype(dtypes, calls):
     stock, fused = both(wrapped().to(dtypes[0]))
     x, index, weights = routed(fused, 50, 2, dtypes[0])
     compare(stock, fused, (x, index, weights.to(dtypes[1])))
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not hasattr(compiled_autograd, "_enable"), reason="another interface in this version of torch")
+def test_backward_passes_that_are_compiled(monkeypatch, calls):
+    monkeypatch.setattr(expert_blocks, "ROWS", 20)
+    stock, fused = both(wrapped())
+    torch._dynamo.reset()
+    inputs = routed(fused, 30, 2)
+    expected = run(stock, *inputs)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        found = run(fused, *inputs)
+    for part, value in expected.items():
+        assert relative_error(found[part], value) < 1e-5, part
     assert len(calls) == 1
 
 
