@@ -79,15 +79,6 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
     return max(1, min(wanted, tokens // least))
 
 
-def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
-    """The number of parts of a product's token loop and their tokens; the last may have fewer."""
-    splits = token_splits(tiles, tokens, processors, least=least)
-    chunk = -(-tokens // splits)
-    if splits > 1:  # whole steps: no part but the last has a ragged end
-        chunk = -(-chunk // config.tokens) * config.tokens
-    return -(-tokens // chunk), chunk
-
-
 def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:
     """How many parts, of `least` or more, a sum of `tiles` programs is cut into, and their length in whole steps."""
     chunk = -(-length // token_splits(tiles, length, processors(device), least=least))

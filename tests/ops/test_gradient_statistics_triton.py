@@ -8,7 +8,6 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lora_kernels.ops import _reduce, fisher_scaled, gradient_statistics_
-from lora_kernels.ops._reduce import AOT_CHIPS
 from lora_kernels.ops._rows import selection
 from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.gradient_statistics import kernel, reference
@@ -206,23 +205,6 @@ def test_alignment_is_that_of_every_size_stride_and_address():
     assert not is_aligned(out, wide[:, :32], odd[:, :48])
     assert not is_aligned(torch.zeros(32, 49)[:, :48], wide[:, :32], wide[:, :48])
     assert not is_aligned(torch.zeros(31, 48), wide[:, :31], wide[:, :48])
-
-
-def test_ahead_of_time_cases_cover_every_launch():
-    """Each shape, dtype, kind of weight, alignment and platform leads to a form that the compile check knows."""
-    known = {
-        (chip, case["aligned"], case["signature"]["x_ptr"], case["constexprs"]["HAS_WEIGHT"],
-         case["constexprs"]["ROWS"], case["constexprs"]["COLUMNS"], case["constexprs"]["TOKENS"],
-         case["warps"], case["stages"])
-        for case in kernel.aot_cases() if "g_ptr" in case["signature"] for chip in case["chips"]
-    }  # fmt: skip
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    sides = (1, 17, 512, 1024, 4096, 14336)
-    for (chip, capability), aligned, weighted in itertools.product(AOT_CHIPS.items(), (True, False), (True, False)):
-        for (dtype, name), height, width in itertools.product(names.items(), sides, sides):
-            each = kernel.config_for(height, width, dtype, weighted=weighted, aligned=aligned, capability=capability)
-            launch = (each.rows, each.columns, each.tokens, each.warps, each.stages)
-            assert (chip, aligned, name, weighted, *launch) in known
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.3, 2, -1.0])

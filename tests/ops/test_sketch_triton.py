@@ -277,30 +277,6 @@ def test_chunks_of_tokens_fit_the_cache():
     assert kernel.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
 
 
-def test_ahead_of_time_cases_cover_every_launch():
-    """Each dtype, kind, width, selection, alignment and platform leads to a form that the compile check knows."""
-    known = {
-        (case["kernel"].__name__, case["platform"], case["aligned"], case["signature"].get("x_ptr"),
-         case["constexprs"].get("TOKENS"), case["constexprs"].get("FEATURES"), case["constexprs"]["RANK"],
-         case["constexprs"].get("HAS_INDEX"), case["constexprs"].get("SIGNS"), case["constexprs"].get("PAIR"),
-         case["warps"], case["stages"])
-        for case in kernel.aot_cases()
-    }  # fmt: skip
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    for platform, aligned, index, k in itertools.product(
-        ("cuda", "hip"), (True, False), (True, False), (1, 16, 24, 300)
-    ):
-        rank, _ = rank_for(k)
-        for dtype, name in names.items():
-            for product, signs in itertools.product(("shrink", "tall"), (True, False)):
-                each = kernel.config_for(product, dtype, aligned=aligned, platform=platform)
-                shrink = product == "shrink"
-                pair = (not signs and dtype != torch.float32) if shrink else dtype == torch.bfloat16
-                form = (each.tokens, each.features, rank, index, signs if shrink else None, pair)
-                launch = (f"{product}_kernel", platform, aligned, name, *form, each.warps, each.stages)
-                assert launch in known
-
-
 def test_registration_is_sound():
     left, right = torch.randn(20, 18, device=DEVICE), torch.randn(20, 16, device=DEVICE)
     out, total, checks = torch.zeros(18, 5, device=DEVICE), torch.zeros(18, device=DEVICE), ("test_schema",)

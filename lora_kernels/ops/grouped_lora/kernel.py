@@ -10,8 +10,6 @@ fixed order: same input, same bits. Offsets are read on the device, and held wit
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
@@ -337,48 +334,3 @@ def expand(
             ALIGNED=aligned, ADD=base is not None,
         ),
     )  # fmt: skip
-
-
-def _aot_case(
-    kernel: Any, rank: int, dtype: torch.dtype, out: str, offsets: str, flags: dict[str, bool], **where: Any
-) -> dict[str, Any]:
-    platform, x, drop = where["platform"], f"*{AOT_DTYPES[dtype]}", flags["HAS_DROPOUT"]
-    product = kernel.__name__.removeprefix("grouped_").removesuffix("_kernel")
-    config = product_config(product, rank, dtype, where["aligned"], platform)
-    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "UPCAST": False}
-    fixed |= {"ALIGNED": where["aligned"], "PRECISION": precision(dtype, platform), **flags}
-    if kernel is not grouped_reduce_kernel:
-        fixed["LANES"] = _LANES
-    types = dict.fromkeys(("rank", "experts", "t_stride", "threshold", "stream"), "i32")
-    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}", "offsets_ptr": f"*{offsets}"}
-    # As in `skinny.kernel`: where a mask meets the left operand, or rows are few, the older matrix instruction serves.
-    older = (kernel is grouped_shrink_kernel and drop) or (kernel is grouped_reduce_kernel and rank < 64)
-    launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
-    label = " ".join(
-        name.removeprefix("HAS_").lower() for name in ("TRANSPOSED", "ADD", "HAS_DROPOUT") if flags.get(name)
-    )
-    shape = f"{x[1:]} {out} {offsets} {config.tokens}x{config.columns}x{rank} {label}"
-    return aot_case(kernel, shape, fixed, types, **where, **launch)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that the functions here launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
-    both = (False, True)
-    for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), both, AOT_DTYPES.items()):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for rank, (transposed, drop) in itertools.product((16, 32, 64), ((False, False), (False, True), (True, False))):
-            flags = {"TRANSPOSED": transposed, "HAS_DROPOUT": drop}
-            # Offsets of either width where addresses are the same anyway; gradients of narrow and of wide factors.
-            offsets = "i32" if aligned else "i64"
-            yield _aot_case(grouped_shrink_kernel, rank, dtype, x, offsets, flags, **where)
-            for out in dict.fromkeys((x, "fp32", "bf16")):
-                yield _aot_case(grouped_reduce_kernel, rank, dtype, out, offsets, flags, **where)
-            # The forward product adds, and has no mask; the backward one starts anew, and A is not transposed.
-            adds = [True] * (not drop) + [False] * (not transposed) if step_for(rank, dtype) == rank else []
-            for add in adds:
-                yield _aot_case(grouped_expand_kernel, rank, dtype, x, offsets, {**flags, "ADD": add}, **where)

@@ -11,8 +11,6 @@ dropout mask of `_philox.keep_mask`, from positions.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, aot_configs
 from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
@@ -227,33 +224,3 @@ def linear(
         (out, x, right, out if bias is None else bias, t, b, seed),
         (size, inner, tokens, t.shape[1], *strides, factor, threshold, stream), constants,
     )  # fmt: skip
-
-
-def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **where: Any) -> dict[str, Any]:
-    x = f"*{AOT_DTYPES[dtype]}"
-    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "STEP": config.step}
-    fixed |= {"RANK": config.rank, "GROUP": _GROUP, "UPCAST": False}
-    fixed |= {"QUARTERS": config.quarters(flags["HAS_DROPOUT"])}
-    fixed |= {"PRECISION": precision(dtype, where["platform"]), **flags}
-    types = dict.fromkeys(("inner", "rank", "right_stride", "t_stride", "threshold", "stream"), "i32")
-    types |= dict.fromkeys(("out_ptr", "x_ptr", "right_ptr", "bias_ptr", "t_ptr", "factor_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32"}
-    names = ("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT")
-    label = " ".join(name.removeprefix("HAS_").lower() for name in names if flags[name])
-    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, config, **where)
-
-
-_AOT_FLAGS = tuple(
-    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), flags, strict=True))
-    for flags in itertools.product((False, True), repeat=4)
-    # A bias goes with a forward, a mask with a backward.
-    if not (flags[3] and (flags[1] or flags[2]))
-)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `linear` launches; see `_reduce.aot_cases`."""
-    for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
-        configs = aot_configs(lambda capability: candidates(dtype, aligned=aligned, capability=capability))  # noqa: B023
-        for (config, where), flags in itertools.product(configs, _AOT_FLAGS):
-            yield _aot_case(config, dtype, flags, aligned=aligned, **where)

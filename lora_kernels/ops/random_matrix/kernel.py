@@ -6,16 +6,11 @@ out[i, j] = normal draw j % 4 of philox(j // 4, i, stream, step)                
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import aot_case
 from lora_kernels.ops._tiles import signed32
 from lora_kernels.ops._tl import gaussian_pair, philox
 
@@ -112,16 +107,3 @@ def random_matrix(out: torch.Tensor, kind: str, seed: int, stream: int, step: in
         constants_of(ROWS=tall) if signs else constants_of(ROWS=tall, GROUPS=_NORMAL_GROUPS, PAIR=out.dim() == 3)
     )
     launch(kernel, (-(-rows // tall) * -(-columns // wide), 1, 1), (out,), numbers, constants)
-
-
-_AOT_DTYPES = {"bf16": True, "fp16": True, "fp32": False}  # whether a rest may be asked for
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `random_matrix` launches; see `_reduce.aot_cases`."""
-    for platform, aligned, dtype in itertools.product(("cuda", "hip"), (True, False), _AOT_DTYPES):
-        types, where = {"out_ptr": f"*{dtype}"}, {"platform": platform, "aligned": aligned}
-        yield aot_case(signs_kernel, dtype, {"ROWS": _SIGN_ROWS}, types, **where)
-        for pair in (False, True) if _AOT_DTYPES[dtype] else (False,):
-            constexprs = {"ROWS": _NORMAL_ROWS, "GROUPS": _NORMAL_GROUPS, "PAIR": pair}
-            yield aot_case(normal_kernel, dtype + " pair" * pair, constexprs, types, **where)

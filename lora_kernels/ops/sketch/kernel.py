@@ -19,8 +19,6 @@ fill the device; the parts are added in order.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +27,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
+from lora_kernels.ops._reduce import column_sums
 from lora_kernels.ops._rows import ALL, Selection
 from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
@@ -377,32 +375,3 @@ def project(
     for low in range(0, a.shape[0], _MOST_TOKENS):
         part = slice(low, low + _MOST_TOKENS)
         _shrink(out[part], a[part], ALL, out.shape[1], omega, scratch, config, least)
-
-
-_RANKS = (16, 32, 64)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
-    for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for dtype, x in AOT_DTYPES.items():
-            config = config_for("shrink", dtype, aligned=aligned, platform=platform)
-            for index, signs in itertools.product((False, True), repeat=2):
-                constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
-                constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
-                label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
-                types = {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
-                yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
-            config = config_for("tall", dtype, aligned=aligned, platform=platform)
-            pair = dtype == torch.bfloat16
-            p = dtype if pair else torch.float32
-            for index in (False, True):
-                constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
-                label = f"{x} {config.features}x{config.tokens}x{rank}"
-                types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
-                yield aot_case(tall_kernel, label, constexprs, types, config, **where)
-        for weight, pair, add in ((False, False, True), *itertools.product((False, True), (False, True), (False,))):
-            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair, "ADD": add}
-            label = f"{rank}" + " pair" * pair + " add" * add
-            yield aot_case(combine_kernel, label, constexprs, {"out_ptr": "*bf16"} if pair else None, **where)
