@@ -186,8 +186,6 @@ def launch_all(chip: Chip, aligned: bool) -> None:
                     linear.linear(x, x, right.mT if turned else right, t, b, bias, mask, config)
     for pair in (torch.bfloat16, torch.float16):
         draws.random_matrix(new(2, 64, wide, dtype=pair), "gaussian", 1, 2, 3)
-    for power in (1.0, 0.5, 0.7):
-        gradients.scale_rows(new(64, wide), new(64, wide), new(64), 0.5, 0.5, power)
     numbers = adam_config.Adam(scaling=0.5, beta1=0.9, beta2=0.99, eps=1e-8, step=1, row_offset=0, row_step=64)
     for rank, state in itertools.product(adam_config.RANKS, (torch.float32, torch.bfloat16)):
         left, right, moment = new(2, 64, rank), new(2, rank, wide), new(2, 64, wide, dtype=state)

@@ -27,7 +27,7 @@ from lora_kernels.ops._tiles import (
     tile_map,
     token_splits,
 )
-from lora_kernels.ops._tl import INTERPRETED, add_tile, dot, finish_tile, token_rows
+from lora_kernels.ops._tl import INTERPRETED, add_tile, dot, finish_tile, load_tile, token_rows
 
 _SUM_COLUMNS, _SUM_TOKENS = 128, 16
 # A part's tokens are added one after the other in float32, 16 at a time: at most this many keep rounding errors apart.
@@ -45,25 +45,11 @@ def product_kernel(
     weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
     scale_ptr,  # (1,) float32, if HAS_SCALE: multiplies the sum
     tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
-    height,
-    width,
-    n_tokens,
-    chunk,
-    left_stride,
-    x_stride,
-    out_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOWER: tl.constexpr,
-    TWO_SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    height, width, n_tokens, chunk, left_stride, x_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, SPLIT: tl.constexpr, LOWER: tl.constexpr,
+    TWO_SLICES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of the sum, over one part of the tokens: added to `out`, or stored in `partial` if SPLIT."""
     if LOWER:
         left_ptr, left_stride, height = x_ptr, x_stride, width
@@ -76,15 +62,11 @@ def product_kernel(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         row = token_rows(index_ptr, token, last, HAS_INDEX)
-        left = tl.load(
-            left_ptr + (row * left_stride)[None, :] + rows[:, None],
-            mask=(token[None, :] < last) & (rows[:, None] < height),
-            other=0.0,
+        left = load_tile(
+            left_ptr + (row * left_stride)[None, :] + rows[:, None], token[None, :] < last, rows[:, None] < height
         )
-        right = tl.load(
-            x_ptr + (row * x_stride)[:, None] + columns[None, :],
-            mask=(token[:, None] < last) & (columns[None, :] < width),
-            other=0.0,
+        right = load_tile(
+            x_ptr + (row * x_stride)[:, None] + columns[None, :], token[:, None] < last, columns[None, :] < width
         )
         if HAS_WEIGHT:
             # On the right operand only: weighting the left one serialises the tensor-core pipeline (ptxas C7515).
@@ -101,15 +83,9 @@ def add_tiles_kernel(
     out_ptr,  # (height, width) float32; (height, height), lower triangle, if LOWER
     partial_ptr,  # (splits, tiles, ROWS, COLUMNS) float32
     tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
-    height,
-    width,
-    splits,
-    out_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STRIP: tl.constexpr,
-    LOWER: tl.constexpr,
-):
+    height, width, splits, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, LOWER: tl.constexpr,
+):  # fmt: skip
     """Add the partial tiles, in order, to `out`; a program per strip of a tile."""
     tile = tl.program_id(0)
     packed = tl.load(tiles_ptr + tile)
@@ -130,16 +106,10 @@ def column_sum_kernel(
     x_ptr,  # (rows of x, n)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
-    size,
-    n_tokens,
-    chunk,
-    x_stride,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    size, n_tokens, chunk, x_stride,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SQUARE: tl.constexpr,
-):
+):  # fmt: skip
     """The weighted sum of a block of columns, or of their squares, over one part of the tokens."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * chunk
@@ -165,10 +135,9 @@ def column_sum_kernel(
 def add_rows_kernel(
     out_ptr,  # (n,) float32
     partial_ptr,  # (splits, n) float32
-    size,
-    splits,
+    size, splits,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Add the partial sums, in order, to `out`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)

@@ -37,6 +37,18 @@ class TileConfig:
         return {**sizes, "TWO_SLICES": self.two_slices, "PRECISION": precision(dtype, platform)}
 
 
+WIDE = TileConfig(128, 256, 64, 8, 3)
+SQUARE = TileConfig(128, 128, 64, 8, 3)
+HOPPER_HALF = TileConfig(
+    64, 128, 64, 4, 4
+)  # the square tile's matrix instructions serialise in Triton 3.6 (ptxas C7515)
+SMALL = TileConfig(64, 64, 64, 4, 4)
+SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
+RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
+AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)  # 64 KB of local memory hold two stages
+AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
+
+
 @functools.lru_cache(maxsize=256)
 def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
     """Pairs `(tile row, tile column)` that cover the lower triangle (diagonal included) of a square matrix.

@@ -5,6 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from lora_kernels.ops import _tiles
 from lora_kernels.ops._rows import Selection
 from lora_kernels.ops._tiles import is_aligned, lower_tiles, token_splits
 from lora_kernels.ops.covariance import covariance_, kernel, reference
@@ -53,7 +54,7 @@ SHIPPED = [config for config in vars(kernel).values() if isinstance(config, kern
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
 def test_shipped_configurations(config):
     x = torch.randn(70, 300, device=DEVICE).half()
-    x = x.float() if config is kernel.SINGLE else x
+    x = x.float() if config is _tiles.SINGLE else x
     out, _ = run(x, torch.rand(70, device=DEVICE) < 0.9, config)
     truth, _ = reference.covariance(x, None)
     assert relative_error(out.tril(), truth.tril()) > 1e-3, "the mask must matter"
@@ -99,18 +100,18 @@ def test_strict_upper_triangle_and_memory_beyond_are_left_alone():
 
 def test_configuration_depends_on_shape_dtype_alignment_and_platform():
     half = torch.bfloat16
-    assert kernel.config_for(64, half) == kernel.SMALL
-    assert kernel.config_for(1024, torch.float16) == kernel.SQUARE
-    assert kernel.config_for(1024, half, capability=(9, 0)) == kernel.HOPPER_HALF
+    assert kernel.config_for(64, half) == _tiles.SMALL
+    assert kernel.config_for(1024, torch.float16) == _tiles.SQUARE
+    assert kernel.config_for(1024, half, capability=(9, 0)) == _tiles.HOPPER_HALF
     assert kernel.config_for(3072, half, capability=(9, 0)) == kernel.HOPPER_SQUARE
     # No Hopper chip, of 132 multiprocessors at most, splits its tokens.
     tiles = lower_tiles(3072, kernel.HOPPER_SQUARE.rows, kernel.HOPPER_SQUARE.columns)
     assert token_splits(len(tiles), 10**6, 132) == 1
-    assert kernel.config_for(8192, half) == kernel.WIDE
-    assert kernel.config_for(8192, torch.float32) == kernel.SINGLE
+    assert kernel.config_for(8192, half) == _tiles.WIDE
+    assert kernel.config_for(8192, torch.float32) == _tiles.SINGLE
     # Where addresses cannot be vectorised the large tiles spill.
-    assert kernel.config_for(8191, half, aligned=False) == kernel.RAGGED
-    assert kernel.config_for(8191, torch.float32, aligned=False) == kernel.RAGGED
+    assert kernel.config_for(8191, half, aligned=False) == _tiles.RAGGED
+    assert kernel.config_for(8191, torch.float32, aligned=False) == _tiles.RAGGED
     # 64 KB of local memory: two stages of both operands, in bytes, must fit.
     for features in (64, 1024, 8192):
         for dtype in (half, torch.float32):

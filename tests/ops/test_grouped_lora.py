@@ -196,7 +196,7 @@ def test_registration_is_sound(backend):
         torch.library.opcheck(ops.grouped_lora.default, (y, x, offsets, a, b, *drop, backend))
         t = ops.grouped_lora.default(y, x, offsets, a, b, *drop, backend)[1]
         for source, low, need_x in ((x, t, True), (None, t, True), (x, None, False)):
-            args = (torch.randn(6, 5), source, low, offsets, a, b, *drop, need_x, backend)
+            args = (torch.randn(6, 5), source, low, offsets, a, b, *drop, backend, need_x)
             torch.library.opcheck(ops.grouped_lora_backward.default, args)
 
 

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from lora_kernels.ops import _tiles
 from lora_kernels.ops._library import add_product, adds
 from lora_kernels.ops._reduce import add_weighted_product, column_sums
 from lora_kernels.ops._rows import ALL, Selection
 from lora_kernels.ops._tiles import TileConfig, capability_of, is_aligned
 
-WIDE = TileConfig(128, 256, 64, 8, 3)
-SQUARE = TileConfig(128, 128, 64, 8, 3)
-# Hopper: Triton 3.6 serialises the matrix instructions of the square tile (ptxas C7515), of these it does not: of the
-# first only where tokens are not split, which takes few tiles.
+# Hopper, see HOPPER_HALF. This one serialises only where tokens are split, which matrices of its size do not need.
 HOPPER_SQUARE = TileConfig(128, 128, 128, 8, 2)
-HOPPER_HALF = TileConfig(64, 128, 64, 4, 4)
-SMALL = TileConfig(64, 64, 64, 4, 4)
-SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
-RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
-# AMD: 64 KB of local memory hold two stages, and the wide tile spills registers where rows carry weights.
-AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
-AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 
 _SQUARE_FROM, _HOPPER_SQUARE_FROM, _WIDE_FROM = 1024, 3072, 8192
 # Features from which the library's product by blocks of rows is expected to win (a model; `benchmarks.gpu` times both).
@@ -33,18 +24,18 @@ def config_for(
     """The configuration for x `(rows, features)`; `aligned` if loads can be vectorised, no `capability` on AMD."""
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
     if capability is None:
-        return AMD_SQUARE if large else AMD_SMALL
+        return _tiles.AMD_SQUARE if large else _tiles.AMD_SMALL
     if not aligned:
-        return RAGGED
+        return _tiles.RAGGED
     if dtype == torch.float32:
-        return SINGLE
+        return _tiles.SINGLE
     if not large:
-        return SMALL
+        return _tiles.SMALL
     if features >= _WIDE_FROM:
-        return WIDE
+        return _tiles.WIDE
     if capability != (9, 0):
-        return SQUARE
-    return HOPPER_SQUARE if features >= _HOPPER_SQUARE_FROM else HOPPER_HALF
+        return _tiles.SQUARE
+    return HOPPER_SQUARE if features >= _HOPPER_SQUARE_FROM else _tiles.HOPPER_HALF
 
 
 def covariance(

@@ -18,20 +18,6 @@ _CPU_BLOCK = 128
 _GPU_BLOCK = 1024
 
 
-def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None) -> None:
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError("x has shape (), but must be (..., n)")
-    features = x.shape[-1]
-    sums = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[2:]
-    check_tensor("out", out, shape=(features, features), dtypes=sums, device=x.device, contiguous="rows")
-    if weight is not None:
-        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
-    if column_sum is not None:
-        kind = (out.dtype,)
-        check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
-
-
 def _by_blocks(
     out: torch.Tensor, x: torch.Tensor, selected: Selection, column_sum: torch.Tensor | None, cpp: bool = False
 ) -> None:
@@ -53,7 +39,7 @@ covariance = Op(
     "covariance_",
     _body,
     writes=("out", "column_sum"),
-    check=_check,
+    accumulates=True,
     backends=(
         on_triton("covariance.kernel:covariance", no_float64),
         on_cpp(functools.partial(_by_blocks, cpp=True), no_float64),
@@ -87,6 +73,15 @@ def covariance_(
         ValueError: on a wrong shape, device or stride.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    check_tensor("x", x, form="(..., n)")
+    features = x.shape[-1]
+    sums = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[2:]
+    check_tensor("out", out, shape=(features, features), dtypes=sums, device=x.device, contiguous="rows")
+    if weight is not None:
+        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
+    if column_sum is not None:
+        kind = (out.dtype,)
+        check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
     covariance(backend, out, x, weight, column_sum)
 
 

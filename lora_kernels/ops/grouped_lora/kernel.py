@@ -19,7 +19,7 @@ import triton.language as tl
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key, load_tile
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
 from lora_kernels.ops.skinny.kernel import factor_offsets, known
 
@@ -55,24 +55,10 @@ def grouped_shrink_kernel(
     factor_ptr,  # (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    x_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    LANES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, experts, rank, x_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `factor * drop(x) a^T`; zeros in rows of no expert."""
     rank = known(rank, ALIGNED)
     expert, first, end = find_tile(offsets_ptr, tl.program_id(1), experts, n_tokens, TOKENS, LANES)
@@ -88,17 +74,13 @@ def grouped_shrink_kernel(
         acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
         for start in range(0, last, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            x = tl.load(
-                x_ptr + row[:, None] + column[None, :],
-                mask=(token[:, None] < end) & (column[None, :] < size),
-                other=0.0,
-            )
+            x = load_tile(x_ptr + row[:, None] + column[None, :], token[:, None] < end, column[None, :] < size)
             if HAS_DROPOUT:
                 group = start // 8 + tl.arange(0, COLUMNS // 8)
                 keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
                 x = tl.where(keep, x, tl.zeros_like(x))
             place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
-            a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
+            a = load_tile(factor_ptr + place, lane[None, :] < rank, column[:, None] < size)
             acc = dot(x, a, acc, PRECISION, UPCAST)
         mask = (token[:, None] < end) & (lane[None, :] < rank)
         result = (acc * factor).to(out_ptr.dtype.element_ty)
@@ -112,24 +94,10 @@ def grouped_reduce_kernel(
     t_ptr,  # (n_tokens, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    x_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, experts, rank, x_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `factor * t^T drop(z)` over the rows of one expert."""
     rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
@@ -143,16 +111,8 @@ def grouped_reduce_kernel(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         wide = token.to(tl.int64)
-        t = tl.load(
-            t_ptr + wide[None, :] * t_stride + lane[:, None],
-            mask=(token[None, :] < last) & (lane[:, None] < rank),
-            other=0.0,
-        )
-        z = tl.load(
-            x_ptr + wide[:, None] * x_stride + column[None, :],
-            mask=(token[:, None] < last) & (column[None, :] < size),
-            other=0.0,
-        )
+        t = load_tile(t_ptr + wide[None, :] * t_stride + lane[:, None], token[None, :] < last, lane[:, None] < rank)
+        z = load_tile(x_ptr + wide[:, None] * x_stride + column[None, :], token[:, None] < last, column[None, :] < size)
         if HAS_DROPOUT:
             group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
             keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
@@ -172,27 +132,11 @@ def grouped_expand_kernel(
     factor_ptr,  # b: (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    out_stride,
-    x_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    LANES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ADD: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    size, n_tokens, experts, rank, out_stride, x_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, ADD: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of `base + factor * mask * (t b)`, rounded once; the base in rows of no expert."""
     rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     expert, first, end = find_tile(offsets_ptr, tl.program_id(1), experts, n_tokens, TOKENS, LANES)
@@ -205,13 +149,9 @@ def grouped_expand_kernel(
         acc = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
         for start in range(0, ranks, RANK):
             lane = start + tl.arange(0, RANK)
-            t = tl.load(
-                t_ptr + token[:, None] * t_stride + lane[None, :],
-                mask=(token[:, None] < end) & (lane[None, :] < rank),
-                other=0.0,
-            )
+            t = load_tile(t_ptr + token[:, None] * t_stride + lane[None, :], token[:, None] < end, lane[None, :] < rank)
             place = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
-            b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
+            b = load_tile(factor_ptr + place, lane[:, None] < rank, column[None, :] < size)
             acc = dot(t, b, acc, PRECISION, UPCAST)
         mask = (token[:, None] < end) & (column[None, :] < size)
         if HAS_DROPOUT:

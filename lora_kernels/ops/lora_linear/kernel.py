@@ -20,7 +20,7 @@ import triton.language as tl
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key, load_tile
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
@@ -40,16 +40,12 @@ def finish(
     low = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32) if HAS_DROPOUT else acc
     for start in tl.range(0, rank, RANK, num_stages=1):
         lane = start + tl.arange(0, RANK)
-        t = tl.load(
-            t_ptr + row[:, None] * t_stride + lane[None, :],
-            mask=(token[:, None] < n_tokens) & (lane[None, :] < rank),
-            other=0.0,
-        )
+        t = load_tile(t_ptr + row[:, None] * t_stride + lane[None, :], token[:, None] < n_tokens, lane[None, :] < rank)
         if TRANSPOSED:
             place = lane[:, None] + column.to(tl.int64)[None, :] * rank
         else:
             place = lane.to(tl.int64)[:, None] * size + column[None, :]
-        b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
+        b = load_tile(factor_ptr + place, lane[:, None] < rank, column[None, :] < size)
         low = dot(t, b, low, PRECISION, UPCAST)
     if HAS_DROPOUT:
         octet = first // 8 + tl.arange(0, COLUMNS // 8)
@@ -92,30 +88,11 @@ def linear_kernel(
     t_ptr,  # (n_tokens, rank)
     factor_ptr,  # (rank, size); if TRANSPOSED the transposed view of a row-major (size, rank)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    inner,
-    n_tokens,
-    rank,
-    out_stride,
-    x_stride,
-    right_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    RANK: tl.constexpr,
-    GROUP: tl.constexpr,
-    RIGHT_TRANSPOSED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, inner, n_tokens, rank, out_stride, x_stride, right_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
+    RIGHT_TRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    QUARTERS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `bias + factor * mask * (t b) + x right`, rounded once."""
     # The launcher pads: both are multiples of 8, which Triton itself does not look for.
     rank, t_stride = rank // 8 * 8, t_stride // 8 * 8
@@ -131,17 +108,15 @@ def linear_kernel(
     acc = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for start in range(0, inner, STEP):
         place = start + tl.arange(0, STEP)
-        x = tl.load(
-            x_ptr + row[:, None] * x_stride + place[None, :],
-            mask=(token[:, None] < n_tokens) & (place[None, :] < inner),
-            other=0.0,
+        x = load_tile(
+            x_ptr + row[:, None] * x_stride + place[None, :], token[:, None] < n_tokens, place[None, :] < inner
         )
         # The axis that is contiguous in memory is loaded as such: no tile is transposed.
         if RIGHT_TRANSPOSED:
             at = place[:, None] + column.to(tl.int64)[None, :] * right_stride
         else:
             at = place.to(tl.int64)[:, None] * right_stride + column[None, :]
-        right = tl.load(right_ptr + at, mask=(place[:, None] < inner) & (column[None, :] < size), other=0.0)
+        right = load_tile(right_ptr + at, place[:, None] < inner, column[None, :] < size)
         acc = dot(x, right, acc, PRECISION, UPCAST)
 
     if QUARTERS:

@@ -29,9 +29,7 @@ _CPU_CHUNK, _CHUNK = 1 << 16, 1 << 26
 
 
 def _check(y: torch.Tensor) -> None:
-    check_tensor("y", y)
-    if y.dim() < 2:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but must be (..., n, k)")
+    check_tensor("y", y, form="(..., n, k)")
     if y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y has shape {tuple(y.shape)}, but must have at least as many rows as columns")
 

@@ -22,14 +22,9 @@ _NORMAL_ROWS, _NORMAL_GROUPS = 16, 16  # 32 rows take twice the registers, and s
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step"])
 def signs_kernel(
     out_ptr,  # (size, columns)
-    size,
-    columns,
-    seed_low,
-    seed_high,
-    stream,
-    step,
+    size, columns, seed_low, seed_high, stream, step,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of ROWS rows and 128 columns; both sizes may need more than a grid's second axis holds."""
     wide = (columns - 1) // 128 + 1
     tall = tl.program_id(0) // wide
@@ -56,16 +51,9 @@ def signs_kernel(
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "step"])
 def normal_kernel(
     out_ptr,  # (size, columns), or (2, size, columns) if PAIR
-    size,
-    columns,
-    seed_low,
-    seed_high,
-    stream,
-    step,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PAIR: tl.constexpr,
-):
+    size, columns, seed_low, seed_high, stream, step,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
     """A tile of ROWS rows and 4 * GROUPS columns; if PAIR, what rounding to the dtype took away comes second."""
     wide = (columns - 1) // (4 * GROUPS) + 1
     tall = tl.program_id(0) // wide

@@ -30,7 +30,7 @@ from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._reduce import column_sums
 from lora_kernels.ops._rows import ALL, Selection
 from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, load_tile, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
 from lora_kernels.ops.random_matrix.reference import Omega
 
@@ -106,24 +106,10 @@ def shrink_kernel(
     x_ptr,  # (rows of x, size)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     omega_ptr,  # (1 or 2 if PAIR, size, blocks * RANK) of x's dtype, if not SIGNS
-    size,
-    n_tokens,
-    columns,
-    steps,
-    x_stride,
-    out_stride,
-    seed_low,
-    seed_high,
-    stream,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    SIGNS: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, columns, steps, x_stride, out_stride, seed_low, seed_high, stream,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr, HAS_INDEX: tl.constexpr, SIGNS: tl.constexpr,
+    PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of P over one part of the features. Programs that share rows of x are neighbours."""
     block = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -137,11 +123,7 @@ def shrink_kernel(
     rest = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for start in range(first, last, FEATURES):
         feature = start + tl.arange(0, FEATURES)
-        x = tl.load(
-            x_ptr + row[:, None] + feature[None, :],
-            mask=(token[:, None] < n_tokens) & (feature[None, :] < size),
-            other=0.0,
-        )
+        x = load_tile(x_ptr + row[:, None] + feature[None, :], token[:, None] < n_tokens, feature[None, :] < size)
         if SIGNS:
             key0, key1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
             omega = sign_tile(feature, block, tl.cast(stream, tl.uint32), key0, key1, FEATURES, RANK, x.dtype)
@@ -163,16 +145,9 @@ def combine_kernel(
     out_ptr,  # (size, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
     partial_ptr,  # (splits, size, blocks * RANK) float32
     weight_ptr,  # (size,) float32, if HAS_WEIGHT
-    size,
-    splits,
-    columns,
-    out_stride,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    PAIR: tl.constexpr,
-    ADD: tl.constexpr,
-):
+    size, splits, columns, out_stride,
+    ROWS: tl.constexpr, RANK: tl.constexpr, HAS_WEIGHT: tl.constexpr, PAIR: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     """The sum of parts in order, its rows weighed: stored as the second product wants it, or added to `out` if ADD."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
@@ -202,18 +177,10 @@ def tall_kernel(
     x_ptr,  # (rows of x, size)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     p_ptr,  # (n_tokens, blocks, RANK) float32, or (n_tokens, blocks, 2, RANK) of x's dtype if PAIR
-    size,
-    n_tokens,
-    chunk,
-    x_stride,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, chunk, x_stride,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of `x^T P` over one part of the tokens."""
     WIDTH: tl.constexpr = 2 * RANK if PAIR else RANK
     block = tl.program_id(0)
@@ -226,11 +193,7 @@ def tall_kernel(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         row = token_rows(index_ptr, token, last, HAS_INDEX) * x_stride
-        x = tl.load(
-            x_ptr + row[None, :] + feature[:, None],
-            mask=(token[None, :] < last) & (feature[:, None] < size),
-            other=0.0,
-        )
+        x = load_tile(x_ptr + row[None, :] + feature[:, None], token[None, :] < last, feature[:, None] < size)
         place = token[:, None].to(tl.int64) * p_stride + block * WIDTH + wide[None, :]
         p = tl.load(p_ptr + place, mask=token[:, None] < last, other=0.0)
         acc = dot(x.to(p.dtype), p, acc, PRECISION, UPCAST)

@@ -20,31 +20,6 @@ from lora_kernels.ops.sketch import reference
 _CHUNK, _CHUNK_BYTES = 2048, 2**23
 
 
-def _check(
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    *_: object,
-) -> None:
-    check_tensor("left", left)
-    if left.dim() < 1:
-        raise ValueError("left has shape (), but must be (..., p)")
-    wide = left.dtype == torch.float64
-    check_tensor("right", right, dtypes=FLOATS[3:] if wide else FLOATS[:3], device=left.device)
-    if right.dim() < 1 or right.shape[:-1] != left.shape[:-1]:
-        expected = ", ".join(map(str, (*left.shape[:-1], "*")))
-        raise ValueError(f"right has shape {tuple(right.shape)}, but must have shape ({expected}), as left has")
-    sums = FLOATS[3:] if wide else FLOATS[2:3]
-    check_tensor("out", out, shape=(left.shape[-1], None), dtypes=sums, device=left.device, contiguous="rows")
-    if weight is not None:
-        check_tensor("weight", weight, shape=left.shape[:-1], dtypes=WEIGHTS, device=left.device)
-    if column_sum is not None:
-        size = left.shape[-1:]
-        check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
-
-
 def _draw(x: torch.Tensor, out: torch.Tensor, omega: Omega, cpp: bool) -> torch.Tensor:
     if cpp:
         return draw_cpp(torch.empty(x.shape[1], out.shape[1]), *omega)
@@ -99,7 +74,7 @@ sketch = Op(
     "sketch_",
     _body,
     writes=("out", "column_sum"),
-    check=_check,
+    accumulates=True,
     backends=(
         on_triton("sketch.kernel:sketch", no_float64),
         on_cpp(functools.partial(_by_parts, cpp=True), no_float64),
@@ -147,6 +122,19 @@ def sketch_(
         ValueError: on a wrong shape, device, stride, key or kind.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    check_tensor("left", left, form="(..., p)")
+    wide = left.dtype == torch.float64
+    check_tensor("right", right, dtypes=FLOATS[3:] if wide else FLOATS[:3], device=left.device)
+    if right.dim() < 1 or right.shape[:-1] != left.shape[:-1]:
+        expected = ", ".join(map(str, (*left.shape[:-1], "*")))
+        raise ValueError(f"right has shape {tuple(right.shape)}, but must have shape ({expected}), as left has")
+    sums = FLOATS[3:] if wide else FLOATS[2:3]
+    check_tensor("out", out, shape=(left.shape[-1], None), dtypes=sums, device=left.device, contiguous="rows")
+    if weight is not None:
+        check_tensor("weight", weight, shape=left.shape[:-1], dtypes=WEIGHTS, device=left.device)
+    if column_sum is not None:
+        size = left.shape[-1:]
+        check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
     check_choice("kind", kind, KINDS)
     sketch(backend, out, left, right, weight, column_sum, kind, check_key(seed, stream), stream)
 
@@ -208,9 +196,7 @@ def project(
         ValueError: on a wrong shape, key or kind.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    check_tensor("a", a)
-    if a.dim() < 1:
-        raise ValueError("a has shape (), but must be (..., q)")
+    check_tensor("a", a, form="(..., q)")
     check_range("k", k, low=0, high=2**31 - 1, integer=True)
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream)

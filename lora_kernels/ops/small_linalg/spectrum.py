@@ -16,9 +16,7 @@ _CHUNK = {"cpu": 2**18, "gpu": 2**24}
 
 
 def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    check_tensor("a", a, dtypes=drivers.DTYPES)
-    if a.dim() < 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., r, n)")
+    check_tensor("a", a, dtypes=drivers.DTYPES, form="(..., r, n)")
     check_tensor("b", b, dtypes=(a.dtype,), device=a.device)
     if b.dim() != a.dim() or b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
         expected = f"{(*a.shape[:-2], 'm', a.shape[-2])}".replace("'", "")
