@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -123,7 +124,8 @@ def _register(
 
 def pass_operation(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """A layer's pass as an operation of torch, for tracing: a NamedTuple by its fields, an empty tensor for `None`."""
-    hints, arguments = typing.get_type_hints(function), {}
+    hints = typing.get_type_hints(function)
+    arguments: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters.values()
     kinds = [hints[each.name] for each in parameters if each.kind is not each.KEYWORD_ONLY]
     for each, hint in zip(parameters, kinds, strict=False):
@@ -139,8 +141,8 @@ def pass_operation(name: str, function: Callable[..., Any], fake: Callable[..., 
             results = function(*packed)
         return tuple(args[0].new_empty(0) if result is None else result for result in results)
 
-    returned = tuple[(torch.Tensor,) * len(typing.get_args(hints["return"]))]  # type: ignore[misc]
-    return _register(name, registered, arguments, result=returned, fake=fake)
+    returned = (torch.Tensor,) * len(typing.get_args(hints["return"]))
+    return _register(name, registered, arguments, result=types.GenericAlias(tuple, returned), fake=fake)
 
 
 class Op:

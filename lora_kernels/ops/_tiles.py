@@ -26,15 +26,10 @@ class TileConfig:
     warps: int
     stages: int  # depth of the load pipeline
 
-    @property
-    def two_slices(self) -> bool:
-        """Whether the epilogue goes by halves."""
-        return self.columns > 128
-
     def constants(self, dtype: torch.dtype, platform: str) -> dict[str, Any]:
         """Those of a kernel on these tiles."""
         sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "TOKENS": self.tokens}
-        return {**sizes, "TWO_SLICES": self.two_slices, "PRECISION": precision(dtype, platform)}
+        return {**sizes, "TWO_SLICES": self.columns > 128, "PRECISION": precision(dtype, platform)}
 
 
 WIDE = TileConfig(128, 256, 64, 8, 3)

@@ -207,7 +207,7 @@ def fisher_scaled(
     if out is None:
         out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     else:
-        given = {"shape": tuple(gradient.shape), "dtypes": (gradient.dtype,), "device": gradient.device}
+        given: dict[str, Any] = {"shape": tuple(gradient.shape), "dtypes": (gradient.dtype,), "device": gradient.device}
         check_tensor("out", out, **given, contiguous="rows")
     check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
     # An operator that writes one of its arguments must not be given it a second time.

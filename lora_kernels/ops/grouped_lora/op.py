@@ -15,6 +15,7 @@ from lora_kernels.ops._op import (
     Op,
     is_plain,
     isolated,
+    no_float64,
     normal,
     on_cpp,
     on_torch,
@@ -28,10 +29,6 @@ from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, backward_fake, r
 from lora_kernels.ops.lora_linear.passes import rows_of
 
 
-def _no_wide(x: torch.Tensor) -> str | None:
-    return "takes no float64" if x.dtype == torch.float64 else None
-
-
 def _no_cpp(x: torch.Tensor) -> str | None:
     return None if x.dtype in (torch.float32, torch.bfloat16) else f"takes no {x.dtype}"
 
@@ -42,7 +39,7 @@ def _forward_fake(y: torch.Tensor, x: torch.Tensor, _offsets: Any, a: Any, *othe
 
 
 # Asked with x alone.
-_BACKENDS = (on_triton("grouped_lora.kernel:shrink", _no_wide), on_cpp("", _no_cpp), on_torch(""))
+_BACKENDS = (on_triton("grouped_lora.kernel:shrink", no_float64), on_cpp("", _no_cpp), on_torch(""))
 experts = Op("grouped_lora", pass_operation("grouped_lora", passes.forward, _forward_fake), backends=_BACKENDS)
 _backward = pass_operation("grouped_lora_backward", passes.backward, backward_fake)
 
@@ -63,7 +60,10 @@ class GroupedLoraFunction(torch.autograd.Function):
         scalars: Scalars,
         in_place: bool,
     ) -> torch.Tensor:
-        """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
+        """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation.
+
+        With `in_place`, y is the caller's alone and may be written over.
+        """
         base, rows = rows_of(y), rows_of(x)
         if not is_plain(y, x, offsets, a, b):
             out, t = experts.overload(with_memory(base), with_memory(rows), offsets, a, b, seed, *scalars)
@@ -106,21 +106,8 @@ class GroupedLoraFunction(torch.autograd.Function):
         )  # fmt: skip
 
 
-def run(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    seed: torch.Tensor | None,
-    state: torch.Tensor | None,
-    scalars: Scalars,
-    *,
-    in_place: bool = False,
-) -> torch.Tensor:
-    """`grouped_lora` of arguments that are checked; `in_place`, y is the caller's alone and may be written over."""
-    function: Any = GroupedLoraFunction.apply
-    return function(y, x, offsets, a, b, seed, state, scalars, in_place)  # type: ignore[no-any-return]
+# `grouped_lora` of arguments that are checked.
+run: Any = GroupedLoraFunction.apply
 
 
 def grouped_lora(
@@ -177,7 +164,8 @@ def grouped_lora(
     dtype = autocast_dtype(x) or x.dtype
     x, y = x.to(dtype), y.to(dtype)
     chosen = _backend.choose("grouped_lora", _BACKENDS, backend, (x,)).name
-    return run(y, x, offsets, a, b, seed, None, Scalars(float(scaling), threshold, stream, chosen))
+    scalars = Scalars(float(scaling), threshold, stream, chosen)
+    return run(y, x, offsets, a, b, seed, None, scalars, False)  # type: ignore[no-any-return]
 
 
 @experts.self_test(terms=97 + 70 + 33 + 8)

@@ -28,12 +28,13 @@ _GROUP = 8  # tile rows that are gone through column by column: neighbours share
 
 @triton.jit
 def finish(
-    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    acc, token, first, pointers, numbers,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the low-rank term and the bias to a tile whose columns start at `first`, and store it."""
+    out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr = pointers
+    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream = numbers
     column = first + tl.arange(0, COLUMNS)
     row = token.to(tl.int64)
     # A mask is not for what came before it: then the term has an accumulator of its own.
@@ -60,22 +61,19 @@ def finish(
 
 @triton.jit
 def finish_halves(
-    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    acc, token, first, pointers, numbers,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`finish`, half by half."""
     low, high = halves(acc, TOKENS, COLUMNS)
+    HALF: tl.constexpr = COLUMNS // 2
     finish(
-        low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
-    )  # fmt: skip
+        low, token, first, pointers, numbers, TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST
+    )
     finish(
-        high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+        high, token, first + HALF, pointers, numbers,
+        TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -119,22 +117,22 @@ def linear_kernel(
         right = load_tile(right_ptr + at, place[:, None] < inner, column[None, :] < size)
         acc = dot(x, right, acc, PRECISION, UPCAST)
 
+    pointers = (out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr)
+    numbers = (size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream)
     if QUARTERS:
         low, high = halves(acc, TOKENS, COLUMNS)
+        HALF: tl.constexpr = COLUMNS // 2
         finish_halves(
-            low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+            low, token, first, pointers, numbers,
+            TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         finish_halves(
-            high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+            high, token, first + HALF, pointers, numbers,
+            TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         finish(
-            acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+            acc, token, first, pointers, numbers,
             TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
 
@@ -145,13 +143,6 @@ def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
     return config_for((out.shape[0], x.shape[1], out.shape[1]), out.dtype, **kind)
-
-
-def unit_strided(matrix: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """A matrix with a unit stride (itself, or a copy), and whether that is the stride of its rows."""
-    if matrix.stride(1) == 1:
-        return matrix, False
-    return (matrix, True) if matrix.stride(0) == 1 else (matrix.contiguous(), False)
 
 
 def _padded(t: torch.Tensor, b: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -179,7 +170,8 @@ def linear(
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:
         return
-    right, right_transposed = unit_strided(right)
+    right_transposed = right.stride(1) != 1 and right.stride(0) == 1
+    right = right if right_transposed or right.stride(1) == 1 else right.contiguous()
     t, b, transposed = _padded(t, b, mask)
     config = config or fitting(None, out, x, right)
     seed, factor, threshold, stream = out, 1.0, 0, 0  # a pointer that a flag switches off must still be one

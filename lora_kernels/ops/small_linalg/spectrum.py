@@ -57,10 +57,6 @@ def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return roots / scale, scale.squeeze(-1)
 
 
-def _values_compiled(values: torch.Tensor, core: torch.Tensor) -> None:
-    drivers.raise_first(drivers.run("singular_values", (core, values), core.shape[:2]))
-
-
 def _body(backend: Backend, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     if a.numel() == 0 or b.numel() == 0:
         out.zero_()
@@ -83,7 +79,7 @@ spectrum = Op(
     writes=("out",),
     backends=(
         on_compiled(
-            _values_compiled,
+            lambda values, core: drivers.raise_first(drivers.run("singular_values", (core, values), core.shape[:2])),
             lambda _out, a, *_: (a, a.shape[-2]),
             "eigh",
             "singular_values",
