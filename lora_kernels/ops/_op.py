@@ -1,13 +1,14 @@
-"""An op is one object: what it writes and checks, its backends, and a call that shows its accuracy.
+"""An op is one object: what it writes, its backends, and a call that shows its accuracy.
 
-Outputs are allocated by the public function and the op returns nothing, unless it says what it returns. Adding an op is
-adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the backend, and enters
-`OPS`, which all lists of ops read.
+Outputs are allocated by the public function, which checks arguments; the op returns nothing, but the passes of layers
+do. Adding an op is adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the
+backend, and enters `OPS`, which all lists of ops read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -101,6 +102,12 @@ def on_cpp(provider: str | Callable[..., Any], takes: Callable[..., str | None] 
 def on_torch(provider: str | Callable[..., Any]) -> Backend:
     """The backend that takes everything."""
     return Backend("torch", _anything, provider=provider)
+
+
+def with_parts(kernel: str, function: Callable[..., Any]) -> tuple[Backend, ...]:
+    """Triton's `kernel`, and a function that goes by parts, which the extension converts and weighs with `cpp`."""
+    by_cpp = on_cpp(functools.partial(function, cpp=True), no_float64)
+    return on_triton(kernel, no_float64), by_cpp, on_torch(function)
 
 
 def _register(

@@ -13,13 +13,14 @@ from lora_kernels.ops._tiles import is_aligned, rank_for
 from lora_kernels.ops.random_matrix import reference as draws
 from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel, reference
+from lora_kernels.ops.skinny.config import SkinnyConfig
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["rademacher", "gaussian"]
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = kernel.SketchConfig(16, 32, 4, 2)
+TINY = SkinnyConfig(16, 32, 4, 2)
 KEY = {"seed": -5, "stream": 2**32 - 3}
 # A pair of bfloat16 numbers, of which the interpreter cuts off what it should round.
 PAIR = 2.0**-17 if DEVICE == "cuda" else 2.0**-15
@@ -228,7 +229,7 @@ def test_memory_beyond_is_left_alone():
         assert torch.equal(out, wide)
 
 
-SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.SketchConfig)]
+SHIPPED = [each for each in vars(kernel).values() if isinstance(each, SkinnyConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, relative_error, with_parts
 from lora_kernels.ops._rows import Selection, flat_rows, packed, selection
 from lora_kernels.ops.covariance import reference
 
@@ -40,11 +38,7 @@ covariance = Op(
     _body,
     writes=("out", "column_sum"),
     accumulates=True,
-    backends=(
-        on_triton("covariance.kernel:covariance", no_float64),
-        on_cpp(functools.partial(_by_blocks, cpp=True), no_float64),
-        on_torch(_by_blocks),
-    ),
+    backends=with_parts("covariance.kernel:covariance", _by_blocks),
 )
 
 

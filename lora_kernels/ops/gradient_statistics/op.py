@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, on_torch, relative_error, with_parts
 from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, packed, row_parts, selection, single
 from lora_kernels.ops.gradient_statistics import reference
 
@@ -69,11 +68,7 @@ gradient_statistics = Op(
     _body,
     writes=("gradient", "fisher"),
     accumulates=True,
-    backends=(
-        on_triton("gradient_statistics.kernel:both", no_float64),
-        on_cpp(functools.partial(_by_parts, cpp=True), no_float64),
-        on_torch(_by_parts),
-    ),
+    backends=with_parts("gradient_statistics.kernel:both", _by_parts),
 )
 
 
@@ -160,13 +155,7 @@ def _scale(
     torch.mul(out if source is None else source, factor.to(out.dtype).unsqueeze(-1), out=out)
 
 
-scaling = Op(
-    "fisher_scaled",
-    _scale,
-    writes=("out",),
-    accumulates=True,
-    backends=(on_torch(_scale),),
-)
+scaling = Op("fisher_scaled", _scale, writes=("out",), accumulates=True, backends=(on_torch(_scale),))
 
 
 def fisher_scaled(

@@ -1,8 +1,7 @@
 """Checking and timing the forms of one product.
 
-Every form gives the same numbers up to rounding, which is checked first, against float64 and beside plain torch. Then
-all are timed in turn, so that drift of the machine meets all alike, on inputs that the caches have forgotten (GPU).
-The floor is the library's product alone: nothing that computes it can be faster than a better product.
+The numbers of every form are checked first, against float64 and beside plain torch. Then all are timed in turn, so that
+drift of the machine meets all alike, on inputs that the caches have forgotten (GPU).
 """
 
 from __future__ import annotations

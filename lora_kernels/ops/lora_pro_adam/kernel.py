@@ -23,14 +23,7 @@ import triton.language as tl
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._tiles import build_platform, is_aligned, processors, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
-from lora_kernels.ops.lora_pro_adam.config import (
-    Adam,
-    ProConfig,
-    config_for,
-    parts_for,
-    precision_for,
-    rank_for,
-)
+from lora_kernels.ops.lora_pro_adam.config import Adam, ProConfig, config_for, parts_for, precision_for, rank_for
 
 _PART = 1024  # elements per program of `join_kernel` and `sum_slabs_kernel`
 

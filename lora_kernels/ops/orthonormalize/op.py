@@ -1,9 +1,7 @@
 """Orthonormalisation: the Cholesky rounds, and where Householder is the better choice.
 
-There is one backend, torch. Each round is two matrix products and a k x k factorisation, all of them batched in the
-vendor's libraries; the products of `(n, k)` by `(k, k)` are bound by the read of y, which no kernel of ours can avoid:
-R is not known before all of y has been read. A fused kernel could only spare the float64 copy of a block that is in
-cache anyway.
+There is one backend, torch: the products of a round are bound by the read of y, which no kernel of ours can avoid, as
+R is not known before all of y has been read.
 """
 
 from __future__ import annotations

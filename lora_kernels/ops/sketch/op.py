@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, relative_error, with_parts
 from lora_kernels.ops._rows import ALL, Selection, flat_rows, packed, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
@@ -75,11 +74,7 @@ sketch = Op(
     _body,
     writes=("out", "column_sum"),
     accumulates=True,
-    backends=(
-        on_triton("sketch.kernel:sketch", no_float64),
-        on_cpp(functools.partial(_by_parts, cpp=True), no_float64),
-        on_torch(_by_parts),
-    ),
+    backends=with_parts("sketch.kernel:sketch", _by_parts),
 )
 
 
@@ -163,16 +158,7 @@ def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: st
     backend(out.view(rows.shape[0], out.shape[-1]), rows, Omega(kind, seed, stream))
 
 
-projection = Op(
-    "project",
-    _project_body,
-    writes=("out",),
-    backends=(
-        on_triton("sketch.kernel:project", no_float64),
-        on_cpp(functools.partial(_project, cpp=True), no_float64),
-        on_torch(_project),
-    ),
-)
+projection = Op("project", _project_body, writes=("out",), backends=with_parts("sketch.kernel:project", _project))
 
 
 def project(

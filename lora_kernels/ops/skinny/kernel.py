@@ -24,15 +24,7 @@ from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._tiles import build_platform, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
-from lora_kernels.ops.skinny.config import (
-    FLAT,
-    SkinnyConfig,
-    config_for,
-    is_aligned,
-    shrink_config,
-    step_for,
-    tall_for,
-)
+from lora_kernels.ops.skinny.config import FLAT, SkinnyConfig, config_for, is_aligned, shrink_config, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
