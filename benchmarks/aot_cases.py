@@ -1,8 +1,8 @@
 """Every form of every Triton kernel that the ops launch: found by launching them on tensors without memory.
 
-`calls` reaches all of them: each launch function with each combination of its flags, at sizes on both sides of every
-bound. What would be launched is written down, once per chip, whose capability and number of multiprocessors decide on
-configurations and on parts of sums.
+`launch_all` reaches all of them: it calls each launch function with each combination of its flags, at sizes on both
+sides of every bound. What would be launched is written down, once per chip, whose capability and number of
+multiprocessors decide on configurations and on parts of sums.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def launch_all(chip: Chip, aligned: bool) -> None:
         lengths = (few, 32 * chip.processors, many)
         for rank, mask, tokens in itertools.product((16, 32, 64), masks, lengths):
             x, t = cast(tokens, wide), cast(tokens, rank)
-            for kind, transposed in itertools.product({dtype, torch.float32}, BOTH if mask is None else (False,)):
+            for kind, transposed in itertools.product(
+                dict.fromkeys((dtype, torch.float32)), BOTH if mask is None else (False,)
+            ):
                 out = factor(transposed, rank, wide, dtype=kind)
                 skinny.tsreduce(out, t, x, mask)
                 skinny.tsreduce_pair((new(rank, wide, dtype=kind),) * 2, t, x, mask, t, x)
@@ -172,7 +174,7 @@ def launch_all(chip: Chip, aligned: bool) -> None:
         for rank, (mask, transposed) in itertools.product((16, 32, 64), oriented):
             t, a = cast(many, rank), factor(transposed, 4, rank, wide, dtype=dtype)
             grouped.shrink(t, x, offsets, a, 0.5, mask)
-            for out in {dtype, torch.float32, torch.bfloat16}:
+            for out in dict.fromkeys((dtype, torch.float32, torch.bfloat16)):
                 sums = factor(transposed, 4, rank, wide, dtype=out)
                 grouped.reduce(sums, t, x, offsets, mask)
             # The forward product adds, and has no mask; the backward one starts anew, and A is not transposed.
