@@ -12,9 +12,7 @@ versions of Triton, which compile differently, are installed beside the environm
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -35,49 +33,14 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import build_support
-from lora_kernels import ops  # noqa: F401  (fills OPS)
-from lora_kernels.ops._op import OPS
+from benchmarks.aot_cases import CHIPS, Chip, cases
 
-OF_OPS = {op.kernel_module for op in OPS.values() if op.kernel_module is not None}
-KERNEL_MODULES = sorted({"lora_kernels.ops._reduce", *OF_OPS})
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "sm_120", "gfx942")
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A compile target.
-
-    Attributes:
-        name: as shown.
-        target: for Triton.
-        shared: bytes of shared memory that one program may use.
-        matrix: the instruction of its matrix units.
-        stores: instructions that write global memory.
-    """
-
-    name: str
-    target: GPUTarget
-    shared: int
-    matrix: str
-    stores: tuple[str, ...]
-
-
-_PTX_STORES = ("st.global", "red.global", "atom.global", "cp.async.bulk.tensor")
-CHIPS = (
-    Chip("sm_80", GPUTarget("cuda", 80, 32), 166_912, "mma.sync", _PTX_STORES),
-    Chip("sm_86", GPUTarget("cuda", 86, 32), 101_376, "mma.sync", _PTX_STORES),
-    Chip("sm_89", GPUTarget("cuda", 89, 32), 101_376, "mma.sync", _PTX_STORES),
-    Chip("sm_90", GPUTarget("cuda", 90, 32), 232_448, "wgmma.mma_async", _PTX_STORES),
-    Chip("sm_100", GPUTarget("cuda", 100, 32), 232_448, "tcgen05.mma", _PTX_STORES),
-    Chip("sm_120", GPUTarget("cuda", 120, 32), 101_376, "mma.sync", _PTX_STORES),
-    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma", ("global_store", "buffer_store", "flat_store")),
-)
 
 
 @dataclass(frozen=True)
@@ -98,12 +61,6 @@ class Result:
     stores: int = 0
 
 
-@functools.cache
-def cases() -> tuple[dict[str, Any], ...]:
-    """All kernel descriptions; see a kernel module's `aot_cases` for what they hold."""
-    return tuple(case for name in KERNEL_MODULES for case in importlib.import_module(name).aot_cases())
-
-
 def variants(case: dict[str, Any]) -> tuple[str, ...]:
     """What Triton may know about the arguments of a case at launch.
 
@@ -122,7 +79,7 @@ def source(case: dict[str, Any], variant: str) -> ASTSource:
     """What Triton compiles for a description.
 
     Args:
-        case: from a kernel module's `aot_cases`.
+        case: of `cases`.
         variant: one of `variants`.
 
     Returns:
@@ -253,7 +210,7 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
     """Compile one description for one chip and check the result.
 
     Args:
-        case: from a kernel module's `aot_cases`.
+        case: of `cases`.
         chip: the target.
         variant: one of `variants`.
 
@@ -344,11 +301,9 @@ def _jobs(quick: bool, chips: Sequence[str], match: str) -> Iterator[tuple[int, 
     for number, case in enumerate(cases()):
         for place, chip in enumerate(CHIPS):
             key = (chip.name, case["kernel"].__name__, case["aligned"])
-            if chip.name not in case.get("chips", (chip.name,)) or (chips and chip.name not in chips):
+            if chip.name not in case["chips"] or (chips and chip.name not in chips):
                 continue
-            if not re.search(match, case["name"]):
-                continue
-            if chip.target.backend != case["platform"] or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
+            if not re.search(match, case["name"]) or (quick and (chip.name not in QUICK_CHIPS or key in seen)):
                 continue
             seen.add(key)
             # Ones are to build: what they make of the code depends on its flags, not on tiles and dtypes.

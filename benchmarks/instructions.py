@@ -36,14 +36,14 @@ class Bound(NamedTuple):
 
 
 BOUNDS = (
-    Bound("skinny shrink bf16 64x64x16", 64 * 64 * 2, 100),
-    Bound("skinny shrink bf16 64x64x16 dropout", 64 * 64 * 2, 370),
-    Bound("skinny reduce bf16 64x128x16 to bf16", 64 * 128 * 2, 200),
-    Bound("skinny reduce bf16 64x128x16 dropout to bf16", 64 * 128 * 2, 840),
-    Bound("skinny expand bf16 64x128x16", 64 * 128 * 2, 420, loop=False),
-    Bound("skinny expand bf16 64x128x16 dropout", 64 * 128 * 2, 1400, loop=False),
-    Bound("lora_pro_adam adam fp32 64x32x16 tf32x3", 64 * 32 * 16, 920),
-    Bound("lora_pro_adam adam bf16 64x32x16 tf32x3", 64 * 32 * 8, 1240),
+    Bound("skinny shrink bf16 64x64x16 4w4s", 64 * 64 * 2, 100),
+    Bound("skinny shrink bf16 i64 64x64x16 4w4s dropout", 64 * 64 * 2, 370),
+    Bound("skinny reduce bf16 64x128x16 4w4s", 64 * 128 * 2, 200),
+    Bound("skinny reduce bf16 i64 64x128x16 8w4s dropout", 64 * 128 * 2, 840),
+    Bound("skinny expand bf16 64x128x16 4w2s", 64 * 128 * 2, 420, loop=False),
+    Bound("skinny expand bf16 i64 64x128x16 4w2s dropout", 64 * 128 * 2, 1400, loop=False),
+    Bound("lora_pro_adam adam fp32 i64 64x32x16x16 4w2s tf32x3", 64 * 32 * 16, 920),
+    Bound("lora_pro_adam adam i16 fp32 i64 64x32x16x16 4w2s tf32x3 stochastic", 64 * 32 * 8, 1240),
 )
 
 
@@ -73,7 +73,7 @@ def instructions(bound: Bound) -> int:
         case
         for case in aot.cases()
         if case["platform"] == "cuda" and case["aligned"] and case["name"] == name
-        and case["kernel"].__module__.split(".")[-2] == module and CHIP in case.get("chips", (CHIP,))
+        and case["kernel"].__module__.split(".")[-2] == module and CHIP in case["chips"]
     )  # fmt: skip
     options = {"num_warps": case["warps"], "num_stages": case["stages"]}
     compiled = triton.compile(aot.source(case, "aligned"), target=chip.target, options=options)

@@ -56,10 +56,12 @@ def check_tensor(
     device: torch.device | None = None,
     numbers: bool = False,
     contiguous: str = "",
+    form: str = "",
 ) -> None:
     """Raise unless an argument is a dense tensor.
 
-    `None` in `shape` is any size, `numbers` refuses the meta device, and `contiguous` is `rows` or `all`.
+    `None` in `shape` is any size, `numbers` refuses the meta device, `contiguous` is `rows` or `all`, and `form`, as
+    "(..., n)", names the axes that there must be.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -72,6 +74,8 @@ def check_tensor(
     if shape is not None and not _fits(value.shape, shape):
         expected = "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"
         raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have shape {expected}")
+    if value.dim() < form.count(","):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but must be {form}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, but must be on {device}")
     if contiguous == "rows" and value.shape[-1] > 1 and value.stride(-1) != 1:

@@ -14,7 +14,8 @@ from lora_kernels._version import __version__
 from lora_kernels.ops import _ext
 from lora_kernels.ops._backend import Refused, cpp_refuses, triton_refuses
 from lora_kernels.ops._op import OPS
-from lora_kernels.ops.lora_linear import forms, table, use_form
+from lora_kernels.ops.lora_linear import forms, table
+from lora_kernels.ops.lora_linear.forms import use_form
 from lora_kernels.reports import Table, console
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "rich", "tqdm")

@@ -16,7 +16,7 @@ import torch
 from lora_kernels._checks import check_number, check_range, check_tensor, check_type, repr_short
 from lora_kernels.landscape.weights import WeightNorms
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.small_linalg import factor_spectrum
+from lora_kernels.ops.small_linalg.spectrum import factor_spectrum
 
 # Singular values below this share of the largest do not count towards the numerical rank. Weight decay takes
 # directions without a loss gradient to zero exponentially; the others stay well above.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from lora_kernels.ops.orthonormalize import factored, gram, orthonormalize, times
-from lora_kernels.ops.small_linalg import eigh
+from lora_kernels.ops.orthonormalize.op import factored, gram, orthonormalize, times
+from lora_kernels.ops.small_linalg.op import eigh
 
 # Singular values below this share of the largest lose float32 accuracy in a float64 Gram matrix.
 _GRAM_FLOOR = 1e-4

@@ -9,11 +9,11 @@ import torch
 from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.orthonormalize import orthonormalize
+from lora_kernels.ops.orthonormalize.op import orthonormalize
 from lora_kernels.ops.random_matrix.op import check_key
 from lora_kernels.ops.random_matrix.reference import random_matrix
-from lora_kernels.ops.small_linalg import eigh as small_eigh
-from lora_kernels.ops.small_linalg import fix_signs
+from lora_kernels.ops.small_linalg.op import eigh as small_eigh
+from lora_kernels.ops.small_linalg.reference import fix_signs
 
 # Up to this order a full decomposition costs less than the iteration (measured: k = 32, float64, 2 CPU cores).
 DIRECT_ORDER = 600

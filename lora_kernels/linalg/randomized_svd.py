@@ -11,8 +11,7 @@ import torch
 from lora_kernels._checks import FLOATS, check_choice, check_range, check_tensor
 from lora_kernels.linalg._krylov import grow, ritz
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.random_matrix import random_matrix
-from lora_kernels.ops.random_matrix.op import check_key
+from lora_kernels.ops.random_matrix.op import check_key, random_matrix
 
 METHODS = ("krylov", "subspace")
 # The a-posteriori bounds hold with at least this probability.

@@ -10,8 +10,8 @@ from lora_kernels._checks import check_number, check_range, check_tensor, repr_s
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, fix_pair, probe_bound
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.orthonormalize import orthonormalize
-from lora_kernels.ops.small_linalg import fix_signs
+from lora_kernels.ops.orthonormalize.op import orthonormalize
+from lora_kernels.ops.small_linalg.reference import fix_signs
 
 _UNIT = 2.0**-52
 # Largest relative difference of Psi G Omega from either sketch: far above rounding, far below that of two matrices.

@@ -10,8 +10,7 @@ import torch
 from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator, dense_operator, probe_bound, randomized_svd
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.random_matrix import random_matrix
-from lora_kernels.ops.random_matrix.op import check_key
+from lora_kernels.ops.random_matrix.op import check_key, random_matrix
 
 # Leading triplets that are removed before the remainder is probed.
 _TRIPLETS = 8

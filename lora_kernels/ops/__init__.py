@@ -2,16 +2,18 @@
 
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout
-from lora_kernels.ops.covariance import covariance_, symmetrize_
-from lora_kernels.ops.gradient_statistics import fisher_scaled, gradient_statistics_
-from lora_kernels.ops.grouped_lora import grouped_lora
-from lora_kernels.ops.lora_linear import lora_delta, lora_linear, use_form
+from lora_kernels.ops.covariance.op import covariance_, symmetrize_
+from lora_kernels.ops.gradient_statistics.op import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.grouped_lora.op import grouped_lora
+from lora_kernels.ops.lora_linear.forms import use_form
+from lora_kernels.ops.lora_linear.op import lora_delta, lora_linear
 from lora_kernels.ops.lora_pro_adam import lora_pro_adam_
-from lora_kernels.ops.orthonormalize import orthonormalize
-from lora_kernels.ops.random_matrix import random_matrix
-from lora_kernels.ops.sketch import project, sketch_
-from lora_kernels.ops.skinny import expand, shrink, tsreduce
-from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, eigh, factor_spectrum, sylvester
+from lora_kernels.ops.orthonormalize.op import orthonormalize
+from lora_kernels.ops.random_matrix.op import random_matrix
+from lora_kernels.ops.sketch.op import project, sketch_
+from lora_kernels.ops.skinny.op import expand, shrink, tsreduce
+from lora_kernels.ops.small_linalg.op import cholesky, cholesky_solve, eigh, sylvester
+from lora_kernels.ops.small_linalg.spectrum import factor_spectrum
 
 __all__ = [
     "BACKENDS",

@@ -73,11 +73,6 @@ def _triton_missing() -> str | None:
     return None
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's CPU interpreter (`TRITON_INTERPRET=1`)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 # What Triton's authors support; configurations are compiled ahead of time from here on (benchmarks/aot.py).
 _LEAST_CAPABILITY = (8, 0)
 
@@ -103,7 +98,8 @@ def triton_refuses(device: torch.device) -> str | None:
         reason: str | None = _too_old(device)
         return reason
     if device.type == "cpu":
-        return None if interpreting() else "triton runs on CPU tensors only under TRITON_INTERPRET=1"
+        interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return None if interpreting else "triton runs on CPU tensors only under TRITON_INTERPRET=1"
     return f"no triton kernels for device type {device.type!r}"
 
 

@@ -1,11 +1,9 @@
 """Launches of Triton kernels that skip Triton's front end where the same launch was made before.
 
-`kernel[grid](...)` binds and specialises every argument at each call: 10 to 20 us, where the launch itself takes 3. It
-specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers. So a launch with
-the numbers and dtypes of an earlier one, and all addresses multiples of 16, runs what was compiled for that one, by
-`CompiledKernel.run`, without what only hooks of profilers read. Interpreted kernels, AMD's (there, sizes of
-tensors count too) and versions of Triton in which this was not checked (`tests/ops/test_launching.py`) always go
-through the front end.
+`kernel[grid](...)` specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers,
+at each call: 10 to 20 us, where the launch itself takes 3. So a launch with the numbers and dtypes of an earlier one,
+and all addresses multiples of 16, runs what was compiled for that one. Interpreted kernels, AMD's (there, sizes of
+tensors count too) and versions of Triton in which this was not checked always go through the front end.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""An op is one object: what it writes and checks, its backends, and a call that shows its accuracy.
+"""An op is one object: what it writes, its backends, and a call that shows its accuracy.
 
-Outputs are allocated by the public function and the op returns nothing, unless it says what it returns. Adding an op is
-adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the backend, and enters
-`OPS`, which all lists of ops read.
+Outputs are allocated by the public function, which checks arguments; the op returns nothing, but the passes of layers
+do. Adding an op is adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the
+backend, and enters `OPS`, which all lists of ops read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+import itertools
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -101,6 +104,54 @@ def on_torch(provider: str | Callable[..., Any]) -> Backend:
     return Backend("torch", _anything, provider=provider)
 
 
+def with_parts(kernel: str, function: Callable[..., Any]) -> tuple[Backend, ...]:
+    """Triton's `kernel`, and a function that goes by parts, which the extension converts and weighs with `cpp`."""
+    by_cpp = on_cpp(functools.partial(function, cpp=True), no_float64)
+    return on_triton(kernel, no_float64), by_cpp, on_torch(function)
+
+
+def _register(
+    name: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    writes: Sequence[str] = (),
+    result: Any = None,
+    fake: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """A function of arguments of these types as an operation of torch; `fake` makes what it returns, empty."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in arguments.items()]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    operation = torch.library.custom_op(f"lora_kernels::{name}", function, mutates_args=writes)
+    if fake is not None:
+        operation.register_fake(fake)
+    return operation._opoverload
+
+
+def pass_operation(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """A layer's pass as an operation of torch, for tracing: a NamedTuple by its fields, an empty tensor for `None`."""
+    hints = typing.get_type_hints(function)
+    arguments: dict[str, Any] = {}
+    parameters = inspect.signature(function).parameters.values()
+    kinds = [hints[each.name] for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    for each, hint in zip(parameters, kinds, strict=False):
+        arguments |= typing.get_type_hints(hint) if hasattr(hint, "_fields") else {each.name: hint}
+
+    def registered(*args: Any) -> tuple[torch.Tensor, ...]:
+        values = iter(args)
+        packed = [
+            kind(*itertools.islice(values, len(kind._fields))) if hasattr(kind, "_fields") else next(values)
+            for kind in kinds
+        ]
+        with isolated(device_of(args)):
+            results = function(*packed)
+        return tuple(args[0].new_empty(0) if result is None else result for result in results)
+
+    returned = (torch.Tensor,) * len(typing.get_args(hints["return"]))
+    return _register(name, registered, arguments, result=types.GenericAlias(tuple, returned), fake=fake)
+
+
 class Op:
     """One operation on all backends."""
 
@@ -110,51 +161,47 @@ class Op:
     def __init__(
         self,
         name: str,
-        body: Callable[..., Any],
+        body: Callable[..., Any] | torch._ops.OpOverload,
         *,
         writes: Sequence[str] = (),
         backends: Sequence[Backend],
-        check: Callable[..., None] | None = None,
-        fake: Callable[..., Any] | None = None,
-        listed: bool = True,
+        accumulates: bool = False,
     ) -> None:
         """Register an op under the name of its public function in `lora_kernels.ops`, its backends best first.
 
         `body` is called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
-        optional ones (of which some are written), ints, floats, bools and strings. `check` is called with arguments
-        that come from the user as they are; what is written is then checked to lie apart from what is read. `fake`, of
-        an op that returns tensors, makes empty ones. An op that is a part of another is not `listed` in `OPS`.
+        optional ones (of which some are written), ints, floats, bools and strings; or it is an operation that is
+        registered, and run by others. What an op `accumulates` into is the caller's, and checked to lie apart from
+        what is read.
         """
+        self.name, self.writes, self.backends = name, tuple(writes), tuple(backends)
+        OPS[name] = self
+        if isinstance(body, torch._ops.OpOverload):
+            self.overload = body
+            return
         first, *parameters = inspect.signature(body).parameters.values()
         hints = typing.get_type_hints(body)
-        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
-        self.name, self.writes, self.backends = name, tuple(writes), tuple(backends)
-        self._body, self._check = body, check
+        arguments = {parameter.name: hints[parameter.name] for parameter in parameters}
+        self._body, self._accumulates, self._names = body, accumulates, list(arguments)
         self._by_name = {backend.name: backend for backend in backends}
-        self._names = [parameter.name for parameter in parameters]
-        self._tensors = [i for i, parameter in enumerate(parameters) if parameter.annotation in _TENSORS]
+        self._tensors = [i for i, kind in enumerate(arguments.values()) if kind in _TENSORS]
         self._written = [self._names.index(written) for written in writes]
         self._read = [i for i in self._tensors if i not in self._written]
 
-        def registered(*args: Any) -> Any:
-            return self._execute(args[-1], args[:-1])
+        def registered(*args: Any) -> None:
+            self._execute(args[-1], args[:-1])
 
-        parameters.append(first.replace(annotation=str))
-        returned = hints["return"] if fake is not None else None
-        signature = inspect.Signature(parameters, return_annotation=returned)
-        registered.__signature__ = signature  # type: ignore[attr-defined]
-        operation = torch.library.custom_op(f"lora_kernels::{name}", registered, mutates_args=writes)
-        if fake is not None:
-            operation.register_fake(fake)
-        self.overload = operation._opoverload  # takes the body's arguments, and last the name of a backend
-        if listed:
-            OPS[name] = self
+        # Takes the body's arguments, and last the name of a backend.
+        self.overload = _register(name, registered, {**arguments, first.name: str}, writes=writes)
 
     def __call__(self, backend: str, *args: Any) -> None:
-        """Check arguments, choose the backend and run; see `choose` for errors."""
-        if self._check is not None:
-            self._check(*args)
-            self._check_written(args)
+        """Choose the backend and run on arguments that are checked; see `choose` for errors."""
+        if self._accumulates:
+            others = {self._names[i]: args[i] for i in self._tensors}
+            for i in self._written:
+                del others[self._names[i]]
+                if args[i] is not None:
+                    check_written(self._names[i], args[i], **others)
         self.run(self.choose(backend, *args), *args)
 
     def run(self, backend: str, *args: Any) -> None:
@@ -206,16 +253,9 @@ class Op:
         arguments, error = self.example(device)
         return error(self.function(**arguments, backend=backend))
 
-    def _execute(self, backend: str, args: Sequence[Any]) -> Any:
+    def _execute(self, backend: str, args: Sequence[Any]) -> None:
         with isolated(device_of(args)):
-            return self._body(self._by_name[backend], *args)
-
-    def _check_written(self, args: Sequence[Any]) -> None:
-        others = {self._names[i]: args[i] for i in self._tensors}
-        for i in self._written:
-            del others[self._names[i]]
-            if args[i] is not None:
-                check_written(self._names[i], args[i], **others)
+            self._body(self._by_name[backend], *args)
 
 
 def relative_error(results: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> float:

@@ -1,14 +1,14 @@
-"""Reductions shared by the Triton ops, all in two stages and in fixed order: same input, same bits.
+"""Reductions over tokens shared by the Triton ops, all in fixed order: same input, same bits.
 
-out[i, j] += sum_s  partial[s, i, j]                       add_tiles_kernel
+out[i, j] += sum_t  left[t, i] * w[t] * right[t, j]        product_kernel, then add_tiles_kernel
 out[j]    += sum_t  w[t] * x[t, j]    (or x[t, j]^2)       column_sum_kernel, then add_rows_kernel
+
+One program per tile of the product loops over tokens; the left operand is loaded directly transposed (its contiguous
+axis is the tile's row axis). Where the result has few tiles the tokens are split over programs, whose partial tiles the
+second kernel adds.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,14 +16,66 @@ import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
 from lora_kernels.ops._rows import Selection
-from lora_kernels.ops._tiles import MOST_PROGRAMS, TileConfig, processors, token_splits
-from lora_kernels.ops._tl import add_tile, token_rows
+from lora_kernels.ops._tiles import (
+    MOST_PROGRAMS,
+    TileConfig,
+    build_platform,
+    grouped_tiles,
+    lower_tiles,
+    parts_for,
+    processors,
+    tile_map,
+    token_splits,
+)
+from lora_kernels.ops._tl import INTERPRETED, add_tile, dot, finish_tile, load_tile, token_rows
 
 _SUM_COLUMNS, _SUM_TOKENS = 128, 16
 # A part's tokens are added one after the other in float32, 16 at a time: at most this many keep rounding errors apart.
 _SUM_CHUNK = 4096
 _STRIP = 16
-Config = TypeVar("Config")
+
+
+@triton.jit(do_not_specialize=["n_tokens", "chunk"])
+def product_kernel(
+    out_ptr,  # (m, n) float32; the lower triangle of (n, n) if LOWER
+    partial_ptr,  # (splits, tiles, ROWS, COLUMNS) float32, if SPLIT
+    left_ptr,  # (rows of left, m); not read if LOWER, where the right operand is both
+    x_ptr,  # the right operand: (rows of x, n)
+    index_ptr,  # (n_tokens,) int64 rows of both, if HAS_INDEX
+    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
+    scale_ptr,  # (1,) float32, if HAS_SCALE: multiplies the sum
+    tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
+    height, width, n_tokens, chunk, left_stride, x_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, SPLIT: tl.constexpr, LOWER: tl.constexpr,
+    TWO_SLICES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of the sum, over one part of the tokens: added to `out`, or stored in `partial` if SPLIT."""
+    if LOWER:
+        left_ptr, left_stride, height = x_ptr, x_stride, width
+    packed = tl.load(tiles_ptr + tl.program_id(0))
+    rows = (packed >> 16) * ROWS + tl.arange(0, ROWS)
+    columns = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, n_tokens)
+    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(first, last, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        row = token_rows(index_ptr, token, last, HAS_INDEX)
+        left = load_tile(
+            left_ptr + (row * left_stride)[None, :] + rows[:, None], token[None, :] < last, rows[:, None] < height
+        )
+        right = load_tile(
+            x_ptr + (row * x_stride)[:, None] + columns[None, :], token[:, None] < last, columns[None, :] < width
+        )
+        if HAS_WEIGHT:
+            # On the right operand only: weighting the left one serialises the tensor-core pipeline (ptxas C7515).
+            weight = tl.load(weight_ptr + token, mask=token < last, other=0.0)
+            right = (right.to(tl.float32) * weight[:, None]).to(right.dtype)
+        acc = dot(left, right, acc, PRECISION, UPCAST)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr)
+    finish_tile(out_ptr, partial_ptr, packed, acc, height, width, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, LOWER)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -31,15 +83,9 @@ def add_tiles_kernel(
     out_ptr,  # (height, width) float32; (height, height), lower triangle, if LOWER
     partial_ptr,  # (splits, tiles, ROWS, COLUMNS) float32
     tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
-    height,
-    width,
-    splits,
-    out_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STRIP: tl.constexpr,
-    LOWER: tl.constexpr,
-):
+    height, width, splits, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, LOWER: tl.constexpr,
+):  # fmt: skip
     """Add the partial tiles, in order, to `out`; a program per strip of a tile."""
     tile = tl.program_id(0)
     packed = tl.load(tiles_ptr + tile)
@@ -60,16 +106,10 @@ def column_sum_kernel(
     x_ptr,  # (rows of x, n)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
-    size,
-    n_tokens,
-    chunk,
-    x_stride,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    size, n_tokens, chunk, x_stride,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SQUARE: tl.constexpr,
-):
+):  # fmt: skip
     """The weighted sum of a block of columns, or of their squares, over one part of the tokens."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * chunk
@@ -95,10 +135,9 @@ def column_sum_kernel(
 def add_rows_kernel(
     out_ptr,  # (n,) float32
     partial_ptr,  # (splits, n) float32
-    size,
-    splits,
+    size, splits,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Add the partial sums, in order, to `out`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -109,15 +148,42 @@ def add_rows_kernel(
     tl.store(out_ptr + columns, acc, mask=columns < size)
 
 
-def add_tiles(
-    out: torch.Tensor, partial: torch.Tensor, tiles: torch.Tensor, splits: int, config: TileConfig, *, lower: bool
+def add_weighted_product(
+    out: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor,
+    selected: Selection,
+    config: TileConfig,
+    least_chunk: int,
+    scale: torch.Tensor | None = None,
 ) -> None:
-    """Add partial tiles to a matrix with unit column stride, or to its lower triangle only."""
+    """`out += scale * left^T diag(w) right` over the selected rows of matrices with unit column stride.
+
+    Without `left`, which is then `right`, only the lower triangle of `out` `(n, n)`.
+    """
+    lower, tokens, device = left is None, selected.count(right), right.device
+    left = right if left is None else left
+    order, size = (lower_tiles, out.shape[1:]) if lower else (grouped_tiles, out.shape)
+    tiles = tile_map(order, (*size, config.rows, config.columns), device)
+    splits, chunk = parts_for(tiles.numel(), tokens, config.tokens, device, least_chunk)
+    area = tiles.numel() * config.rows * config.columns
+    partial = torch.empty(splits * area, dtype=torch.float32, device=device) if splits > 1 else out
     launch(
-        add_tiles_kernel, (tiles.numel(), config.rows // _STRIP, 1), (out, partial, tiles),
-        (*out.shape, splits, out.stride(0)),
-        constants_of(ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP, LOWER=lower),
+        product_kernel, (tiles.numel(), splits, 1),
+        # A pointer that a flag switches off must still be one.
+        (out, partial, left, *selected.pointers(right), right if scale is None else scale, tiles),
+        (*out.shape, tokens, chunk, left.stride(0), right.stride(0), out.stride(0)),
+        constants_of(
+            config.warps, config.stages, **selected.flags(), HAS_SCALE=scale is not None, SPLIT=splits > 1, LOWER=lower,
+            UPCAST=INTERPRETED, **config.constants(right.dtype, build_platform()),
+        ),
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            add_tiles_kernel, (tiles.numel(), config.rows // _STRIP, 1), (out, partial, tiles),
+            (*out.shape, splits, out.stride(0)),
+            constants_of(ROWS=config.rows, COLUMNS=config.columns, STRIP=_STRIP, LOWER=lower),
+        )  # fmt: skip
 
 
 def column_sums(
@@ -144,57 +210,3 @@ def column_sums(
     launch(column_sum_kernel, (blocks, splits, 1), tensors, numbers, constants)
     constants = constants_of(COLUMNS=_SUM_COLUMNS)
     launch(add_rows_kernel, (blocks, 1, 1), (total, sums), (features, splits), constants)
-
-
-# The compute capabilities of the chips that configurations are compiled for ahead of time; `None` is AMD's.
-AOT_CHIPS: dict[str, tuple[int, int] | None] = {
-    "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0),
-    "sm_100": (10, 0), "sm_120": (12, 0), "gfx942": None,
-}  # fmt: skip
-AOT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def aot_case(
-    kernel: Any, label: str, constexprs: dict[str, Any], types: Any = None, config: Any = None, **rest: Any
-) -> dict[str, Any]:
-    """Describe a launch (see `aot_cases`), named by kernel, label and flags; `types` are those that are not usual."""
-    known = {"index_ptr": "*i64", "tiles_ptr": "*i32", **(types or {})}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {name: known.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-    shown = ("HAS_INDEX", "HAS_WEIGHT", "SPLIT", "SQUARE", "LOWER")
-    flags = [key.removeprefix("HAS_").lower() for key in shown if constexprs.get(key)]
-    name = " ".join((kernel.__name__.removesuffix("_kernel"), *label.split(), *flags))
-    case = {"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs}
-    launch = (4, 3) if config is None else (config.warps, config.stages)  # of Triton itself without one
-    return {**case, **dict(zip(("warps", "stages"), launch, strict=True)), "matrix": config is not None, **rest}
-
-
-def aot_configs(choices: Callable[[tuple[int, int] | None], Iterable[Config]]) -> list[tuple[Config, dict[str, Any]]]:
-    """The configurations that chips choose by capability, with their `platform` and `chips`."""
-    chips_of: dict[tuple[Config, str], list[str]] = {}
-    for chip, capability in AOT_CHIPS.items():
-        for config in dict.fromkeys(choices(capability)):
-            chips_of.setdefault((config, "hip" if capability is None else "cuda"), []).append(chip)
-    return [(config, {"platform": where, "chips": tuple(chips)}) for (config, where), chips in chips_of.items()]
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that the functions here launch, for the ahead-of-time compile check (`benchmarks/aot.py`).
-
-    Yields:
-        Keyword descriptions: `name`, `kernel`, `signature` (argument types), `constexprs`, `warps`, `stages`,
-        `matrix` (whether the chip's own tensor-core instruction must be there), `platform` (`cuda` or `hip`),
-        `aligned` (whether sizes, strides and addresses are multiples of 16; if not, they may also be 1), and `chips`
-        where not all of the platform's run it.
-    """
-    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        forms = [form for form in itertools.product((0, 1), repeat=3) if form[0] + form[2] < 2]  # squares: of all rows
-        for x, (index, weight, square) in itertools.product(AOT_DTYPES.values(), forms):
-            constexprs = {"COLUMNS": _SUM_COLUMNS, "TOKENS": _SUM_TOKENS}
-            constexprs |= {"HAS_INDEX": bool(index), "HAS_WEIGHT": bool(weight), "SQUARE": bool(square)}
-            yield aot_case(column_sum_kernel, x, constexprs, {"x_ptr": f"*{x}"}, **where)
-        for (rows, columns), lower in itertools.product(((64, 64), (64, 128), (128, 128), (128, 256)), (0, 1)):
-            constexprs = {"ROWS": rows, "COLUMNS": columns, "STRIP": _STRIP, "LOWER": bool(lower)}
-            yield aot_case(add_tiles_kernel, f"{rows}x{columns}", constexprs, **where)
-        yield aot_case(add_rows_kernel, "", {"COLUMNS": _SUM_COLUMNS}, **where)

@@ -113,19 +113,6 @@ def row_parts(rows: torch.Tensor, index: torch.Tensor | None, step: int = CHUNK)
     return [slice(low, min(low + step, count)) for low in range(0, count, step)]
 
 
-def widened(rows: torch.Tensor, index: torch.Tensor | None, part: slice, dtype: torch.dtype) -> torch.Tensor:
-    """The rows that count at some places, in a dtype."""
-    return (rows[part] if index is None else rows[index[part]]).to(dtype)
-
-
-def new_panel(
-    rows: torch.Tensor, index: torch.Tensor | None, count: int, weight: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """Room for `pack_rows` to widen or weigh `count` rows; `None` where they are float32 and read as they are."""
-    direct = index is None and weight is None and rows.dtype == torch.float32
-    return None if direct else torch.empty(count, rows.shape[1], dtype=torch.float32)
-
-
 def _address(tensor: torch.Tensor | None, low: int = 0) -> int:
     return 0 if tensor is None else tensor.data_ptr() + low * tensor.element_size()
 
@@ -163,20 +150,21 @@ def packed(
     *,
     cpp: bool,
     step: int = CHUNK,
+    plain: bool = True,
     weighted: bool = False,
     column_sum: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """The selected rows of x in a dtype, part by part; with `cpp` (float32) one C++ pass converts and weighs a part.
 
     Yields:
-        The part's slice of the selection, its rows `(count, n)`, and, if `weighted`, the rows times their weights.
-        `column_sum` `(n,)` receives the sum of the weighted rows in any case.
+        The part's slice of the selection, its rows `(count, n)` (only with `plain`, if it is weighted), and, if
+        `weighted`, the rows times their weights. `column_sum` `(n,)` receives the sum of the weighted rows in any case.
     """
     index, weight = selected.to(dtype)
     parts = row_parts(x, index, step)
     if not cpp:
         for part in parts:
-            rows = products = widened(x, index, part, dtype)
+            rows = products = (x[part] if index is None else x[index[part]]).to(dtype)
             if weight is not None and (weighted or column_sum is not None):
                 products = rows * weight[part].unsqueeze(-1)
             if column_sum is not None:
@@ -184,8 +172,9 @@ def packed(
             yield part, rows, products
         return
     most = parts[0].stop if parts else 0
-    panel = new_panel(x, index, most)
     room = torch.empty(most, x.shape[1]) if weighted and weight is not None else None
+    direct = (index is None and x.dtype == torch.float32) or not (plain or room is None)  # read as they are, or not
+    panel = None if direct else torch.empty(most, x.shape[1])
     for part in parts:
         if panel is not None or room is not None or column_sum is not None:
             pack_rows(x, index, part, weight=weight, panel=panel, weighted=room, column_sum=column_sum)

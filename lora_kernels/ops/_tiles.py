@@ -26,15 +26,22 @@ class TileConfig:
     warps: int
     stages: int  # depth of the load pipeline
 
-    @property
-    def two_slices(self) -> bool:
-        """Whether the epilogue goes by halves."""
-        return self.columns > 128
-
     def constants(self, dtype: torch.dtype, platform: str) -> dict[str, Any]:
         """Those of a kernel on these tiles."""
         sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "TOKENS": self.tokens}
-        return {**sizes, "TWO_SLICES": self.two_slices, "PRECISION": precision(dtype, platform)}
+        return {**sizes, "TWO_SLICES": self.columns > 128, "PRECISION": precision(dtype, platform)}
+
+
+WIDE = TileConfig(128, 256, 64, 8, 3)
+SQUARE = TileConfig(128, 128, 64, 8, 3)
+HOPPER_HALF = TileConfig(
+    64, 128, 64, 4, 4
+)  # the square tile's matrix instructions serialise in Triton 3.6 (ptxas C7515)
+SMALL = TileConfig(64, 64, 64, 4, 4)
+SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
+RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
+AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)  # 64 KB of local memory hold two stages
+AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,15 +84,6 @@ def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024)
         return 1
     wanted = -(-2 * processors // max(tiles, 1))
     return max(1, min(wanted, tokens // least))
-
-
-def token_parts(tiles: int, tokens: int, config: TileConfig, processors: int, *, least: int = 1024) -> tuple[int, int]:
-    """The number of parts of a product's token loop and their tokens; the last may have fewer."""
-    splits = token_splits(tiles, tokens, processors, least=least)
-    chunk = -(-tokens // splits)
-    if splits > 1:  # whole steps: no part but the last has a ragged end
-        chunk = -(-chunk // config.tokens) * config.tokens
-    return -(-tokens // chunk), chunk
 
 
 def parts_for(tiles: int, length: int, step: int, device: torch.device, least: int) -> tuple[int, int]:

@@ -18,6 +18,12 @@ INTERPRETED = not isinstance(dot, JITFunction)
 
 
 @triton.jit
+def load_tile(pointers, rows_inside, columns_inside):
+    """A tile of a matrix, zero outside of it."""
+    return tl.load(pointers, mask=rows_inside & columns_inside, other=0.0)
+
+
+@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and right half of a tile, without a trip through memory."""
     parts = tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.ops.gradient_statistics import gradient_statistics_
+from lora_kernels.ops.gradient_statistics.op import gradient_statistics_
 from lora_kernels.statistics.moments import Accumulator, OutputGradients, as_rows
 
 FISHER = "fisher"

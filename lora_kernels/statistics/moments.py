@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from lora_kernels.ops.covariance import covariance_
+from lora_kernels.ops.covariance.op import covariance_
 
 INPUT_SECOND = "input_second"
 OUTPUT_SECOND = "output_second"

@@ -13,8 +13,8 @@ import torch
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, probe_bound
 from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
 from lora_kernels.ops import random_matrix
-from lora_kernels.ops.gradient_statistics import gradient_statistics_
-from lora_kernels.ops.sketch import sketch_
+from lora_kernels.ops.gradient_statistics.op import gradient_statistics_
+from lora_kernels.ops.sketch.op import sketch_
 from lora_kernels.statistics.gradients import GRADIENT
 from lora_kernels.statistics.moments import Accumulator, InputSums, OutputGradients, as_rows
 

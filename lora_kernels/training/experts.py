@@ -273,7 +273,7 @@ def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: 
     x = x if x.dtype == y.dtype else x.to(y.dtype)
     for a, b, scaling, state in terms:
         backend = grouped.experts.choose("auto", x)
-        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend), in_place=True)
+        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend), True)
     return y
 
 

@@ -5,6 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(out_ptr, size, ROWS: tl.constexpr):
+def kernel(out_ptr, width, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
-    tl.load(out_ptr + row, mask=row < size)
+    tl.load(out_ptr + row, mask=row < width)

@@ -3,7 +3,7 @@ import torch
 
 from lora_kernels.linalg import LinearOperator, eigh_topk
 from lora_kernels.ops.orthonormalize import op as columns
-from lora_kernels.ops.small_linalg import fix_signs
+from lora_kernels.ops.small_linalg.reference import fix_signs
 
 
 def symmetric(n, spectrum, batch=()):

@@ -104,7 +104,6 @@ def other_kernels():
         lambda: gradients.gradient_statistics(square, x, x, index, weight),
         lambda: gradients.gradient_statistics(square, tall, tall, None, None),
         lambda: gradients.both(None, column, x, None, None, weight),
-        lambda: gradients.scale_rows(square, square, column, 1, 0, 1),
         lambda: sketch.sketch(sketched, tall, tall, Selection(), column, Omega("rademacher", 0, 0)),
         lambda: sketch.sketch(sketched, x, w, Selection(index, weight), None, Omega("gaussian", 2**40, 3)),
         lambda: sketch.project(sketched, x, Omega("gaussian", 5, 6)),

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext, use_backend
-from lora_kernels.ops.covariance import covariance_, reference, symmetrize_
 from lora_kernels.ops.covariance import op as covariance_op
+from lora_kernels.ops.covariance import reference
+from lora_kernels.ops.covariance.op import covariance_, symmetrize_
 from tests.helpers.accuracy import assert_accurate, rounding
 
 HAS_CPP = _ext.load()[0] is not None

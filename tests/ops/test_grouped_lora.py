@@ -196,7 +196,7 @@ def test_registration_is_sound(backend):
         torch.library.opcheck(ops.grouped_lora.default, (y, x, offsets, a, b, *drop, backend))
         t = ops.grouped_lora.default(y, x, offsets, a, b, *drop, backend)[1]
         for source, low, need_x in ((x, t, True), (None, t, True), (x, None, False)):
-            args = (torch.randn(6, 5), source, low, offsets, a, b, *drop, need_x, backend)
+            args = (torch.randn(6, 5), source, low, offsets, a, b, *drop, backend, need_x)
             torch.library.opcheck(ops.grouped_lora_backward.default, args)
 
 
@@ -282,16 +282,16 @@ def test_products_that_nobody_else_has_are_added_to_in_place():
     for in_place in (False, True):
         y = x @ weight
         address = y.data_ptr()
-        out = op.run(y, x, offsets, a, b, None, None, scalars, in_place=in_place)
+        out = op.run(y, x, offsets, a, b, None, None, scalars, in_place)
         assert (out.data_ptr() == address) == in_place
         gradients.append([out.detach(), *torch.autograd.grad(out.square().sum(), (weight, a, b))])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     for y in (torch.randn(30, 8).requires_grad_(), torch.randn(1, 30, 8)[0]):
         before = y.detach().clone()
-        op.run(y, x, offsets, a, b, None, None, scalars, in_place=True).sum().backward()
+        op.run(y, x, offsets, a, b, None, None, scalars, True).sum().backward()
         assert torch.equal(y.detach(), before)
     y = x @ weight
     kept = y.sin()  # whose backward needs y as it was
-    op.run(y, x, offsets, a, b, None, None, scalars, in_place=True)
+    op.run(y, x, offsets, a, b, None, None, scalars, True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()

@@ -64,10 +64,6 @@ def grouped_products(rows, size, experts, rank=16):
     grouped.expand(matrix(rows, size), matrix(rows, rank), offsets, factor, None, None)
 
 
-def scale(rows, columns):
-    gradients.scale_rows(matrix(rows, columns, FLOAT), matrix(rows, columns, FLOAT), vector(rows), 1.0, 0.0, 1.0)
-
-
 def sketches(tokens, features, same):
     left, out = matrix(tokens, features), matrix(features, 16, FLOAT)
     right = left if same else matrix(tokens, features)
@@ -88,8 +84,6 @@ CALLS = {
     ),
     "experts, many rows": lambda: grouped_products(TOKENS, 64, 256),
     "experts, many features": lambda: grouped_products(64, TOKENS, 256),
-    "scaled rows, many": lambda: scale(2**28, 64),
-    "scaled rows, long": lambda: scale(64, 2**28),
     "linear": lambda: linear.linear(
         matrix(TOKENS, 2**18), matrix(TOKENS, 64), matrix(64, 2**18), matrix(TOKENS, 16), matrix(16, 2**18)
     ),

@@ -62,9 +62,9 @@ def test_registration_is_sound():
         tensors, scalars = (a, b, *pair, drop[0]), (0.5, -0.5, *drop[1:])
         torch.library.opcheck(forward, (x, weight, start, *tensors, *scalars, backend))
         _, t = forward(x, weight, start, *tensors, *scalars, backend)
-        torch.library.opcheck(backward, (g, x, t, weight, *tensors, *scalars, True, backend))
-        torch.library.opcheck(backward, (g, None, None, None, *tensors, *scalars, True, backend))
-        torch.library.opcheck(backward, (g, x, None, weight, *tensors, *scalars, False, backend))
+        torch.library.opcheck(backward, (g, x, t, weight, *tensors, *scalars, backend, True))
+        torch.library.opcheck(backward, (g, None, None, None, *tensors, *scalars, backend, True))
+        torch.library.opcheck(backward, (g, x, None, weight, *tensors, *scalars, backend, False))
     torch.library.opcheck(forward, (x, None, torch.randn(6, 5), a, b, a0, b0, seed, 0.5, 0.1, 20000, 3, "torch"))
 
 

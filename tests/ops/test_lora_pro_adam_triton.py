@@ -218,24 +218,6 @@ def test_precision_is_that_of_float32_unless_the_user_allows_less(monkeypatch):
         matmul.allow_tf32 = before
 
 
-def test_ahead_of_time_cases_cover_every_launch():
-    known = {
-        (case["platform"], case["aligned"], case["signature"]["avg_ptr"], case["constexprs"]["PRECISION"],
-         *(case["constexprs"][name] for name in ("ROWS", "COLUMNS", "RANK", "STEP")), case["warps"], case["stages"])
-        for case in kernel.aot_cases() if "avg_ptr" in case["signature"]
-    }  # fmt: skip
-    for platform in ("cuda", "hip"):
-        for aligned in (True, False):
-            for rank in (1, 16, 17, 33, 128):
-                for stochastic in (False, True):
-                    width = config.rank_for(rank)
-                    each = config.config_for(width, stochastic, aligned, platform)
-                    for precision in config.precisions(platform):
-                        launch = (each.rows, each.columns, width, min(width, each.step), each.warps, each.stages)
-                        state = "*i16" if stochastic else "*fp32"
-                        assert (platform, aligned, state, precision, *launch) in known
-
-
 def test_alignment_and_refusals():
     wide = torch.zeros(40, 64)
     assert is_aligned(wide, wide[:, :32]) and not is_aligned(wide, wide[:, :31])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import orthonormalize
-from lora_kernels.ops.orthonormalize import gram, op, reference, times
+from lora_kernels.ops.orthonormalize import op, reference
+from lora_kernels.ops.orthonormalize.op import gram, times
 from tests.helpers.accuracy import assert_accurate, rounding
 
 # |Q^T Q - 1|, then |y - Q R| / |y|, as documented.

@@ -13,13 +13,14 @@ from lora_kernels.ops._tiles import is_aligned, rank_for
 from lora_kernels.ops.random_matrix import reference as draws
 from lora_kernels.ops.random_matrix.reference import Omega
 from lora_kernels.ops.sketch import kernel, reference
+from lora_kernels.ops.skinny.config import SkinnyConfig
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["rademacher", "gaussian"]
 # Small tiles keep the interpreter quick; the shipped sizes run once each below.
-TINY = kernel.SketchConfig(16, 32, 4, 2)
+TINY = SkinnyConfig(16, 32, 4, 2)
 KEY = {"seed": -5, "stream": 2**32 - 3}
 # A pair of bfloat16 numbers, of which the interpreter cuts off what it should round.
 PAIR = 2.0**-17 if DEVICE == "cuda" else 2.0**-15
@@ -228,7 +229,7 @@ def test_memory_beyond_is_left_alone():
         assert torch.equal(out, wide)
 
 
-SHIPPED = [each for each in vars(kernel).values() if isinstance(each, kernel.SketchConfig)]
+SHIPPED = [each for each in vars(kernel).values() if isinstance(each, SkinnyConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)
@@ -275,30 +276,6 @@ def test_chunks_of_tokens_fit_the_cache():
         assert chunk % 64 == 0 and chunk >= 64
         assert chunk * row_bytes <= max(cache // 2, 2**24) + 64 * row_bytes
     assert kernel.token_chunk(1000, 100, 2**25) >= 1000, "a batch that fits is not cut"
-
-
-def test_ahead_of_time_cases_cover_every_launch():
-    """Each dtype, kind, width, selection, alignment and platform leads to a form that the compile check knows."""
-    known = {
-        (case["kernel"].__name__, case["platform"], case["aligned"], case["signature"].get("x_ptr"),
-         case["constexprs"].get("TOKENS"), case["constexprs"].get("FEATURES"), case["constexprs"]["RANK"],
-         case["constexprs"].get("HAS_INDEX"), case["constexprs"].get("SIGNS"), case["constexprs"].get("PAIR"),
-         case["warps"], case["stages"])
-        for case in kernel.aot_cases()
-    }  # fmt: skip
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    for platform, aligned, index, k in itertools.product(
-        ("cuda", "hip"), (True, False), (True, False), (1, 16, 24, 300)
-    ):
-        rank, _ = rank_for(k)
-        for dtype, name in names.items():
-            for product, signs in itertools.product(("shrink", "tall"), (True, False)):
-                each = kernel.config_for(product, dtype, aligned=aligned, platform=platform)
-                shrink = product == "shrink"
-                pair = (not signs and dtype != torch.float32) if shrink else dtype == torch.bfloat16
-                form = (each.tokens, each.features, rank, index, signs if shrink else None, pair)
-                launch = (f"{product}_kernel", platform, aligned, name, *form, each.warps, each.stages)
-                assert launch in known
 
 
 def test_registration_is_sound():

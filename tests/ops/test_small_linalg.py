@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops.small_linalg import drivers, eigh, fix_signs, reference
+from lora_kernels.ops.small_linalg import drivers, reference
+from lora_kernels.ops.small_linalg.op import eigh
+from lora_kernels.ops.small_linalg.reference import fix_signs
 from tests.ops.linalg_cases import (
     BATCHES,
     DTYPES,

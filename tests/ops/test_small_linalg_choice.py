@@ -5,7 +5,8 @@ import torch
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._op import OPS
-from lora_kernels.ops.small_linalg import cholesky_solve, eigh, factor_spectrum, sylvester
+from lora_kernels.ops.small_linalg.op import cholesky_solve, eigh, sylvester
+from lora_kernels.ops.small_linalg.spectrum import factor_spectrum
 from tests.ops.linalg_cases import positive
 
 pytestmark = pytest.mark.skipif(_ext.load()[0] is None, reason="extension not built")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, eigh, factor_spectrum, fix_signs, sylvester
+from lora_kernels.ops.small_linalg.op import cholesky, cholesky_solve, eigh, sylvester
+from lora_kernels.ops.small_linalg.reference import fix_signs
+from lora_kernels.ops.small_linalg.spectrum import factor_spectrum
 from tests.conftest import relative_error
 from tests.ops.linalg_cases import DTYPES, EPSILON, RUNS
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops.small_linalg import cholesky, cholesky_solve, drivers, reference, sylvester
+from lora_kernels.ops.small_linalg import drivers, reference
+from lora_kernels.ops.small_linalg.op import cholesky, cholesky_solve, sylvester
 from tests.conftest import relative_error
 from tests.ops.linalg_cases import (
     BATCHES,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import _ext
-from lora_kernels.ops.small_linalg import drivers, factor_spectrum, reference
+from lora_kernels.ops.small_linalg import drivers, reference
+from lora_kernels.ops.small_linalg.spectrum import factor_spectrum
 from tests.helpers.accuracy import rounding
 from tests.ops.linalg_cases import BATCHES, DTYPES, EPSILON, ORDERS, RUNS, few, strided
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_tensor, check_written
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, relative_error, with_parts
 from lora_kernels.ops._rows import Selection, flat_rows, packed, selection
 from lora_kernels.ops.covariance import reference
 
@@ -16,20 +14,6 @@ from lora_kernels.ops.covariance import reference
 # matrix product itself slows down (2 cores, 2048 x 1376: full 36.9 ms, blocks of 128 23.6 ms, the floor is 18.5).
 _CPU_BLOCK = 128
 _GPU_BLOCK = 1024
-
-
-def _check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, column_sum: torch.Tensor | None) -> None:
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError("x has shape (), but must be (..., n)")
-    features = x.shape[-1]
-    sums = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[2:]
-    check_tensor("out", out, shape=(features, features), dtypes=sums, device=x.device, contiguous="rows")
-    if weight is not None:
-        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
-    if column_sum is not None:
-        kind = (out.dtype,)
-        check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
 
 
 def _by_blocks(
@@ -53,12 +37,8 @@ covariance = Op(
     "covariance_",
     _body,
     writes=("out", "column_sum"),
-    check=_check,
-    backends=(
-        on_triton("covariance.kernel:covariance", no_float64),
-        on_cpp(functools.partial(_by_blocks, cpp=True), no_float64),
-        on_torch(_by_blocks),
-    ),
+    accumulates=True,
+    backends=with_parts("covariance.kernel:covariance", _by_blocks),
 )
 
 
@@ -87,6 +67,15 @@ def covariance_(
         ValueError: on a wrong shape, device or stride.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    check_tensor("x", x, form="(..., n)")
+    features = x.shape[-1]
+    sums = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[2:]
+    check_tensor("out", out, shape=(features, features), dtypes=sums, device=x.device, contiguous="rows")
+    if weight is not None:
+        check_tensor("weight", weight, shape=x.shape[:-1], dtypes=WEIGHTS, device=x.device)
+    if column_sum is not None:
+        kind = (out.dtype,)
+        check_tensor("column_sum", column_sum, shape=(features,), dtypes=kind, device=x.device, contiguous="all")
     covariance(backend, out, x, weight, column_sum)
 
 

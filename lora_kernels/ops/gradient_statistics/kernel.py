@@ -1,52 +1,23 @@
-"""Triton kernels of the gradient statistics.
+"""The launches of the gradient statistics: `_reduce.product_kernel`, and `column_sums` of squares.
 
-    G[i, j] += sum_t  g[t, i] * w[t] * x[t, j]                     gradient_kernel (+ add_tiles)
-    f[i]    += sum_t  v[t] * g[t, i]^2                             column_sums
-    S[i, j]  = scale * G[i, j] / (f[i] + damping)^power            scale_rows_kernel
-
-One program per tile of G loops over tokens; g is loaded directly transposed (its contiguous axis is the tile's row
-axis). Where G has few tiles the tokens are split over programs, whose partial tiles a second kernel adds in fixed
-order: same input, same bits. The sum of squares is a pass of its own: reduced in the same loop it serialises the
-tensor-core pipeline (ptxas C7515).
+The sum of squares is a pass of its own: reduced in the loop of the product it serialises the tensor-core pipeline
+(ptxas C7515).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
-from lora_kernels.ops._launching import constants_of, launch
+from lora_kernels.ops import _tiles
 from lora_kernels.ops._library import add_product, adds
-from lora_kernels.ops._reduce import AOT_DTYPES, add_tiles, aot_case, aot_configs, column_sums
-from lora_kernels.ops._rows import selection, single
-from lora_kernels.ops._tiles import (
-    TileConfig,
-    build_platform,
-    capability_of,
-    grouped_tiles,
-    is_aligned,
-    processors,
-    tile_map,
-    token_parts,
-)
-from lora_kernels.ops._tl import INTERPRETED, dot, finish_tile, token_rows
+from lora_kernels.ops._reduce import add_weighted_product, column_sums
+from lora_kernels.ops._rows import Selection, selection, single
+from lora_kernels.ops._tiles import TileConfig, capability_of, is_aligned
 
-WIDE = TileConfig(128, 256, 64, 8, 3)
-SQUARE = TileConfig(128, 128, 64, 8, 3)  # also with weights: the wide tile then spills registers
-# Hopper: Triton 3.6 serialises the matrix instructions of the square tile without weights (ptxas C7515).
-HOPPER_HALF = TileConfig(64, 128, 64, 4, 4)
-SMALL = TileConfig(64, 64, 64, 4, 4)
-SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
-RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
-# AMD: 64 KB of local memory hold two stages; shorter steps where weights or addresses would take the last registers.
-AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)
+# AMD: shorter steps where weights or addresses would take the last registers.
 AMD_WEIGHTED = TileConfig(128, 128, 32, 8, 2)
-AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 AMD_RAGGED_SINGLE = TileConfig(64, 64, 16, 4, 2)
 
 # The side and the number of elements from which a matrix has enough tiles of a size.
@@ -54,7 +25,6 @@ _SQUARE_FROM = (512, 1 << 20)
 _WIDE_FROM = (1024, 1 << 23)
 # Elements from which the library's product is expected to win (a model; `benchmarks.gpu` times both).
 _LIBRARY_FROM = 1 << 24
-_SCALE_ROWS, _SCALE_COLUMNS, _SCALE_STEPS = 8, 512, 16
 
 
 def config_for(
@@ -73,118 +43,17 @@ def config_for(
 
     large = aligned and dtype != torch.float32 and reaches(_SQUARE_FROM)
     if capability is None:
-        small = AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
-        return small if not large else AMD_WEIGHTED if weighted else AMD_SQUARE
+        small = _tiles.AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
+        return small if not large else AMD_WEIGHTED if weighted else _tiles.AMD_SQUARE
     if dtype == torch.float32:
-        return SINGLE
+        return _tiles.SINGLE
     if not aligned:
-        return RAGGED
+        return _tiles.RAGGED
     if not large:
-        return SMALL
-    if reaches(_WIDE_FROM) and not weighted:
-        return WIDE
-    return HOPPER_HALF if capability == (9, 0) and not weighted else SQUARE
-
-
-@triton.jit(do_not_specialize=["n_tokens", "chunk"])
-def gradient_kernel(
-    out_ptr,  # (m, n) float32
-    partial_ptr,  # (splits, tiles, ROWS, COLUMNS) float32, if SPLIT
-    g_ptr,  # (rows of g, m)
-    x_ptr,  # (rows of x, n)
-    index_ptr,  # (n_tokens,) int64 rows of g and x, if HAS_INDEX
-    weight_ptr,  # (n_tokens,) float32, if HAS_WEIGHT
-    scale_ptr,  # (1,) float32, if HAS_SCALE: multiplies the sum
-    tiles_ptr,  # (tiles,) int32, tile row << 16 | tile column
-    height,
-    width,
-    n_tokens,
-    chunk,
-    g_stride,
-    x_stride,
-    out_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TWO_SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of the sum, over one part of the tokens: added to `out`, or stored in `partial` if SPLIT."""
-    packed = tl.load(tiles_ptr + tl.program_id(0))
-    rows = (packed >> 16) * ROWS + tl.arange(0, ROWS)
-    columns = (packed & 0xFFFF) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * chunk
-    last = tl.minimum(first + chunk, n_tokens)
-    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(first, last, TOKENS):
-        token = start + tl.arange(0, TOKENS)
-        row = token_rows(index_ptr, token, last, HAS_INDEX)
-        left = tl.load(
-            g_ptr + (row * g_stride)[None, :] + rows[:, None],
-            mask=(token[None, :] < last) & (rows[:, None] < height),
-            other=0.0,
-        )
-        right = tl.load(
-            x_ptr + (row * x_stride)[:, None] + columns[None, :],
-            mask=(token[:, None] < last) & (columns[None, :] < width),
-            other=0.0,
-        )
-        if HAS_WEIGHT:
-            # On the right operand only: weighting the left one serialises the tensor-core pipeline (ptxas C7515).
-            weight = tl.load(weight_ptr + token, mask=token < last, other=0.0)
-            right = (right.to(tl.float32) * weight[:, None]).to(right.dtype)
-        acc = dot(left, right, acc, PRECISION, UPCAST)
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr)
-    finish_tile(out_ptr, partial_ptr, packed, acc, height, width, out_stride, ROWS, COLUMNS, SPLIT, TWO_SLICES, False)
-
-
-@triton.jit
-def scale_rows_kernel(
-    out_ptr,  # (m, n) float32
-    gradient_ptr,  # (m, n) float32; may be `out`
-    fisher_ptr,  # (m,) float32
-    height,
-    width,
-    out_stride,
-    gradient_stride,
-    scale,
-    damping,
-    power,
-    power_rest,  # what float32 leaves of the power
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Divide a block of rows, `STEPS` tiles of it, by a power of their damped Fisher: KIND 1, 2 (square root), 0."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    fisher = tl.load(fisher_ptr + rows, mask=rows < height, other=1.0) + damping
-    if KIND == 1:
-        factor = scale / fisher
-    elif KIND == 2:
-        factor = scale / tl.sqrt_rn(fisher)
-    else:
-        # In float64: an error in the exponent is multiplied by the logarithm.
-        exponent = tl.cast(power, tl.float64) + tl.cast(power_rest, tl.float64)
-        factor = (scale * tl.exp2(-exponent * tl.log2(fisher.to(tl.float64)))).to(tl.float32)
-    first = tl.program_id(1) * (STEPS * COLUMNS)
-    for start in range(first, tl.minimum(first + STEPS * COLUMNS, width), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        mask = (rows[:, None] < height) & (columns[None, :] < width)
-        place = rows[:, None].to(tl.int64)
-        values = tl.load(gradient_ptr + place * gradient_stride + columns[None, :], mask=mask, other=0.0)
-        tl.store(out_ptr + place * out_stride + columns[None, :], values * factor[:, None], mask=mask)
-
-
-def _needs_scale(dtype: torch.dtype) -> bool:
-    """Whether `w x` may leave the range of the dtype: weights then enter as fractions of their largest."""
-    return dtype == torch.float16
+        return _tiles.SMALL
+    if reaches(_WIDE_FROM) and not weighted:  # with weights the wide tile spills registers
+        return _tiles.WIDE
+    return _tiles.HOPPER_HALF if capability == (9, 0) and not weighted else _tiles.SQUARE
 
 
 def _fractions(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,29 +84,11 @@ def gradient_statistics(
         add_product(gradient, g.mT, x)
         return
     scale = None
-    if weight is not None and _needs_scale(x.dtype):
+    if weight is not None and x.dtype == torch.float16:  # `w x` may leave its range
         weight, scale = _fractions(weight)
     kind: dict[str, Any] = {"aligned": is_aligned(gradient, g, x), "capability": capability_of(x.device)}
     config = config or config_for(height, width, x.dtype, weighted=weight is not None, **kind)
-    tiles = tile_map(grouped_tiles, (height, width, config.rows, config.columns), x.device)
-    splits, chunk = token_parts(tiles.numel(), tokens, config, processors(x.device), least=least_chunk)
-    partial = gradient
-    if splits > 1:
-        area = tiles.numel() * config.rows * config.columns
-        partial = torch.empty(splits * area, dtype=torch.float32, device=x.device)
-    constants = constants_of(
-        config.warps, config.stages, HAS_INDEX=index is not None, HAS_WEIGHT=weight is not None,
-        HAS_SCALE=scale is not None, SPLIT=splits > 1, UPCAST=INTERPRETED,
-        **config.constants(x.dtype, build_platform()),
-    )  # fmt: skip
-    # A pointer that a flag switches off must still be one.
-    optional = (x if tensor is None else tensor for tensor in (index, weight, scale))
-    launch(
-        gradient_kernel, (tiles.numel(), splits, 1), (gradient, partial, g, x, *optional, tiles),
-        (height, width, tokens, chunk, g.stride(0), x.stride(0), gradient.stride(0)), constants,
-    )  # fmt: skip
-    if splits > 1:
-        add_tiles(gradient, partial, tiles, splits, config, lower=False)
+    add_weighted_product(gradient, g, x, Selection(index, weight), config, least_chunk, scale)
 
 
 def both(
@@ -256,44 +107,3 @@ def both(
         # The kernel skips rows of weight zero by itself: counting them would stall the device.
         flat = None if fisher_weight is None else single(fisher_weight.reshape(-1))
         column_sums(fisher, g, None, flat, square=True)
-
-
-def scale_rows(
-    out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
-) -> None:
-    """Launch the kernel of the Fisher scaling; `out` has unit column stride, and may be the gradient."""
-    height, width = out.shape
-    if height == 0 or width == 0:
-        return
-    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    rounded = float(torch.tensor(power, dtype=torch.float32))
-    strides, exponent = (out.stride(0), gradient.stride(0)), (rounded, float(power) - rounded)
-    kind = {1.0: 1, 0.5: 2}.get(float(power), 0)
-    launch(
-        scale_rows_kernel, (-(-height // _SCALE_ROWS), -(-width // (_SCALE_COLUMNS * _SCALE_STEPS)), 1),
-        (out, gradient, fisher.contiguous()), (height, width, *strides, float(scale), float(damping), *exponent),
-        constants_of(ROWS=_SCALE_ROWS, COLUMNS=_SCALE_COLUMNS, STEPS=_SCALE_STEPS, KIND=kind),
-    )  # fmt: skip
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every form of the kernels here that is launched; see `_reduce.aot_cases`."""
-    for aligned, (dtype, x), weighted in itertools.product((True, False), AOT_DTYPES.items(), (False, True)):
-        configs = aot_configs(
-            lambda capability: (
-                config_for(side, side, dtype, weighted=weighted, aligned=aligned, capability=capability)  # noqa: B023
-                for side in (64, 1024, 4096)
-            )
-        )
-        for (config, where), index, split in itertools.product(configs, (False, True), (False, True)):
-            constexprs = {**config.constants(dtype, where["platform"]), "HAS_INDEX": index, "HAS_WEIGHT": weighted}
-            constexprs |= {"HAS_SCALE": weighted and _needs_scale(dtype), "SPLIT": split, "UPCAST": False}
-            label = f"{x} {config.rows}x{config.columns}x{config.tokens}"
-            types = {"g_ptr": f"*{x}", "x_ptr": f"*{x}", "scale_ptr": "*fp32", "g_stride": "i32"}
-            yield aot_case(gradient_kernel, label, constexprs, types, config, aligned=aligned, **where)
-    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        for kind, label in ((1, "power 1"), (2, "power 0.5"), (0, "any power")):
-            constexprs = {"ROWS": _SCALE_ROWS, "COLUMNS": _SCALE_COLUMNS, "STEPS": _SCALE_STEPS, "KIND": kind}
-            types = {"gradient_ptr": "*fp32", "fisher_ptr": "*fp32", "gradient_stride": "i32"}
-            types |= dict.fromkeys(("scale", "damping", "power", "power_rest"), "fp32")
-            yield aot_case(scale_rows_kernel, label, constexprs, types, platform=platform, aligned=aligned)

@@ -8,109 +8,43 @@ import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
-from lora_kernels.ops._rows import flat_rows, new_panel, pack_rows, row_parts, selection, single, widened
+from lora_kernels.ops._op import Example, Op, normal, on_torch, relative_error, with_parts
+from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, packed, row_parts, selection, single
 from lora_kernels.ops.gradient_statistics import reference
 
 
-def _check(
+def _by_parts(
     gradient: torch.Tensor | None,
     fisher: torch.Tensor | None,
     g: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
     fisher_weight: torch.Tensor | None,
+    cpp: bool = False,
 ) -> None:
-    if gradient is None and fisher is None:
-        raise ValueError("gradient and fisher are both None, but at least one must be given")
-    for name, given, target, owner in (
-        ("weight", weight, gradient, "gradient"),
-        ("fisher_weight", fisher_weight, fisher, "fisher"),
-        ("x", x, gradient, "gradient"),
-    ):
-        if given is not None and target is None:
-            raise ValueError(f"{name} is given, but {owner}, which it is for, is None")
-    if gradient is not None and x is None:
-        raise ValueError("x is None, but must be given with gradient")
-    check_tensor("g", g)
-    if x is not None:
-        check_tensor("x", x)
-    if g.dim() < 1:
-        raise ValueError("g has shape (), but must be (..., m)")
-    leading, height = g.shape[:-1], g.shape[-1]
-    wide = torch.float64 in (g.dtype, None if x is None else x.dtype)
-    sums = (torch.float64,) if wide else FLOATS[2:]
+    """The narrower operand is weighed, and BLAS multiplies what is in cache; squares are a pass of their own."""
     if gradient is not None and x is not None:
-        check_tensor("x", x, shape=(*leading, None), device=g.device)
-        size = (height, x.shape[-1])
-        check_tensor("gradient", gradient, shape=size, dtypes=sums, device=g.device, contiguous="rows")
-        sums = (gradient.dtype,)
-    if fisher is not None:
-        check_tensor("fisher", fisher, shape=(height,), dtypes=sums, device=g.device, contiguous="all")
-    for name, rows in (("weight", weight), ("fisher_weight", fisher_weight)):
-        if rows is not None:
-            check_tensor(name, rows, shape=leading, dtypes=WEIGHTS, device=g.device)
-
-
-def _run_torch(
-    gradient: torch.Tensor | None,
-    fisher: torch.Tensor | None,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    fisher_weight: torch.Tensor | None,
-) -> None:
-    if gradient is not None and x is not None:
-        index, factor = selection(weight)
-        factor = None if factor is None else factor.to(gradient.dtype).unsqueeze(-1)
-        for part in row_parts(g, index):
-            left, right = (widened(rows, index, part, gradient.dtype) for rows in (g, x))
-            if factor is not None and g.shape[1] <= x.shape[1]:
-                left = left * factor[part]
-            elif factor is not None:
-                right = right * factor[part]
-            gradient.addmm_(left.mT, right)
-    if fisher is not None:
-        index, factor = selection(fisher_weight)
-        for part in row_parts(g, index):
-            squares = widened(g, index, part, fisher.dtype).square()
-            if factor is not None:
-                squares *= factor[part].to(fisher.dtype).unsqueeze(-1)
-            fisher += squares.sum(0)  # not a product with the weights: sum adds in pairs, BLAS one after the other
-
-
-def _run_cpp(
-    gradient: torch.Tensor | None,
-    fisher: torch.Tensor | None,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    fisher_weight: torch.Tensor | None,
-) -> None:
-    """One pass selects, widens and weighs a chunk of rows; BLAS multiplies what it leaves in cache."""
-    if fisher is not None:  # a pass of its own: it is short beside the product
+        selected, narrow = selection(weight), g.shape[1] <= x.shape[1]
+        # Whole where they are read as they are.
+        whole = cpp and selected.rows is None and selected.weight is None and g.dtype == x.dtype == gradient.dtype
+        form: dict[str, Any] = {"cpp": cpp, "step": max(g.shape[0], 1) if whole else CHUNK, "plain": False}
+        left = packed(g, selected, gradient.dtype, weighted=narrow, **form)
+        right = packed(x, selected, gradient.dtype, weighted=not narrow, **form)
+        for (*_, one), (*_, two) in zip(left, right, strict=True):
+            gradient.addmm_(one.mT, two)
+    if fisher is None:
+        return
+    if cpp:
         squares = None if fisher_weight is None else single(fisher_weight.reshape(-1))
         for part in row_parts(g, None):
             pack_rows(g, None, part, square_weight=squares, square_sum=fisher)
-    if gradient is None or x is None:
         return
-    index, factor = selection(weight)
-    factor = single(factor)
-    if index is None and factor is None and g.dtype == x.dtype == torch.float32:
-        gradient.addmm_(g.mT, x)
-        return
-    # The narrower operand is weighed. What is float32 and read as it is needs no copy.
-    weighs_g = g.shape[1] <= x.shape[1]
-    operands = ((g, factor if weighs_g else None), (x, None if weighs_g else factor))
-    parts = row_parts(g, index)
-    panels = [new_panel(rows, index, parts[0].stop if parts else 0, weights) for rows, weights in operands]
-    for part in parts:
-        ready = []
-        for (rows, weights), panel in zip(operands, panels, strict=True):
-            if panel is not None:
-                pack_rows(rows, index, part, weight=weights, **{"panel" if weights is None else "weighted": panel})
-            ready.append(rows[part] if panel is None else panel[: part.stop - part.start])
-        gradient.addmm_(ready[0].mT, ready[1])
+    selected = selection(fisher_weight).to(fisher.dtype)
+    for part, rows, _ in packed(g, selected, fisher.dtype, cpp=False):
+        squares = rows.square()
+        if selected.weight is not None:
+            squares *= selected.weight[part].unsqueeze(-1)
+        fisher += squares.sum(0)  # not a product with the weights: sum adds in pairs, BLAS one after the other
 
 
 def _body(
@@ -133,12 +67,8 @@ gradient_statistics = Op(
     "gradient_statistics_",
     _body,
     writes=("gradient", "fisher"),
-    check=_check,
-    backends=(
-        on_triton("gradient_statistics.kernel:both", no_float64),
-        on_cpp(_run_cpp, no_float64),
-        on_torch(_run_torch),
-    ),
+    accumulates=True,
+    backends=with_parts("gradient_statistics.kernel:both", _by_parts),
 )
 
 
@@ -173,6 +103,33 @@ def gradient_statistics_(
             round.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    if gradient is None and fisher is None:
+        raise ValueError("gradient and fisher are both None, but at least one must be given")
+    for name, given, target, owner in (
+        ("weight", weight, gradient, "gradient"),
+        ("fisher_weight", fisher_weight, fisher, "fisher"),
+        ("x", x, gradient, "gradient"),
+    ):
+        if given is not None and target is None:
+            raise ValueError(f"{name} is given, but {owner}, which it is for, is None")
+    if gradient is not None and x is None:
+        raise ValueError("x is None, but must be given with gradient")
+    check_tensor("g", g, form="(..., m)")
+    if x is not None:
+        check_tensor("x", x)
+    leading, height = g.shape[:-1], g.shape[-1]
+    wide = torch.float64 in (g.dtype, None if x is None else x.dtype)
+    sums = (torch.float64,) if wide else FLOATS[2:]
+    if gradient is not None and x is not None:
+        check_tensor("x", x, shape=(*leading, None), device=g.device)
+        size = (height, x.shape[-1])
+        check_tensor("gradient", gradient, shape=size, dtypes=sums, device=g.device, contiguous="rows")
+        sums = (gradient.dtype,)
+    if fisher is not None:
+        check_tensor("fisher", fisher, shape=(height,), dtypes=sums, device=g.device, contiguous="all")
+    for name, rows in (("weight", weight), ("fisher_weight", fisher_weight)):
+        if rows is not None:
+            check_tensor(name, rows, shape=leading, dtypes=WEIGHTS, device=g.device)
     gradient_statistics(backend, gradient, fisher, g, x, weight, fisher_weight)
 
 
@@ -189,40 +146,16 @@ def _example(device: torch.device) -> Example:
     return {"gradient": gradient, "fisher": fisher, **arguments}, error
 
 
-def _check_scaled(out: torch.Tensor, gradient: torch.Tensor | None, fisher: torch.Tensor, *_: object) -> None:
-    check_tensor("out", out, shape=(None, None), dtypes=FLOATS[2:], contiguous="rows")
-    if gradient is not None:
-        check_tensor("gradient", gradient, shape=tuple(out.shape), dtypes=(out.dtype,), device=out.device)
-    check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
-
-
 def _scale(
-    backend: Backend,
-    out: torch.Tensor,
-    gradient: torch.Tensor | None,
-    fisher: torch.Tensor,
-    scale: float,
-    damping: float,
+    _: Backend, out: torch.Tensor, source: torch.Tensor | None, fisher: torch.Tensor, scale: float, damping: float,
     power: float,
-) -> None:
-    backend(out, out if gradient is None else gradient, fisher, scale, damping, power)
-
-
-def _scale_torch(
-    out: torch.Tensor, gradient: torch.Tensor, fisher: torch.Tensor, scale: float, damping: float, power: float
-) -> None:
+) -> None:  # fmt: skip
     # The row factors in float64: they are few, and their power then costs no accuracy.
     factor = scale * (fisher.to(torch.float64) + damping).pow(-power)
-    torch.mul(gradient, factor.to(out.dtype).unsqueeze(-1), out=out)
+    torch.mul(out if source is None else source, factor.to(out.dtype).unsqueeze(-1), out=out)
 
 
-scaling = Op(
-    "fisher_scaled",
-    _scale,
-    writes=("out",),
-    check=_check_scaled,
-    backends=(on_triton("gradient_statistics.kernel:scale_rows", no_float64), on_torch(_scale_torch)),
-)
+scaling = Op("fisher_scaled", _scale, writes=("out",), accumulates=True, backends=(on_torch(_scale),))
 
 
 def fisher_scaled(
@@ -244,9 +177,9 @@ def fisher_scaled(
         fisher: `(m,)` of the same dtype, not negative.
         scale: any number.
         damping: not negative. Where `fisher + damping` is zero the result is not finite.
-        power: any number; 1 and 0.5 are quickest.
+        power: any number.
         out: `(m, n)` of the same dtype, rows contiguous, for the result; may be `gradient` itself. New by default.
-        backend: `auto`, `triton` or `torch`.
+        backend: `auto` or `torch`, the only one.
 
     Returns:
         The result, `(m, n)`: `out` if given.
@@ -254,7 +187,7 @@ def fisher_scaled(
     Raises:
         TypeError: on a wrong dtype, or if a numeric argument is not a number.
         ValueError: on a wrong shape, device, stride or range.
-        RuntimeError: if the backend asked for cannot take the call; the message says why.
+        RuntimeError: if the backend asked for does not exist.
     """
     check_tensor("gradient", gradient, shape=(None, None), dtypes=FLOATS[2:])
     check_range("scale", scale)
@@ -263,7 +196,9 @@ def fisher_scaled(
     if out is None:
         out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     else:
-        check_tensor("out", out, shape=tuple(gradient.shape), dtypes=(gradient.dtype,), device=gradient.device)
+        given: dict[str, Any] = {"shape": tuple(gradient.shape), "dtypes": (gradient.dtype,), "device": gradient.device}
+        check_tensor("out", out, **given, contiguous="rows")
+    check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
     # An operator that writes one of its arguments must not be given it a second time.
     source = None if out is gradient else gradient
     scaling(backend, out, source, fisher, float(scale), float(damping), float(power))

@@ -10,8 +10,6 @@ fixed order: same input, same bits. Offsets are read on the device, and held wit
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key, load_tile
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
 from lora_kernels.ops.skinny.kernel import factor_offsets, known
 
@@ -58,24 +55,10 @@ def grouped_shrink_kernel(
     factor_ptr,  # (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    x_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    LANES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, experts, rank, x_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `factor * drop(x) a^T`; zeros in rows of no expert."""
     rank = known(rank, ALIGNED)
     expert, first, end = find_tile(offsets_ptr, tl.program_id(1), experts, n_tokens, TOKENS, LANES)
@@ -91,17 +74,13 @@ def grouped_shrink_kernel(
         acc = tl.zeros((TOKENS, RANK), dtype=tl.float32)
         for start in range(0, last, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            x = tl.load(
-                x_ptr + row[:, None] + column[None, :],
-                mask=(token[:, None] < end) & (column[None, :] < size),
-                other=0.0,
-            )
+            x = load_tile(x_ptr + row[:, None] + column[None, :], token[:, None] < end, column[None, :] < size)
             if HAS_DROPOUT:
                 group = start // 8 + tl.arange(0, COLUMNS // 8)
                 keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
                 x = tl.where(keep, x, tl.zeros_like(x))
             place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
-            a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
+            a = load_tile(factor_ptr + place, lane[None, :] < rank, column[:, None] < size)
             acc = dot(x, a, acc, PRECISION, UPCAST)
         mask = (token[:, None] < end) & (lane[None, :] < rank)
         result = (acc * factor).to(out_ptr.dtype.element_ty)
@@ -115,24 +94,10 @@ def grouped_reduce_kernel(
     t_ptr,  # (n_tokens, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    x_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, experts, rank, x_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `factor * t^T drop(z)` over the rows of one expert."""
     rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
@@ -146,16 +111,8 @@ def grouped_reduce_kernel(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         wide = token.to(tl.int64)
-        t = tl.load(
-            t_ptr + wide[None, :] * t_stride + lane[:, None],
-            mask=(token[None, :] < last) & (lane[:, None] < rank),
-            other=0.0,
-        )
-        z = tl.load(
-            x_ptr + wide[:, None] * x_stride + column[None, :],
-            mask=(token[:, None] < last) & (column[None, :] < size),
-            other=0.0,
-        )
+        t = load_tile(t_ptr + wide[None, :] * t_stride + lane[:, None], token[None, :] < last, lane[:, None] < rank)
+        z = load_tile(x_ptr + wide[:, None] * x_stride + column[None, :], token[:, None] < last, column[None, :] < size)
         if HAS_DROPOUT:
             group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
             keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
@@ -175,27 +132,11 @@ def grouped_expand_kernel(
     factor_ptr,  # b: (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
     offsets_ptr,  # (experts + 1,)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    n_tokens,
-    experts,
-    rank,
-    out_stride,
-    x_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    LANES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ADD: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    size, n_tokens, experts, rank, out_stride, x_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr, ADD: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """A tile of `base + factor * mask * (t b)`, rounded once; the base in rows of no expert."""
     rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     expert, first, end = find_tile(offsets_ptr, tl.program_id(1), experts, n_tokens, TOKENS, LANES)
@@ -208,13 +149,9 @@ def grouped_expand_kernel(
         acc = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
         for start in range(0, ranks, RANK):
             lane = start + tl.arange(0, RANK)
-            t = tl.load(
-                t_ptr + token[:, None] * t_stride + lane[None, :],
-                mask=(token[:, None] < end) & (lane[None, :] < rank),
-                other=0.0,
-            )
+            t = load_tile(t_ptr + token[:, None] * t_stride + lane[None, :], token[:, None] < end, lane[None, :] < rank)
             place = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
-            b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
+            b = load_tile(factor_ptr + place, lane[:, None] < rank, column[None, :] < size)
             acc = dot(t, b, acc, PRECISION, UPCAST)
         mask = (token[:, None] < end) & (column[None, :] < size)
         if HAS_DROPOUT:
@@ -337,48 +274,3 @@ def expand(
             ALIGNED=aligned, ADD=base is not None,
         ),
     )  # fmt: skip
-
-
-def _aot_case(
-    kernel: Any, rank: int, dtype: torch.dtype, out: str, offsets: str, flags: dict[str, bool], **where: Any
-) -> dict[str, Any]:
-    platform, x, drop = where["platform"], f"*{AOT_DTYPES[dtype]}", flags["HAS_DROPOUT"]
-    product = kernel.__name__.removeprefix("grouped_").removesuffix("_kernel")
-    config = product_config(product, rank, dtype, where["aligned"], platform)
-    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "UPCAST": False}
-    fixed |= {"ALIGNED": where["aligned"], "PRECISION": precision(dtype, platform), **flags}
-    if kernel is not grouped_reduce_kernel:
-        fixed["LANES"] = _LANES
-    types = dict.fromkeys(("rank", "experts", "t_stride", "threshold", "stream"), "i32")
-    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}", "offsets_ptr": f"*{offsets}"}
-    # As in `skinny.kernel`: where a mask meets the left operand, or rows are few, the older matrix instruction serves.
-    older = (kernel is grouped_shrink_kernel and drop) or (kernel is grouped_reduce_kernel and rank < 64)
-    launch = {"warps": config.warps, "stages": config.stages, "matrix": platform == "hip" or not older}
-    label = " ".join(
-        name.removeprefix("HAS_").lower() for name in ("TRANSPOSED", "ADD", "HAS_DROPOUT") if flags.get(name)
-    )
-    shape = f"{x[1:]} {out} {offsets} {config.tokens}x{config.columns}x{rank} {label}"
-    return aot_case(kernel, shape, fixed, types, **where, **launch)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Every combination that the functions here launch, for the ahead-of-time compile check.
-
-    Yields:
-        Descriptions as in `ops/_reduce.py`.
-    """
-    both = (False, True)
-    for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), both, AOT_DTYPES.items()):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for rank, (transposed, drop) in itertools.product((16, 32, 64), ((False, False), (False, True), (True, False))):
-            flags = {"TRANSPOSED": transposed, "HAS_DROPOUT": drop}
-            # Offsets of either width where addresses are the same anyway; gradients of narrow and of wide factors.
-            offsets = "i32" if aligned else "i64"
-            yield _aot_case(grouped_shrink_kernel, rank, dtype, x, offsets, flags, **where)
-            for out in dict.fromkeys((x, "fp32", "bf16")):
-                yield _aot_case(grouped_reduce_kernel, rank, dtype, out, offsets, flags, **where)
-            # The forward product adds, and has no mask; the backward one starts anew, and A is not transposed.
-            adds = [True] * (not drop) + [False] * (not transposed) if step_for(rank, dtype) == rank else []
-            for add in adds:
-                yield _aot_case(grouped_expand_kernel, rank, dtype, x, offsets, {**flags, "ADD": add}, **where)

@@ -9,36 +9,28 @@ import torch
 from lora_kernels._checks import check_number, check_tensor
 from lora_kernels.ops import _backend
 from lora_kernels.ops._autocast import autocast_dtype
-from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._dropout import Dropout, to_op_args
-from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import (
+    Example,
+    Op,
+    is_plain,
+    isolated,
+    no_float64,
+    normal,
+    on_cpp,
+    on_torch,
+    on_triton,
+    pass_operation,
+    relative_error,
+)
 from lora_kernels.ops.grouped_lora import passes, reference
 from lora_kernels.ops.grouped_lora.passes import Scalars, bounds_of
-from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, refuse_other_adapter, with_memory
+from lora_kernels.ops.lora_linear.op import TRANSFORMED, TWICE, backward_fake, refuse_other_adapter, with_memory
 from lora_kernels.ops.lora_linear.passes import rows_of
-
-
-def _no_wide(x: torch.Tensor) -> str | None:
-    return "takes no float64" if x.dtype == torch.float64 else None
 
 
 def _no_cpp(x: torch.Tensor) -> str | None:
     return None if x.dtype in (torch.float32, torch.bfloat16) else f"takes no {x.dtype}"
-
-
-def _forward(
-    backend: Backend,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    seed: torch.Tensor | None,
-    scaling: float,
-    threshold: int,
-    stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return passes.forward(y, x, offsets, a, b, seed, Scalars(scaling, threshold, stream, backend.name))
 
 
 def _forward_fake(y: torch.Tensor, x: torch.Tensor, _offsets: Any, a: Any, *others: Any) -> Any:
@@ -46,39 +38,10 @@ def _forward_fake(y: torch.Tensor, x: torch.Tensor, _offsets: Any, a: Any, *othe
     return x.new_empty(y.shape), t
 
 
-def _backward(
-    backend: Backend,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    t: torch.Tensor | None,
-    offsets: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    seed: torch.Tensor | None,
-    scaling: float,
-    threshold: int,
-    stream: int,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scalars = Scalars(scaling, threshold, stream, backend.name)
-    gradients = passes.backward(g, x, t, offsets, a, b, seed, scalars, need_x)
-    # A registered operation returns tensors: an empty one stands for what is not needed.
-    dx, da, db = (g.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return dx, da, db
-
-
-def _backward_fake(g: torch.Tensor, x: Any, t: Any, _offsets: Any, a: Any, b: Any, *others: Any) -> Any:
-    return (
-        g.new_empty((g.shape[0], a.shape[2]) if others[-2] else (0,)),
-        g.new_empty(0) if x is None else a.new_empty(a.shape),
-        g.new_empty(0) if t is None else b.new_empty(b.shape),
-    )
-
-
 # Asked with x alone.
-_BACKENDS = (on_triton("grouped_lora.kernel:shrink", _no_wide), on_cpp("", _no_cpp), on_torch(""))
-experts = Op("grouped_lora", _forward, backends=_BACKENDS, fake=_forward_fake)
-experts_backward = Op("grouped_lora_backward", _backward, backends=_BACKENDS, fake=_backward_fake, listed=False)
+_BACKENDS = (on_triton("grouped_lora.kernel:shrink", no_float64), on_cpp("", _no_cpp), on_torch(""))
+experts = Op("grouped_lora", pass_operation("grouped_lora", passes.forward, _forward_fake), backends=_BACKENDS)
+_backward = pass_operation("grouped_lora_backward", passes.backward, backward_fake)
 
 
 class GroupedLoraFunction(torch.autograd.Function):
@@ -97,7 +60,10 @@ class GroupedLoraFunction(torch.autograd.Function):
         scalars: Scalars,
         in_place: bool,
     ) -> torch.Tensor:
-        """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation."""
+        """See `passes`; `state` stands for what the layer was like, and must be the same in a recomputation.
+
+        With `in_place`, y is the caller's alone and may be written over.
+        """
         base, rows = rows_of(y), rows_of(x)
         if not is_plain(y, x, offsets, a, b):
             out, t = experts.overload(with_memory(base), with_memory(rows), offsets, a, b, seed, *scalars)
@@ -133,28 +99,15 @@ class GroupedLoraFunction(torch.autograd.Function):
                 with isolated(g.device):
                     dx, da, db = passes.backward(*tensors, ctx.scalars, need_x)
             else:
-                dx, da, db = experts_backward.overload(*tensors, *ctx.scalars[:3], need_x, ctx.scalars.backend)
+                dx, da, db = _backward(*tensors, *ctx.scalars, need_x)
         return (
             g if need_y else None, dx if need_x else None, None, da if need_a else None, db if need_b else None,
             None, None, None, None,
         )  # fmt: skip
 
 
-def run(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    offsets: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    seed: torch.Tensor | None,
-    state: torch.Tensor | None,
-    scalars: Scalars,
-    *,
-    in_place: bool = False,
-) -> torch.Tensor:
-    """`grouped_lora` of arguments that are checked; `in_place`, y is the caller's alone and may be written over."""
-    function: Any = GroupedLoraFunction.apply
-    return function(y, x, offsets, a, b, seed, state, scalars, in_place)  # type: ignore[no-any-return]
+# `grouped_lora` of arguments that are checked.
+run: Any = GroupedLoraFunction.apply
 
 
 def grouped_lora(
@@ -211,7 +164,8 @@ def grouped_lora(
     dtype = autocast_dtype(x) or x.dtype
     x, y = x.to(dtype), y.to(dtype)
     chosen = _backend.choose("grouped_lora", _BACKENDS, backend, (x,)).name
-    return run(y, x, offsets, a, b, seed, None, Scalars(float(scaling), threshold, stream, chosen))
+    scalars = Scalars(float(scaling), threshold, stream, chosen)
+    return run(y, x, offsets, a, b, seed, None, scalars, False)  # type: ignore[no-any-return]
 
 
 @experts.self_test(terms=97 + 70 + 33 + 8)

@@ -11,8 +11,6 @@ dropout mask of `_philox.keep_mask`, from positions.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +19,8 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, aot_configs
 from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key, load_tile
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
@@ -31,28 +28,25 @@ _GROUP = 8  # tile rows that are gone through column by column: neighbours share
 
 @triton.jit
 def finish(
-    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    acc, token, first, pointers, numbers,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the low-rank term and the bias to a tile whose columns start at `first`, and store it."""
+    out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr = pointers
+    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream = numbers
     column = first + tl.arange(0, COLUMNS)
     row = token.to(tl.int64)
     # A mask is not for what came before it: then the term has an accumulator of its own.
     low = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32) if HAS_DROPOUT else acc
     for start in tl.range(0, rank, RANK, num_stages=1):
         lane = start + tl.arange(0, RANK)
-        t = tl.load(
-            t_ptr + row[:, None] * t_stride + lane[None, :],
-            mask=(token[:, None] < n_tokens) & (lane[None, :] < rank),
-            other=0.0,
-        )
+        t = load_tile(t_ptr + row[:, None] * t_stride + lane[None, :], token[:, None] < n_tokens, lane[None, :] < rank)
         if TRANSPOSED:
             place = lane[:, None] + column.to(tl.int64)[None, :] * rank
         else:
             place = lane.to(tl.int64)[:, None] * size + column[None, :]
-        b = tl.load(factor_ptr + place, mask=(lane[:, None] < rank) & (column[None, :] < size), other=0.0)
+        b = load_tile(factor_ptr + place, lane[:, None] < rank, column[None, :] < size)
         low = dot(t, b, low, PRECISION, UPCAST)
     if HAS_DROPOUT:
         octet = first // 8 + tl.arange(0, COLUMNS // 8)
@@ -67,22 +61,19 @@ def finish(
 
 @triton.jit
 def finish_halves(
-    acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+    acc, token, first, pointers, numbers,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`finish`, half by half."""
     low, high = halves(acc, TOKENS, COLUMNS)
+    HALF: tl.constexpr = COLUMNS // 2
     finish(
-        low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
-    )  # fmt: skip
+        low, token, first, pointers, numbers, TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST
+    )
     finish(
-        high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-        size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-        TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+        high, token, first + HALF, pointers, numbers,
+        TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -95,30 +86,11 @@ def linear_kernel(
     t_ptr,  # (n_tokens, rank)
     factor_ptr,  # (rank, size); if TRANSPOSED the transposed view of a row-major (size, rank)
     seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size,
-    inner,
-    n_tokens,
-    rank,
-    out_stride,
-    x_stride,
-    right_stride,
-    t_stride,
-    factor,
-    threshold,
-    stream,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    RANK: tl.constexpr,
-    GROUP: tl.constexpr,
-    RIGHT_TRANSPOSED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, inner, n_tokens, rank, out_stride, x_stride, right_stride, t_stride, factor, threshold, stream,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
+    RIGHT_TRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    QUARTERS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile of `bias + factor * mask * (t b) + x right`, rounded once."""
     # The launcher pads: both are multiples of 8, which Triton itself does not look for.
     rank, t_stride = rank // 8 * 8, t_stride // 8 * 8
@@ -134,35 +106,33 @@ def linear_kernel(
     acc = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for start in range(0, inner, STEP):
         place = start + tl.arange(0, STEP)
-        x = tl.load(
-            x_ptr + row[:, None] * x_stride + place[None, :],
-            mask=(token[:, None] < n_tokens) & (place[None, :] < inner),
-            other=0.0,
+        x = load_tile(
+            x_ptr + row[:, None] * x_stride + place[None, :], token[:, None] < n_tokens, place[None, :] < inner
         )
         # The axis that is contiguous in memory is loaded as such: no tile is transposed.
         if RIGHT_TRANSPOSED:
             at = place[:, None] + column.to(tl.int64)[None, :] * right_stride
         else:
             at = place.to(tl.int64)[:, None] * right_stride + column[None, :]
-        right = tl.load(right_ptr + at, mask=(place[:, None] < inner) & (column[None, :] < size), other=0.0)
+        right = load_tile(right_ptr + at, place[:, None] < inner, column[None, :] < size)
         acc = dot(x, right, acc, PRECISION, UPCAST)
 
+    pointers = (out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr)
+    numbers = (size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream)
     if QUARTERS:
         low, high = halves(acc, TOKENS, COLUMNS)
+        HALF: tl.constexpr = COLUMNS // 2
         finish_halves(
-            low, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+            low, token, first, pointers, numbers,
+            TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         finish_halves(
-            high, token, first + COLUMNS // 2, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
-            TOKENS, COLUMNS // 2, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
+            high, token, first + HALF, pointers, numbers,
+            TOKENS, HALF, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         finish(
-            acc, token, first, out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr,
-            size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream,
+            acc, token, first, pointers, numbers,
             TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_BIAS, HAS_DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
 
@@ -173,13 +143,6 @@ def fitting(wanted: GemmConfig | None, out: torch.Tensor, x: torch.Tensor, right
     if wanted is not None and wanted in candidates(out.dtype, **kind):
         return wanted
     return config_for((out.shape[0], x.shape[1], out.shape[1]), out.dtype, **kind)
-
-
-def unit_strided(matrix: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """A matrix with a unit stride (itself, or a copy), and whether that is the stride of its rows."""
-    if matrix.stride(1) == 1:
-        return matrix, False
-    return (matrix, True) if matrix.stride(0) == 1 else (matrix.contiguous(), False)
 
 
 def _padded(t: torch.Tensor, b: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -207,7 +170,8 @@ def linear(
     (tokens, size), inner = out.shape, x.shape[1]
     if out.numel() == 0:
         return
-    right, right_transposed = unit_strided(right)
+    right_transposed = right.stride(1) != 1 and right.stride(0) == 1
+    right = right if right_transposed or right.stride(1) == 1 else right.contiguous()
     t, b, transposed = _padded(t, b, mask)
     config = config or fitting(None, out, x, right)
     seed, factor, threshold, stream = out, 1.0, 0, 0  # a pointer that a flag switches off must still be one
@@ -227,33 +191,3 @@ def linear(
         (out, x, right, out if bias is None else bias, t, b, seed),
         (size, inner, tokens, t.shape[1], *strides, factor, threshold, stream), constants,
     )  # fmt: skip
-
-
-def _aot_case(config: GemmConfig, dtype: torch.dtype, flags: dict[str, bool], **where: Any) -> dict[str, Any]:
-    x = f"*{AOT_DTYPES[dtype]}"
-    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "STEP": config.step}
-    fixed |= {"RANK": config.rank, "GROUP": _GROUP, "UPCAST": False}
-    fixed |= {"QUARTERS": config.quarters(flags["HAS_DROPOUT"])}
-    fixed |= {"PRECISION": precision(dtype, where["platform"]), **flags}
-    types = dict.fromkeys(("inner", "rank", "right_stride", "t_stride", "threshold", "stream"), "i32")
-    types |= dict.fromkeys(("out_ptr", "x_ptr", "right_ptr", "bias_ptr", "t_ptr", "factor_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32"}
-    names = ("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT")
-    label = " ".join(name.removeprefix("HAS_").lower() for name in names if flags[name])
-    return aot_case(linear_kernel, f"{x[1:]} {config.name} {label}", fixed, types, config, **where)
-
-
-_AOT_FLAGS = tuple(
-    dict(zip(("RIGHT_TRANSPOSED", "TRANSPOSED", "HAS_BIAS", "HAS_DROPOUT"), flags, strict=True))
-    for flags in itertools.product((False, True), repeat=4)
-    # A bias goes with a forward, a mask with a backward.
-    if not (flags[3] and (flags[1] or flags[2]))
-)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `linear` launches; see `_reduce.aot_cases`."""
-    for aligned, dtype in itertools.product((True, False), AOT_DTYPES):
-        configs = aot_configs(lambda capability: candidates(dtype, aligned=aligned, capability=capability))  # noqa: B023
-        for (config, where), flags in itertools.product(configs, _AOT_FLAGS):
-            yield _aot_case(config, dtype, flags, aligned=aligned, **where)

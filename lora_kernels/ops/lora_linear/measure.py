@@ -1,8 +1,7 @@
 """Checking and timing the forms of one product.
 
-Every form gives the same numbers up to rounding, which is checked first, against float64 and beside plain torch. Then
-all are timed in turn, so that drift of the machine meets all alike, on inputs that the caches have forgotten (GPU).
-The floor is the library's product alone: nothing that computes it can be faster than a better product.
+The numbers of every form are checked first, against float64 and beside plain torch. Then all are timed in turn, so that
+drift of the machine meets all alike, on inputs that the caches have forgotten (GPU).
 """
 
 from __future__ import annotations
@@ -106,9 +105,6 @@ class _Problem:
     def run(self, choice: Choice) -> None:
         forms.combine(self.out, self.left, self.right, (self.term,), backend=self.backend, choice=choice)
 
-    def multiply(self) -> None:
-        torch.mm(self.left, self.right, out=self.out)
-
     def parts(self) -> list[slice]:
         """Blocks of rows that are checked, the first and the last among them."""
         tokens = self.left.shape[0]
@@ -133,7 +129,7 @@ def _relative(result: torch.Tensor, truth: torch.Tensor) -> float:
     return float(torch.linalg.norm(result.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
 
 
-def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
+def _seconds(call: Callable[[], object], flushed: torch.Tensor | None) -> float:
     if flushed is None:
         started = time.perf_counter()
         call()
@@ -148,7 +144,7 @@ def _seconds(call: Callable[[], None], flushed: torch.Tensor | None) -> float:
     return float(first.elapsed_time(last)) / 1e3
 
 
-def _interleaved(calls: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+def _interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds by name; the order turns, and one round before is not counted."""
     flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -188,33 +184,30 @@ def measure(
     """
     problem = _Problem.draw(key, tokens, rank, device, dtype)
     with isolated(problem.out.device):
-        return _measured(key, rank, problem, rounds)
-
-
-def _measured(key: Key, rank: int, problem: _Problem, rounds: int) -> Measurement:
-    choices, refused = _candidates(problem)
-    parts = problem.parts()
-    truth = problem.reference(parts, torch.float64)
-    errors = {"torch": _relative(problem.reference(parts, problem.out.dtype), truth)}
-    bound = LIMIT * errors["torch"] + ROUNDING
-    right = []
-    for choice in choices:
-        try:
-            problem.out.fill_(float("nan"))
-            problem.run(choice)
-            error = _relative(torch.cat([problem.out[part] for part in parts]), truth)
-        except Exception as failure:  # a compiler raises anything; whatever it is, this form does not run here
-            if choice.form == DEFAULT:
-                raise
-            refused[choice.name] = " ".join(f"failed: {type(failure).__name__}: {failure}".split())[:200]
-            continue
-        errors[choice.name] = error
-        if error <= bound:
-            right.append(choice)
-        else:
-            refused[choice.name] = f"WRONG on {key.chip}: error {error:.1e} against float64, allowed {bound:.1e}"
-    if all(choice.form != DEFAULT for choice in right):
-        raise RuntimeError(f"the form {DEFAULT!r}: {refused[DEFAULT]}")
-    calls: dict[str, Callable[[], None]] = {choice.name: (lambda c=choice: problem.run(c)) for choice in right}  # type: ignore[misc]
-    seconds = _interleaved({**calls, FLOOR: problem.multiply}, rounds, problem.out.device)
-    return Measurement(key, problem.out.shape[0], rank, seconds, errors, refused, fastest(seconds, right))
+        choices, refused = _candidates(problem)
+        parts = problem.parts()
+        truth = problem.reference(parts, torch.float64)
+        errors = {"torch": _relative(problem.reference(parts, problem.out.dtype), truth)}
+        bound = LIMIT * errors["torch"] + ROUNDING
+        right = []
+        for choice in choices:
+            try:
+                problem.out.fill_(float("nan"))
+                problem.run(choice)
+                error = _relative(torch.cat([problem.out[part] for part in parts]), truth)
+            except Exception as failure:  # a compiler raises anything; whatever it is, this form does not run here
+                if choice.form == DEFAULT:
+                    raise
+                refused[choice.name] = " ".join(f"failed: {type(failure).__name__}: {failure}".split())[:200]
+                continue
+            errors[choice.name] = error
+            if error <= bound:
+                right.append(choice)
+            else:
+                refused[choice.name] = f"WRONG on {key.chip}: error {error:.1e} against float64, allowed {bound:.1e}"
+        if all(choice.form != DEFAULT for choice in right):
+            raise RuntimeError(f"the form {DEFAULT!r}: {refused[DEFAULT]}")
+        calls: dict[str, Callable[[], object]] = {choice.name: (lambda c=choice: problem.run(c)) for choice in right}  # type: ignore[misc]
+        calls[FLOOR] = lambda: torch.mm(problem.left, problem.right, out=problem.out)
+        seconds = _interleaved(calls, rounds, problem.out.device)
+        return Measurement(key, problem.out.shape[0], rank, seconds, errors, refused, fastest(seconds, right))

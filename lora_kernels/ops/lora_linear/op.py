@@ -13,9 +13,8 @@ import torch
 from lora_kernels._checks import FLOATS, check_number, check_tensor, check_type
 from lora_kernels.ops import _backend
 from lora_kernels.ops._autocast import autocast_dtype
-from lora_kernels.ops._backend import Backend
 from lora_kernels.ops._dropout import Dropout, to_op_args
-from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, relative_error
+from lora_kernels.ops._op import Example, Op, is_plain, isolated, normal, pass_operation, relative_error
 from lora_kernels.ops.lora_linear import passes, reference
 from lora_kernels.ops.lora_linear.passes import Scalars, rows_of
 from lora_kernels.ops.skinny._launch import cast
@@ -38,69 +37,24 @@ _OTHER_ADAPTER = (
 )
 
 
-def _forward(
-    backend: Backend,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    start: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    frozen_scaling: float,
-    threshold: int,
-    stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend.name)
-    return passes.forward(x, weight, start, a, b, a0, b0, seed, scalars)
-
-
 def _forward_fake(x: torch.Tensor, _weight: Any, _start: Any, a: Any, b: Any, a0: Any, *others: Any) -> Any:
     ranks = a.shape[0] + (0 if a0 is None else a0.shape[0])
     t = x.new_empty((x.shape[0], ranks), dtype=torch.float32 if others[-1] == "cpp" else None)
     return x.new_empty((x.shape[0], b.shape[0])), t
 
 
-def _backward(
-    backend: Backend,
-    g: torch.Tensor,
-    x: torch.Tensor | None,
-    t: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a0: torch.Tensor | None,
-    b0: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    frozen_scaling: float,
-    threshold: int,
-    stream: int,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scalars = Scalars(scaling, frozen_scaling, threshold, stream, backend.name)
-    gradients = passes.backward(g, x, t, weight, a, b, a0, b0, seed, scalars, need_x)
-    # A registered operation returns tensors: an empty one stands for what is not needed.
-    dx, da, db = (g.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return dx, da, db
-
-
-def _backward_fake(g: torch.Tensor, x: Any, t: Any, _weight: Any, a: Any, b: Any, *others: Any) -> Any:
-    need_x = others[-2]
+def backward_fake(g: torch.Tensor, x: Any, t: Any, _: Any, a: Any, b: Any, *others: Any) -> Any:
+    """Empty gradients of the input and both factors, of one layer or of many experts."""
     return (
-        g.new_empty((g.shape[0], a.shape[1]) if need_x else (0,)),
+        g.new_empty((g.shape[0], a.shape[-1]) if others[-1] else (0,)),
         g.new_empty(0) if x is None else a.new_empty(a.shape),
         g.new_empty(0) if t is None else b.new_empty(b.shape),
     )
 
 
 _BACKENDS = product_backends("lora_linear.kernel:linear")
-layer = Op("lora_linear", _forward, backends=_BACKENDS, fake=_forward_fake)
-layer_backward = Op("lora_linear_backward", _backward, backends=_BACKENDS, fake=_backward_fake, listed=False)
-
-
+layer = Op("lora_linear", pass_operation("lora_linear", passes.forward, _forward_fake), backends=_BACKENDS)
+_backward = pass_operation("lora_linear_backward", passes.backward, backward_fake)
 _NOTHING_ELSE = (None, None, None)  # no seed, no frozen pair
 
 
@@ -159,7 +113,7 @@ class LoraFunction(torch.autograd.Function):
         if need_x or need_a or need_b:
             tensors = (rows, source if need_a else None, t, weight, a, b, a0, b0, seed)
             if not plain:
-                dx, da, db = layer_backward.overload(*tensors, *scalars[:4], need_x, scalars.backend)
+                dx, da, db = _backward(*tensors, *scalars, need_x)
             elif g.is_cpu and not _casts("cpu"):
                 dx, da, db = passes.backward(*tensors, scalars, need_x)
             else:
@@ -246,9 +200,7 @@ def _run(
     name: str,
     start_name: str,
 ) -> torch.Tensor:
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError("x has shape (), but must be (..., n)")
+    check_tensor("x", x, form="(..., n)")
     cast, outputs = autocast_dtype(x), None
     if weight is not None:
         dtypes = FLOATS if cast is not None else (x.dtype,)

@@ -16,28 +16,14 @@ are split once, before the launch: by Triton, for every tile, it would be half o
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import aot_case
 from lora_kernels.ops._tiles import build_platform, is_aligned, processors, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
-from lora_kernels.ops.lora_pro_adam.config import (
-    RANKS,
-    Adam,
-    ProConfig,
-    config_for,
-    parts_for,
-    precision_for,
-    precisions,
-    rank_for,
-)
+from lora_kernels.ops.lora_pro_adam.config import Adam, ProConfig, config_for, parts_for, precision_for, rank_for
 
 _PART = 1024  # elements per program of `join_kernel` and `sum_slabs_kernel`
 
@@ -316,34 +302,3 @@ def lora_pro_adam(
     )  # fmt: skip
     _sum_slabs(bt_h, bt_slabs)
     _sum_slabs(h_at, ha_slabs)
-
-
-_NUMBERS = ("scaling", "beta1", "rest1", "beta2", "rest2", "avg_factor", "root_factor", "eps")
-
-
-def _types(kernel: Any, stochastic: bool) -> dict[str, str]:
-    state = "*i16" if stochastic else "*fp32"
-    kinds = {"avg_ptr": state, "square_ptr": state, "seed_ptr": "*i64", **dict.fromkeys(_NUMBERS, "fp32")}
-    return {
-        name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if not name.isupper()
-    }
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `lora_pro_adam` launches; see `_reduce.aot_cases`."""
-    for platform, aligned in itertools.product(("cuda", "hip"), (True, False)):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for rank, stochastic, precision in itertools.product(RANKS, (False, True), precisions(platform)):
-            config = config_for(rank, stochastic, aligned, platform)
-            fixed: dict[str, Any] = {"ROWS": config.rows, "COLUMNS": config.columns, "RANK": rank}
-            fixed |= {"STEP": min(rank, config.step), "STOCHASTIC": stochastic}
-            fixed |= {"PRECISION": precision, "UPCAST": False}
-            label = f"{'bf16' if stochastic else 'fp32'} {config.rows}x{config.columns}x{rank} {precision}"
-            types, matrix = _types(adam_kernel, stochastic), platform == "hip"
-            yield aot_case(adam_kernel, label, fixed, types, config, matrix=matrix, **where)
-            if not stochastic:
-                fixed = {"RANK": rank, "SPLIT": precision == "tf32x3", "PART": _PART}
-                yield aot_case(join_kernel, f"{rank} {precision}", fixed, _types(join_kernel, False), **where)
-        yield aot_case(sum_slabs_kernel, "", {"PART": _PART}, _types(sum_slabs_kernel, False), **where)

@@ -1,9 +1,7 @@
 """Orthonormalisation: the Cholesky rounds, and where Householder is the better choice.
 
-There is one backend, torch. Each round is two matrix products and a k x k factorisation, all of them batched in the
-vendor's libraries; the products of `(n, k)` by `(k, k)` are bound by the read of y, which no kernel of ours can avoid:
-R is not known before all of y has been read. A fused kernel could only spare the float64 copy of a block that is in
-cache anyway.
+There is one backend, torch: the products of a round are bound by the read of y, which no kernel of ours can avoid, as
+R is not known before all of y has been read.
 """
 
 from __future__ import annotations
@@ -28,24 +26,11 @@ _ORTHOGONAL = 1e-12
 _CPU_CHUNK, _CHUNK = 1 << 16, 1 << 26
 
 
-def _check(y: torch.Tensor) -> None:
-    check_tensor("y", y)
-    if y.dim() < 2:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but must be (..., n, k)")
-    if y.shape[-2] < y.shape[-1]:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but must have at least as many rows as columns")
-
-
-def _row_step(y: torch.Tensor) -> int:
-    """How many rows are widened at a time."""
-    copied = y.dtype != torch.float64 and y.device.type == "cpu"
-    least, chunk = (128, _CPU_CHUNK) if copied else (max(y.shape[-2], 1), _CHUNK)
-    return max(least, chunk // max(1, y.shape[-1]))
-
-
 def _blocks(y: torch.Tensor) -> list[tuple[Any, Any]]:
     """Indices of what is widened at a time (matrices of a batch of short ones, or rows of all) and of its matrices."""
-    step, rows = _row_step(y), y.shape[-2]
+    rows, columns = y.shape[-2:]
+    copied = y.dtype != torch.float64 and y.device.type == "cpu"
+    step = max(128, _CPU_CHUNK // max(1, columns)) if copied else max(rows, 1, _CHUNK // max(1, columns))
     if y.dim() == 3 and step >= rows:
         count = max(1, step // max(1, rows))
         matrices = (slice(low, low + count) for low in range(0, y.shape[0], count))
@@ -223,7 +208,9 @@ def orthonormalize(y: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Ten
         ValueError: on fewer rows than columns, or NaN or infinite entries; the message has the matrix' index.
         RuntimeError: if the backend asked for does not exist.
     """
-    _check(y)
+    check_tensor("y", y, form="(..., n, k)")
+    if y.shape[-2] < y.shape[-1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}, but must have at least as many rows as columns")
     dtype, k = torch.promote_types(y.dtype, torch.float32), y.shape[-1]
     q, r = y.new_empty(y.shape, dtype=dtype), y.new_empty((*y.shape[:-2], k, k), dtype=dtype)
     columns(backend, q, r, y)

@@ -21,14 +21,7 @@ class Omega(NamedTuple):
 
 
 def random_matrix(
-    rows: int,
-    columns: int,
-    kind: str,
-    seed: int,
-    stream: int = 0,
-    step: int = 0,
-    *,
-    dtype: torch.dtype = torch.float64,
+    rows: int, columns: int, kind: str, seed: int, stream: int = 0, step: int = 0, *, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """`(rows, columns)` on the CPU: signs (a bit is 0 for 1 and 1 for -1), or normal draws by Box-Muller in float64."""
     signs = kind == "rademacher"

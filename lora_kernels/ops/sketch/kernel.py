@@ -12,16 +12,10 @@ P keeps float32's accuracy, as reconstructions from sketches need it. Where the 
 part and rest, side by side in one operand: one product of twice the width on the 16-bit units, exact to 2^-17. The
 exponents of float16 are too narrow for that (P may overflow): such rows are widened, as float32 ones are multiplied, in
 three tf32 products. A gaussian Omega meets 16-bit rows as a pair as well.
-
-A launch draws a gaussian Omega, cuts tokens into chunks that the cache holds, and features or tokens into parts that
-fill the device; the parts are added in order.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,42 +23,28 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case, column_sums
+from lora_kernels.ops._reduce import column_sums
 from lora_kernels.ops._rows import ALL, Selection
 from lora_kernels.ops._tiles import build_platform, is_aligned, parts_for, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, halves, philox, token_rows
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, load_tile, philox, token_rows
 from lora_kernels.ops.random_matrix.kernel import random_matrix as draw
 from lora_kernels.ops.random_matrix.reference import Omega
+from lora_kernels.ops.skinny.config import SkinnyConfig
 
-
-@dataclass(frozen=True)
-class SketchConfig:
-    """Tile sizes and launch shape of one of the two products."""
-
-    tokens: int  # per tile (`shrink_kernel`) or per step (`tall_kernel`)
-    features: int  # per step (`shrink_kernel`) or per tile (`tall_kernel`)
-    warps: int
-    stages: int  # depth of the load pipeline
-
-    def constants(self, rank: int, dtype: torch.dtype, platform: str) -> dict[str, Any]:
-        """Those of a kernel on these tiles, `rank` columns of Omega wide."""
-        sizes = {"TOKENS": self.tokens, "FEATURES": self.features, "RANK": rank}
-        return {**sizes, "PRECISION": precision(dtype, platform)}
-
-
-SHRINK = SketchConfig(64, 64, 4, 4)
-SHRINK_SINGLE = SketchConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
-SHRINK_RAGGED = SketchConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
-SHRINK_AMD = SketchConfig(64, 32, 8, 2)
-TALL = SketchConfig(64, 128, 8, 4)
-TALL_SINGLE = SketchConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
-TALL_RAGGED = SketchConfig(32, 64, 4, 3)
-TALL_AMD = SketchConfig(32, 64, 4, 2)
+# Columns are features: of a step (`shrink_kernel`) or of a tile (`tall_kernel`).
+SHRINK = SkinnyConfig(64, 64, 4, 4)
+SHRINK_SINGLE = SkinnyConfig(64, 16, 8, 2)  # float32: longer steps, more of them, or fewer warps, spill registers
+SHRINK_RAGGED = SkinnyConfig(64, 32, 4, 3)  # not aligned: every element's address takes registers
+SHRINK_AMD = SkinnyConfig(64, 32, 8, 2)
+TALL = SkinnyConfig(64, 128, 8, 4)
+TALL_SINGLE = SkinnyConfig(32, 128, 8, 3)  # float16 and float32; with 4 warps sm_100 spills registers
+TALL_RAGGED = SkinnyConfig(32, 64, 4, 3)
+TALL_AMD = SkinnyConfig(32, 64, 4, 2)
 
 ROWS = 16  # of the elementwise kernels
 
 
-def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SketchConfig:
+def config_for(product: str, dtype: torch.dtype, *, aligned: bool = True, platform: str | None = None) -> SkinnyConfig:
     """The configuration of `shrink` or `tall`; `aligned` if loads can be vectorised."""
     shrink = product == "shrink"
     if (platform or build_platform()) == "hip":
@@ -108,24 +88,10 @@ def shrink_kernel(
     x_ptr,  # (rows of x, size)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     omega_ptr,  # (1 or 2 if PAIR, size, blocks * RANK) of x's dtype, if not SIGNS
-    size,
-    n_tokens,
-    columns,
-    steps,
-    x_stride,
-    out_stride,
-    seed_low,
-    seed_high,
-    stream,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    SIGNS: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, columns, steps, x_stride, out_stride, seed_low, seed_high, stream,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr, HAS_INDEX: tl.constexpr, SIGNS: tl.constexpr,
+    PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of P over one part of the features. Programs that share rows of x are neighbours."""
     block = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -139,11 +105,7 @@ def shrink_kernel(
     rest = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for start in range(first, last, FEATURES):
         feature = start + tl.arange(0, FEATURES)
-        x = tl.load(
-            x_ptr + row[:, None] + feature[None, :],
-            mask=(token[:, None] < n_tokens) & (feature[None, :] < size),
-            other=0.0,
-        )
+        x = load_tile(x_ptr + row[:, None] + feature[None, :], token[:, None] < n_tokens, feature[None, :] < size)
         if SIGNS:
             key0, key1 = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
             omega = sign_tile(feature, block, tl.cast(stream, tl.uint32), key0, key1, FEATURES, RANK, x.dtype)
@@ -165,16 +127,9 @@ def combine_kernel(
     out_ptr,  # (size, out_stride): float32, or blocks of RANK rounded numbers and their RANK rests if PAIR
     partial_ptr,  # (splits, size, blocks * RANK) float32
     weight_ptr,  # (size,) float32, if HAS_WEIGHT
-    size,
-    splits,
-    columns,
-    out_stride,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    PAIR: tl.constexpr,
-    ADD: tl.constexpr,
-):
+    size, splits, columns, out_stride,
+    ROWS: tl.constexpr, RANK: tl.constexpr, HAS_WEIGHT: tl.constexpr, PAIR: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     """The sum of parts in order, its rows weighed: stored as the second product wants it, or added to `out` if ADD."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1) * RANK + tl.arange(0, RANK)
@@ -204,18 +159,10 @@ def tall_kernel(
     x_ptr,  # (rows of x, size)
     index_ptr,  # (n_tokens,) int64 rows of x, if HAS_INDEX
     p_ptr,  # (n_tokens, blocks, RANK) float32, or (n_tokens, blocks, 2, RANK) of x's dtype if PAIR
-    size,
-    n_tokens,
-    chunk,
-    x_stride,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    size, n_tokens, chunk, x_stride,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of `x^T P` over one part of the tokens."""
     WIDTH: tl.constexpr = 2 * RANK if PAIR else RANK
     block = tl.program_id(0)
@@ -228,11 +175,7 @@ def tall_kernel(
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
         row = token_rows(index_ptr, token, last, HAS_INDEX) * x_stride
-        x = tl.load(
-            x_ptr + row[None, :] + feature[:, None],
-            mask=(token[None, :] < last) & (feature[:, None] < size),
-            other=0.0,
-        )
+        x = load_tile(x_ptr + row[None, :] + feature[:, None], token[None, :] < last, feature[:, None] < size)
         place = token[:, None].to(tl.int64) * p_stride + block * WIDTH + wide[None, :]
         p = tl.load(p_ptr + place, mask=token[:, None] < last, other=0.0)
         acc = dot(x.to(p.dtype), p, acc, PRECISION, UPCAST)
@@ -260,6 +203,11 @@ def _scratch(x: torch.Tensor, columns: int, omega: Omega) -> torch.Tensor | None
     return scratch
 
 
+def _sizes(config: SkinnyConfig, rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    kind = precision(dtype, build_platform())
+    return {"TOKENS": config.tokens, "FEATURES": config.columns, "RANK": rank, "PRECISION": kind}
+
+
 def _combine(
     out: torch.Tensor, partial: torch.Tensor, columns: int, weight: torch.Tensor | None = None, add: bool = False
 ) -> None:
@@ -278,7 +226,7 @@ def _shrink(
     columns: int,
     omega: Omega,
     scratch: torch.Tensor | None,
-    config: SketchConfig | None,
+    config: SkinnyConfig | None,
     least: int,
 ) -> None:
     """Fill `out`: `(tokens, k)` or `(tokens, padded k)` float32, or `(tokens, 2 * padded k)` for a pair."""
@@ -287,7 +235,7 @@ def _shrink(
     rank, blocks = rank_for(columns)
     pair = out.dtype != torch.float32
     tall = -(-tokens // config.tokens)
-    splits, chunk = parts_for(blocks * tall, features, config.features, x.device, least)
+    splits, chunk = parts_for(blocks * tall, features, config.columns, x.device, least)
     direct = splits == 1 and selected.weight is None and not pair
     target = out
     if not direct:
@@ -295,30 +243,30 @@ def _shrink(
     constants = constants_of(
         config.warps, config.stages, HAS_INDEX=selected.rows is not None, SIGNS=scratch is None,
         PAIR=scratch is not None and scratch.dim() == 3, UPCAST=INTERPRETED,
-        **config.constants(rank, x.dtype, build_platform()),
+        **_sizes(config, rank, x.dtype),
     )  # fmt: skip
     key = (signed32(omega.seed), signed32(omega.seed >> 32), signed32(omega.stream))
     launch(
         shrink_kernel, (blocks, tall, splits), (target, *selected.pointers(x)[:2], x if scratch is None else scratch),
-        (features, tokens, target.shape[-1], chunk // config.features, x.stride(0), target.stride(-2), *key), constants,
+        (features, tokens, target.shape[-1], chunk // config.columns, x.stride(0), target.stride(-2), *key), constants,
     )  # fmt: skip
     if not direct:
         _combine(out, target, blocks * rank if pair else out.shape[1], selected.weight)
 
 
 def _add_tall(
-    out: torch.Tensor, x: torch.Tensor, selected: Selection, p: torch.Tensor, config: SketchConfig | None, least: int
+    out: torch.Tensor, x: torch.Tensor, selected: Selection, p: torch.Tensor, config: SkinnyConfig | None, least: int
 ) -> None:
     """`out += x^T P`, P as `_shrink` left it; a part has at least `least` tokens."""
     tokens, features = p.shape[0], x.shape[1]
     config = config or config_for("tall", x.dtype, aligned=is_aligned(x))
     rank, blocks = rank_for(out.shape[1])
-    tiles = -(-features // config.features)
+    tiles = -(-features // config.columns)
     splits, chunk = parts_for(blocks * tiles, tokens, config.tokens, x.device, least)
     partial = torch.empty(splits, features, blocks * rank, dtype=torch.float32, device=x.device)
     constants = constants_of(
         config.warps, config.stages, HAS_INDEX=selected.rows is not None, PAIR=p.dtype != torch.float32,
-        UPCAST=INTERPRETED, **config.constants(rank, p.dtype, build_platform()),
+        UPCAST=INTERPRETED, **_sizes(config, rank, p.dtype),
     )  # fmt: skip
     launch(
         tall_kernel, (blocks, tiles, splits), (partial, *selected.pointers(x)[:2], p),
@@ -335,7 +283,7 @@ def sketch(
     column_sum: torch.Tensor | None,
     omega: Omega,
     *,
-    configs: tuple[SketchConfig | None, SketchConfig | None] = (None, None),
+    configs: tuple[SkinnyConfig | None, SkinnyConfig | None] = (None, None),
     chunk: int | None = None,
     least: int = 256,
 ) -> None:
@@ -368,7 +316,7 @@ def sketch(
 
 
 def project(
-    out: torch.Tensor, a: torch.Tensor, omega: Omega, *, config: SketchConfig | None = None, least: int = 512
+    out: torch.Tensor, a: torch.Tensor, omega: Omega, *, config: SkinnyConfig | None = None, least: int = 512
 ) -> None:
     """Launch the first product alone, which fills `out` `(rows, k)`; a split has at least `least` features."""
     if out.numel() == 0:
@@ -377,32 +325,3 @@ def project(
     for low in range(0, a.shape[0], _MOST_TOKENS):
         part = slice(low, low + _MOST_TOKENS)
         _shrink(out[part], a[part], ALL, out.shape[1], omega, scratch, config, least)
-
-
-_RANKS = (16, 32, 64)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that `sketch` and `project` launch; see `_reduce.aot_cases`."""
-    for platform, aligned, rank in itertools.product(("cuda", "hip"), (True, False), _RANKS):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        for dtype, x in AOT_DTYPES.items():
-            config = config_for("shrink", dtype, aligned=aligned, platform=platform)
-            for index, signs in itertools.product((False, True), repeat=2):
-                constexprs = {**config.constants(rank, dtype, platform), "HAS_INDEX": index, "SIGNS": signs}
-                constexprs |= {"PAIR": not signs and dtype != torch.float32, "UPCAST": False}
-                label = f"{x} {config.tokens}x{config.features}x{rank} {'signs' if signs else 'gaussian'}"
-                types = {"x_ptr": f"*{x}", "omega_ptr": f"*{x}"}
-                yield aot_case(shrink_kernel, label, constexprs, types, config, **where)
-            config = config_for("tall", dtype, aligned=aligned, platform=platform)
-            pair = dtype == torch.bfloat16
-            p = dtype if pair else torch.float32
-            for index in (False, True):
-                constexprs = {**config.constants(rank, p, platform), "HAS_INDEX": index, "PAIR": pair, "UPCAST": False}
-                label = f"{x} {config.features}x{config.tokens}x{rank}"
-                types = {"x_ptr": f"*{x}", "p_ptr": f"*{AOT_DTYPES[p]}"}
-                yield aot_case(tall_kernel, label, constexprs, types, config, **where)
-        for weight, pair, add in ((False, False, True), *itertools.product((False, True), (False, True), (False,))):
-            constexprs = {"ROWS": ROWS, "RANK": rank, "HAS_WEIGHT": weight, "PAIR": pair, "ADD": add}
-            label = f"{rank}" + " pair" * pair + " add" * add
-            yield aot_case(combine_kernel, label, constexprs, {"out_ptr": "*bf16"} if pair else None, **where)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from lora_kernels._checks import FLOATS, WEIGHTS, check_choice, check_range, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._op import Example, Op, normal, relative_error, with_parts
 from lora_kernels.ops._rows import ALL, Selection, flat_rows, packed, selection
 from lora_kernels.ops.random_matrix import reference as random_reference
 from lora_kernels.ops.random_matrix.op import check_key, draw_cpp
@@ -18,31 +17,6 @@ from lora_kernels.ops.sketch import reference
 
 # Rows handled at a time on the CPU, and the bytes of their float32 copy: the second product finds it in the cache.
 _CHUNK, _CHUNK_BYTES = 2048, 2**23
-
-
-def _check(
-    out: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    weight: torch.Tensor | None,
-    column_sum: torch.Tensor | None,
-    *_: object,
-) -> None:
-    check_tensor("left", left)
-    if left.dim() < 1:
-        raise ValueError("left has shape (), but must be (..., p)")
-    wide = left.dtype == torch.float64
-    check_tensor("right", right, dtypes=FLOATS[3:] if wide else FLOATS[:3], device=left.device)
-    if right.dim() < 1 or right.shape[:-1] != left.shape[:-1]:
-        expected = ", ".join(map(str, (*left.shape[:-1], "*")))
-        raise ValueError(f"right has shape {tuple(right.shape)}, but must have shape ({expected}), as left has")
-    sums = FLOATS[3:] if wide else FLOATS[2:3]
-    check_tensor("out", out, shape=(left.shape[-1], None), dtypes=sums, device=left.device, contiguous="rows")
-    if weight is not None:
-        check_tensor("weight", weight, shape=left.shape[:-1], dtypes=WEIGHTS, device=left.device)
-    if column_sum is not None:
-        size = left.shape[-1:]
-        check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
 
 
 def _draw(x: torch.Tensor, out: torch.Tensor, omega: Omega, cpp: bool) -> torch.Tensor:
@@ -99,12 +73,8 @@ sketch = Op(
     "sketch_",
     _body,
     writes=("out", "column_sum"),
-    check=_check,
-    backends=(
-        on_triton("sketch.kernel:sketch", no_float64),
-        on_cpp(functools.partial(_by_parts, cpp=True), no_float64),
-        on_torch(_by_parts),
-    ),
+    accumulates=True,
+    backends=with_parts("sketch.kernel:sketch", _by_parts),
 )
 
 
@@ -147,6 +117,19 @@ def sketch_(
         ValueError: on a wrong shape, device, stride, key or kind.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
+    check_tensor("left", left, form="(..., p)")
+    wide = left.dtype == torch.float64
+    check_tensor("right", right, dtypes=FLOATS[3:] if wide else FLOATS[:3], device=left.device)
+    if right.dim() < 1 or right.shape[:-1] != left.shape[:-1]:
+        expected = ", ".join(map(str, (*left.shape[:-1], "*")))
+        raise ValueError(f"right has shape {tuple(right.shape)}, but must have shape ({expected}), as left has")
+    sums = FLOATS[3:] if wide else FLOATS[2:3]
+    check_tensor("out", out, shape=(left.shape[-1], None), dtypes=sums, device=left.device, contiguous="rows")
+    if weight is not None:
+        check_tensor("weight", weight, shape=left.shape[:-1], dtypes=WEIGHTS, device=left.device)
+    if column_sum is not None:
+        size = left.shape[-1:]
+        check_tensor("column_sum", column_sum, shape=size, dtypes=sums, device=left.device, contiguous="all")
     check_choice("kind", kind, KINDS)
     sketch(backend, out, left, right, weight, column_sum, kind, check_key(seed, stream), stream)
 
@@ -175,16 +158,7 @@ def _project_body(backend: Backend, out: torch.Tensor, a: torch.Tensor, kind: st
     backend(out.view(rows.shape[0], out.shape[-1]), rows, Omega(kind, seed, stream))
 
 
-projection = Op(
-    "project",
-    _project_body,
-    writes=("out",),
-    backends=(
-        on_triton("sketch.kernel:project", no_float64),
-        on_cpp(functools.partial(_project, cpp=True), no_float64),
-        on_torch(_project),
-    ),
-)
+projection = Op("project", _project_body, writes=("out",), backends=with_parts("sketch.kernel:project", _project))
 
 
 def project(
@@ -208,9 +182,7 @@ def project(
         ValueError: on a wrong shape, key or kind.
         RuntimeError: if the backend asked for cannot take the call; the message says why.
     """
-    check_tensor("a", a)
-    if a.dim() < 1:
-        raise ValueError("a has shape (), but must be (..., q)")
+    check_tensor("a", a, form="(..., q)")
     check_range("k", k, low=0, high=2**31 - 1, integer=True)
     check_choice("kind", kind, KINDS)
     key = check_key(seed, stream)

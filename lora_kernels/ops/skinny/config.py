@@ -69,23 +69,20 @@ FLAT = SkinnyConfig(32, 64, 4, 4)
 _MIXED_SHRINK = SkinnyConfig(64, 64, 8, 4)
 
 
-def shrink_configs(dtype: torch.dtype, aligned: bool, platform: str, mixed: bool) -> tuple[SkinnyConfig, ...]:
-    """The configurations of `shrink`, of many tokens and of fewer; `mixed` if the factor alone is float32."""
-    if not aligned or dtype == torch.float32 or platform != "cuda":
-        return (config_for("shrink", dtype, aligned, platform),)
-    return _MIXED_SHRINK if mixed else config_for("shrink", dtype, aligned, platform), FLAT
-
-
 @functools.lru_cache(maxsize=1024)
 def shrink_config(
     tokens: int, dtype: torch.dtype, aligned: bool, device: torch.device, mixed: bool = False
 ) -> SkinnyConfig:
-    """The configuration of `shrink`: flat tiles where they give every multiprocessor one, without parts of sums."""
-    usual, *flat = shrink_configs(dtype, aligned, build_platform(), mixed)
-    number = processors(device)
-    if flat and -(-tokens // usual.tokens) < 2 * number and -(-tokens // FLAT.tokens) >= number:
-        return FLAT
-    return usual
+    """The configuration of `shrink`: flat tiles where they give every multiprocessor one, without parts of sums.
+
+    `mixed` if the factor alone is float32.
+    """
+    usual, number = config_for("shrink", dtype, aligned), processors(device)
+    if not aligned or dtype == torch.float32 or build_platform() != "cuda":
+        return usual
+    usual = _MIXED_SHRINK if mixed else usual
+    flat = -(-tokens // usual.tokens) < 2 * number and -(-tokens // FLAT.tokens) >= number
+    return FLAT if flat else usual
 
 
 def step_for(rank: int, dtype: torch.dtype) -> int:

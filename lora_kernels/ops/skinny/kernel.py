@@ -14,9 +14,7 @@ operands.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,19 +22,9 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
-from lora_kernels.ops._reduce import AOT_DTYPES, aot_case
 from lora_kernels.ops._tiles import build_platform, parts_for, precision, rank_for, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
-from lora_kernels.ops.skinny.config import (
-    FLAT,
-    SkinnyConfig,
-    config_for,
-    is_aligned,
-    shrink_config,
-    shrink_configs,
-    step_for,
-    tall_for,
-)
+from lora_kernels.ops.skinny.config import FLAT, SkinnyConfig, config_for, is_aligned, shrink_config, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
 
@@ -487,57 +475,3 @@ def expand(
     )  # fmt: skip
     numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor, threshold, stream)
     launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, seed), numbers, constants)
-
-
-def _aot_case(
-    kernel: Any, rank: int, drop: bool, dtype: torch.dtype, out: str, label: str, flags: dict[str, bool],
-    config: SkinnyConfig, factor: str = "", **where: Any,
-) -> dict[str, Any]:  # fmt: skip
-    platform, x = where["platform"], f"*{AOT_DTYPES[dtype]}"
-    fixed: dict[str, Any] = {"TOKENS": config.tokens, "COLUMNS": config.columns, "RANK": rank, "HAS_DROPOUT": drop}
-    fixed |= {"ALIGNED": where["aligned"]}
-    fixed |= {"PRECISION": precision(dtype, platform), "UPCAST": False}
-    numbers = ("rank", "steps", "t_stride", "u_stride", "g_stride", "second_size", "threshold", "stream")
-    types = dict.fromkeys(numbers, "i32")
-    types |= dict.fromkeys(("x_ptr", "factor_ptr", "t_ptr", "bias_ptr", "u_ptr", "g_ptr"), x)
-    types |= {"seed_ptr": "*i64", "factor": "fp32", "out_ptr": f"*{out}", "second_ptr": f"*{out}"}
-    if factor:
-        types["factor_ptr"], label = f"*{factor}", f"{label} {factor} factor"
-    # All are bound by memory. Where a mask meets the left operand in registers, the compiler may serialise products
-    # (C7515); fewer than 64 rows go to the older matrix instruction on later chips.
-    few = (config.tokens if kernel is shrink_kernel else rank) < 64 and kernel is not expand_kernel
-    older = (kernel is shrink_kernel and drop) or few
-    matrix = platform == "hip" or not older
-    shape = f"{x[1:]} {config.tokens}x{config.columns}x{rank}" + " dropout" * drop + label
-    return aot_case(kernel, shape, {**fixed, **flags}, types, config, matrix=matrix, **where)
-
-
-def aot_cases() -> Iterator[dict[str, Any]]:
-    """Yield every combination that the functions here launch; see `_reduce.aot_cases`."""
-    flags = (False, True)
-    for platform, aligned, (dtype, x) in itertools.product(("cuda", "hip"), flags, AOT_DTYPES.items()):
-        where: dict[str, Any] = {"platform": platform, "aligned": aligned}
-        of = functools.partial(config_for, dtype=dtype, aligned=aligned, platform=platform)
-        factors = ("", "fp32") if x != "fp32" and platform == "cuda" else ("",)
-        for rank, drop in itertools.product((16, 32, 64), flags):
-            for out in dict.fromkeys((x, "fp32")):
-                config = of("reduce", drops=drop)
-                for transposed in (False,) if drop else flags:
-                    label, given = " transposed" * transposed + f" to {out}", {"TRANSPOSED": transposed}
-                    yield _aot_case(reduce_kernel, rank, drop, dtype, out, label, given, config, **where)
-                yield _aot_case(pair_kernel, rank, drop, dtype, out, f" to {out}", {}, config, **where)
-            for transposed, factor in itertools.product((False,) if drop else flags, factors):
-                label, given = " transposed" * transposed, {"TRANSPOSED": transposed}
-                for config in shrink_configs(dtype, aligned, platform, factor != ""):
-                    for out in (x,) if config == FLAT else dict.fromkeys((x, "fp32")):
-                        form = label + " split" * (out != x)
-                        yield _aot_case(shrink_kernel, rank, drop, dtype, out, form, given, config, factor, **where)
-                forms = ((False, False), (False, True), (True, False)) if step_for(rank, dtype) == rank else ()
-                for add, bias in forms:
-                    form = label + " add" * add + " bias" * bias
-                    both, config = {**given, "ADD": add, "HAS_BIAS": bias}, of("expand")
-                    yield _aot_case(expand_kernel, rank, drop, dtype, x, form, both, config, factor, **where)
-        for pair in flags:
-            types = {"out_ptr": f"*{x}", "second_ptr": f"*{x}", "second_size": "i32"}
-            label = x + " pair" * pair
-            yield aot_case(sum_parts_kernel, label, {"PART": _PART, "PAIR": pair}, types, **where)

@@ -28,7 +28,7 @@ _CPU_ORDERS = {
     ("factor_spectrum", torch.float64): (8, 4),
 }
 # As in csrc/small_linalg.h: from here on, the order of the first leading minor that is not positive, less one.
-_NOT_FINITE, _NOT_CONVERGED, _NOT_POSITIVE = 1, 2, 3
+_NOT_FINITE, _NOT_CONVERGED, NOT_POSITIVE = 1, 2, 3
 
 
 def check_square(name: str, matrices: torch.Tensor) -> None:
@@ -91,8 +91,8 @@ def raise_status(status: int, index: int) -> None:
         raise ValueError(f"matrix {index} holds NaN or infinite entries")
     if status == _NOT_CONVERGED:
         raise RuntimeError(f"the iteration did not converge for matrix {index}")
-    if status >= _NOT_POSITIVE:
-        minor = status - _NOT_POSITIVE + 1
+    if status >= NOT_POSITIVE:
+        minor = status - NOT_POSITIVE + 1
         raise ValueError(f"matrix {index} is not positive definite (its leading minor of order {minor} is not)")
 
 
@@ -111,11 +111,6 @@ def not_finite(*batches: torch.Tensor) -> torch.Tensor:
     if all(bool(torch.isfinite(batch.sum((-2, -1))).all()) for batch in batches):
         return torch.zeros(batches[0].shape[:-2], dtype=torch.int32, device=batches[0].device)
     return torch.stack([(~torch.isfinite(batch)).flatten(-2).any(-1) for batch in batches]).any(0).int() * _NOT_FINITE
-
-
-def not_positive(info: torch.Tensor) -> torch.Tensor:
-    """Status per matrix from LAPACK's `info` of Cholesky: 0, or the order of the first minor that is not positive."""
-    return torch.where(info > 0, info + (_NOT_POSITIVE - 1), torch.zeros_like(info))
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

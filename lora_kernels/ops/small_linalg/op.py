@@ -10,8 +10,6 @@ from lora_kernels.ops._op import Example, Op, normal, on_torch
 from lora_kernels.ops.small_linalg import drivers, reference
 from lora_kernels.ops.small_linalg.drivers import on_compiled
 
-fix_signs = reference.fix_signs
-
 
 def _eigh_torch(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
     drivers.raise_first(drivers.not_finite(flat.tril()))
@@ -23,7 +21,7 @@ def _eigh_torch(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor)
 def _eigh_compiled(values: torch.Tensor, vectors: torch.Tensor, flat: torch.Tensor) -> None:
     drivers.raise_first(drivers.run("eigh", (flat, values, vectors), flat.shape[:2]))
     if flat.device.type != "cpu":
-        vectors.copy_(fix_signs(vectors))
+        vectors.copy_(reference.fix_signs(vectors))
 
 
 def _eigh(backend: Backend, values: torch.Tensor, vectors: torch.Tensor, matrices: torch.Tensor) -> None:
@@ -84,12 +82,9 @@ def _factors_torch(flat: torch.Tensor) -> torch.Tensor:
     factors: torch.Tensor
     factors, info = torch.linalg.cholesky_ex(flat)
     broken = drivers.not_finite(flat.tril())
-    drivers.raise_first(torch.where(broken > 0, broken, drivers.not_positive(info)))
+    # LAPACK gives 0, or the order of the first minor that is not positive.
+    drivers.raise_first(torch.where(broken > 0, broken, torch.where(info > 0, info + (drivers.NOT_POSITIVE - 1), 0)))
     return factors
-
-
-def _cholesky_compiled(out: torch.Tensor, flat: torch.Tensor) -> None:
-    drivers.raise_first(drivers.run("cholesky", (flat, out), flat.shape[:2]))
 
 
 def _cholesky(backend: Backend, out: torch.Tensor, matrices: torch.Tensor) -> None:
@@ -102,7 +97,11 @@ factor = Op(
     _cholesky,
     writes=("out",),
     backends=(
-        on_compiled(_cholesky_compiled, lambda _out, a: (a, a.shape[-1]), "cholesky"),
+        on_compiled(
+            lambda out, flat: drivers.raise_first(drivers.run("cholesky", (flat, out), flat.shape[:2])),
+            lambda _out, a: (a, a.shape[-1]),
+            "cholesky",
+        ),
         on_torch(lambda out, flat: out.copy_(_factors_torch(flat))),
     ),
 )

@@ -16,9 +16,7 @@ _CHUNK = {"cpu": 2**18, "gpu": 2**24}
 
 
 def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    check_tensor("a", a, dtypes=drivers.DTYPES)
-    if a.dim() < 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}, but must be (..., r, n)")
+    check_tensor("a", a, dtypes=drivers.DTYPES, form="(..., r, n)")
     check_tensor("b", b, dtypes=(a.dtype,), device=a.device)
     if b.dim() != a.dim() or b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
         expected = f"{(*a.shape[:-2], 'm', a.shape[-2])}".replace("'", "")
@@ -59,10 +57,6 @@ def _normalised(roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return roots / scale, scale.squeeze(-1)
 
 
-def _values_compiled(values: torch.Tensor, core: torch.Tensor) -> None:
-    drivers.raise_first(drivers.run("singular_values", (core, values), core.shape[:2]))
-
-
 def _body(backend: Backend, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     if a.numel() == 0 or b.numel() == 0:
         out.zero_()
@@ -85,7 +79,7 @@ spectrum = Op(
     writes=("out",),
     backends=(
         on_compiled(
-            _values_compiled,
+            lambda values, core: drivers.raise_first(drivers.run("singular_values", (core, values), core.shape[:2])),
             lambda _out, a, *_: (a, a.shape[-2]),
             "eigh",
             "singular_values",
