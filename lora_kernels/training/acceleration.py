@@ -19,7 +19,7 @@ from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
-from lora_kernels.training.description import base_is_fused, eager_reason
+from lora_kernels.training.description import eager_reason, plain_linear
 from lora_kernels.training.experts import OUTER, experts_reason
 from lora_kernels.training.guard import Guard
 from lora_kernels.training.lora_layer import FusedForward, class_of, is_experts, supported
@@ -79,9 +79,7 @@ def _gathered(model: nn.Module) -> set[str]:
 
     units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
     return {
-        name
-        for name, _ in lora_layers(model)
-        if any(unit in ("", name) or name.startswith(f"{unit}.") for unit in units)
+        name for name, _ in lora_layers(model) if any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
     }
 
 
@@ -94,7 +92,7 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
         computes = f"the experts ({type(chain_of(layer)[-1].base_layer).__name__}) compute their own products"
     else:
         reason = eager_reason(layer, gathered=gathered, training=True)
-        if reason is None and base_is_fused(layer, gathered=gathered):
+        if reason is None and plain_linear(layer.base_layer, gathered):
             return LayerPath(name, kind.__name__, "fused")
         computes = f"the base layer ({type(layer.base_layer).__name__}) computes its own product"
     return LayerPath(name, kind.__name__, "eager" if reason else "delta", reason or computes)

@@ -87,8 +87,9 @@ def is_whole(weight: Any, gathered: bool) -> bool:
     return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
 
 
-def plain_linear(module: Any, gathered: bool) -> bool:
+def plain_linear(module: Any, gathered: bool = False) -> bool:
     """Whether a module is `torch.nn.Linear` as torch has it, with a weight that is a matrix of floats."""
+    # Of a base layer: whether its product is part of the fused op.
     if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not LINEAR_FORWARD:
         return False
     if "parametrizations" in module._modules or not is_whole(module.weight, gathered):
@@ -97,15 +98,9 @@ def plain_linear(module: Any, gathered: bool) -> bool:
     return (type(weight) in (nn.Parameter, torch.Tensor) or is_sharded(weight)) and weight.dtype in FLOATS
 
 
-def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
-    """Whether the base product of a LoRA layer is part of the fused op: a plain linear layer without hooks."""
-    return plain_linear(layer.base_layer, gathered)
-
-
 def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
     """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`."""
-    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout counts as active; `None` as it
-    # is.
+    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout is active; `None` as it is now.
     factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
     names = [name for name in layer.active_adapters if name in factors]
     if not names:
@@ -115,8 +110,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
     for name in names:
         variant = layer.lora_variant.get(name)
         if dora.magnitude(layer, name) is not None:
-            reason = dora.refusal(layer, name, names)
-            if reason is not None:
+            if (reason := dora.refusal(layer, name, names)) is not None:
                 return f"adapter {name!r} is {reason}"
         elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
@@ -129,14 +123,10 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
             return "torch.nn.Dropout.forward is replaced"
         if isinstance(layer.scaling[name], torch.Tensor):
             return f"the scaling of adapter {name!r} is a tensor, which can change in place"
-        drops = (
-            isinstance(dropout, nn.Dropout) and dropout.p > 0 and (dropout.training if training is None else training)
-        )
-        if drops:
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and (dropout.training if training is None else training):
             if dropout.p >= 1:
                 return f"adapter {name!r} drops everything"
-            reason = _slow_dropout(a.weight)
-            if reason is not None:
+            if (reason := _slow_dropout(a.weight)) is not None:
                 return reason
     return None
 

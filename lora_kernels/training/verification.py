@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lora_kernels.runtime.loss import model_loss
 from lora_kernels.runtime.modes import evaluation_mode
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.acceleration import reference_mode
-from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
+from lora_kernels.training.description import Adapter, active, eager_reason, plain_linear
 from lora_kernels.training.experts import FusedExperts, experts_reason
 from lora_kernels.training.lora_layer import FusedForward
 
@@ -166,8 +167,7 @@ def verify(
 def _skipped(layer: Any) -> str | None:
     if not isinstance(layer, FusedForward):
         return "not accelerated"
-    stock: Any = layer
-    if stock.disable_adapters or stock.merged:
+    if layer.disable_adapters or layer.merged:  # type: ignore[attr-defined]
         return "adapters are merged or disabled"
     if isinstance(layer, FusedExperts):
         return experts_reason(layer) or "experts are compared by the loss alone"
@@ -180,16 +180,13 @@ def _observe(
     """The calls of every layer that the loss reaches, from a pass through PEFT's own forward."""
     calls: dict[str, list[_Call]] = {name: [] for name in layers}
 
-    def tap(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            if len(args) == 1 and not kwargs and output.requires_grad:  # other calls run PEFT's own forward
-                call = _Call(args[0])
-                output.register_hook(call.receive)  # type: ignore[no-untyped-call]
-                calls[name].append(call)
+    def tap(name: str, _module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if len(args) == 1 and not kwargs and output.requires_grad:  # other calls run PEFT's own forward
+            call = _Call(args[0])
+            output.register_hook(call.receive)  # type: ignore[no-untyped-call]
+            calls[name].append(call)
 
-        return hook
-
-    handles = [layer.register_forward_hook(tap(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(tap, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.enable_grad(), reference_mode(model):
             value = loss(forward(model, batch), batch)
@@ -232,8 +229,7 @@ def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
 
 def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, by the gradients' names."""
-    leaves = {"dA": adapter.a, "dB": adapter.b}
-    extension = adapter.extension
+    leaves, extension = {"dA": adapter.a, "dB": adapter.b}, adapter.extension
     if extension is not None and extension.left is not None and extension.coordinates is not None:
         leaves["dc"] = extension.coordinates
     if adapter.magnitude is not None:
@@ -264,14 +260,13 @@ def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     ]
     wanted = {part: leaves[0][part].requires_grad_(True) for part in _trained(layer)}
     base = layer.base_layer
-    bias = getattr(base, "bias", None)
-    bias = None if bias is None else bias.detach().to(torch.float64)
+    bias = None if getattr(base, "bias", None) is None else base.bias.detach().to(torch.float64)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         scale = None
         if adapters[0].magnitude is not None:  # DoRA's `m / |W + s B A|`, `(m,)`; the norm counts as a constant
             update = adapters[0].scaling * (leaves[0]["dB"] @ leaves[0]["dA"]).detach()
             scale = leaves[0]["dm"] / torch.linalg.vector_norm(dense_weight(layer).to(torch.float64) + update, dim=1)
-        if base_is_fused(layer):
+        if plain_linear(base):
             y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
         else:
             with call.autocast():
@@ -294,8 +289,7 @@ def _delta(rows: torch.Tensor, adapter: Adapter, own: Mapping[str, torch.Tensor]
     if extension is not None and extension.left is not None and extension.right is not None:
         left, right = extension.left.to(torch.float64), extension.right.to(torch.float64)
         delta = delta + (rows @ right.mT * own["dc"]) @ left.mT
-    start = adapter.start()
-    if start is not None:
+    if (start := adapter.start()) is not None:
         a0, b0, scaling = start
         delta = delta + scaling * (rows @ a0.to(torch.float64).mT @ b0.to(torch.float64).mT)
     return delta

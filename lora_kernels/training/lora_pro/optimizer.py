@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,15 +18,7 @@ from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.training.lora_pro.adjustment import Adjustment
-from lora_kernels.training.lora_pro.buckets import (
-    Bucket,
-    Layout,
-    Scratch,
-    draw_seed,
-    mix,
-    working_dtype,
-    wrap,
-)
+from lora_kernels.training.lora_pro.buckets import Bucket, Layout, Scratch, draw_seed, mix, working_dtype, wrap
 from lora_kernels.training.lora_pro.update import Entry, Rounding, adamw_, descend_
 
 Mode = Literal["efficient", "full"]
@@ -34,7 +26,6 @@ MODES = ("efficient", "full")
 RoundingMode = Literal["nearest", "stochastic"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
-
 
 Scaling = float | Callable[[], float]
 PairEntry = tuple[torch.Tensor, torch.Tensor, Scaling] | tuple[torch.Tensor, torch.Tensor, Scaling, int]
@@ -70,21 +61,6 @@ class Pair:
         return value
 
 
-def check_pair(name: str, a: Any, b: Any, experts: Any) -> None:
-    """Check that A `(experts r, n)` and B `(m, r experts)` can be the factors of a pair, or of a pair per expert."""
-    check_range("experts", experts, low=1, integer=True)
-    check_tensor(f"A of {name}", a, shape=(None, None))
-    check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
-    if a is b:
-        raise ValueError(f"A and B of {name} are the same parameter, but must be two")
-    if min(*a.shape, *b.shape) == 0:
-        raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
-    if a.shape[0] % experts:
-        raise ValueError(f"A of {name} has {a.shape[0]} rows, but must have as many for each of {experts} experts")
-    if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
-        raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
-
-
 def check_options(group: dict[str, Any]) -> None:
     """Check lr, betas, eps and weight_decay of a parameter group."""
     lr = group["lr"]
@@ -111,14 +87,6 @@ def per_pair(name: str, value: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries, but must be a number or one per pair ({count})")
     return values
-
-
-def check_scaling(value: Any) -> None:
-    """Check the scaling of a pair, if it is not a function."""
-    if not callable(value):
-        check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
-        if value == 0:
-            raise ValueError("scaling is 0, but must not be: such a pair never learns")
 
 
 def check_gradient(name: str, gradient: torch.Tensor) -> None:
@@ -259,8 +227,22 @@ class LoraPro(Optimizer):
         ]
 
     def _check_pair(self, name: str, a: Any, b: Any, scaling: Any, experts: Any = 1) -> None:
-        check_pair(name, a, b, experts)
-        check_scaling(scaling)
+        """Check that A `(experts r, n)` and B `(m, r experts)` can be factors of a pair, or of a pair per expert."""
+        check_range("experts", experts, low=1, integer=True)
+        check_tensor(f"A of {name}", a, shape=(None, None))
+        check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
+        if a is b:
+            raise ValueError(f"A and B of {name} are the same parameter, but must be two")
+        if min(*a.shape, *b.shape) == 0:
+            raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
+        if a.shape[0] % experts:
+            raise ValueError(f"A of {name} has {a.shape[0]} rows, but must have as many for each of {experts} experts")
+        if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
+            raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
+        if not callable(scaling):
+            check_range("scaling", scaling, low=-sys.float_info.max, high=sys.float_info.max)
+            if scaling == 0:
+                raise ValueError("scaling is 0, but must not be: such a pair never learns")
         if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
             raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
@@ -327,12 +309,9 @@ class LoraPro(Optimizer):
             loaded.update(state)
             self._check_saved(state)
 
-        def restore(_: Optimizer) -> None:
-            self._restore_state(loaded)
-
         handles = (
             self.register_load_state_dict_pre_hook(check),  # type: ignore[arg-type]
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_state(loaded), prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
@@ -340,22 +319,17 @@ class LoraPro(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _saved_keys(self, saved: dict[str, Any]) -> list[tuple[Place, Any]]:
-        """Place and saved key of each parameter that is in both."""
-        return [
-            ((number, index), key)
-            for number, (group, own) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False))
-            for index, (key, _) in enumerate(zip(group["params"], own["params"], strict=False))
-        ]
+    def _saved(self, saved: dict[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any], Pair | None]]:
+        # Each parameter that is in both, its saved state, and, of B in `full` mode, its pair.
+        full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
+        for number, (group, own) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False)):
+            for index, (key, parameter) in enumerate(zip(group["params"], own["params"], strict=False)):
+                yield parameter, saved["state"].get(key, {}), full.get((number, index))
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
-        full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
-        for place, key in self._saved_keys(saved):
-            moment = saved["state"].get(key, {}).get("exp_avg")
-            parameter = self._at(place)
-            expected = tuple(parameter.shape)
-            if place in full:
-                pair = full[place]
+        for parameter, state, pair in self._saved(saved):
+            moment, expected = state.get("exp_avg"), tuple(parameter.shape)
+            if pair is not None:
                 expected = (parameter.shape[0], pair.experts * self._at(pair.a).shape[1])
             if isinstance(moment, torch.Tensor) and tuple(moment.shape) != expected:
                 raise ValueError(
@@ -364,14 +338,12 @@ class LoraPro(Optimizer):
                 )
 
     def _restore_state(self, saved: dict[str, Any]) -> None:
-        full = {pair.b for pair in self._pairs} if self.mode == "full" else set()
-        for place, key in self._saved_keys(saved):
-            parameter = self._at(place)
-            for name, value in saved["state"].get(key, {}).items():
+        for parameter, state, pair in self._saved(saved):
+            for name, value in state.items():
                 if name == "step":
                     value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
                 elif isinstance(value, torch.Tensor):
-                    value = value.to(parameter.device, self._moment_dtype(parameter, full=place in full))
+                    value = value.to(parameter.device, self._moment_dtype(parameter, full=pair is not None))
                     if parameter.is_contiguous():  # torch's fused CPU kernels ignore strides
                         value = value.contiguous()
                 self.state[parameter][name] = value
