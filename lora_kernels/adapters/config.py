@@ -31,11 +31,10 @@ class Entry(NamedTuple):
 
 @dataclass
 class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
-    """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`.
+    """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`."""
 
-    It saves the config of the stock adapter that `save_pretrained` writes, with all parts joined. `auto_mapping`, which
-    PEFT keeps but does not read, tells `lora_kernels.load` how to separate them.
-    """
+    # It saves the config of the stock adapter that `save_pretrained` writes, with all parts joined. `auto_mapping`,
+    # which PEFT keeps but does not read, tells `lora_kernels.load` how to separate them.
 
     def __post_init__(self) -> None:
         """A config without layers, also for `dataclasses.replace`."""
@@ -56,10 +55,10 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
-            scalings = {
+            layers = {
                 name: (parts.nominal_scaling(entry, self.adapter), entry.num_experts) for name, entry in self.layers()
             }
-            join_file(Path(save_directory) / WEIGHTS, scalings)
+            join_file(Path(save_directory) / WEIGHTS, layers)
 
     def layers(self) -> list[tuple[str, Entry]]:
         """The layers that have the adapter."""
@@ -74,7 +73,9 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         mark = {name: getattr(self, name) for name in OWN} | {"start": starts, "dash": self.dash}
         shapes = {}
         for name, entry in self.layers():
-            rank = entry.r[self.adapter] + _more(entry, self.adapter)
+            start, dash = parts.start(entry, self.adapter), parts.directions(entry, self.adapter)
+            rank = entry.r[self.adapter] + (0 if start is None else start.rank)
+            rank += dash.coordinates.numel() if dash is not None and dash.launched else 0
             shapes[config_name(name, entry)] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
         stock.use_rslora = False
         set_ranks(stock, shapes)
@@ -94,14 +95,6 @@ def _forget(config: LoraConfig) -> None:
     for name in ("adapter", "entries", "dash"):
         config.__dict__.pop(name, None)
     config.__class__ = LoraConfig
-
-
-def _more(entry: Entry, adapter: str) -> int:
-    """The rank that the parts of a layer add."""
-    start, dash = parts.start(entry, adapter), parts.directions(entry, adapter)
-    return (0 if start is None else start.rank) + (
-        dash.coordinates.numel() if dash is not None and dash.launched else 0
-    )
 
 
 def tidy(alpha: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,6 +76,4 @@ def reset_magnitudes(module: Any, adapter: str) -> None:
 
 def caching_enabled() -> bool:
     """Whether the caller is inside of `peft.helpers.DoraCaching`."""
-    from peft.tuners.lora import dora  # noqa: PLC0415  (peft is an optional dependency)
-
-    return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
+    return bool(getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False))

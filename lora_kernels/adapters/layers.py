@@ -119,11 +119,9 @@ def _reason_unsupported(
 
 
 def left_out_by_peft(model: nn.Module, adapter: str) -> str | None:
-    """Which linear layers have no adapter because PEFT (from 0.20) takes their names for those of experts, in words.
-
-    Its conversion of `target_modules` for mixtures makes `gate_proj`, `up_proj` and `down_proj` (`w1` to `w3`)
-    parameters of experts wherever they are: shared experts and dense layers are left out.
-    """
+    """Which linear layers have no adapter because PEFT (from 0.20) takes their names for those of experts, in words."""
+    # Its conversion of `target_modules` for mixtures makes `gate_proj`, `up_proj` and `down_proj` (`w1` to `w3`)
+    # parameters of experts wherever they are: shared experts and dense layers are left out.
     parameters: set[str] = set(model.peft_config[adapter].target_parameters or ())  # type: ignore[index, union-attr, operator]
     if not parameters.intersection(PRODUCTS):
         return None  # (those that a user names have the path of their module)

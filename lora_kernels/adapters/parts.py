@@ -41,11 +41,9 @@ Key = Callable[[str, str], str]
 
 
 class Extension(NamedTuple):
-    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped.
+    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped."""
 
-    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
-    that returns them.
-    """
+    # A variant whose forward is `base(x) + s B A drop(x)` and such parts returns them by `fused(layer, adapter)`.
 
     coordinates: torch.Tensor | None  # `(k,)`, not scaled by s; `None` without LoRA-Dash
     left: torch.Tensor | None = None  # `(m, k)`, or `None` before the coordinates have directions
@@ -205,7 +203,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if began is None and (dash is None or not dash.launched):
         stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
         return stock
-    if of_experts(layer):
+    if getattr(layer, "num_experts", 1) > 1:
         left, right, scaling = delta_factors(layer, adapter)
         product: torch.Tensor = (left @ right) * scaling
         return product
@@ -252,11 +250,6 @@ def some_ranks(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> 
     first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
     second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
     return first.clone(), second.clone()
-
-
-def of_experts(layer: Any) -> bool:
-    """Whether the factors of a layer are those of many experts."""
-    return bool(getattr(layer, "num_experts", 1) > 1)
 
 
 def _of_parameter(layer: Any) -> bool:
@@ -332,9 +325,7 @@ def add_start(layer: Any, adapter: str, a: torch.Tensor, b: torch.Tensor) -> Non
 def add_directions(layer: Any, adapter: str, k: int) -> Directions:
     """Add k coordinates of LoRA-Dash to an adapter of a layer that carries parts."""
     weight_a, weight_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    dash = Directions(k, weight_a.detach(), weight_b.detach())
-    dash.coordinates.requires_grad_(weight_a.requires_grad)
-    layer.lora_dash[adapter] = dash
+    layer.lora_dash[adapter] = dash = Directions(k, weight_a, weight_b)
     layer.lora_dash.train(layer.training)
     _choose_variant(layer, adapter)
     return dash
@@ -372,11 +363,9 @@ def columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> to
 
 
 def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
-    """Join the parts of one adapter of a layer to its factors, as more rank, in a state dict whose entries `key` names.
-
-    The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that the
-    model's own state dict has. `scaling` is the s that a reader of the saved config finds.
-    """
+    """Join the parts of one adapter of a layer to its factors, as more rank; `key` names entries of the state dict."""
+    # The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that
+    # the model's own state dict has. `scaling` is the s that a reader of the saved config finds.
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):
         return
