@@ -169,14 +169,7 @@ class Doctor:
     """Print what is installed and which backends run, and test every op."""
 
 
-COMMANDS: dict[str, Any] = {
-    "init": Init,
-    "plan": Plan,
-    "verify": Verify,
-    "tune": Tune,
-    "inspect": Inspect,
-    "doctor": Doctor,
-}
+COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Init, Plan, Verify, Tune, Inspect, Doctor)}
 
 
 class Config(NamedTuple):
@@ -239,13 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(words))
     name = given.pop("command")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    groups = [
-        {
-            **config.defaults,
-            **{option.name: given.pop(option.name) for option in fields(config.kind) if option.name in given},
-        }
-        for config in configs
-    ]
+    groups = [{**config.defaults} for config in configs]
+    for group, config in zip(groups, configs, strict=True):
+        group |= {option.name: given.pop(option.name) for option in fields(config.kind) if option.name in given}
     try:
         commands = import_module("lora_kernels.commands")  # slow to import
         return int(getattr(commands, name)(COMMANDS[name](**given), *groups))

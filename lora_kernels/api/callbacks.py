@@ -166,24 +166,20 @@ class LearningRateCallback(TrainerCallback):  # type: ignore[misc]
         """Measure, print one line, and warn."""
         if state.global_step > 0:
             return
-        name, loader = _optimizer_name(kwargs.get("optimizer")), kwargs.get("train_dataloader")
-        if name is None:
-            kind = type(kwargs.get("optimizer")).__name__
-            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
-        else:
-            # (accelerate's loaders note that they are being read: what is inside does not.)
-            data = getattr(loader, "base_dataloader", loader)
+        optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
+        inner = getattr(optimizer, "optimizer", optimizer)  # wrappers hold theirs
+        # (accelerate's loaders note that they are being read: what is inside does not.)
+        data = getattr(loader, "base_dataloader", loader)
+        if isinstance(inner, LoraPro):
+            name = "lora_pro_full" if inner.mode == "full" else "lora_pro"
             self.advice = advise(kwargs["model"], data, name, {})
+        elif isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            self.advice = advise(kwargs["model"], data, "adamw", {})
+        else:
+            kind = type(optimizer).__name__
+            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
         outside = self.advice.judge(args.learning_rate)
         if state.is_world_process_zero:
             print(self.advice.summary())
             if outside is not None:
                 warnings.warn(outside, RuntimeWarning, stacklevel=2)
-
-
-def _optimizer_name(optimizer: Any) -> str | None:
-    """Its name for `suggest_learning_rate`; wrappers hold theirs in `optimizer`."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if isinstance(inner, LoraPro):
-        return "lora_pro_full" if inner.mode == "full" else "lora_pro"
-    return "adamw" if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) else None

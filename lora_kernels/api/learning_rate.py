@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.text import Text
 from torch import distributed, nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
+from lora_kernels.adapters.dora import caching_enabled
 from lora_kernels.reports import Report, Table
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import Loss, Reduction, summed_loss
@@ -96,14 +96,7 @@ class LearningRateAdvice(Report):
         )
 
     def judge(self, learning_rate: float) -> str | None:
-        """What to say of a rate that lies outside of `low` to `high`.
-
-        Args:
-            learning_rate: of training.
-
-        Returns:
-            A sentence; `None` where the rate lies inside, or no rate is known.
-        """
+        """A sentence on a rate of training outside of `low` to `high`; `None` where it lies inside or none is known."""
         if self.rate is None or self.low is None or self.high is None or self.low <= learning_rate <= self.high:
             return None
         where = "above" if learning_rate > self.high else "below"
@@ -128,7 +121,7 @@ class LearningRateAdvice(Report):
 def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[float, float], float | None, str | None]:
     """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none."""
     # About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
-    points: dict[float, float] = {}
+    points = {0.0: start}
 
     def measured(index: float) -> float:
         rate = _rate(index)
@@ -144,14 +137,13 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
         while _LOWEST <= best + way <= _HIGHEST and measured(best + way) < measured(best):
             best += way
     if not measured(best) < start:
-        return {0.0: start, **points}, None, "no rate lowers the loss of batches other than the step's"
+        return points, None, "no rate lowers the loss of batches other than the step's"
     if best in (_LOWEST, _HIGHEST):
-        reason = f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
-        return {0.0: start, **points}, None, reason
+        return points, None, f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
     around = [best - 1.0, best - 0.5, float(best), best + 0.5, best + 1.0]
     place = min(around[1:-1], key=measured)
     left, middle, right = ((_rate(index), measured(index)) for index in (place - 0.5, place, place + 0.5))
-    return {0.0: start, **points}, _vertex(left, middle, right), None
+    return points, _vertex(left, middle, right), None
 
 
 def _rate(index: float) -> float:
@@ -289,9 +281,8 @@ def advise(
     if data is None or isinstance(data, Iterator):
         reason = "no data was given" if data is None else "the data can be read once only"
         return LearningRateAdvice(optimizer=optimizer, reason=reason)
-    names = ("forward", "loss", "reduction")
     try:
-        given = {name: settings[name] for name in names if name in settings}
+        given = {name: settings[name] for name in ("forward", "loss", "reduction") if name in settings}
         return suggest_learning_rate(model, data, optimizer=optimizer, **given)
     except Exception as error:  # noqa: BLE001  (whatever a model does: the adapter has been started)
         return LearningRateAdvice(optimizer=optimizer, reason=f"{error or type(error).__name__}")
@@ -338,7 +329,7 @@ def suggest_learning_rate(
     check_type("data", data, Iterable, "an iterable of batches")
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_range("batches", batches, low=1, integer=True)
-    if getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False):
+    if caching_enabled():
         raise ValueError("DoRA's norms are cached inside of peft.helpers.DoraCaching: ask for a learning rate outside")
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []

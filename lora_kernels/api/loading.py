@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels.adapters import loading
 from lora_kernels.adapters.folders import CONFIG, mark_of, read_config, read_tensors
 from lora_kernels.adapters.layers import find_lora_layers, is_peft_model
-from lora_kernels.adapters.versions import require_peft
+from lora_kernels.adapters.view import require_peft
 from lora_kernels.training.dash import LoraDash
 
 

@@ -80,10 +80,9 @@ def _of_experts(spectra: Sequence[Spectrum]) -> dict[str, float | None]:
     """What a line has of the experts of a parameter: norms of all together, the median entropy, else the largest."""
     finite = _finite(spectra) or spectra
     known = {name: _known(finite, name) for name in LAYER_FIELDS}
+    largest = ("spectral", "numerical_rank", "balance", "spectral_share")
     return {
-        **{
-            name: max(known[name], default=None) for name in ("spectral", "numerical_rank", "balance", "spectral_share")
-        },
+        **{name: max(known[name], default=None) for name in largest},
         "nuclear": math.fsum(known["nuclear"]),
         "frobenius": math.hypot(*known["frobenius"]),
         "smallest_rank": min(known["numerical_rank"]),
@@ -182,7 +181,7 @@ class LandscapeMonitor:
         if self._norms is None:
             self.begin(model)
         layers = self._layers(model)
-        adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
+        adapters = find_adapters(layers, self.adapter_name, self._norms or {}, self._start)
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         parameters = {layer.name: layer.parameter for layer in layers.supported if layer.parameter is not None}
         numbers = summarize(self.latest, parameters)
@@ -210,11 +209,7 @@ def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The measurements in a monitor's file, without a last line that was cut off (a killed run).
-
-    Raises:
-        ValueError: if the file is missing, or a line was not written by a monitor.
-    """
+    """The measurements in a monitor's file, without a last line that was cut off; a ValueError if it is none."""
     if not path.is_file():
         raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     entries: list[dict[str, Any]] = []
@@ -239,3 +234,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not entries:
         raise ValueError(f"{path} holds no measurement")
     return entries
+
+
+def log_summary(log: Sequence[dict[str, Any]]) -> str:
+    """One line on how the numbers moved between the first and the last measurement."""
+    first, last = log[0], log[-1]
+    parts = []
+    for key in ("nuclear", "share", "rank", "balance"):
+        if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float)):
+            parts.append(f"{key} {first[key]:.3g} -> {last[key]:.3g}")
+    broken = last.get("not_finite") or 0
+    if isinstance(broken, (int, float)) and not math.isnan(broken) and broken > 0:
+        parts.append(f"{int(broken)} layers not finite")
+    return f"{len(log)} measurements, steps {first['step']} to {last['step']}: {', '.join(parts)}"

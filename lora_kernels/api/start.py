@@ -87,9 +87,10 @@ class Start:
 
     def check(self) -> None:
         """Find the layers, and refuse before any data is read what could not be done afterwards."""
-        self.layers = starting.startable_layers(
-            self.model, self.adapter, force=self.force, without_experts=self._why_no_experts()
-        )
+        why = None if self.rule is None else "ranks are redistributed, and PEFT has one rank for all experts"
+        if self.method.offsets_base and self.base == "mutate":
+            why = 'base="mutate" changes the weights of linear layers alone'
+        self.layers = starting.startable_layers(self.model, self.adapter, force=self.force, without_experts=why)
         layers = self.layers.supported
         if self.method.reads_base:
             starting.check_readable(layers)
@@ -102,12 +103,6 @@ class Start:
         if self.rule is not None:
             limits = {layer.name: min(layer.shape) for layer in layers}
             self.rule.check({layer.name: layer.rank for layer in layers}, limits)
-
-    def _why_no_experts(self) -> str | None:
-        """Why experts keep stock LoRA's start, or `None`."""
-        if self.method.offsets_base and self.base == "mutate":
-            return 'base="mutate" changes the weights of linear layers alone'
-        return None if self.rule is None else "ranks are redistributed, and PEFT has one rank for all experts"
 
     def collect(self, loader: Iterable[Any] | None, statistics: Statistics | None, options: Mapping[str, Any]) -> None:
         """Read the data, unless the method reads none or statistics are given."""
@@ -295,8 +290,8 @@ class Start:
             outside = self.rate_advice.judge(self.learning_rate)
         if self.method.moves_function:
             change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
-            moved = f"the loss is predicted to change by {change:.2g}"
-            moved = f"{self.method.name} moves the model's function at the start: {moved}"
+            moved = f"{self.method.name} moves the model's function at the start: the loss is predicted to change by "
+            moved += f"{change:.2g}"
         rates = guidance.advice(
             self.method.name,
             [layer.step_ratio for layer in self.layer_reports if layer.step_ratio is not None],
