@@ -187,14 +187,12 @@ def _exchange(one: Path, other: Path) -> None:
 
 def _temporary(target: Path) -> Path:
     """A hidden name beside a path that tells whose it is; those of processes that are no more are removed."""
-    host = socket.gethostname()
-    for stale in target.parent.glob(
-        f".{glob.escape(target.stem)}.{glob.escape(host)}-*.part{glob.escape(target.suffix)}"
-    ):
-        process = stale.name.removeprefix(f".{target.stem}.{host}-").partition("-")[0]
+    begin, end = f".{target.stem}.{socket.gethostname()}-", f".part{target.suffix}"
+    for stale in target.parent.glob(f"{glob.escape(begin)}*{glob.escape(end)}"):
+        process = stale.name.removeprefix(begin).partition("-")[0]
         if process.isdigit() and not _runs(int(process)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-    return target.with_name(f".{target.stem}.{host}-{os.getpid()}-{next(_NUMBERS)}.part{target.suffix}")
+    return target.with_name(f"{begin}{os.getpid()}-{next(_NUMBERS)}{end}")
 
 
 def _runs(process: int) -> bool:

@@ -180,29 +180,23 @@ class Config(NamedTuple):
     defaults: Mapping[str, Any] = {}
 
 
-def _configs(name: str | None) -> tuple[Config, ...]:
-    """Further options of a command, in groups; `lora-kernels --help` does without them."""
+def _configs(name: str | None) -> tuple[tuple[Config, ...], str | None]:
+    """Further options of a command, in groups, and what its help ends with; `lora-kernels --help` does without them."""
     if name not in ("init", "plan"):
-        return ()
-    from lora_kernels.init import Redistribution  # noqa: PLC0415
+        return (), None
+    from lora_kernels.init import METHODS, Redistribution  # noqa: PLC0415
     from lora_kernels.statistics import CollectOptions  # noqa: PLC0415
     from lora_kernels.statistics.options import PlanKeywords  # noqa: PLC0415
 
     if name == "plan":
         others = {option.name for option in fields(CollectOptions)} - {*PlanKeywords.__annotations__}
-        return (Config(CollectOptions, others),)
+        return (Config(CollectOptions, others),), None
     own = ("sketch_size", "distributed")  # follow the ranks and the process group
-    return Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
-
-
-def _settings_of_methods() -> str:
-    from lora_kernels.init import METHODS  # noqa: PLC0415
-
-    lines = [
-        f"  {name}: {', '.join(f'{setting.name}={default_of(setting)!r}' for setting in fields(kind))}"
-        for name, kind in METHODS.items()
-    ]
-    return "\n".join(["methods and their settings (--set NAME=VALUE), with defaults:", *lines])
+    lines = ["methods and their settings (--set NAME=VALUE), with defaults:"]
+    for method, kind in METHODS.items():
+        lines.append(f"  {method}: {', '.join(f'{each.name}={default_of(each)!r}' for each in fields(kind))}")
+    configs = Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
+    return configs, "\n".join(lines)
 
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ...]]:
@@ -210,14 +204,14 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ..
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Data-aware LoRA on fused kernels.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    configs = _configs(name)
+    configs, epilog = _configs(name)
     for key, kind in COMMANDS.items():
         summary = str(kind.__doc__).partition("\n")[0]
         command = commands.add_parser(
             key, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if key == name:
-            command.epilog = _settings_of_methods() if name == "init" else None
+            command.epilog = epilog
             add_options(command, kind)
             for config in configs:
                 group = command.add_argument_group(str(config.kind.__doc__).partition("\n")[0])

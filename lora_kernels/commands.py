@@ -55,10 +55,9 @@ def init(options: cli.Init, redistribution: dict[str, Any], collection: dict[str
     )
     batches = transformers.task_batches(base, tokenizer, task, texts, labels, options.batch_size, options.max_length)
     training: dict[str, Any] = {"learning_rate": options.learning_rate, "optimizer": options.optimizer}
+    training["suggest_rate"] = not options.no_rate
     try:
-        report = lk.initialize(
-            model, batches, method, ranks=ranks, suggest_rate=not options.no_rate, **training, **collection
-        )
+        report = lk.initialize(model, batches, method, ranks=ranks, **training, **collection)
     except MissingLossError as error:
         raise ValueError(
             f"{options.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
@@ -220,9 +219,8 @@ def _diagnosis(options: cli.Inspect, texts: Sequence[str] | None, labels: Sequen
     if (texts is None) != (decay is None):
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     task = transformers.task_for(base, options.task, labels, folder.config.get("task_type"))
-    bare, tokenizer = (
-        (transformers.load_model(base, task), None) if texts is None else transformers.load(base, task, labels)
-    )
+    unread = texts is None
+    bare, tokenizer = (transformers.load_model(base, task), None) if unread else transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
     names = dict.fromkeys(layer.module.removeprefix(PREFIX) for layer in folder.layers)
     fit = f"adapter {str(adapter)!r} does not fit base {str(base)!r}"

@@ -55,10 +55,9 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
-            layers = {
-                name: (parts.nominal_scaling(entry, self.adapter), entry.num_experts) for name, entry in self.layers()
-            }
-            join_file(Path(save_directory) / WEIGHTS, layers)
+            layers, own = self.layers(), self.adapter
+            scalings = {name: (parts.nominal_scaling(entry, own), entry.num_experts) for name, entry in layers}
+            join_file(Path(save_directory) / WEIGHTS, scalings)
 
     def layers(self) -> list[tuple[str, Entry]]:
         """The layers that have the adapter."""

@@ -36,10 +36,8 @@ def row_norms(
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
             if torch.compiler.is_compiling():
-                total: torch.Tensor = torch.linalg.vector_norm(
-                    weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
-                )
-                return total
+                total: torch.Tensor = weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide)
+                return torch.linalg.vector_norm(total, dim=1)  # type: ignore[no-any-return]
             weight = weight.split(block_height(a.device, a.shape[1], NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)

@@ -93,8 +93,7 @@ def export(
         check_choice("serving", serving, ("vllm", "llama.cpp"))
     layers = find_lora_layers(model, adapter_name, allow_none=True)
     config: Any = model.peft_config[adapter_name]  # type: ignore[index, union-attr, operator]
-    changed = changed_base(config)
-    if changed is not None:
+    if (changed := changed_base(config)) is not None:
         raise ValueError(f"adapter {adapter_name!r} cannot be written for the unmodified base: {changed}")
     whole_state, own = get_peft_model_state_dict(model, adapter_name=adapter_name), (parts.START, parts.DASH)
     state = {key: value for key, value in whole_state.items() if not any(f".{name}." in key for name in own)}

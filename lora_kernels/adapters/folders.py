@@ -61,9 +61,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter folder; a ValueError if it is missing, of another method, or holds a wrong value."""
     file = folder / CONFIG
     if not file.is_file():
-        raise ValueError(
-            f"adapter is {str(folder)!r}, but must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
-        )
+        must = f"a folder with {CONFIG} (PEFT's save_pretrained makes one)"
+        raise ValueError(f"adapter is {str(folder)!r}, but must be {must}")
     config = read_json(file)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -90,13 +89,7 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     mark = mapping.get(MARK) if isinstance(mapping, dict) else None
     if mark is None:
         return None
-    kinds: dict[str, Any] = {
-        "r": int,
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "start": bool,
-        "dash": (dict, type(None)),
-    }
+    kinds: dict[str, Any] = {"r": int, "rank_pattern": dict, "alpha_pattern": dict, "start": bool, "dash": dict | None}
     if not isinstance(mark, dict) or not set(OWN) <= set(mark):
         raise ValueError(f"auto_mapping.{MARK} is {repr_short(mark)}, but must have {', '.join(OWN)}")
     for name, kind in kinds.items():

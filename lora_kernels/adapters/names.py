@@ -43,10 +43,8 @@ def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict
     # No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
     # config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
     ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
-    alphas = _pattern(
-        {name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha, config.alpha_pattern or ()
-    )
-    return ranks, alphas
+    alphas = {name: alpha for name, (_, alpha) in layers.items()}
+    return ranks, _pattern(alphas, config.lora_alpha, config.alpha_pattern or ())
 
 
 def _pattern(values: Mapping[str, _Number], default: _Number, keys: Iterable[str]) -> dict[str, _Number]:

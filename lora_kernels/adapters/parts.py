@@ -2,9 +2,8 @@
 
     y = base(x) + s B A drop(x)  -  s B0 A0 x  +  sum_i c_i u_i (v_i^T x)
 
-All of it goes by the adapter's own name. PEFT hands forward, merging and unmerging of an adapter to what stands in
-`layer.lora_variant[adapter]`, which is a `PartsVariant`; the tensors lie in `layer.lora_start[adapter]` and
-`layer.lora_dash[adapter]`, so that PEFT moves, activates, deletes and saves them with the adapter.
+PEFT hands forward, merging and unmerging of an adapter to `layer.lora_variant[adapter]`, a `PartsVariant`; the tensors
+lie in `layer.lora_start[adapter]` and `layer.lora_dash[adapter]`, and PEFT moves, activates, deletes and saves them.
 
 A layer's state dict has the parts as more rank of A and B: `[A; A0; V^T]` and `[B, -B0, U diag(c) / s]`. That is a
 stock adapter of the same function, whoever reads it. Loading takes them apart again, to the bit. Factors that are
@@ -116,12 +115,7 @@ class Directions(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Take over what was loaded."""
-        self.steps, launched = (int(number) for number in state.tolist()[:2])
-        self.launched = bool(launched)
-
-    def extension(self) -> Extension:
-        """The part that is added."""
-        return Extension(self.coordinates, self.left, self.right) if self.launched else Extension(self.coordinates)
+        self.steps, self.launched = int(state[0]), bool(state[1])
 
     @torch.no_grad()
     def launch(self, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -185,7 +179,9 @@ class PartsVariant:
         if module.lora_A[adapter].weight.shape[0] > module.r[adapter]:
             return Extension(None)  # a state dict's factors (functional_call): joined already
         dash, began = directions(module, adapter), start(module, adapter)
-        extension = Extension(None) if dash is None else dash.extension()
+        extension = Extension(None if dash is None else dash.coordinates)
+        if dash is not None and dash.launched:
+            extension = Extension(dash.coordinates, dash.left, dash.right)
         return extension if began is None else extension._replace(start=(began.a, began.b, began.sign))
 
 
@@ -216,7 +212,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if dash is not None and dash.launched:
         delta = delta + (dash.left.to(wide) * dash.coordinates.to(wide)) @ dash.right.to(wide)
     delta = delta.mT if getattr(layer, "fan_in_fan_out", False) else delta
-    return delta.to(layer.get_param().dtype if _of_parameter(layer) else weight_b.dtype)
+    return delta.to(layer.get_param().dtype if hasattr(layer, "parameter_name") else weight_b.dtype)
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -250,11 +246,6 @@ def some_ranks(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> 
     first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
     second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
     return first.clone(), second.clone()
-
-
-def _of_parameter(layer: Any) -> bool:
-    """Whether a layer adapts a parameter, of one expert or many."""
-    return stock_class(layer).__name__ == _OF_EXPERTS
 
 
 def start(layer: Any, adapter: str) -> Start | None:
@@ -339,8 +330,8 @@ def remove(layer: Any, adapter: str, container: str) -> None:
 
 
 def _choose_variant(layer: Any, adapter: str) -> None:
-    if _of_parameter(layer):
-        return  # no variant is asked there
+    if hasattr(layer, "parameter_name"):  # where no variant is asked
+        return
     if start(layer, adapter) is not None or directions(layer, adapter) is not None:
         layer.lora_variant[adapter] = PartsVariant()
     else:

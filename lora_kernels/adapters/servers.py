@@ -95,12 +95,8 @@ def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str
         if not rank:
             continue
         own = scaling_of(of_pattern(config.get("alpha_pattern"), name.removeprefix(PREFIX), alpha), rank, rslora)
-        served = {
-            "vllm": scaling_of(alpha, r, rslora),
-            "sglang": alpha / r,
-            "llama.cpp": alpha / rank if alpha else 1.0,
-        }
-        for server, scaling in served.items():
+        served = scaling_of(alpha, r, rslora), alpha / r, alpha / rank if alpha else 1.0
+        for server, scaling in zip(_SERVERS, served, strict=True):
             counts[server] += not math.isclose(own, scaling, rel_tol=1e-6, abs_tol=1e-12)
     return counts
 
@@ -114,9 +110,7 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
         return [f"servers (vLLM, SGLang, llama.cpp): refused, for what LoRA-Dash needs to go on training: {_EXPORT}"]
     ranks = {name.partition(".lora_A.")[0]: shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     highest, wrong = max(ranks.values()), differences(config, ranks)
-    problems = {
-        server: [f"other numbers in {count} of {len(ranks)} layers"] for server, count in wrong.items() if count
-    }
+    problems = {name: [f"other numbers in {count} of {len(ranks)} layers"] for name, count in wrong.items() if count}
     if highest > config["r"]:
         problems.setdefault("vllm", []).append(f"it takes r={config['r']} for the rank, but a layer has {highest}")
     if any(rank != config["r"] for rank in ranks.values()):
@@ -128,9 +122,8 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
         if server in problems:
             sentences.append(f"{shown}: {'; '.join(problems[server])} ({why}): {_EXPORT}")
         elif server == "vllm" and highest > VLLM_RANKS[-1]:
-            sentences.append(
-                f"vLLM: rank {highest} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}: export(rank=...)"
-            )
+            largest = VLLM_RANKS[-1]
+            sentences.append(f"vLLM: rank {highest} is above the largest --max-lora-rank, {largest}: export(rank=...)")
         elif server == "vllm":
             sentences.append(f"vLLM: --max-lora-rank {slot(highest)}")
         elif server == "sglang":

@@ -74,9 +74,8 @@ def require_peft() -> None:
         ) from error
     numbers = re.match(r"(\d+)\.(\d+)", installed)
     if numbers is not None and tuple(map(int, numbers.groups())) < MINIMUM:
-        raise ImportError(
-            f"peft {installed} is installed, but lora_kernels needs peft>={needed}: pip install --upgrade peft"
-        )
+        what = f"peft {installed} is installed, but lora_kernels needs peft>={needed}"
+        raise ImportError(f"{what}: pip install --upgrade peft")
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LoraView]:

@@ -86,15 +86,6 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
     _set_scaling(module, adapter, rank, alpha, rslora=rslora)
 
 
-def _remove(model: nn.Module, layer: AdapterLayer, adapter: str) -> None:
-    name, module = layer.view
-    if len(module.r) > 1:  # other adapters live on this layer: only ours goes
-        module.delete_adapter(adapter)
-        return
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.get_base_layer())
-
-
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
     """Make a config name the modules that have an adapter, and no others."""
     # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
@@ -138,8 +129,10 @@ def write(
             "sharding, for instance from statistics that were collected on the sharded model"
         )
     for layer in written:
-        if ranks[layer.name] == 0:
-            _remove(model, layer, adapter)
+        if ranks[layer.name] == 0 and len(layer.module.r) > 1:  # other adapters live on this layer
+            layer.module.delete_adapter(adapter)
+        elif ranks[layer.name] == 0:
+            model.set_submodule(layer.name, layer.module.get_base_layer())
         else:
             _write_layer(layer, factors[layer.name], adapter, adjust=adjust_scaling_factors)
     if changed:  # the config describes the layers, so that stock PEFT rebuilds them when it loads the adapter

@@ -355,9 +355,8 @@ def suggest_learning_rate(
             f"the first step lowers the loss of other batches by {100 * fall:.1g} % only, and a line that flat does "
             "not speak for training (a new head, or a gradient that is mostly noise: larger or more batches help there)"
         )
-    low, rate, high = (
-        (None, None, None) if reason is not None or turn is None else (turn * part for part in SHARES[optimizer])
-    )
+    known = turn if reason is None else None
+    low, rate, high = (None if known is None else known * part for part in SHARES[optimizer])
     return LearningRateAdvice(
         optimizer=optimizer,
         rate=rate,

@@ -23,16 +23,8 @@ from lora_kernels.reports import plain
 from lora_kernels.runtime.processes import unwrap
 
 # What a line of the file has of every layer, and of the experts of a parameter together.
-LAYER_FIELDS = (
-    "spectral",
-    "nuclear",
-    "frobenius",
-    "numerical_rank",
-    "entropy_rank",
-    "balance",
-    "spectral_share",
-    "drift",
-)
+_LARGEST = ("spectral", "numerical_rank", "balance", "spectral_share")  # of the experts: the largest
+LAYER_FIELDS = (*_LARGEST, "nuclear", "frobenius", "entropy_rank", "drift")
 
 
 def _finite(spectra: Iterable[Spectrum]) -> list[Spectrum]:
@@ -80,9 +72,8 @@ def _of_experts(spectra: Sequence[Spectrum]) -> dict[str, float | None]:
     """What a line has of the experts of a parameter: norms of all together, the median entropy, else the largest."""
     finite = _finite(spectra) or spectra
     known = {name: _known(finite, name) for name in LAYER_FIELDS}
-    largest = ("spectral", "numerical_rank", "balance", "spectral_share")
     return {
-        **{name: max(known[name], default=None) for name in largest},
+        **{name: max(known[name], default=None) for name in _LARGEST},
         "nuclear": math.fsum(known["nuclear"]),
         "frobenius": math.hypot(*known["frobenius"]),
         "smallest_rank": min(known["numerical_rank"]),

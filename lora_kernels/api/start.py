@@ -134,9 +134,8 @@ class Start:
         assigned = reached if self.ranks is None else self.ranks.assign(self.statistics, reached)
         layers = {layer.name: layer for layer in self.layers.supported}
         kept = {name: rank for name, rank in assigned.items() if rank > 0}
-        base = {
-            name: self._base_layer(layers[name].with_rank(rank, adjust=self._adjust)) for name, rank in kept.items()
-        }
+        resized = {name: layers[name].with_rank(rank, adjust=self._adjust) for name, rank in kept.items()}
+        base = {name: self._base_layer(layer) for name, layer in resized.items()}
         with progress_bars(progress):
             self.answers = self.method.factors(self.statistics, kept, base=base)
         for name in assigned.keys() - kept.keys():
@@ -149,9 +148,8 @@ class Start:
                 "new factors: initialise before wrapping the model, or keep the ranks (rho=1)"
             )
         # Before base weights may change: the start is compared with what they were.
-        others = (
-            LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in self.layers.unsupported
-        )
+        left_out = self.layers.unsupported
+        others = (LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in left_out)
         reports = [(layer, self._layer_report(layer)) for layer in self.layers.supported]
         self.layer_reports = (*experts_together(reports), *others)
         self._clock("decompose")

@@ -77,10 +77,8 @@ def _gathered(model: nn.Module) -> set[str]:
     """The LoRA layers that are inside of a unit of FSDP2: before they run, their weights are gathered."""
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
 
-    units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
-    return {
-        name for name, _ in lora_layers(model) if any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
-    }
+    units = [f"{name}." if name else "" for name, unit in unwrap(model).named_modules() if isinstance(unit, FSDPModule)]
+    return {name for name, _ in lora_layers(model) if f"{name}.".startswith(tuple(units))}
 
 
 def _path(name: str, layer: Any, gathered: bool) -> LayerPath:

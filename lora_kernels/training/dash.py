@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -451,9 +451,7 @@ def _factors_of(layer: Any, adapter: str) -> list[Factors]:
     return factors if frozen is None else [*factors, (frozen.a, frozen.b, frozen.sign * scaling)]
 
 
-def _for_layers(
-    layers: Mapping[str, Any], compute: Callable[..., Any], adapter: str, *, progress: bool
-) -> dict[str, Any]:
+def _for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progress: bool) -> dict[str, Any]:
     """By layer, the result of `compute(weight, factors)`; processes share the layers out, and all get all results."""
     # A `ValueError` of `compute` is raised with the layer's name; a failure on another process is a `RuntimeError`.
     results: dict[str, Any] = {}

@@ -163,10 +163,8 @@ class Movement:
     @classmethod
     def _set_hooks(cls) -> None:
         if not cls._handles:
-            cls._handles = (
-                register_optimizer_step_pre_hook(cls._before_any),
-                register_optimizer_step_post_hook(cls._after_any),
-            )
+            before = register_optimizer_step_pre_hook(cls._before_any)
+            cls._handles = before, register_optimizer_step_post_hook(cls._after_any)
 
     @classmethod
     def _before_any(cls, optimizer: Optimizer, *_: Any) -> None:

@@ -62,7 +62,7 @@ class FusedForward:
         """As PEFT's on x `(..., n)`, fused where possible; a call with further arguments is PEFT's."""
         if not args and not kwargs:
             if _compiling():
-                traced = Prepared.make(self, x) if runs_fused(self) else None
+                traced = prepare(self, x)
                 if traced is not None:
                     return traced.run(x)
             else:
@@ -127,13 +127,6 @@ def supported() -> tuple[type, ...]:
     return tuple(kind for kind in kinds if isinstance(kind, type))
 
 
-def runs_fused(layer: Any) -> bool:
-    """Whether a LoRA layer, as it is now, runs the fused op."""
-    accelerated = isinstance(layer, FusedForward) and layer.fused and FusedForward.fused
-    plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
-    return plain and eager_reason(layer) is None
-
-
 @functools.cache
 def warn_once(reason: str) -> None:
     """Say that a layer runs PEFT's own forward, once for each reason."""
@@ -147,7 +140,7 @@ def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
     if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return None  # a DTensor, say, which the registered operations have no rule for
     if (reason := eager_reason(layer)) is not None:
-        if reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
+        if not _compiling() and reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
             warn_once(reason)
         return None
     return Prepared.make(layer, x)

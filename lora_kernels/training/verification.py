@@ -76,9 +76,8 @@ class VerifyReport(Report, Layers[LayerErrors]):
         shown = [part for part in PARTS if any(part in layer.fused for layer in self.layers)]
         table = Table("layer", *(f"{part}: fused / stock" for part in shown), "ratio", title="errors against float64")
         for layer in self.layers:
-            cells = [
-                f"{layer.fused[part]:.1e} / {layer.stock[part]:.1e}" if part in layer.fused else "" for part in shown
-            ]
+            pairs = ((layer.fused.get(part), layer.stock.get(part)) for part in shown)
+            cells = ["" if fused is None else f"{fused:.1e} / {stock:.1e}" for fused, stock in pairs]
             table.add_row(short_name(layer.name), *cells, f"{layer.ratio:.2f}")
         for name, reason in self.skipped.items():
             table.add_row(short_name(name), *[""] * len(shown), f"eager: {reason}")
@@ -255,9 +254,7 @@ def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     """The same in float64; of a base that computes its own product, that product."""
     x, adapters = call.x, active(layer)
     rows = x.to(torch.float64).requires_grad_(True)
-    leaves = [
-        {part: leaf.detach().to(torch.float64) for part, leaf in _leaves(adapter).items()} for adapter in adapters
-    ]
+    leaves = [{part: leaf.detach().double() for part, leaf in _leaves(adapter).items()} for adapter in adapters]
     wanted = {part: leaves[0][part].requires_grad_(True) for part in _trained(layer)}
     base = layer.base_layer
     bias = None if getattr(base, "bias", None) is None else base.bias.detach().to(torch.float64)

@@ -98,10 +98,9 @@ def check_gradient(name: str, gradient: torch.Tensor) -> None:
 class LoraPro(Optimizer):
     """LoRA-Pro (arXiv 2407.18242): gradients of LoRA pairs adjusted to follow the gradient of the full weight.
 
-    The update that a step makes to the product `s B A` is, to first order, `E = s B dA + s dB A`. Of all `(dA, dB)` the
-    adjusted ones bring E closest to the gradient of the full weight, which they recover from the gradients of A and B
-    alone. `mode="efficient"` runs AdamW on `(dA, dB)`; its state is AdamW's. `mode="full"` is the paper's: Adam's
-    moments are those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
+    A step moves `s B A` by `E = s B dA + s dB A`, to first order; the adjusted `(dA, dB)` bring E closest to the
+    gradient of the full weight. `mode="efficient"` runs AdamW on them. `mode="full"` is the paper's: Adam's moments are
+    those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
 
     Parameters in no pair get AdamW. Arithmetic is in float32 (float64 for float64 parameters) whatever the parameters'
     dtype, and results are rounded to it; states are float32 (float64), keyed by parameter (`step`, `exp_avg`,
