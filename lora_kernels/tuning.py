@@ -80,12 +80,10 @@ def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tupl
         model = model_or_shapes
         names = [name for name in linear_targets(model) if ".lora_" not in f".{name}"]
         names = [name for name in names if name.endswith(".base_layer")] or names
-        features = {linear_features(model.get_submodule(name)) for name in names}
-        if not features:
+        if not (features := {linear_features(model.get_submodule(name)) for name in names}):
             raise ValueError(f"model ({type(model).__name__}) has no linear layer")
         return sorted(shape for shape in features if shape is not None)
-    shapes = [tuple(shape) for shape in model_or_shapes]
-    if not shapes:
+    if not (shapes := [tuple(shape) for shape in model_or_shapes]):
         raise ValueError("shapes is empty, but must hold at least one pair of inputs and outputs")
     for shape in shapes:
         if len(shape) != 2:

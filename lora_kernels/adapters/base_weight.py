@@ -108,8 +108,7 @@ def why_unreadable(module: Any) -> str | None:
 
 def check_readable(module: Any, name: str = "") -> None:
     """Raise a ValueError with the reason if the base weight of a LoRA layer, called `name`, cannot be read."""
-    reason = why_unreadable(module)
-    if reason is not None:
+    if (reason := why_unreadable(module)) is not None:
         raise ValueError(f"the base weight of layer {name or type(module).__name__} cannot be read: {reason}")
 
 

@@ -62,8 +62,7 @@ def magnitudes(module: Any, adapter: str) -> Any:
 
 def reset_magnitudes(module: Any, adapter: str) -> None:
     """Set the magnitudes of a layer, if it is DoRA, so that it computes W + s B A as it is now."""
-    holder = magnitudes(module, adapter)
-    if holder is None:
+    if (holder := magnitudes(module, adapter)) is None:
         return
     view = LoraView("", module)
     a, b = view.factors(adapter)

@@ -144,8 +144,7 @@ class PartsVariant:
         hidden = factor(module.lora_dropout[active_adapter](x))
         if hidden.shape[-1] > module.r[active_adapter]:  # a state dict's factors (functional_call): joined already
             return result + module.lora_B[active_adapter](hidden) * scaling  # type: ignore[no-any-return]
-        dash = directions(module, active_adapter)
-        if dash is not None and not dash.launched:
+        if (dash := directions(module, active_adapter)) is not None and not dash.launched:
             hidden = tied(hidden, dash.coordinates)
         result = result + module.lora_B[active_adapter](hidden) * scaling
         began, dtype = start(module, active_adapter), factor.weight.dtype
@@ -364,8 +363,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
     if key(START, "a") in state:
         a.append(state.pop(key(START, "a")))
         b.append(Start.sign * state.pop(key(START, "b")))
-    flags = state.get(key(DASH, "_extra_state"))
-    if flags is not None and key(DASH, "right") in state:
+    if (flags := state.get(key(DASH, "_extra_state"))) is not None and key(DASH, "right") in state:
         right = state.pop(key(DASH, "right"))
         if flags[1]:
             a.append(right)
@@ -420,8 +418,7 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
         state[key(DASH, "right")] = a[rank + more :].clone()
         if directions(layer, adapter) is None:
             add_directions(layer, adapter, k)
-    dash = directions(layer, adapter)
-    if dash is not None:
+    if (dash := directions(layer, adapter)) is not None:
         for name, value in (*dash.named_parameters(), *dash.named_buffers()):
             state.setdefault(key(DASH, name), torch.zeros_like(value))
         state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))

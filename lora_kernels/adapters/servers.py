@@ -78,8 +78,7 @@ def words(refused: Iterable[str]) -> str:
 
 def slot(rank: int) -> int:
     """The smallest `--max-lora-rank` of vLLM that holds a rank."""
-    fitting = next((limit for limit in VLLM_RANKS if limit >= rank), None)
-    if fitting is None:
+    if (fitting := next((limit for limit in VLLM_RANKS if limit >= rank), None)) is None:
         raise ValueError(
             f"the adapter has a layer of rank {rank}, but vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}: cut it "
             f"(rank={VLLM_RANKS[-1]}), or {MERGE}"

@@ -89,8 +89,7 @@ def _check_biases(model: nn.Module, layers: AdapterLayers, adapter: str) -> None
 def check_readable(layers: Iterable[AdapterLayer]) -> None:
     """Raise a ValueError if base weights cannot be read, naming all such layers."""
     reasons = {layer.name: why_unreadable(layer.module) for layer in layers}
-    bad = {name: why for name, why in reasons.items() if why is not None}
-    if bad:
+    if bad := {name: why for name, why in reasons.items() if why is not None}:
         raise ValueError(
             f"the base weight of layer {', '.join(bad)} cannot be read: {'; '.join(dict.fromkeys(bad.values()))} "
             "(exclude_modules leaves layers out; eva, lora_ga and lora_one read no base weight)"

@@ -130,8 +130,7 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where it is time to, and ask for a log."""
-        numbers = self.monitor.step(kwargs["model"], state.global_step)
-        if numbers is None:
+        if (numbers := self.monitor.step(kwargs["model"], state.global_step)) is None:
             return
         self._pending = {f"{PREFIX}{name}": value for name, value in numbers.items()}
         if getattr(args.logging_strategy, "value", args.logging_strategy) != "no":

@@ -257,8 +257,7 @@ def _layer(
     module, carries, certificate = place.module, carrier(place), None
     layer = None if statistics is None else statistics.get(adapter.name)
     tokens = None if layer is None else layer.tokens
-    unreadable = _why_no_weight(module)
-    if unreadable is not None:
+    if (unreadable := _why_no_weight(module)) is not None:
         notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")

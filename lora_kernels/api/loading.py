@@ -48,8 +48,7 @@ def load(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} has wrong settings of LoRA-Dash: {error}") from error
     model: Any = base
-    existing = is_peft_model(base)
-    if existing:
+    if existing := is_peft_model(base):
         if settings:
             raise TypeError(f"{', '.join(sorted(settings))}: the model is a PEFT model already")
         find_lora_layers(base, adapter_name, without_experts=None)  # or an error

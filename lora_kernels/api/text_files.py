@@ -15,8 +15,7 @@ def read(path: Path, text_column: str, label_column: str | None = None) -> tuple
     # A ValueError if the file, a column, a text or a label is missing; empty texts are passed over without labels.
     if not path.is_file():
         raise ValueError(f"data is {str(path)!r}, but must be an existing .csv or .jsonl file")
-    rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix.lower())
-    if rows is None:
+    if (rows := {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix.lower())) is None:
         raise ValueError(f"data is {str(path)!r}, but must end in .csv or .jsonl")
     texts, labels = [], []
     try:
@@ -44,8 +43,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
         reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])
-            twice = sorted({column for column in header if header.count(column) > 1})
-            if twice:
+            if twice := sorted({column for column in header if header.count(column) > 1}):
                 raise ValueError(f"{path.name}: the columns {twice} stand in the header twice")
             for column in columns:
                 if column not in header:

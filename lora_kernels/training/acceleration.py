@@ -130,8 +130,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
         ValueError: if the model has no LoRA layer, if DoRA would divide by the norm of a row of zeros, or with
             `strict`, naming the layers.
     """
-    layers = lora_layers(model)
-    if not layers:
+    if not (layers := lora_layers(model)):
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     gathered = _gathered(model)
     report = AccelerateReport(_paths(layers, gathered))

@@ -297,8 +297,7 @@ class DashRun:
         self.join(optimizer)
         for coordinates in self.coordinates():  # so that Adam corrects its moments from this step on
             optimizer.state.pop(coordinates, None)
-        unchanged = [name for name, entry in self._launched.items() if entry.reason]
-        if unchanged:
+        if unchanged := [name for name, entry in self._launched.items() if entry.reason]:
             message = f"{len(unchanged)} adapters have changed nothing before the switch (first: {unchanged[0]})"
             warnings.warn(f"{message}: their directions are arbitrary", RuntimeWarning, stacklevel=2)
         return self.report()

@@ -102,8 +102,7 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
     """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`."""
     # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout is active; `None` as it is now.
     factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
-    names = [name for name in layer.active_adapters if name in factors]
-    if not names:
+    if not (names := [name for name in layer.active_adapters if name in factors]):
         return "no active adapter"
     if not torch.compiler.is_compiling() and is_patched(layer):
         return f"the forward of PEFT's {stock_class(layer).__name__} is replaced"

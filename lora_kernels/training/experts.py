@@ -167,8 +167,7 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
                 mine = terms.setdefault(wrapper.parameter_name, [])
                 weights = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
                 mine.append(Term(*experts.by_expert(wrapper, *weights), scaling, state))
-                began = parts.start(wrapper, adapter)
-                if began is not None:
+                if (began := parts.start(wrapper, adapter)) is not None:
                     mine.append(Term(*experts.by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
     return terms
 

@@ -69,8 +69,7 @@ class Guard:
     @classmethod
     def stop(cls, model: nn.Module) -> None:
         """Stop watching, if it still does."""
-        guard = model.__dict__.pop(cls._ATTRIBUTE, None)
-        if guard is not None:
+        if (guard := model.__dict__.pop(cls._ATTRIBUTE, None)) is not None:
             guard.close()
 
     def close(self) -> None:
@@ -106,8 +105,7 @@ class Guard:
             if factor.dtype in NARROW
         }
         self.close()
-        bad = {name: problem for name, problem in problems.items() if problem is not None}
-        if not bad:
+        if not (bad := {name: problem for name, problem in problems.items() if problem is not None}):
             if narrow:
                 Movement.watch_next(narrow, strict=self.strict)
             return
@@ -176,14 +174,12 @@ class Movement:
             elif any(parameter in names for parameter in held):
                 cls.awaited.remove(awaited)
                 cls.watch(optimizer, names, strict=strict)
-        movement = cls.watched.get(optimizer)
-        if movement is not None:
+        if (movement := cls.watched.get(optimizer)) is not None:
             movement._before_step(optimizer)
 
     @classmethod
     def _after_any(cls, optimizer: Optimizer, *_: Any) -> None:
-        movement = cls.watched.get(optimizer)
-        if movement is not None:
+        if (movement := cls.watched.get(optimizer)) is not None:
             movement.steps += movement.rate > 0
             if movement.steps >= STEPS:
                 cls.watched[optimizer] = None
@@ -211,8 +207,7 @@ class Movement:
             reached = self.reached[parameter]
             if count := int(reached.sum()):
                 shares[parameter] = int(((local(parameter.detach()) != before) & reached).sum()) / count
-        still = [parameter for parameter, share in shares.items() if share < 0.5]
-        if not still:
+        if not (still := [parameter for parameter, share in shares.items() if share < 0.5]):
             return
         first = min(still, key=lambda parameter: shares[parameter])
         dtype = str(first.dtype).removeprefix("torch.")

@@ -142,8 +142,7 @@ def verify(
     try:
         with evaluation_mode(model, gradients=True):
             skipped = {name: reason for name, layer in every if (reason := _skipped(layer)) is not None}
-            layers = {name: layer for name, layer in every if name not in skipped}
-            if not layers:
+            if not (layers := {name: layer for name, layer in every if name not in skipped}):
                 name, reason = next(iter(skipped.items()))
                 raise ValueError(
                     f"all {len(skipped)} LoRA layers run PEFT's own forward as they are now, so there is nothing to "

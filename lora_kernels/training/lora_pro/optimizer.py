@@ -257,8 +257,7 @@ class LoraPro(Optimizer):
             name, pair_places = f"pairs[{index}]", []
             self._check_pair(name, a, b, scaling, *experts)
             for parameter, factor in ((a, "A"), (b, "B")):
-                place = places.get(id(parameter))
-                if place is None:
+                if (place := places.get(id(parameter))) is None:
                     raise ValueError(f"{factor} of {name} is in no parameter group")
                 if place in paired:
                     raise ValueError(f"{factor} of {name} is in two pairs")
