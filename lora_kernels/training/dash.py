@@ -202,8 +202,8 @@ class DashRun:
 
     def directions(self) -> dict[str, Directions]:
         """By layer, its coordinates and directions."""
-        by_name = {name: parts.directions(layer, self.adapter) for name, layer in self.layers.items()}
-        return {name: directions for name, directions in by_name.items() if directions is not None}
+        found = ((name, parts.directions(layer, self.adapter)) for name, layer in self.layers.items())
+        return {name: directions for name, directions in found if directions is not None}
 
     @property
     def steps(self) -> int:
@@ -303,14 +303,7 @@ class DashRun:
         return self.report()
 
     def prepare(self, *, progress: bool = True) -> None:
-        """Decompose the base weights now, into `cache_dir`, so that the switch is fast.
-
-        Args:
-            progress: show a bar over the layers.
-
-        Raises:
-            ValueError: if `cache_dir` is `None`: all bases together take more memory than the model.
-        """
+        """Decompose the base weights now, so that the switch is fast; a ValueError without a `cache_dir` for them."""
         if self.config.cache_dir is None:
             raise ValueError("cache_dir is None, but must be a folder: the decompositions take more than the model")
         _check_unmerged(self.layers)

@@ -184,15 +184,7 @@ class LoraPro(Optimizer):
     # -- groups and pairs ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters or of pairs.
-
-        Args:
-            param_group: as in the constructor.
-
-        Raises:
-            TypeError: on a wrong type or dtype.
-            ValueError: as the constructor.
-        """
+        """Add a group of parameters or of pairs, as in the constructor, with its errors."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
@@ -291,14 +283,7 @@ class LoraPro(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`; the moments keep their own dtype, and a resumed run gives the same bits.
-
-        Args:
-            state_dict: of an optimizer of the same groups, pairs and mode.
-
-        Raises:
-            ValueError: if groups, their sizes, or the mode differ.
-        """
+        """Load what `state_dict` gave, to the bit; a ValueError if groups, their sizes, or the mode differ."""
         # torch casts every floating-point state to the parameter's dtype, which would round the moments of bfloat16
         # parameters: they are restored as they were saved.
         loaded: dict[str, Any] = {}
