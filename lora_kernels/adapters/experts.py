@@ -228,15 +228,12 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
         from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
 
         moe.ALL_EXPERTS_FUNCTIONS[OBSERVED] = _forward
-    configs = {base: base.config for base in by_base}
-    try:
+    with contextlib.ExitStack() as undo:
         for base, layers in by_base.items():
+            undo.callback(setattr, base, "config", base.config)
+            undo.callback(base.__dict__.pop, _LAYERS, None)
             base.config, base.__dict__[_LAYERS] = OtherConfig(base.config), layers
         yield
-    finally:
-        for base, config in configs.items():
-            base.config = config
-            base.__dict__.pop(_LAYERS, None)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:

@@ -100,15 +100,12 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
     """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
-    from safetensors import safe_open  # noqa: PLC0415  (slow to import)
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415  (slow to import)
 
-    with safe_open(path, "pt") as file:
-        there = set(file.keys())  # noqa: SIM118  (a file cannot be iterated over)
-    layers = [name for name in scalings if f"{name}.{parts.START}.a" in there or f"{name}.{parts.DASH}.right" in there]
+    state: dict[str, torch.Tensor] = load_file(path)
+    layers = [name for name in scalings if f"{name}.{parts.START}.a" in state or f"{name}.{parts.DASH}.right" in state]
     if not layers:
         return
-    state: dict[str, torch.Tensor] = load_file(path)
     for name in layers:
         parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
     write_tensors(path, state, {"format": "pt"})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from lora_kernels.landscape.report import rows
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import summed_loss
-from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.runtime.modes import holding, observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
@@ -216,31 +215,18 @@ def _gain(
     unknown = isinstance(loader, Iterator) or world_size() > 1 or options.weighting != "token"
     if unknown or any(module.merged for module in modules):
         return None
-    device = model_device(model)
+    device, weights = model_device(model), [module.lora_B[adapter].weight for module in modules]
     totals, items = [0.0, 0.0], 0.0
     with observation_mode(model, gradients=False):
         for batch in itertools.islice(loader, statistics.batches):
             batch = to_device(batch, device)
             for place in (0, 1):
-                with _without_product(modules, adapter) if place == 0 else contextlib.nullcontext():
+                moved = weights if place == 0 else []  # to B = 0; a frozen start stays
+                with holding(moved, (torch.zeros_like(weight.data) for weight in moved)):
                     total, count = summed_loss(model, batch, options.forward, options.loss, options.reduction)
                 totals[place] += float(total)
             items += count
     return (totals[0] - totals[1]) / items if items > 0 else None
-
-
-@contextlib.contextmanager
-def _without_product(modules: Sequence[Any], adapter: str) -> Iterator[None]:
-    """Run layers with B = 0 for a while; a frozen start stays."""
-    weights = [module.lora_B[adapter].weight for module in modules]
-    before = [weight.data for weight in weights]
-    try:
-        for weight in weights:
-            weight.data = torch.zeros_like(weight.data)
-        yield
-    finally:
-        for weight, value in zip(weights, before, strict=True):
-            weight.data = value
 
 
 def _layer(

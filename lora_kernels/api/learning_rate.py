@@ -20,7 +20,7 @@ from lora_kernels.adapters.dora import caching_enabled
 from lora_kernels.reports import Report, Table
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import Loss, Reduction, summed_loss
-from lora_kernels.runtime.modes import is_sharded, observation_mode
+from lora_kernels.runtime.modes import holding, is_sharded, observation_mode
 from lora_kernels.runtime.processes import gather, raise_together, together, unwrap, world_size
 from lora_kernels.statistics.options import Forward
 from lora_kernels.training.lora_pro import LoraPro
@@ -231,17 +231,11 @@ class _Probe:
                 raise ValueError("the gradient holds NaN or infinite entries")
         return sums
 
-    @contextlib.contextmanager
-    def moved(self, rate: float, direction: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Hold the parameters a step on; their own memory is not touched, and is put back."""
-        before = [parameter.data for parameter in self.parameters]
-        try:
-            for parameter, value, step in zip(self.parameters, before, direction, strict=True):
-                parameter.data = value.to(step.dtype).add(step, alpha=rate).to(value.dtype)
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, before, strict=True):
-                parameter.data = value
+    def moved(self, rate: float, direction: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Hold the parameters a step on."""
+        pairs = ((parameter.data, step) for parameter, step in zip(self.parameters, direction, strict=True))
+        values = (value.to(step.dtype).add(step, alpha=rate).to(value.dtype) for value, step in pairs)
+        return holding(self.parameters, values)
 
 
 def _first_step(probe: _Probe, optimizer: str, pairs: Sequence[Any], gradients: Tensors) -> Tensors:
