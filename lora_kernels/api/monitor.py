@@ -97,10 +97,22 @@ class LandscapeMonitor:
     every process must call it; give the path to one of them. Each expert of a parameter (`target_parameters`) is
     measured; those of one parameter are one entry in the file, and one layer in the means.
 
+    Args:
+        every: steps between two measurements.
+        path: file to append to, if any, one JSON object per line; its folder is created.
+        adapter_name: the adapter.
+        weights: compare with the norms of the base weights, which are computed once, at the first step.
+        drift: keep the factors of the first step and measure the distance from them.
+        rank_tolerance: see `landscape.Spectrum`.
+
     Attributes:
         count: steps so far.
         latest: the last spectra, by name of a layer or an expert.
         unsupported: LoRA layers that are not measured, and why.
+
+    Raises:
+        TypeError: if a numeric argument is not a number.
+        ValueError: if one is out of range.
     """
 
     def __init__(
@@ -113,20 +125,6 @@ class LandscapeMonitor:
         drift: bool = False,
         rank_tolerance: float = RANK_TOLERANCE,
     ) -> None:
-        """Prepare.
-
-        Args:
-            every: steps between two measurements.
-            path: file to append to, if any, one JSON object per line; its folder is created.
-            adapter_name: the adapter.
-            weights: compare with the norms of the base weights, which are computed once, at the first step.
-            drift: keep the factors of the first step and measure the distance from them.
-            rank_tolerance: see `landscape.Spectrum`.
-
-        Raises:
-            TypeError: if a numeric argument is not a number.
-            ValueError: if one is out of range.
-        """
         check_range("every", every, low=1, integer=True)
         check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
         self.every, self.adapter_name = every, adapter_name
@@ -137,7 +135,6 @@ class LandscapeMonitor:
         self._weights, self._drift, self._rank_tolerance = weights, drift, rank_tolerance
         self._norms: dict[str, WeightNorms | None] | None = None
         self._start: dict[str, Factors] | None = None
-        self._started = time.perf_counter()
 
     def begin(self, model: nn.Module) -> None:
         """Compute what stays: norms of the base weights, and the start. Otherwise the first measurement does it."""

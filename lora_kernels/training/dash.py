@@ -355,10 +355,10 @@ class DashRun:
         """The parameter group of an optimizer that holds the adapter's factors."""
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "add_param_group"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        parts_of_all = [part[self.adapter] for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B)]
-        ids = {id(part.weight) for part in parts_of_all}
+        factors = (part[self.adapter] for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B))
+        ids = {id(factor.weight) for factor in factors}
         for group in optimizer.param_groups:
-            if any(id(parameter) in ids for parameter in group["params"]):
+            if not ids.isdisjoint(map(id, group["params"])):
                 return group  # type: ignore[no-any-return]
         raise ValueError(
             "the optimizer holds no factor of the adapter (another model's optimizer, or one that keeps flat shards, "

@@ -181,8 +181,6 @@ class LoraPro(Optimizer):
         self.__dict__.setdefault("_scalings", {})
         self.__dict__.setdefault("_scratch", Scratch())
 
-    # -- groups and pairs ----------------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters or of pairs, as in the constructor, with its errors."""
         if not isinstance(param_group, dict):
@@ -261,8 +259,6 @@ class LoraPro(Optimizer):
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
         return parameter
 
-    # -- state ---------------------------------------------------------------------------------------------------------
-
     def _moment_dtype(self, parameter: torch.Tensor, *, full: bool) -> torch.dtype:
         bfloat16 = full and self.state_dtype == torch.bfloat16
         return torch.bfloat16 if bfloat16 else working_dtype(parameter.dtype)
@@ -330,8 +326,6 @@ class LoraPro(Optimizer):
                     if parameter.is_contiguous():  # torch's fused CPU kernels ignore strides
                         value = value.contiguous()
                 self.state[parameter][name] = value
-
-    # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     @without_autocast()
