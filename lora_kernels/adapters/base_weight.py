@@ -34,10 +34,8 @@ def _source(module: Any) -> tuple[str, Callable[[], torch.Tensor] | None]:
     layer = module.get_base_layer()
     name, weight = type(layer).__name__, getattr(layer, "weight", None)
     if name in _NORMALISING:
-        return (
-            f"{name} applies its weight to the normalised input, and the adapter is applied to the input itself",
-            None,
-        )
+        how = "applies its weight to the normalised input, and the adapter is applied to the input itself"
+        return f"{name} {how}", None
     if hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None)):
         return DEQUANTIZABLE, layer.dequantize  # HQQ
     if not isinstance(weight, torch.Tensor):

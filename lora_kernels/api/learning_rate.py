@@ -39,11 +39,7 @@ class Share(NamedTuple):
 
 # Calibrated on SmolLM2-135M, GSM8K and generated word problems (docs/learning_rate.md): `rate` is about the mean share
 # of the swept best rates, `low` to `high` holds them all.
-SHARES = {
-    "adamw": Share(0.25, 0.5, 3.0),
-    "lora_pro": Share(0.25, 0.5, 3.0),
-    "lora_pro_full": Share(0.07, 0.2, 0.5),
-}
+SHARES = {"adamw": Share(0.25, 0.5, 3.0), "lora_pro": Share(0.25, 0.5, 3.0), "lora_pro_full": Share(0.07, 0.2, 0.5)}
 OPTIMIZERS = tuple(SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
 _FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
