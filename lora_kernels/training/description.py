@@ -17,7 +17,6 @@ from lora_kernels.training import dora
 
 # A library that replaces these for all layers expects its own to be called.
 LINEAR_FORWARD, DROPOUT_FORWARD = nn.Linear.forward, nn.Dropout.forward
-_NOTHING = Extension(None)
 
 
 class Adapter(NamedTuple):
@@ -30,19 +29,19 @@ class Adapter(NamedTuple):
     scaling: float  # s
     p: float  # the dropout of its input, 0 outside of training
     frozen: bool  # whether nothing of it is trained
-    extension: Extension | None = None  # what its variant adds, or `None`
+    extension: Extension  # what its variant adds
     magnitude: torch.Tensor | None = None  # DoRA's `(m,)`, or `None`
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """The frozen pair that cancels what the adapter started from: A0, B0 and its (negative) scaling."""
-        if self.extension is None or self.extension.start is None:
+        if self.extension.start is None:
             return None
         a0, b0, sign = self.extension.start
         return a0, b0, sign * self.scaling
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, with the directions as more rank where they fit: `[A; V^T]` and `[B, U diag(c) / s]`."""
-        coordinates, left, right, _ = self.extension or _NOTHING
+        coordinates, left, right, _ = self.extension
         if coordinates is None:
             return self.a, self.b
         if left is None or right is None:
@@ -54,7 +53,7 @@ class Adapter(NamedTuple):
 
     def directions(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`V^T` and `U diag(c)` where they do not fit into `factors`, being neither dropped nor scaled."""
-        coordinates, left, right, _ = self.extension or _NOTHING
+        coordinates, left, right, _ = self.extension
         if coordinates is None or left is None or right is None or self._stacks:
             return None
         return right, left.to(coordinates.dtype) * coordinates
@@ -152,9 +151,9 @@ def active(layer: Any) -> list[Adapter]:
         magnitude = dora.magnitude(layer, name)
         if magnitude is not None and not layer.training:
             p = 0.0  # PEFT's DoRA asks the layer, too
-        extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
+        extension = Extension(None) if variant is None or magnitude is not None else variant.fused(layer, name)
         trained = a.requires_grad or other.weight.requires_grad
-        if extension is not None and extension.coordinates is not None:
+        if extension.coordinates is not None:
             trained = trained or extension.coordinates.requires_grad
         adapters.append(
             Adapter(name, a, other.weight, other.bias, float(layer.scaling[name]), p, not trained, extension, magnitude)

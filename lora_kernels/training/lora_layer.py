@@ -170,8 +170,7 @@ class Prepared:
         self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
         # One product is all: W, one adapter, and what is frozen beside it.
         alone = len(adapters) == 1 and first.bias is None and first.magnitude is None
-        extended = first.extension is not None and first.extension.coordinates is not None
-        self.simple = alone and fused and cast is None and not extended
+        self.simple = alone and fused and cast is None and first.extension.coordinates is None
         self.a, self.b = first.a, first.b
         self.state: torch.Tensor | None = None  # differs where the layer computes something else, for recomputations
 
@@ -227,8 +226,8 @@ class Prepared:
         self.active = own["_active_adapter"] if isinstance(own["_active_adapter"], str) else [*own["_active_adapter"]]
         self.override = _backend._override
         trained = None if len(names) == 1 else [adapter.frozen for adapter in self.adapters]
-        variants = [(layer.lora_variant[adapter.name], adapter) for adapter in self.adapters if adapter.extension]
-        self.trained, self.variants = trained, variants
+        variants = [(layer.lora_variant.get(each.name), each) for each in self.adapters if each.magnitude is None]
+        self.trained, self.variants = trained, [(kind, each) for kind, each in variants if kind is not None]
         numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
         with torch.inference_mode(False):  # graphs are to keep it
             self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & SEEDS])

@@ -228,7 +228,7 @@ def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
 def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, by the gradients' names."""
     leaves, extension = {"dA": adapter.a, "dB": adapter.b}, adapter.extension
-    if extension is not None and extension.left is not None and extension.coordinates is not None:
+    if extension.left is not None and extension.coordinates is not None:
         leaves["dc"] = extension.coordinates
     if adapter.magnitude is not None:
         leaves["dm"] = adapter.magnitude
@@ -281,9 +281,9 @@ def _delta(rows: torch.Tensor, adapter: Adapter, own: Mapping[str, torch.Tensor]
     delta = adapter.scaling * (rows @ own["dA"].mT @ own["dB"].mT)
     if adapter.bias is not None:
         delta = delta + adapter.scaling * adapter.bias.to(torch.float64)
-    extension = adapter.extension
-    if extension is not None and extension.left is not None and extension.right is not None:
-        left, right = extension.left.to(torch.float64), extension.right.to(torch.float64)
+    _, left, right, _ = adapter.extension
+    if left is not None and right is not None:
+        left, right = left.to(torch.float64), right.to(torch.float64)
         delta = delta + (rows @ right.mT * own["dc"]) @ left.mT
     if (start := adapter.start()) is not None:
         a0, b0, scaling = start
