@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import types
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from lora_kernels._options import add_options, default_of
 from lora_kernels._version import __version__
+
+# What a field can be given as, by preference where its type is a union.
+_TEXTUAL = (Path, str, float, int, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +175,60 @@ class Doctor:
 
 
 COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Init, Plan, Verify, Tune, Inspect, Doctor)}
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of the fields, under `Attributes:` or `Args:`."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?)+)", doc, re.MULTILINE)
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE):
+            texts[name] = " ".join(text.split()).replace("`", "")
+    return texts
+
+
+def default_of(option: Field[Any]) -> Any:
+    """The default of a field, or `MISSING`."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def add_options(
+    parser: Any, kind: type, *, leave_out: Container[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
+) -> None:
+    """Add an option for every field that text can give (positional with that metadata, a bool as a switch)."""
+    # Those that the user leaves out stay out of the namespace.
+    texts, hints = descriptions(kind), get_type_hints(kind)
+    for option in fields(kind):
+        value_type, many = _value_type(hints[option.name])
+        if value_type is None or option.name in leave_out:
+            continue
+        default = defaults.get(option.name, default_of(option))
+        text = texts[option.name].removesuffix(".").replace("%", "%%")
+        if default is not MISSING and default is not None and default != [] and value_type is not bool:
+            shown = " ".join(map(str, default)) if many else default
+            text += f" (default: {shown})"
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if option.metadata.get("positional"):
+            parser.add_argument(option.name, type=value_type, **settings)
+            continue
+        if value_type is bool:
+            settings["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif many:
+            settings |= {"type": value_type, "nargs": "+", "action": "extend"}
+        else:
+            settings["type"] = value_type
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, dest=option.name, required=default is MISSING, **settings)
+
+
+def _value_type(hint: Any) -> tuple[type | None, bool]:
+    """The type of one value, `None` where text cannot give it, and whether there may be several."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        if get_origin(kind) is list:
+            return get_args(kind)[0], True
+    return next((kind for kind in _TEXTUAL if kind in kinds), None), False
 
 
 class Config(NamedTuple):
