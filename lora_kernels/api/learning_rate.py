@@ -197,9 +197,9 @@ class _Probe:
 
         def run() -> tuple[float, float]:
             counted = 0.0
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)
-            try:
+            with contextlib.ExitStack() as undo:
+                for parameter in self.parameters:
+                    undo.callback(parameter.requires_grad_(True).requires_grad_, False)
                 for batch in batches:
                     total, items = summed_loss(self.model, batch, *self.settings)
                     if items <= 0:
@@ -212,9 +212,6 @@ class _Probe:
                     for have, part in zip(sums, parts, strict=True):
                         if part is not None:
                             have += part
-            finally:
-                for parameter in self.parameters:
-                    parameter.requires_grad_(False)
             return 0.0, counted
 
         _, counted = self._summed(run)

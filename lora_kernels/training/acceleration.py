@@ -192,16 +192,14 @@ def reference_mode(*models: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: if one is no model.
     """
-    layers = [layer for model in models for _, layer in lora_layers(model) if isinstance(layer, FusedForward)]
-    targets: list[Any] = layers if models else [FusedForward]
-    before = [vars(target).get("fused") for target in targets]
-    try:
-        for target in targets:
+    layers: list[Any] = [
+        layer for model in models for _, layer in lora_layers(model) if isinstance(layer, FusedForward)
+    ]
+    with contextlib.ExitStack() as undo:
+        for target in layers if models else [FusedForward]:
+            if "fused" in vars(target):
+                undo.callback(setattr, target, "fused", target.fused)
+            else:
+                undo.callback(delattr, target, "fused")
             target.fused = False
         yield
-    finally:
-        for target, flag in zip(targets, before, strict=True):
-            if flag is None:
-                del target.fused
-            else:
-                target.fused = flag

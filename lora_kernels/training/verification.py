@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,25 +139,22 @@ def verify(
     if not any(isinstance(layer, FusedForward) for _, layer in every):
         raise ValueError("no layer of the model is accelerated: call lora_kernels.accelerate(model) first")
     batch = to_device(batch, model_device(model))
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        with evaluation_mode(model, gradients=True):
-            skipped = {name: reason for name, layer in every if (reason := _skipped(layer)) is not None}
-            if not (layers := {name: layer for name, layer in every if name not in skipped}):
-                name, reason = next(iter(skipped.items()))
-                raise ValueError(
-                    f"all {len(skipped)} LoRA layers run PEFT's own forward as they are now, so there is nothing to "
-                    f"compare (first: {name}: {reason})"
-                )
-            for parameter, _ in grads:
-                parameter.grad = None
-            calls, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
-            with torch.no_grad():
-                fused_loss = float((loss or model_loss)((forward or call_model)(model, batch), batch))
-            errors = tuple(_errors(name, layers[name], of_layer) for name, of_layer in calls.items())
-    finally:
-        for parameter, grad in grads:
-            parameter.grad = grad
+    with contextlib.ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        undo.enter_context(evaluation_mode(model, gradients=True))
+        skipped = {name: reason for name, layer in every if (reason := _skipped(layer)) is not None}
+        if not (layers := {name: layer for name, layer in every if name not in skipped}):
+            name, reason = next(iter(skipped.items()))
+            raise ValueError(
+                f"all {len(skipped)} LoRA layers run PEFT's own forward as they are now, so there is nothing to "
+                f"compare (first: {name}: {reason})"
+            )
+        calls, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
+        with torch.no_grad():
+            fused_loss = float((loss or model_loss)((forward or call_model)(model, batch), batch))
+        errors = tuple(_errors(name, layers[name], of_layer) for name, of_layer in calls.items())
     if not errors:
         raise ValueError("the loss reaches no accelerated layer")
     return VerifyReport(errors, skipped, (fused_loss, stock_loss))
@@ -184,14 +182,11 @@ def _observe(
             output.register_hook(call.receive)  # type: ignore[no-untyped-call]
             calls[name].append(call)
 
-    handles = [layer.register_forward_hook(partial(tap, name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad(), reference_mode(model):
-            value = loss(forward(model, batch), batch)
-            value.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.enable_grad(), reference_mode(model):
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(tap, name), with_kwargs=True))
+        value = loss(forward(model, batch), batch)
+        value.backward()
     reached = {name: [call for call in of_layer if call.g.numel()] for name, of_layer in calls.items()}
     return {name: of_layer for name, of_layer in reached.items() if of_layer}, float(value.detach())
 

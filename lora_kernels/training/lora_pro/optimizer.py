@@ -288,15 +288,11 @@ class LoraPro(Optimizer):
             loaded.update(state)
             self._check_saved(state)
 
-        handles = (
+        with (
             self.register_load_state_dict_pre_hook(check),  # type: ignore[arg-type]
             self.register_load_state_dict_post_hook(lambda _: self._restore_state(loaded), prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _saved(self, saved: dict[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any], Pair | None]]:
         # Each parameter that is in both, its saved state, and, of B in `full` mode, its pair.
