@@ -66,9 +66,8 @@ def check_tensor(
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
-        raise TypeError(
-            f"{name} must be a dense (strided) tensor, got {'a nested one' if value.is_nested else value.layout}"
-        )
+        kind = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {_names([value.dtype])}, but must be one of {_names(dtypes)}")
     if shape is not None and not _fits(value.shape, shape):

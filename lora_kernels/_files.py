@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import itertools
 import json
 import os
@@ -186,16 +187,12 @@ def _exchange(one: Path, other: Path) -> None:
 
 def _temporary(target: Path) -> Path:
     """A hidden name beside a path that tells whose it is; those of processes that are no more are removed."""
-    host = socket.gethostname()
-    for stale in target.parent.glob(f".{_escaped(target.stem)}.{_escaped(host)}-*.part{_escaped(target.suffix)}"):
-        process = stale.name.removeprefix(f".{target.stem}.{host}-").partition("-")[0]
+    begin, end = f".{target.stem}.{socket.gethostname()}-", f".part{target.suffix}"
+    for stale in target.parent.glob(f"{glob.escape(begin)}*{glob.escape(end)}"):
+        process = stale.name.removeprefix(begin).partition("-")[0]
         if process.isdigit() and not _runs(int(process)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-    return target.with_name(f".{target.stem}.{host}-{os.getpid()}-{next(_NUMBERS)}.part{target.suffix}")
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+    return target.with_name(f"{begin}{os.getpid()}-{next(_NUMBERS)}{end}")
 
 
 def _runs(process: int) -> bool:
@@ -203,10 +200,8 @@ def _runs(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

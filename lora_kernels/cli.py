@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import types
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from lora_kernels._options import add_options, default_of
 from lora_kernels._version import __version__
+
+# What a field can be given as, by preference where its type is a union.
+_TEXTUAL = (Path, str, float, int, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +174,61 @@ class Doctor:
     """Print what is installed and which backends run, and test every op."""
 
 
-COMMANDS: dict[str, Any] = {
-    "init": Init,
-    "plan": Plan,
-    "verify": Verify,
-    "tune": Tune,
-    "inspect": Inspect,
-    "doctor": Doctor,
-}
+COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Init, Plan, Verify, Tune, Inspect, Doctor)}
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of the fields, under `Attributes:` or `Args:`."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?)+)", doc, re.MULTILINE)
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE):
+            texts[name] = " ".join(text.split()).replace("`", "")
+    return texts
+
+
+def default_of(option: Field[Any]) -> Any:
+    """The default of a field, or `MISSING`."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def add_options(
+    parser: Any, kind: type, *, leave_out: Container[str] = (), defaults: Mapping[str, Any] = types.MappingProxyType({})
+) -> None:
+    """Add an option for every field that text can give (positional with that metadata, a bool as a switch)."""
+    # Those that the user leaves out stay out of the namespace.
+    texts, hints = descriptions(kind), get_type_hints(kind)
+    for option in fields(kind):
+        value_type, many = _value_type(hints[option.name])
+        if value_type is None or option.name in leave_out:
+            continue
+        default = defaults.get(option.name, default_of(option))
+        text = texts[option.name].removesuffix(".").replace("%", "%%")
+        if default is not MISSING and default is not None and default != [] and value_type is not bool:
+            shown = " ".join(map(str, default)) if many else default
+            text += f" (default: {shown})"
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if option.metadata.get("positional"):
+            parser.add_argument(option.name, type=value_type, **settings)
+            continue
+        if value_type is bool:
+            settings["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif many:
+            settings |= {"type": value_type, "nargs": "+", "action": "extend"}
+        else:
+            settings["type"] = value_type
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, dest=option.name, required=default is MISSING, **settings)
+
+
+def _value_type(hint: Any) -> tuple[type | None, bool]:
+    """The type of one value, `None` where text cannot give it, and whether there may be several."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        if get_origin(kind) is list:
+            return get_args(kind)[0], True
+    return next((kind for kind in _TEXTUAL if kind in kinds), None), False
 
 
 class Config(NamedTuple):
@@ -187,29 +239,23 @@ class Config(NamedTuple):
     defaults: Mapping[str, Any] = {}
 
 
-def _configs(name: str | None) -> tuple[Config, ...]:
-    """Further options of a command, in groups; `lora-kernels --help` does without them."""
+def _configs(name: str | None) -> tuple[tuple[Config, ...], str | None]:
+    """Further options of a command, in groups, and what its help ends with; `lora-kernels --help` does without them."""
     if name not in ("init", "plan"):
-        return ()
-    from lora_kernels.init import Redistribution  # noqa: PLC0415
+        return (), None
+    from lora_kernels.init import METHODS, Redistribution  # noqa: PLC0415
     from lora_kernels.statistics import CollectOptions  # noqa: PLC0415
     from lora_kernels.statistics.options import PlanKeywords  # noqa: PLC0415
 
     if name == "plan":
         others = {option.name for option in fields(CollectOptions)} - {*PlanKeywords.__annotations__}
-        return (Config(CollectOptions, others),)
+        return (Config(CollectOptions, others),), None
     own = ("sketch_size", "distributed")  # follow the ranks and the process group
-    return Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
-
-
-def _settings_of_methods() -> str:
-    from lora_kernels.init import METHODS  # noqa: PLC0415
-
-    lines = [
-        f"  {name}: {', '.join(f'{setting.name}={default_of(setting)!r}' for setting in fields(kind))}"
-        for name, kind in METHODS.items()
-    ]
-    return "\n".join(["methods and their settings (--set NAME=VALUE), with defaults:", *lines])
+    lines = ["methods and their settings (--set NAME=VALUE), with defaults:"]
+    for method, kind in METHODS.items():
+        lines.append(f"  {method}: {', '.join(f'{each.name}={default_of(each)!r}' for each in fields(kind))}")
+    configs = Config(Redistribution, ("score", "seed")), Config(CollectOptions, own, {"max_batches": 64})
+    return configs, "\n".join(lines)
 
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ...]]:
@@ -217,14 +263,14 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, tuple[Config, ..
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Data-aware LoRA on fused kernels.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    configs = _configs(name)
+    configs, epilog = _configs(name)
     for key, kind in COMMANDS.items():
         summary = str(kind.__doc__).partition("\n")[0]
         command = commands.add_parser(
             key, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if key == name:
-            command.epilog = _settings_of_methods() if name == "init" else None
+            command.epilog = epilog
             add_options(command, kind)
             for config in configs:
                 group = command.add_argument_group(str(config.kind.__doc__).partition("\n")[0])
@@ -239,13 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(words))
     name = given.pop("command")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    groups = [
-        {
-            **config.defaults,
-            **{option.name: given.pop(option.name) for option in fields(config.kind) if option.name in given},
-        }
-        for config in configs
-    ]
+    groups = [{**config.defaults} for config in configs]
+    for group, config in zip(groups, configs, strict=True):
+        group |= {option.name: given.pop(option.name) for option in fields(config.kind) if option.name in given}
     try:
         commands = import_module("lora_kernels.commands")  # slow to import
         return int(getattr(commands, name)(COMMANDS[name](**given), *groups))

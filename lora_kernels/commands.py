@@ -17,12 +17,14 @@ from lora_kernels._checks import check_choice, check_range
 from lora_kernels._files import replacing_folder, write_text
 from lora_kernels.adapters.folders import read_adapter
 from lora_kernels.adapters.loading import new_adapter
-from lora_kernels.adapters.versions import require_peft
-from lora_kernels.api import inspection, text_files, transformers
+from lora_kernels.adapters.view import require_peft
+from lora_kernels.api import text_files, transformers
+from lora_kernels.api.diagnosis import inspect_folder
 from lora_kernels.api.init_page import init_page
-from lora_kernels.api.monitor import latest_run, read_log
+from lora_kernels.api.monitor import latest_run, log_summary, read_log
 from lora_kernels.init import METHODS
 from lora_kernels.landscape import Diagnosis
+from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from lora_kernels.reports import PREFIX, console
 from lora_kernels.runtime.loss import MissingLossError
 
@@ -53,10 +55,9 @@ def init(options: cli.Init, redistribution: dict[str, Any], collection: dict[str
     )
     batches = transformers.task_batches(base, tokenizer, task, texts, labels, options.batch_size, options.max_length)
     training: dict[str, Any] = {"learning_rate": options.learning_rate, "optimizer": options.optimizer}
+    training["suggest_rate"] = not options.no_rate
     try:
-        report = lk.initialize(
-            model, batches, method, ranks=ranks, suggest_rate=not options.no_rate, **training, **collection
-        )
+        report = lk.initialize(model, batches, method, ranks=ranks, **training, **collection)
     except MissingLossError as error:
         raise ValueError(
             f"{options.method} with --ranks {score} reads gradients, but a model loaded as {task} without labels has "
@@ -191,14 +192,17 @@ def inspect(options: cli.Inspect) -> int:
         texts, labels = text_files.read(options.data, options.text_column, options.label_column)
     log = [] if options.monitor is None else latest_run(read_log(options.monitor))
     diagnosis = _diagnosis(options, texts, labels)
-    written = [] if options.out is None else inspection.write(diagnosis, options.out, log)
+    written = [] if options.out is None else [options.out / "diagnosis.json", options.out / "inspect.html"]
+    if written:
+        write_text(written[0], diagnosis.to_json() + "\n")
+        write_text(written[1], diagnosis_page(diagnosis, log).to_html())
     if options.json:
         print(diagnosis.to_json())
     else:
         output = console()
         output.print(diagnosis)
         if log:
-            output.print(inspection.log_summary(log))
+            output.print(log_summary(log))
         for path in written:
             output.print(f"wrote {path}", style="dim")
     return 1 if diagnosis.verdict.kind == "loud_failure" else 0
@@ -211,13 +215,12 @@ def _diagnosis(options: cli.Inspect, texts: Sequence[str] | None, labels: Sequen
     if base is None:
         if texts is not None or options.intruders:
             raise ValueError(f"{'data' if texts is not None else 'intruders'} was given, but needs base")
-        return inspection.inspect_folder(folder)
+        return inspect_folder(folder)
     if (texts is None) != (decay is None):
         raise ValueError("data and weight_decay must be given together: the certificate needs both")
     task = transformers.task_for(base, options.task, labels, folder.config.get("task_type"))
-    bare, tokenizer = (
-        (transformers.load_model(base, task), None) if texts is None else transformers.load(base, task, labels)
-    )
+    unread = texts is None
+    bare, tokenizer = (transformers.load_model(base, task), None) if unread else transformers.load(base, task, labels)
     layers = dict(bare.named_modules())
     names = dict.fromkeys(layer.module.removeprefix(PREFIX) for layer in folder.layers)
     fit = f"adapter {str(adapter)!r} does not fit base {str(base)!r}"

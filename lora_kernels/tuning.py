@@ -66,17 +66,6 @@ class TuneReport(Report):
         yield f"written to {self.path}"
 
 
-def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
-    """The shapes `(inputs, outputs)` of a model's LoRA layers, or else of all linear ones but the output layer."""
-    names = [name for name in linear_targets(model) if not any(part.startswith("lora_") for part in name.split("."))]
-    names = [name for name in names if name.endswith(".base_layer")] or names
-    features = {linear_features(model.get_submodule(name)) for name in names}
-    shapes = sorted(shape for shape in features if shape is not None)
-    if not shapes:
-        raise ValueError(f"model ({type(model).__name__}) has no linear layer")
-    return shapes
-
-
 def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
     values = list(given) if isinstance(given, Sequence) else [given]
     if not values:
@@ -88,9 +77,13 @@ def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
 
 def _shapes(model_or_shapes: nn.Module | Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     if isinstance(model_or_shapes, nn.Module):
-        return shapes_of(model_or_shapes)
-    shapes = [tuple(shape) for shape in model_or_shapes]
-    if not shapes:
+        model = model_or_shapes
+        names = [name for name in linear_targets(model) if ".lora_" not in f".{name}"]
+        names = [name for name in names if name.endswith(".base_layer")] or names
+        if not (features := {linear_features(model.get_submodule(name)) for name in names}):
+            raise ValueError(f"model ({type(model).__name__}) has no linear layer")
+        return sorted(shape for shape in features if shape is not None)
+    if not (shapes := [tuple(shape) for shape in model_or_shapes]):
         raise ValueError("shapes is empty, but must hold at least one pair of inputs and outputs")
     for shape in shapes:
         if len(shape) != 2:
@@ -126,7 +119,8 @@ def tune(
     and Triton. (On a CPU it was measured with some number of threads, too.) The file is written after every product.
 
     Args:
-        model_or_shapes: a model (see `shapes_of`; its weights are not used), or pairs of inputs and outputs.
+        model_or_shapes: a model, for its LoRA layers or else all linear ones but the output layer (its weights are not
+            used); or pairs of inputs and outputs.
         tokens: rows of x, batch size times length: one number, or several; by default 8192 on a GPU, else 1024.
         rank: r, and that of a frozen pair added; likewise.
         dtype: of the arithmetic; by default bfloat16 on a GPU, else float32.

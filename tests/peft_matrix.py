@@ -63,7 +63,7 @@ class Environment:
 
 TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 NEED_NEWER = ("sentence_transformers", "datasets")
-# The newest of each minor version, from `adapters.versions.MINIMUM` on. The first two know torchao in older versions
+# The newest of each minor version, from `adapters.view.MINIMUM` on. The first two know torchao in older versions
 # only; 0.19 converts mixtures of experts as the first transformers 5 did, and so gets transformers 4.
 ENVIRONMENTS = (
     Environment("0.18.1", TRANSFORMERS_4, ("torchao", *NEED_NEWER)),

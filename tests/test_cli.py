@@ -259,7 +259,7 @@ def test_options_of_a_dataclass():
     import argparse
     from dataclasses import dataclass, field
 
-    from lora_kernels._options import add_options
+    from lora_kernels.cli import add_options
 
     @dataclass
     class Options:

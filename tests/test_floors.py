@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_kernels"
-GROUND = ("_version", "_checks", "_files", "_options", "reports")
+GROUND = ("_version", "_checks", "_files", "reports")
 FACE = ("doctor", "tuning", "cli", "commands", "__init__")
 FLOORS = (
     GROUND,

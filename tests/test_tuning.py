@@ -175,15 +175,15 @@ def test_shapes_of_models():
         def get_output_embeddings(self):
             return self.head
 
-    assert tuning.shapes_of(Model()) == [(8, 6)]
-    assert tuning.shapes_of(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8, device="meta"))) == [(6, 8), (8, 6)]
+    assert tuning._shapes(Model()) == [(8, 6)]
+    assert tuning._shapes(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8, device="meta"))) == [(6, 8), (8, 6)]
     with pytest.raises(ValueError, match="has no linear layer"):
-        tuning.shapes_of(nn.ReLU())
+        tuning._shapes(nn.ReLU())
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         nn.ModuleDict({"q": nn.Linear(8, 6), "v": nn.Linear(5, 7)}), peft.LoraConfig(r=2, target_modules=["q"])
     )
-    assert tuning.shapes_of(model) == [(8, 6)]
+    assert tuning._shapes(model) == [(8, 6)]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from benchmarks.demo.texts import Batch
 from lora_kernels import LoraDash
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.linalg import core_basis
-from lora_kernels.training.dash.selection import along_directions
+from lora_kernels.training.dash import along_directions
 
 RANK = 8
 STEPS, LAUNCHES, BLOCKS = 30, (5, 10, 20, 30), (28, 29)

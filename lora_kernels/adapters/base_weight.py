@@ -17,10 +17,7 @@ PLAIN, DEQUANTIZABLE = "plain", "dequantizable"
 _CHUNK = 2**23
 # bitsandbytes' int8 rows are integers times their largest entry over this.
 _INT8_LARGEST = 127.0
-_FLOAT8 = tuple(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-)
+_FLOAT8 = tuple(dtype for name, dtype in vars(torch).items() if name.startswith("float8_"))
 # TransformerEngine's layers, which apply the weight to the normalised input and the adapter to the input itself.
 _NORMALISING = ("LayerNormLinear", "LayerNormMLP")
 
@@ -37,37 +34,33 @@ def _source(module: Any) -> tuple[str, Callable[[], torch.Tensor] | None]:
     layer = module.get_base_layer()
     name, weight = type(layer).__name__, getattr(layer, "weight", None)
     if name in _NORMALISING:
-        return (
-            f"{name} applies its weight to the normalised input, and the adapter is applied to the input itself",
-            None,
-        )
+        how = "applies its weight to the normalised input, and the adapter is applied to the input itself"
+        return f"{name} {how}", None
     if hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None)):
         return DEQUANTIZABLE, layer.dequantize  # HQQ
     if not isinstance(weight, torch.Tensor):
         return f"{name} keeps no weight matrix", None
     if type(weight).__name__ == "Params4bit":
-        state = getattr(weight, "quant_state", None)
-        return (f"{name} is not quantized yet", None) if state is None else (DEQUANTIZABLE, lambda: _dense_4bit(weight))
+        if (state := getattr(weight, "quant_state", None)) is None:
+            return f"{name} is not quantized yet", None
+        from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
+
+        return DEQUANTIZABLE, lambda: functional.dequantize_4bit(weight.data, state)
     shape = (module.out_features, module.in_features)
     if tuple(weight.shape) not in (shape, shape[::-1]):
         return f"{name} keeps a weight of shape {tuple(weight.shape)}, but the layer's is {shape}", None
     if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
-        scale = _int8_scale(layer)
-        if scale is None:
+        if (scale := _int8_scale(layer)) is None:
             return f"{name} keeps integers without their scales", None
         return DEQUANTIZABLE, lambda: _int8_rows(weight, scale, slice(None))
     own = getattr(type(weight), "dequantize", None)
     if own is not None and own is not torch.Tensor.dequantize:  # torchao's and quanto's classes have their own
         return DEQUANTIZABLE, weight.dequantize
     if weight.dtype in _FLOAT8:
-        blocks = _block_scale(layer)
-        if blocks is not None:
+        if (blocks := _block_scale(layer)) is not None:
             return DEQUANTIZABLE, lambda: whole(weight).to(torch.float32) * _spread(blocks, layer)
-        kept = {
-            *layer._parameters,
-            *layer._buffers,
-            *(k for k, v in vars(layer).items() if isinstance(v, torch.Tensor)),
-        }
+        kept = {*layer._parameters, *layer._buffers}
+        kept |= {key for key, value in vars(layer).items() if isinstance(value, torch.Tensor)}
         conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
         if type(layer) in (nn.Linear, conv1d) and kept <= {"weight", "bias"}:
             return DEQUANTIZABLE, lambda: whole(weight)  # no scales: only the storage is 8-bit
@@ -113,8 +106,7 @@ def why_unreadable(module: Any) -> str | None:
 
 def check_readable(module: Any, name: str = "") -> None:
     """Raise a ValueError with the reason if the base weight of a LoRA layer, called `name`, cannot be read."""
-    reason = why_unreadable(module)
-    if reason is not None:
+    if (reason := why_unreadable(module)) is not None:
         raise ValueError(f"the base weight of layer {name or type(module).__name__} cannot be read: {reason}")
 
 
@@ -126,13 +118,6 @@ def dense_weight(module: Any, name: str = "") -> torch.Tensor:
     assert read is not None  # it is readable
     dense = _oriented(module, read().detach())
     return dense if dense.dtype == torch.float64 else dense.to(torch.float32)
-
-
-def _dense_4bit(weight: Any) -> torch.Tensor:
-    from bitsandbytes import functional  # noqa: PLC0415  (an optional dependency)
-
-    dense: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-    return dense
 
 
 def row_blocks(module: Any, entries: int = 0) -> Callable[[], Iterator[torch.Tensor]]:

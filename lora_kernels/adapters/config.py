@@ -6,7 +6,8 @@ import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -16,26 +17,16 @@ from lora_kernels.adapters.folders import MARK, OWN, WEIGHTS, join_file
 from lora_kernels.adapters.names import config_name, patterns
 from lora_kernels.adapters.view import lora_layers
 
-
-class Entry(NamedTuple):
-    """One layer of an adapter: the layer's own containers, which are up to date."""
-
-    r: dict[str, int]  # ranks by adapter
-    lora_alpha: dict[str, float]  # alphas by adapter
-    use_rslora: dict[str, bool]  # by adapter
-    lora_start: Any  # frozen starts by adapter
-    lora_dash: Any  # coordinates by adapter
-    parameter_name: str | None  # of the parameter that it adapts, if that is not a module's weight
-    num_experts: int  # how many have their factors in one
+# What the config keeps of a layer: the layer's own containers, which are up to date.
+_KEPT = ("r", "lora_alpha", "use_rslora", parts.START, parts.DASH, "parameter_name", "num_experts")
 
 
 @dataclass
 class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
-    """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`.
+    """PEFT's config of an adapter that may have parts (`adapters.parts`); set up by `describe`."""
 
-    It saves the config of the stock adapter that `save_pretrained` writes, with all parts joined. `auto_mapping`, which
-    PEFT keeps but does not read, tells `lora_kernels.load` how to separate them.
-    """
+    # It saves the config of the stock adapter that `save_pretrained` writes, with all parts joined. `auto_mapping`,
+    # which PEFT keeps but does not read, tells `lora_kernels.load` how to separate them.
 
     def __post_init__(self) -> None:
         """A config without layers, also for `dataclasses.replace`."""
@@ -45,7 +36,7 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
     def prepare(self) -> None:
         """Set attributes that are not fields, since fields are saved."""
         self.adapter = ""
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, SimpleNamespace] = {}
         self.dash: dict[str, Any] | None = None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -56,12 +47,13 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
             mapping = {**mapping, MARK: mark}
         LoraConfig.save_pretrained(stock, save_directory, auto_mapping_dict=mapping or None, **kwargs)
         if mark is not None and (Path(save_directory) / WEIGHTS).is_file():
+            layers, own = self.layers(), self.adapter
             scalings = {
-                name: (parts.nominal_scaling(entry, self.adapter), entry.num_experts) for name, entry in self.layers()
+                name: (parts.nominal_scaling(entry, own), getattr(entry, "num_experts", 1)) for name, entry in layers
             }
             join_file(Path(save_directory) / WEIGHTS, scalings)
 
-    def layers(self) -> list[tuple[str, Entry]]:
+    def layers(self) -> list[tuple[str, SimpleNamespace]]:
         """The layers that have the adapter."""
         return [(name, entry) for name, entry in self.entries.items() if self.adapter in entry.r]
 
@@ -74,7 +66,9 @@ class PartsLoraConfig(LoraConfig):  # type: ignore[misc]
         mark = {name: getattr(self, name) for name in OWN} | {"start": starts, "dash": self.dash}
         shapes = {}
         for name, entry in self.layers():
-            rank = entry.r[self.adapter] + _more(entry, self.adapter)
+            start, dash = parts.start(entry, self.adapter), parts.directions(entry, self.adapter)
+            rank = entry.r[self.adapter] + (0 if start is None else start.rank)
+            rank += dash.coordinates.numel() if dash is not None and dash.launched else 0
             shapes[config_name(name, entry)] = (rank, tidy(parts.nominal_scaling(entry, self.adapter) * rank))
         stock.use_rslora = False
         set_ranks(stock, shapes)
@@ -94,14 +88,6 @@ def _forget(config: LoraConfig) -> None:
     for name in ("adapter", "entries", "dash"):
         config.__dict__.pop(name, None)
     config.__class__ = LoraConfig
-
-
-def _more(entry: Entry, adapter: str) -> int:
-    """The rank that the parts of a layer add."""
-    start, dash = parts.start(entry, adapter), parts.directions(entry, adapter)
-    return (0 if start is None else start.rank) + (
-        dash.coordinates.numel() if dash is not None and dash.launched else 0
-    )
 
 
 def tidy(alpha: float) -> float:
@@ -145,10 +131,8 @@ def describe(model: nn.Module, adapter: str) -> PartsLoraConfig:
         module = view.module
         if parts.refusal(module, adapter) is None:
             parts.carry(module)
-        containers = getattr(module, parts.START, {}), getattr(module, parts.DASH, {})
-        experts = getattr(module, "num_experts", 1)
-        entry = Entry(module.r, module.lora_alpha, module.use_rslora, *containers, view.parameter_name, experts)
-        config.entries[view.name] = entry
+        kept = {name: getattr(module, name) for name in _KEPT if hasattr(module, name)}
+        config.entries[view.name] = SimpleNamespace(**kept)
     model.base_model.add_weighted_adapter = functools.partial(_add_weighted_adapter, model.base_model)  # type: ignore[union-attr]
     described: PartsLoraConfig = config
     return described

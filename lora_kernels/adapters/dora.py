@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,10 +36,8 @@ def row_norms(
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
             if torch.compiler.is_compiling():
-                total: torch.Tensor = torch.linalg.vector_norm(
-                    weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide), dim=1
-                )
-                return total
+                total: torch.Tensor = weight.to(wide) + (b.to(wide) * scaling) @ a.to(wide)
+                return torch.linalg.vector_norm(total, dim=1)  # type: ignore[no-any-return]
             weight = weight.split(block_height(a.device, a.shape[1], NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)
@@ -63,8 +62,7 @@ def magnitudes(module: Any, adapter: str) -> Any:
 
 def reset_magnitudes(module: Any, adapter: str) -> None:
     """Set the magnitudes of a layer, if it is DoRA, so that it computes W + s B A as it is now."""
-    holder = magnitudes(module, adapter)
-    if holder is None:
+    if (holder := magnitudes(module, adapter)) is None:
         return
     view = LoraView("", module)
     a, b = view.factors(adapter)
@@ -75,6 +73,4 @@ def reset_magnitudes(module: Any, adapter: str) -> None:
 
 def caching_enabled() -> bool:
     """Whether the caller is inside of `peft.helpers.DoraCaching`."""
-    from peft.tuners.lora import dora  # noqa: PLC0415  (peft is an optional dependency)
-
-    return bool(getattr(dora, "ENABLE_DORA_CACHING", False))
+    return bool(getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False))

@@ -13,7 +13,8 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,10 +54,8 @@ def why_no_sum(wrapper: Any, adapter: str) -> str | None:
 
 def by_expert(wrapper: Any, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A `(experts, r, n)` and B `(experts, m, r)`, differentiable, of weights `(experts r, .)` and `(., r experts)`."""
-    experts = wrapper.num_experts
-    rank = first.shape[0] // experts
-    left = first.reshape(experts, rank, first.shape[1])
-    right = second.reshape(second.shape[0] * rank, experts).mT.contiguous().view(experts, second.shape[0], rank)
+    left, right = split_experts(first.unsqueeze(0), second.unsqueeze(0), wrapper.num_experts)
+    right = right.contiguous()
     return (left, right) if first_meets_inputs(wrapper) else (right.mT, left.mT)
 
 
@@ -64,7 +63,7 @@ def split_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch
     """A `(L experts, r, n)` and B `(L experts, m, r)`, from PEFT's `(L, experts r, n)` and `(L, m, r experts)`."""
     if experts == 1:
         return a, b
-    columns = b.view(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
+    columns = b.reshape(*b.shape[:2], b.shape[2] // experts, experts).permute(0, 3, 1, 2)
     return a.reshape(-1, a.shape[1] // experts, a.shape[2]), columns.flatten(0, 1)
 
 
@@ -81,13 +80,6 @@ def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tenso
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     places = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
     return ids, order, torch.searchsorted(ids, places)
-
-
-class Factor(NamedTuple):
-    """One factor of one expert, as PEFT's linear layers show theirs."""
-
-    weight: torch.Tensor
-    bias: None = None
 
 
 class _Base(nn.Module):
@@ -149,14 +141,14 @@ class ExpertLayer(nn.Module):
         return (left, right) if self.direct else (right.mT, left.mT)
 
     @property
-    def lora_A(self) -> dict[str, Factor]:  # noqa: N802  (PEFT's name)
-        """A by adapter, views."""
-        return {adapter: Factor(self._parts(adapter)[0]) for adapter in self.wrapper.lora_A}
+    def lora_A(self) -> dict[str, SimpleNamespace]:  # noqa: N802  (PEFT's name)
+        """A by adapter, views, as PEFT's linear layers show theirs."""
+        return {name: SimpleNamespace(weight=self._parts(name)[0], bias=None) for name in self.wrapper.lora_A}
 
     @property
-    def lora_B(self) -> dict[str, Factor]:  # noqa: N802  (PEFT's name)
+    def lora_B(self) -> dict[str, SimpleNamespace]:  # noqa: N802  (PEFT's name)
         """B by adapter, views."""
-        return {adapter: Factor(self._parts(adapter)[1]) for adapter in self.wrapper.lora_A}
+        return {name: SimpleNamespace(weight=self._parts(name)[1], bias=None) for name in self.wrapper.lora_A}
 
     @torch.no_grad()
     def put(self, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -212,8 +204,8 @@ def expert_layers(name: str, wrapper: Any) -> dict[str, ExpertLayer]:
     return {f"{stem}.{expert}": ExpertLayer(name, wrapper, expert) for expert in range(wrapper.num_experts)}
 
 
-class _Config:
-    """The config of a module of experts while it is observed."""
+class OtherConfig:
+    """The config of a module of experts with another implementation: while it is observed, of its own."""
 
     _experts_implementation = OBSERVED
 
@@ -236,15 +228,12 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[None]:
         from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
 
         moe.ALL_EXPERTS_FUNCTIONS[OBSERVED] = _forward
-    configs = {base: base.config for base in by_base}
-    try:
+    with contextlib.ExitStack() as undo:
         for base, layers in by_base.items():
-            base.config, base.__dict__[_LAYERS] = _Config(base.config), layers
+            undo.callback(setattr, base, "config", base.config)
+            undo.callback(base.__dict__.pop, _LAYERS, None)
+            base.config, base.__dict__[_LAYERS] = OtherConfig(base.config), layers
         yield
-    finally:
-        for base, config in configs.items():
-            base.config = config
-            base.__dict__.pop(_LAYERS, None)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:

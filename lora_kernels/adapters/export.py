@@ -85,22 +85,19 @@ def export(
 
     from lora_kernels.adapters.config import changed_base, plain_config, set_ranks, tidy  # noqa: PLC0415  (imports peft)
 
-    if isinstance(rank, str):
-        if rank != "exact":
-            raise ValueError(f'rank is {rank!r}, but must be "exact" or a number')
-    else:
+    if isinstance(rank, str) and rank != "exact":
+        raise ValueError(f'rank is {rank!r}, but must be "exact" or a number')
+    if not isinstance(rank, str):
         check_range("rank", rank, low=1, integer=True)
     if not isinstance(serving, bool):
         check_choice("serving", serving, ("vllm", "llama.cpp"))
     layers = find_lora_layers(model, adapter_name, allow_none=True)
-    changed = changed_base(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
-    if changed is not None:
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index, union-attr, operator]
+    if (changed := changed_base(config)) is not None:
         raise ValueError(f"adapter {adapter_name!r} cannot be written for the unmodified base: {changed}")
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    state = {
-        key: value for key, value in state.items() if f".{parts.START}." not in key and f".{parts.DASH}." not in key
-    }
-    config: Any = plain_config(model.peft_config[adapter_name])  # type: ignore[index, union-attr, operator]
+    whole_state, own = get_peft_model_state_dict(model, adapter_name=adapter_name), (parts.START, parts.DASH)
+    state = {key: value for key, value in whole_state.items() if not any(f".{name}." in key for name in own)}
+    config = plain_config(config)
     if serving:  # refuse what no server computes, before anything is written
         refused = servers.refusals(vars(config), {name: tuple(value.shape) for name, value in state.items()})
         refused = refused or [f"layer {name} ({why})" for name, _, why in layers.unsupported[:1]]
@@ -111,7 +108,7 @@ def export(
     scalings = {name: view.scaling(adapter_name) for name, view in views.items()}
     scaling = servers.common(scalings.values())
     highest = max((a.shape[0] for a, _, _ in factors.values()), default=0)
-    width = servers.slot(highest, "llama.cpp" if serving == "llama.cpp" else "vllm") if serving else 0
+    width = 0 if not serving else highest if serving == "llama.cpp" else servers.slot(highest)
     exported: dict[str, ExportedLayer] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for name, (a, b, error) in factors.items():

@@ -25,24 +25,19 @@ MARK = "lora_kernels"
 # Fields in which a joined adapter's config differs from the adapter's own, which the mark holds.
 OWN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# Parts of an adapter that are no factors of a linear layer, and what is said of them.
-_OTHERS = {".lora_embedding_A": "an embedding: its input are indices", ".lora_magnitude_vector": ""}
-
+_EMBEDDING = ".lora_embedding_A"
 _UNKNOWN = "the files alone do not say of how many experts, or whose, these factors are: give the base model (--base)"
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 class SavedLayer(NamedTuple):
-    """What is trained of a linear layer or of one expert: A `(r, n)`, B `(m, r)`, scaling, and a frozen start, if any.
-
-    Of an expert, A and B may be those of the transposed weight: which, is in the model.
-    """
+    """What is trained of a linear layer or of one expert."""
 
     name: str
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor  # A `(r, n)`; of an expert, A and B may be those of the transposed weight: which, is in the model
+    b: torch.Tensor  # B `(m, r)`
     scaling: float
-    start: Factors | None
+    start: Factors | None  # where it started, if that was not at zero
     parameter: str | None = None  # of many experts, where the layer is one of them
 
     @property
@@ -66,9 +61,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter folder; a ValueError if it is missing, of another method, or holds a wrong value."""
     file = folder / CONFIG
     if not file.is_file():
-        raise ValueError(
-            f"adapter is {str(folder)!r}, but must be a folder with {CONFIG} (PEFT's save_pretrained makes one)"
-        )
+        must = f"a folder with {CONFIG} (PEFT's save_pretrained makes one)"
+        raise ValueError(f"adapter is {str(folder)!r}, but must be {must}")
     config = read_json(file)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -95,13 +89,7 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     mark = mapping.get(MARK) if isinstance(mapping, dict) else None
     if mark is None:
         return None
-    kinds: dict[str, Any] = {
-        "r": int,
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "start": bool,
-        "dash": (dict, type(None)),
-    }
+    kinds: dict[str, Any] = {"r": int, "rank_pattern": dict, "alpha_pattern": dict, "start": bool, "dash": dict | None}
     if not isinstance(mark, dict) or not set(OWN) <= set(mark):
         raise ValueError(f"auto_mapping.{MARK} is {repr_short(mark)}, but must have {', '.join(OWN)}")
     for name, kind in kinds.items():
@@ -112,15 +100,12 @@ def mark_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def join_file(path: Path, scalings: Mapping[str, tuple[float, int]]) -> None:
     """Join the parts in a weights file to the factors, given the saved scaling and the number of experts by layer."""
-    from safetensors import safe_open  # noqa: PLC0415  (slow to import)
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415  (slow to import)
 
-    with safe_open(path, "pt") as file:
-        there = set(file.keys())  # noqa: SIM118  (a file cannot be iterated over)
-    layers = [name for name in scalings if f"{name}.{parts.START}.a" in there or f"{name}.{parts.DASH}.right" in there]
+    state: dict[str, torch.Tensor] = load_file(path)
+    layers = [name for name in scalings if f"{name}.{parts.START}.a" in state or f"{name}.{parts.DASH}.right" in state]
     if not layers:
         return
-    state: dict[str, torch.Tensor] = load_file(path)
     for name in layers:
         parts.join(state, lambda container, leaf, name=name: f"{name}.{container}.{leaf}", *scalings[name])  # type: ignore[misc]
     write_tensors(path, state, {"format": "pt"})
@@ -252,11 +237,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
-
-    Raises:
-        ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
-    """
+    """The LoRA factors in a stock PEFT adapter folder; a ValueError if it is malformed or has no linear LoRA layer."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")
@@ -280,15 +261,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
             layers += experts
         else:
             layers += [reader.linear(name, *factors[name]) for name in names]
-    for key in tensors:
-        for part, why in _OTHERS.items():
-            if part in key and why:
-                unsupported.append((key.partition(part)[0], why))
+    embeddings = (key.partition(_EMBEDDING)[0] for key in tensors if _EMBEDDING in key)
+    unsupported += [(name, "an embedding: its input are indices") for name in embeddings]
     if not layers:
         others = "".join(f"; {name}: {why}" for name, why in unsupported[:3])
         raise ValueError(f"{folder / WEIGHTS} holds no linear LoRA layer (keys that end in {_A} and {_B}){others}")
-    notes = []
-    if config.get("use_dora"):
-        notes.append("DoRA: the update is more than s B A, whose spectrum is shown")
+    notes = ["DoRA: the update is more than s B A, whose spectrum is shown"] if config.get("use_dora") else []
     notes += servers.notes(config, {key: tuple(value.shape) for key, value in tensors.items()})
     return AdapterFolder(folder, config, tuple(layers), tuple(unsupported), tuple(notes))

@@ -119,11 +119,9 @@ def _reason_unsupported(
 
 
 def left_out_by_peft(model: nn.Module, adapter: str) -> str | None:
-    """Which linear layers have no adapter because PEFT (from 0.20) takes their names for those of experts, in words.
-
-    Its conversion of `target_modules` for mixtures makes `gate_proj`, `up_proj` and `down_proj` (`w1` to `w3`)
-    parameters of experts wherever they are: shared experts and dense layers are left out.
-    """
+    """Which linear layers have no adapter because PEFT (from 0.20) takes their names for those of experts, in words."""
+    # Its conversion of `target_modules` for mixtures makes `gate_proj`, `up_proj` and `down_proj` (`w1` to `w3`)
+    # parameters of experts wherever they are: shared experts and dense layers are left out.
     parameters: set[str] = set(model.peft_config[adapter].target_parameters or ())  # type: ignore[index, union-attr, operator]
     if not parameters.intersection(PRODUCTS):
         return None  # (those that a user names have the path of their module)
@@ -192,33 +190,25 @@ def find_lora_layers(
 
 
 @contextlib.contextmanager
-def _layers_disabled(model: nn.Module) -> Iterator[None]:
-    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415  (peft is an optional dependency)
-
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-@contextlib.contextmanager
 def base_model_only(model: nn.Module) -> Iterator[None]:
     """Run a PEFT model without its adapters, and any other model as it is."""
     if not is_peft_model(model):
         yield
         return
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter() if is_wrapped(model) else _layers_disabled(model):  # type: ignore[operator]
-            yield
-    finally:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415  (peft is an optional dependency)
+
+    with contextlib.ExitStack() as undo:
         # PEFT makes every active adapter trainable again on the way out, also those that were frozen before.
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        if is_wrapped(model):
+            undo.enter_context(model.disable_adapter())  # type: ignore[operator]
+        else:
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
+                    undo.callback(layer.enable_adapters, True)
+                    layer.enable_adapters(False)
+        yield
 
 
 def check_untrained(layers: AdapterLayers, adapter: str) -> None:

@@ -12,8 +12,7 @@ from torch import nn
 
 from lora_kernels.adapters.folders import MARK, OWN
 from lora_kernels.adapters.names import of_pattern
-from lora_kernels.adapters.versions import require_peft
-from lora_kernels.adapters.view import LoraView, lora_layers
+from lora_kernels.adapters.view import LoraView, lora_layers, require_peft
 from lora_kernels.adapters.writing import set_rank
 
 

@@ -14,8 +14,7 @@ _Number = TypeVar("_Number", int, float)
 
 def config_name(name: str, module: Any = None) -> str:
     """The name in the base model, which the keys of a config's patterns are matched with, of a LoRA layer."""
-    # A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several of
-    # them.
+    # A layer that adapts a parameter (such as one of many experts) has the parameter's path; PEFT nests several.
     name = name.removeprefix(PREFIX)
     parameter = getattr(module, "parameter_name", None)
     return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
@@ -44,10 +43,8 @@ def patterns(layers: Mapping[str, tuple[int, float]], config: Any) -> tuple[dict
     # No layer matches two keys of different values: the first match would count, but files sort their keys. Keys of the
     # config stay if they are true of all layers that they match; its `r` and `lora_alpha` are the default.
     ranks = _pattern({name: rank for name, (rank, _) in layers.items()}, config.r, config.rank_pattern or ())
-    alphas = _pattern(
-        {name: alpha for name, (_, alpha) in layers.items()}, config.lora_alpha, config.alpha_pattern or ()
-    )
-    return ranks, alphas
+    alphas = {name: alpha for name, (_, alpha) in layers.items()}
+    return ranks, _pattern(alphas, config.lora_alpha, config.alpha_pattern or ())
 
 
 def _pattern(values: Mapping[str, _Number], default: _Number, keys: Iterable[str]) -> dict[str, _Number]:
@@ -61,14 +58,7 @@ def _pattern(values: Mapping[str, _Number], default: _Number, keys: Iterable[str
                 pattern[key] = values[matched[0]]
     for name, value in values.items():
         if name not in covered and value != default:
-            pattern[_key(name, values)] = value
+            # An expression that matches nothing else, if the name would match a layer of another value.
+            alike = all(values[other] == value for other in values if matches(name, other))
+            pattern[name if alike and re.fullmatch(r"[\w.]+", name) else f"^{re.escape(name)}"] = value
     return pattern
-
-
-def _key(name: str, values: Mapping[str, Any]) -> str:
-    """The name, or an expression that matches nothing else if the name would match a layer of another value."""
-    if re.fullmatch(r"[\w.]+", name) and all(
-        values[name] == value for other, value in values.items() if matches(name, other)
-    ):
-        return name
-    return f"^{re.escape(name)}"

@@ -2,9 +2,8 @@
 
     y = base(x) + s B A drop(x)  -  s B0 A0 x  +  sum_i c_i u_i (v_i^T x)
 
-All of it goes by the adapter's own name. PEFT hands forward, merging and unmerging of an adapter to what stands in
-`layer.lora_variant[adapter]`, which is a `PartsVariant`; the tensors lie in `layer.lora_start[adapter]` and
-`layer.lora_dash[adapter]`, so that PEFT moves, activates, deletes and saves them with the adapter.
+PEFT hands forward, merging and unmerging of an adapter to `layer.lora_variant[adapter]`, a `PartsVariant`; the tensors
+lie in `layer.lora_start[adapter]` and `layer.lora_dash[adapter]`, and PEFT moves, activates, deletes and saves them.
 
 A layer's state dict has the parts as more rank of A and B: `[A; A0; V^T]` and `[B, -B0, U diag(c) / s]`. That is a
 stock adapter of the same function, whoever reads it. Loading takes them apart again, to the bit. Factors that are
@@ -41,11 +40,9 @@ Key = Callable[[str, str], str]
 
 
 class Extension(NamedTuple):
-    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped.
+    """More rank of an adapter: `+ ((x right^T) * coordinates) left^T + s sign (x A0^T) B0^T`, x not dropped."""
 
-    A variant whose forward is `base(x) + s B A drop(x)` and such parts says so by a method `fused(layer, adapter)`
-    that returns them.
-    """
+    # A variant whose forward is `base(x) + s B A drop(x)` and such parts returns them by `fused(layer, adapter)`.
 
     coordinates: torch.Tensor | None  # `(k,)`, not scaled by s; `None` without LoRA-Dash
     left: torch.Tensor | None = None  # `(m, k)`, or `None` before the coordinates have directions
@@ -118,12 +115,7 @@ class Directions(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Take over what was loaded."""
-        self.steps, launched = (int(number) for number in state.tolist()[:2])
-        self.launched = bool(launched)
-
-    def extension(self) -> Extension:
-        """The part that is added."""
-        return Extension(self.coordinates, self.left, self.right) if self.launched else Extension(self.coordinates)
+        self.steps, self.launched = int(state[0]), bool(state[1])
 
     @torch.no_grad()
     def launch(self, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -152,8 +144,7 @@ class PartsVariant:
         hidden = factor(module.lora_dropout[active_adapter](x))
         if hidden.shape[-1] > module.r[active_adapter]:  # a state dict's factors (functional_call): joined already
             return result + module.lora_B[active_adapter](hidden) * scaling  # type: ignore[no-any-return]
-        dash = directions(module, active_adapter)
-        if dash is not None and not dash.launched:
+        if (dash := directions(module, active_adapter)) is not None and not dash.launched:
             hidden = tied(hidden, dash.coordinates)
         result = result + module.lora_B[active_adapter](hidden) * scaling
         began, dtype = start(module, active_adapter), factor.weight.dtype
@@ -187,7 +178,9 @@ class PartsVariant:
         if module.lora_A[adapter].weight.shape[0] > module.r[adapter]:
             return Extension(None)  # a state dict's factors (functional_call): joined already
         dash, began = directions(module, adapter), start(module, adapter)
-        extension = Extension(None) if dash is None else dash.extension()
+        extension = Extension(None if dash is None else dash.coordinates)
+        if dash is not None and dash.launched:
+            extension = Extension(dash.coordinates, dash.left, dash.right)
         return extension if began is None else extension._replace(start=(began.a, began.b, began.sign))
 
 
@@ -205,7 +198,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if began is None and (dash is None or not dash.launched):
         stock: torch.Tensor = type(layer).get_delta_weight(layer, adapter)
         return stock
-    if of_experts(layer):
+    if getattr(layer, "num_experts", 1) > 1:
         left, right, scaling = delta_factors(layer, adapter)
         product: torch.Tensor = (left @ right) * scaling
         return product
@@ -218,7 +211,7 @@ def delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     if dash is not None and dash.launched:
         delta = delta + (dash.left.to(wide) * dash.coordinates.to(wide)) @ dash.right.to(wide)
     delta = delta.mT if getattr(layer, "fan_in_fan_out", False) else delta
-    return delta.to(layer.get_param().dtype if _of_parameter(layer) else weight_b.dtype)
+    return delta.to(layer.get_param().dtype if hasattr(layer, "parameter_name") else weight_b.dtype)
 
 
 def delta_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -252,16 +245,6 @@ def some_ranks(a: torch.Tensor, b: torch.Tensor, ranks: slice, experts: int) -> 
     first = a.reshape(experts, -1, a.shape[1])[:, ranks].flatten(0, 1)
     second = b.reshape(b.shape[0], -1, experts)[:, ranks].flatten(1)
     return first.clone(), second.clone()
-
-
-def of_experts(layer: Any) -> bool:
-    """Whether the factors of a layer are those of many experts."""
-    return bool(getattr(layer, "num_experts", 1) > 1)
-
-
-def _of_parameter(layer: Any) -> bool:
-    """Whether a layer adapts a parameter, of one expert or many."""
-    return stock_class(layer).__name__ == _OF_EXPERTS
 
 
 def start(layer: Any, adapter: str) -> Start | None:
@@ -332,9 +315,7 @@ def add_start(layer: Any, adapter: str, a: torch.Tensor, b: torch.Tensor) -> Non
 def add_directions(layer: Any, adapter: str, k: int) -> Directions:
     """Add k coordinates of LoRA-Dash to an adapter of a layer that carries parts."""
     weight_a, weight_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    dash = Directions(k, weight_a.detach(), weight_b.detach())
-    dash.coordinates.requires_grad_(weight_a.requires_grad)
-    layer.lora_dash[adapter] = dash
+    layer.lora_dash[adapter] = dash = Directions(k, weight_a, weight_b)
     layer.lora_dash.train(layer.training)
     _choose_variant(layer, adapter)
     return dash
@@ -348,8 +329,8 @@ def remove(layer: Any, adapter: str, container: str) -> None:
 
 
 def _choose_variant(layer: Any, adapter: str) -> None:
-    if _of_parameter(layer):
-        return  # no variant is asked there
+    if hasattr(layer, "parameter_name"):  # where no variant is asked
+        return
     if start(layer, adapter) is not None or directions(layer, adapter) is not None:
         layer.lora_variant[adapter] = PartsVariant()
     else:
@@ -372,11 +353,9 @@ def columns(left: torch.Tensor, coordinates: torch.Tensor, scaling: float) -> to
 
 
 def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, experts: int = 1) -> None:
-    """Join the parts of one adapter of a layer to its factors, as more rank, in a state dict whose entries `key` names.
-
-    The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that the
-    model's own state dict has. `scaling` is the s that a reader of the saved config finds.
-    """
+    """Join the parts of one adapter of a layer to its factors, as more rank; `key` names entries of the state dict."""
+    # The exact c and U stay in it, since U c / s is rounded, and also before the switch: PEFT only loads entries that
+    # the model's own state dict has. `scaling` is the s that a reader of the saved config finds.
     key_a, key_b = key("lora_A", "weight"), key("lora_B", "weight")
     if key_a not in state or key_b not in state or is_sharded(state[key_a]) or is_sharded(state[key_b]):
         return
@@ -384,8 +363,7 @@ def join(state: MutableMapping[str, torch.Tensor], key: Key, scaling: float, exp
     if key(START, "a") in state:
         a.append(state.pop(key(START, "a")))
         b.append(Start.sign * state.pop(key(START, "b")))
-    flags = state.get(key(DASH, "_extra_state"))
-    if flags is not None and key(DASH, "right") in state:
+    if (flags := state.get(key(DASH, "_extra_state"))) is not None and key(DASH, "right") in state:
         right = state.pop(key(DASH, "right"))
         if flags[1]:
             a.append(right)
@@ -440,8 +418,7 @@ def _split(layer: Any, adapter: str, state: dict[str, Any], key: Key) -> None:
         state[key(DASH, "right")] = a[rank + more :].clone()
         if directions(layer, adapter) is None:
             add_directions(layer, adapter, k)
-    dash = directions(layer, adapter)
-    if dash is not None:
+    if (dash := directions(layer, adapter)) is not None:
         for name, value in (*dash.named_parameters(), *dash.named_buffers()):
             state.setdefault(key(DASH, name), torch.zeros_like(value))
         state.setdefault(key(DASH, "_extra_state"), torch.tensor([0, 0]))

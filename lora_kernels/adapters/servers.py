@@ -13,14 +13,18 @@ They read adapter_config.json and the tensors, and follow PEFT's rules only in p
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_kernels.adapters.names import of_pattern, scaling_of
 from lora_kernels.reports import PREFIX
 
-SERVERS = ("vllm", "sglang", "llama.cpp")
-_SHOWN = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
+_SERVERS = {  # their names, and what they take for the scaling
+    "vllm": ("vLLM", "one alpha/r, patterns are ignored"),
+    "sglang": ("SGLang", "one alpha/r, no rsLoRA"),
+    "llama.cpp": ("llama.cpp", "alpha / rank of each tensor, no rsLoRA or patterns"),
+}
 # `MaxLoRARanks` of vLLM's vllm/config/lora.py, less 1, which no adapter of a useful rank fits.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _EXPORT = "write it with lora_kernels.export(model, path, serving=True)"
@@ -72,12 +76,9 @@ def words(refused: Iterable[str]) -> str:
     return f"{', '.join(refused)}: {MERGE}" + (f" ({_OF_EXPERTS})" if refused == [_EXPERTS] else "")
 
 
-def slot(rank: int, server: str) -> int:
-    """The rank to write an adapter with: the smallest `--max-lora-rank` of vLLM that holds it, elsewhere its own."""
-    if server != "vllm":
-        return rank
-    fitting = next((limit for limit in VLLM_RANKS if limit >= rank), None)
-    if fitting is None:
+def slot(rank: int) -> int:
+    """The smallest `--max-lora-rank` of vLLM that holds a rank."""
+    if (fitting := next((limit for limit in VLLM_RANKS if limit >= rank), None)) is None:
         raise ValueError(
             f"the adapter has a layer of rank {rank}, but vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}: cut it "
             f"(rank={VLLM_RANKS[-1]}), or {MERGE}"
@@ -88,17 +89,13 @@ def slot(rank: int, server: str) -> int:
 def differences(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, int]:
     """By server, the number of layers in which it scales `B A` differently from PEFT; `ranks` by layer."""
     r, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
-    counts = dict.fromkeys(SERVERS, 0)
+    counts = dict.fromkeys(_SERVERS, 0)
     for name, rank in ranks.items():
         if not rank:
             continue
         own = scaling_of(of_pattern(config.get("alpha_pattern"), name.removeprefix(PREFIX), alpha), rank, rslora)
-        served = {
-            "vllm": scaling_of(alpha, r, rslora),
-            "sglang": alpha / r,
-            "llama.cpp": alpha / rank if alpha else 1.0,
-        }
-        for server, scaling in served.items():
+        served = scaling_of(alpha, r, rslora), alpha / r, alpha / rank if alpha else 1.0
+        for server, scaling in zip(_SERVERS, served, strict=True):
             counts[server] += not math.isclose(own, scaling, rel_tol=1e-6, abs_tol=1e-12)
     return counts
 
@@ -112,30 +109,22 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
         return [f"servers (vLLM, SGLang, llama.cpp): refused, for what LoRA-Dash needs to go on training: {_EXPORT}"]
     ranks = {name.partition(".lora_A.")[0]: shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     highest, wrong = max(ranks.values()), differences(config, ranks)
-    problems = {
-        server: [f"other numbers in {count} of {len(ranks)} layers"] for server, count in wrong.items() if count
-    }
+    problems = {name: [f"other numbers in {count} of {len(ranks)} layers"] for name, count in wrong.items() if count}
     if highest > config["r"]:
         problems.setdefault("vllm", []).append(f"it takes r={config['r']} for the rank, but a layer has {highest}")
     if any(rank != config["r"] for rank in ranks.values()):
         problems.setdefault("sglang", []).append("it refuses layers of several ranks")
     if isinstance(config.get("target_modules"), str):
         problems.setdefault("sglang", []).append("it refuses an expression for target_modules")
-    why = {
-        "vllm": "one alpha/r, patterns are ignored",
-        "sglang": "one alpha/r, no rsLoRA",
-        "llama.cpp": "alpha / rank of each tensor, no rsLoRA or patterns",
-    }
     sentences = []
-    for server in SERVERS:
+    for server, (shown, why) in _SERVERS.items():
         if server in problems:
-            sentences.append(f"{_SHOWN[server]}: {'; '.join(problems[server])} ({why[server]}): {_EXPORT}")
+            sentences.append(f"{shown}: {'; '.join(problems[server])} ({why}): {_EXPORT}")
         elif server == "vllm" and highest > VLLM_RANKS[-1]:
-            sentences.append(
-                f"vLLM: rank {highest} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}: export(rank=...)"
-            )
+            largest = VLLM_RANKS[-1]
+            sentences.append(f"vLLM: rank {highest} is above the largest --max-lora-rank, {largest}: export(rank=...)")
         elif server == "vllm":
-            sentences.append(f"vLLM: --max-lora-rank {slot(highest, server)}")
+            sentences.append(f"vLLM: --max-lora-rank {slot(highest)}")
         elif server == "sglang":
             sentences.append(f"SGLang: --max-lora-rank {highest} or more")
         else:
@@ -145,8 +134,5 @@ def notes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> l
 
 def common(scalings: Iterable[float]) -> float:
     """The scaling to write for all layers: the most frequent one, so that most B stay bit for bit; never 0."""
-    counts: dict[float, int] = {}
-    for scaling in scalings:
-        counts[scaling] = counts.get(scaling, 0) + (scaling != 0)
-    best = max(counts, key=lambda scaling: counts[scaling], default=0.0)
-    return best or 1.0
+    counts = Counter(scaling for scaling in scalings if scaling != 0)
+    return counts.most_common(1)[0][0] if counts else 1.0

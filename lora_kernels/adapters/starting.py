@@ -33,13 +33,12 @@ def startable_layers(model: nn.Module, adapter: str, *, force: bool, without_exp
             f"the factors of layer {', '.join(offloaded)} are on the meta device, offloaded by accelerate, which would "
             "put the old values back: initialise before the model is offloaded"
         )
-    if not force:
-        check_untrained(layers, adapter)
-    else:
+    if force:
         _check_biases(model, layers, adapter)
+    else:
+        check_untrained(layers, adapter)
     layers = _wide_enough(layers)
-    reason = changed_base(_config(model, adapter))
-    if reason is not None:
+    if (reason := changed_base(_config(model, adapter))) is not None:
         raise ValueError(
             f"adapter {adapter!r} cannot start again: {reason}, which would stay changed; make the model anew, with "
             "init_lora_weights=True"
@@ -90,8 +89,7 @@ def _check_biases(model: nn.Module, layers: AdapterLayers, adapter: str) -> None
 def check_readable(layers: Iterable[AdapterLayer]) -> None:
     """Raise a ValueError if base weights cannot be read, naming all such layers."""
     reasons = {layer.name: why_unreadable(layer.module) for layer in layers}
-    bad = {name: why for name, why in reasons.items() if why is not None}
-    if bad:
+    if bad := {name: why for name, why in reasons.items() if why is not None}:
         raise ValueError(
             f"the base weight of layer {', '.join(bad)} cannot be read: {'; '.join(dict.fromkeys(bad.values()))} "
             "(exclude_modules leaves layers out; eva, lora_ga and lora_one read no base weight)"
@@ -119,8 +117,7 @@ def check_offset(model: nn.Module, layers: AdapterLayers, adapter: str, base: st
         raise ValueError(f"adapter {adapter!r} uses DoRA, which cannot start away from zero and keep the function")
     counts = places(model)
     for layer in layers.supported:
-        reason = parts.refusal(carrier(layer), adapter)
-        if reason is not None:
+        if (reason := parts.refusal(carrier(layer), adapter)) is not None:
             raise ValueError(f"layer {layer.name} cannot start away from zero and keep the function: {reason}")
         if base == "mutate" and weight_kind(layer.module) != PLAIN:
             raise ValueError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import re
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +13,10 @@ from torch import nn
 
 from lora_kernels.adapters.base_weight import whole
 from lora_kernels.adapters.names import config_name
-from lora_kernels.adapters.versions import require_peft
 from lora_kernels.runtime.processes import unwrap
+
+# The first whose layers store per adapter whether it is rank-stabilized, which a change of rank needs.
+MINIMUM = (0, 18)
 
 
 class LoraView(NamedTuple):
@@ -53,6 +59,23 @@ class LoraView(NamedTuple):
 def _number(value: Any) -> float:
     """A Python number; PEFT stores one-element tensors for hot-swapping."""
     return value.item() if hasattr(value, "item") else value  # type: ignore[no-any-return]
+
+
+@functools.cache
+def require_peft() -> None:
+    """Raise an ImportError if PEFT is missing or too old, before it is used."""
+    needed = ".".join(map(str, MINIMUM))
+    module = sys.modules.get("peft")
+    try:
+        installed = getattr(module, "__version__", None) or importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            f"peft is not installed, but lora_kernels needs peft>={needed} for this: pip install 'lora_kernels[peft]'"
+        ) from error
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is not None and tuple(map(int, numbers.groups())) < MINIMUM:
+        what = f"peft {installed} is installed, but lora_kernels needs peft>={needed}"
+        raise ImportError(f"{what}: pip install --upgrade peft")
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> list[LoraView]:

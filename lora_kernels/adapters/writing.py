@@ -86,44 +86,18 @@ def set_rank(module: Any, adapter: str, rank: int, alpha: float, *, rslora: bool
     _set_scaling(module, adapter, rank, alpha, rslora=rslora)
 
 
-def _remove(model: nn.Module, layer: AdapterLayer, adapter: str) -> None:
-    name, module = layer.view
-    if len(module.r) > 1:  # other adapters live on this layer: only ours goes
-        module.delete_adapter(adapter)
-        return
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.get_base_layer())
-
-
-def _config_names(model: nn.Module, adapter: str) -> tuple[dict[str, tuple[int, float]], list[str], list[str]]:
-    """Rank and alpha of an adapter's layers; the modules among them; and modules without the adapter."""
-    views = lora_layers(model, adapter)
-    with_adapter = {view.config_name: (view.rank(adapter), view.alpha(adapter)) for view in views}
-    modules = [view.config_name for view in views if view.parameter_name is None]
-    names = {name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name}
-    return with_adapter, modules, [config_name(name) for name in names - {view.name for view in views}]
-
-
-def _update_config(model: nn.Module, adapter: str, *, removed: bool) -> None:
-    """Make the adapter's config describe its layers, so that stock PEFT rebuilds them when it loads the adapter."""
-    # `removed`: layers lost their adapter, so that `target_modules` must name those left.
-    from lora_kernels.adapters.config import set_ranks  # noqa: PLC0415  (imports peft)
-
-    config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
-    set_ranks(config, _config_names(model, adapter)[0])
-    if removed:
-        list_modules(model, adapter, config)
-
-
 def list_modules(model: nn.Module, adapter: str, config: Any, *, always: bool = False) -> None:
     """Make a config name the modules that have an adapter, and no others."""
     # `always`: a list, also where only an expression can tell the modules from others; `exclude_modules` does then.
     from peft.tuners.tuners_utils import check_target_module_exists as matches  # noqa: PLC0415
 
-    _, modules, without = _config_names(model, adapter)
+    views = lora_layers(model, adapter)
+    modules = [view.config_name for view in views if view.parameter_name is None]
+    names = {name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name}
+    without = [config_name(name) for name in names - {view.name for view in views}]
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
-        config.target_modules = names
+    for targets in ({name.rpartition(".")[2] for name in modules}, set(modules)):
+        config.target_modules = targets
         if not any(matches(config, name) for name in without):
             return
     # Names are matched by their tails: where that is ambiguous, one regular expression matches whole names.
@@ -155,9 +129,17 @@ def write(
             "sharding, for instance from statistics that were collected on the sharded model"
         )
     for layer in written:
-        if ranks[layer.name] == 0:
-            _remove(model, layer, adapter)
+        if ranks[layer.name] == 0 and len(layer.module.r) > 1:  # other adapters live on this layer
+            layer.module.delete_adapter(adapter)
+        elif ranks[layer.name] == 0:
+            model.set_submodule(layer.name, layer.module.get_base_layer())
         else:
             _write_layer(layer, factors[layer.name], adapter, adjust=adjust_scaling_factors)
-    if changed:
-        _update_config(model, adapter, removed=0 in ranks.values())
+    if changed:  # the config describes the layers, so that stock PEFT rebuilds them when it loads the adapter
+        from lora_kernels.adapters.config import set_ranks  # noqa: PLC0415  (imports peft)
+
+        config: Any = model.peft_config[adapter]  # type: ignore[index, union-attr, operator]
+        views = lora_layers(model, adapter)
+        set_ranks(config, {view.config_name: (view.rank(adapter), view.alpha(adapter)) for view in views})
+        if 0 in ranks.values():
+            list_modules(model, adapter, config)

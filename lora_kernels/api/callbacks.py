@@ -58,15 +58,14 @@ class LoraDashCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Raise a RuntimeError if model and optimizer of the training are not those that have them."""
         parameters = {id(parameter) for parameter in unwrap(model).parameters()}
-        if self.run is None or not all(id(coordinate) in parameters for coordinate in self.run.coordinates()):
+        if self.run is None or not parameters.issuperset(map(id, self.run.coordinates())):
             raise RuntimeError(
                 "the model in training has no coordinates of this callback: pass it to Trainer(callbacks=[...]), not "
                 "to add_callback, and a model, not model_init"
             )
         trained = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
-        if optimizer is not None and any(
-            coordinate.requires_grad and id(coordinate) not in trained for coordinate in self.run.coordinates()
-        ):
+        to_train = {id(coordinate) for coordinate in self.run.coordinates() if coordinate.requires_grad}
+        if optimizer is not None and not to_train <= trained:
             raise RuntimeError(
                 "the optimizer does not hold the coordinates of LoRA-Dash, which are parameters of the model since the "
                 "Trainer was created: create_optimizer must take all parameters that require gradients (ZeRO, which "
@@ -117,12 +116,9 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to measure; a warning if reporting callbacks get the logs before the numbers are in them."""
         if getattr(args, "report_to", None) and not self._attached:
-            warnings.warn(
-                f"{', '.join(args.report_to)} gets the logs before the numbers of the landscape are in them: use "
-                "LandscapeCallback(...).attach(trainer) instead of callbacks=[...]",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            what = f"{', '.join(args.report_to)} gets the logs before the numbers of the landscape are in them"
+            use = "use LandscapeCallback(...).attach(trainer) instead of callbacks=[...]"
+            warnings.warn(f"{what}: {use}", RuntimeWarning, stacklevel=2)
         if not state.is_world_process_zero:
             self.monitor.path = None
         self._pending = {}
@@ -130,8 +126,7 @@ class LandscapeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where it is time to, and ask for a log."""
-        numbers = self.monitor.step(kwargs["model"], state.global_step)
-        if numbers is None:
+        if (numbers := self.monitor.step(kwargs["model"], state.global_step)) is None:
             return
         self._pending = {f"{PREFIX}{name}": value for name, value in numbers.items()}
         if getattr(args.logging_strategy, "value", args.logging_strategy) != "no":
@@ -166,24 +161,20 @@ class LearningRateCallback(TrainerCallback):  # type: ignore[misc]
         """Measure, print one line, and warn."""
         if state.global_step > 0:
             return
-        name, loader = _optimizer_name(kwargs.get("optimizer")), kwargs.get("train_dataloader")
-        if name is None:
-            kind = type(kwargs.get("optimizer")).__name__
-            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
-        else:
-            # (accelerate's loaders note that they are being read: what is inside does not.)
-            data = getattr(loader, "base_dataloader", loader)
+        optimizer, loader = kwargs.get("optimizer"), kwargs.get("train_dataloader")
+        inner = getattr(optimizer, "optimizer", optimizer)  # wrappers hold theirs
+        # (accelerate's loaders note that they are being read: what is inside does not.)
+        data = getattr(loader, "base_dataloader", loader)
+        if isinstance(inner, LoraPro):
+            name = "lora_pro_full" if inner.mode == "full" else "lora_pro"
             self.advice = advise(kwargs["model"], data, name, {})
+        elif isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            self.advice = advise(kwargs["model"], data, "adamw", {})
+        else:
+            kind = type(optimizer).__name__
+            self.advice = LearningRateAdvice(optimizer=kind, reason="no share is known for it")
         outside = self.advice.judge(args.learning_rate)
         if state.is_world_process_zero:
             print(self.advice.summary())
             if outside is not None:
                 warnings.warn(outside, RuntimeWarning, stacklevel=2)
-
-
-def _optimizer_name(optimizer: Any) -> str | None:
-    """Its name for `suggest_learning_rate`; wrappers hold theirs in `optimizer`."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if isinstance(inner, LoraPro):
-        return "lora_pro_full" if inner.mode == "full" else "lora_pro"
-    return "adamw" if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)) else None

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from lora_kernels import landscape
 from lora_kernels._checks import check_range, check_type
 from lora_kernels.adapters import parts
 from lora_kernels.adapters.base_weight import row_blocks, why_unreadable
 from lora_kernels.adapters.experts import ExpertLayer
 from lora_kernels.adapters.experts import observed as observed_experts
+from lora_kernels.adapters.folders import AdapterFolder
 from lora_kernels.adapters.layers import AdapterLayer, AdapterLayers, find_lora_layers
 from lora_kernels.adapters.starting import carrier
 from lora_kernels.api.start import observed
-from lora_kernels.landscape import (
-    Adapter,
-    Diagnosis,
-    LayerDiagnosis,
-    Spectrum,
-    Thresholds,
-    WeightNorms,
-    certify,
-    directions,
-    judge,
-    leading_directions,
-    measure,
-    overall,
-    overlap,
-    weight_norms,
-)
+from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Spectrum, Thresholds, WeightNorms
 from lora_kernels.landscape.report import rows
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import summed_loss
-from lora_kernels.runtime.modes import observation_mode
+from lora_kernels.runtime.modes import holding, observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
@@ -73,9 +59,8 @@ def snapshot(model: nn.Module, adapter_name: str = "default") -> dict[str, Facto
 def find_adapters(
     layers: AdapterLayers,
     adapter_name: str,
-    *,
-    weights: Mapping[str, WeightNorms | None] | None = None,
-    start: Mapping[str, Factors] | None = None,
+    weights: Mapping[str, WeightNorms | None],
+    start: Mapping[str, Factors] | None,
 ) -> list[Adapter]:
     """The factors of an adapter's layers with norms of base weights; the drift is from `start`, or a frozen start."""
     adapters = []
@@ -96,14 +81,14 @@ def find_adapters(
                 f"but must fit {tuple(a.shape)} and {tuple(b.shape)}"
             )
         scaling = float(layer.view.scaling(adapter_name))
-        adapters.append(Adapter(name, a, b, scaling, (weights or {}).get(name), origin))
+        adapters.append(Adapter(name, a, b, scaling, weights.get(name), origin))
     return adapters
 
 
 def base_norms(layers: AdapterLayers) -> dict[str, WeightNorms | None]:
     """By name, norms of the weights under an adapter; `None` where W cannot be read (merged, meta device, packed)."""
     return {
-        layer.name: None if _why_no_weight(layer.module) else weight_norms(*_rows(layer.module))
+        layer.name: None if _why_no_weight(layer.module) else landscape.weight_norms(*_rows(layer.module))
         for layer in layers.supported
     }
 
@@ -176,12 +161,16 @@ def diagnose(
     chosen = read_options({"budget": "auto", **options})
     model = unwrap(model)
     layers = find_lora_layers(model, adapter_name, allow_merged=True, without_experts=None)
-    adapters = find_adapters(layers, adapter_name, weights=base_norms(layers) if weights else None, start=start)
-    spectra = measure(adapters, rank_tolerance=limits.rank_tolerance)
+    adapters = find_adapters(layers, adapter_name, base_norms(layers) if weights else {}, start)
+    spectra = landscape.measure(adapters, rank_tolerance=limits.rank_tolerance)
     gain: float | None = None
     broken = any(spectrum.status == "not_finite" for spectrum in spectra.values())
-    if loader is not None:
-        _check_active(layers, adapter_name)
+    for layer in layers.supported if loader is not None else ():
+        if (module := carrier(layer)).disable_adapters or adapter_name not in module.active_adapters:
+            raise ValueError(
+                f"adapter {adapter_name!r} is not active in layer {layer.name}: its gradient would be that of another "
+                "point; call model.set_adapter, or enable the adapters"
+            )
     if loader is not None and not broken:
         targets, _ = observed(layers)
         with observed_experts(target.module for target in targets):
@@ -201,7 +190,7 @@ def diagnose(
     return Diagnosis(
         adapter=adapter_name,
         layers=diagnoses,
-        verdict=overall(row.verdict for row in rows(diagnoses)),
+        verdict=landscape.overall(row.verdict for row in rows(diagnoses)),
         thresholds=limits,
         weight_decay=weight_decay,
         batches=0 if statistics is None else statistics.batches,
@@ -209,16 +198,6 @@ def diagnose(
         unsupported=tuple((name, why) for name, _, why in layers.unsupported),
         notes=() if note is None else (note,),
     )
-
-
-def _check_active(layers: AdapterLayers, adapter: str) -> None:
-    for layer in layers.supported:
-        module = carrier(layer)
-        if module.disable_adapters or adapter not in module.active_adapters:
-            raise ValueError(
-                f"adapter {adapter!r} is not active in layer {layer.name}: its gradient would be that of another "
-                "point; call model.set_adapter, or enable the adapters"
-            )
 
 
 def _gain(
@@ -229,40 +208,25 @@ def _gain(
     options: CollectOptions,
     statistics: Statistics,
 ) -> float | None:
-    """Mean loss without the adapter's linear updates less that with them, over the batches of the statistics.
-
-    `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged, or
-    a mean over samples is not that over batches.
-    """
+    """Mean loss without the adapter's linear updates less that with them, over the batches of the statistics."""
+    # `None` where it cannot be had: the loader can be read once, several processes share the data, updates are merged,
+    # or a mean over samples is not that over batches.
     modules = list(dict.fromkeys(carrier(layer) for layer in layers.supported))
     unknown = isinstance(loader, Iterator) or world_size() > 1 or options.weighting != "token"
     if unknown or any(module.merged for module in modules):
         return None
-    device = model_device(model)
+    device, weights = model_device(model), [module.lora_B[adapter].weight for module in modules]
     totals, items = [0.0, 0.0], 0.0
     with observation_mode(model, gradients=False):
         for batch in itertools.islice(loader, statistics.batches):
             batch = to_device(batch, device)
             for place in (0, 1):
-                with _without_product(modules, adapter) if place == 0 else contextlib.nullcontext():
+                moved = weights if place == 0 else []  # to B = 0; a frozen start stays
+                with holding(moved, (torch.zeros_like(weight.data) for weight in moved)):
                     total, count = summed_loss(model, batch, options.forward, options.loss, options.reduction)
                 totals[place] += float(total)
             items += count
     return (totals[0] - totals[1]) / items if items > 0 else None
-
-
-@contextlib.contextmanager
-def _without_product(modules: Sequence[Any], adapter: str) -> Iterator[None]:
-    """Run layers with B = 0 for a while; a frozen start stays."""
-    weights = [module.lora_B[adapter].weight for module in modules]
-    before = [weight.data for weight in weights]
-    try:
-        for weight in weights:
-            weight.data = torch.zeros_like(weight.data)
-        yield
-    finally:
-        for weight, value in zip(weights, before, strict=True):
-            weight.data = value
 
 
 def _layer(
@@ -279,8 +243,7 @@ def _layer(
     module, carries, certificate = place.module, carrier(place), None
     layer = None if statistics is None else statistics.get(adapter.name)
     tokens = None if layer is None else layer.tokens
-    unreadable = _why_no_weight(module)
-    if unreadable is not None:
+    if (unreadable := _why_no_weight(module)) is not None:
         notes.append(f"not compared with the weight: {unreadable}")
     if spectrum.status == "not_finite":
         notes.append("the factors hold NaN or infinite entries")
@@ -297,11 +260,25 @@ def _layer(
         elif adapter.scaling == 0:
             notes.append("no certificate: the scaling is zero")
         else:
-            certificate = certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
+            certificate = landscape.certify(adapter, spectrum, layer.gradient_operator(), weight_decay, gain)
     compared = None
     if intruders and spectrum.status == "ok" and unreadable is None:
         blocks, shape, device = _rows(module)
-        weight = leading_directions(blocks, shape, _OF_WEIGHT, device)
-        compared = overlap(directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)
-    verdict = judge(spectrum, certificate, limits)
+        weight = landscape.leading_directions(blocks, shape, _OF_WEIGHT, device)
+        compared = landscape.overlap(landscape.directions(adapter, min(_OF_UPDATE, spectrum.numerical_rank)), weight)
+    verdict = landscape.judge(spectrum, certificate, limits)
     return LayerDiagnosis(adapter.name, spectrum, verdict, certificate, compared, tuple(notes), place.parameter, tokens)
+
+
+def inspect_folder(folder: AdapterFolder) -> Diagnosis:
+    """Spectra and balance of an adapter from its files alone; no layer is compared with its weight."""
+    limits = Thresholds()
+    adapters = [Adapter(layer.name, layer.a, layer.b, layer.scaling, start=layer.start) for layer in folder.layers]
+    spectra = landscape.measure(adapters, rank_tolerance=limits.rank_tolerance)
+    layers = tuple(
+        LayerDiagnosis(name, spectrum, landscape.judge(spectrum, None, limits), parameter=layer.parameter)
+        for layer, (name, spectrum) in zip(folder.layers, spectra.items(), strict=True)
+    )
+    verdict = landscape.overall(row.verdict for row in rows(layers))
+    notes = ("the base model was not read: nothing is compared with its weights", *folder.notes)
+    return Diagnosis(str(folder.path), layers, verdict, limits, unsupported=folder.unsupported, notes=notes)

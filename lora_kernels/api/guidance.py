@@ -29,8 +29,7 @@ def outlook(
     # stock LoRA has B = 0 and A uniform within 1 / sqrt(n), so |A|^2 = r / 3.
     moved = m * float(a.square().sum()) + n * float(b.square().sum())
     ratio = math.sqrt(moved / (m * rank / 3))
-    layer = statistics.get(name)
-    if layer is None or not layer.has_gradient:
+    if (layer := statistics.get(name)) is None or not layer.has_gradient:
         return {"start_change": 0.0 if offset or not bool(b.any()) else None, "step_ratio": ratio}
     gradient = layer.gradient_operator()
     of_a, of_b = gradient.transposed_times(b).mT, gradient.times(a.mT)
@@ -46,8 +45,7 @@ def advice(
     """Sentences about learning rates, from the `step_ratio` of all layers."""
     # The last is a warning if and only if a LoRA-sized rate meets a start away from zero that moves farther than LoRA
     # does.
-    values = list(ratios)
-    if not values:
+    if not (values := list(ratios)):
         return ()
     # (No advice for starts that move less: LoRA-DA's best rate is not larger, see benchmarks/results/quality_*.)
     ratio, sentences = quantiles.median(values), []

@@ -69,8 +69,7 @@ def _findings(report: InitReport) -> list[Finding]:
         for note, layers in groups.items()
     ]
     variances = {layer.name: layer.explained_variance for layer in report if layer.explained_variance is not None}
-    low = sorted((value, name) for name, value in variances.items() if value < _LOW_VARIANCE)
-    if low:
+    if low := sorted((value, name) for name, value in variances.items() if value < _LOW_VARIANCE):
         meaning = "the inputs of these layers have more directions than the rank covers"
         advice = "raise r, or let ranks follow the data: ranks=Redistribution('explained_variance', 2.0)"
         layers = tuple((name, f"{100 * value:.1f} %") for value, name in low)

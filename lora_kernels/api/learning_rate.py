@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from rich.text import Text
 from torch import distributed, nn
 
 from lora_kernels._checks import check_choice, check_range, check_type
+from lora_kernels.adapters.dora import caching_enabled
 from lora_kernels.reports import Report, Table
 from lora_kernels.runtime.feed import model_device, to_device
 from lora_kernels.runtime.loss import Loss, Reduction, summed_loss
-from lora_kernels.runtime.modes import is_sharded, observation_mode
+from lora_kernels.runtime.modes import holding, is_sharded, observation_mode
 from lora_kernels.runtime.processes import gather, raise_together, together, unwrap, world_size
 from lora_kernels.statistics.options import Forward
 from lora_kernels.training.lora_pro import LoraPro
@@ -39,11 +39,7 @@ class Share(NamedTuple):
 
 # Calibrated on SmolLM2-135M, GSM8K and generated word problems (docs/learning_rate.md): `rate` is about the mean share
 # of the swept best rates, `low` to `high` holds them all.
-SHARES = {
-    "adamw": Share(0.25, 0.5, 3.0),
-    "lora_pro": Share(0.25, 0.5, 3.0),
-    "lora_pro_full": Share(0.07, 0.2, 0.5),
-}
+SHARES = {"adamw": Share(0.25, 0.5, 3.0), "lora_pro": Share(0.25, 0.5, 3.0), "lora_pro_full": Share(0.07, 0.2, 0.5)}
 OPTIMIZERS = tuple(SHARES)
 # The line is measured at powers of 10^(1/2), from here, and twice as densely around its lowest point.
 _FIRST, _PER_DECADE, _LOWEST, _HIGHEST = 1e-3, 2, -16, 8
@@ -96,14 +92,7 @@ class LearningRateAdvice(Report):
         )
 
     def judge(self, learning_rate: float) -> str | None:
-        """What to say of a rate that lies outside of `low` to `high`.
-
-        Args:
-            learning_rate: of training.
-
-        Returns:
-            A sentence; `None` where the rate lies inside, or no rate is known.
-        """
+        """A sentence on a rate of training outside of `low` to `high`; `None` where it lies inside or none is known."""
         if self.rate is None or self.low is None or self.high is None or self.low <= learning_rate <= self.high:
             return None
         where = "above" if learning_rate > self.high else "below"
@@ -128,7 +117,7 @@ class LearningRateAdvice(Report):
 def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[float, float], float | None, str | None]:
     """The losses by rate (`start` at 0), and the rate at which the line is lowest, or `None` and why there is none."""
     # About eight points; the turn is that of a parabola through the lowest of them and its neighbours.
-    points: dict[float, float] = {}
+    points = {0.0: start}
 
     def measured(index: float) -> float:
         rate = _rate(index)
@@ -144,14 +133,13 @@ def find_turn(loss_at: Callable[[float], float], start: float) -> tuple[dict[flo
         while _LOWEST <= best + way <= _HIGHEST and measured(best + way) < measured(best):
             best += way
     if not measured(best) < start:
-        return {0.0: start, **points}, None, "no rate lowers the loss of batches other than the step's"
+        return points, None, "no rate lowers the loss of batches other than the step's"
     if best in (_LOWEST, _HIGHEST):
-        reason = f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
-        return {0.0: start, **points}, None, reason
+        return points, None, f"the loss along the first step is lowest at the last rate tried, {_rate(best):g}"
     around = [best - 1.0, best - 0.5, float(best), best + 0.5, best + 1.0]
     place = min(around[1:-1], key=measured)
     left, middle, right = ((_rate(index), measured(index)) for index in (place - 0.5, place, place + 0.5))
-    return {0.0: start, **points}, _vertex(left, middle, right), None
+    return points, _vertex(left, middle, right), None
 
 
 def _rate(index: float) -> float:
@@ -209,9 +197,9 @@ class _Probe:
 
         def run() -> tuple[float, float]:
             counted = 0.0
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)
-            try:
+            with contextlib.ExitStack() as undo:
+                for parameter in self.parameters:
+                    undo.callback(parameter.requires_grad_(True).requires_grad_, False)
                 for batch in batches:
                     total, items = summed_loss(self.model, batch, *self.settings)
                     if items <= 0:
@@ -224,9 +212,6 @@ class _Probe:
                     for have, part in zip(sums, parts, strict=True):
                         if part is not None:
                             have += part
-            finally:
-                for parameter in self.parameters:
-                    parameter.requires_grad_(False)
             return 0.0, counted
 
         _, counted = self._summed(run)
@@ -239,17 +224,11 @@ class _Probe:
                 raise ValueError("the gradient holds NaN or infinite entries")
         return sums
 
-    @contextlib.contextmanager
-    def moved(self, rate: float, direction: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Hold the parameters a step on; their own memory is not touched, and is put back."""
-        before = [parameter.data for parameter in self.parameters]
-        try:
-            for parameter, value, step in zip(self.parameters, before, direction, strict=True):
-                parameter.data = value.to(step.dtype).add(step, alpha=rate).to(value.dtype)
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, before, strict=True):
-                parameter.data = value
+    def moved(self, rate: float, direction: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Hold the parameters a step on."""
+        pairs = ((parameter.data, step) for parameter, step in zip(self.parameters, direction, strict=True))
+        values = (value.to(step.dtype).add(step, alpha=rate).to(value.dtype) for value, step in pairs)
+        return holding(self.parameters, values)
 
 
 def _first_step(probe: _Probe, optimizer: str, pairs: Sequence[Any], gradients: Tensors) -> Tensors:
@@ -289,9 +268,8 @@ def advise(
     if data is None or isinstance(data, Iterator):
         reason = "no data was given" if data is None else "the data can be read once only"
         return LearningRateAdvice(optimizer=optimizer, reason=reason)
-    names = ("forward", "loss", "reduction")
     try:
-        given = {name: settings[name] for name in names if name in settings}
+        given = {name: settings[name] for name in ("forward", "loss", "reduction") if name in settings}
         return suggest_learning_rate(model, data, optimizer=optimizer, **given)
     except Exception as error:  # noqa: BLE001  (whatever a model does: the adapter has been started)
         return LearningRateAdvice(optimizer=optimizer, reason=f"{error or type(error).__name__}")
@@ -338,7 +316,7 @@ def suggest_learning_rate(
     check_type("data", data, Iterable, "an iterable of batches")
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_range("batches", batches, low=1, integer=True)
-    if getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False):
+    if caching_enabled():
         raise ValueError("DoRA's norms are cached inside of peft.helpers.DoraCaching: ask for a learning rate outside")
     probe = _Probe(model, forward, loss, reduction)
     pairs = find_pairs(model) if optimizer != "adamw" else []
@@ -364,9 +342,8 @@ def suggest_learning_rate(
             f"the first step lowers the loss of other batches by {100 * fall:.1g} % only, and a line that flat does "
             "not speak for training (a new head, or a gradient that is mostly noise: larger or more batches help there)"
         )
-    low, rate, high = (
-        (None, None, None) if reason is not None or turn is None else (turn * part for part in SHARES[optimizer])
-    )
+    known = turn if reason is None else None
+    low, rate, high = (None if known is None else known * part for part in SHARES[optimizer])
     return LearningRateAdvice(
         optimizer=optimizer,
         rate=rate,

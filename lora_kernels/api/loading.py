@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels.adapters import loading
 from lora_kernels.adapters.folders import CONFIG, mark_of, read_config, read_tensors
 from lora_kernels.adapters.layers import find_lora_layers, is_peft_model
-from lora_kernels.adapters.versions import require_peft
+from lora_kernels.adapters.view import require_peft
 from lora_kernels.training.dash import LoraDash
 
 
@@ -48,8 +48,7 @@ def load(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} has wrong settings of LoRA-Dash: {error}") from error
     model: Any = base
-    existing = is_peft_model(base)
-    if existing:
+    if existing := is_peft_model(base):
         if settings:
             raise TypeError(f"{', '.join(sorted(settings))}: the model is a PEFT model already")
         find_lora_layers(base, adapter_name, without_experts=None)  # or an error

@@ -23,16 +23,8 @@ from lora_kernels.reports import plain
 from lora_kernels.runtime.processes import unwrap
 
 # What a line of the file has of every layer, and of the experts of a parameter together.
-LAYER_FIELDS = (
-    "spectral",
-    "nuclear",
-    "frobenius",
-    "numerical_rank",
-    "entropy_rank",
-    "balance",
-    "spectral_share",
-    "drift",
-)
+_LARGEST = ("spectral", "numerical_rank", "balance", "spectral_share")  # of the experts: the largest
+LAYER_FIELDS = (*_LARGEST, "nuclear", "frobenius", "entropy_rank", "drift")
 
 
 def _finite(spectra: Iterable[Spectrum]) -> list[Spectrum]:
@@ -81,9 +73,7 @@ def _of_experts(spectra: Sequence[Spectrum]) -> dict[str, float | None]:
     finite = _finite(spectra) or spectra
     known = {name: _known(finite, name) for name in LAYER_FIELDS}
     return {
-        **{
-            name: max(known[name], default=None) for name in ("spectral", "numerical_rank", "balance", "spectral_share")
-        },
+        **{name: max(known[name], default=None) for name in _LARGEST},
         "nuclear": math.fsum(known["nuclear"]),
         "frobenius": math.hypot(*known["frobenius"]),
         "smallest_rank": min(known["numerical_rank"]),
@@ -107,10 +97,22 @@ class LandscapeMonitor:
     every process must call it; give the path to one of them. Each expert of a parameter (`target_parameters`) is
     measured; those of one parameter are one entry in the file, and one layer in the means.
 
+    Args:
+        every: steps between two measurements.
+        path: file to append to, if any, one JSON object per line; its folder is created.
+        adapter_name: the adapter.
+        weights: compare with the norms of the base weights, which are computed once, at the first step.
+        drift: keep the factors of the first step and measure the distance from them.
+        rank_tolerance: see `landscape.Spectrum`.
+
     Attributes:
         count: steps so far.
         latest: the last spectra, by name of a layer or an expert.
         unsupported: LoRA layers that are not measured, and why.
+
+    Raises:
+        TypeError: if a numeric argument is not a number.
+        ValueError: if one is out of range.
     """
 
     def __init__(
@@ -123,20 +125,6 @@ class LandscapeMonitor:
         drift: bool = False,
         rank_tolerance: float = RANK_TOLERANCE,
     ) -> None:
-        """Prepare.
-
-        Args:
-            every: steps between two measurements.
-            path: file to append to, if any, one JSON object per line; its folder is created.
-            adapter_name: the adapter.
-            weights: compare with the norms of the base weights, which are computed once, at the first step.
-            drift: keep the factors of the first step and measure the distance from them.
-            rank_tolerance: see `landscape.Spectrum`.
-
-        Raises:
-            TypeError: if a numeric argument is not a number.
-            ValueError: if one is out of range.
-        """
         check_range("every", every, low=1, integer=True)
         check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
         self.every, self.adapter_name = every, adapter_name
@@ -147,7 +135,6 @@ class LandscapeMonitor:
         self._weights, self._drift, self._rank_tolerance = weights, drift, rank_tolerance
         self._norms: dict[str, WeightNorms | None] | None = None
         self._start: dict[str, Factors] | None = None
-        self._started = time.perf_counter()
 
     def begin(self, model: nn.Module) -> None:
         """Compute what stays: norms of the base weights, and the start. Otherwise the first measurement does it."""
@@ -182,7 +169,7 @@ class LandscapeMonitor:
         if self._norms is None:
             self.begin(model)
         layers = self._layers(model)
-        adapters = find_adapters(layers, self.adapter_name, weights=self._norms, start=self._start)
+        adapters = find_adapters(layers, self.adapter_name, self._norms or {}, self._start)
         self.latest = measure(adapters, rank_tolerance=self._rank_tolerance)
         parameters = {layer.name: layer.parameter for layer in layers.supported if layer.parameter is not None}
         numbers = summarize(self.latest, parameters)
@@ -210,11 +197,7 @@ def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The measurements in a monitor's file, without a last line that was cut off (a killed run).
-
-    Raises:
-        ValueError: if the file is missing, or a line was not written by a monitor.
-    """
+    """The measurements in a monitor's file, without a last line that was cut off; a ValueError if it is none."""
     if not path.is_file():
         raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     entries: list[dict[str, Any]] = []
@@ -239,3 +222,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not entries:
         raise ValueError(f"{path} holds no measurement")
     return entries
+
+
+def log_summary(log: Sequence[dict[str, Any]]) -> str:
+    """One line on how the numbers moved between the first and the last measurement."""
+    first, last = log[0], log[-1]
+    parts = []
+    for key in ("nuclear", "share", "rank", "balance"):
+        if isinstance(first.get(key), (int, float)) and isinstance(last.get(key), (int, float)):
+            parts.append(f"{key} {first[key]:.3g} -> {last[key]:.3g}")
+    broken = last.get("not_finite") or 0
+    if isinstance(broken, (int, float)) and not math.isnan(broken) and broken > 0:
+        parts.append(f"{int(broken)} layers not finite")
+    return f"{len(log)} measurements, steps {first['step']} to {last['step']}: {', '.join(parts)}"

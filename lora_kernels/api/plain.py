@@ -24,24 +24,20 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 def find_linear_layers(model: nn.Module, names: Iterable[str] | None = None) -> Sequence[Target]:
     """The linear layers of a model: those of the full `names` (an error if one is not), or all, in its order."""
     modules = dict(model.named_modules())
-    if names is not None:
-        if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
-            raise TypeError(f"targets must be module names, got {type(names).__name__} {repr_short(names)}")
-        listed = list(names)
-        for name in listed:
-            check_type("targets", name, str, "module names")
-            if name not in modules:
-                raise ValueError(f"targets names {name!r}, but the model has no such module")
-            if linear_features(modules[name]) is None:
-                kind = type(modules[name]).__name__
-                raise ValueError(f"targets names {name!r}, a {kind}, but must name linear layers")
-        chosen = list(dict.fromkeys(listed))
-    else:
-        chosen = [name for name, module in modules.items() if linear_features(module) is not None]
-        if not chosen:
-            raise ValueError(f"model ({type(model).__name__}) has no linear layer")
-    features = ((name, linear_features(modules[name])) for name in chosen)
-    return [Target(name, modules[name], *sizes) for name, sizes in features if sizes is not None]
+    features = {name: sizes for name, module in modules.items() if (sizes := linear_features(module)) is not None}
+    if names is None and not features:
+        raise ValueError(f"model ({type(model).__name__}) has no linear layer")
+    if isinstance(names, (str, torch.Tensor)) or not isinstance(names, (Iterable, type(None))):
+        raise TypeError(f"targets must be module names, got {type(names).__name__} {repr_short(names)}")
+    chosen = list(features if names is None else names)
+    for name in chosen:
+        check_type("targets", name, str, "module names")
+        if name not in modules:
+            raise ValueError(f"targets names {name!r}, but the model has no such module")
+        if name not in features:
+            kind = type(modules[name]).__name__
+            raise ValueError(f"targets names {name!r}, a {kind}, but must name linear layers")
+    return [Target(name, modules[name], *features[name]) for name in dict.fromkeys(chosen)]
 
 
 def skipped_modules(model: nn.Module) -> dict[str, str]:

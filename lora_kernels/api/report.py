@@ -156,8 +156,7 @@ def _of_experts(name: str, members: Sequence[LayerReport]) -> LayerReport:
         return [value for report in started if (value := getattr(report, field)) is not None]
 
     explained, variances = None, [(part.explained_variance, part.tokens) for part in started]
-    known = [(value, tokens) for value, tokens in variances if value is not None and tokens]
-    if known:
+    if known := [(value, tokens) for value, tokens in variances if value is not None and tokens]:
         explained = math.fsum(value * tokens for value, tokens in known) / math.fsum(tokens for _, tokens in known)
     first = members[0]
     return LayerReport(

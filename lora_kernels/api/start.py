@@ -87,9 +87,10 @@ class Start:
 
     def check(self) -> None:
         """Find the layers, and refuse before any data is read what could not be done afterwards."""
-        self.layers = starting.startable_layers(
-            self.model, self.adapter, force=self.force, without_experts=self._why_no_experts()
-        )
+        why = None if self.rule is None else "ranks are redistributed, and PEFT has one rank for all experts"
+        if self.method.offsets_base and self.base == "mutate":
+            why = 'base="mutate" changes the weights of linear layers alone'
+        self.layers = starting.startable_layers(self.model, self.adapter, force=self.force, without_experts=why)
         layers = self.layers.supported
         if self.method.reads_base:
             starting.check_readable(layers)
@@ -102,12 +103,6 @@ class Start:
         if self.rule is not None:
             limits = {layer.name: min(layer.shape) for layer in layers}
             self.rule.check({layer.name: layer.rank for layer in layers}, limits)
-
-    def _why_no_experts(self) -> str | None:
-        """Why experts keep stock LoRA's start, or `None`."""
-        if self.method.offsets_base and self.base == "mutate":
-            return 'base="mutate" changes the weights of linear layers alone'
-        return None if self.rule is None else "ranks are redistributed, and PEFT has one rank for all experts"
 
     def collect(self, loader: Iterable[Any] | None, statistics: Statistics | None, options: Mapping[str, Any]) -> None:
         """Read the data, unless the method reads none or statistics are given."""
@@ -139,9 +134,8 @@ class Start:
         assigned = reached if self.ranks is None else self.ranks.assign(self.statistics, reached)
         layers = {layer.name: layer for layer in self.layers.supported}
         kept = {name: rank for name, rank in assigned.items() if rank > 0}
-        base = {
-            name: self._base_layer(layers[name].with_rank(rank, adjust=self._adjust)) for name, rank in kept.items()
-        }
+        resized = {name: layers[name].with_rank(rank, adjust=self._adjust) for name, rank in kept.items()}
+        base = {name: self._base_layer(layer) for name, layer in resized.items()}
         with progress_bars(progress):
             self.answers = self.method.factors(self.statistics, kept, base=base)
         for name in assigned.keys() - kept.keys():
@@ -154,9 +148,8 @@ class Start:
                 "new factors: initialise before wrapping the model, or keep the ranks (rho=1)"
             )
         # Before base weights may change: the start is compared with what they were.
-        others = (
-            LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in self.layers.unsupported
-        )
+        left_out = self.layers.unsupported
+        others = (LayerReport(name, "unsupported", rank, rank, notes=(why,)) for name, rank, why in left_out)
         reports = [(layer, self._layer_report(layer)) for layer in self.layers.supported]
         self.layer_reports = (*experts_together(reports), *others)
         self._clock("decompose")
@@ -295,8 +288,8 @@ class Start:
             outside = self.rate_advice.judge(self.learning_rate)
         if self.method.moves_function:
             change = math.fsum(layer.start_change or 0.0 for layer in self.layer_reports)
-            moved = f"the loss is predicted to change by {change:.2g}"
-            moved = f"{self.method.name} moves the model's function at the start: {moved}"
+            moved = f"{self.method.name} moves the model's function at the start: the loss is predicted to change by "
+            moved += f"{change:.2g}"
         rates = guidance.advice(
             self.method.name,
             [layer.step_ratio for layer in self.layer_reports if layer.step_ratio is not None],

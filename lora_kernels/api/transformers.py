@@ -90,11 +90,7 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
 
 
 def empty_model(config_file: Path, task: str) -> Any:
-    """A model on the meta device, from a config file alone: shapes without memory.
-
-    Raises:
-        ValueError: if the task is unknown, or the file is no config that transformers can build a model of.
-    """
+    """A model on the meta device, from a config file alone; a ValueError if transformers cannot make it."""
     check_choice("task", task, tuple(TASKS))
     settings = read_json(config_file)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
@@ -128,9 +124,8 @@ def example_batch(model: Any) -> dict[str, torch.Tensor] | None:
 def linear_targets(model: Any) -> list[str]:
     """The names of the layers that PEFT's `target_modules="all-linear"` means: all linear ones but the output layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name for name, module in model.named_modules() if linear_features(module) is not None and module is not head
-    ]
+    modules = ((name, module) for name, module in model.named_modules() if module is not head)
+    return [name for name, module in modules if linear_features(module) is not None]
 
 
 def expert_parameters(model: Any) -> list[str]:

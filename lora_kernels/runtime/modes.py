@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,19 @@ def observation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
             config.use_cache = caches  # type: ignore[union-attr]
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def holding(parameters: Sequence[torch.Tensor], values: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Yield while parameters hold other values; their own memory is not touched, and is put back."""
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data = value
 
 
 def _check_unpacked(module: Any, gradients: bool) -> None:

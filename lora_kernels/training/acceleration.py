@@ -19,7 +19,7 @@ from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training import dora
-from lora_kernels.training.description import base_is_fused, eager_reason
+from lora_kernels.training.description import eager_reason, plain_linear
 from lora_kernels.training.experts import OUTER, experts_reason
 from lora_kernels.training.guard import Guard
 from lora_kernels.training.lora_layer import FusedForward, class_of, is_experts, supported
@@ -77,12 +77,8 @@ def _gathered(model: nn.Module) -> set[str]:
     """The LoRA layers that are inside of a unit of FSDP2: before they run, their weights are gathered."""
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  (slow to import)
 
-    units = [name for name, module in unwrap(model).named_modules() if isinstance(module, FSDPModule)]
-    return {
-        name
-        for name, _ in lora_layers(model)
-        if any(unit in ("", name) or name.startswith(f"{unit}.") for unit in units)
-    }
+    units = [f"{name}." if name else "" for name, unit in unwrap(model).named_modules() if isinstance(unit, FSDPModule)]
+    return {name for name, _ in lora_layers(model) if f"{name}.".startswith(tuple(units))}
 
 
 def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
@@ -94,7 +90,7 @@ def _path(name: str, layer: Any, gathered: bool) -> LayerPath:
         computes = f"the experts ({type(chain_of(layer)[-1].base_layer).__name__}) compute their own products"
     else:
         reason = eager_reason(layer, gathered=gathered, training=True)
-        if reason is None and base_is_fused(layer, gathered=gathered):
+        if reason is None and plain_linear(layer.base_layer, gathered):
             return LayerPath(name, kind.__name__, "fused")
         computes = f"the base layer ({type(layer.base_layer).__name__}) computes its own product"
     return LayerPath(name, kind.__name__, "eager" if reason else "delta", reason or computes)
@@ -134,8 +130,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, guard: bool = True) ->
         ValueError: if the model has no LoRA layer, if DoRA would divide by the norm of a row of zeros, or with
             `strict`, naming the layers.
     """
-    layers = lora_layers(model)
-    if not layers:
+    if not (layers := lora_layers(model)):
         raise ValueError("model has no LoRA layer: make it with peft.get_peft_model first")
     gathered = _gathered(model)
     report = AccelerateReport(_paths(layers, gathered))
@@ -197,16 +192,14 @@ def reference_mode(*models: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: if one is no model.
     """
-    layers = [layer for model in models for _, layer in lora_layers(model) if isinstance(layer, FusedForward)]
-    targets: list[Any] = layers if models else [FusedForward]
-    before = [vars(target).get("fused") for target in targets]
-    try:
-        for target in targets:
+    layers: list[Any] = [
+        layer for model in models for _, layer in lora_layers(model) if isinstance(layer, FusedForward)
+    ]
+    with contextlib.ExitStack() as undo:
+        for target in layers if models else [FusedForward]:
+            if "fused" in vars(target):
+                undo.callback(setattr, target, "fused", target.fused)
+            else:
+                undo.callback(delattr, target, "fused")
             target.fused = False
         yield
-    finally:
-        for target, flag in zip(targets, before, strict=True):
-            if flag is None:
-                del target.fused
-            else:
-                target.fused = flag

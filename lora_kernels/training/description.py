@@ -17,7 +17,6 @@ from lora_kernels.training import dora
 
 # A library that replaces these for all layers expects its own to be called.
 LINEAR_FORWARD, DROPOUT_FORWARD = nn.Linear.forward, nn.Dropout.forward
-_NOTHING = Extension(None)
 
 
 class Adapter(NamedTuple):
@@ -30,19 +29,19 @@ class Adapter(NamedTuple):
     scaling: float  # s
     p: float  # the dropout of its input, 0 outside of training
     frozen: bool  # whether nothing of it is trained
-    extension: Extension | None = None  # what its variant adds, or `None`
+    extension: Extension  # what its variant adds
     magnitude: torch.Tensor | None = None  # DoRA's `(m,)`, or `None`
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """The frozen pair that cancels what the adapter started from: A0, B0 and its (negative) scaling."""
-        if self.extension is None or self.extension.start is None:
+        if self.extension.start is None:
             return None
         a0, b0, sign = self.extension.start
         return a0, b0, sign * self.scaling
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, with the directions as more rank where they fit: `[A; V^T]` and `[B, U diag(c) / s]`."""
-        coordinates, left, right, _ = self.extension or _NOTHING
+        coordinates, left, right, _ = self.extension
         if coordinates is None:
             return self.a, self.b
         if left is None or right is None:
@@ -54,7 +53,7 @@ class Adapter(NamedTuple):
 
     def directions(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`V^T` and `U diag(c)` where they do not fit into `factors`, being neither dropped nor scaled."""
-        coordinates, left, right, _ = self.extension or _NOTHING
+        coordinates, left, right, _ = self.extension
         if coordinates is None or left is None or right is None or self._stacks:
             return None
         return right, left.to(coordinates.dtype) * coordinates
@@ -87,8 +86,9 @@ def is_whole(weight: Any, gathered: bool) -> bool:
     return not is_sharded(weight) or (gathered and weight.device_mesh.ndim == 1)
 
 
-def plain_linear(module: Any, gathered: bool) -> bool:
+def plain_linear(module: Any, gathered: bool = False) -> bool:
     """Whether a module is `torch.nn.Linear` as torch has it, with a weight that is a matrix of floats."""
+    # Of a base layer: whether its product is part of the fused op.
     if type(module) is not nn.Linear or is_replaced(module) or nn.Linear.forward is not LINEAR_FORWARD:
         return False
     if "parametrizations" in module._modules or not is_whole(module.weight, gathered):
@@ -97,26 +97,18 @@ def plain_linear(module: Any, gathered: bool) -> bool:
     return (type(weight) in (nn.Parameter, torch.Tensor) or is_sharded(weight)) and weight.dtype in FLOATS
 
 
-def base_is_fused(layer: Any, *, gathered: bool = False) -> bool:
-    """Whether the base product of a LoRA layer is part of the fused op: a plain linear layer without hooks."""
-    return plain_linear(layer.base_layer, gathered)
-
-
 def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = None) -> str | None:
     """Why a LoRA layer has to run PEFT's own forward as it is now, in words, or `None`."""
-    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout counts as active; `None` as it
-    # is.
+    # `gathered`: FSDP2 gathers its shards before it runs. `training`: whether dropout is active; `None` as it is now.
     factors, others, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout  # modules look their parts up slowly
-    names = [name for name in layer.active_adapters if name in factors]
-    if not names:
+    if not (names := [name for name in layer.active_adapters if name in factors]):
         return "no active adapter"
     if not torch.compiler.is_compiling() and is_patched(layer):
         return f"the forward of PEFT's {stock_class(layer).__name__} is replaced"
     for name in names:
         variant = layer.lora_variant.get(name)
         if dora.magnitude(layer, name) is not None:
-            reason = dora.refusal(layer, name, names)
-            if reason is not None:
+            if (reason := dora.refusal(layer, name, names)) is not None:
                 return f"adapter {name!r} is {reason}"
         elif variant is not None and not hasattr(variant, "fused"):
             return f"adapter {name!r} is a variant ({getattr(variant, '__name__', type(variant).__name__)})"
@@ -129,14 +121,10 @@ def eager_reason(layer: Any, *, gathered: bool = False, training: bool | None = 
             return "torch.nn.Dropout.forward is replaced"
         if isinstance(layer.scaling[name], torch.Tensor):
             return f"the scaling of adapter {name!r} is a tensor, which can change in place"
-        drops = (
-            isinstance(dropout, nn.Dropout) and dropout.p > 0 and (dropout.training if training is None else training)
-        )
-        if drops:
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and (dropout.training if training is None else training):
             if dropout.p >= 1:
                 return f"adapter {name!r} drops everything"
-            reason = _slow_dropout(a.weight)
-            if reason is not None:
+            if (reason := _slow_dropout(a.weight)) is not None:
                 return reason
     return None
 
@@ -163,9 +151,9 @@ def active(layer: Any) -> list[Adapter]:
         magnitude = dora.magnitude(layer, name)
         if magnitude is not None and not layer.training:
             p = 0.0  # PEFT's DoRA asks the layer, too
-        extension = None if variant is None or magnitude is not None else variant.fused(layer, name)
+        extension = Extension(None) if variant is None or magnitude is not None else variant.fused(layer, name)
         trained = a.requires_grad or other.weight.requires_grad
-        if extension is not None and extension.coordinates is not None:
+        if extension.coordinates is not None:
             trained = trained or extension.coordinates.requires_grad
         adapters.append(
             Adapter(name, a, other.weight, other.bias, float(layer.scaling[name]), p, not trained, extension, magnitude)

@@ -7,7 +7,8 @@ With dropout PEFT computes `x W^T + bias + (c - 1) * d W^T + c * s d A^T B^T` of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +27,7 @@ _CACHE_KEY = "lora_kernels"
 def magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
     """The magnitudes `(m,)` of an adapter, if it is DoRA on a linear layer."""
     variant = layer.lora_variant.get(adapter)
-    if variant is None:
-        return None
-    name = getattr(variant, "__name__", type(variant).__name__)
-    if name != "DoraLinearVariant":
+    if variant is None or getattr(variant, "__name__", type(variant).__name__) != "DoraLinearVariant":
         return None
     magnitudes: nn.Parameter = layer.lora_magnitude_vector[adapter].weight
     return magnitudes
@@ -45,11 +43,8 @@ def refusal(layer: Any, adapter: str, active: Sequence[str]) -> str | None:
 
 
 def norms(layer: Any, adapter: str) -> torch.Tensor:
-    """`|W + s B A|` by row, `(m,)` without a graph; zero rows are an error on a CPU, elsewhere infinite (see `check`).
-
-    Kept only inside of `peft.helpers.DoraCaching`, as by PEFT: a write that bypasses autograd (to `parameter.data`)
-    leaves no trace.
-    """
+    """`|W + s B A|` by row, `(m,)` without a graph; zero rows are an error on a CPU, else infinite (see `check`)."""
+    # Kept only inside of `peft.helpers.DoraCaching`, as by PEFT: a write to `parameter.data` leaves no trace.
     a, b, s = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if torch.compiler.is_compiling():
         return _guarded(row_norms(_rows(layer), a, b, s))
@@ -57,11 +52,11 @@ def norms(layer: Any, adapter: str) -> torch.Tensor:
     store = getattr(holder, "_dora_cache", None)  # PEFT 0.18 has none
     key = None
     if store is not None and not holder.training and caching_enabled():
-        key = _key(layer.get_base_layer(), a, b, s)
-        before = store.get(_CACHE_KEY)
-        if before is not None and _same(before[0], key):
-            kept: torch.Tensor = before[1]
-            return kept
+        tensors, traces = key = _key(layer.get_base_layer(), a, b, s)
+        if _CACHE_KEY in store:
+            (before, then), kept = store[_CACHE_KEY]
+            if then == traces and all(map(operator.is_, before, tensors)):
+                return kept  # type: ignore[no-any-return]
     lengths = row_norms(_rows(layer), a, b, s)
     plain = type(lengths) is torch.Tensor and not torch._C._are_functorch_transforms_active()
     if plain and lengths.device.type == "cpu":
@@ -115,17 +110,7 @@ def _key(base: Any, a: torch.Tensor, b: torch.Tensor, scaling: Any) -> tuple[Any
     weight = getattr(base, "weight", None)
     tensors = (base.W_q if weight is None else weight, a, b)
     traces = tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors)
-    if isinstance(scaling, torch.Tensor):
-        return (*tensors, scaling), (*traces, scaling._version)
     return tensors, (*traces, float(scaling))
-
-
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return (
-        len(one[0]) == len(other[0])
-        and all(mine is yours for mine, yours in zip(one[0], other[0], strict=True))
-        and one[1] == other[1]
-    )
 
 
 def rescaled(
@@ -141,34 +126,10 @@ def rescaled(
     # `(m,)` are constants (section 4.3 of the paper). `inner` `(m,)` is the bias, where a base layer that computes its
     # own product has added it already; `outer`, `(m,)` or `(..., m)`, is what is not scaled, such as the bias.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _rescaled(product, magnitudes, norms, inner, outer)
+        scaled = (product if inner is None else product - inner) * (magnitudes / norms)
+        return (scaled if outer is None else scaled + outer).to(product.dtype)
     y: torch.Tensor = _Rescaled.apply(product, magnitudes, norms, inner, outer)  # type: ignore[no-untyped-call]
     return y
-
-
-def rescaled_dropped(
-    base: Callable[[torch.Tensor], torch.Tensor],
-    fused: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    dropped: torch.Tensor,
-    magnitudes: torch.Tensor,
-    norms: torch.Tensor,
-    *,
-    inner: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """DoRA of a dropped input: `base` is `z W^T + bias`, `fused` `z W^T + s z A^T B^T + inner`."""
-    return rescaled(fused(dropped), magnitudes, norms, inner=inner, outer=base(x - dropped))
-
-
-def _rescaled(
-    product: torch.Tensor,
-    magnitudes: torch.Tensor,
-    norms: torch.Tensor,
-    inner: torch.Tensor | None,
-    outer: torch.Tensor | None,
-) -> torch.Tensor:
-    y = (product if inner is None else product - inner) * (magnitudes / norms)
-    return (y if outer is None else y + outer).to(product.dtype)
 
 
 class _Rescaled(torch.autograd.Function):

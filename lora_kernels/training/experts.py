@@ -1,17 +1,16 @@
 """The fused forward of PEFT's LoRA on the parameters of many experts.
 
 PEFT wraps a module of experts once per adapted parameter, one wrapper around the other, and makes `W + dW` of all
-experts at every call. Here the outermost wrapper runs an implementation of its own, as transformers' registry
-(`ALL_EXPERTS_FUNCTIONS`) has others: it sorts the rows by expert, takes the products with the weights from the
-implementation that the user chose, and adds the low-rank parts of the rows that an expert has. A module of experts
-that is hooked into is called, and asks the registry for that implementation by itself.
+experts at every call. Here the outermost wrapper runs an implementation as transformers' registry
+(`ALL_EXPERTS_FUNCTIONS`) has others: the products of rows, sorted by expert, are those of the implementation that the
+user chose, and low-rank parts are added. A module that is hooked into is called, and asks the registry by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_kernels._checks import FLOATS
-from lora_kernels.adapters import parts
-from lora_kernels.adapters.experts import (
-    OBSERVED,
-    PRODUCTS,
-    TRAITS,
-    asks_registry,
-    by_expert,
-    chain_of,
-    mixture,
-    one_by_one,
-    sort_by_expert,
-    why_no_sum,
-)
+from lora_kernels.adapters import experts, parts
 from lora_kernels.ops.grouped_lora import op as grouped
 from lora_kernels.ops.grouped_lora.passes import Scalars
 from lora_kernels.ops.lora_linear.op import TRANSFORMED
@@ -60,18 +47,14 @@ class _Thread(threading.local):
 _thread, _lock = _Thread(), threading.Lock()
 
 
-class _Routed:
+class _Routed(experts.OtherConfig):
     """The config of a module of experts while wrappers call it: another implementation in the threads that do."""
 
-    def __init__(self, config: Any) -> None:
-        self.config, self.users = config, 0
+    users = 0
 
     @property
-    def _experts_implementation(self) -> str:
+    def _experts_implementation(self) -> str:  # type: ignore[override]
         return NAME if _thread.call is not None else self.config._experts_implementation  # type: ignore[no-any-return]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.config, name)
 
 
 class FusedExperts(FusedForward):
@@ -80,7 +63,7 @@ class FusedExperts(FusedForward):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As PEFT's, fused where possible, for x `(tokens, n)` and what the module of experts takes beside it."""
         if self._runs_fused(x) and "adapter_names" not in kwargs:
-            chain = chain_of(self)
+            chain = experts.chain_of(self)
             base, terms = chain[-1].base_layer, _terms(chain)
             call = _Call(base.config._experts_implementation, terms)
             if terms and _asks_registry(type(base)) and not is_replaced(base):
@@ -95,9 +78,10 @@ class FusedExperts(FusedForward):
         return result
 
     def _runs_fused(self, x: torch.Tensor) -> bool:
-        if not (self.fused and FusedForward.fused) or any(wrapper.disable_adapters for wrapper in chain_of(self)):
+        disabled = any(wrapper.disable_adapters for wrapper in experts.chain_of(self)) or any(GLOBAL_HOOKS)
+        if disabled or not (self.fused and FusedForward.fused):
             return False
-        if any(GLOBAL_HOOKS) or (type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor)):
+        if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
             return False
         reason = experts_reason(self)
         if reason is not None and reason not in (self.__dict__.get("_eager_reason"), OUTER, COLLECTED):
@@ -107,16 +91,15 @@ class FusedExperts(FusedForward):
 
 def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
     """Why a wrapper and those in it must run PEFT's own forward now, or `None`; FSDP2 may have `gathered` them."""
-    chain = chain_of(wrapper)
+    chain = experts.chain_of(wrapper)
     base = chain[-1].base_layer
-    if not all(hasattr(base, trait) for trait in TRAITS):
+    if not all(hasattr(base, trait) for trait in experts.TRAITS):
         return f"{type(base).__name__} takes no implementation from transformers' registry of experts"
     if "parametrizations" in base._modules:
         return OUTER
     if getattr(base, "_is_expert_parallel", False):
         return "the experts are shared out over processes"
-    reason = _implementation_reason(base.config._experts_implementation)
-    if reason is not None:
+    if (reason := _implementation_reason(base.config._experts_implementation)) is not None:
         return reason
     if not torch.compiler.is_compiling() and any(is_patched(wrapper) for wrapper in chain):
         return "the forward of PEFT's ParamWrapper is replaced"
@@ -124,8 +107,7 @@ def experts_reason(wrapper: Any, *, gathered: bool = False) -> str | None:
         if is_replaced(inner):
             return f"the wrapper of {inner.parameter_name} is hooked into"
     for link in chain:
-        reason = _wrapper_reason(link, gathered)
-        if reason is not None:
+        if (reason := _wrapper_reason(link, gathered)) is not None:
             return reason
     return None
 
@@ -137,7 +119,7 @@ def _implementation_reason(name: str | None) -> str | None:
         registry, products = moe.ALL_EXPERTS_FUNCTIONS, (moe._grouped_linear, moe._batched_linear)
     except (ImportError, AttributeError):
         return "this version of transformers has no registry of experts that is known"
-    if name == OBSERVED:
+    if name == experts.OBSERVED:
         return COLLECTED
     if name not in _IMPLEMENTATIONS:
         return f"the experts' implementation is {name!r}"
@@ -150,7 +132,7 @@ def _implementation_reason(name: str | None) -> str | None:
 
 def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
     name, parameter = wrapper.parameter_name, wrapper.get_param()
-    if name not in PRODUCTS:
+    if name not in experts.PRODUCTS:
         return f"the parameter {name} is not the weight of a product of experts"
     if parameter.dim() != 3 or parameter.dtype not in FLOATS or not is_whole(parameter, gathered):
         return f"the parameter {name} is quantized, sharded or no stack of matrices"
@@ -158,7 +140,7 @@ def _wrapper_reason(wrapper: Any, gathered: bool) -> str | None:
         if adapter not in wrapper.lora_A:
             continue
         factors = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
-        if (reason := why_no_sum(wrapper, adapter)) is not None:
+        if (reason := experts.why_no_sum(wrapper, adapter)) is not None:
             return reason
         if any(not plain_linear(factor, gathered) or factor.bias is not None for factor in factors):
             return f"the factors of adapter {adapter!r} are sharded, hooked into or no plain linear layers"
@@ -184,14 +166,13 @@ def _terms(chain: Sequence[Any]) -> dict[str, list[Term]]:
                         state = torch.tensor([hash((adapter, scaling)) & SEEDS])
                 mine = terms.setdefault(wrapper.parameter_name, [])
                 weights = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-                mine.append(Term(*by_expert(wrapper, *weights), scaling, state))
-                began = parts.start(wrapper, adapter)
-                if began is not None:
-                    mine.append(Term(*by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
+                mine.append(Term(*experts.by_expert(wrapper, *weights), scaling, state))
+                if (began := parts.start(wrapper, adapter)) is not None:
+                    mine.append(Term(*experts.by_expert(wrapper, began.a, began.b), began.sign * scaling, state))
     return terms
 
 
-_asks_registry = torch.compiler.assume_constant_result(asks_registry)  # type: ignore[no-untyped-call]
+_asks_registry = torch.compiler.assume_constant_result(experts.asks_registry)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -268,35 +249,17 @@ class _Combined(torch.autograd.Function):
         return of_rows, of_weights, None
 
 
-def _with_terms(y: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
-    """The products y `(rows, m)` of x `(rows, n)`, sorted by expert, with the low-rank parts, added in y's memory."""
-    x = x if x.dtype == y.dtype else x.to(y.dtype)
-    for a, b, scaling, state in terms:
-        backend = grouped.experts.choose("auto", x)
-        y = grouped.run(y, x, offsets, a, b, None, state, Scalars(scaling, 0, 0, backend), True)
-    return y
-
-
 def _product(
-    module: Any, implementation: str, ids: torch.Tensor, offsets: torch.Tensor
-) -> Callable[[torch.Tensor, str], torch.Tensor]:
-    """The products of rows, sorted by expert, with a parameter by name, its bias included."""
+    module: Any, implementation: str, x: torch.Tensor, name: str, ids: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """The products by transformers' own kernels; row i is of expert `ids[i]`, the rows of expert e end at `ends[e]`."""
     from transformers.integrations import moe  # noqa: PLC0415  (an optional dependency)
 
-    transposed = module.is_transposed
-    bounds = offsets.tolist() if implementation == "eager" else []
-    ends = offsets[1:].to(torch.int32)
-
-    def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        if implementation == "eager":  # as models have it themselves
-            return one_by_one(module, x, name, bounds)  # type: ignore[no-any-return]
-        weight, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
-        bias = None if bias is None else bias[ids]
-        if implementation == "batched_mm":
-            return moe._batched_linear(x, weight[ids], bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
-        return moe._grouped_linear(x, weight, offs=ends, bias=bias, is_transposed=transposed)  # type: ignore[no-any-return]
-
-    return product
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias")[ids] if module.has_bias else None
+    settings = {"bias": bias, "is_transposed": module.is_transposed}
+    if implementation == "batched_mm":
+        return moe._batched_linear(x, weight[ids], **settings)  # type: ignore[no-any-return]
+    return moe._grouped_linear(x, weight, offs=ends, **settings)  # type: ignore[no-any-return]
 
 
 def experts_forward(
@@ -316,18 +279,28 @@ def _forward(
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(TRANSFORMED)
     tokens, count = top_k_index.shape
-    ids, order, offsets = sort_by_expert(top_k_index, module.num_experts)
+    ids, order, offsets = experts.sort_by_expert(top_k_index, module.num_experts)
     if expert_blocks.can_run(module, hidden_states, top_k_weights):
         return expert_blocks.run(module, hidden_states, top_k_weights, order, offsets, call.terms)
-    product = _product(module, call.implementation, ids, offsets)
+    eager = call.implementation == "eager"
+    bounds, ends = offsets.tolist() if eager else [], offsets[1:].to(torch.int32)
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)
     places = places.view(tokens, count)
     x = _Rows.apply(hidden_states, order // count, places)  # type: ignore[no-untyped-call]
 
-    def with_terms(x: torch.Tensor, name: str) -> torch.Tensor:
-        return _with_terms(product(x, name), x, offsets, call.terms.get(name, ()))
+    def product(x: torch.Tensor, name: str) -> torch.Tensor:
+        """Of rows x, sorted by expert, with a parameter and its bias; the low-rank parts are added in its memory."""
+        if eager:  # as models have it themselves
+            y = experts.one_by_one(module, x, name, bounds)
+        else:
+            y = _product(module, call.implementation, x, name, ids, ends)
+        x = x.to(y.dtype)
+        for a, b, scaling, state in call.terms.get(name, ()):
+            scalars = Scalars(scaling, 0, 0, grouped.experts.choose("auto", x))
+            y = grouped.run(y, x, offsets, a, b, None, state, scalars, True)
+        return y
 
-    out = mixture(module, x, with_terms)
+    out = experts.mixture(module, x, product)
     out = _Combined.apply(out, top_k_weights, places)  # type: ignore[no-untyped-call]
     return out.to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -32,12 +32,10 @@ def _problem(sizes: Sequence[float]) -> str | None:
 
 
 class Guard:
-    """Watches one backward pass and goes away; parameters of 16 bits are handed to `Movement`.
+    """Watches one backward pass and goes away; parameters of 16 bits are handed to `Movement`."""
 
-    It judges when the last of the watched factors has its gradient. Where some never get one, nothing says when a
-    backward pass is over (reentrant checkpoints run several inside of one): it then judges when the model is next
-    called.
-    """
+    # It judges when the last of the watched factors has its gradient, or else when the model is next called: nothing
+    # says when a backward pass is over (reentrant checkpoints run several inside of one).
 
     _ATTRIBUTE = "_lora_kernels_guard"
 
@@ -71,8 +69,7 @@ class Guard:
     @classmethod
     def stop(cls, model: nn.Module) -> None:
         """Stop watching, if it still does."""
-        guard = model.__dict__.pop(cls._ATTRIBUTE, None)
-        if guard is not None:
+        if (guard := model.__dict__.pop(cls._ATTRIBUTE, None)) is not None:
             guard.close()
 
     def close(self) -> None:
@@ -101,15 +98,14 @@ class Guard:
             name: _problem([float(self.seen[id(factor)]) for factor in pair if id(factor) in self.seen])
             for name, pair in self.pairs.items()
         }
-        narrow = [
-            (factor, f"{which} of {name}")
+        narrow = {
+            factor: f"{which} of {name}"
             for name, pair in self.pairs.items()
             for which, factor in zip("AB", pair, strict=True)
             if factor.dtype in NARROW
-        ]
+        }
         self.close()
-        bad = {name: problem for name, problem in problems.items() if problem is not None}
-        if not bad:
+        if not (bad := {name: problem for name, problem in problems.items() if problem is not None}):
             if narrow:
                 Movement.watch_next(narrow, strict=self.strict)
             return
@@ -123,14 +119,7 @@ class Guard:
 
 def trained_names(model: nn.Module) -> Names:
     """The names of the parameters that a model trains."""
-    return _names((parameter, name) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _names(pairs: Iterable[tuple[torch.Tensor, str]]) -> Names:
-    names = Names()
-    for parameter, name in pairs:
-        names[parameter] = name
-    return names
+    return Names({parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 class Movement:
@@ -138,10 +127,9 @@ class Movement:
 
     A step of less than half the distance to the next number leaves a parameter as it is. During warm-up that is no
     fault, so steps count from the last rise of the learning rate. Entries whose gradient stays zero do not count.
-
-    Hooks of an optimizer cannot be removed while they run, if others come after them: two global ones are set once,
-    and look here.
     """
+
+    # Hooks of an optimizer cannot be removed while they run, if others come after them: two global ones are set once.
 
     watched: WeakKeyDictionary[Optimizer, Movement | None] = WeakKeyDictionary()  # `None` once it has judged
     awaited: list[tuple[Names, bool]] = []  # names and `strict`, where the optimizer is not known yet  # noqa: RUF012
@@ -165,18 +153,16 @@ class Movement:
             cls._set_hooks()
 
     @classmethod
-    def watch_next(cls, factors: Iterable[tuple[torch.Tensor, str]], *, strict: bool) -> None:
+    def watch_next(cls, factors: dict[nn.Parameter, str], *, strict: bool) -> None:
         """Watch whichever optimizer steps one of these named parameters next."""
-        cls.awaited.append((_names(factors), strict))
+        cls.awaited.append((Names(factors), strict))
         cls._set_hooks()
 
     @classmethod
     def _set_hooks(cls) -> None:
         if not cls._handles:
-            cls._handles = (
-                register_optimizer_step_pre_hook(cls._before_any),
-                register_optimizer_step_post_hook(cls._after_any),
-            )
+            before = register_optimizer_step_pre_hook(cls._before_any)
+            cls._handles = before, register_optimizer_step_post_hook(cls._after_any)
 
     @classmethod
     def _before_any(cls, optimizer: Optimizer, *_: Any) -> None:
@@ -188,14 +174,12 @@ class Movement:
             elif any(parameter in names for parameter in held):
                 cls.awaited.remove(awaited)
                 cls.watch(optimizer, names, strict=strict)
-        movement = cls.watched.get(optimizer)
-        if movement is not None:
+        if (movement := cls.watched.get(optimizer)) is not None:
             movement._before_step(optimizer)
 
     @classmethod
     def _after_any(cls, optimizer: Optimizer, *_: Any) -> None:
-        movement = cls.watched.get(optimizer)
-        if movement is not None:
+        if (movement := cls.watched.get(optimizer)) is not None:
             movement.steps += movement.rate > 0
             if movement.steps >= STEPS:
                 cls.watched[optimizer] = None
@@ -218,17 +202,12 @@ class Movement:
                     self.before[parameter], self.reached[parameter] = local(parameter.detach()).clone(), nonzero
 
     def _judge(self) -> None:
-        counts = {
-            parameter: torch.stack((((local(parameter.detach()) != before) & reached).sum(), reached.sum()))
-            for (parameter, before), reached in zip(self.before.items(), self.reached.values(), strict=True)
-        }
         shares = {}
-        for parameter, count in counts.items():
-            moved, reached = count.tolist()
-            if reached:
-                shares[parameter] = moved / reached
-        still = [parameter for parameter, share in shares.items() if share < 0.5]
-        if not still:
+        for parameter, before in self.before.items():
+            reached = self.reached[parameter]
+            if count := int(reached.sum()):
+                shares[parameter] = int(((local(parameter.detach()) != before) & reached).sum()) / count
+        if not (still := [parameter for parameter, share in shares.items() if share < 0.5]):
             return
         first = min(still, key=lambda parameter: shares[parameter])
         dtype = str(first.dtype).removeprefix("torch.")

@@ -1,7 +1,4 @@
-"""The fused forward of PEFT's LoRA layers.
-
-A layer is accelerated by changing its class to a subclass of its own: parameters, their names, configs and saved files
-stay what they were. Wherever PEFT does more than `base(x) + s B A drop(x)`, its own forward runs.
+"""The fused forward of PEFT's LoRA layers, whose classes become subclasses of their own.
 
 A layer is prepared once: what runs, on which tensors and on which backend. A call compares, by identity, everything
 that this depended on, and prepares the layer anew where something has changed. Nothing else is kept between calls.
@@ -33,8 +30,8 @@ from lora_kernels.training.description import (
     LINEAR_FORWARD,
     Adapter,
     active,
-    base_is_fused,
     eager_reason,
+    plain_linear,
 )
 
 # PEFT's layers whose forward is `base(x) + s B A drop(x)`, or that in each product of many experts, and their modules
@@ -65,7 +62,7 @@ class FusedForward:
         """As PEFT's on x `(..., n)`, fused where possible; a call with further arguments is PEFT's."""
         if not args and not kwargs:
             if _compiling():
-                traced = Prepared.make(self, x) if runs_fused(self) else None
+                traced = prepare(self, x)
                 if traced is not None:
                     return traced.run(x)
             else:
@@ -100,12 +97,10 @@ def class_of(kind: type) -> type:
     name = f"Fused{kind.__name__}"
     cls: type | None = globals().get(name)
     if cls is None or cls.__bases__[1] is not kind:  # PEFT's module may have been imported anew
-        doc = f"{kind.__name__}, accelerated."
-        mixin = (
-            importlib.import_module("lora_kernels.training.experts").FusedExperts if is_experts(kind) else FusedForward
-        )
-        cls = type(kind.__name__, (mixin, kind), {"__module__": __name__, "__qualname__": name, "__doc__": doc})
-        globals()[name] = cls
+        experts = importlib.import_module("lora_kernels.training.experts") if is_experts(kind) else None
+        bases = (FusedForward if experts is None else experts.FusedExperts, kind)
+        own = {"__module__": __name__, "__qualname__": name, "__doc__": f"{kind.__name__}, accelerated."}
+        cls = globals()[name] = type(kind.__name__, bases, own)
     return cls
 
 
@@ -132,13 +127,6 @@ def supported() -> tuple[type, ...]:
     return tuple(kind for kind in kinds if isinstance(kind, type))
 
 
-def runs_fused(layer: Any) -> bool:
-    """Whether a LoRA layer, as it is now, runs the fused op."""
-    accelerated = isinstance(layer, FusedForward) and layer.fused and FusedForward.fused
-    plain = accelerated and not layer.disable_adapters and not layer.merged  # type: ignore[attr-defined]
-    return plain and eager_reason(layer) is None
-
-
 @functools.cache
 def warn_once(reason: str) -> None:
     """Say that a layer runs PEFT's own forward, once for each reason."""
@@ -147,15 +135,12 @@ def warn_once(reason: str) -> None:
 
 def prepare(layer: Any, x: torch.Tensor) -> Prepared | None:
     """What an accelerated layer runs for inputs like x `(..., n)`; `None` for PEFT's forward, with a warning."""
-    if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged:
-        return None
-    if any(GLOBAL_HOOKS):
+    if not (layer.fused and FusedForward.fused) or layer.disable_adapters or layer.merged or any(GLOBAL_HOOKS):
         return None
     if type(x) not in (torch.Tensor, nn.Parameter) and not isinstance(x, FakeTensor):
         return None  # a DTensor, say, which the registered operations have no rule for
-    reason = eager_reason(layer)
-    if reason is not None:
-        if reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
+    if (reason := eager_reason(layer)) is not None:
+        if not _compiling() and reason != layer.__dict__.get("_eager_reason"):  # which `accelerate` has reported
             warn_once(reason)
         return None
     return Prepared.make(layer, x)
@@ -167,7 +152,7 @@ class Prepared:
     def __init__(self, layer: Any, x: torch.Tensor, adapters: list[Adapter], cast: torch.dtype | None) -> None:
         """See `make`; `adapters` are those of `description.active`, `cast` is the dtype that autocast asks for."""
         first, base = adapters[0], layer.base_layer
-        fused = base_is_fused(layer) and (cast is not None or base.weight.dtype == x.dtype)
+        fused = plain_linear(base) and (cast is not None or base.weight.dtype == x.dtype)
         self.layer, self.adapters, self.cast = layer, adapters, cast
         self.base = None if fused else base  # where it computes its own product
         self.weight: torch.Tensor | None = base.weight if fused else None
@@ -179,15 +164,13 @@ class Prepared:
         start = first.start()
         rank = first.a.shape[0] + (0 if start is None else start[0].shape[0])
         backend = lora_op.layer.choose("auto", x.device, x.dtype if cast is None else cast, threshold > 0, rank)
-        self.a0: torch.Tensor | None = None if start is None else start[0]
-        self.b0: torch.Tensor | None = None if start is None else start[1]
-        frozen_scaling = 0.0 if start is None else start[2]
+        pair: tuple[torch.Tensor | None, torch.Tensor | None, float] = start or (None, None, 0.0)
+        self.a0, self.b0, frozen_scaling = pair
         self.masked = threshold > 0
         self.scalars = Scalars(first.scaling, frozen_scaling, threshold, 0, backend)
         # One product is all: W, one adapter, and what is frozen beside it.
         alone = len(adapters) == 1 and first.bias is None and first.magnitude is None
-        extended = first.extension is not None and first.extension.coordinates is not None
-        self.simple = alone and fused and cast is None and not extended
+        self.simple = alone and fused and cast is None and first.extension.coordinates is None
         self.a, self.b = first.a, first.b
         self.state: torch.Tensor | None = None  # differs where the layer computes something else, for recomputations
 
@@ -243,8 +226,8 @@ class Prepared:
         self.active = own["_active_adapter"] if isinstance(own["_active_adapter"], str) else [*own["_active_adapter"]]
         self.override = _backend._override
         trained = None if len(names) == 1 else [adapter.frozen for adapter in self.adapters]
-        variants = [(layer.lora_variant[adapter.name], adapter) for adapter in self.adapters if adapter.extension]
-        self.trained, self.variants = trained, variants
+        variants = [(layer.lora_variant.get(each.name), each) for each in self.adapters if each.magnitude is None]
+        self.trained, self.variants = trained, [(kind, each) for kind, each in variants if kind is not None]
         numbers = [(adapter.name, adapter.scaling, adapter.p) for adapter in self.adapters]
         with torch.inference_mode(False):  # graphs are to keep it
             self.state = torch.tensor([hash((*map(tuple, numbers), layer.training)) & SEEDS])
@@ -339,9 +322,8 @@ class Prepared:
         if adapter.p == 0:
             return dora.rescaled(self._sum(x, None, biased=False), magnitude, norms, inner=inner, outer=bias)
         dropped = nn.functional.dropout(x, adapter.p)
-        return dora.rescaled_dropped(
-            base, lambda z: self._sum(z, None, biased=False), x, dropped, magnitude, norms, inner=inner
-        )
+        product = self._sum(dropped, None, biased=False)
+        return dora.rescaled(product, magnitude, norms, inner=inner, outer=base(x - dropped))
 
     def _product(
         self, x: torch.Tensor, start: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor | None
@@ -361,10 +343,7 @@ class Prepared:
 def unchanged(
     cells: tuple[tuple[Any, Any, Any], ...], empty: tuple[Any, ...], parts: tuple[Any, ...], classes: tuple[type, ...]
 ) -> bool:
-    """Whether dictionaries `(cell, key, value)` hold their values, what was empty is, and parts have their classes.
-
-    The compiled extension has the same function.
-    """
+    """As the compiled extension's: dictionaries hold their values, what was empty is, and parts have their classes."""
     for cell, key, value in cells:
         if cell.get(key) is not value:
             return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from lora_kernels.runtime.loss import model_loss
 from lora_kernels.runtime.modes import evaluation_mode
 from lora_kernels.runtime.processes import unwrap
 from lora_kernels.training.acceleration import reference_mode
-from lora_kernels.training.description import Adapter, active, base_is_fused, eager_reason
+from lora_kernels.training.description import Adapter, active, eager_reason, plain_linear
 from lora_kernels.training.experts import FusedExperts, experts_reason
 from lora_kernels.training.lora_layer import FusedForward
 
@@ -75,9 +77,8 @@ class VerifyReport(Report, Layers[LayerErrors]):
         shown = [part for part in PARTS if any(part in layer.fused for layer in self.layers)]
         table = Table("layer", *(f"{part}: fused / stock" for part in shown), "ratio", title="errors against float64")
         for layer in self.layers:
-            cells = [
-                f"{layer.fused[part]:.1e} / {layer.stock[part]:.1e}" if part in layer.fused else "" for part in shown
-            ]
+            pairs = ((layer.fused.get(part), layer.stock.get(part)) for part in shown)
+            cells = ["" if fused is None else f"{fused:.1e} / {stock:.1e}" for fused, stock in pairs]
             table.add_row(short_name(layer.name), *cells, f"{layer.ratio:.2f}")
         for name, reason in self.skipped.items():
             table.add_row(short_name(name), *[""] * len(shown), f"eager: {reason}")
@@ -138,26 +139,22 @@ def verify(
     if not any(isinstance(layer, FusedForward) for _, layer in every):
         raise ValueError("no layer of the model is accelerated: call lora_kernels.accelerate(model) first")
     batch = to_device(batch, model_device(model))
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        with evaluation_mode(model, gradients=True):
-            skipped = {name: reason for name, layer in every if (reason := _skipped(layer)) is not None}
-            layers = {name: layer for name, layer in every if name not in skipped}
-            if not layers:
-                name, reason = next(iter(skipped.items()))
-                raise ValueError(
-                    f"all {len(skipped)} LoRA layers run PEFT's own forward as they are now, so there is nothing to "
-                    f"compare (first: {name}: {reason})"
-                )
-            for parameter, _ in grads:
-                parameter.grad = None
-            calls, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
-            with torch.no_grad():
-                fused_loss = float((loss or model_loss)((forward or call_model)(model, batch), batch))
-            errors = tuple(_errors(name, layers[name], of_layer) for name, of_layer in calls.items())
-    finally:
-        for parameter, grad in grads:
-            parameter.grad = grad
+    with contextlib.ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        undo.enter_context(evaluation_mode(model, gradients=True))
+        skipped = {name: reason for name, layer in every if (reason := _skipped(layer)) is not None}
+        if not (layers := {name: layer for name, layer in every if name not in skipped}):
+            name, reason = next(iter(skipped.items()))
+            raise ValueError(
+                f"all {len(skipped)} LoRA layers run PEFT's own forward as they are now, so there is nothing to "
+                f"compare (first: {name}: {reason})"
+            )
+        calls, stock_loss = _observe(model, layers, batch, forward or call_model, loss or model_loss)
+        with torch.no_grad():
+            fused_loss = float((loss or model_loss)((forward or call_model)(model, batch), batch))
+        errors = tuple(_errors(name, layers[name], of_layer) for name, of_layer in calls.items())
     if not errors:
         raise ValueError("the loss reaches no accelerated layer")
     return VerifyReport(errors, skipped, (fused_loss, stock_loss))
@@ -166,8 +163,7 @@ def verify(
 def _skipped(layer: Any) -> str | None:
     if not isinstance(layer, FusedForward):
         return "not accelerated"
-    stock: Any = layer
-    if stock.disable_adapters or stock.merged:
+    if layer.disable_adapters or layer.merged:  # type: ignore[attr-defined]
         return "adapters are merged or disabled"
     if isinstance(layer, FusedExperts):
         return experts_reason(layer) or "experts are compared by the loss alone"
@@ -180,23 +176,17 @@ def _observe(
     """The calls of every layer that the loss reaches, from a pass through PEFT's own forward."""
     calls: dict[str, list[_Call]] = {name: [] for name in layers}
 
-    def tap(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            if len(args) == 1 and not kwargs and output.requires_grad:  # other calls run PEFT's own forward
-                call = _Call(args[0])
-                output.register_hook(call.receive)  # type: ignore[no-untyped-call]
-                calls[name].append(call)
+    def tap(name: str, _module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if len(args) == 1 and not kwargs and output.requires_grad:  # other calls run PEFT's own forward
+            call = _Call(args[0])
+            output.register_hook(call.receive)  # type: ignore[no-untyped-call]
+            calls[name].append(call)
 
-        return hook
-
-    handles = [layer.register_forward_hook(tap(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad(), reference_mode(model):
-            value = loss(forward(model, batch), batch)
-            value.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.enable_grad(), reference_mode(model):
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(tap, name), with_kwargs=True))
+        value = loss(forward(model, batch), batch)
+        value.backward()
     reached = {name: [call for call in of_layer if call.g.numel()] for name, of_layer in calls.items()}
     return {name: of_layer for name, of_layer in reached.items() if of_layer}, float(value.detach())
 
@@ -232,9 +222,8 @@ def _floor(call: _Call, part: str, truth: torch.Tensor) -> float:
 
 def _leaves(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, by the gradients' names."""
-    leaves = {"dA": adapter.a, "dB": adapter.b}
-    extension = adapter.extension
-    if extension is not None and extension.left is not None and extension.coordinates is not None:
+    leaves, extension = {"dA": adapter.a, "dB": adapter.b}, adapter.extension
+    if extension.left is not None and extension.coordinates is not None:
         leaves["dc"] = extension.coordinates
     if adapter.magnitude is not None:
         leaves["dm"] = adapter.magnitude
@@ -259,19 +248,16 @@ def _truth(layer: Any, call: _Call) -> dict[str, torch.Tensor]:
     """The same in float64; of a base that computes its own product, that product."""
     x, adapters = call.x, active(layer)
     rows = x.to(torch.float64).requires_grad_(True)
-    leaves = [
-        {part: leaf.detach().to(torch.float64) for part, leaf in _leaves(adapter).items()} for adapter in adapters
-    ]
+    leaves = [{part: leaf.detach().double() for part, leaf in _leaves(adapter).items()} for adapter in adapters]
     wanted = {part: leaves[0][part].requires_grad_(True) for part in _trained(layer)}
     base = layer.base_layer
-    bias = getattr(base, "bias", None)
-    bias = None if bias is None else bias.detach().to(torch.float64)
+    bias = None if getattr(base, "bias", None) is None else base.bias.detach().to(torch.float64)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         scale = None
         if adapters[0].magnitude is not None:  # DoRA's `m / |W + s B A|`, `(m,)`; the norm counts as a constant
             update = adapters[0].scaling * (leaves[0]["dB"] @ leaves[0]["dA"]).detach()
             scale = leaves[0]["dm"] / torch.linalg.vector_norm(dense_weight(layer).to(torch.float64) + update, dim=1)
-        if base_is_fused(layer):
+        if plain_linear(base):
             y = nn.functional.linear(rows, base.weight.detach().to(torch.float64), bias)
         else:
             with call.autocast():
@@ -290,12 +276,11 @@ def _delta(rows: torch.Tensor, adapter: Adapter, own: Mapping[str, torch.Tensor]
     delta = adapter.scaling * (rows @ own["dA"].mT @ own["dB"].mT)
     if adapter.bias is not None:
         delta = delta + adapter.scaling * adapter.bias.to(torch.float64)
-    extension = adapter.extension
-    if extension is not None and extension.left is not None and extension.right is not None:
-        left, right = extension.left.to(torch.float64), extension.right.to(torch.float64)
+    _, left, right, _ = adapter.extension
+    if left is not None and right is not None:
+        left, right = left.to(torch.float64), right.to(torch.float64)
         delta = delta + (rows @ right.mT * own["dc"]) @ left.mT
-    start = adapter.start()
-    if start is not None:
+    if (start := adapter.start()) is not None:
         a0, b0, scaling = start
         delta = delta + scaling * (rows @ a0.to(torch.float64).mT @ b0.to(torch.float64).mT)
     return delta

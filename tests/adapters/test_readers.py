@@ -274,8 +274,7 @@ def test_ranks_that_vllm_has_no_place_for(tmp_path):
         lk.export(model, tmp_path / "out", serving=True)
     assert not (tmp_path / "out").exists()
     assert lk.export(model, tmp_path / "out", serving="llama.cpp")["base_model.model.0"].rank == 600
-    assert [servers.slot(rank, "vllm") for rank in (1, 8, 9, 33, 257, 321, 512)] == [8, 8, 16, 64, 320, 512, 512]
-    assert [servers.slot(rank, "sglang") for rank in (1, 9)] == [1, 9]
+    assert [servers.slot(rank) for rank in (1, 8, 9, 33, 257, 321, 512)] == [8, 8, 16, 64, 320, 512, 512]
     with pytest.raises(ValueError, match="serving is 'tgi', but must be one of"):
         lk.export(model, tmp_path / "other", serving="tgi")
 

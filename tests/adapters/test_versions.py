@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.adapters.versions import MINIMUM, require_peft
+from lora_kernels.adapters.view import MINIMUM, require_peft
 from tests.adapters import peft_files
 from tests.adapters.start_models import wrapped
 from tests.statistics.models import tiny_llama

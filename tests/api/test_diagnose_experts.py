@@ -70,7 +70,7 @@ def test_every_expert_is_measured_and_certified_as_a_layer(name, fused, monkeypa
             assert relative_error(torch.tensor(layer.spectrum.values, dtype=torch.float64), values) < 1e-5
             weight = view.module.get_param().detach()[expert.expert].double()
             assert layer.spectrum.weight.frobenius == pytest.approx(float(weight.norm()), rel=1e-5)
-            a, b = (factor[0].double() for factor in (expert.lora_A["default"], expert.lora_B["default"]))
+            a, b = (factor.weight.double() for factor in (expert.lora_A["default"], expert.lora_B["default"]))
             balance = (a @ a.T - b.T @ b).norm() / (a.square().sum() + b.square().sum())
             assert layer.spectrum.balance == pytest.approx(float(balance), rel=1e-5)
             second, gradient, count = expected.get(key, (None, None, 0))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.adapters.folders import read_adapter
-from lora_kernels.api.inspection import inspect_folder, log_summary
+from lora_kernels.api.diagnosis import inspect_folder
+from lora_kernels.api.monitor import log_summary
 from tests.statistics.models import tiny_llama
 
 WORDS = ["<pad>", "<unk>", *["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "park", "fast", "slow"]]

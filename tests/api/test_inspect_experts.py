@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import lora_kernels as lk
 from lora_kernels import cli
 from lora_kernels.adapters.folders import CONFIG, WEIGHTS, read_adapter
-from lora_kernels.api.inspection import inspect_folder
+from lora_kernels.api.diagnosis import inspect_folder
 from tests.adapters.start_models import nudge
 from tests.adapters.test_experts_files import CONVERTS, PARAMETERS, REGISTRY, adapted, experts_alone, make
 

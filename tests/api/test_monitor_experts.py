@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.adapters.folders import read_adapter
-from lora_kernels.api.inspection import inspect_folder
+from lora_kernels.api.diagnosis import inspect_folder
 from lora_kernels.api.monitor import LAYER_FIELDS, read_log
 from lora_kernels.landscape.diagnosis_page import diagnosis_page
 from tests.adapters.start_models import nudge

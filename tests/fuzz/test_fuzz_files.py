@@ -357,7 +357,7 @@ def test_logs_of_a_monitor(tmp_path):
         file.write_bytes(content)
         worked, log = outcome(monitor.read_log, {"path": file})
         if worked:
-            from lora_kernels.api.inspection import log_summary
+            from lora_kernels.api.monitor import log_summary
 
             assert log_summary(log)
 

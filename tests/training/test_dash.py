@@ -13,8 +13,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.linalg.basis import Selection
-from lora_kernels.training.dash.run import _launched
-from lora_kernels.training.dash.selection import along_directions, select
+from lora_kernels.training.dash import _launched, along_directions, select
 from tests.conftest import relative_error
 from tests.helpers.accuracy import assert_accurate, rounding
 from tests.training.dash_models import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +19,6 @@ from lora_kernels.training.guard import Movement, trained_names
 from lora_kernels.training.lora_pro.optimizer import LoraPro, LoraProOptions, Scaling
 
 _Pair = tuple[torch.Tensor, torch.Tensor, Scaling, int]
-
-
-def _scaling(layer: Any, adapter: str) -> float:
-    """The current scaling of an adapter on a layer."""
-    return float(layer.scaling[adapter])
 
 
 def _factors(layer: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -49,7 +45,7 @@ def find_pairs(model: nn.Module) -> list[_Pair]:
                 kind = type(layer).__name__
                 unpaired[f"factors of {kind} are not matrices (of a convolution, or flattened by FSDP1)"] += 1
             else:
-                scaling = functools.partial(_scaling, layer, adapter)
+                scaling: Any = functools.partial(operator.getitem, layer.scaling, adapter)
                 pairs.append((a, b, scaling, getattr(layer, "num_experts", 1)))
     if unpaired:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in unpaired.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,15 +18,7 @@ from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.training.lora_pro.adjustment import Adjustment
-from lora_kernels.training.lora_pro.buckets import (
-    Bucket,
-    Layout,
-    Scratch,
-    draw_seed,
-    mix,
-    working_dtype,
-    wrap,
-)
+from lora_kernels.training.lora_pro.buckets import Bucket, Layout, Scratch, draw_seed, mix, working_dtype, wrap
 from lora_kernels.training.lora_pro.update import Entry, Rounding, adamw_, descend_
 
 Mode = Literal["efficient", "full"]
@@ -34,7 +26,6 @@ MODES = ("efficient", "full")
 RoundingMode = Literal["nearest", "stochastic"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WAVE = {"cpu": 2**24, "gpu": 2**27}  # elements of factors that are copied side by side at once
-
 
 Scaling = float | Callable[[], float]
 PairEntry = tuple[torch.Tensor, torch.Tensor, Scaling] | tuple[torch.Tensor, torch.Tensor, Scaling, int]
@@ -70,21 +61,6 @@ class Pair:
         return value
 
 
-def check_pair(name: str, a: Any, b: Any, experts: Any) -> None:
-    """Check that A `(experts r, n)` and B `(m, r experts)` can be the factors of a pair, or of a pair per expert."""
-    check_range("experts", experts, low=1, integer=True)
-    check_tensor(f"A of {name}", a, shape=(None, None))
-    check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
-    if a is b:
-        raise ValueError(f"A and B of {name} are the same parameter, but must be two")
-    if min(*a.shape, *b.shape) == 0:
-        raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
-    if a.shape[0] % experts:
-        raise ValueError(f"A of {name} has {a.shape[0]} rows, but must have as many for each of {experts} experts")
-    if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
-        raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
-
-
 def check_options(group: dict[str, Any]) -> None:
     """Check lr, betas, eps and weight_decay of a parameter group."""
     lr = group["lr"]
@@ -113,14 +89,6 @@ def per_pair(name: str, value: Any, count: int) -> list[Any]:
     return values
 
 
-def check_scaling(value: Any) -> None:
-    """Check the scaling of a pair, if it is not a function."""
-    if not callable(value):
-        check_range("scaling", value, low=-sys.float_info.max, high=sys.float_info.max)
-        if value == 0:
-            raise ValueError("scaling is 0, but must not be: such a pair never learns")
-
-
 def check_gradient(name: str, gradient: torch.Tensor) -> None:
     """Check that a gradient is dense."""
     if gradient.layout != torch.strided:
@@ -130,10 +98,9 @@ def check_gradient(name: str, gradient: torch.Tensor) -> None:
 class LoraPro(Optimizer):
     """LoRA-Pro (arXiv 2407.18242): gradients of LoRA pairs adjusted to follow the gradient of the full weight.
 
-    The update that a step makes to the product `s B A` is, to first order, `E = s B dA + s dB A`. Of all `(dA, dB)` the
-    adjusted ones bring E closest to the gradient of the full weight, which they recover from the gradients of A and B
-    alone. `mode="efficient"` runs AdamW on `(dA, dB)`; its state is AdamW's. `mode="full"` is the paper's: Adam's
-    moments are those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
+    A step moves `s B A` by `E = s B dA + s dB A`, to first order; the adjusted `(dA, dB)` bring E closest to the
+    gradient of the full weight. `mode="efficient"` runs AdamW on them. `mode="full"` is the paper's: Adam's moments are
+    those of E, 2 m n numbers per pair, and the direction they give is projected back onto the factors.
 
     Parameters in no pair get AdamW. Arithmetic is in float32 (float64 for float64 parameters) whatever the parameters'
     dtype, and results are rounded to it; states are float32 (float64), keyed by parameter (`step`, `exp_avg`,
@@ -214,18 +181,8 @@ class LoraPro(Optimizer):
         self.__dict__.setdefault("_scalings", {})
         self.__dict__.setdefault("_scratch", Scratch())
 
-    # -- groups and pairs ----------------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters or of pairs.
-
-        Args:
-            param_group: as in the constructor.
-
-        Raises:
-            TypeError: on a wrong type or dtype.
-            ValueError: as the constructor.
-        """
+        """Add a group of parameters or of pairs, as in the constructor, with its errors."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
@@ -259,8 +216,22 @@ class LoraPro(Optimizer):
         ]
 
     def _check_pair(self, name: str, a: Any, b: Any, scaling: Any, experts: Any = 1) -> None:
-        check_pair(name, a, b, experts)
-        check_scaling(scaling)
+        """Check that A `(experts r, n)` and B `(m, r experts)` can be factors of a pair, or of a pair per expert."""
+        check_range("experts", experts, low=1, integer=True)
+        check_tensor(f"A of {name}", a, shape=(None, None))
+        check_tensor(f"B of {name}", b, shape=(None, a.shape[0]), dtypes=(a.dtype,), device=a.device)
+        if a is b:
+            raise ValueError(f"A and B of {name} are the same parameter, but must be two")
+        if min(*a.shape, *b.shape) == 0:
+            raise ValueError(f"{name} has the shapes {tuple(a.shape)} and {tuple(b.shape)}, but no size may be 0")
+        if a.shape[0] % experts:
+            raise ValueError(f"A of {name} has {a.shape[0]} rows, but must have as many for each of {experts} experts")
+        if is_sharded(a) != is_sharded(b) or Layout.of(a) != Layout.of(b):
+            raise ValueError(f"A and B of {name} must be sharded alike, or both be whole")
+        if not callable(scaling):
+            check_range("scaling", scaling, low=-sys.float_info.max, high=sys.float_info.max)
+            if scaling == 0:
+                raise ValueError("scaling is 0, but must not be: such a pair never learns")
         if self.state_dtype == torch.bfloat16 and a.dtype == torch.float64:
             raise ValueError(f"state_dtype is torch.bfloat16, but {name} is of float64: its moments are float64")
 
@@ -276,8 +247,7 @@ class LoraPro(Optimizer):
             name, pair_places = f"pairs[{index}]", []
             self._check_pair(name, a, b, scaling, *experts)
             for parameter, factor in ((a, "A"), (b, "B")):
-                place = places.get(id(parameter))
-                if place is None:
+                if (place := places.get(id(parameter))) is None:
                     raise ValueError(f"{factor} of {name} is in no parameter group")
                 if place in paired:
                     raise ValueError(f"{factor} of {name} is in two pairs")
@@ -288,8 +258,6 @@ class LoraPro(Optimizer):
     def _at(self, place: Place) -> torch.Tensor:
         parameter: torch.Tensor = self.param_groups[place[0]]["params"][place[1]]
         return parameter
-
-    # -- state ---------------------------------------------------------------------------------------------------------
 
     def _moment_dtype(self, parameter: torch.Tensor, *, full: bool) -> torch.dtype:
         bfloat16 = full and self.state_dtype == torch.bfloat16
@@ -311,14 +279,7 @@ class LoraPro(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`; the moments keep their own dtype, and a resumed run gives the same bits.
-
-        Args:
-            state_dict: of an optimizer of the same groups, pairs and mode.
-
-        Raises:
-            ValueError: if groups, their sizes, or the mode differ.
-        """
+        """Load what `state_dict` gave, to the bit; a ValueError if groups, their sizes, or the mode differ."""
         # torch casts every floating-point state to the parameter's dtype, which would round the moments of bfloat16
         # parameters: they are restored as they were saved.
         loaded: dict[str, Any] = {}
@@ -327,35 +288,23 @@ class LoraPro(Optimizer):
             loaded.update(state)
             self._check_saved(state)
 
-        def restore(_: Optimizer) -> None:
-            self._restore_state(loaded)
-
-        handles = (
+        with (
             self.register_load_state_dict_pre_hook(check),  # type: ignore[arg-type]
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
+            self.register_load_state_dict_post_hook(lambda _: self._restore_state(loaded), prepend=True),
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _saved_keys(self, saved: dict[str, Any]) -> list[tuple[Place, Any]]:
-        """Place and saved key of each parameter that is in both."""
-        return [
-            ((number, index), key)
-            for number, (group, own) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False))
-            for index, (key, _) in enumerate(zip(group["params"], own["params"], strict=False))
-        ]
+    def _saved(self, saved: dict[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any], Pair | None]]:
+        # Each parameter that is in both, its saved state, and, of B in `full` mode, its pair.
+        full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
+        for number, (group, own) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False)):
+            for index, (key, parameter) in enumerate(zip(group["params"], own["params"], strict=False)):
+                yield parameter, saved["state"].get(key, {}), full.get((number, index))
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
-        full = {pair.b: pair for pair in self._pairs} if self.mode == "full" else {}
-        for place, key in self._saved_keys(saved):
-            moment = saved["state"].get(key, {}).get("exp_avg")
-            parameter = self._at(place)
-            expected = tuple(parameter.shape)
-            if place in full:
-                pair = full[place]
+        for parameter, state, pair in self._saved(saved):
+            moment, expected = state.get("exp_avg"), tuple(parameter.shape)
+            if pair is not None:
                 expected = (parameter.shape[0], pair.experts * self._at(pair.a).shape[1])
             if isinstance(moment, torch.Tensor) and tuple(moment.shape) != expected:
                 raise ValueError(
@@ -364,19 +313,15 @@ class LoraPro(Optimizer):
                 )
 
     def _restore_state(self, saved: dict[str, Any]) -> None:
-        full = {pair.b for pair in self._pairs} if self.mode == "full" else set()
-        for place, key in self._saved_keys(saved):
-            parameter = self._at(place)
-            for name, value in saved["state"].get(key, {}).items():
+        for parameter, state, pair in self._saved(saved):
+            for name, value in state.items():
                 if name == "step":
                     value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
                 elif isinstance(value, torch.Tensor):
-                    value = value.to(parameter.device, self._moment_dtype(parameter, full=place in full))
+                    value = value.to(parameter.device, self._moment_dtype(parameter, full=pair is not None))
                     if parameter.is_contiguous():  # torch's fused CPU kernels ignore strides
                         value = value.contiguous()
                 self.state[parameter][name] = value
-
-    # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     @without_autocast()

@@ -1,12 +1,12 @@
-"""LoRA-Dash: its settings, the coordinates it adds to a model, and the switch that gives them directions."""
+"""LoRA-Dash: coordinates along the directions of the base weight that the task changes most."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,18 +14,22 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
+from tqdm import tqdm
 
 from lora_kernels._checks import check_range
 from lora_kernels.adapters import parts
-from lora_kernels.adapters.base_weight import whole
+from lora_kernels.adapters.base_weight import check_readable, dense_weight, whole
 from lora_kernels.adapters.parts import Directions
 from lora_kernels.adapters.view import lora_layers, stock_class
-from lora_kernels.linalg.basis import Selection, core_basis
+from lora_kernels.linalg.basis import Selection, changed_most, core_basis
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.reports import Layers, Report, Table, short_name
 from lora_kernels.runtime.modes import is_sharded
-from lora_kernels.training.dash import selection
+from lora_kernels.runtime.processes import raise_together, rank, share_out, world_size
 from lora_kernels.training.lora_layer import KINDS
+
+# A and B of an adapter `(r, n)`, `(m, r)`, and its scaling.
+Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,7 @@ class LoraDash:
             raise ValueError(f"no layer of adapter {adapter!r} can have coordinates{first}")
         for name, layer in layers.items():
             _check_layer(name, layer, adapter, self.k)
+        _check_unmerged(layers)
         if refused:
             name, why = next(iter(refused.items()))
             message = f"{len(refused)} LoRA layers get no coordinates (first: {name}: {why})"
@@ -197,8 +202,8 @@ class DashRun:
 
     def directions(self) -> dict[str, Directions]:
         """By layer, its coordinates and directions."""
-        by_name = {name: parts.directions(layer, self.adapter) for name, layer in self.layers.items()}
-        return {name: directions for name, directions in by_name.items() if directions is not None}
+        found = ((name, parts.directions(layer, self.adapter)) for name, layer in self.layers.items())
+        return {name: directions for name, directions in found if directions is not None}
 
     @property
     def steps(self) -> int:
@@ -228,9 +233,7 @@ class DashRun:
         """
         factors = self._group(optimizer)
         ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [
-            parameter for parameter in self.coordinates() if id(parameter) not in ids and parameter.requires_grad
-        ]
+        missing = [each for each in self.coordinates() if id(each) not in ids and each.requires_grad]
         # Not as a group of their own: a learning rate schedule that exists already would not know it.
         if "param_names" in factors:  # an optimizer of named parameters expects names
             factors["param_names"] += [f"lora_dash.{index}" for index in range(len(missing))]
@@ -280,46 +283,36 @@ class DashRun:
         """
         if self.launched:
             raise ValueError(f"adapter {self.adapter!r} has its directions already")
-        self._check_unmerged()
+        _check_unmerged(self.layers)
         self._group(optimizer)
-        compute = functools.partial(
-            selection.select, k=self.config.k, epsilon=self.config.epsilon, cache=self.config.cache_dir
-        )
-        selections = selection.for_layers(self.layers, compute, self.adapter, progress=progress)
+        k, epsilon, cache = self.config.k, self.config.epsilon, self.config.cache_dir
+
+        def compute(weight: torch.Tensor, factors: list[Factors]) -> Selection:
+            return select(weight, factors, k, epsilon, cache)
+
+        selections = _for_layers(self.layers, compute, self.adapter, progress=progress)
         for name, directions in self.directions().items():
             directions.launch(selections[name].left, selections[name].right)
             self._launched[name] = _launched(name, selections[name])
         self.join(optimizer)
         for coordinates in self.coordinates():  # so that Adam corrects its moments from this step on
             optimizer.state.pop(coordinates, None)
-        unchanged = [name for name, entry in self._launched.items() if entry.reason]
-        if unchanged:
-            warnings.warn(
-                f"{len(unchanged)} adapters have changed nothing before the switch (first: {unchanged[0]}): their "
-                "directions are arbitrary",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if unchanged := [name for name, entry in self._launched.items() if entry.reason]:
+            message = f"{len(unchanged)} adapters have changed nothing before the switch (first: {unchanged[0]})"
+            warnings.warn(f"{message}: their directions are arbitrary", RuntimeWarning, stacklevel=2)
         return self.report()
 
     def prepare(self, *, progress: bool = True) -> None:
-        """Decompose the base weights now, into `cache_dir`, so that the switch is fast.
-
-        Args:
-            progress: show a bar over the layers.
-
-        Raises:
-            ValueError: if `cache_dir` is `None`: all bases together take more memory than the model.
-        """
+        """Decompose the base weights now, so that the switch is fast; a ValueError without a `cache_dir` for them."""
         if self.config.cache_dir is None:
             raise ValueError("cache_dir is None, but must be a folder: the decompositions take more than the model")
-        self._check_unmerged()
+        _check_unmerged(self.layers)
         cache = self.config.cache_dir
 
         def keep(weight: torch.Tensor, _factors: Any) -> None:
             core_basis(weight, cache)
 
-        selection.for_layers(self.layers, keep, self.adapter, progress=progress)
+        _for_layers(self.layers, keep, self.adapter, progress=progress)
 
     def report(self) -> DashReport:
         """Where every LoRA layer of the adapter stands; it prints as a table."""
@@ -349,7 +342,7 @@ class DashRun:
                 f"{len(nonzero)} layers have coordinates that are not zero (first: {nonzero[0]}): export or merge the "
                 "adapter to keep them, or detach with force=True"
             )
-        self._check_unmerged()
+        _check_unmerged(self.layers)
         for layer in self.layers.values():
             parts.remove(layer, self.adapter, parts.DASH)
         config: Any = self.model.peft_config.get(self.adapter)  # type: ignore[union-attr, operator]
@@ -362,24 +355,21 @@ class DashRun:
         """The parameter group of an optimizer that holds the adapter's factors."""
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "add_param_group"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        parts_of_all = [part[self.adapter] for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B)]
-        ids = {id(part.weight) for part in parts_of_all}
+        factors = (part[self.adapter] for layer in self.layers.values() for part in (layer.lora_A, layer.lora_B))
+        ids = {id(factor.weight) for factor in factors}
         for group in optimizer.param_groups:
-            if any(id(parameter) in ids for parameter in group["params"]):
+            if not ids.isdisjoint(map(id, group["params"])):
                 return group  # type: ignore[no-any-return]
         raise ValueError(
             "the optimizer holds no factor of the adapter (another model's optimizer, or one that keeps flat shards, "
             "as ZeRO's do, which is not supported)"
         )
 
-    def _check_unmerged(self) -> None:
-        for name, layer in self.layers.items():
-            _check_unmerged(name, layer)
 
-
-def _check_unmerged(name: str, layer: Any) -> None:
-    if layer.merged:
-        raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
+def _check_unmerged(layers: Mapping[str, Any]) -> None:
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"layer {name} has merged adapters: call model.unmerge_adapter() first")
 
 
 def _launched(name: str, selection: Selection) -> DashLayer:
@@ -422,7 +412,59 @@ def _check_layer(name: str, layer: Any, adapter: str, k: int) -> None:
         raise ValueError(f"layer {name} has a sharded adapter: attach before sharding (FSDP2; ZeRO-3 is not supported)")
     if weight.device.type == "meta":
         raise ValueError(f"layer {name} is on the meta device: attach after its weights are loaded")
-    _check_unmerged(name, layer)
     directions = parts.directions(layer, adapter)
     if directions is not None and directions.coordinates.numel() != k:
         raise ValueError(f"k is {k}, but layer {name} has {directions.coordinates.numel()} coordinates already")
+
+
+def along_directions(u: torch.Tensor, vh: torch.Tensor, factors: Iterable[Factors]) -> torch.Tensor:
+    """`u_i^T (sum s B A) v_i` `(q,)` in float64, of u `(m, q)` and vh `(q, n)`, without forming a product `B A`."""
+    wide = torch.float64
+    u, vh = u.to(wide), vh.to(wide)
+    changes = torch.zeros(u.shape[1], dtype=wide, device=u.device)
+    for a, b, scaling in factors:
+        changes += scaling * ((u.mT @ b.to(wide)) * (vh @ a.to(wide).mT)).sum(1)
+    return changes
+
+
+def select(weight: torch.Tensor, factors: Iterable[Factors], k: int, epsilon: float, cache: str | None) -> Selection:
+    """The k core directions of W `(m, n)` that the sum of products `s B A` changes most."""
+    factors = list(factors)
+    if not all(bool(torch.isfinite(factor).all()) for a, b, _ in factors for factor in (a, b)):
+        raise ValueError("the factors of the adapter hold NaN or infinite entries")
+    u, s, vh = core_basis(weight, cache)
+    return changed_most((u, s, vh), along_directions(u, vh, factors), k, epsilon)
+
+
+def _factors_of(layer: Any, adapter: str) -> list[Factors]:
+    """The adapter's change: its own product, and minus that of its frozen start; whole where they are sharded."""
+    scaling, frozen = layer.scaling[adapter], parts.start(layer, adapter)
+    factors = [(whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight), scaling)]
+    return factors if frozen is None else [*factors, (frozen.a, frozen.b, frozen.sign * scaling)]
+
+
+def _for_layers(layers: Mapping[str, Any], compute: Any, adapter: str, *, progress: bool) -> dict[str, Any]:
+    """By layer, the result of `compute(weight, factors)`; processes share the layers out, and all get all results."""
+    # A `ValueError` of `compute` is raised with the layer's name; a failure on another process is a `RuntimeError`.
+    results: dict[str, Any] = {}
+    error: Exception | None = None
+    names = list(layers)
+    for name in names:  # on all processes alike, before they share the work out
+        check_readable(layers[name], name)
+    hidden = not progress or rank() > 0
+    for number, name in enumerate(tqdm(names, desc="core directions", unit="layer", disable=hidden, leave=False)):
+        layer = layers[name]
+        mine = number % world_size() == rank()
+        gathered = any(is_sharded(parameter) for parameter in layer.parameters())  # by all processes together
+        if not mine and not gathered:
+            continue
+        weight, factors = dense_weight(layer), _factors_of(layer, adapter)
+        if not mine or error is not None:
+            continue
+        try:
+            results[name] = compute(weight, factors)
+        except Exception as caught:
+            error = ValueError(f"layer {name}: {caught}") if isinstance(caught, ValueError) else caught
+    raise_together(error)
+    device = next(iter(layers.values())).lora_A[adapter].weight.device
+    return share_out(names, results.__getitem__, device)
