@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.init.solving import batch_size, solve_layers
-from lora_kernels.linalg import eigh_topk
-from lora_kernels.statistics.moments import InputMoments, InputSums
+from lora_kernels.linalg import TopEigenpairs, eigh_topk
+from lora_kernels.statistics.moments import InputSums
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
 
@@ -19,20 +19,17 @@ _TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Components:
-    """The leading principal components of one input."""
+    """The leading principal components of one input: variances and directions `(n, k)`."""
 
-    values: torch.Tensor  # `(k,)` variances, descending
-    vectors: torch.Tensor  # `(n, k)`
+    pairs: TopEigenpairs
     total: float  # trace of the covariance
     tokens: float  # rows counted
-    residual: float  # largest relative residual of the eigenpairs, or the error bound of the sketch
-    solver: str  # the algorithm
 
     def ratios(self) -> list[float]:
         """Explained-variance ratios; zeros where the input never varies."""
         if self.total <= 0:
-            return [0.0] * self.values.numel()
-        return (self.values.clamp_min(0.0) / self.total).tolist()
+            return [0.0] * self.pairs.values.numel()
+        return (self.pairs.values.clamp_min(0.0) / self.total).tolist()
 
 
 def input_components(
@@ -66,18 +63,14 @@ def input_components(
 
 def _solve(sums: Sequence[InputSums], k: int, center: bool, seed: int) -> Iterator[Components]:
     """Yield the components of inputs of one kind and size."""
-    moments = [part for part in sums if isinstance(part, InputMoments)]
-    if not moments:
-        for sketch in sums:
-            assert isinstance(sketch, InputSketch)  # the other kind
-            leading, error = sketch.components(k, center=center)
-            trace = sketch.trace(center=center)
-            yield Components(leading.values, leading.vectors, trace, sketch.tokens, error, "nystrom")
+    sketches = [part for part in sums if isinstance(part, InputSketch)]
+    for sketch in sketches:
+        yield Components(sketch.components(k, center=center), sketch.trace(center=center), sketch.tokens)
+    if sketches:
         return
-    matrices = torch.stack([part.covariance(center=center) for part in moments])
+    matrices = torch.stack([part.covariance(center=center) for part in sums])
     pairs = eigh_topk(matrices, k, tolerance=_TOLERANCE, seed=seed)
     traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
-    residuals = pairs.residuals.tolist()
-    for index, part in enumerate(moments):
-        answer = pairs.values[index], pairs.vectors[index], traces[index], part.tokens, residuals[index]
-        yield Components(*answer, pairs.method)
+    for index, part in enumerate(sums):
+        own = TopEigenpairs(pairs.values[index], pairs.vectors[index], pairs.residuals[index], pairs.method)
+        yield Components(own, traces[index], part.tokens)

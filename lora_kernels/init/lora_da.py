@@ -196,11 +196,11 @@ def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: 
         return eigh_topk(LinearOperator((n, n), apply, apply, step.dtype, step.device), rank)
     if min(n, m) <= DIRECT_ORDER:
         u, s, _ = torch.linalg.svd(step, full_matrices=False)
-        values, vectors, method, products = bias * s[:rank].square(), u[:, :rank], "svd", 0
+        values, vectors, method = bias * s[:rank].square(), u[:, :rank], "svd"
     else:
         pairs = eigh_topk(_gram(step), rank)
-        values, method, products = bias * pairs.values, pairs.method, pairs.products
+        values, method = bias * pairs.values, pairs.method
         vectors = torch.linalg.qr(step @ pairs.vectors).Q
     vectors = fix_signs(vectors)
     error = torch.linalg.vector_norm(apply(vectors) - vectors * values, dim=0).amax() / values[0]
-    return TopEigenpairs(values, vectors, error, method, products)
+    return TopEigenpairs(values, vectors, error, method)

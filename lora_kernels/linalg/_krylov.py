@@ -40,24 +40,19 @@ def _without(y: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 
 def grow(
-    apply: Callable[[torch.Tensor, bool], torch.Tensor], first: torch.Tensor, rounds: int, keep: bool
+    product: Callable[..., torch.Tensor], first: torch.Tensor, rounds: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Alternate products with A^T and A, starting from `first = A x`."""
-    # `apply(block, transposed)` multiplies by A or A^T. With `keep` all blocks are kept (block Krylov by Golub-Kahan
-    # bidiagonalisation), otherwise only the last. Returns blocks of nearly orthonormal columns, and their images under
-    # A^T. What the columns lack, and the overlap of blocks that cancellation leaves in float32, `ritz` repairs.
+    """Blocks of nearly orthonormal columns from `first = A x` on, and their images under A^T."""
+    # What the columns lack, and the overlap of blocks that cancellation leaves in float32, `ritz` repairs.
     blocks = [_scaled(first)]
-    images = [apply(blocks[0], True)]
+    images = [product(blocks[0], transposed=True)]
     for _ in range(rounds):
-        following = apply(_scaled(images[-1]), False)
-        if keep:
-            # In float64 a second pass removes the overlap.
-            for block in blocks * (2 if following.dtype == torch.float64 else 1):
-                following = _without(following, block)
-        else:
-            blocks, images = [], []
+        following = product(_scaled(images[-1]), transposed=False)
+        # In float64 a second pass removes the overlap.
+        for block in blocks * (2 if following.dtype == torch.float64 else 1):
+            following = _without(following, block)
         blocks.append(_scaled(following))
-        images.append(apply(blocks[-1], True))
+        images.append(product(blocks[-1], transposed=True))
     return blocks, images
 
 

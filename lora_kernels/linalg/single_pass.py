@@ -76,9 +76,9 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     the shift.
 
     Args:
-        y: `(..., n, k)` float32 or float64.
+        y: `(..., n, k)` float32 or float64, k <= n.
         omega: `(n, k)` or `(..., n, k)`, of full rank.
-        rank: number of pairs, 1 <= rank <= min(k, n).
+        rank: number of pairs, 1 <= rank <= k.
         trace: the exact trace of M, `(...)` or a number, for the residual.
 
     Raises:
@@ -96,14 +96,13 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor, rank: int, *, trace: torch.Ten
     elif trace is not None:
         check_number("trace", trace)
     n, k = y.shape[-2:]
-    if test.shape[-1] != k:
-        raise ValueError(f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k)")
-    check_range("rank", rank, low=1, high=min(k, n), integer=True)
-    if k > n:  # the sketch is larger than M and determines it
-        basis, wide, k = torch.eye(n, dtype=torch.float64, device=y.device), wide @ torch.linalg.pinv(test), n
-    else:
-        basis, triangle = orthonormalize(test)
-        wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False)
+    if test.shape[-1] != k or k > n:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and omega {tuple(omega.shape)}, but both must be (..., n, k) with k <= n"
+        )
+    check_range("rank", rank, low=1, high=k, integer=True)
+    basis, triangle = orthonormalize(test)
+    wide = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False)
     basis = basis.expand_as(wide)
     scale = _norm(wide)
     wide = wide / torch.where(scale > 0, scale, 1.0)
@@ -142,11 +141,11 @@ def two_sided(
     Exact where G has at most k singular values. The least-squares problem is well conditioned for l of 2 k or more.
 
     Args:
-        y: `(..., m, k)` float32 or float64.
+        y: `(..., m, k)` float32 or float64, k <= min(m, n).
         z: `(..., l, n)`, l >= k.
         omega: `(n, k)` or `(..., n, k)`; only used to check that the sketches are of one matrix.
         psi: `(l, m)` or `(..., l, m)`.
-        rank: number of triplets, 1 <= rank <= min(k, m, n).
+        rank: number of triplets, 1 <= rank <= k.
         probe: `(t, G t)`, `(n, p)` and `(..., m, p)`: gaussian vectors that are independent of omega, and their
             products with G, for the bound on the error.
 
@@ -165,30 +164,21 @@ def two_sided(
     test = _check_sketch("omega", omega, n)
     co_test = _check_sketch("psi", psi, length)
     _check_batch(left, z=right, omega=test, psi=co_test)
-    if co_test.shape[-1] != m or test.shape[-1] != k or k > length:
+    if co_test.shape[-1] != m or test.shape[-1] != k or k > min(length, m, n):
         raise ValueError(
             f"y, z, omega and psi have shapes {tuple(y.shape)}, {tuple(z.shape)}, {tuple(omega.shape)} and "
-            f"{tuple(psi.shape)}, but must be (m, k), (l, n), (n, k) and (l, m) with k <= l"
+            f"{tuple(psi.shape)}, but must be (m, k), (l, n), (n, k) and (l, m) with k <= l, m and n"
         )
-    check_range("rank", rank, low=1, high=min(k, m, n), integer=True)
+    check_range("rank", rank, low=1, high=k, integer=True)
     one, two = right @ test, co_test @ left
     apart = _norm(one - two) > _MISMATCH * torch.maximum(_norm(one), _norm(two))
     if bool(apart.any()):
         index = int(apart.reshape(-1).nonzero()[0])
         raise ValueError(f"z Omega and Psi y of matrix {index} differ, but both must be Psi G Omega")
-    if k > m:  # y spans the whole space
-        q = torch.eye(m, dtype=torch.float64, device=y.device).expand(*left.shape[:-2], m, m)
-    else:
-        q, _ = orthonormalize(left)
-    core = torch.linalg.pinv(co_test @ q) @ right
-    if core.shape[-2] > n:
-        small, s, vh = torch.linalg.svd(core, full_matrices=False)
-        v = vh.mT
-    else:
-        v, r = orthonormalize(core.mT)
-        small, s, rotation = torch.linalg.svd(r.mT)  # core = r^T v^T
-        v = v @ rotation.mT
-    u, v, s = q @ small[..., :rank], v[..., :rank], s[..., :rank]
+    q, _ = orthonormalize(left)
+    v, r = orthonormalize((torch.linalg.pinv(co_test @ q) @ right).mT)
+    small, s, rotation = torch.linalg.svd(r.mT)
+    u, v, s = q @ small[..., :rank], (v @ rotation.mT)[..., :rank], s[..., :rank]
     error = None
     if probe is not None:
         if not isinstance(probe, (tuple, list)) or len(probe) != 2:
@@ -200,4 +190,4 @@ def two_sided(
             )
         error = probe_bound(image - (u * s.unsqueeze(-2)) @ (v.mT @ t))
     u, v = fix_pair(u, v)
-    return RandomizedSVD(u, s, v.mT, error, "two_sided", 0)
+    return RandomizedSVD(u, s, v.mT, error, "two_sided")

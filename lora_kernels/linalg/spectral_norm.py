@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels._checks import check_range, check_tensor
+from lora_kernels._checks import check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator, dense_operator, probe_bound, randomized_svd
 from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.random_matrix import random_matrix
@@ -19,6 +19,9 @@ _TRIPLETS = 8
 _COMPLETE = 512
 # Step of the generator: the probes must be independent of the blocks that `randomized_svd` draws.
 _STEP = 2
+_ROUNDS = 4  # of the Krylov method
+_PROBES = 8
+_POWER = 6  # additional pairs of products with the probes
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,13 @@ class SpectralNorm:
     upper: float
 
 
-def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
+def _remainder_bound(a: LinearOperator, u: torch.Tensor, seed: int) -> float:
     """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`."""
     # `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
-    drawn = random_matrix(
-        a.shape[-1], probes, kind="gaussian", seed=seed, stream=stream, step=_STEP, device=torch.device(a.device)
-    )
+    device, power = torch.device(a.device), 2 * _POWER + 1
+    drawn = random_matrix(a.shape[-1], _PROBES, kind="gaussian", seed=seed, step=_STEP, device=device)
     block, logarithm = drawn.to(a.dtype), 0.0
-    for number in range(2 * power + 1):
+    for number in range(power):
         block = a.rmatmul(block) if number % 2 else a.matmul(block)
         if number % 2 == 0:
             block = block - u @ (u.mT @ block)
@@ -51,7 +53,7 @@ def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int
         # Scaled by a power of two, which is exact, after every product, so that none overflows or underflows.
         exponent = math.frexp(largest)[1]
         block, logarithm = torch.ldexp(block, torch.tensor(-exponent, device=block.device)), logarithm + exponent
-    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
+    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / power)
     return bound
 
 
@@ -71,15 +73,7 @@ def _upper(s: list[float], coupling: torch.Tensor, remainder: float) -> float:
 
 
 @without_autocast()
-def spectral_norm(
-    a: torch.Tensor | LinearOperator,
-    *,
-    rounds: int = 4,
-    power: int = 6,
-    probes: int = 8,
-    seed: int = 0,
-    stream: int = 0,
-) -> SpectralNorm:
+def spectral_norm(a: torch.Tensor | LinearOperator, *, seed: int = 0) -> SpectralNorm:
     """The spectral norm of a matrix, with a lower and an upper bound from its products.
 
     The leading triplets are Ritz triplets with `A^T U = V S`, so `A = U S V^T + E` with `E = (I - U U^T) A`, and in the
@@ -89,20 +83,13 @@ def spectral_norm(
 
     Args:
         a: `(m, n)` float tensor, or a `LinearOperator` of that shape.
-        rounds: of the Krylov method.
-        power: q, additional pairs of products with the probes; 0 gives the plain bound.
-        probes: gaussian vectors.
         seed: 64-bit key: the same seed gives the same bits.
-        stream: number of the matrix, in [0, 2^32).
 
     Raises:
-        TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
-        ValueError: if it is not a matrix, a number is out of range, or an entry is NaN or infinite.
+        TypeError: if `a` is neither a float tensor nor an operator, or the seed is not a number.
+        ValueError: if it is not a matrix, the seed is out of range, or an entry is NaN or infinite.
     """
-    check_range("rounds", rounds, low=0, integer=True)
-    check_key(seed, stream)
-    check_range("power", power, low=0, high=1000, integer=True)
-    check_range("probes", probes, low=1, integer=True)
+    check_key(seed)
     if not isinstance(a, LinearOperator):
         check_tensor("a", a, numbers=True)
     if len(a.shape) != 2:
@@ -115,12 +102,10 @@ def spectral_norm(
         value = float(torch.linalg.matrix_norm(a.detach().to(torch.float64), 2))
         return SpectralNorm(value, value)
     operator = a if isinstance(a, LinearOperator) else dense_operator(a)
-    triplets = min(_TRIPLETS, *a.shape)
-    leading = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
+    leading = randomized_svd(operator, min(_TRIPLETS, *a.shape), n_iter=_ROUNDS, probes=0, seed=seed)
     value = float(leading.S[0])
     if leading.method == "direct" or value == 0.0:
         return SpectralNorm(value, value)
     u, s, v = leading.U, leading.S, leading.Vh.mT
     coupling = (operator.matmul(v.contiguous()) - u * s).to(torch.float64)
-    remainder = _remainder_bound(operator, u, probes, power, seed, stream)
-    return SpectralNorm(value, _upper(s.tolist(), coupling, remainder))
+    return SpectralNorm(value, _upper(s.tolist(), coupling, _remainder_bound(operator, u, seed)))

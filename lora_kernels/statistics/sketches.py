@@ -10,8 +10,9 @@ import zlib
 
 import torch
 
+from lora_kernels.linalg.eigen import TopEigenpairs
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, probe_bound
-from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
+from lora_kernels.linalg.single_pass import nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
@@ -77,10 +78,10 @@ class InputSketch(InputSums):
 
     def covariance(self, *, center: bool = True) -> torch.Tensor:
         """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
-        pairs, _ = self.components(min(self.size, self.features), center=center)
+        pairs = self.components(min(self.size, self.features), center=center)
         return (pairs.vectors * pairs.values) @ pairs.vectors.mT
 
-    def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
+    def components(self, rank: int, *, center: bool = True) -> TopEigenpairs:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
 
         Args:
@@ -88,9 +89,8 @@ class InputSketch(InputSums):
             center: subtract the mean's outer product (the sketch of `mu mu^T` is known exactly).
 
         Returns:
-            Eigenpairs in float64 on the sketch's device, and a bound on their residuals `|M v - value v|` relative to
-            the largest value (zero for a zero matrix). The residual matrix is positive semidefinite, so its trace,
-            which is known, bounds its norm; most often its images of random probes give a smaller bound.
+            Eigenpairs with a bound on their residuals. What the approximation leaves is positive semidefinite, so its
+            trace, which is known, bounds its norm; most often its images of random probes give a smaller bound.
 
         Raises:
             ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
@@ -109,12 +109,10 @@ class InputSketch(InputSums):
         pairs = nystrom(product[:, :size], omega[:, :size], size, trace=self.trace(center=center))
         # A pair of the approximation leaves M v - value v = (M - approximation) v.
         rest = product[:, self.size :] - (pairs.vectors * pairs.values) @ (pairs.vectors.mT @ omega[:, self.size :])
-        scale = float(pairs.values[0])
         assert pairs.residual is not None  # the trace was given
-        error = min(float(probe_bound(rest)), float(pairs.residual)) / scale if scale > 0 else 0.0
-        dropped = pairs.values[rank:].sum()
-        kept = Nystrom(pairs.values[:rank], pairs.vectors[:, :rank], pairs.residual + dropped, pairs.shift)
-        return kept, error
+        error = torch.minimum(probe_bound(rest), pairs.residual) / pairs.values[0]
+        error = torch.where(pairs.values[0] > 0, error, 0.0)
+        return TopEigenpairs(pairs.values[:rank], pairs.vectors[:, :rank], error, "nystrom")
 
 
 def _draw(rows: int, columns: int, seed: int, stream: int, like: torch.Tensor) -> torch.Tensor:

@@ -129,8 +129,8 @@ def test_nystrom_arguments():
         nystrom(omega, omega[:100], 2)
     with pytest.raises(ValueError, match=r"both must be \(..., n, k\)"):
         nystrom(omega, omega[:, :10], 2)
-    with pytest.raises(ValueError, match="rank is 11, but must be >= 1 and <= 10"):
-        nystrom(omega[:10], omega[:10], 11)
+    with pytest.raises(ValueError, match="with k <= n"):
+        nystrom(omega[:10], omega[:10], 2)
     with pytest.raises(TypeError, match="y has dtype float16"):
         nystrom(omega.half(), omega, 2)
     spoiled = omega.expand(3, 200, 20).clone()
@@ -141,10 +141,9 @@ def test_nystrom_arguments():
         nystrom(omega[0], omega, 2)
 
 
-@pytest.mark.parametrize("k", [12, 13, 30])
-def test_nystrom_of_a_matrix_no_larger_than_its_sketch(k):
+def test_nystrom_of_a_matrix_as_large_as_its_sketch():
     a = normal(12, 12)
-    m, omega = a @ a.mT, normal(12, k, seed=3)
+    m, omega = a @ a.mT, normal(12, 12, seed=3)
     found = nystrom(m @ omega, omega, 12, trace=m.trace())
     torch.testing.assert_close(found.values, torch.linalg.eigvalsh(m).flip(-1), rtol=1e-9, atol=1e-10)
     assert orthonormal(found.vectors) and float(found.residual) < 1e-9
@@ -216,9 +215,9 @@ def test_two_sided_with_a_dependent_psi():
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("m, n", [(12, 200), (150, 9), (9, 9), (1, 30), (30, 1)])
-def test_two_sided_of_a_matrix_smaller_than_its_sketch(m, n, batch):
+def test_two_sided_of_a_matrix_as_small_as_its_sketch(m, n, batch):
     g = normal(*batch, m, n)
-    y, z, omega, psi = sketches(g, 20, 40)
+    y, z, omega, psi = sketches(g, min(m, n), 40)
     found = two_sided(y, z, omega, psi, min(m, n, 4))
     torch.testing.assert_close(found.S, torch.linalg.svdvals(g)[..., :4])
     assert orthonormal(found.U) and orthonormal(found.Vh.mT)
