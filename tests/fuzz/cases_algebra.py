@@ -124,7 +124,6 @@ add(
     Case(
         landscape.factor_spectra,
         st.lists(pair((*QUIET, "nan")), max_size=3).map(lambda pairs: {"factors": pairs, "scalings": 1.0}),
-        backends=("auto", "cpp", "torch"),
     )
 )
 add(
@@ -135,7 +134,6 @@ add(
             (each.status == "not_finite") == (not finite(before["adapters"][0].a, before["adapters"][0].b))
             for each in result.values()
         ) or len(before["adapters"]) > 1 or _fail("status"),
-        backends=("auto",),
     )
 )  # fmt: skip
 
