@@ -9,9 +9,9 @@ import torch
 
 from lora_kernels.init.solving import batch_size, solve_layers
 from lora_kernels.linalg import TopEigenpairs, eigh_topk
-from lora_kernels.statistics.moments import InputSums
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.sums import InputSums
 
 # The sums are float32: residuals below their rounding would be work for nothing.
 _TOLERANCE = 1e-7

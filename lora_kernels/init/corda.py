@@ -13,7 +13,7 @@ from lora_kernels.init.method import InputwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sums import INPUT_SECOND
 
 MODES = ("instruction_previewed", "knowledge_preserved")
 # A failed Cholesky raises the damping tenfold, from here if there was none.

@@ -11,8 +11,7 @@ import torch
 
 from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg.cholesky import damped_cholesky
-from lora_kernels.statistics.gradients import FISHER, GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sums import FISHER, GRADIENT, INPUT_SECOND
 
 # What a Fisher-preconditioned step reads.
 WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}

@@ -13,7 +13,7 @@ from lora_kernels.init.components import Components, input_components
 from lora_kernels.init.method import InitMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
 from lora_kernels.init.ranks import RankRule
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sums import INPUT_SECOND
 
 
 @dataclass(frozen=True)

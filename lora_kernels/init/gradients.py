@@ -14,7 +14,7 @@ from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem
 from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
-from lora_kernels.statistics.gradients import GRADIENT
+from lora_kernels.statistics.sums import GRADIENT
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg import fix_signs
-from lora_kernels.statistics.gradients import FISHER
 from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.sums import FISHER
 
 # Our names of the authors' token masks.
 _MASKS = {"attention": "attention", "labels": "next_labels"}

@@ -14,9 +14,9 @@ from lora_kernels._checks import check_choice, check_type
 from lora_kernels.init.problem import BaseLayer, LayerFactors, LayerProblem, problems, stock_start
 from lora_kernels.init.ranks import RankRule
 from lora_kernels.init.solving import solve_layers
-from lora_kernels.statistics.moments import Accumulator
 from lora_kernels.statistics.statistic import Wants
 from lora_kernels.statistics.store import LayerStatistics, Statistics
+from lora_kernels.statistics.sums import Accumulator
 
 # The methods by name: every subclass of `InitMethod` that has one.
 METHODS: dict[str, type[InitMethod]] = {}

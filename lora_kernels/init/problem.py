@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.linalg.randomized_svd import RandomizedSVD
-from lora_kernels.statistics.gradients import FISHER, GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND, Accumulator
 from lora_kernels.statistics.sketches import stream_of
 from lora_kernels.statistics.store import LayerStatistics
+from lora_kernels.statistics.sums import FISHER, GRADIENT, INPUT_SECOND, Accumulator
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from lora_kernels.init.curvature import WANTS, whitened_gradient
 from lora_kernels.init.problem import LayerProblem, check_ranks, problems
 from lora_kernels.init.solving import solve_layers
 from lora_kernels.linalg import randomized_svd
-from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND
 from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.sums import GRADIENT, INPUT_SECOND
 
 _DAMPING = 1e-6
 _ROUNDS = 4

@@ -14,7 +14,7 @@ from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
 from lora_kernels.linalg.basis import changed_most, core_basis
-from lora_kernels.statistics.gradients import FISHER
+from lora_kernels.statistics.sums import FISHER
 
 UPDATES = ("gradient_step", "adapter")
 

@@ -18,7 +18,7 @@ from lora_kernels._checks import check_number, check_range, check_type
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.statistics.gradients import Gradient
+from lora_kernels.statistics.sums import Gradient
 
 OBJECTIVE = (
     "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "

@@ -13,8 +13,8 @@ from torch import distributed
 
 from lora_kernels.runtime.processes import gather, rank
 from lora_kernels.statistics import storage
-from lora_kernels.statistics.moments import pack_lower, packed_size, unpack_lower_
 from lora_kernels.statistics.storage import LayerSums, Progress
+from lora_kernels.statistics.sums import pack_lower, packed_size, unpack_lower_
 
 Groups = list[list[str]] | None
 _BUCKET = 64 * 2**20

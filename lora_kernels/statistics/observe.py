@@ -14,13 +14,12 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._rows import Selections, shared_selections
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
-from lora_kernels.statistics.moments import Accumulator, OutputGradients, needs_backward
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sharing import InputSharing
 from lora_kernels.statistics.sketches import stream_of
-from lora_kernels.statistics.statistic import add_gradients, new_sums
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import Accumulator, OutputGradients, add_gradients, needs_backward, new_sums
 from lora_kernels.statistics.towers import Towers
 
 

@@ -15,9 +15,8 @@ from lora_kernels._checks import check_choice, check_range, check_type, repr_sho
 from lora_kernels.reports import Report, Table, short_name
 from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
-from lora_kernels.statistics.moments import Accumulator, needs_backward, packed_size
-from lora_kernels.statistics.statistic import shapes
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import Accumulator, needs_backward, new_sums, packed_size
 
 FORMS = ("auto", "exact", "sketch")
 
@@ -196,8 +195,10 @@ def make_plan(
     partition.sort(key=lambda group: order[group[0]])
 
     def sums_of(statistic: str, chosen: str, layer: str) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
+        """Dtype, shape, and whether the lower triangle stands for the tensor."""
         shape = by_name[layer].out_features, by_name[layer].in_features
-        return shapes(statistic, chosen, shape, dtype, sketch_size)
+        sums = new_sums(statistic, chosen, shape, torch.device("meta"), dtype, sketch_size=sketch_size)
+        return [(value.dtype, tuple(value.shape), name in sums.triangular) for name, value in sums.tensors().items()]
 
     def entry(statistic: str, layers: Sequence[str], chosen: str) -> Entry:
         held = sent = 0

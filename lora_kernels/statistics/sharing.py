@@ -16,8 +16,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.runtime.feed import call_model
-from lora_kernels.statistics.moments import InputSums
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import InputSums
 
 
 @dataclass

@@ -16,8 +16,7 @@ from lora_kernels.linalg.single_pass import nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics import gradient_statistics_
 from lora_kernels.ops.sketch import sketch_
-from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import Accumulator, InputSums, OutputGradients, as_rows
+from lora_kernels.statistics.sums import GRADIENT, Accumulator, InputSums, OutputGradients, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see

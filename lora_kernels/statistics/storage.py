@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_kernels._files import parse_json, write_tensors
-from lora_kernels.statistics.moments import Accumulator, pack_lower, unpack_lower_
+from lora_kernels.statistics.sums import Accumulator, pack_lower, unpack_lower_
 
 _FORMAT = 2
 _KEY = "lora_kernels_statistics"

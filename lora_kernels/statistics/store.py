@@ -13,10 +13,18 @@ from torch import nn
 from lora_kernels._checks import as_device
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
-from lora_kernels.statistics.gradients import FISHER, GRADIENT, Gradient
-from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputSums, needs_backward
 from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.storage import Counts, LayerSums, Progress
+from lora_kernels.statistics.sums import (
+    FISHER,
+    GRADIENT,
+    INPUT_SECOND,
+    OUTPUT_SECOND,
+    Accumulator,
+    Gradient,
+    InputSums,
+    needs_backward,
+)
 
 _ROUNDS = 4  # of the randomized SVD of an exact gradient
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.statistics.moments import InputMoments
 from lora_kernels.statistics.sketches import GradientSketch, InputSketch, stream_of
+from lora_kernels.statistics.sums import InputMoments
 from tests.conftest import relative_error
 from tests.statistics.models import padded, samples, tiny_llama
 

@@ -1,17 +1,24 @@
-"""Sums that add over batches and processes; first and second moments of inputs and output gradients."""
+"""Sums over batches and processes: moments of inputs and output gradients, Fisher diagonal, weight gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from lora_kernels.ops.covariance import covariance_
+from lora_kernels.ops.gradient_statistics import gradient_statistics_
 
 INPUT_SECOND = "input_second"
 OUTPUT_SECOND = "output_second"
+FISHER = "fisher"
+GRADIENT = "gradient"
 _PANEL = 512
+# Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
+# section 4.5: the reconstruction needs l > k, and about 2 k is the best split of a given memory).
+_CO_SIZE = 2
 
 
 def pack_lower(matrix: torch.Tensor) -> torch.Tensor:
@@ -236,6 +243,140 @@ class OutputMoments(InputMoments):
         if factors is not None and factors.dtype != torch.bool:
             g = g * factors.unsqueeze(-1)  # not squared weights: the count is of tokens
         covariance_(self.second, as_rows(g, self.second.dtype), call.weight, self.total)
+
+
+class FisherDiagonal(Accumulator):
+    """`sum w_t g_t^2` over rows, g the gradient of the sum of losses by the output; `total` is `(m,)`."""
+
+    kind = "fisher"
+    statistic = FISHER
+    words = "Fisher diagonal"
+    features_of = "out_features"
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.features = features
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(features, dtype=dtype, device=device)
+
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        add_gradient_and_fisher(None, self, call)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean over tokens, `(m,)` float64."""
+        return self.total.to(torch.float64) / self.check_counted()
+
+
+class WeightGradient(Accumulator):
+    """`sum g_t x_t^T` over all rows; `total` is `(m, n)`.
+
+    A mask would falsify it: rows without a loss of their own still move the losses of later ones.
+    """
+
+    kind = "weight_gradient"
+    statistic = GRADIENT
+    words = "weight gradient"
+    arguments = ("out_features", "in_features")
+    vector = ""
+    reads_input = True
+
+    def __init__(
+        self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+
+    def add(self, call: OutputGradients) -> None:
+        """Add the gradients of a call."""
+        add_gradient_and_fisher(self, None, call)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The gradient of the mean loss, `(m, n)`."""
+        return self.total / loss_items
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The loss gradient of one layer, `(m, n)`, as `left right` where it is known by a sketch.
+
+    Attributes:
+        left: `(m, n)`, or `(m, k)`.
+        right: `(k, n)`, or `None`.
+        error: a bound on the spectral norm of what the sketch leaves out, with probability
+            `linalg.randomized_svd.CONFIDENCE`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+    error: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    def dense(self) -> torch.Tensor:
+        """`(m, n)`."""
+        return self.left if self.right is None else self.left @ self.right
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """G x, for x `(n, k)`."""
+        x = x.to(self.left)
+        return self.left @ x if self.right is None else self.left @ (self.right @ x)
+
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        """G^T y, for y `(m, k)`."""
+        product = self.left.mT @ y.to(self.left)
+        return product if self.right is None else self.right.mT @ product
+
+
+def add_gradient_and_fisher(
+    gradient: WeightGradient | None, fisher: FisherDiagonal | None, call: OutputGradients
+) -> None:
+    """Add the gradients of a call to either or both, with one reading of them."""
+    g, x, weight, factors = call
+    # A selection of rows needs no more than `weight`, which has it too.
+    squared = weight
+    if factors is not None and factors.dtype != torch.bool:
+        squared = factors.square() if weight is None else factors.square() * weight
+    dtype = next(sums.dtype for sums in (gradient, fisher) if sums is not None)
+    gradient_statistics_(
+        None if gradient is None else gradient.total,
+        None if fisher is None else fisher.total,
+        as_rows(g, dtype),
+        None if gradient is None or x is None else as_rows(x, dtype),
+        weight=None if gradient is None else factors,
+        fisher_weight=None if fisher is None else squared,
+    )
+
+
+def new_sums(
+    statistic: str,
+    form: str,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sketch_size: int,
+    seed: int = 0,
+    stream: int = 0,
+) -> Accumulator:
+    """Zero sums of a layer with a weight of shape `(m, n)`."""
+    kind = Accumulator.statistics[statistic][form]  # the plan sketches what can be sketched
+    sizes = {"out_features": shape[0], "in_features": shape[1]}
+    sketch = {"size": sketch_size, "co_size": _CO_SIZE * sketch_size, "seed": seed, "stream": stream}
+    return kind.empty({**sizes, **sketch, "features": sizes[kind.features_of]}, device, dtype)
+
+
+def add_gradients(sums: Mapping[str, Accumulator], call: OutputGradients) -> None:
+    """Add the output gradients of one call to the sums of a layer, by statistic."""
+    gradient, fisher = sums.get(GRADIENT), sums.get(FISHER)
+    if isinstance(gradient, WeightGradient) and isinstance(fisher, FisherDiagonal):
+        add_gradient_and_fisher(gradient, fisher, call)
+        sums = {name: part for name, part in sums.items() if part not in (gradient, fisher)}
+    for part in sums.values():
+        part.add(call)
 
 
 def needs_backward(statistics: Iterable[str]) -> list[str]:
