@@ -123,8 +123,8 @@ def certify(
             )
     threshold = weight_decay / abs(adapter.scaling)
     if gradient.right is None:
-        bracket = spectral_norm(gradient.left)
-        value, low, high = bracket.value, bracket.value, bracket.upper
+        value, high = spectral_norm(gradient.left.detach())
+        low = value
     else:
         value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
         low, high = max(0.0, value - gradient.error), value + gradient.error

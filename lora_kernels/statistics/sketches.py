@@ -105,13 +105,12 @@ class InputSketch(InputSums):
             mean = self.mean()
             product.addr_(mean, mean @ omega, alpha=-1.0)
         size = min(self.size, self.features)
-        pairs = nystrom(product[:, :size], omega[:, :size], size, trace=self.trace(center=center))
+        values, vectors = nystrom(product[:, :size], omega[:, :size])
         # A pair of the approximation leaves M v - value v = (M - approximation) v.
-        rest = product[:, self.size :] - (pairs.vectors * pairs.values) @ (pairs.vectors.mT @ omega[:, self.size :])
-        assert pairs.residual is not None  # the trace was given
-        error = torch.minimum(probe_bound(rest), pairs.residual) / pairs.values[0]
-        error = torch.where(pairs.values[0] > 0, error, 0.0)
-        return TopEigenpairs(pairs.values[:rank], pairs.vectors[:, :rank], error, "nystrom")
+        rest = product[:, self.size :] - (vectors * values) @ (vectors.mT @ omega[:, self.size :])
+        trace = (self.trace(center=center) - values.sum()).clamp_min(0)
+        error = torch.where(values[0] > 0, torch.minimum(probe_bound(rest), trace) / values[0], 0.0)
+        return TopEigenpairs(values[:rank], vectors[:, :rank], error, "nystrom")
 
 
 def _draw(rows: int, columns: int, seed: int, stream: int, like: torch.Tensor) -> torch.Tensor:
@@ -205,4 +204,4 @@ class GradientSketch(Accumulator):
         left, right = self.left.to(torch.float64) * scale, self.right.to(torch.float64).mT * scale
         size = min(self.size, self.out_features, self.in_features)
         probe = (omega[:, self.size :], left[:, self.size :])
-        return two_sided(left[:, :size], right, omega[:, :size], psi, rank, probe=probe)
+        return two_sided(left[:, :size], right, omega[:, :size], psi, rank, probe)

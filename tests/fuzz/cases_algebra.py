@@ -61,43 +61,6 @@ def _is_svd(before, _after, result):
 
 
 add(Case(linalg.randomized_svd, _randomized_svd(), _is_svd, refused=needs_finite("a")))
-add(
-    Case(
-        linalg.spectral_norm,
-        matrix().map(lambda a: {"a": a, "seed": 0}),
-        lambda before, _after, result: close(
-            torch.tensor([result.value], dtype=torch.float64),
-            torch.linalg.matrix_norm(before["a"], 2).reshape(1) if before["a"].numel() else torch.zeros(1),
-            before["a"].abs().sum().reshape(1), 1e-6,
-        ),
-        refused=needs_finite("a"),
-    )
-)  # fmt: skip
-
-
-@st.composite
-def _nystrom(draw):
-    n = draw(positive)
-    k = draw(st.integers(1, n))
-    root = draw(tensors((n, n), torch.float64, ("normal", "zeros"), ("plain",)))
-    omega = torch.randn(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return {"y": root @ root.mT @ omega, "omega": omega, "rank": draw(st.integers(1, k)), "trace": None}
-
-
-add(Case(linalg.nystrom, _nystrom()))
-
-
-@st.composite
-def _two_sided(draw):
-    m, n = draw(positive), draw(positive)
-    k = draw(st.integers(1, min(m, n)))
-    generator = torch.Generator().manual_seed(1)
-    g = draw(tensors((m, n), torch.float64, ("normal", "zeros"), ("plain",)))
-    omega, psi = (torch.randn(size, dtype=torch.float64, generator=generator) for size in ((n, k), (2 * k, m)))
-    return {"y": g @ omega, "z": psi @ g, "omega": omega, "psi": psi, "rank": draw(st.integers(1, k)), "probe": None}
-
-
-add(Case(linalg.two_sided, _two_sided()))
 
 
 @st.composite
