@@ -70,8 +70,8 @@ class CorDA(InputwiseMethod):
         start = self.damping * size
         what = f"the second moment of the input of layer {layers[0].name}"
         lower, damping = damped_cholesky(second, start, least=_LEAST_DAMPING * size, what=what)
-        raised = float(damping) > start
-        notes = (f"damping raised to {float(damping) / size:g}: C was not positive definite",) if raised else ()
+        raised = f"damping raised to {damping / size:g}: C was not positive definite"
+        notes = (raised,) if damping > start else ()
         for layer in layers:
             weight = layer.weight().to(second)
             u, s, v, residual, solver = self._components(weight, second, layer.rank)

@@ -44,8 +44,8 @@ def nystrom(y: torch.Tensor, omega: torch.Tensor) -> tuple[torch.Tensor, torch.T
     core = basis.mT @ y
     # Without rounding the core is symmetric: its asymmetry is the noise of the sketch, and a lower bound for the shift.
     noise = torch.linalg.matrix_norm(core - core.mT)
-    shift = torch.maximum(noise, torch.full_like(noise, _UNIT * y.shape[0] ** 0.5))
-    lower, shift = damped_cholesky((core + core.mT) / 2, shift, what="Omega^T y, as a sketch would make it,")
+    least = max(float(noise), _UNIT * y.shape[0] ** 0.5)
+    lower, shift = damped_cholesky((core + core.mT) / 2, least, what="Omega^T y, as a sketch would make it,")
     factor = torch.linalg.solve_triangular(lower.mT, y + shift * basis, upper=True, left=False)
     q, r = orthonormalize(factor)
     left, s, _ = torch.linalg.svd(r)

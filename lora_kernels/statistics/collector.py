@@ -291,9 +291,8 @@ class Collection:
     def _counted(self, weights: BatchWeights, observer: Observer) -> float:
         if weights.tokens is not None:
             return self.progress.tokens + float(weights.tokens.sum(dtype=torch.float64))
-        groups = observer.sharing.distinct()
-        parts = [groups[0].sums] if groups else [part for sums in observer.outputs.values() for part in sums.values()]
-        return parts[0].tokens if parts else self.progress.tokens
+        sums = _sums_of(observer)
+        return sums[0].sums.tokens if sums else self.progress.tokens
 
     def _note(self, observer: Observer) -> None:
         for name, count in observer.skipped.items():
@@ -316,7 +315,7 @@ class Collection:
 
 def _sums_of(observer: Observer) -> list[LayerSums]:
     inputs = [LayerSums(list(group.members), group.sums) for group in observer.sharing.distinct()]
-    return inputs + [LayerSums([name], part) for name, sums in observer.outputs.items() for part in sums.values()]
+    return inputs + [LayerSums([name], part) for name, part in observer.output_sums()]
 
 
 def _warn_unaligned(observer: Observer) -> None:

@@ -12,9 +12,8 @@ import torch
 from torch import distributed
 
 from lora_kernels.runtime.processes import gather, rank
-from lora_kernels.statistics import storage
 from lora_kernels.statistics.storage import LayerSums, Progress
-from lora_kernels.statistics.sums import pack_lower, packed_size, unpack_lower_
+from lora_kernels.statistics.sums import Accumulator, pack_lower, packed_size, unpack_lower_
 
 Groups = list[list[str]] | None
 _BUCKET = 64 * 2**20
@@ -43,7 +42,7 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
         part = mine.get((kind, layer))
         if part is None:
             settings, dtype = empty[(kind, layer)]
-            sums = storage.rebuild(kind, settings, device, getattr(torch, dtype.removeprefix("torch.")))
+            sums = Accumulator.kinds[kind].empty(settings, device, getattr(torch, dtype.removeprefix("torch.")))
         else:
             sums = part.sums if part.layers[0] == layer else copy.deepcopy(part.sums)
         agreed[(kind, tuple(together))] = LayerSums(together, sums)

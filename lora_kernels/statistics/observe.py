@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,16 +34,6 @@ class _Root(torch.autograd.Function):
         return gradients[0] if ctx.needs_input_grad[0] else None, None
 
 
-@dataclass
-class _Call:
-    """What the backward hook of one call needs; emptied when it has run."""
-
-    x: torch.Tensor | None
-    version: int
-    weight: torch.Tensor | None
-    factors: torch.Tensor | None
-
-
 def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     if x is None or x.dim() == 0 or x.shape[-1] != target.in_features or not x.is_floating_point():
@@ -73,14 +62,14 @@ class Observer:
     ) -> None:
         """Prepare for pass `number` of a plan; layers in `apart` share no input."""
         self.options, self.plan = options, plan
-        forms = {target.name: plan.form_of(target.name, number) for target in targets}
-        self.targets = {target.name: target for target in targets if forms[target.name]}
+        # Statistics and forms, by layer.
         self._inputs: dict[str, list[tuple[str, str]]] = {}
         self._outputs: dict[str, list[tuple[str, str]]] = {}
-        for name, statistics in forms.items():
-            for statistic, form in statistics.items():
-                chosen = self._outputs if needs_backward([statistic]) else self._inputs
-                chosen.setdefault(name, []).append((statistic, form))
+        for entry in plan.entries:
+            chosen = self._outputs if needs_backward([entry.statistic]) else self._inputs
+            for name in entry.layers if entry.number == number else ():
+                chosen.setdefault(name, []).append((entry.statistic, entry.form))
+        self.targets = {target.name: target for target in targets if target.name in {**self._inputs, **self._outputs}}
         self.sharing = InputSharing(share=options.share_inputs, apart=apart)  # the input sums, by group
         self.outputs: dict[str, dict[str, Accumulator]] = {}  # the sums of output gradients, by layer and statistic
         self.weights = BatchWeights()  # of the current batch
@@ -250,20 +239,20 @@ class Observer:
                 assert isinstance(output, torch.Tensor)
             if sums:
                 reads_input = any(part.reads_input for part in sums.values())
-                call = _Call(x if reads_input else None, x._version, weight, factors)
-                output.register_hook(functools.partial(self._receive, target.name, sums, call))  # type: ignore[no-untyped-call]
+                held = [x if reads_input else None, x._version, weight, factors]
+                output.register_hook(functools.partial(self._receive, target.name, sums, held))  # type: ignore[no-untyped-call]
             return output
 
         return tap
 
     @without_autocast()
-    def _receive(self, name: str, sums: dict[str, Accumulator], call: _Call, g: torch.Tensor | None) -> None:
+    def _receive(self, name: str, sums: dict[str, Accumulator], held: list[Any], g: torch.Tensor | None) -> None:
         # An undefined gradient: nothing downstream depends on this output.
         if self._discarding or g is None or name in self.unassigned:
             return
-        x, weight, factors = call.x, call.weight, call.factors
-        call.x = call.weight = call.factors = None  # frees the activation as soon as it has served
-        if x is not None and x._version != call.version:
+        x, version, weight, factors = held
+        held.clear()  # frees the activation as soon as it has served
+        if x is not None and x._version != version:
             raise RuntimeError(
                 f"the input of layer {name} was changed in place after the layer had read it: its weight gradient "
                 "cannot be formed"
@@ -304,8 +293,7 @@ class Observer:
 
     def check_inputs(self, batch: int) -> None:
         """Refuse input sums that are not finite (one wait per device)."""
-        groups = self.sharing.distinct()
-        sums = [(", ".join(group.members), group.sums.total) for group in groups]
+        sums = [(", ".join(group.members), group.sums.total) for group in self.sharing.distinct()]
         _refuse_nonfinite(sums, "input", f"in batch {batch}")
 
     def check(self, batch: int) -> None:
@@ -319,20 +307,20 @@ class Observer:
         self.check_inputs(batch)
         # Weight gradients are read once, at the end: reading them after every batch would cost as much memory traffic
         # as adding to them.
-        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values() if part.vector]
-        vectors = [(name, getattr(part, part.vector)) for name, part in parts]
+        vectors = [(name, getattr(part, part.vector)) for name, part in self.output_sums() if part.vector]
         _refuse_nonfinite(vectors, "gradient", f"in batch {batch}")
 
     def check_all(self) -> None:
         """At the end of a pass: refuse sums of gradients that are not finite."""
-        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values()]
-        values = [(name, getattr(part, part.vector or part.main)) for name, part in parts]
+        values = [(name, getattr(part, part.vector or part.main)) for name, part in self.output_sums()]
         _refuse_nonfinite(values, "gradient", "in some batch")
+
+    def output_sums(self) -> list[tuple[str, Accumulator]]:
+        """All sums of output gradients, with their layers."""
+        return [(name, part) for name, sums in self.outputs.items() for part in sums.values()]
 
 
 def _refuse_nonfinite(sums: Sequence[tuple[str, torch.Tensor]], what: str, when: str) -> None:
-    if not sums:
-        return
     by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, value in sums:
         by_device.setdefault(value.device, []).append((name, torch.isfinite(value.sum(dtype=torch.float64))))

@@ -86,12 +86,6 @@ class Plan(Report):
         """The first pass that runs backward too, or `None`."""
         return min((entry.number for entry in self.entries if needs_backward([entry.statistic])), default=None)
 
-    def form_of(self, layer: str, number: int) -> dict[str, str]:
-        """Statistic names and forms of one layer in one pass."""
-        return {
-            entry.statistic: entry.form for entry in self.entries if entry.number == number and layer in entry.layers
-        }
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
         rows: dict[tuple[str, str, str, int], list[Entry]] = {}

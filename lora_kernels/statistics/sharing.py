@@ -32,28 +32,6 @@ class InputGroup:
     strangers: set[str] = field(default_factory=set)  # members that read another input than the group's
 
 
-class InputIdentity:
-    """What makes two reads the same: storage, view and version."""
-
-    def __init__(self) -> None:
-        self._references: dict[int, StorageWeakRef] = {}
-
-    def clear(self) -> None:
-        """Forget all tensors."""
-        self._references.clear()
-
-    def __call__(self, x: torch.Tensor) -> Hashable:
-        """A key that equals another's if and only if both tensors are the same view of the same values."""
-        if x.is_inference():
-            return object()  # inference tensors have no version: a change between two reads would go unseen
-        storage = x.untyped_storage()
-        key = storage._cdata
-        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
-        rows = x.shape[:-1].numel()
-        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
-        return (key, x.storage_offset(), layout, x.dtype, x._version)
-
-
 class InputSharing:
     """Decides, call by call, whether an input is new to the sums."""
 
@@ -63,13 +41,13 @@ class InputSharing:
         self.groups: dict[str, InputGroup] = {}
         self.left_out: set[str] = set()
         self.batch = 0
-        self._identity = InputIdentity()
+        self._references: dict[int, StorageWeakRef] = {}
         self._first: dict[Hashable, InputGroup] = {}
 
     def begin(self, batch: int) -> None:
         """Forget the inputs of the batch before."""
         self.batch = batch
-        self._identity.clear()
+        self._references.clear()
         self._first.clear()
         for group in self.groups.values():
             group.inputs.clear()
@@ -85,7 +63,7 @@ class InputSharing:
         """The groups without repetitions, in the order of their first call."""
         return list({id(group): group for group in self.groups.values()}.values())
 
-    def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
+    def assign(self, name: str, x: torch.Tensor, make: Callable[[], Any]) -> InputSums | None:
         """The sums (of a new group those of `make`) that a layer's input `(..., n)` must be added to."""
         # `None` if another layer of the group has added it already.
         if name in self.left_out:
@@ -108,6 +86,17 @@ class InputSharing:
         self._first.setdefault(identity, group)
         return group.sums
 
+    def _identity(self, x: torch.Tensor) -> Hashable:
+        """A key that equals another's if and only if both tensors are the same view of the same values."""
+        if x.is_inference():
+            return object()  # inference tensors have no version: a change between two reads would go unseen
+        storage = x.untyped_storage()
+        key = storage._cdata
+        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        rows = x.shape[:-1].numel()
+        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
+        return (key, x.storage_offset(), layout, x.dtype, x._version)
+
     def deviating(self) -> list[str]:
         """After a forward pass, the layers whose inputs of this batch are not those that their groups added."""
         return [
@@ -126,16 +115,14 @@ class InputSharing:
 def find_groups(
     model: nn.Module, targets: Sequence[Target], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[list[str]]:
-    """Names of layers that read the same tensors in all their calls, by first call; the model may be on `meta`."""
-    identity = InputIdentity()
-    inputs: dict[str, list[Hashable]] = {}
-    handles = []
+    """Names of layers that read the same tensors in all their calls; the model may be on `meta`."""
+    sharing, handles = InputSharing(share=True), []
 
     def hook(name: str) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
             if x is not None:
-                inputs.setdefault(name, []).append(identity(x))
+                sharing.assign(name, x, lambda: None)
 
         return observe
 
@@ -147,7 +134,6 @@ def find_groups(
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[Hashable, list[str]] = {}
-    for name, sequence in inputs.items():
-        groups.setdefault(tuple(sequence), []).append(name)
-    return list(groups.values())
+    for name in (alone := sharing.deviating()):
+        sharing.leave_out(name)
+    return [group.members for group in sharing.distinct()] + [[name] for name in alone]

@@ -129,7 +129,7 @@ def _rebuilt(
         if not isinstance(spec["layers"], list) or not spec["layers"]:
             raise ValueError(f"sums {index} are of no layer")
         dtype = getattr(torch, spec["dtype"].removeprefix("torch."))
-        sums = rebuild(spec["kind"], spec["settings"], device, dtype)
+        sums = Accumulator.kinds[spec["kind"]].empty(spec["settings"], device, dtype)
         for name, value in sums.tensors().items():
             stored = tensors[f"{index}.{name}"]
             if name in sums.triangular:
@@ -138,8 +138,3 @@ def _rebuilt(
                 value.copy_(stored)
         parts.append(LayerSums(spec["layers"], sums))
     return parts, Progress(**document["progress"]), document["fingerprint"]
-
-
-def rebuild(kind: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
-    """Zero sums of a kind, with the `settings()` of others."""
-    return Accumulator.kinds[kind].empty(settings, device, dtype)
