@@ -9,10 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels.init.components import Components, input_components
 from lora_kernels.init.method import InitMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
-from lora_kernels.init.ranks import RankRule
+from lora_kernels.init.ranks import Components, RankRule, input_components
 from lora_kernels.statistics.sums import INPUT_SECOND
 
 

@@ -12,7 +12,6 @@ import torch
 
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem
-from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics.sums import GRADIENT
 
@@ -64,10 +63,6 @@ class GradientMethod(LayerwiseMethod):
     def together(self, layer: LayerProblem) -> Hashable:
         """Exact gradients of one shape are decomposed in batches, sketches one by one."""
         return (layer.shape, layer.rank, layer.device) if layer.has(GRADIENT, exact=True) else layer.name
-
-    def at_most(self, layer: LayerProblem) -> int:
-        """As many as a batch holds."""
-        return batch_size(4 * math.prod(layer.shape), layer.device)
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from the gradients of a group."""

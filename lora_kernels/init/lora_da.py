@@ -161,14 +161,19 @@ class LoraDA(InputwiseMethod):
         if not self.normalize_variance:
             assert self.population_size is not None  # `factors` has filled it in
             return self.variance_weight * float(inverse.sum()) / self.population_size
-        gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
-        bias = self.bias_weight * float(torch.linalg.norm(gram))
+        thin = _thin(step)
+        bias = self.bias_weight * float(torch.linalg.norm(thin @ thin.mT))
         return self.variance_weight * bias / float(torch.linalg.norm(metric.inverse))
+
+
+def _thin(step: torch.Tensor) -> torch.Tensor:
+    """D or its transpose, whichever has fewer rows: its Gram matrix is the smaller one."""
+    return step if step.shape[0] <= step.shape[1] else step.mT
 
 
 def _gram(step: torch.Tensor) -> LinearOperator:
     """The smaller one of `D D^T` and `D^T D`."""
-    thin = step if step.shape[0] <= step.shape[1] else step.mT
+    thin = _thin(step)
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         return thin @ (thin.mT @ x)
@@ -177,11 +182,11 @@ def _gram(step: torch.Tensor) -> LinearOperator:
 
 
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
-    if min(step.shape) <= DIRECT_ORDER:
-        thin = step if step.shape[0] <= step.shape[1] else step.mT
-        largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # far cheaper than all singular values
-        return largest.sqrt()
-    return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
+    if min(step.shape) > DIRECT_ORDER:
+        return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
+    thin = _thin(step)
+    largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # far cheaper than all singular values
+    return largest.sqrt()
 
 
 def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,6 @@ import torch
 from lora_kernels._checks import check_range
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced
-from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
 
@@ -49,10 +47,6 @@ class PiSSA(LayerwiseMethod):
     def together(self, layer: LayerProblem) -> Hashable:
         """Weights of one shape are decomposed in batches."""
         return layer.shape, layer.rank
-
-    def at_most(self, layer: LayerProblem) -> int:
-        """As many as a batch holds."""
-        return batch_size(4 * math.prod(layer.shape), layer.device)
 
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from a batch of weights."""

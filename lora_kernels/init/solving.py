@@ -45,7 +45,8 @@ def solve_layers(
         groups[name if together is None else together(layer)].append(name)
     pieces: list[list[str]] = []
     for names in groups.values():
-        size, limit = len(names), at_most(layers[names[0]])
+        size = len(names)
+        limit = at_most(layers[names[0]]) if size > 1 else None
         if limit is not None:  # no larger than what leaves every process a share
             size = max(1, min(limit, -(-size // world_size())))
         pieces += [names[low : low + size] for low in range(0, len(names), size)]

@@ -37,55 +37,14 @@ _CURVES = {
     "rank": "mean used rank",
     "balance": "largest imbalance",
 }
-
-
-# Times the median from which on an update is an outlier.
-_OUTLIER = 5.0
-# Share of the rank up to which most of it counts as idle.
-_IDLE = 0.25
-# Ratio of the factors' norms from which on they count as unbalanced.
-_UNBALANCED = 10.0
-
-# What can be notable, the most serious first: meaning and advice.
-_TEXTS = {
-    "not finite": (
-        "the layer puts out NaN: training has diverged",
-        "go back to an earlier checkpoint; lower the learning rate, or clip gradients",
-    ),
-    "loud failure": (
-        "the update uses the whole rank and is large beside the weight: the base model is overwritten",
-        "train again with a learning rate 3 to 10 times smaller, or a smaller lora_alpha",
-    ),
-    "zero update": (
-        "s B A is zero: the adapter changes nothing here",
-        "check that the layer is used and that the optimizer has its factors, or take it out of target_modules",
-    ),
-    "rank-limited": (
-        "stationary at full rank: with this weight decay a larger rank would reach a lower loss",
-        "raise r for these layers (rank_pattern)",
-    ),
-    "intruder dimensions": (
-        "new directions as large as the leading ones of the weight, which can make a model forget",
-        "test the model on other tasks; lower the learning rate or lora_alpha if it forgets",
-    ),
-    "outlier": (
-        f"more than {_OUTLIER:g} times the median update of this model",
-        "if the model forgets, scale these layers down (alpha_pattern)",
-    ),
-    "still training": (
-        "gradient and weight decay are not in balance, which they are at a stationary point (0)",
-        "train longer, or decay the learning rate to zero, and inspect again",
-    ),
-    "idle rank": (
-        "the other singular values are negligible",
-        "a smaller r would do here (rank_pattern)",
-    ),
-    "unbalanced factors": (
-        f"A and B differ in size more than {_UNBALANCED:g}-fold; weight decay makes them equal in the end",
-        "nothing if training was short; otherwise train longer, or with weight decay",
-    ),
-    "largest updates": ("within the usual range of this model", "nothing"),
-}
+# Times the median from which on an update is an outlier; the share of the rank up to which most of it counts as idle;
+# the ratio of the factors' norms from which on they count as unbalanced (the template names the first and the last).
+_OUTLIER, _IDLE, _UNBALANCED = 5.0, 0.25, 10.0
+# What can be notable, the most serious first; the template says what it means and what to do.
+_FINDINGS = (
+    "not finite", "loud failure", "zero update", "rank-limited", "intruder dimensions", "outlier", "still training",
+    "idle rank", "unbalanced factors", "largest updates",
+)  # fmt: skip
 
 
 def diagnosis_page(diagnosis: Diagnosis, log: Sequence[Mapping[str, Any]] = ()) -> Page:
@@ -230,13 +189,8 @@ def findings(diagnosis: Diagnosis) -> list[Finding]:
         for title, score, text in _remarks(layer, median):
             layers[title].append((score, layer.name, text))
     return [
-        Finding(
-            title=title,
-            meaning=meaning,
-            advice=advice,
-            layers=tuple(entry[1:] for entry in sorted(layers[title], key=lambda entry: -entry[0])),
-        )
-        for title, (meaning, advice) in _TEXTS.items()
+        Finding(title=title, layers=tuple(entry[1:] for entry in sorted(layers[title], key=lambda entry: -entry[0])))
+        for title in _FINDINGS
         if layers[title]
     ]
 

@@ -83,9 +83,9 @@ class Grid:
 class Finding:
     """Something notable that layers have in common."""
 
-    title: str  # its name
-    meaning: str  # what it means
-    advice: str  # what to do
+    title: str  # its name; if it is one of the template's, that has the next two
+    meaning: str = ""  # what it means
+    advice: str = ""  # what to do
     layers: tuple[tuple[str, str], ...]  # names and their number in words, the most notable first
 
 

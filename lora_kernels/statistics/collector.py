@@ -20,12 +20,11 @@ from lora_kernels.runtime.loss import batch_size, loss_items, model_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
 from lora_kernels.runtime.processes import Result
 from lora_kernels.statistics import distributed, storage
-from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.plan import Plan
+from lora_kernels.statistics.plan import Plan, parse_budget
 from lora_kernels.statistics.sharing import find_groups
 from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress

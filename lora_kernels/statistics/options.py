@@ -13,9 +13,8 @@ from typing_extensions import TypedDict
 
 from lora_kernels._checks import check_choice, check_range
 from lora_kernels.runtime.loss import REDUCTIONS, Loss, Reduction
-from lora_kernels.statistics.budget import Budget
 from lora_kernels.statistics.masks import Mask, check_mask
-from lora_kernels.statistics.plan import FORMS, Plan, make_plan
+from lora_kernels.statistics.plan import FORMS, Budget, Plan, make_plan
 from lora_kernels.statistics.store import Target
 
 Forward = Callable[[nn.Module, Any], Any]
