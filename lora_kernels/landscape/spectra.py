@@ -1,7 +1,4 @@
-"""Spectrum, norms, ranks and balance of an update `s B A`, from its factors alone.
-
-The product is never formed: every number comes from r x r matrices.
-"""
+"""Spectrum, norms, ranks and balance of an update `s B A` from r x r matrices: the product is never formed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan, parse_budget
-from lora_kernels.statistics.sharing import find_groups
+from lora_kernels.statistics.sharing import InputGroup, find_groups
 from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
@@ -157,8 +157,8 @@ class Collection:
         length = len(self.loader) if isinstance(self.loader, Sized) else None
         total = min((limit for limit in (length, options.max_batches) if limit is not None), default=None)
         loader = () if ahead else self.loader
-        feed = Feed(loader, options.max_batches, skip=0 if ahead else progress.done, digest=progress.digest)
-        feed.wants_digest = self.path is not None
+        skip, digests = 0 if ahead else progress.done, self.path is not None
+        feed = Feed(loader, options.max_batches, skip=skip, expected=progress.digest, digests=digests)
         label = "collecting statistics" + (f", pass {number + 1} of {plan.passes}" if plan.passes > 1 else "")
         with (
             observation_mode(self.model, gradients=observer.gradients),
@@ -182,7 +182,7 @@ class Collection:
                         progress.current = len(current)
                         storage.write(self.path, [*self.finished, *current], progress, self.identity)
                     if options.max_tokens is not None and tokens >= options.max_tokens:
-                        feed.stop()
+                        feed.stopped = True
             except _FailedElsewhere:
                 return
             except Exception:
@@ -309,7 +309,8 @@ class Collection:
             if part.sums.needs_backward:
                 observer.outputs.setdefault(part.layers[0], {})[statistic] = part.sums
             else:
-                observer.sharing.adopt(part.layers, part.sums)  # type: ignore[arg-type]
+                group = InputGroup(part.sums, -1, list(part.layers))  # type: ignore[arg-type]
+                observer.sharing.groups |= dict.fromkeys(part.layers, group)
 
 
 def _sums_of(observer: Observer) -> list[LayerSums]:

@@ -52,7 +52,7 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
 def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
     """Add up sums over all processes, in place: in flat buckets of one dtype, of symmetric sums the lower triangle."""
     # `parts` are as `agree` returns them; `device` is where the process group can reduce (NCCL: a GPU).
-    bucket: list[tuple[torch.Tensor, bool]] = []
+    entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
     in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
     def copy_back() -> None:
@@ -68,18 +68,13 @@ def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
                 value.copy_(part.view_as(value))
             offset += size
 
-    def flush() -> None:
-        flat = torch.cat([pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket])
-        flat = flat.to(device)
-        in_flight.append((distributed.all_reduce(flat, async_op=True), flat, list(bucket)))
-        bucket.clear()
+    for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
+        bucket = [entries[position] for position in positions]
+        packed = [pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket]
+        flat = torch.cat(packed).to(device)
+        in_flight.append((distributed.all_reduce(flat, async_op=True), flat, bucket))
         if len(in_flight) > 1:  # one bucket travels while the next is packed
             copy_back()
-
-    entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
-    for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
-        bucket += [entries[position] for position in positions]
-        flush()
     while in_flight:
         copy_back()
 

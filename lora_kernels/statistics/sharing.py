@@ -1,9 +1,4 @@
-"""Layers that read the same tensor (q, k, v; gate, up) share one set of sums.
-
-Two calls read the same input when their tensors are the same view of the same storage at the same version. The
-storage is held by a weak reference, so its address cannot be given to another one while it is compared, and no
-activation is kept alive.
-"""
+"""Layers that read the same tensor (q, k, v; gate, up) share one set of sums."""
 
 from __future__ import annotations
 
@@ -54,11 +49,6 @@ class InputSharing:
             group.calls.clear()
             group.strangers.clear()
 
-    def adopt(self, members: list[str], sums: InputSums) -> None:
-        """Continue a group of an earlier process (see `storage`)."""
-        group = InputGroup(sums, -1, list(members))
-        self.groups |= dict.fromkeys(members, group)
-
     def distinct(self) -> list[InputGroup]:
         """The groups without repetitions, in the order of their first call."""
         return list({id(group): group for group in self.groups.values()}.values())
@@ -87,11 +77,12 @@ class InputSharing:
         return group.sums
 
     def _identity(self, x: torch.Tensor) -> Hashable:
-        """A key that equals another's if and only if both tensors are the same view of the same values."""
+        """A key that equals another's if and only if both tensors are the same view of one storage at one version."""
         if x.is_inference():
             return object()  # inference tensors have no version: a change between two reads would go unseen
         storage = x.untyped_storage()
         key = storage._cdata
+        # A reference, so that the address is not given to another storage; weak, so that no activation is kept alive.
         self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         rows = x.shape[:-1].numel()
         layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())

@@ -1,8 +1,4 @@
-"""Random sketches that stand in for sums too large to keep: single pass, linear, so they add like the sums.
-
-`Omega` and `Psi` are drawn by position from Philox (seed, stream, row, column) and never stored; the stream is the
-CRC-32 of the layer's name.
-"""
+"""Random sketches that stand in for sums too large to keep: linear, by matrices drawn by position and never stored."""
 
 from __future__ import annotations
 

@@ -206,9 +206,14 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to one safetensors file, atomically."""
-        parts, progress = _disassemble(self)
+        parts: dict[int, LayerSums] = {}
+        for name, layer in self.items():
+            for sums in layer.sums.values():
+                parts.setdefault(id(sums), LayerSums([], sums)).layers.append(name)
+        notes = {name: list(layer.notes) for name, layer in self.items() if layer.notes}
+        progress = Progress(done=self.batches, complete=True, notes=notes, **self.counts())
         targets = [[layer.name, layer.in_features, layer.out_features] for layer in self.values()]
-        storage.write(Path(path), parts, progress, {**self.fingerprint, "targets": targets})
+        storage.write(Path(path), parts.values(), progress, {**self.fingerprint, "targets": targets})
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Statistics:
@@ -264,14 +269,3 @@ def assemble(
             notes=tuple(dict.fromkeys(notes)),
         )
     return Statistics(layers=layers, fingerprint=dict(identity), **progress.counts())
-
-
-def _disassemble(statistics: Statistics) -> tuple[list[LayerSums], Progress]:
-    """The sums of statistics without repetitions, and their counts."""
-    parts: dict[int, LayerSums] = {}
-    for name, layer in statistics.items():
-        for sums in layer.sums.values():
-            parts.setdefault(id(sums), LayerSums([], sums)).layers.append(name)
-    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
-    progress = Progress(done=statistics.batches, complete=True, notes=notes, **statistics.counts())
-    return list(parts.values()), progress
