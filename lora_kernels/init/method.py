@@ -12,10 +12,17 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from lora_kernels._checks import check_choice, check_type
-from lora_kernels.init.problem import BaseLayer, LayerFactors, LayerProblem, problems, stock_start
+from lora_kernels.init.problem import (
+    BaseLayer,
+    LayerFactors,
+    LayerProblem,
+    batch_size,
+    problems,
+    solve_layers,
+    stock_start,
+)
 from lora_kernels.init.ranks import RankRule
-from lora_kernels.init.solving import batch_size, solve_layers
-from lora_kernels.statistics.statistic import Wants
+from lora_kernels.statistics.options import Wants
 from lora_kernels.statistics.store import LayerStatistics, Statistics
 from lora_kernels.statistics.sums import Accumulator
 

@@ -10,8 +10,7 @@ import torch
 
 from lora_kernels._checks import check_choice, check_range, check_type
 from lora_kernels.init.curvature import WANTS, whitened_gradient
-from lora_kernels.init.problem import LayerProblem, check_ranks, problems
-from lora_kernels.init.solving import batch_size, solve_layers
+from lora_kernels.init.problem import LayerProblem, batch_size, check_ranks, problems, solve_layers
 from lora_kernels.linalg import TopEigenpairs, eigh_topk, randomized_svd
 from lora_kernels.statistics.sketches import InputSketch
 from lora_kernels.statistics.store import LayerStatistics, Statistics

@@ -23,10 +23,9 @@ from lora_kernels.statistics import distributed, storage
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
-from lora_kernels.statistics.options import CollectOptions
+from lora_kernels.statistics.options import CollectOptions, Wants, resolve_wants
 from lora_kernels.statistics.plan import Plan, parse_budget
 from lora_kernels.statistics.sharing import InputGroup, find_groups
-from lora_kernels.statistics.statistic import Wants, resolve_wants
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
 from lora_kernels.statistics.sums import needs_backward

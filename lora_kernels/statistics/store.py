@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import as_device
-from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
 from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.storage import Counts, LayerSums, Progress
@@ -25,8 +24,6 @@ from lora_kernels.statistics.sums import (
     InputSums,
     needs_backward,
 )
-
-_ROUNDS = 4  # of the randomized SVD of an exact gradient
 
 
 @dataclass(frozen=True)
@@ -116,23 +113,9 @@ class LayerStatistics:
         sums = self._sums(GRADIENT)
         if not isinstance(sums, GradientSketch):
             return Gradient(sums.total / self._items())  # type: ignore[attr-defined]
-        triplets = self.gradient_svd(min(sums.size, self.in_features, self.out_features))
+        triplets = sums.svd(min(sums.size, self.in_features, self.out_features), scale=1.0 / self._items())
         assert triplets.error is not None  # sketches carry probes
         return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
-
-    def gradient_svd(self, rank: int) -> RandomizedSVD:
-        """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
-
-        Args:
-            rank: number of triplets.
-
-        Raises:
-            ValueError: if the gradient was not collected, or its sketch has fewer columns.
-        """
-        sums = self._sums(GRADIENT)
-        if isinstance(sums, GradientSketch):
-            return sums.svd(rank, scale=1.0 / self._items())
-        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS)
 
     def fisher(self) -> torch.Tensor:
         """`mean("fisher")`: the mean squared output gradient over tokens, `(m,)` float64."""

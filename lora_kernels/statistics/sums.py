@@ -316,10 +316,6 @@ class Gradient:
         """`(m, n)`."""
         return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
 
-    def dense(self) -> torch.Tensor:
-        """`(m, n)`."""
-        return self.left if self.right is None else self.left @ self.right
-
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """G x, for x `(n, k)`."""
         x = x.to(self.left)
