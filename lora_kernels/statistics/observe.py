@@ -172,9 +172,9 @@ class Observer:
         return finite if weight is None else weight * finite
 
     def _new(self, target: Target, statistic: str, form: str, device: torch.device) -> Any:
-        shape = target.out_features, target.in_features
-        sketch = {"sketch_size": self.plan.sketch_size, "seed": self.options.seed, "stream": stream_of(target.name)}
-        return new_sums(statistic, form, shape, device, self.options.dtype, **sketch)
+        sizes = {"out_features": target.out_features, "in_features": target.in_features}
+        sizes |= {"size": self.plan.sketch_size, "seed": self.options.seed, "stream": stream_of(target.name)}
+        return new_sums(statistic, form, sizes, device, self.options.dtype)
 
     def _before(self, target: Target) -> Callable[..., None]:
         name = target.name

@@ -250,8 +250,9 @@ def make_plan(
 
     def sums_of(statistic: str, chosen: str, layer: str) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
         """Dtype, shape, and whether the lower triangle stands for the tensor."""
-        shape = by_name[layer].out_features, by_name[layer].in_features
-        sums = new_sums(statistic, chosen, shape, torch.device("meta"), dtype, sketch_size=sketch_size)
+        target = by_name[layer]
+        sizes = {"out_features": target.out_features, "in_features": target.in_features, "size": sketch_size}
+        sums = new_sums(statistic, chosen, sizes, torch.device("meta"), dtype)
         return [(value.dtype, tuple(value.shape), name in sums.triangular) for name, value in sums.tensors().items()]
 
     def entry(statistic: str, layers: Sequence[str], chosen: str) -> Entry:

@@ -104,7 +104,7 @@ class Accumulator:
             setattr(self, name, getattr(self, name).to(device))
 
     def add(self, call: OutputGradients) -> None:
-        """Add the output gradients of one call; `count` is added in the forward pass."""
+        """Add the output gradients of one call (see `add_gradients`); `count` is added in the forward pass."""
         raise NotImplementedError
 
     def mean_over(self, loss_items: float) -> torch.Tensor:
@@ -258,10 +258,6 @@ class FisherDiagonal(Accumulator):
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=dtype, device=device)
 
-    def add(self, call: OutputGradients) -> None:
-        """Add the gradients of a call."""
-        add_gradient_and_fisher(None, self, call)
-
     def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
         """The mean over tokens, `(m,)` float64."""
         return self.total.to(torch.float64) / self.check_counted()
@@ -286,10 +282,6 @@ class WeightGradient(Accumulator):
         self.out_features, self.in_features = out_features, in_features
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(out_features, in_features, dtype=dtype, device=device)
-
-    def add(self, call: OutputGradients) -> None:
-        """Add the gradients of a call."""
-        add_gradient_and_fisher(self, None, call)
 
     def mean_over(self, loss_items: float) -> torch.Tensor:
         """The gradient of the mean loss, `(m, n)`."""
@@ -327,52 +319,37 @@ class Gradient:
         return product if self.right is None else self.right.mT @ product
 
 
-def add_gradient_and_fisher(
-    gradient: WeightGradient | None, fisher: FisherDiagonal | None, call: OutputGradients
-) -> None:
-    """Add the gradients of a call to either or both, with one reading of them."""
+def add_gradients(sums: Mapping[str, Accumulator], call: OutputGradients) -> None:
+    """Add the output gradients of one call to the sums of a layer: to weight gradient and Fisher diagonal at once."""
     g, x, weight, factors = call
-    # A selection of rows needs no more than `weight`, which has it too.
-    squared = weight
-    if factors is not None and factors.dtype != torch.bool:
-        squared = factors.square() if weight is None else factors.square() * weight
-    dtype = next(sums.dtype for sums in (gradient, fisher) if sums is not None)
-    gradient_statistics_(
-        None if gradient is None else gradient.total,
-        None if fisher is None else fisher.total,
-        as_rows(g, dtype),
-        None if gradient is None or x is None else as_rows(x, dtype),
-        weight=None if gradient is None else factors,
-        fisher_weight=None if fisher is None else squared,
-    )
+    gradient = next((part for part in sums.values() if isinstance(part, WeightGradient)), None)
+    fisher = next((part for part in sums.values() if isinstance(part, FisherDiagonal)), None)
+    either = fisher if gradient is None else gradient
+    if either is not None:
+        # A selection of rows needs no more than `weight`, which has it too.
+        squared = weight
+        if factors is not None and factors.dtype != torch.bool:
+            squared = factors.square() if weight is None else factors.square() * weight
+        gradient_statistics_(
+            None if gradient is None else gradient.total,
+            None if fisher is None else fisher.total,
+            as_rows(g, either.dtype),
+            None if gradient is None or x is None else as_rows(x, either.dtype),
+            weight=None if gradient is None else factors,
+            fisher_weight=None if fisher is None else squared,
+        )
+    for part in sums.values():
+        if part is not gradient and part is not fisher:
+            part.add(call)
 
 
 def new_sums(
-    statistic: str,
-    form: str,
-    shape: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    sketch_size: int,
-    seed: int = 0,
-    stream: int = 0,
+    statistic: str, form: str, sizes: Mapping[str, int], device: torch.device, dtype: torch.dtype
 ) -> Accumulator:
-    """Zero sums of a layer with a weight of shape `(m, n)`."""
+    """Zero sums of a layer with `out_features` and `in_features`; a sketch has `size` columns, a `seed`, a `stream`."""
     kind = Accumulator.statistics[statistic][form]  # the plan sketches what can be sketched
-    sizes = {"out_features": shape[0], "in_features": shape[1]}
-    sketch = {"size": sketch_size, "co_size": _CO_SIZE * sketch_size, "seed": seed, "stream": stream}
-    return kind.empty({**sizes, **sketch, "features": sizes[kind.features_of]}, device, dtype)
-
-
-def add_gradients(sums: Mapping[str, Accumulator], call: OutputGradients) -> None:
-    """Add the output gradients of one call to the sums of a layer, by statistic."""
-    gradient, fisher = sums.get(GRADIENT), sums.get(FISHER)
-    if isinstance(gradient, WeightGradient) and isinstance(fisher, FisherDiagonal):
-        add_gradient_and_fisher(gradient, fisher, call)
-        sums = {name: part for name, part in sums.items() if part not in (gradient, fisher)}
-    for part in sums.values():
-        part.add(call)
+    derived = {"co_size": _CO_SIZE * sizes["size"], "features": sizes[kind.features_of]}
+    return kind.empty({"seed": 0, "stream": 0, **sizes, **derived}, device, dtype)
 
 
 def needs_backward(statistics: Iterable[str]) -> list[str]:
