@@ -56,7 +56,6 @@ class PiSSA(LayerwiseMethod):
         rank = layers[0].rank
         if self.n_iter is not None:
             triplets = randomized_svd(batch, rank, n_iter=self.n_iter, seed=self.seed)
-            assert triplets.error is not None  # probes are drawn
             u, s, vh, left, solver = triplets.U, triplets.S, triplets.Vh, triplets.error, triplets.method
         else:
             u, s, vh = torch.linalg.svd(batch, full_matrices=False)

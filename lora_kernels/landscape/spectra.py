@@ -161,11 +161,9 @@ def factor_spectra(
     for index, pair in enumerate(factors):
         _check_pair(f"factors[{index}]", pair)
     check_type("scalings", scalings, (int, float, tuple, list), "a number or numbers")
-    scaling_of = [scalings] if isinstance(scalings, (int, float)) else list(scalings)
+    scaling_of = [scalings] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
     for scaling in scaling_of:
         check_number("scalings", scaling)
-    if isinstance(scalings, (int, float)):
-        scaling_of *= len(factors)
     if len(scaling_of) != len(factors):
         raise ValueError(f"scalings has {len(scaling_of)} entries, but must have {len(factors)}, one per pair")
     spectra: dict[int, torch.Tensor] = {}

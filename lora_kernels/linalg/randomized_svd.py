@@ -46,7 +46,7 @@ class RandomizedSVD:
         S: `(..., rank)`, descending.
         Vh: `(..., rank, n)`, orthonormal rows.
         error: `(...)`, an upper bound on the spectral norm of `A - U diag(S) Vh` that holds with probability
-            `CONFIDENCE` per matrix, or `None` without probes.
+            `CONFIDENCE` per matrix; infinite without probes.
         method: `krylov`, `two_sided`, or `direct` (the full decomposition, as the basis would have been as large as the
             matrix).
     """
@@ -54,8 +54,8 @@ class RandomizedSVD:
     U: torch.Tensor
     S: torch.Tensor
     Vh: torch.Tensor
-    error: torch.Tensor | None = None
-    method: str = ""
+    error: torch.Tensor
+    method: str
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def randomized_svd(
     drawn = torch.cat((start, test), dim=-1).to(operator.dtype)
     if math.prod(batch) == 0:
         u, s, v = (drawn.new_empty(*batch, *size) for size in ((m, rank), (rank,), (n, rank)))
-        return RandomizedSVD(u, s, v.mT, drawn.new_empty(batch) if probes else None, "krylov")
+        return RandomizedSVD(u, s, v.mT, drawn.new_empty(batch), "krylov")
     # The probes share the pass over a with the first block.
     first = _product(operator, drawn, transposed=False) if width + probes else drawn.new_empty(*batch, m, 0)
     _name_bad_matrix(a, first)
@@ -315,7 +315,7 @@ def randomized_svd(
         blocks, images = ([part.reshape(-1, *part.shape[-2:]) for part in group] for group in parts)
         u, s, v = _ritz(blocks, images, rank)
         u, s, v = u.reshape(*batch, m, rank), s.reshape(*batch, rank), v.reshape(*batch, n, rank)
-    error = None
+    error = s.new_full(batch, math.inf)
     if probes:
         error = probe_bound(first[..., width:] - (u * s.unsqueeze(-2)) @ (v.mT @ drawn[:, width:]))
     u, v = fix_pair(u, v)

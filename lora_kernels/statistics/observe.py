@@ -79,8 +79,7 @@ class Observer:
         self._discarding = False
         self.forwarding = True  # false during the backward pass, where checkpointed layers run forward a second time
         self.unaligned: dict[str, str] = {}  # layers whose rows no mask fits, and why
-        # Layers whose rows are not those of samples, where samples count alike, and why; their gradients are left
-        # out.
+        # Layers whose rows are not those of samples, where samples count alike, and why: their gradients are left out.
         self.unassigned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
         self._aligned_once = False
