@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,8 @@ class Observer:
             chosen = self._outputs if needs_backward([entry.statistic]) else self._inputs
             for name in entry.layers if entry.number == number else ():
                 chosen.setdefault(name, []).append((entry.statistic, entry.form))
-        self.targets = {target.name: target for target in targets if target.name in {**self._inputs, **self._outputs}}
+        observed = {**self._inputs, **self._outputs}
+        self.targets = {target.name: target for target in targets if target.name in observed}
         self.sharing = InputSharing(share=options.share_inputs, apart=apart)  # the input sums, by group
         self.outputs: dict[str, dict[str, Accumulator]] = {}  # the sums of output gradients, by layer and statistic
         self.weights = BatchWeights()  # of the current batch
@@ -83,7 +85,7 @@ class Observer:
         self.unassigned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
         self._aligned_once = False
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
         self._anchor = torch.zeros((), requires_grad=True)
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._model = model
@@ -100,24 +102,20 @@ class Observer:
         return bool(self._outputs)
 
     def __enter__(self) -> Observer:
-        try:
+        with contextlib.ExitStack() as hooks:
             for name, target in self.targets.items():
-                self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
+                hooks.enter_context(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
                 if name in self._outputs:
-                    self._handles.append(target.module.register_forward_hook(self._after(target), with_kwargs=True))
+                    hooks.enter_context(target.module.register_forward_hook(self._after(target), with_kwargs=True))
             if is_encoder_decoder(self._model):
                 decoder = self._model.get_decoder()  # type: ignore[operator]
-                self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
-        except BaseException:
-            self.__exit__()
-            raise
+                hooks.enter_context(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._towers.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def begin(self, number: int, weights: BatchWeights, batch: Any) -> None:
         """Prepare for a batch, its number and the weights of its tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ def find_groups(
     model: nn.Module, targets: Sequence[Target], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[list[str]]:
     """Names of layers that read the same tensors in all their calls; the model may be on `meta`."""
-    sharing, handles = InputSharing(share=True), []
+    sharing = InputSharing(share=True)
 
     def hook(name: str) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,14 +118,10 @@ def find_groups(
 
         return observe
 
-    try:
+    with contextlib.ExitStack() as hooks, torch.no_grad():
         for target in targets:
-            handles.append(target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True))
-        with torch.no_grad():
-            (forward or call_model)(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True))
+        (forward or call_model)(model, batch)
     for name in (alone := sharing.deviating()):
         sharing.leave_out(name)
     return [group.members for group in sharing.distinct()] + [[name] for name in alone]
