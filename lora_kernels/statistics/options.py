@@ -175,15 +175,13 @@ def resolve_wants(wants: Wants) -> dict[str, bool]:
     known = tuple(Accumulator.statistics)  # of any class, not those here alone
     if wants is None:
         return {INPUT_SECOND: False}
-    if isinstance(wants, str):
-        exact_by_name: Mapping[str, bool] = {wants: False}
-    elif isinstance(wants, HasWants):
+    if isinstance(wants, HasWants):
         exact_by_name = wants.wants
         check_type("wants.wants", exact_by_name, Mapping, "a mapping")
     elif isinstance(wants, Mapping):
         exact_by_name = wants
     elif isinstance(wants, (Sequence, Set, Iterator)):
-        names = list(wants)
+        names = [wants] if isinstance(wants, str) else list(wants)
         for name in names:
             check_choice("wants", name, known)
         exact_by_name = dict.fromkeys(names, False)

@@ -121,10 +121,7 @@ class LayerStatistics:
         return self.mean(FISHER)
 
     def output_second(self, *, center: bool = False) -> torch.Tensor:
-        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64.
-
-        Args:
-            center: whether to subtract the outer product of their mean.
+        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64; with `center` the covariance.
 
         Raises:
             ValueError: if it was not collected, or no token was counted.
@@ -132,10 +129,7 @@ class LayerStatistics:
         return self._sums(OUTPUT_SECOND).covariance(center=center)  # type: ignore[attr-defined, no-any-return]
 
     def input_covariance(self, *, center: bool = False) -> torch.Tensor:
-        """The mean of x x^T over the inputs of all tokens, `(n, n)` float64; of a sketch its reconstruction.
-
-        Args:
-            center: whether to subtract the outer product of the mean input.
+        """The mean of x x^T over all tokens, `(n, n)` float64 (of a sketch its reconstruction); `center`: the covariance.
 
         Raises:
             ValueError: if it was not collected, or no token was counted.

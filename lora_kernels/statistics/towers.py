@@ -90,8 +90,8 @@ class Towers:
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._references and not self._inside:
             tensors = list(tensors_in([*args, *kwargs.values()]))
-            of_sequence = any(value.untyped_storage()._cdata in self._sequence for value in tensors)
-            self._inside += bool(tensors) and self._known(tensors[0]) and not of_sequence
+            known = bool(tensors) and self._known(tensors[0])
+            self._inside += known and not any(value.untyped_storage()._cdata in self._sequence for value in tensors)
         elif self._inside:
             self._inside += 1
 
