@@ -129,7 +129,7 @@ class LayerStatistics:
         return self._sums(OUTPUT_SECOND).covariance(center=center)  # type: ignore[attr-defined, no-any-return]
 
     def input_covariance(self, *, center: bool = False) -> torch.Tensor:
-        """The mean of x x^T over all tokens, `(n, n)` float64 (of a sketch its reconstruction); `center`: the covariance.
+        """The mean of x x^T over tokens, `(n, n)` float64, of a sketch its reconstruction; `center`: the covariance.
 
         Raises:
             ValueError: if it was not collected, or no token was counted.
