@@ -24,7 +24,7 @@ import lora_kernels as lk
 from benchmarks.records import RESULTS, environment
 from lora_kernels.api.transformers import empty_model, example_batch, linear_targets
 from lora_kernels.statistics import STATISTICS
-from lora_kernels.statistics.budget import AUTO_SHARE, show_bytes
+from lora_kernels.statistics.plan import AUTO_SHARE, show_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"

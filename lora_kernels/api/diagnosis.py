@@ -29,8 +29,8 @@ from lora_kernels.runtime.modes import holding, observation_mode
 from lora_kernels.runtime.processes import unwrap, world_size
 from lora_kernels.statistics import CollectOptions, Statistics
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.gradients import GRADIENT
 from lora_kernels.statistics.options import CollectKeywords, read_options
+from lora_kernels.statistics.sums import GRADIENT
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 # Leading directions of a weight that count as its own, and of an update that are compared with them.

@@ -22,9 +22,16 @@ from lora_kernels.runtime.modes import observation_mode
 from lora_kernels.runtime.processes import check_same, together, unwrap
 from lora_kernels.statistics import Plan, Statistics, Target, parse_budget
 from lora_kernels.statistics import collect as collect_targets
-from lora_kernels.statistics.options import CollectKeywords, CollectOptions, Forward, PlanKeywords, read_options
+from lora_kernels.statistics.options import (
+    CollectKeywords,
+    CollectOptions,
+    Forward,
+    PlanKeywords,
+    Wants,
+    read_options,
+    resolve_wants,
+)
 from lora_kernels.statistics.sharing import find_groups
-from lora_kernels.statistics.statistic import Wants, resolve_wants
 
 
 def _targets(

@@ -13,7 +13,7 @@ from lora_kernels.init.method import InputwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced, stock_start
 from lora_kernels.linalg.cholesky import damped_cholesky
 from lora_kernels.linalg.randomized_svd import LinearOperator, fix_pair, randomized_svd
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sums import INPUT_SECOND
 
 MODES = ("instruction_previewed", "knowledge_preserved")
 # A failed Cholesky raises the damping tenfold, from here if there was none.
@@ -70,37 +70,32 @@ class CorDA(InputwiseMethod):
         start = self.damping * size
         what = f"the second moment of the input of layer {layers[0].name}"
         lower, damping = damped_cholesky(second, start, least=_LEAST_DAMPING * size, what=what)
-        raised = float(damping) > start
-        notes = (f"damping raised to {float(damping) / size:g}: C was not positive definite",) if raised else ()
+        raised = f"damping raised to {damping / size:g}: C was not positive definite"
+        notes = (raised,) if damping > start else ()
         for layer in layers:
             weight = layer.weight().to(second)
-            u, s, v, residual, solver = self._components(weight, second, layer.rank)
+            if self.mode == "instruction_previewed":
+                triplets = randomized_svd(_product(weight, second), layer.rank, n_iter=self.n_iter, seed=self.seed)
+                u, s, v, top = triplets.U, triplets.S, triplets.Vh.mT, float(triplets.S[0])
+                error, solver = float(triplets.error), triplets.method
+            else:
+                matrix = weight @ second
+                u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+                top, solver = float(s[0]), "svd"
+                # Below rounding a singular value is zero.
+                s = torch.where(s > max(matrix.shape) * torch.finfo(s.dtype).eps * top, s, 0.0)[-layer.rank :]
+                u, v = fix_pair(u[:, -layer.rank :], vh[-layer.rank :].mT)
+                error = float((matrix @ v - u * s).norm(dim=0).max())
             factors, said = balanced(u, s, torch.cholesky_solve(v, lower).mT, layer.scaling)
+            residual = error / top if top > 0 else 0.0
             yield LayerFactors(factors, residual=residual, solver=solver, notes=notes + said)
 
-    def _components(
-        self, weight: torch.Tensor, second: torch.Tensor, rank: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, str]:
-        """U `(m, r)`, S, V `(n, r)` of the components of `W C`, their residual, and the algorithm."""
-        if self.mode == "instruction_previewed":
-            # W C itself is never formed: a few thin products are far cheaper.
-            product = LinearOperator(
-                tuple(weight.shape),
-                lambda x: weight @ (second @ x),
-                lambda y: second @ (weight.mT @ y),
-                torch.float64,
-                weight.device,
-            )
-            triplets = randomized_svd(product, rank, n_iter=self.n_iter, seed=self.seed)
-            u, s, v, top = triplets.U, triplets.S, triplets.Vh.mT, float(triplets.S[0])
-            assert triplets.error is not None  # probes are drawn
-            error, solver = float(triplets.error), triplets.method
-        else:
-            matrix = weight @ second
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            top = float(s[0])
-            # Below rounding a singular value is zero.
-            s = torch.where(s > max(matrix.shape) * torch.finfo(s.dtype).eps * top, s, 0.0)[-rank:]
-            u, v = fix_pair(u[:, -rank:], vh[-rank:].mT)
-            error, solver = float((matrix @ v - u * s).norm(dim=0).max()), "svd"
-        return u, s, v, error / top if top > 0 else 0.0, solver
+
+def _product(weight: torch.Tensor, second: torch.Tensor) -> LinearOperator:
+    """`W C`, which is never formed: a few thin products are far cheaper."""
+
+    def transposed(y: torch.Tensor) -> torch.Tensor:
+        return second @ (weight.mT @ y)
+
+    shape = tuple(weight.shape)
+    return LinearOperator(shape, lambda x: weight @ (second @ x), transposed, weight.dtype, weight.device)

@@ -11,8 +11,7 @@ import torch
 
 from lora_kernels.init.problem import LayerProblem
 from lora_kernels.linalg.cholesky import damped_cholesky
-from lora_kernels.statistics.gradients import FISHER, GRADIENT
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.statistics.sums import FISHER, GRADIENT, INPUT_SECOND
 
 # What a Fisher-preconditioned step reads.
 WANTS: Mapping[str, bool] = {INPUT_SECOND: True, FISHER: True, GRADIENT: True}
@@ -33,12 +32,10 @@ class InputMetric:
         """The metric of a layer's input."""
         matrix = layer.mean(INPUT_SECOND)
         power = float(matrix.diagonal().sum())
-        lower, raised = damped_cholesky(
-            matrix, damping, attempts=12, what=f"the input second moment of layer {layer.name}"
-        )
-        notes: tuple[str, ...] = ()
-        if (used := float(raised)) > damping:
-            notes = (f"input damping raised from {damping:g} to {used:g}: the moments are not positive definite",)
+        what = f"the input second moment of layer {layer.name}"
+        lower, used = damped_cholesky(matrix, damping, attempts=12, what=what)
+        raised = f"input damping raised from {damping:g} to {used:g}: the moments are not positive definite"
+        notes = (raised,) if used > damping else ()
         assert layer.seen.input is not None  # it has the second moment
         return cls(lower, used, layer.seen.input.mean(), power, notes)
 

@@ -9,11 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from lora_kernels.init.components import Components, input_components
 from lora_kernels.init.method import InitMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
-from lora_kernels.init.ranks import RankRule
-from lora_kernels.statistics.moments import INPUT_SECOND
+from lora_kernels.init.ranks import Components, RankRule, input_components
+from lora_kernels.statistics.sums import INPUT_SECOND
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,18 @@ class EVA(RankRule, InitMethod):
         return {name: self._layer(components[name], winners[name], layer) for name, layer in layers.items()}
 
     def _layer(self, components: Components, rank: int, layer: LayerProblem) -> LayerFactors:
-        a = components.vectors[:, :rank].mT
+        pairs = components.pairs
+        a = pairs.vectors[:, :rank].mT
         notes = []
         if components.tokens - self.center < rank:
             notes.append(f"{components.tokens:g} tokens cannot determine {rank} directions: the last are arbitrary")
         if components.total <= 0:
             notes.append("the input never varies: all directions are arbitrary")
         if self.whiten:
-            # Out of place: layers that share an input share `components.vectors`.
-            singular = (components.values[:rank].clamp_min(0.0) * components.tokens).sqrt()
+            # Out of place: layers that share an input share the vectors.
+            singular = (pairs.values[:rank].clamp_min(0.0) * components.tokens).sqrt()
             floor = torch.finfo(torch.float32).eps * singular.max() if rank else singular.new_zeros(())
             a = a / singular.clamp_min(floor.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().unsqueeze(-1)
         factors = as_factors(a, torch.zeros(layer.shape[0], rank, device=a.device))
         explained = math.fsum(components.ratios()[:rank]) if components.total > 0 else math.nan
-        return LayerFactors(factors, explained, components.residual, components.solver, tuple(notes))
+        return LayerFactors(factors, explained, float(pairs.residuals), pairs.method, tuple(notes))

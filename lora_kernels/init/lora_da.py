@@ -18,8 +18,8 @@ from lora_kernels.linalg import LinearOperator, TopEigenpairs, eigh_topk
 from lora_kernels.linalg.eigen import DIRECT_ORDER
 from lora_kernels.linalg.randomized_svd import fix_pair
 from lora_kernels.ops.small_linalg.reference import fix_signs
-from lora_kernels.statistics.gradients import FISHER
 from lora_kernels.statistics.store import Statistics
+from lora_kernels.statistics.sums import FISHER
 
 # Our names of the authors' token masks.
 _MASKS = {"attention": "attention", "labels": "next_labels"}
@@ -161,14 +161,19 @@ class LoraDA(InputwiseMethod):
         if not self.normalize_variance:
             assert self.population_size is not None  # `factors` has filled it in
             return self.variance_weight * float(inverse.sum()) / self.population_size
-        gram = step @ step.mT if step.shape[0] <= step.shape[1] else step.mT @ step
-        bias = self.bias_weight * float(torch.linalg.norm(gram))
+        thin = _thin(step)
+        bias = self.bias_weight * float(torch.linalg.norm(thin @ thin.mT))
         return self.variance_weight * bias / float(torch.linalg.norm(metric.inverse))
+
+
+def _thin(step: torch.Tensor) -> torch.Tensor:
+    """D or its transpose, whichever has fewer rows: its Gram matrix is the smaller one."""
+    return step if step.shape[0] <= step.shape[1] else step.mT
 
 
 def _gram(step: torch.Tensor) -> LinearOperator:
     """The smaller one of `D D^T` and `D^T D`."""
-    thin = step if step.shape[0] <= step.shape[1] else step.mT
+    thin = _thin(step)
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         return thin @ (thin.mT @ x)
@@ -177,11 +182,11 @@ def _gram(step: torch.Tensor) -> LinearOperator:
 
 
 def _spectral_norm(step: torch.Tensor) -> torch.Tensor:
-    if min(step.shape) <= DIRECT_ORDER:
-        thin = step if step.shape[0] <= step.shape[1] else step.mT
-        largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # far cheaper than all singular values
-        return largest.sqrt()
-    return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
+    if min(step.shape) > DIRECT_ORDER:
+        return eigh_topk(_gram(step), 1, tolerance=_NORM_TOLERANCE).values[0].sqrt()
+    thin = _thin(step)
+    largest: torch.Tensor = torch.linalg.eigvalsh(thin @ thin.mT)[-1]  # far cheaper than all singular values
+    return largest.sqrt()
 
 
 def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: InputMetric) -> TopEigenpairs:
@@ -196,11 +201,11 @@ def _pairs(step: torch.Tensor, rank: int, bias: float, variance: float, metric: 
         return eigh_topk(LinearOperator((n, n), apply, apply, step.dtype, step.device), rank)
     if min(n, m) <= DIRECT_ORDER:
         u, s, _ = torch.linalg.svd(step, full_matrices=False)
-        values, vectors, method, products = bias * s[:rank].square(), u[:, :rank], "svd", 0
+        values, vectors, method = bias * s[:rank].square(), u[:, :rank], "svd"
     else:
         pairs = eigh_topk(_gram(step), rank)
-        values, method, products = bias * pairs.values, pairs.method, pairs.products
+        values, method = bias * pairs.values, pairs.method
         vectors = torch.linalg.qr(step @ pairs.vectors).Q
     vectors = fix_signs(vectors)
     error = torch.linalg.vector_norm(apply(vectors) - vectors * values, dim=0).amax() / values[0]
-    return TopEigenpairs(values, vectors, error, method, products)
+    return TopEigenpairs(values, vectors, error, method)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import check_choice, check_positive
-from lora_kernels.init.gradients import GradientMethod, Triplets
+from lora_kernels.init.gradients import GradientMethod, missing_directions
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
-from lora_kernels.linalg.randomized_svd import randomized_svd
+from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics.sketches import stream_of
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -62,12 +62,12 @@ class LoraGA(GradientMethod):
         """Whether it reads the base weights: with the scale `weight_svd`."""
         return self.scale == "weight_svd"
 
-    def start(self, layer: LayerProblem, triplets: Triplets) -> LayerFactors:
+    def start(self, layer: LayerProblem, triplets: RandomizedSVD) -> LayerFactors:
         """Give the triplets away, and scale."""
-        rank, count = layer.rank, triplets.s.numel()
+        rank, count = layer.rank, triplets.S.numel()
         rows, columns = self._chosen(layer.name, rank, count)
-        kept = triplets.s[columns]
-        a, b = triplets.vh[rows].to(torch.float64), triplets.u[:, columns] * kept
+        kept = triplets.S[columns]
+        a, b = triplets.Vh[rows].to(torch.float64), triplets.U[:, columns] * kept
         if self.scale == "stable":
             b = b * (b.shape[0] ** 0.25 / self.gamma**0.5)
         elif self.scale == "gd":
@@ -79,14 +79,14 @@ class LoraGA(GradientMethod):
         need = 'gradients of this size need another gamma, or scale="weight_svd"'
         if size > _TOO_LONG:
             return stock_start(layer, f"B would be as large as {size:.1e}: {need}")
-        notes = triplets.notes(f"the 2r = {2 * rank} of A and B")
+        notes = missing_directions(triplets, f"the 2r = {2 * rank} of A and B")
         if min(len(rows), len(columns)) < rank:
             notes = (*notes, f"min(m, n) = {count} directions for the 2r = {2 * rank} of A and B: the last are zero")
         if size > _LONG or 0 < size < _SHORT:
             notes = (*notes, f"B starts at {size:.1e}: {need}")
         a = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
         b = nn.functional.pad(b, (0, rank - b.shape[1]))
-        return LayerFactors(as_factors(a, b), residual=triplets.residual, solver=triplets.solver, notes=notes)
+        return LayerFactors(as_factors(a, b), residual=float(triplets.error), solver=triplets.method, notes=notes)
 
     def _chosen(self, name: str, rank: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Triplets of A and of B, from 0; of a layer with fewer than 2r one of both gets less than r."""

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from lora_kernels._checks import check_positive
-from lora_kernels.init.gradients import GradientMethod, Triplets
+from lora_kernels.init.gradients import GradientMethod, missing_directions
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors
+from lora_kernels.linalg.randomized_svd import RandomizedSVD
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class LoraOne(GradientMethod):
     def __post_init__(self) -> None:
         check_positive("gamma", self.gamma, high=torch.finfo(torch.float32).max)
 
-    def start(self, layer: LayerProblem, triplets: Triplets) -> LayerFactors:
+    def start(self, layer: LayerProblem, triplets: RandomizedSVD) -> LayerFactors:
         """Split the step evenly between A and B."""
-        root = (triplets.s / triplets.s[0]).sqrt()
-        a = torch.where(root > 0, root, 1.0).unsqueeze(-1) * triplets.vh
-        factors = as_factors(a / math.sqrt(self.gamma), -(triplets.u * root) / math.sqrt(self.gamma))
-        notes = triplets.notes(f"r = {layer.rank}")
-        return LayerFactors(factors, residual=triplets.residual, solver=triplets.solver, notes=notes)
+        root = (triplets.S / triplets.S[0]).sqrt()
+        a = torch.where(root > 0, root, 1.0).unsqueeze(-1) * triplets.Vh
+        factors = as_factors(a / math.sqrt(self.gamma), -(triplets.U * root) / math.sqrt(self.gamma))
+        notes = missing_directions(triplets, f"r = {layer.rank}")
+        return LayerFactors(factors, residual=float(triplets.error), solver=triplets.method, notes=notes)

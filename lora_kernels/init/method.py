@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,19 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from lora_kernels._checks import check_choice, check_type
-from lora_kernels.init.problem import BaseLayer, LayerFactors, LayerProblem, problems, stock_start
+from lora_kernels.init.problem import (
+    BaseLayer,
+    LayerFactors,
+    LayerProblem,
+    batch_size,
+    problems,
+    solve_layers,
+    stock_start,
+)
 from lora_kernels.init.ranks import RankRule
-from lora_kernels.init.solving import solve_layers
-from lora_kernels.statistics.moments import Accumulator
-from lora_kernels.statistics.statistic import Wants
+from lora_kernels.statistics.options import Wants
 from lora_kernels.statistics.store import LayerStatistics, Statistics
+from lora_kernels.statistics.sums import Accumulator
 
 # The methods by name: every subclass of `InitMethod` that has one.
 METHODS: dict[str, type[InitMethod]] = {}
@@ -126,9 +134,9 @@ class LayerwiseMethod(InitMethod):
         """Layers of one key are solved together; by default a layer alone."""
         return layer.name
 
-    def at_most(self, layer: LayerProblem) -> int | None:  # noqa: ARG002
-        """How many layers of one key are solved at once; all where it is `None`."""
-        return None
+    def at_most(self, layer: LayerProblem) -> int | None:
+        """How many layers of one key are solved at once, by default as many as a batch holds; all if it is `None`."""
+        return batch_size(4 * math.prod(layer.shape), layer.device)
 
     def work(self, layer: LayerProblem) -> float:  # noqa: ARG002
         """How long a layer takes, in any unit."""
@@ -147,6 +155,9 @@ class InputwiseMethod(LayerwiseMethod):
     def together(self, layer: LayerProblem) -> Hashable:
         """Layers that read the same tensor share C and its factor."""
         return id(layer.seen.input)
+
+    def at_most(self, layer: LayerProblem) -> None:
+        """All: C and its factor are needed by each."""
 
     def work(self, layer: LayerProblem) -> float:
         """Multiplications with C and with a matrix of the weight's shape, per column."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,6 @@ import torch
 from lora_kernels._checks import check_range
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, balanced
-from lora_kernels.init.solving import batch_size
 from lora_kernels.linalg.randomized_svd import fix_pair, randomized_svd
 
 
@@ -50,30 +48,21 @@ class PiSSA(LayerwiseMethod):
         """Weights of one shape are decomposed in batches."""
         return layer.shape, layer.rank
 
-    def at_most(self, layer: LayerProblem) -> int:
-        """As many as a batch holds."""
-        return batch_size(4 * math.prod(layer.shape), layer.device)
-
     def solve(self, layers: Sequence[LayerProblem]) -> Iterator[LayerFactors]:
         """Yield the factors from a batch of weights."""
         scalings = [layer.scaling for layer in layers]
         weights = [layer.weight().to(torch.float32) for layer in layers]
         batch = torch.stack([weight.to(weights[0].device) for weight in weights])
-        u, s, vh, left, solver = self._svd(batch, layers[0].rank)
+        rank = layers[0].rank
+        if self.n_iter is not None:
+            triplets = randomized_svd(batch, rank, n_iter=self.n_iter, seed=self.seed)
+            u, s, vh, left, solver = triplets.U, triplets.S, triplets.Vh, triplets.error, triplets.method
+        else:
+            u, s, vh = torch.linalg.svd(batch, full_matrices=False)
+            left, solver = s[:, rank] if rank < s.shape[-1] else torch.zeros_like(s[:, 0]), "svd"
+            u, v = fix_pair(u[..., :rank], vh[:, :rank].mT)
+            s, vh = s[:, :rank], v.mT
         for index, scaling in enumerate(scalings):
             factors, notes = balanced(u[index], s[index], vh[index], scaling)
             residual = float(left[index] / s[index, 0]) if s[index, 0] > 0 else 0.0
             yield LayerFactors(factors, residual=residual, solver=solver, notes=notes)
-
-    def _svd(
-        self, weights: torch.Tensor, rank: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
-        """The leading triplets, the spectral norm of what they leave, and the algorithm."""
-        if self.n_iter is not None:
-            triplets = randomized_svd(weights, rank, n_iter=self.n_iter, seed=self.seed)
-            assert triplets.error is not None  # probes are drawn
-            return triplets.U, triplets.S, triplets.Vh, triplets.error, triplets.method
-        u, s, vh = torch.linalg.svd(weights, full_matrices=False)
-        left = s[:, rank] if rank < s.shape[-1] else torch.zeros_like(s[:, 0])
-        u, v = fix_pair(u[..., :rank], vh[:, :rank].mT)
-        return u, s[:, :rank], v.mT, left, "svd"

@@ -14,7 +14,7 @@ from lora_kernels.init.curvature import WANTS, InputMetric, descent_step
 from lora_kernels.init.method import LayerwiseMethod
 from lora_kernels.init.problem import LayerFactors, LayerProblem, as_factors, stock_start
 from lora_kernels.linalg.basis import changed_most, core_basis
-from lora_kernels.statistics.gradients import FISHER
+from lora_kernels.statistics.sums import FISHER
 
 UPDATES = ("gradient_step", "adapter")
 
@@ -71,10 +71,19 @@ class TaskDirections(LayerwiseMethod):
         """Yield the directions of weights."""
         for layer in layers:
             weight, update = layer.weight(), self._update(layer)
-            if bool(update.any()):
-                yield self._chosen(layer, weight, update)
-            else:
+            if not bool(update.any()):
                 yield stock_start(layer, "its update is zero, so no direction changes more than another")
+                continue
+            u, s, vh = core_basis(weight, self.cache)
+            # Row sums of (U^T dW) * V^T: the diagonal of U^T dW V alone.
+            most = changed_most((u, s, vh), ((u.mT @ update.to(u)) * vh).sum(1), layer.rank, self.epsilon)
+            size = self.share * float(torch.linalg.vector_norm(s)) / (abs(layer.under.scaling) * math.sqrt(layer.rank))
+            note = (
+                f"change rates {float(most.rates[0]):.1e} to {float(most.rates[-1]):.1e}; "
+                f"{100 * most.share:.0f} % of the update along core directions"
+            )
+            factors = as_factors(math.sqrt(size) * most.right, math.sqrt(size) * most.left)
+            yield LayerFactors(factors, solver="svd", notes=(note,))
 
     def _update(self, layer: LayerProblem) -> torch.Tensor:
         if self.update == "gradient_step":
@@ -84,15 +93,3 @@ class TaskDirections(LayerwiseMethod):
             raise ValueError(f"layer {layer.name} has no adapter whose factors could be the update")
         now = layer.under.adapter()
         return layer.under.scaling * (now.B.to(torch.float64) @ now.A.to(torch.float64))
-
-    def _chosen(self, layer: LayerProblem, weight: torch.Tensor, update: torch.Tensor) -> LayerFactors:
-        u, s, vh = core_basis(weight, self.cache)
-        # Row sums of (U^T dW) * V^T: the diagonal of U^T dW V alone.
-        most = changed_most((u, s, vh), ((u.mT @ update.to(u)) * vh).sum(1), layer.rank, self.epsilon)
-        size = self.share * float(torch.linalg.vector_norm(s)) / (abs(layer.under.scaling) * math.sqrt(layer.rank))
-        note = (
-            f"change rates {float(most.rates[0]):.1e} to {float(most.rates[-1]):.1e}; "
-            f"{100 * most.share:.0f} % of the update along core directions"
-        )
-        factors = as_factors(math.sqrt(size) * most.right, math.sqrt(size) * most.left)
-        return LayerFactors(factors, solver="svd", notes=(note,))

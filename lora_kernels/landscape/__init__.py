@@ -1,7 +1,4 @@
-"""What a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376).
-
-Pure functions of factors, weights and statistics: spectra, balance, optimality certificate, verdict.
-"""
+"""What a trained adapter tells about the loss landscape it ended in (arXiv 2502.09376): pure functions."""
 
 from lora_kernels.landscape.certificate import Certificate, certify
 from lora_kernels.landscape.report import Diagnosis, ExpertsDiagnosis, LayerDiagnosis

@@ -18,7 +18,7 @@ from lora_kernels._checks import check_number, check_range, check_type
 from lora_kernels.landscape.spectra import Adapter, Spectrum, directions
 from lora_kernels.linalg.spectral_norm import spectral_norm
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.statistics.gradients import Gradient
+from lora_kernels.statistics.sums import Gradient
 
 OBJECTIVE = (
     "mean loss over the data given + (lambda / 2)(|A|_F^2 + |B|_F^2), the decay in the loss (L2) as in SGD or Adam "
@@ -83,15 +83,6 @@ class Certificate:
         return self.gradient_norm_high / self.threshold
 
 
-def _norm(gradient: Gradient) -> tuple[float, float, float]:
-    """The spectral norm, and bounds from below and above."""
-    if gradient.right is None:
-        bracket = spectral_norm(gradient.left)
-        return bracket.value, bracket.value, bracket.upper
-    value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
-    return value, max(0.0, value - gradient.error), value + gradient.error
-
-
 @without_autocast()
 def certify(
     adapter: Adapter, spectrum: Spectrum, gradient: Gradient, weight_decay: float, gain: float | None = None
@@ -131,7 +122,12 @@ def certify(
                 f"{what} of layer {adapter.name} has entries that are NaN or infinite, or no entries (meta)"
             )
     threshold = weight_decay / abs(adapter.scaling)
-    value, low, high = _norm(gradient)
+    if gradient.right is None:
+        value, high = spectral_norm(gradient.left.detach())
+        low = value
+    else:
+        value = float(torch.linalg.vector_norm(gradient.left, dim=0).max()) if gradient.left.numel() else 0.0
+        low, high = max(0.0, value - gradient.error), value + gradient.error
     alignment = None
     if spectrum.numerical_rank:
         u, _, v = directions(adapter, spectrum.numerical_rank)

@@ -37,70 +37,26 @@ _CURVES = {
     "rank": "mean used rank",
     "balance": "largest imbalance",
 }
-
-
-# Times the median from which on an update is an outlier.
-_OUTLIER = 5.0
-# Share of the rank up to which most of it counts as idle.
-_IDLE = 0.25
-# Ratio of the factors' norms from which on they count as unbalanced.
-_UNBALANCED = 10.0
-
-# What can be notable, the most serious first: meaning and advice.
-_TEXTS = {
-    "not finite": (
-        "the layer puts out NaN: training has diverged",
-        "go back to an earlier checkpoint; lower the learning rate, or clip gradients",
-    ),
-    "loud failure": (
-        "the update uses the whole rank and is large beside the weight: the base model is overwritten",
-        "train again with a learning rate 3 to 10 times smaller, or a smaller lora_alpha",
-    ),
-    "zero update": (
-        "s B A is zero: the adapter changes nothing here",
-        "check that the layer is used and that the optimizer has its factors, or take it out of target_modules",
-    ),
-    "rank-limited": (
-        "stationary at full rank: with this weight decay a larger rank would reach a lower loss",
-        "raise r for these layers (rank_pattern)",
-    ),
-    "intruder dimensions": (
-        "new directions as large as the leading ones of the weight, which can make a model forget",
-        "test the model on other tasks; lower the learning rate or lora_alpha if it forgets",
-    ),
-    "outlier": (
-        f"more than {_OUTLIER:g} times the median update of this model",
-        "if the model forgets, scale these layers down (alpha_pattern)",
-    ),
-    "still training": (
-        "gradient and weight decay are not in balance, which they are at a stationary point (0)",
-        "train longer, or decay the learning rate to zero, and inspect again",
-    ),
-    "idle rank": (
-        "the other singular values are negligible",
-        "a smaller r would do here (rank_pattern)",
-    ),
-    "unbalanced factors": (
-        f"A and B differ in size more than {_UNBALANCED:g}-fold; weight decay makes them equal in the end",
-        "nothing if training was short; otherwise train longer, or with weight decay",
-    ),
-    "largest updates": ("within the usual range of this model", "nothing"),
-}
+# Times the median from which on an update is an outlier; the share of the rank up to which most of it counts as idle;
+# the ratio of the factors' norms from which on they count as unbalanced (the template names the first and the last).
+_OUTLIER, _IDLE, _UNBALANCED = 5.0, 0.25, 10.0
+# What can be notable, the most serious first; the template says what it means and what to do.
+_FINDINGS = (
+    "not finite", "loud failure", "zero update", "rank-limited", "intruder dimensions", "outlier", "still training",
+    "idle rank", "unbalanced factors", "largest updates",
+)  # fmt: skip
 
 
 def diagnosis_page(diagnosis: Diagnosis, log: Sequence[Mapping[str, Any]] = ()) -> Page:
     """The page of a diagnosis, with the lines of a monitor's log if there are any."""
     kind = diagnosis.verdict.kind
     certified = any(layer.certificate is not None for layer in diagnosis)
-    grids = [_used_rank(diagnosis), _size(diagnosis), _balance(diagnosis)]
-    if any(layer.verdict.kind != NOT_JUDGED for layer in diagnosis):
-        grids.append(_verdicts(diagnosis))
     return Page(
         title=f"Loss landscape of {printable(diagnosis.adapter)}",
         headline=_SENTENCES.get(kind, _RANK_LIMITED),
         colour=_COLOURS.get(kind, _OTHER),
         facts=_facts(diagnosis),
-        grids=grids,
+        grids=_grids(diagnosis),
         hint=None if certified else _hint(diagnosis),
         findings=findings(diagnosis),
         history=_history(log) if log else None,
@@ -114,7 +70,7 @@ def _facts(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.batches:
         facts.append(f"{diagnosis.tokens:,.0f} tokens in {diagnosis.batches} batches")
     if layers:
-        full = sum(0 < usable_rank(layer) <= layer.spectrum.numerical_rank for layer in layers)
+        full = sum(0 < layer.spectrum.usable_rank <= layer.spectrum.numerical_rank for layer in layers)
         sizes = [size(layer) for layer in layers]
         of = " / |W|" if layers[0].spectrum.spectral_share is not None else ""
         facts.append(f"whole rank in use in {full} of {len(layers)}")
@@ -136,51 +92,48 @@ def _hint(diagnosis: Diagnosis) -> tuple[str, str]:
     return f"Whether a point is a minimum follows from the loss gradient and the weight decay. {advice}", command
 
 
-def _used_rank(diagnosis: Diagnosis) -> Grid:
-    finite = {layer.name: layer for layer in diagnosis if layer.spectrum.status != "not_finite"}
-    used = {name: layer.spectrum.numerical_rank for name, layer in finite.items()}
-    usable = {name: usable_rank(layer) for name, layer in finite.items()}
-    leading = {name: ", ".join(f"{value:.2g}" for value in layer.spectrum.values[:8]) for name, layer in finite.items()}
+def _grids(diagnosis: Diagnosis) -> list[Grid]:
+    """The used rank, the size and the balance of every layer, and the verdicts if there are any."""
+    finite = {layer.name: layer.spectrum for layer in diagnosis if layer.spectrum.status != "not_finite"}
+    used = {name: spectrum.numerical_rank for name, spectrum in finite.items()}
+    usable = {name: spectrum.usable_rank for name, spectrum in finite.items()}
+    leading = {name: ", ".join(f"{value:.2g}" for value in spectrum.values[:8]) for name, spectrum in finite.items()}
     shares = {name: used[name] / usable[name] if usable[name] else None for name in finite}
-    return Grid(
-        title="Used rank",
-        meaning=f"singular values above {diagnosis.thresholds.rank_tolerance:g} of the largest; colour: share of r",
-        values={layer.name: shares.get(layer.name, math.nan) for layer in diagnosis},
-        texts={name: str(rank) for name, rank in used.items()},
-        tips={name: f"rank {used[name]} of {usable[name]}; {leading[name]}" for name in finite},
-        hue=_HUE_RANK,
-    )
-
-
-def _size(diagnosis: Diagnosis) -> Grid:
     compared = any(layer.spectrum.spectral_share is not None for layer in diagnosis)
-    return Grid(
-        title="Size of the update" + (", |sBA| / |W|" if compared else ", |sBA|"),
-        meaning="spectral norm" + (", relative to the base weight's" if compared else "; with --base: relative to |W|"),
-        values={layer.name: size(layer) for layer in diagnosis},
-        hue=_HUE_SIZE,
-        log=True,
-    )
-
-
-def _balance(diagnosis: Diagnosis) -> Grid:
-    return Grid(
-        title="Imbalance of A and B",
-        meaning="|AAᵀ − BᵀB| / (|A|² + |B|²): 0 at every stationary point under weight decay",
-        values={layer.name: layer.spectrum.balance for layer in diagnosis},
-        hue=_HUE_BALANCE,
-    )
-
-
-def _verdicts(diagnosis: Diagnosis) -> Grid:
     kinds = list(reversed(WORST_FIRST))
-    return Grid(
-        title="Verdict",
-        meaning="minimum: optimality conditions met; loud failure: full rank and large",
-        values={layer.name: kinds.index(layer.verdict.kind) for layer in diagnosis},
-        tips={layer.name: "; ".join((*layer.verdict.reasons, *layer.notes)) for layer in diagnosis},
-        palette=tuple((kind.replace("_", " "), _COLOURS.get(kind, _OTHER)) for kind in kinds),
-    )
+    grids = [
+        Grid(
+            title="Used rank",
+            meaning=f"singular values above {diagnosis.thresholds.rank_tolerance:g} of the largest; colour: share of r",
+            values={layer.name: shares.get(layer.name, math.nan) for layer in diagnosis},
+            texts={name: str(rank) for name, rank in used.items()},
+            tips={name: f"rank {used[name]} of {usable[name]}; {leading[name]}" for name in finite},
+            hue=_HUE_RANK,
+        ),
+        Grid(
+            title="Size of the update" + (", |sBA| / |W|" if compared else ", |sBA|"),
+            meaning="spectral norm"
+            + (", relative to the base weight's" if compared else "; with --base: relative to |W|"),
+            values={layer.name: size(layer) for layer in diagnosis},
+            hue=_HUE_SIZE,
+            log=True,
+        ),
+        Grid(
+            title="Imbalance of A and B",
+            meaning="|AAᵀ − BᵀB| / (|A|² + |B|²): 0 at every stationary point under weight decay",
+            values={layer.name: layer.spectrum.balance for layer in diagnosis},
+            hue=_HUE_BALANCE,
+        ),
+        Grid(
+            title="Verdict",
+            meaning="minimum: optimality conditions met; loud failure: full rank and large",
+            values={layer.name: kinds.index(layer.verdict.kind) for layer in diagnosis},
+            tips={layer.name: "; ".join((*layer.verdict.reasons, *layer.notes)) for layer in diagnosis},
+            palette=tuple((kind.replace("_", " "), _COLOURS.get(kind, _OTHER)) for kind in kinds),
+        ),
+    ]
+    judged = any(layer.verdict.kind != NOT_JUDGED for layer in diagnosis)
+    return grids if judged else grids[:-1]
 
 
 def _history(log: Sequence[Mapping[str, Any]]) -> tuple[str, list[Curve], list[Grid]]:
@@ -227,11 +180,6 @@ def size(layer: LayerDiagnosis) -> float:
     return layer.spectrum.spectral if share is None else share
 
 
-def usable_rank(layer: LayerDiagnosis) -> int:
-    """The largest rank that the update can have."""
-    return min(layer.spectrum.rank, *layer.spectrum.shape)
-
-
 def findings(diagnosis: Diagnosis) -> list[Finding]:
     """What is notable in a diagnosis, the most serious first; a layer can be in several findings."""
     sizes = [size(layer) for layer in diagnosis if layer.spectrum.status == "ok"]
@@ -241,13 +189,8 @@ def findings(diagnosis: Diagnosis) -> list[Finding]:
         for title, score, text in _remarks(layer, median):
             layers[title].append((score, layer.name, text))
     return [
-        Finding(
-            title=title,
-            meaning=meaning,
-            advice=advice,
-            layers=tuple(entry[1:] for entry in sorted(layers[title], key=lambda entry: -entry[0])),
-        )
-        for title, (meaning, advice) in _TEXTS.items()
+        Finding(title=title, layers=tuple(entry[1:] for entry in sorted(layers[title], key=lambda entry: -entry[0])))
+        for title in _FINDINGS
         if layers[title]
     ]
 
@@ -274,7 +217,7 @@ def _remarks(layer: LayerDiagnosis, median: float) -> Iterator[tuple[str, float,
         yield "still training", certificate.stationarity, f"stationarity {certificate.stationarity:.3g}"
     if layer.overlap is not None and layer.overlap.intruders:
         yield "intruder dimensions", layer.overlap.intruders, f"{layer.overlap.intruders} intruders"
-    used, usable = spectrum.numerical_rank, usable_rank(layer)
+    used, usable = spectrum.numerical_rank, spectrum.usable_rank
     if used <= _IDLE * usable:
         yield "idle rank", usable / used, f"rank {used} of {usable}"
     small, large = sorted((spectrum.norm_a, spectrum.norm_b))

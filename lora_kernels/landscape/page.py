@@ -37,11 +37,6 @@ class Grid:
     # Labels and colours; a value is then an index, and a cell of several layers has the largest.
     palette: tuple[tuple[str, str], ...] = ()
 
-    def tip(self, name: str) -> str:
-        """What a pointer over the cell of a layer shows beside its name."""
-        value = self.values[name]
-        return self.tips.get(name, "" if value is None else f"{value:.3g}")
-
     def colours(self, names: Sequence[str]) -> tuple[str, str]:
         """Background and text colour of the cell of these layers."""
         values = [value for name in names if (value := self.values.get(name)) is not None]
@@ -83,9 +78,9 @@ class Grid:
 class Finding:
     """Something notable that layers have in common."""
 
-    title: str  # its name
-    meaning: str  # what it means
-    advice: str  # what to do
+    title: str  # its name; if it is one of the template's, that has the next two
+    meaning: str = ""  # what it means
+    advice: str = ""  # what to do
     layers: tuple[tuple[str, str], ...]  # names and their number in words, the most notable first
 
 

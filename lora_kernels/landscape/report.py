@@ -214,7 +214,9 @@ def _of_layer(layer: LayerDiagnosis) -> list[str]:
     numbers = spectrum.entropy_rank, spectrum.spectral, spectrum.spectral_share, spectrum.balance
     conditions = ["", "", ""]
     if certificate is not None:
-        conditions = [_bracket(certificate), number(certificate.alignment), number(certificate.stationarity)]
+        above = certificate.ratio_high > 1.001 * certificate.ratio
+        ratio = f"{certificate.ratio:.4g}" + (f" <={certificate.ratio_high:.3g}" if above else "")
+        conditions = [ratio, number(certificate.alignment), number(certificate.stationarity)]
     ranks = f"{spectrum.numerical_rank}/{spectrum.rank}"
     return [short_name(layer.name), ranks, *map(number, numbers), *conditions]
 
@@ -225,8 +227,3 @@ def _of_experts(layer: ExpertsDiagnosis) -> list[str]:
     conditions = layer.ratio, layer.alignment, layer.stationarity
     ranks = f"{low}-{high}/{layer.rank}" if low < high else f"{low}/{layer.rank}"
     return [f"{short_name(layer.name)} ({layer.count} experts)", ranks, *map(number, (*numbers, *conditions))]
-
-
-def _bracket(certificate: Certificate) -> str:
-    high = f" <={certificate.ratio_high:.3g}" if certificate.ratio_high > 1.001 * certificate.ratio else ""
-    return f"{certificate.ratio:.4g}{high}"

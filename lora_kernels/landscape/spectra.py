@@ -1,7 +1,4 @@
-"""Spectrum, norms, ranks and balance of an update `s B A`, from its factors alone.
-
-The product is never formed: every number comes from r x r matrices.
-"""
+"""Spectrum, norms, ranks and balance of an update `s B A` from r x r matrices: the product is never formed."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ RANK_TOLERANCE = 1e-2
 _CHUNK = 2**23
 # Entries of factors that are stacked for one batched call (256 MB in float32).
 _STACK = 2**26
+_Numbers = tuple[list[float], float, float, float]  # singular values of `B A`, `|A|_F`, `|B|_F` and balance
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,11 @@ class Spectrum:
     drift: float | None = None
 
     @property
+    def usable_rank(self) -> int:
+        """The largest rank that the update can have."""
+        return min(self.rank, *self.shape)
+
+    @property
     def spectral(self) -> float:
         """The largest singular value; NaN where the factors are not finite, 0 without rank."""
         return self.values[0] if self.values else math.nan if self.status == "not_finite" else 0.0
@@ -139,17 +142,13 @@ def _share(part: float, whole: float) -> float:
 
 @without_autocast()
 def factor_spectra(
-    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    scalings: Sequence[float] | float = 1.0,
-    *,
-    backend: str = "auto",
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]], scalings: Sequence[float] | float = 1.0
 ) -> list[torch.Tensor]:
     """Singular values of `s B A` for pairs of any shapes, one batched call per shape.
 
     Args:
         factors: pairs of A `(r, n)` and B `(m, r)`; 16-bit factors are widened to float32.
         scalings: one s per pair, or one for all.
-        backend: of `ops.factor_spectrum`.
 
     Returns:
         Per pair `(r,)` float64 on its device, descending; all NaN if a factor holds NaN or infinite entries.
@@ -157,22 +156,19 @@ def factor_spectra(
     Raises:
         TypeError: if a factor is not a float tensor, or a scaling is not a number.
         ValueError: if the number of scalings is not that of the pairs, or the shapes of a pair do not match.
-        RuntimeError: if the requested backend does not support the call.
     """
     check_type("factors", factors, (tuple, list), "a sequence of pairs")
     for index, pair in enumerate(factors):
         _check_pair(f"factors[{index}]", pair)
     check_type("scalings", scalings, (int, float, tuple, list), "a number or numbers")
-    scaling_of = [scalings] if isinstance(scalings, (int, float)) else list(scalings)
+    scaling_of = [scalings] * len(factors) if isinstance(scalings, (int, float)) else list(scalings)
     for scaling in scaling_of:
         check_number("scalings", scaling)
-    if isinstance(scalings, (int, float)):
-        scaling_of *= len(factors)
     if len(scaling_of) != len(factors):
         raise ValueError(f"scalings has {len(scaling_of)} entries, but must have {len(factors)}, one per pair")
     spectra: dict[int, torch.Tensor] = {}
     for indices, a, b in _buckets(factors):
-        for index, values in zip(indices, _measured(a, b, backend)[0], strict=True):
+        for index, values in zip(indices, _measured(a, b)[0], strict=True):
             spectra[index] = values * abs(scaling_of[index])
     return [spectra[index] for index in range(len(factors))]
 
@@ -187,11 +183,7 @@ def _check_pair(name: str, pair: object) -> None:
 def _buckets(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Pairs of one shape, dtype and device, stacked; not too many (of experts, say) at a time.
-
-    Yields:
-        Their indices, and the stacks of A and of B.
-    """
+    """Yield indices and stacks of A and of B: of one shape, dtype and device, not too many (of experts, say)."""
     buckets: dict[tuple[torch.Size, torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, (a, b) in enumerate(factors):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
@@ -204,9 +196,7 @@ def _buckets(
             yield indices, a, b.to(a.device)
 
 
-def _measured(
-    a: torch.Tensor, b: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _measured(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular values of `B A` `(batch, r)`, `|A|_F`, `|B|_F` and balance `(batch,)`; float64, NaN if not finite."""
     count, rank = a.shape[:2]
     norm_a, norm_b = (torch.linalg.vector_norm(factor, dim=(-2, -1), dtype=torch.float64) for factor in (a, b))
@@ -215,14 +205,14 @@ def _measured(
         nan = torch.full((count,), math.nan, dtype=torch.float64, device=a.device)
         values, balance = nan.unsqueeze(-1).repeat(1, rank), nan.clone()
         if bool(finite.any()):
-            values[finite], _, _, balance[finite] = _measured(a[finite], b[finite], backend)
+            values[finite], _, _, balance[finite] = _measured(a[finite], b[finite])
         return values, torch.where(finite, norm_a, nan), torch.where(finite, norm_b, nan), balance
-    values = factor_spectrum(a, b, backend=backend).to(torch.float64)
+    values = factor_spectrum(a, b).to(torch.float64)
     if rank:
         # Products that overflow or underflow in float32 are computed in float64.
         lost = ~torch.isfinite(values[:, 0]) | ((values[:, 0] == 0) & (norm_a > 0) & (norm_b > 0))
         if a.dtype == torch.float32 and bool(lost.any()):
-            values[lost] = factor_spectrum(a[lost].double(), b[lost].double(), backend=backend)
+            values[lost] = factor_spectrum(a[lost].double(), b[lost].double())
     return values, norm_a, norm_b, _balance(a, b, norm_a, norm_b)
 
 
@@ -243,15 +233,12 @@ def _balance(a: torch.Tensor, b: torch.Tensor, norm_a: torch.Tensor, norm_b: tor
 
 
 @without_autocast()
-def measure(
-    adapters: Sequence[Adapter], *, rank_tolerance: float = RANK_TOLERANCE, backend: str = "auto"
-) -> dict[str, Spectrum]:
+def measure(adapters: Sequence[Adapter], *, rank_tolerance: float = RANK_TOLERANCE) -> dict[str, Spectrum]:
     """Measure adapters, those of one shape in one batch. Adapters that are zero or not finite are not errors.
 
     Args:
         adapters: the layers.
         rank_tolerance: share of the largest singular value below which one does not count.
-        backend: of `ops.factor_spectrum`.
 
     Returns:
         Spectra by layer name, in the given order.
@@ -259,25 +246,24 @@ def measure(
     Raises:
         TypeError: if an entry is not an `Adapter`.
         ValueError: if the tolerance is out of range, or a factor is on the meta device.
-        RuntimeError: if the requested backend does not support the call.
     """
     check_type("adapters", adapters, (tuple, list), "a sequence of Adapter")
     for adapter in adapters:
         check_type("adapters", adapter, Adapter, "a sequence of Adapter")
         _check_pair(adapter.name, (adapter.a, adapter.b))
     check_range("rank_tolerance", rank_tolerance, low=0.0, high=1.0)
-    numbers: dict[int, tuple[list[float], float, float, float]] = {}
+    numbers: dict[int, _Numbers] = {}
     for indices, a, b in _buckets([(adapter.a, adapter.b) for adapter in adapters]):
-        columns = (column.tolist() for column in _measured(a, b, backend))  # four transfers per bucket
+        columns = (column.tolist() for column in _measured(a, b))  # four transfers per bucket
         numbers.update(zip(indices, zip(*columns, strict=True), strict=True))
-    drifts = _drifts(adapters, backend)
+    drifts = _drifts(adapters)
     return {
-        adapter.name: _spectrum(adapter, *numbers[index], rank_tolerance, drifts.get(index))
+        adapter.name: _spectrum(adapter, numbers[index], rank_tolerance, drifts.get(index))
         for index, adapter in enumerate(adapters)
     }
 
 
-def _drifts(adapters: Sequence[Adapter], backend: str) -> dict[int, float]:
+def _drifts(adapters: Sequence[Adapter]) -> dict[int, float]:
     """`|s B A - s B0 A0|_F` by index where the start is known: the norm of `[B, -B0] [A; A0]`."""
     indices, pairs, scalings = [], [], []
     for index, adapter in enumerate(adapters):
@@ -287,20 +273,12 @@ def _drifts(adapters: Sequence[Adapter], backend: str) -> dict[int, float]:
             indices.append(index)
             pairs.append((torch.cat((a, a0)), torch.cat((b, -b0), dim=-1)))
             scalings.append(adapter.scaling)
-    spectra = factor_spectra(pairs, scalings, backend=backend)
+    spectra = factor_spectra(pairs, scalings)
     return {index: float(torch.linalg.vector_norm(values)) for index, values in zip(indices, spectra, strict=True)}
 
 
-def _spectrum(
-    adapter: Adapter,
-    values: list[float],
-    norm_a: float,
-    norm_b: float,
-    balance: float,
-    rank_tolerance: float,
-    drift: float | None,
-) -> Spectrum:
-    shape, rank = (adapter.b.shape[0], adapter.a.shape[1]), adapter.a.shape[0]
+def _spectrum(adapter: Adapter, numbers: _Numbers, rank_tolerance: float, drift: float | None) -> Spectrum:
+    values, norm_a, norm_b, balance = numbers
     scaled = tuple(abs(adapter.scaling) * value for value in values)
     finite = not any(math.isnan(value) for value in (*scaled, norm_a, norm_b))
     largest = scaled[0] if scaled else 0.0
@@ -315,8 +293,8 @@ def _spectrum(
         entropy = math.exp(-math.fsum(share * math.log(share) for share in shares if share > 0))
     return Spectrum(
         name=adapter.name,
-        shape=shape,
-        rank=rank,
+        shape=(adapter.b.shape[0], adapter.a.shape[1]),
+        rank=adapter.a.shape[0],
         scaling=adapter.scaling,
         status="not_finite" if not finite else "ok" if largest > 0 else "zero",
         values=scaled,

@@ -85,7 +85,7 @@ def judge(spectrum: Spectrum, certificate: Certificate | None = None, thresholds
     if spectrum.status == "not_finite":
         return Verdict(LOUD_FAILURE, ("the factors hold NaN or infinite entries",))
     rank = sum(value > limits.rank_tolerance * spectrum.spectral for value in spectrum.values)
-    usable = min(spectrum.rank, *spectrum.shape)
+    usable = spectrum.usable_rank
     full = usable > 0 and rank >= limits.full_rank * usable
     ranks = f"numerical rank {rank} of {usable} (tolerance {limits.rank_tolerance:g})"
     share = spectrum.spectral_share

@@ -28,8 +28,17 @@ class WeightNorms:
     frobenius: float
 
 
-def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> LinearOperator:
-    """A weight `(m, n)` that is read in blocks of rows, as a float32 operator."""
+def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str) -> LinearOperator:
+    """A weight `(m, n)` that is read in blocks of rows, as a float32 operator; the arguments are checked."""
+    if not callable(blocks):
+        raise TypeError(f"blocks must be a function that returns blocks of rows, got {type(blocks).__name__}")
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {repr_short(shape)}")
+    for size in shape:
+        check_range("shape", size, low=1, integer=True)
+    device = as_device("device", device)
+    if device.type == "meta":
+        raise ValueError(f"device is {device}, but the blocks must hold numbers")
 
     def matmul(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([block.to(torch.float32) @ x for block in blocks()], dim=-2)
@@ -41,20 +50,7 @@ def as_operator(blocks: RowBlocks, shape: tuple[int, int], device: torch.device 
             low += block.shape[0]
         return total
 
-    return LinearOperator(shape, matmul, rmatmul, torch.float32, device)
-
-
-def _checked(blocks: object, shape: object, device: object) -> torch.device:
-    if not callable(blocks):
-        raise TypeError(f"blocks must be a function that returns blocks of rows, got {type(blocks).__name__}")
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise TypeError(f"shape must be (m, n), got {type(shape).__name__} {repr_short(shape)}")
-    for size in shape:
-        check_range("shape", size, low=1, integer=True)
-    checked = as_device("device", device)
-    if checked.type == "meta":
-        raise ValueError(f"device is {checked}, but the blocks must hold numbers")
-    return checked
+    return LinearOperator(tuple(shape), matmul, rmatmul, torch.float32, device)
 
 
 def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device | str = "cpu") -> WeightNorms:
@@ -72,11 +68,11 @@ def weight_norms(blocks: RowBlocks, shape: tuple[int, int], device: torch.device
         TypeError: if an argument has the wrong type.
         ValueError: if `shape` is not a shape, or the device does not exist.
     """
-    device = _checked(blocks, shape, device)
+    operator = as_operator(blocks, shape, device)
     frobenius = math.sqrt(sum(float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2 for block in blocks()))
     if frobenius == 0.0 or not math.isfinite(frobenius):
         return WeightNorms(0.0, 0.0) if frobenius == 0.0 else WeightNorms(math.nan, math.nan)
-    leading = randomized_svd(as_operator(blocks, shape, device), 1, n_iter=3, probes=0)
+    leading = randomized_svd(operator, 1, n_iter=3, probes=0)
     return WeightNorms(float(leading.S[0]), frobenius)
 
 
@@ -95,9 +91,9 @@ def leading_directions(
         TypeError: if an argument has the wrong type.
         ValueError: if `shape` is not a shape, the device does not exist, or the count is not positive.
     """
-    device = _checked(blocks, shape, device)
+    operator = as_operator(blocks, shape, device)
     check_range("count", count, low=1, integer=True)
-    return randomized_svd(as_operator(blocks, shape, device), min(count, *shape), probes=0)
+    return randomized_svd(operator, min(count, *shape), probes=0)
 
 
 @dataclass(frozen=True)
@@ -125,10 +121,7 @@ class Overlap:
 INTRUDER = 0.5
 
 
-def overlap(
-    update: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    weight: RandomizedSVD,
-) -> Overlap:
+def overlap(update: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: RandomizedSVD) -> Overlap:
     """Compare the leading directions of an update with those of its weight.
 
     Args:

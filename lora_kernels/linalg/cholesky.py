@@ -6,27 +6,19 @@ import torch
 
 
 def damped_cholesky(
-    matrices: torch.Tensor,
-    damping: torch.Tensor | float,
-    *,
-    least: float = 0.0,
-    attempts: int = 16,
-    what: str = "matrix",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Cholesky factors of `M + damping I`, M `(..., n, n)`, and the damping used, `(...)`; changes the diagonals.
+    matrix: torch.Tensor, damping: float, *, least: float = 0.0, attempts: int = 16, what: str = "matrix"
+) -> tuple[torch.Tensor, float]:
+    """The Cholesky factor of `M + damping I`, M `(n, n)`, and the damping used; changes the diagonal of M.
 
-    Where a factorisation fails, its damping is raised tenfold, at least to `least`. After the last attempt a ValueError
-    says that `what` is not positive definite.
+    A failure raises the damping tenfold, at least to `least`; after the last attempt it is a ValueError about `what`.
     """
-    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    diagonal = matrix.diagonal()
     plain = diagonal.clone()
-    damping = torch.as_tensor(damping, dtype=matrices.dtype, device=matrices.device).expand(matrices.shape[:-2])
     for attempt in range(attempts):
-        torch.add(plain, damping.unsqueeze(-1), out=diagonal)
-        lower, info = torch.linalg.cholesky_ex(matrices)
-        failed = info != 0
-        if not bool(failed.any()):
+        torch.add(plain, damping, out=diagonal)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not bool(failed):
             return lower, damping
         if attempt + 1 < attempts:
-            damping = torch.where(failed, (10 * damping).clamp_min(least), damping)
-    raise ValueError(f"{what} is not positive definite, even with damping {float(damping[failed].max()):g}")
+            damping = max(10 * damping, least)
+    raise ValueError(f"{what} is not positive definite, even with damping {damping:g}")

@@ -20,6 +20,10 @@ DIRECT_ORDER = 600
 # The order of the matrix must be at least this many times the size of the Krylov basis.
 _BASIS_SHARE = 3
 _SMALL_ORDER = 128
+# Extra columns of the block: more need fewer rounds, which cost more.
+_OVERSAMPLE = 8
+# Rounds before the full decomposition is computed instead.
+_MAX_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,15 @@ class TopEigenpairs:
         residuals: `(...)`, the largest `||S v - lambda v||` over the k pairs, relative to the largest `|lambda|`.
         method: `direct` (full decomposition), `krylov`, or `krylov+direct` if the iteration did not converge and the
             full decomposition was computed instead.
-        products: number of block products with the matrix (0 for `direct`).
     """
 
     values: torch.Tensor
     vectors: torch.Tensor
     residuals: torch.Tensor
     method: str
-    products: int
 
 
-def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, products: int) -> TopEigenpairs:
+def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str) -> TopEigenpairs:
     if isinstance(matrices, LinearOperator):
         identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
         dense = matrices.matmul(identity)
@@ -51,15 +53,7 @@ def _direct(matrices: torch.Tensor | LinearOperator, k: int, method: str, produc
     solve = small_eigh if matrices.shape[-1] <= _SMALL_ORDER else torch.linalg.eigh
     values, vectors = solve(matrices)
     values, vectors = values[..., -k:].flip(-1), fix_signs(vectors[..., -k:].flip(-1))
-    return TopEigenpairs(values, vectors, _residuals(matrices @ vectors, values, vectors), method, products)
-
-
-def krylov_depth(n: int, k: int, oversample: int) -> int | None:
-    """Blocks that a round of `eigh_topk` adds to the first one; `None` if the full decomposition costs less."""
-    block = min(n, k + oversample)
-    if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
-        return None
-    return max(2, min(8, n // (_BASIS_SHARE * block) - 1))
+    return TopEigenpairs(values, vectors, _residuals(matrices @ vectors, values, vectors), method)
 
 
 def _residuals(image: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -79,28 +73,20 @@ def _orthonormalize(block: torch.Tensor, basis: torch.Tensor | None) -> torch.Te
 
 @without_autocast()
 def eigh_topk(
-    matrices: torch.Tensor | LinearOperator,
-    k: int,
-    *,
-    oversample: int = 8,
-    tolerance: float = 1e-9,
-    max_restarts: int = 6,
-    seed: int = 0,
+    matrices: torch.Tensor | LinearOperator, k: int, *, tolerance: float = 1e-9, seed: int = 0
 ) -> TopEigenpairs:
     """The k largest eigenpairs of symmetric matrices by a thick-restarted block Krylov iteration.
 
-    Every round grows the orthonormal basis `[V, S V, S^2 V, ...]` from a block of `k + oversample` columns and computes
-    the Ritz pairs of the whole basis (Musco and Musco 2015, arXiv 1504.05477, section 3; restart as in Wu and Simon
-    2000), until `||S v - lambda v|| <= tolerance * lambda_1` for all k pairs. Products are batched. Small matrices, and
-    a k that is a large share of n, get the full decomposition, which is cheaper.
+    Every round grows the orthonormal basis `[V, S V, S^2 V, ...]` from a block of `k + 8` columns and computes the Ritz
+    pairs of the whole basis (Musco and Musco 2015, arXiv 1504.05477, section 3; restart as in Wu and Simon 2000), until
+    `||S v - lambda v|| <= tolerance * lambda_1` for all k pairs. Products are batched. Small matrices, and a k that is
+    a large share of n, get the full decomposition, which is cheaper; so do those that six rounds do not solve.
 
     Args:
         matrices: `(..., n, n)` symmetric, both triangles valid. float16/bfloat16/float32 are computed in float64. Or a
             symmetric float64 `LinearOperator`: the full decomposition multiplies it with the identity.
         k: number of pairs, 1 <= k <= n.
-        oversample: extra columns of the block; more columns need fewer rounds, which cost more.
         tolerance: relative residual at which a pair counts as converged.
-        max_restarts: largest number of rounds before the full decomposition is computed instead.
         seed: Philox key of the starting block: the same seed gives the same bits.
 
     Returns:
@@ -119,9 +105,7 @@ def eigh_topk(
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, but must be square in its last two sizes")
     n = matrices.shape[-1]
     check_range("k", k, low=1, high=n, integer=True)
-    check_range("oversample", oversample, low=0, integer=True)
     check_range("tolerance", tolerance, low=0.0)
-    check_range("max_restarts", max_restarts, low=0, integer=True)
     check_key(seed)
     if isinstance(matrices, LinearOperator):
         device, apply = matrices.device, matrices.matmul
@@ -130,24 +114,23 @@ def eigh_topk(
             raise ValueError("matrices holds NaN or infinite entries")
         matrices = matrices.to(torch.float64)
         device, apply = matrices.device, matrices.__matmul__
-    block, depth = min(n, k + oversample), krylov_depth(n, k, oversample)
-    if depth is None:
-        return _direct(matrices, k, "direct", 0)
+    block = k + _OVERSAMPLE
+    if n <= DIRECT_ORDER or block * _BASIS_SHARE * 3 > n:
+        return _direct(matrices, k, "direct")
+    depth = max(2, min(8, n // (_BASIS_SHARE * block) - 1))  # blocks that a round adds to the first one
 
     start = apply(random_matrix(n, block, "gaussian", seed=seed).to(device))
     if not bool(torch.isfinite(start).all()):
         raise ValueError("the product with matrices holds NaN or infinite entries")
     vectors = _orthonormalize(start, None)
     image = apply(vectors)
-    products = 2
     previous = float("inf")
-    for remaining in range(max_restarts - 1, -1, -1):
+    for remaining in reversed(range(_MAX_ROUNDS)):
         bases, images = [vectors], [image]
         for _ in range(depth):
             basis = torch.cat(bases, dim=-1)
             bases.append(_orthonormalize(images[-1], basis))
             images.append(apply(bases[-1]))
-            products += 1
         basis, image = torch.cat(bases, dim=-1), torch.cat(images, dim=-1)
         projected = basis.mT @ image
         values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
@@ -157,8 +140,8 @@ def eigh_topk(
         worst = float((residual / values[..., 0].abs().clamp_min(torch.finfo(values.dtype).tiny)).max())
         if worst <= tolerance:
             values, vectors = values[..., :k], fix_signs(vectors[..., :k])
-            return TopEigenpairs(values, vectors, _residuals(apply(vectors), values, vectors), "krylov", products)
+            return TopEigenpairs(values, vectors, _residuals(apply(vectors), values, vectors), "krylov")
         if worst * min(1.0, worst / previous) ** remaining > tolerance and previous < float("inf"):
             break  # at this rate the remaining rounds will not converge: the spectrum does not decay
         previous = worst
-    return _direct(matrices, k, "krylov+direct", products)
+    return _direct(matrices, k, "krylov+direct")

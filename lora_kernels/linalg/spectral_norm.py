@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from lora_kernels._checks import check_range, check_tensor
 from lora_kernels.linalg.randomized_svd import LinearOperator, dense_operator, probe_bound, randomized_svd
 from lora_kernels.ops._autocast import without_autocast
-from lora_kernels.ops.random_matrix.op import check_key, random_matrix
+from lora_kernels.ops.random_matrix.op import random_matrix
 
 # Leading triplets that are removed before the remainder is probed.
 _TRIPLETS = 8
-# Up to this smaller size the full decomposition of a dense matrix is computed (half a second on one core).
+# Up to this smaller size the full decomposition is computed (half a second on one core).
 _COMPLETE = 512
 # Step of the generator: the probes must be independent of the blocks that `randomized_svd` draws.
 _STEP = 2
+_ROUNDS = 4  # of the Krylov method
+_PROBES = 8
+_POWER = 6  # additional pairs of products with the probes
 
 
-@dataclass(frozen=True)
-class SpectralNorm:
-    """Bounds on a spectral norm, up to rounding.
-
-    Attributes:
-        value: `|A v|` for a unit vector v: a lower bound, and the best estimate.
-        upper: an upper bound with probability `CONFIDENCE`; equal to `value` after a full decomposition.
-    """
-
-    value: float
-    upper: float
-
-
-def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int, seed: int, stream: int) -> float:
+def _remainder_bound(a: LinearOperator, u: torch.Tensor, seed: int) -> float:
     """An upper bound on the norm of `E = (I - U U^T) A` that holds with probability `CONFIDENCE`."""
     # `|E|^(2 q + 1) = |(E E^T)^q E|`, and the root reduces the factor by which `probe_bound` overestimates.
-    drawn = random_matrix(
-        a.shape[-1], probes, kind="gaussian", seed=seed, stream=stream, step=_STEP, device=torch.device(a.device)
-    )
+    device, power = torch.device(a.device), 2 * _POWER + 1
+    drawn = random_matrix(a.shape[-1], _PROBES, kind="gaussian", seed=seed, step=_STEP, device=device)
     block, logarithm = drawn.to(a.dtype), 0.0
-    for number in range(2 * power + 1):
+    for number in range(power):
         block = a.rmatmul(block) if number % 2 else a.matmul(block)
         if number % 2 == 0:
             block = block - u @ (u.mT @ block)
@@ -50,7 +37,7 @@ def _remainder_bound(a: LinearOperator, u: torch.Tensor, probes: int, power: int
         # Scaled by a power of two, which is exact, after every product, so that none overflows or underflows.
         exponent = math.frexp(largest)[1]
         block, logarithm = torch.ldexp(block, torch.tensor(-exponent, device=block.device)), logarithm + exponent
-    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / (2 * power + 1))
+    bound: float = 2.0 ** ((logarithm + math.log2(float(probe_bound(block)))) / power)
     return bound
 
 
@@ -70,56 +57,22 @@ def _upper(s: list[float], coupling: torch.Tensor, remainder: float) -> float:
 
 
 @without_autocast()
-def spectral_norm(
-    a: torch.Tensor | LinearOperator,
-    *,
-    rounds: int = 4,
-    power: int = 6,
-    probes: int = 8,
-    seed: int = 0,
-    stream: int = 0,
-) -> SpectralNorm:
-    """The spectral norm of a matrix, with a lower and an upper bound from its products.
+def spectral_norm(a: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """The spectral norm of `(m, n)`: a lower bound, which is the best estimate, and an upper one; up to rounding.
 
-    The leading triplets are Ritz triplets with `A^T U = V S`, so `A = U S V^T + E` with `E = (I - U U^T) A`, and in the
-    bases of V and U the norm is at most `max(S_1, |E|) + |A V - U S|`. The first term is bounded by powers of E on
-    gaussian probes (Halko, Martinsson and Tropp 2011, eq. 4.3); the second is computed, and is small for triplets that
-    have converged.
-
-    Args:
-        a: `(m, n)` float tensor, or a `LinearOperator` of that shape.
-        rounds: of the Krylov method.
-        power: q, additional pairs of products with the probes; 0 gives the plain bound.
-        probes: gaussian vectors.
-        seed: 64-bit key: the same seed gives the same bits.
-        stream: number of the matrix, in [0, 2^32).
-
-    Raises:
-        TypeError: if `a` is neither a float tensor nor an operator, or a numeric argument is not a number.
-        ValueError: if it is not a matrix, a number is out of range, or an entry is NaN or infinite.
+    The upper bound holds with probability `CONFIDENCE`. The leading triplets are Ritz triplets with `A^T U = V S`, so
+    `A = U S V^T + E` with `E = (I - U U^T) A`, and in the bases of V and U the norm is at most
+    `max(S_1, |E|) + |A V - U S|`. The first term is bounded by powers of E on gaussian probes (Halko, Martinsson and
+    Tropp 2011, eq. 4.3); the second is computed, and is small for triplets that have converged.
     """
-    check_range("rounds", rounds, low=0, integer=True)
-    check_key(seed, stream)
-    check_range("power", power, low=0, high=1000, integer=True)
-    check_range("probes", probes, low=1, integer=True)
-    if not isinstance(a, LinearOperator):
-        check_tensor("a", a, numbers=True)
-    if len(a.shape) != 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}, but must be (m, n)")
-    if min(a.shape) == 0:
-        return SpectralNorm(0.0, 0.0)
-    if isinstance(a, torch.Tensor) and min(a.shape) <= _COMPLETE:
-        if not bool(torch.isfinite(a).all()):
-            raise ValueError("a holds NaN or infinite entries")
-        value = float(torch.linalg.matrix_norm(a.detach().to(torch.float64), 2))
-        return SpectralNorm(value, value)
-    operator = a if isinstance(a, LinearOperator) else dense_operator(a)
-    triplets = min(_TRIPLETS, *a.shape)
-    leading = randomized_svd(operator, triplets, n_iter=rounds, probes=0, seed=seed, stream=stream)
+    if min(a.shape) <= _COMPLETE:
+        value = float(torch.linalg.matrix_norm(a.to(torch.float64), 2)) if a.numel() else 0.0
+        return value, value
+    operator = dense_operator(a)
+    leading = randomized_svd(operator, _TRIPLETS, n_iter=_ROUNDS, probes=0, seed=seed)
     value = float(leading.S[0])
-    if leading.method == "direct" or value == 0.0:
-        return SpectralNorm(value, value)
+    if value == 0.0:
+        return 0.0, 0.0
     u, s, v = leading.U, leading.S, leading.Vh.mT
     coupling = (operator.matmul(v.contiguous()) - u * s).to(torch.float64)
-    remainder = _remainder_bound(operator, u, probes, power, seed, stream)
-    return SpectralNorm(value, _upper(s.tolist(), coupling, remainder))
+    return value, _upper(s.tolist(), coupling, _remainder_bound(operator, u, seed))

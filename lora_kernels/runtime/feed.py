@@ -85,24 +85,14 @@ def _feed_digest(batch: Any, digest: Any) -> None:
 class Feed:
     """The batches of one pass, without those that an interrupted run has read."""
 
-    def __init__(self, loader: Iterable[Any], limit: int | None, *, skip: int = 0, digest: str = "") -> None:
-        """Read at most `limit` batches, skipping the first `skip`, whose digest must be `digest`."""
-        self.loader, self.limit, self.skip, self.expected = loader, limit, skip, digest
+    def __init__(
+        self, loader: Iterable[Any], limit: int | None, *, skip: int = 0, expected: str = "", digests: bool = False
+    ) -> None:
+        """Read at most `limit` batches, skipping the first `skip`, whose digest must be the expected one."""
+        self.loader, self.limit, self.skip, self.expected, self.digests = loader, limit, skip, expected, digests
         self.done = 0  # number of batches read, with those skipped
-        self._stopped = False
-        self.digest = ""  # of these batches, if `wants_digest`
-        self.wants_digest = False
-
-    def _count(self, batch: Any) -> None:
-        self.done += 1
-        if self.wants_digest:
-            digest = hashlib.blake2b(self.digest.encode(), digest_size=16)
-            _feed_digest(batch, digest)
-            self.digest = digest.hexdigest()
-
-    def stop(self) -> None:
-        """Stop after the current batch."""
-        self._stopped = True
+        self.digest = ""  # of these batches, if `digests`
+        self.stopped = False  # whether to stop after the current batch
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches to process; a ValueError if the first ones are not those of the interrupted run."""
@@ -110,7 +100,11 @@ class Feed:
             self.done, self.digest = self.skip, self.expected
             return
         for batch in self.loader:
-            self._count(batch)
+            self.done += 1
+            if self.digests:
+                digest = hashlib.blake2b(self.digest.encode(), digest_size=16)
+                _feed_digest(batch, digest)
+                self.digest = digest.hexdigest()
             if self.done < self.skip:
                 continue
             if self.done == self.skip:
@@ -121,7 +115,7 @@ class Feed:
                     )
                 continue
             yield batch
-            if self._stopped or self.done == self.limit:
+            if self.stopped or self.done == self.limit:
                 return
         if self.done < self.skip:
             raise ValueError(f"the checkpoint was written after {self.skip} batches, but the loader has {self.done}")

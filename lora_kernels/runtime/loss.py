@@ -1,10 +1,4 @@
-"""The loss of a batch, and the number of items it is a mean over, so that statistics do not depend on the batch size.
-
-A training loss is a mean over items (tokens or samples), so gradients shrink with the batch. Statistics use the
-gradient of the *sum* over items: it adds over batches, and 16 batches of 1 sample give what 4 batches of 4 give.
-Under `weighting="sample"` a sample's gradients are divided by its number of items, which is the mean loss per sample
-(what a loop over single samples computes).
-"""
+"""The loss of a batch, and the number of items (tokens or samples) it is a mean over: statistics are of their sum."""
 
 from __future__ import annotations
 
@@ -99,11 +93,7 @@ def loss_items(model: nn.Module, batch: Any, reduction: Reduction) -> torch.Tens
 
 
 def summed_loss(
-    model: nn.Module,
-    batch: Any,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    loss: Loss | None,
-    reduction: Reduction,
+    model: nn.Module, batch: Any, forward: Callable[..., Any] | None, loss: Loss | None, reduction: Reduction
 ) -> tuple[torch.Tensor, float]:
     """The sum of the losses of a batch's items, and their number; the model is not called where that is 0."""
     items = float(loss_items(model, batch, reduction).sum())

@@ -15,9 +15,7 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a shard of FSDP2 (a DTensor)."""
-    plain = (
-        type(parameter) is nn.Parameter or type(parameter) is torch.Tensor
-    )  # asked at every call: hasattr is slow to say no
+    plain = type(parameter) in (nn.Parameter, torch.Tensor)  # asked at every call: hasattr is slow to say no
     return not plain and hasattr(parameter, "device_mesh") and hasattr(parameter, "to_local")
 
 
@@ -38,7 +36,13 @@ def evaluation_mode(model: nn.Module, *, gradients: bool) -> Iterator[None]:
                 # In evaluation mode, bitsandbytes repacks 4-bit weights on CPUs for good, into a format without
                 # gradients. The flag has no other meaning there.
                 module.training = True
-                _check_unpacked(module, gradients)
+                packed: Any = getattr(module.weight, "quant_state", None)
+                if gradients and getattr(packed, "packing_format_for_cpu", False):
+                    raise ValueError(
+                        "bitsandbytes has packed a 4-bit weight for inference (the model ran in evaluation mode on "
+                        "this CPU): no gradient flows through it any more; load the model anew and collect before "
+                        "evaluating it"
+                    )
         yield
     finally:
         for module, flag in training.items():
@@ -87,12 +91,3 @@ def holding(parameters: Sequence[torch.Tensor], values: Iterable[torch.Tensor]) 
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.data = value
-
-
-def _check_unpacked(module: Any, gradients: bool) -> None:
-    state = getattr(module.weight, "quant_state", None)
-    if gradients and getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            "bitsandbytes has packed a 4-bit weight for inference (the model ran in evaluation mode on this CPU): no "
-            "gradient flows through it any more; load the model anew and collect before evaluating it"
-        )

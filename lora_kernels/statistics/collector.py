@@ -20,17 +20,15 @@ from lora_kernels.runtime.loss import batch_size, loss_items, model_loss
 from lora_kernels.runtime.modes import is_sharded, observation_mode
 from lora_kernels.runtime.processes import Result
 from lora_kernels.statistics import distributed, storage
-from lora_kernels.statistics.budget import parse_budget
 from lora_kernels.statistics.fingerprint import agree_on_start, check_fingerprint, fingerprint
 from lora_kernels.statistics.masks import BatchWeights
-from lora_kernels.statistics.moments import needs_backward
 from lora_kernels.statistics.observe import Observer, is_encoder_decoder
-from lora_kernels.statistics.options import CollectOptions
-from lora_kernels.statistics.plan import Plan
-from lora_kernels.statistics.sharing import find_groups
-from lora_kernels.statistics.statistic import Wants, resolve_wants
+from lora_kernels.statistics.options import CollectOptions, Wants, resolve_wants
+from lora_kernels.statistics.plan import Plan, parse_budget
+from lora_kernels.statistics.sharing import InputGroup, find_groups
 from lora_kernels.statistics.storage import LayerSums, Progress
 from lora_kernels.statistics.store import Statistics, Target, assemble
+from lora_kernels.statistics.sums import needs_backward
 
 
 class _FailedElsewhere(Exception):
@@ -158,8 +156,8 @@ class Collection:
         length = len(self.loader) if isinstance(self.loader, Sized) else None
         total = min((limit for limit in (length, options.max_batches) if limit is not None), default=None)
         loader = () if ahead else self.loader
-        feed = Feed(loader, options.max_batches, skip=0 if ahead else progress.done, digest=progress.digest)
-        feed.wants_digest = self.path is not None
+        skip, digests = 0 if ahead else progress.done, self.path is not None
+        feed = Feed(loader, options.max_batches, skip=skip, expected=progress.digest, digests=digests)
         label = "collecting statistics" + (f", pass {number + 1} of {plan.passes}" if plan.passes > 1 else "")
         with (
             observation_mode(self.model, gradients=observer.gradients),
@@ -183,7 +181,7 @@ class Collection:
                         progress.current = len(current)
                         storage.write(self.path, [*self.finished, *current], progress, self.identity)
                     if options.max_tokens is not None and tokens >= options.max_tokens:
-                        feed.stop()
+                        feed.stopped = True
             except _FailedElsewhere:
                 return
             except Exception:
@@ -291,9 +289,8 @@ class Collection:
     def _counted(self, weights: BatchWeights, observer: Observer) -> float:
         if weights.tokens is not None:
             return self.progress.tokens + float(weights.tokens.sum(dtype=torch.float64))
-        groups = observer.sharing.distinct()
-        parts = [groups[0].sums] if groups else [part for sums in observer.outputs.values() for part in sums.values()]
-        return parts[0].tokens if parts else self.progress.tokens
+        sums = _sums_of(observer)
+        return sums[0].sums.tokens if sums else self.progress.tokens
 
     def _note(self, observer: Observer) -> None:
         for name, count in observer.skipped.items():
@@ -311,12 +308,13 @@ class Collection:
             if part.sums.needs_backward:
                 observer.outputs.setdefault(part.layers[0], {})[statistic] = part.sums
             else:
-                observer.sharing.adopt(part.layers, part.sums)  # type: ignore[arg-type]
+                group = InputGroup(part.sums, -1, list(part.layers))  # type: ignore[arg-type]
+                observer.sharing.groups |= dict.fromkeys(part.layers, group)
 
 
 def _sums_of(observer: Observer) -> list[LayerSums]:
     inputs = [LayerSums(list(group.members), group.sums) for group in observer.sharing.distinct()]
-    return inputs + [LayerSums([name], part) for name, sums in observer.outputs.items() for part in sums.values()]
+    return inputs + [LayerSums([name], part) for name, part in observer.output_sums()]
 
 
 def _warn_unaligned(observer: Observer) -> None:

@@ -12,9 +12,8 @@ import torch
 from torch import distributed
 
 from lora_kernels.runtime.processes import gather, rank
-from lora_kernels.statistics import storage
-from lora_kernels.statistics.moments import pack_lower, packed_size, unpack_lower_
 from lora_kernels.statistics.storage import LayerSums, Progress
+from lora_kernels.statistics.sums import Accumulator, pack_lower, packed_size, unpack_lower_
 
 Groups = list[list[str]] | None
 _BUCKET = 64 * 2**20
@@ -43,7 +42,7 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
         part = mine.get((kind, layer))
         if part is None:
             settings, dtype = empty[(kind, layer)]
-            sums = storage.rebuild(kind, settings, device, getattr(torch, dtype.removeprefix("torch.")))
+            sums = Accumulator.kinds[kind].empty(settings, device, getattr(torch, dtype.removeprefix("torch.")))
         else:
             sums = part.sums if part.layers[0] == layer else copy.deepcopy(part.sums)
         agreed[(kind, tuple(together))] = LayerSums(together, sums)
@@ -53,7 +52,7 @@ def agree(parts: Sequence[LayerSums], device: torch.device) -> list[LayerSums]:
 def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
     """Add up sums over all processes, in place: in flat buckets of one dtype, of symmetric sums the lower triangle."""
     # `parts` are as `agree` returns them; `device` is where the process group can reduce (NCCL: a GPU).
-    bucket: list[tuple[torch.Tensor, bool]] = []
+    entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
     in_flight: list[tuple[Any, torch.Tensor, list[tuple[torch.Tensor, bool]]]] = []
 
     def copy_back() -> None:
@@ -69,18 +68,13 @@ def all_reduce(parts: Sequence[LayerSums], device: torch.device) -> None:
                 value.copy_(part.view_as(value))
             offset += size
 
-    def flush() -> None:
-        flat = torch.cat([pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket])
-        flat = flat.to(device)
-        in_flight.append((distributed.all_reduce(flat, async_op=True), flat, list(bucket)))
-        bucket.clear()
+    for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
+        bucket = [entries[position] for position in positions]
+        packed = [pack_lower(value) if triangular else value.reshape(-1) for value, triangular in bucket]
+        flat = torch.cat(packed).to(device)
+        in_flight.append((distributed.all_reduce(flat, async_op=True), flat, bucket))
         if len(in_flight) > 1:  # one bucket travels while the next is packed
             copy_back()
-
-    entries = [(value, name in part.sums.triangular) for part in parts for name, value in part.sums.tensors().items()]
-    for positions in buckets([(value.dtype, tuple(value.shape)) for value, _ in entries]):
-        bucket += [entries[position] for position in positions]
-        flush()
     while in_flight:
         copy_back()
 

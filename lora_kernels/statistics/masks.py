@@ -152,10 +152,8 @@ def _place(batch: int, tokens: int, rows: torch.Size) -> tuple[int, int] | None:
         return None
     if rows[0] == batch:
         places = [place for place in range(1, len(rows)) if rows[place] == tokens]
-        if len(places) == 1 or (places and tokens == 1):
+        if places and (len(places) == 1 or tokens == 1 or places[0] == 1):
             return 0, places[0]
-        if places and places[0] == 1:
-            return 0, 1
     if rows[:2] == (tokens, batch):
         return 1, 0
     return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._rows import Selections, shared_selections
 from lora_kernels.runtime.modes import is_sharded
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError, align
-from lora_kernels.statistics.moments import Accumulator, OutputGradients, needs_backward
 from lora_kernels.statistics.options import CollectOptions
 from lora_kernels.statistics.plan import Plan
 from lora_kernels.statistics.sharing import InputSharing
 from lora_kernels.statistics.sketches import stream_of
-from lora_kernels.statistics.statistic import add_gradients, new_sums
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import Accumulator, OutputGradients, add_gradients, needs_backward, new_sums
 from lora_kernels.statistics.towers import Towers
 
 
@@ -34,16 +33,6 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0] if ctx.needs_input_grad[0] else None, None
-
-
-@dataclass
-class _Call:
-    """What the backward hook of one call needs; emptied when it has run."""
-
-    x: torch.Tensor | None
-    version: int
-    weight: torch.Tensor | None
-    factors: torch.Tensor | None
 
 
 def _tensor_of(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -74,14 +63,15 @@ class Observer:
     ) -> None:
         """Prepare for pass `number` of a plan; layers in `apart` share no input."""
         self.options, self.plan = options, plan
-        forms = {target.name: plan.form_of(target.name, number) for target in targets}
-        self.targets = {target.name: target for target in targets if forms[target.name]}
+        # Statistics and forms, by layer.
         self._inputs: dict[str, list[tuple[str, str]]] = {}
         self._outputs: dict[str, list[tuple[str, str]]] = {}
-        for name, statistics in forms.items():
-            for statistic, form in statistics.items():
-                chosen = self._outputs if needs_backward([statistic]) else self._inputs
-                chosen.setdefault(name, []).append((statistic, form))
+        for entry in plan.entries:
+            chosen = self._outputs if needs_backward([entry.statistic]) else self._inputs
+            for name in entry.layers if entry.number == number else ():
+                chosen.setdefault(name, []).append((entry.statistic, entry.form))
+        observed = {**self._inputs, **self._outputs}
+        self.targets = {target.name: target for target in targets if target.name in observed}
         self.sharing = InputSharing(share=options.share_inputs, apart=apart)  # the input sums, by group
         self.outputs: dict[str, dict[str, Accumulator]] = {}  # the sums of output gradients, by layer and statistic
         self.weights = BatchWeights()  # of the current batch
@@ -91,12 +81,11 @@ class Observer:
         self._discarding = False
         self.forwarding = True  # false during the backward pass, where checkpointed layers run forward a second time
         self.unaligned: dict[str, str] = {}  # layers whose rows no mask fits, and why
-        # Layers whose rows are not those of samples, where samples count alike, and why; their gradients are left
-        # out.
+        # Layers whose rows are not those of samples, where samples count alike, and why: their gradients are left out.
         self.unassigned: dict[str, str] = {}
         self.skipped: dict[str, int] = {}  # rows left out because they were not finite, by layer
         self._aligned_once = False
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
         self._anchor = torch.zeros((), requires_grad=True)
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._model = model
@@ -113,24 +102,20 @@ class Observer:
         return bool(self._outputs)
 
     def __enter__(self) -> Observer:
-        try:
+        with contextlib.ExitStack() as hooks:
             for name, target in self.targets.items():
-                self._handles.append(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
+                hooks.enter_context(target.module.register_forward_pre_hook(self._before(target), with_kwargs=True))
                 if name in self._outputs:
-                    self._handles.append(target.module.register_forward_hook(self._after(target), with_kwargs=True))
+                    hooks.enter_context(target.module.register_forward_hook(self._after(target), with_kwargs=True))
             if is_encoder_decoder(self._model):
                 decoder = self._model.get_decoder()  # type: ignore[operator]
-                self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
-        except BaseException:
-            self.__exit__()
-            raise
+                hooks.enter_context(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._towers.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def begin(self, number: int, weights: BatchWeights, batch: Any) -> None:
         """Prepare for a batch, its number and the weights of its tokens."""
@@ -184,16 +169,9 @@ class Observer:
         return finite if weight is None else weight * finite
 
     def _new(self, target: Target, statistic: str, form: str, device: torch.device) -> Any:
-        return new_sums(
-            statistic,
-            form,
-            (target.out_features, target.in_features),
-            device,
-            self.options.dtype,
-            sketch_size=self.plan.sketch_size,
-            seed=self.options.seed,
-            stream=stream_of(target.name),
-        )
+        sizes = {"out_features": target.out_features, "in_features": target.in_features}
+        sizes |= {"size": self.plan.sketch_size, "seed": self.options.seed, "stream": stream_of(target.name)}
+        return new_sums(statistic, form, sizes, device, self.options.dtype)
 
     def _before(self, target: Target) -> Callable[..., None]:
         name = target.name
@@ -251,20 +229,20 @@ class Observer:
                 assert isinstance(output, torch.Tensor)
             if sums:
                 reads_input = any(part.reads_input for part in sums.values())
-                call = _Call(x if reads_input else None, x._version, weight, factors)
-                output.register_hook(functools.partial(self._receive, target.name, sums, call))  # type: ignore[no-untyped-call]
+                held = [x if reads_input else None, x._version, weight, factors]
+                output.register_hook(functools.partial(self._receive, target.name, sums, held))  # type: ignore[no-untyped-call]
             return output
 
         return tap
 
     @without_autocast()
-    def _receive(self, name: str, sums: dict[str, Accumulator], call: _Call, g: torch.Tensor | None) -> None:
+    def _receive(self, name: str, sums: dict[str, Accumulator], held: list[Any], g: torch.Tensor | None) -> None:
         # An undefined gradient: nothing downstream depends on this output.
         if self._discarding or g is None or name in self.unassigned:
             return
-        x, weight, factors = call.x, call.weight, call.factors
-        call.x = call.weight = call.factors = None  # frees the activation as soon as it has served
-        if x is not None and x._version != call.version:
+        x, version, weight, factors = held
+        held.clear()  # frees the activation as soon as it has served
+        if x is not None and x._version != version:
             raise RuntimeError(
                 f"the input of layer {name} was changed in place after the layer had read it: its weight gradient "
                 "cannot be formed"
@@ -305,8 +283,7 @@ class Observer:
 
     def check_inputs(self, batch: int) -> None:
         """Refuse input sums that are not finite (one wait per device)."""
-        groups = self.sharing.distinct()
-        sums = [(", ".join(group.members), group.sums.total) for group in groups]
+        sums = [(", ".join(group.members), group.sums.total) for group in self.sharing.distinct()]
         _refuse_nonfinite(sums, "input", f"in batch {batch}")
 
     def check(self, batch: int) -> None:
@@ -320,20 +297,20 @@ class Observer:
         self.check_inputs(batch)
         # Weight gradients are read once, at the end: reading them after every batch would cost as much memory traffic
         # as adding to them.
-        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values() if part.vector]
-        vectors = [(name, getattr(part, part.vector)) for name, part in parts]
+        vectors = [(name, getattr(part, part.vector)) for name, part in self.output_sums() if part.vector]
         _refuse_nonfinite(vectors, "gradient", f"in batch {batch}")
 
     def check_all(self) -> None:
         """At the end of a pass: refuse sums of gradients that are not finite."""
-        parts = [(name, part) for name, sums in self.outputs.items() for part in sums.values()]
-        values = [(name, getattr(part, part.vector or part.main)) for name, part in parts]
+        values = [(name, getattr(part, part.vector or part.main)) for name, part in self.output_sums()]
         _refuse_nonfinite(values, "gradient", "in some batch")
+
+    def output_sums(self) -> list[tuple[str, Accumulator]]:
+        """All sums of output gradients, with their layers."""
+        return [(name, part) for name, sums in self.outputs.items() for part in sums.values()]
 
 
 def _refuse_nonfinite(sums: Sequence[tuple[str, torch.Tensor]], what: str, when: str) -> None:
-    if not sums:
-        return
     by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, value in sums:
         by_device.setdefault(value.device, []).append((name, torch.isfinite(value.sum(dtype=torch.float64))))

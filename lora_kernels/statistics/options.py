@@ -1,25 +1,26 @@
-"""Every knob of a collection, in one place."""
+"""What to collect, and every knob of a collection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from typing_extensions import TypedDict
 
-from lora_kernels._checks import check_choice, check_range
+from lora_kernels._checks import check_choice, check_range, check_type, repr_short
 from lora_kernels.runtime.loss import REDUCTIONS, Loss, Reduction
-from lora_kernels.statistics.budget import Budget
 from lora_kernels.statistics.masks import Mask, check_mask
-from lora_kernels.statistics.plan import FORMS, Plan, make_plan
+from lora_kernels.statistics.plan import FORMS, Budget, Plan, make_plan
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import INPUT_SECOND, Accumulator
 
 Forward = Callable[[nn.Module, Any], Any]
 WEIGHTINGS = ("token", "sample")
+STATISTICS = tuple(Accumulator.statistics)
 
 
 @dataclass(frozen=True)
@@ -143,3 +144,53 @@ def read_options(options: Mapping[str, Any]) -> CollectOptions:
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; options are the fields of statistics.CollectOptions")
     return CollectOptions(**options)
+
+
+@runtime_checkable
+class HasWants(Protocol):
+    """Anything with `wants`: a method config."""
+
+    @property
+    def wants(self) -> Mapping[str, bool]:
+        """Statistic names; True where only the exact sums will do."""
+
+
+Wants = str | HasWants | Mapping[str, bool] | Iterable[str] | None
+
+
+def resolve_wants(wants: Wants) -> dict[str, bool]:
+    """The statistics to collect.
+
+    Args:
+        wants: a method's config, the name of a statistic (`STATISTICS`), several names, a mapping from names to whether
+            only the exact sums will do, or `None` for the input second moment.
+
+    Returns:
+        Statistic names in the order of `STATISTICS`, with whether they must be exact.
+
+    Raises:
+        ValueError: if a name is unknown, or the method needs no data.
+        TypeError: if it is nothing of the above.
+    """
+    known = tuple(Accumulator.statistics)  # of any class, not those here alone
+    if wants is None:
+        return {INPUT_SECOND: False}
+    if isinstance(wants, HasWants):
+        exact_by_name = wants.wants
+        check_type("wants.wants", exact_by_name, Mapping, "a mapping")
+    elif isinstance(wants, Mapping):
+        exact_by_name = wants
+    elif isinstance(wants, (Sequence, Set, Iterator)):
+        names = [wants] if isinstance(wants, str) else list(wants)
+        for name in names:
+            check_choice("wants", name, known)
+        exact_by_name = dict.fromkeys(names, False)
+    else:
+        raise TypeError(f"wants must be a method, a name, names or a mapping, got {type(wants).__name__}")
+    for name in exact_by_name:
+        check_choice("wants", name, known)
+    if not exact_by_name:
+        raise ValueError(
+            f"wants is {repr_short(wants)}, which needs no statistics of data: there is nothing to collect"
+        )
+    return {name: bool(exact_by_name[name]) for name in known if name in exact_by_name}

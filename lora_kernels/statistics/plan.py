@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -13,13 +14,71 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from lora_kernels._checks import check_choice, check_range, check_type, repr_short
 from lora_kernels.reports import Report, Table, short_name
-from lora_kernels.statistics.budget import show_bytes
 from lora_kernels.statistics.distributed import buckets
-from lora_kernels.statistics.moments import Accumulator, needs_backward, packed_size
-from lora_kernels.statistics.statistic import shapes
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import Accumulator, needs_backward, new_sums, packed_size
 
 FORMS = ("auto", "exact", "sketch")
+# Of the free memory, what `auto` takes.
+AUTO_SHARE = 0.5
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+Budget = int | float | str | None
+
+
+def show_bytes(size: float) -> str:
+    """A size in words."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, or what Linux calls available on the host; a ValueError if that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        raise ValueError("the free memory of this system is not known: give the budget in bytes") from None
+
+
+def parse_budget(budget: Budget, device: torch.device | None = None) -> int | None:
+    """A memory budget in bytes.
+
+    Args:
+        budget: bytes (int), a share of the free memory in (0, 1) (float), text such as `"40GB"` or `"512MiB"`,
+            `"auto"` for half of the free memory, or `None` for no limit.
+        device: whose free memory is meant; the host's by default.
+
+    Raises:
+        ValueError: if it is anything else.
+        TypeError: if it is of another type.
+    """
+    if budget is None:
+        return None
+    where = device or torch.device("cpu")
+    if isinstance(budget, str):
+        if budget == "auto":
+            return int(AUTO_SHARE * free_memory(where))
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)?\s*", budget, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f'budget is {budget!r}, but must be bytes, a share, "auto" or a size such as "40GB"')
+        number, unit = match.groups()
+        return int(float(number) * _UNITS[(unit or "B").upper()])
+    if isinstance(budget, float):
+        if not 0 < budget < 1:
+            raise ValueError(f"budget is {budget!r}: a float is a share of the free memory, between 0 and 1")
+        return int(budget * free_memory(where))
+    check_range("budget", budget, low=1, integer=True)
+    return budget
 
 
 @dataclass(frozen=True)
@@ -86,12 +145,6 @@ class Plan(Report):
     def backward(self) -> int | None:
         """The first pass that runs backward too, or `None`."""
         return min((entry.number for entry in self.entries if needs_backward([entry.statistic])), default=None)
-
-    def form_of(self, layer: str, number: int) -> dict[str, str]:
-        """Statistic names and forms of one layer in one pass."""
-        return {
-            entry.statistic: entry.form for entry in self.entries if entry.number == number and layer in entry.layers
-        }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("layers", "number", "statistic", "form", "bytes each", "bytes", "passes", title="Plan")
@@ -196,8 +249,11 @@ def make_plan(
     partition.sort(key=lambda group: order[group[0]])
 
     def sums_of(statistic: str, chosen: str, layer: str) -> list[tuple[torch.dtype, tuple[int, ...], bool]]:
-        shape = by_name[layer].out_features, by_name[layer].in_features
-        return shapes(statistic, chosen, shape, dtype, sketch_size)
+        """Dtype, shape, and whether the lower triangle stands for the tensor."""
+        target = by_name[layer]
+        sizes = {"out_features": target.out_features, "in_features": target.in_features, "size": sketch_size}
+        sums = new_sums(statistic, chosen, sizes, torch.device("meta"), dtype)
+        return [(value.dtype, tuple(value.shape), name in sums.triangular) for name, value in sums.tensors().items()]
 
     def entry(statistic: str, layers: Sequence[str], chosen: str) -> Entry:
         held = sent = 0

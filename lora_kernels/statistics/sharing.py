@@ -1,12 +1,8 @@
-"""Layers that read the same tensor (q, k, v; gate, up) share one set of sums.
-
-Two calls read the same input when their tensors are the same view of the same storage at the same version. The
-storage is held by a weak reference, so its address cannot be given to another one while it is compared, and no
-activation is kept alive.
-"""
+"""Layers that read the same tensor (q, k, v; gate, up) share one set of sums."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +12,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.runtime.feed import call_model
-from lora_kernels.statistics.moments import InputSums
 from lora_kernels.statistics.store import Target
+from lora_kernels.statistics.sums import InputSums
 
 
 @dataclass
@@ -32,28 +28,6 @@ class InputGroup:
     strangers: set[str] = field(default_factory=set)  # members that read another input than the group's
 
 
-class InputIdentity:
-    """What makes two reads the same: storage, view and version."""
-
-    def __init__(self) -> None:
-        self._references: dict[int, StorageWeakRef] = {}
-
-    def clear(self) -> None:
-        """Forget all tensors."""
-        self._references.clear()
-
-    def __call__(self, x: torch.Tensor) -> Hashable:
-        """A key that equals another's if and only if both tensors are the same view of the same values."""
-        if x.is_inference():
-            return object()  # inference tensors have no version: a change between two reads would go unseen
-        storage = x.untyped_storage()
-        key = storage._cdata
-        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
-        rows = x.shape[:-1].numel()
-        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
-        return (key, x.storage_offset(), layout, x.dtype, x._version)
-
-
 class InputSharing:
     """Decides, call by call, whether an input is new to the sums."""
 
@@ -63,29 +37,24 @@ class InputSharing:
         self.groups: dict[str, InputGroup] = {}
         self.left_out: set[str] = set()
         self.batch = 0
-        self._identity = InputIdentity()
+        self._references: dict[int, StorageWeakRef] = {}
         self._first: dict[Hashable, InputGroup] = {}
 
     def begin(self, batch: int) -> None:
         """Forget the inputs of the batch before."""
         self.batch = batch
-        self._identity.clear()
+        self._references.clear()
         self._first.clear()
         for group in self.groups.values():
             group.inputs.clear()
             group.calls.clear()
             group.strangers.clear()
 
-    def adopt(self, members: list[str], sums: InputSums) -> None:
-        """Continue a group of an earlier process (see `storage`)."""
-        group = InputGroup(sums, -1, list(members))
-        self.groups |= dict.fromkeys(members, group)
-
     def distinct(self) -> list[InputGroup]:
         """The groups without repetitions, in the order of their first call."""
         return list({id(group): group for group in self.groups.values()}.values())
 
-    def assign(self, name: str, x: torch.Tensor, make: Callable[[], InputSums]) -> InputSums | None:
+    def assign(self, name: str, x: torch.Tensor, make: Callable[[], Any]) -> InputSums | None:
         """The sums (of a new group those of `make`) that a layer's input `(..., n)` must be added to."""
         # `None` if another layer of the group has added it already.
         if name in self.left_out:
@@ -108,6 +77,18 @@ class InputSharing:
         self._first.setdefault(identity, group)
         return group.sums
 
+    def _identity(self, x: torch.Tensor) -> Hashable:
+        """A key that equals another's if and only if both tensors are the same view of one storage at one version."""
+        if x.is_inference():
+            return object()  # inference tensors have no version: a change between two reads would go unseen
+        storage = x.untyped_storage()
+        key = storage._cdata
+        # A reference, so that the address is not given to another storage; weak, so that no activation is kept alive.
+        self._references.setdefault(key, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        rows = x.shape[:-1].numel()
+        layout = (rows, x.shape[-1]) if x.is_contiguous() else (*x.shape, *x.stride())
+        return (key, x.storage_offset(), layout, x.dtype, x._version)
+
     def deviating(self) -> list[str]:
         """After a forward pass, the layers whose inputs of this batch are not those that their groups added."""
         return [
@@ -126,28 +107,21 @@ class InputSharing:
 def find_groups(
     model: nn.Module, targets: Sequence[Target], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[list[str]]:
-    """Names of layers that read the same tensors in all their calls, by first call; the model may be on `meta`."""
-    identity = InputIdentity()
-    inputs: dict[str, list[Hashable]] = {}
-    handles = []
+    """Names of layers that read the same tensors in all their calls; the model may be on `meta`."""
+    sharing = InputSharing(share=True)
 
     def hook(name: str) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
             if x is not None:
-                inputs.setdefault(name, []).append(identity(x))
+                sharing.assign(name, x, lambda: None)
 
         return observe
 
-    try:
+    with contextlib.ExitStack() as hooks, torch.no_grad():
         for target in targets:
-            handles.append(target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True))
-        with torch.no_grad():
-            (forward or call_model)(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups: dict[Hashable, list[str]] = {}
-    for name, sequence in inputs.items():
-        groups.setdefault(tuple(sequence), []).append(name)
-    return list(groups.values())
+            hooks.enter_context(target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True))
+        (forward or call_model)(model, batch)
+    for name in (alone := sharing.deviating()):
+        sharing.leave_out(name)
+    return [group.members for group in sharing.distinct()] + [[name] for name in alone]

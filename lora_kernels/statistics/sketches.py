@@ -1,8 +1,4 @@
-"""Random sketches that stand in for sums too large to keep: single pass, linear, so they add like the sums.
-
-`Omega` and `Psi` are drawn by position from Philox (seed, stream, row, column) and never stored; the stream is the
-CRC-32 of the layer's name.
-"""
+"""Random sketches that stand in for sums too large to keep: linear, by matrices drawn by position and never stored."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import zlib
 
 import torch
 
+from lora_kernels.linalg.eigen import TopEigenpairs
 from lora_kernels.linalg.randomized_svd import RandomizedSVD, probe_bound
-from lora_kernels.linalg.single_pass import Nystrom, nystrom, two_sided
+from lora_kernels.linalg.single_pass import nystrom, two_sided
 from lora_kernels.ops import random_matrix
 from lora_kernels.ops.gradient_statistics.op import gradient_statistics_
 from lora_kernels.ops.sketch.op import sketch_
-from lora_kernels.statistics.gradients import GRADIENT
-from lora_kernels.statistics.moments import Accumulator, InputSums, OutputGradients, as_rows
+from lora_kernels.statistics.sums import GRADIENT, Accumulator, InputSums, OutputGradients, as_rows
 
 KIND = "gaussian"
 # Columns drawn like those of the sketch but kept out of the reconstruction: they tell its error (see
@@ -77,10 +73,10 @@ class InputSketch(InputSums):
 
     def covariance(self, *, center: bool = True) -> torch.Tensor:
         """The covariance, or the raw second moment `M / N`, `(n, n)` float64, as far as the sketch knows it."""
-        pairs, _ = self.components(min(self.size, self.features), center=center)
+        pairs = self.components(min(self.size, self.features), center=center)
         return (pairs.vectors * pairs.values) @ pairs.vectors.mT
 
-    def components(self, rank: int, *, center: bool = True) -> tuple[Nystrom, float]:
+    def components(self, rank: int, *, center: bool = True) -> TopEigenpairs:
         """The leading eigenpairs of the covariance, reconstructed from the sketch, and how far off they can be.
 
         Args:
@@ -88,9 +84,8 @@ class InputSketch(InputSums):
             center: subtract the mean's outer product (the sketch of `mu mu^T` is known exactly).
 
         Returns:
-            Eigenpairs in float64 on the sketch's device, and a bound on their residuals `|M v - value v|` relative to
-            the largest value (zero for a zero matrix). The residual matrix is positive semidefinite, so its trace,
-            which is known, bounds its norm; most often its images of random probes give a smaller bound.
+            Eigenpairs with a bound on their residuals. What the approximation leaves is positive semidefinite, so its
+            trace, which is known, bounds its norm; most often its images of random probes give a smaller bound.
 
         Raises:
             ValueError: if no token was counted, or `rank` exceeds the size of the sketch.
@@ -106,15 +101,12 @@ class InputSketch(InputSums):
             mean = self.mean()
             product.addr_(mean, mean @ omega, alpha=-1.0)
         size = min(self.size, self.features)
-        pairs = nystrom(product[:, :size], omega[:, :size], size, trace=self.trace(center=center))
+        values, vectors = nystrom(product[:, :size], omega[:, :size])
         # A pair of the approximation leaves M v - value v = (M - approximation) v.
-        rest = product[:, self.size :] - (pairs.vectors * pairs.values) @ (pairs.vectors.mT @ omega[:, self.size :])
-        scale = float(pairs.values[0])
-        assert pairs.residual is not None  # the trace was given
-        error = min(float(probe_bound(rest)), float(pairs.residual)) / scale if scale > 0 else 0.0
-        dropped = pairs.values[rank:].sum()
-        kept = Nystrom(pairs.values[:rank], pairs.vectors[:, :rank], pairs.residual + dropped, pairs.shift)
-        return kept, error
+        rest = product[:, self.size :] - (vectors * values) @ (vectors.mT @ omega[:, self.size :])
+        trace = (self.trace(center=center) - values.sum()).clamp_min(0)
+        error = torch.where(values[0] > 0, torch.minimum(probe_bound(rest), trace) / values[0], 0.0)
+        return TopEigenpairs(values[:rank], vectors[:, :rank], error, "nystrom")
 
 
 def _draw(rows: int, columns: int, seed: int, stream: int, like: torch.Tensor) -> torch.Tensor:
@@ -208,4 +200,4 @@ class GradientSketch(Accumulator):
         left, right = self.left.to(torch.float64) * scale, self.right.to(torch.float64).mT * scale
         size = min(self.size, self.out_features, self.in_features)
         probe = (omega[:, self.size :], left[:, self.size :])
-        return two_sided(left[:, :size], right, omega[:, :size], psi, rank, probe=probe)
+        return two_sided(left[:, :size], right, omega[:, :size], psi, rank, probe)

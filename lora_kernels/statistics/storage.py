@@ -1,9 +1,4 @@
-"""Statistics on disk: one safetensors file, written to a temporary name and renamed, with a fingerprint and a digest.
-
-The header's metadata holds one JSON document: the format version, the fingerprint (model, targets, options), how far a
-run had come, how to rebuild the sums, and a BLAKE2 digest of everything, so that a truncated, foreign or changed file
-is refused. Symmetric sums are stored as their lower triangle.
-"""
+"""Statistics on disk: one safetensors file, whose header has a JSON document with a fingerprint and a digest of all."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_kernels._files import parse_json, write_tensors
-from lora_kernels.statistics.moments import Accumulator, pack_lower, unpack_lower_
+from lora_kernels.statistics.sums import Accumulator, pack_lower, unpack_lower_
 
 _FORMAT = 2
 _KEY = "lora_kernels_statistics"
@@ -66,16 +61,6 @@ class LayerSums:
     sums: Accumulator
 
 
-def _flat(parts: Iterable[LayerSums]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    tensors, specs = {}, []
-    for index, part in enumerate(parts):
-        sums = part.sums
-        for name, value in sums.tensors().items():
-            tensors[f"{index}.{name}"] = (pack_lower(value) if name in sums.triangular else value).contiguous().cpu()
-        specs.append({"kind": sums.kind, "layers": part.layers, "dtype": str(sums.dtype), "settings": sums.settings()})
-    return tensors, specs
-
-
 def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=32)
     for name in sorted(tensors):
@@ -87,7 +72,12 @@ def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) ->
 
 def write(path: Path, parts: Iterable[LayerSums], progress: Progress, identity: Mapping[str, Any]) -> None:
     """Write sums, progress and fingerprint; at any moment the file is either the old one or the new one, whole."""
-    tensors, specs = _flat(parts)
+    tensors, specs = {}, []
+    for index, part in enumerate(parts):
+        sums = part.sums
+        for name, value in sums.tensors().items():
+            tensors[f"{index}.{name}"] = (pack_lower(value) if name in sums.triangular else value).contiguous().cpu()
+        specs.append({"kind": sums.kind, "layers": part.layers, "dtype": str(sums.dtype), "settings": sums.settings()})
     document = {"format": _FORMAT, "fingerprint": dict(identity), "progress": asdict(progress), "sums": specs}
     document = json.loads(json.dumps(document))
     metadata = {_KEY: json.dumps({**document, "digest": _digest(tensors, document)})}
@@ -129,7 +119,7 @@ def _rebuilt(
         if not isinstance(spec["layers"], list) or not spec["layers"]:
             raise ValueError(f"sums {index} are of no layer")
         dtype = getattr(torch, spec["dtype"].removeprefix("torch."))
-        sums = rebuild(spec["kind"], spec["settings"], device, dtype)
+        sums = Accumulator.kinds[spec["kind"]].empty(spec["settings"], device, dtype)
         for name, value in sums.tensors().items():
             stored = tensors[f"{index}.{name}"]
             if name in sums.triangular:
@@ -138,8 +128,3 @@ def _rebuilt(
                 value.copy_(stored)
         parts.append(LayerSums(spec["layers"], sums))
     return parts, Progress(**document["progress"]), document["fingerprint"]
-
-
-def rebuild(kind: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Accumulator:
-    """Zero sums of a kind, with the `settings()` of others."""
-    return Accumulator.kinds[kind].empty(settings, device, dtype)

@@ -11,14 +11,19 @@ import torch
 from torch import nn
 
 from lora_kernels._checks import as_device
-from lora_kernels.linalg.randomized_svd import RandomizedSVD, randomized_svd
 from lora_kernels.statistics import storage
-from lora_kernels.statistics.gradients import FISHER, GRADIENT, Gradient
-from lora_kernels.statistics.moments import INPUT_SECOND, OUTPUT_SECOND, Accumulator, InputSums, needs_backward
 from lora_kernels.statistics.sketches import GradientSketch
 from lora_kernels.statistics.storage import Counts, LayerSums, Progress
-
-_ROUNDS = 4  # of the randomized SVD of an exact gradient
+from lora_kernels.statistics.sums import (
+    FISHER,
+    GRADIENT,
+    INPUT_SECOND,
+    OUTPUT_SECOND,
+    Accumulator,
+    Gradient,
+    InputSums,
+    needs_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -108,33 +113,15 @@ class LayerStatistics:
         sums = self._sums(GRADIENT)
         if not isinstance(sums, GradientSketch):
             return Gradient(sums.total / self._items())  # type: ignore[attr-defined]
-        triplets = self.gradient_svd(min(sums.size, self.in_features, self.out_features))
-        assert triplets.error is not None  # sketches carry probes
+        triplets = sums.svd(min(sums.size, self.in_features, self.out_features), scale=1.0 / self._items())
         return Gradient(triplets.U * triplets.S, triplets.Vh, float(triplets.error))
-
-    def gradient_svd(self, rank: int) -> RandomizedSVD:
-        """The leading singular triplets of the gradient of the mean loss, with a bound on what they leave.
-
-        Args:
-            rank: number of triplets.
-
-        Raises:
-            ValueError: if the gradient was not collected, or its sketch has fewer columns.
-        """
-        sums = self._sums(GRADIENT)
-        if isinstance(sums, GradientSketch):
-            return sums.svd(rank, scale=1.0 / self._items())
-        return randomized_svd(self.gradient(), rank, n_iter=_ROUNDS)
 
     def fisher(self) -> torch.Tensor:
         """`mean("fisher")`: the mean squared output gradient over tokens, `(m,)` float64."""
         return self.mean(FISHER)
 
     def output_second(self, *, center: bool = False) -> torch.Tensor:
-        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64.
-
-        Args:
-            center: whether to subtract the outer product of their mean.
+        """The mean of g g^T over the output gradients of all tokens, `(m, m)` float64; with `center` the covariance.
 
         Raises:
             ValueError: if it was not collected, or no token was counted.
@@ -142,10 +129,7 @@ class LayerStatistics:
         return self._sums(OUTPUT_SECOND).covariance(center=center)  # type: ignore[attr-defined, no-any-return]
 
     def input_covariance(self, *, center: bool = False) -> torch.Tensor:
-        """The mean of x x^T over the inputs of all tokens, `(n, n)` float64; of a sketch its reconstruction.
-
-        Args:
-            center: whether to subtract the outer product of the mean input.
+        """The mean of x x^T over tokens, `(n, n)` float64, of a sketch its reconstruction; `center`: the covariance.
 
         Raises:
             ValueError: if it was not collected, or no token was counted.
@@ -198,9 +182,14 @@ class Statistics(Counts, Mapping[str, LayerStatistics]):
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to one safetensors file, atomically."""
-        parts, progress = _disassemble(self)
+        parts: dict[int, LayerSums] = {}
+        for name, layer in self.items():
+            for sums in layer.sums.values():
+                parts.setdefault(id(sums), LayerSums([], sums)).layers.append(name)
+        notes = {name: list(layer.notes) for name, layer in self.items() if layer.notes}
+        progress = Progress(done=self.batches, complete=True, notes=notes, **self.counts())
         targets = [[layer.name, layer.in_features, layer.out_features] for layer in self.values()]
-        storage.write(Path(path), parts, progress, {**self.fingerprint, "targets": targets})
+        storage.write(Path(path), parts.values(), progress, {**self.fingerprint, "targets": targets})
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Statistics:
@@ -256,14 +245,3 @@ def assemble(
             notes=tuple(dict.fromkeys(notes)),
         )
     return Statistics(layers=layers, fingerprint=dict(identity), **progress.counts())
-
-
-def _disassemble(statistics: Statistics) -> tuple[list[LayerSums], Progress]:
-    """The sums of statistics without repetitions, and their counts."""
-    parts: dict[int, LayerSums] = {}
-    for name, layer in statistics.items():
-        for sums in layer.sums.values():
-            parts.setdefault(id(sums), LayerSums([], sums)).layers.append(name)
-    notes = {name: list(layer.notes) for name, layer in statistics.items() if layer.notes}
-    progress = Progress(done=statistics.batches, complete=True, notes=notes, **statistics.counts())
-    return list(parts.values()), progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,16 +87,12 @@ class Towers:
             return False
         return x.untyped_storage()._cdata in self._references or (x.is_floating_point() and x.shape in self._shapes)
 
-    def _is_tower(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        tensors = list(tensors_in([*args, *kwargs.values()]))
-        return (
-            bool(tensors)
-            and self._known(tensors[0])
-            and not any(value.untyped_storage()._cdata in self._sequence for value in tensors)
-        )
-
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._references and (self._inside or self._is_tower(args, kwargs)):
+        if self._references and not self._inside:
+            tensors = list(tensors_in([*args, *kwargs.values()]))
+            known = bool(tensors) and self._known(tensors[0])
+            self._inside += known and not any(value.untyped_storage()._cdata in self._sequence for value in tensors)
+        elif self._inside:
             self._inside += 1
 
     def _leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:

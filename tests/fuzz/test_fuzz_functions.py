@@ -64,8 +64,8 @@ RESULTS = {
     "ExpertsDiagnosis", "GradientSketch",
     "InitReport", "InputMoments", "InputSketch", "LayerDiagnosis", "LayerErrors", "LayerFactors", "LayerPath",
     "LayerReport", "LayerStatistics", "LearningRateAdvice",
-    "LoraFactors", "Nystrom", "OutputMoments", "Overlap", "Plan",
-    "RandomizedSVD", "SpectralNorm", "Spectrum", "TopEigenpairs", "Verdict", "VerifyReport",
+    "LoraFactors", "OutputMoments", "Overlap", "Plan",
+    "RandomizedSVD", "Spectrum", "TopEigenpairs", "Verdict", "VerifyReport",
     "FisherDiagonal", "WeightGradient", "WeightNorms",
 }  # fmt: skip
 ELSEWHERE = {

@@ -57,7 +57,7 @@ def test_batches_and_order_change_nothing(n_iter, monkeypatch):
     method = PiSSA(n_iter=n_iter)
     together = method.factors({}, ranks, base=bases(weights))
     again = method.factors({}, ranks, base=bases(weights))
-    monkeypatch.setattr("lora_kernels.init.solving._BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr("lora_kernels.init.problem._BATCH_BYTES", {"cpu": 1})
     alone = method.factors({}, ranks, base=bases(weights))
     assert list(together) == list(ranks)
     for name, rank in ranks.items():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_kernels.landscape import Adapter, Diagnosis, LayerDiagnosis, Thresholds, judge, measure, overall
-from lora_kernels.landscape.diagnosis_page import diagnosis_page, findings
-from lora_kernels.landscape.page import Curve, Finding, Grid, layout, select
+from lora_kernels.landscape.diagnosis_page import _FINDINGS, diagnosis_page, findings
+from lora_kernels.landscape.page import Curve, Finding, Grid, Page, layout, select
 from lora_kernels.landscape.weights import Overlap, WeightNorms
 
 
@@ -120,6 +120,12 @@ def test_what_is_notable_comes_with_the_most_serious_first():
     assert titles["intruder dimensions"] == ["layers.3.q"] and titles["idle rank"] == ["layers.12.q"]
     assert titles["unbalanced factors"] == ["layers.10.q", "layers.13.q"]
     assert "layers.11.q" not in titles["largest updates"]
+
+
+def test_the_page_has_words_for_every_finding():
+    every = [Finding(title=title, layers=(("layers.0.q", "1"),)) for title in _FINDINGS]
+    html = Page(title="", headline="", findings=every).to_html()
+    assert all(f"<b>{title}</b>: " in html for title in _FINDINGS)
 
 
 def test_what_is_missing_for_a_verdict_is_named():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_kernels.linalg import LinearOperator, randomized_svd
-from lora_kernels.linalg.randomized_svd import METHODS, probe_bound
+from lora_kernels.linalg.randomized_svd import probe_bound
 
 I = torch.arange(1, 257, dtype=torch.float64)
 SPECTRA = {"1/i": 1 / I, "exp": torch.exp(-I / 50), "steep": torch.exp(-I), "flat": torch.ones_like(I)}
@@ -47,13 +47,12 @@ def check_shape(a, found, rank):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("m, n", [(256, 256), (131, 227), (227, 131)])
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_near_the_best_approximation(kind, m, n, method, dtype):
+def test_near_the_best_approximation(kind, m, n, dtype):
     a = matrix(m, n, SPECTRA[kind]).to(dtype)
-    found = randomized_svd(a, 16, method=method)
-    assert found.method == method and found.products == 6
+    found = randomized_svd(a, 16)
+    assert found.method == "krylov"
     check_shape(a, found, 16)
     if kind == "steep":  # the best residual is at the level of float32 rounding
         truth = torch.linalg.svdvals(a.double())
@@ -70,12 +69,12 @@ def test_near_the_best_approximation(kind, m, n, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rank, n_iter", [(16, 3), (64, 2)])
+@pytest.mark.parametrize("rank, n_iter", [(16, 9), (64, 6)])
 def test_converges_to_the_triplets(rank, n_iter, dtype):
     a = matrix(256, 256, SPECTRA["exp"])
     u, s, vh = torch.linalg.svd(a)
-    found = randomized_svd(a.to(dtype), rank, oversample=16, n_iter=n_iter)
-    assert found.method == "krylov" and found.products == 2 * n_iter + 2
+    found = randomized_svd(a.to(dtype), rank, n_iter=n_iter)
+    assert found.method == "krylov"
     torch.testing.assert_close(found.S.double(), s[:rank], rtol=1e-5 if dtype == torch.float32 else 1e-6, atol=0)
     turn = torch.where((found.U.double() * u[:, :rank]).sum(0) < 0, -1.0, 1.0)
     # Vectors of close values turn into each other: sin(angle) <= rounding / gap.
@@ -84,36 +83,33 @@ def test_converges_to_the_triplets(rank, n_iter, dtype):
     torch.testing.assert_close(found.Vh.double().mT * turn, vh[:rank].mT, rtol=0, atol=bar)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_exact_where_the_rank_fits(method, dtype):
+def test_exact_where_the_rank_fits(dtype):
     a = (matrix(150, 200, torch.cat([3 / I[:7], 0 * I[7:]]))).to(dtype)
-    found = randomized_svd(a, 12, method=method)
+    found = randomized_svd(a, 12)
     check_shape(a, found, 12)
     bar = 1e-13 if dtype == torch.float64 else 3e-6
     assert float(torch.linalg.matrix_norm(residual(a, found), 2)) < bar * 3
     assert float(found.S[7:].max()) < bar and float(found.error) < 30 * bar
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_zero_and_rank_one_in_a_batch(method, dtype):
+def test_zero_and_rank_one_in_a_batch(dtype):
     a = matrix(120, 100, SPECTRA["1/i"], batch=(4,)).to(dtype)
     a[1] = 0
     a[2] = torch.outer(torch.eye(120, dtype=dtype)[5], torch.eye(100, dtype=dtype)[7])
-    found = randomized_svd(a, 4, method=method)
+    found = randomized_svd(a, 4)
     check_shape(a, found, 4)
     assert float(found.S[1].abs().max()) == 0.0 and float(found.error[1]) == 0.0
     assert abs(float(found.S[2, 0]) - 1) < 1e-5 and float(found.S[2, 1:].max()) < 1e-5
-    assert max(errors(a[[0, 3]], randomized_svd(a[[0, 3]], 4, method=method))) < 0.05
+    assert max(errors(a[[0, 3]], randomized_svd(a[[0, 3]], 4))) < 0.05
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (5, 300), (300, 5), (30, 30)])
-@pytest.mark.parametrize("method", METHODS)
-def test_small_matrices_are_decomposed_completely(shape, method):
+def test_small_matrices_are_decomposed_completely(shape):
     a = torch.randn(shape)
     rank = min(*shape, 28)
-    found = randomized_svd(a, rank, method=method)
+    found = randomized_svd(a, rank)
     assert found.method == "direct"
     check_shape(a, found, rank)
     torch.testing.assert_close(found.S, torch.linalg.svdvals(a)[:rank])
@@ -122,51 +118,36 @@ def test_small_matrices_are_decomposed_completely(shape, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_sixteen_bit_is_the_float32_computation(dtype, method):
+def test_sixteen_bit_is_the_float32_computation(dtype):
     a = matrix(200, 180, SPECTRA["exp"]).to(dtype)
-    narrow, wide = randomized_svd(a, 8, method=method), randomized_svd(a.float(), 8, method=method)
+    narrow, wide = randomized_svd(a, 8), randomized_svd(a.float(), 8)
     assert torch.equal(narrow.U, wide.U) and torch.equal(narrow.S, wide.S) and torch.equal(narrow.Vh, wide.Vh)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_its_matrices(method):
+def test_a_batch_is_its_matrices():
     a = matrix(150, 170, SPECTRA["1/i"], batch=(2, 3))
-    together = randomized_svd(a, 8, method=method, seed=5, stream=2)
+    together = randomized_svd(a, 8, seed=5)
     assert together.error.shape == (2, 3)
     for i in range(2):
         for j in range(3):
-            alone = randomized_svd(a[i, j], 8, method=method, seed=5, stream=2)
+            alone = randomized_svd(a[i, j], 8, seed=5)
             torch.testing.assert_close(alone.S, together.S[i, j], rtol=1e-10, atol=0)
             torch.testing.assert_close(alone.U, together.U[i, j], rtol=0, atol=1e-8)
             torch.testing.assert_close(alone.Vh, together.Vh[i, j], rtol=0, atol=1e-8)
             torch.testing.assert_close(alone.error, together.error[i, j])
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [(), (3,)])
-def test_an_operator_is_its_matrix(method, batch):
+def test_an_operator_is_its_matrix(batch):
     a = matrix(150, 170, SPECTRA["1/i"], batch=batch)
     operator = LinearOperator(tuple(a.shape), lambda x: a @ x, lambda y: a.mT @ y, torch.float64)
-    one, two = randomized_svd(a, 8, method=method), randomized_svd(operator, 8, method=method)
+    one, two = randomized_svd(a, 8), randomized_svd(operator, 8)
     torch.testing.assert_close(one.S, two.S, rtol=1e-10, atol=0)
     torch.testing.assert_close(one.U, two.U, rtol=0, atol=1e-7)
     torch.testing.assert_close(one.error, two.error)
-    full = randomized_svd(operator, 150, method=method)
+    full = randomized_svd(operator, 150)
     assert full.method == "direct"
     torch.testing.assert_close(full.S, torch.linalg.svdvals(a), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["1/i", "exp"])
-@pytest.mark.parametrize("rank", [8, 16])
-def test_krylov_beats_subspace_at_equal_products(kind, rank):
-    a = matrix(256, 256, SPECTRA[kind])
-    for seed in range(3):
-        same = {"oversample": 8, "n_iter": 2, "seed": seed}
-        krylov, subspace = (randomized_svd(a, rank, method=each, **same) for each in METHODS)
-        assert krylov.products == subspace.products == 6
-        assert errors(a, krylov)[0] < 0.5 * errors(a, subspace)[0]
-        assert errors(a, krylov)[1] < 0.5 * errors(a, subspace)[1]
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -186,10 +167,10 @@ def test_defaults_are_no_worse_than_torch_svd_lowrank(kind, rank):
 def test_the_bound_holds_and_says_something(kind):
     a = matrix(200, 250, SPECTRA[kind])
     for seed in range(20):
-        found = randomized_svd(a, 10, seed=seed, method=METHODS[seed % 2])
+        found = randomized_svd(a, 10, seed=seed)
         truth = float(torch.linalg.matrix_norm(residual(a, found), 2))
         assert truth <= float(found.error) <= 20 * truth
-    assert randomized_svd(a, 10, probes=0).error is None
+    assert float(randomized_svd(a, 10, probes=0).error) == torch.inf
     few, many = (float(randomized_svd(a, 10, probes=p).error) for p in (2, 32))
     assert many < few
 
@@ -210,13 +191,12 @@ def test_scales():
         torch.testing.assert_close(other.error, one.error * scale)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_bits_other_seed_same_triplets(method):
+def test_same_seed_same_bits_other_seed_same_triplets():
     a = matrix(200, 200, SPECTRA["steep"]).float()
-    one, two, other = (randomized_svd(a, 6, method=method, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (randomized_svd(a, 6, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.U, two.U) and torch.equal(one.error, two.error)
     torch.testing.assert_close(one.U, other.U, rtol=0, atol=1e-4)
-    assert not torch.equal(one.error, randomized_svd(a, 6, method=method, seed=1, stream=1).error)
+    assert not torch.equal(one.error, other.error)
 
 
 def test_not_contiguous_narrow_blocks_and_empty_batch():
@@ -224,8 +204,8 @@ def test_not_contiguous_narrow_blocks_and_empty_batch():
     one, two = randomized_svd(a, 5), randomized_svd(a.mT.contiguous().mT, 5)
     torch.testing.assert_close(one.S, two.S)
     diagonal = torch.diag(torch.cat([torch.tensor([1.0, 0.9]), torch.zeros(98)]))
-    for seed in range(6):  # a few signs would coincide
-        found = randomized_svd(diagonal, 2, oversample=0, n_iter=1, method="subspace", seed=seed)
+    for seed in range(6):
+        found = randomized_svd(diagonal, 2, n_iter=1, seed=seed)
         torch.testing.assert_close(found.S, torch.tensor([1.0, 0.9]), rtol=1e-5, atol=0)
     empty = randomized_svd(torch.zeros(0, 50, 60), 4)
     assert empty.U.shape == (0, 50, 4) and empty.Vh.shape == (0, 4, 60) and empty.error.shape == (0,)
@@ -268,9 +248,7 @@ def test_arguments():
         randomized_svd([[1.0]], 1)
     with pytest.raises(ValueError, match=r"must be \(..., m, n\)"):
         randomized_svd(torch.zeros(4), 1)
-    with pytest.raises(ValueError, match="method is 'qr', but must be one of 'krylov', 'subspace'"):
-        randomized_svd(a, 2, method="qr")
-    for name in ("oversample", "n_iter", "probes"):
+    for name in ("n_iter", "probes"):
         with pytest.raises(ValueError, match=f"{name} is -1"):
             randomized_svd(a, 2, **{name: -1})
     with pytest.raises(TypeError, match="dtype is torch.float16"):

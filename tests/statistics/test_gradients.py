@@ -7,7 +7,7 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels.statistics import STATISTICS
 from lora_kernels.statistics.masks import BatchWeights, UnassignedRowsError
-from lora_kernels.statistics.moments import Accumulator
+from lora_kernels.statistics.sums import Accumulator
 from tests.conftest import relative_error
 from tests.statistics.models import Experts, account, padded, samples, tiny_llama
 

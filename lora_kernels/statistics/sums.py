@@ -1,17 +1,24 @@
-"""Sums that add over batches and processes; first and second moments of inputs and output gradients."""
+"""Sums over batches and processes: moments of inputs and output gradients, Fisher diagonal, weight gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from lora_kernels.ops.covariance.op import covariance_
+from lora_kernels.ops.gradient_statistics.op import gradient_statistics_
 
 INPUT_SECOND = "input_second"
 OUTPUT_SECOND = "output_second"
+FISHER = "fisher"
+GRADIENT = "gradient"
 _PANEL = 512
+# Rows of the co-sketch of a gradient per column of its sketch (Tropp et al. 2017, "Practical sketching algorithms",
+# section 4.5: the reconstruction needs l > k, and about 2 k is the best split of a given memory).
+_CO_SIZE = 2
 
 
 def pack_lower(matrix: torch.Tensor) -> torch.Tensor:
@@ -97,7 +104,7 @@ class Accumulator:
             setattr(self, name, getattr(self, name).to(device))
 
     def add(self, call: OutputGradients) -> None:
-        """Add the output gradients of one call; `count` is added in the forward pass."""
+        """Add the output gradients of one call (see `add_gradients`); `count` is added in the forward pass."""
         raise NotImplementedError
 
     def mean_over(self, loss_items: float) -> torch.Tensor:
@@ -236,6 +243,113 @@ class OutputMoments(InputMoments):
         if factors is not None and factors.dtype != torch.bool:
             g = g * factors.unsqueeze(-1)  # not squared weights: the count is of tokens
         covariance_(self.second, as_rows(g, self.second.dtype), call.weight, self.total)
+
+
+class FisherDiagonal(Accumulator):
+    """`sum w_t g_t^2` over rows, g the gradient of the sum of losses by the output; `total` is `(m,)`."""
+
+    kind = "fisher"
+    statistic = FISHER
+    words = "Fisher diagonal"
+    features_of = "out_features"
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.features = features
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(features, dtype=dtype, device=device)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:  # noqa: ARG002
+        """The mean over tokens, `(m,)` float64."""
+        return self.total.to(torch.float64) / self.check_counted()
+
+
+class WeightGradient(Accumulator):
+    """`sum g_t x_t^T` over all rows; `total` is `(m, n)`.
+
+    A mask would falsify it: rows without a loss of their own still move the losses of later ones.
+    """
+
+    kind = "weight_gradient"
+    statistic = GRADIENT
+    words = "weight gradient"
+    arguments = ("out_features", "in_features")
+    vector = ""
+    reads_input = True
+
+    def __init__(
+        self, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+
+    def mean_over(self, loss_items: float) -> torch.Tensor:
+        """The gradient of the mean loss, `(m, n)`."""
+        return self.total / loss_items
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The loss gradient of one layer, `(m, n)`, as `left right` where it is known by a sketch.
+
+    Attributes:
+        left: `(m, n)`, or `(m, k)`.
+        right: `(k, n)`, or `None`.
+        error: a bound on the spectral norm of what the sketch leaves out, with probability
+            `linalg.randomized_svd.CONFIDENCE`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None = None
+    error: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """G x, for x `(n, k)`."""
+        x = x.to(self.left)
+        return self.left @ x if self.right is None else self.left @ (self.right @ x)
+
+    def transposed_times(self, y: torch.Tensor) -> torch.Tensor:
+        """G^T y, for y `(m, k)`."""
+        product = self.left.mT @ y.to(self.left)
+        return product if self.right is None else self.right.mT @ product
+
+
+def add_gradients(sums: Mapping[str, Accumulator], call: OutputGradients) -> None:
+    """Add the output gradients of one call to the sums of a layer: to weight gradient and Fisher diagonal at once."""
+    g, x, weight, factors = call
+    gradient = next((part for part in sums.values() if isinstance(part, WeightGradient)), None)
+    fisher = next((part for part in sums.values() if isinstance(part, FisherDiagonal)), None)
+    either = fisher if gradient is None else gradient
+    if either is not None:
+        # A selection of rows needs no more than `weight`, which has it too.
+        squared = weight
+        if factors is not None and factors.dtype != torch.bool:
+            squared = factors.square() if weight is None else factors.square() * weight
+        gradient_statistics_(
+            None if gradient is None else gradient.total,
+            None if fisher is None else fisher.total,
+            as_rows(g, either.dtype),
+            None if gradient is None or x is None else as_rows(x, either.dtype),
+            weight=None if gradient is None else factors,
+            fisher_weight=None if fisher is None else squared,
+        )
+    for part in sums.values():
+        if part is not gradient and part is not fisher:
+            part.add(call)
+
+
+def new_sums(
+    statistic: str, form: str, sizes: Mapping[str, int], device: torch.device, dtype: torch.dtype
+) -> Accumulator:
+    """Zero sums of a layer with `out_features` and `in_features`; a sketch has `size` columns, a `seed`, a `stream`."""
+    kind = Accumulator.statistics[statistic][form]  # the plan sketches what can be sketched
+    derived = {"co_size": _CO_SIZE * sizes["size"], "features": sizes[kind.features_of]}
+    return kind.empty({"seed": 0, "stream": 0, **sizes, **derived}, device, dtype)
 
 
 def needs_backward(statistics: Iterable[str]) -> list[str]:
