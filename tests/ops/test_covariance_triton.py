@@ -49,7 +49,7 @@ def test_matches_float64(tokens, features, dtype, weights, config, poisoned_memo
         assert_accurate(total, truth_total, rounding(torch.float32, tokens), terms=terms)
 
 
-SHIPPED = [config for config in vars(kernel).values() if isinstance(config, kernel.TileConfig)]
+SHIPPED = [config for config in {**vars(_tiles), **vars(kernel)}.values() if isinstance(config, kernel.TileConfig)]
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=str)

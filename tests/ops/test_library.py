@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lora_kernels.ops import _library
+from lora_kernels.ops import _library, _tiles
 from lora_kernels.ops._rows import Selection
 from lora_kernels.ops.covariance import kernel as covariance
 from lora_kernels.ops.gradient_statistics import kernel as gradients
@@ -58,7 +58,7 @@ def test_what_the_library_has_no_product_for_runs_in_triton(products):
     covariance.covariance(out, x, Selection(index))
     covariance.covariance(out, x, Selection(None, weight))
     covariance.covariance(out, x.float())
-    covariance.covariance(out, x, config=covariance.SMALL)  # asked for
+    covariance.covariance(out, x, config=_tiles.SMALL)  # asked for
     covariance.covariance(torch.zeros(16, 16), x[:, :16])  # small
     gradients.both(torch.zeros(32, 32), None, x, x, weight, None)
     gradients.both(torch.zeros(16, 16), None, x[:, :16], x[:, :16], None, None)
