@@ -10,29 +10,38 @@ from typing import Any
 from lora_kernels._files import parse_json
 
 
-def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
-    """The texts of a `.csv` (with a header) or `.jsonl` file, white space collapsed, and their labels if asked for."""
-    # A ValueError if the file, a column, a text or a label is missing; empty texts are passed over without labels.
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and row of a `.csv` (with a header) or `.jsonl` file that has the columns; else a ValueError."""
     if not path.is_file():
         raise ValueError(f"data is {str(path)!r}, but must be an existing .csv or .jsonl file")
-    if (rows := {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix.lower())) is None:
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    if path.suffix.lower() not in readers:
         raise ValueError(f"data is {str(path)!r}, but must end in .csv or .jsonl")
-    texts, labels = [], []
     try:
-        for place, row in rows(path, (text_column,) if label_column is None else (text_column, label_column)):
-            text = row[text_column]
-            if not isinstance(text, str) or not (text.strip() or label_column is None):
-                kind = "a text" if label_column is None else "a text that is not empty"
-                raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be {kind}")
-            if label_column is not None:
-                label = row[label_column]
-                if not isinstance(label, (str, int)) or not str(label).strip():
-                    raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
-                labels.append(str(label).strip())
-            if text.strip():
-                texts.append(" ".join(text.split()))
+        yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read(path: Path, text_column: str, label_column: str | None = None) -> tuple[list[str], list[str] | None]:
+    """The texts, white space collapsed, and their labels if a column of them is named; empty texts are then refused.
+
+    Raises:
+        ValueError: as `read_rows`, or if a text or a label is missing, or there is none at all.
+    """
+    texts, labels = [], []
+    for place, row in read_rows(path, (text_column,) if label_column is None else (text_column, label_column)):
+        text = row[text_column]
+        if not isinstance(text, str) or not (text.strip() or label_column is None):
+            kind = "a text" if label_column is None else "a text that is not empty"
+            raise ValueError(f"{place}: {text_column!r} is {text!r}, but must be {kind}")
+        if label_column is not None:
+            label = row[label_column]
+            if not isinstance(label, (str, int)) or not str(label).strip():
+                raise ValueError(f"{place}: {label_column!r} is {label!r}, but must be a string or an integer")
+            labels.append(str(label).strip())
+        if text.strip():
+            texts.append(" ".join(text.split()))
     if not texts:
         raise ValueError(f"{path.name} has no text in column {text_column!r}")
     return texts, None if label_column is None else labels
@@ -43,7 +52,8 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
         reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])
-            if twice := sorted({column for column in header if header.count(column) > 1}):
+            twice = sorted({column for column in header if header.count(column) > 1})
+            if twice:
                 raise ValueError(f"{path.name}: the columns {twice} stand in the header twice")
             for column in columns:
                 if column not in header:
