@@ -6,7 +6,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_kernels as lk
-from lora_kernels.training.dash import selection
+from lora_kernels.training import dash
 from tests.training.dash_models import adam, wrapped
 
 STEPS, SWITCH = 6, 3
@@ -48,8 +48,8 @@ def main(out):
     rank = distributed.get_rank()
     ids = batch()[2 * rank : 2 * rank + 2]
     solved = []
-    real = selection.core_basis
-    selection.core_basis = lambda *args: solved.append(1) or real(*args)
+    real = dash.core_basis
+    dash.core_basis = lambda *args: solved.append(1) or real(*args)
     kept = {}
     for name in ("eager", "accelerated", "compiled_graph"):
         model = wrapped()
