@@ -237,7 +237,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """The LoRA factors in a stock PEFT adapter folder; a ValueError if it is malformed or has no linear LoRA layer."""
+    """Read the LoRA factors of a stock PEFT adapter folder; its base model is not needed.
+
+    Raises:
+        ValueError: if the folder is missing, malformed, of another method, or holds no linear LoRA layer.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"adapter is {str(folder)!r}, but must be a folder")

@@ -197,7 +197,11 @@ def latest_run(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The measurements in a monitor's file, without a last line that was cut off; a ValueError if it is none."""
+    """The measurements in a monitor's file, without a last line that was cut off (a killed run).
+
+    Raises:
+        ValueError: if the file is missing, or a line was not written by a monitor.
+    """
     if not path.is_file():
         raise ValueError(f"monitor is {str(path)!r}, but must be a .jsonl file that a LandscapeMonitor wrote")
     entries: list[dict[str, Any]] = []

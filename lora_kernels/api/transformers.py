@@ -90,7 +90,11 @@ def load_model(folder: Path, task: str, labels: Sequence[str] | None = None) -> 
 
 
 def empty_model(config_file: Path, task: str) -> Any:
-    """A model on the meta device, from a config file alone; a ValueError if transformers cannot make it."""
+    """A model on the meta device, from a config file alone: shapes without memory.
+
+    Raises:
+        ValueError: if the task is unknown, or the file is no config that transformers can build a model of.
+    """
     check_choice("task", task, tuple(TASKS))
     settings = read_json(config_file)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
