@@ -41,7 +41,7 @@ from lora_kernels.ops.skinny import kernel as skinny
 KERNEL_MODULES = sorted({_reduce.__name__, *(op.kernel_module for op in OPS.values() if op.kernel_module is not None)})
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOTH = (False, True)
@@ -94,8 +94,10 @@ def recorded(chip: Chip) -> Iterator[dict[object, dict[str, Any]]]:
     found: dict[object, dict[str, Any]] = {}
 
     def launch(
-        kernel: Any, _grid: object, tensors: tuple[torch.Tensor, ...], numbers: tuple[float, ...], constants: Constants
-    ) -> None:
+        kernel: Any, _grid: object, tensors: tuple[torch.Tensor, ...], numbers: tuple[float, ...],
+        constants: Constants, free: tuple[float, ...] = (),
+    ) -> None:  # fmt: skip
+        numbers += free
         kinds = (kernel, *(tensor.dtype for tensor in tensors), *map(type, numbers), *constants.arguments.items())
         if kinds in found:
             return

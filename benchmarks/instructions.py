@@ -38,12 +38,12 @@ class Bound(NamedTuple):
 BOUNDS = (
     Bound("skinny shrink bf16 64x64x16 4w4s", 64 * 64 * 2, 100),
     Bound("skinny shrink bf16 i64 64x64x16 4w4s dropout", 64 * 64 * 2, 370),
-    Bound("skinny reduce bf16 64x128x16 4w4s", 64 * 128 * 2, 200),
-    Bound("skinny reduce bf16 i64 64x128x16 8w4s dropout", 64 * 128 * 2, 840),
+    Bound("skinny pair bf16 64x128x16 4w4s", 64 * 128 * 2, 190),
+    Bound("skinny pair bf16 u8 bf16 i64 64x128x16 8w4s dropout", 64 * 128 * 2 + 64 * 16, 980),
     Bound("skinny expand bf16 64x128x16 4w2s", 64 * 128 * 2, 420, loop=False),
-    Bound("skinny expand bf16 i64 64x128x16 4w2s dropout", 64 * 128 * 2, 1400, loop=False),
-    Bound("lora_pro_adam adam fp32 i64 64x32x16x16 4w2s tf32x3", 64 * 32 * 16, 920),
-    Bound("lora_pro_adam adam i16 fp32 i64 64x32x16x16 4w2s tf32x3 stochastic", 64 * 32 * 8, 1240),
+    Bound("skinny expand bf16 u8 64x128x16 4w2s dropout", 64 * 128 * 2 + 64 * 16, 720, loop=False),
+    Bound("lora_pro_adam adam i64 fp32 i64 64x32x16x16 4w2s tf32x3", 64 * 32 * 16, 940),
+    Bound("lora_pro_adam adam i64 fp32 i64 64x32x16x16 4w2s tf32x3 stochastic", 64 * 32 * 8, 1240),
 )
 
 

@@ -25,9 +25,9 @@ from benchmarks.records import save
 from lora_kernels.ops import _launching
 from lora_kernels.ops.lora_linear.op import apply_directly
 from lora_kernels.ops.lora_linear.passes import Scalars
-from lora_kernels.ops.skinny import config, kernel
+from lora_kernels.ops.skinny import kernel
 from tests.helpers.fake_gpu import fake_gpu
-from tests.ops.fake_gpu_parts import count
+from tests.ops.fake_gpu_parts import chip_of, count
 
 LAYERS, STEPS, ROUNDS = 8, 100, 5
 SHAPES = ((1024, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336))
@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     counts, host = [], []
     with fake_gpu() as launches:
-        with mock.patch.object(config, "processors", lambda device: 132):
+        with chip_of(132):
             for (tokens, n, m), (name, dtype), drop in (
                 (shape, item, drop) for shape in SHAPES for item in DTYPES.items() for drop in (False, True)
             ):

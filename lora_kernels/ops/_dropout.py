@@ -1,4 +1,4 @@
-"""Dropout that is regenerated wherever it is needed, from a seed, instead of being stored."""
+"""Dropout that is drawn from a seed wherever it is needed, and kept for no longer than a backward pass."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Mask(NamedTuple):
     threshold: int  # 16-bit numbers below it drop their element; at least 1
     seed: torch.Tensor  # `(1,)` int64
     stream: int  # which mask of that seed
+    bits: torch.Tensor | None = None  # `(rows, ceil(columns / 8))` uint8, where a kernel has written what is kept
 
     @property
     def factor(self) -> float:
@@ -74,7 +75,7 @@ class Mask(NamedTuple):
         """The same mask with its seed on a device; a number from the CPU goes there without waiting."""
         if self.seed.device == device:
             return self
-        return Mask(self.threshold, torch.full((1,), int(self.seed), dtype=torch.int64, device=device), self.stream)
+        return self._replace(seed=torch.full((1,), int(self.seed), dtype=torch.int64, device=device))
 
 
 def to_op_args(dropout: Dropout | None, device: torch.device) -> tuple[int, torch.Tensor | None, int]:

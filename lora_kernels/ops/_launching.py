@@ -2,8 +2,9 @@
 
 `kernel[grid](...)` specialises on the types of arguments, whether addresses are multiples of 16, and values of numbers,
 at each call: 10 to 20 us, where the launch itself takes 3. So a launch with the numbers and dtypes of an earlier one,
-and all addresses multiples of 16, runs what was compiled for that one. Interpreted kernels, AMD's (there, sizes of
-tensors count too) and versions of Triton in which this was not checked always go through the front end.
+and all addresses multiples of 16, runs what was compiled for that one. Numbers that no code depends on, as they are
+floats or not specialised, may differ. Interpreted kernels, AMD's (there, sizes of tensors count too) and versions of
+Triton in which this was not checked always go through the front end.
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ def launch(
     tensors: tuple[torch.Tensor, ...],
     numbers: tuple[float, ...],
     constants: Constants,
+    free: tuple[float, ...] = (),
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, **constants)` on the current stream; the tensors' device is the current one."""
+    """`kernel[grid](*tensors, *numbers, *free, **constants)` on the current stream, on the tensors' current device.
+
+    `free` are floats, and numbers of 32 bits that the kernel does not specialise on.
+    """
     addresses = [tensor.data_ptr() for tensor in tensors]
     bits = 0
     for address in addresses:
@@ -69,13 +74,13 @@ def launch(
         stream = driver.active.get_current_stream(device)
         kernel, run, function, metadata, tail = compiled
         if hooked():
-            kernel[grid](*addresses, *numbers, *tail, stream=stream)
+            kernel[grid](*addresses, *numbers, *free, *tail, stream=stream)
         else:
-            run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *tail)
+            run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *free, *tail)
         return
-    compiled = kernel[grid](*tensors, *numbers, **constants.arguments)
+    compiled = kernel[grid](*tensors, *numbers, *free, **constants.arguments)
     if aligned and type(kernel) is JITFunction and prepares():
-        tail = tuple(constants.arguments[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+        tail = tuple(constants.arguments[name] for name in kernel.arg_names[len(tensors) + len(numbers) + len(free) :])
         if len(constants.compiled) >= _MOST_KEPT:
             constants.compiled.clear()
         constants.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, tail

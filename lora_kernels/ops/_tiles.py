@@ -78,6 +78,12 @@ def tile_map(order: Callable[..., tuple[tuple[int, int], ...]], sizes: tuple[int
     return torch.tensor([i << 16 | j for i, j in order(*sizes)], dtype=torch.int32).to(device)
 
 
+@functools.lru_cache(maxsize=512)
+def int64_on(device: torch.device, values: tuple[int, ...]) -> torch.Tensor:
+    """Numbers on a device; kept, as the copy stalls a call, and cannot be captured in a graph."""
+    return torch.tensor(values, dtype=torch.int64).to(device)
+
+
 def token_splits(tiles: int, tokens: int, processors: int, *, least: int = 1024) -> int:
     """In how many parts, of `least` tokens or more, a small matrix fills the chip; an ordered stage adds them up."""
     if tiles >= 2 * processors:

@@ -51,10 +51,10 @@ def load_key(seed_ptr):
 
 
 @triton.jit
-def word_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Four words per counter: `(ROWS, GROUPS, 2, 2)` uint32, of two 16-bit numbers each, the low half first."""
+def draw_words(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The four words of counters, each `(ROWS, GROUPS)` uint32, of two 16-bit numbers, the low half first."""
     zero = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
-    w0, w1, w2, w3 = philox(
+    return philox(
         zero + groups[None, :].to(tl.uint32),
         zero + rows[:, None].to(tl.uint32),
         zero + tl.cast(stream, tl.uint32),
@@ -63,23 +63,53 @@ def word_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS
         key1,
         7,
     )
-    # The last index of a join is its second operand's: words in order.
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def half_tile(rows, groups, key0, key1, stream, step, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """`_philox.halves`: `(ROWS, 8 * GROUPS)` uint32, of which column group g holds columns 8 g to 8 g + 7."""
-    words = word_tile(rows, groups, key0, key1, stream, step, ROWS, GROUPS)
+    w0, w1, w2, w3 = draw_words(rows, groups, key0, key1, stream, step, ROWS, GROUPS)
+    # The last index of a join is its second operand's: words in order.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, 8 * GROUPS))
 
 
 @triton.jit
-def keep_tile(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Which elements of a tile dropout keeps: `(ROWS, 8 * GROUPS)`. The definition is `_philox.keep_mask`."""
-    words = word_tile(rows, groups, key0, key1, stream, 0, ROWS, GROUPS)
+def word_bits(word, least, PLACE: tl.constexpr):
+    """Whether both halves of words are at least a number, as two bits."""
+    return tl.where((word << 16) >= least, 1 << PLACE, 0) | tl.where(word >= least, 2 << PLACE, 0)
+
+
+@triton.jit
+def keep_bits(rows, groups, key0, key1, stream, threshold, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements of a tile dropout keeps: `(ROWS, GROUPS)` int32, whose bit j is for column j of a group of 8.
+
+    The definition is `_philox.keep_mask`.
+    """
+    w0, w1, w2, w3 = draw_words(rows, groups, key0, key1, stream, 0, ROWS, GROUPS)
     least = tl.cast(threshold, tl.uint32) << 16  # halves are compared in the upper half of a word: none is shifted down
-    return tl.reshape(tl.join((words << 16) >= least, words >= least), (ROWS, 8 * GROUPS))
+    return word_bits(w0, least, 0) | word_bits(w1, least, 2) | word_bits(w2, least, 4) | word_bits(w3, least, 6)
+
+
+@triton.jit
+def kept(bits, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The elements of `keep_bits`, one by one: `(ROWS, 8 * GROUPS)` bool."""
+    return tl.reshape((bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (ROWS, 8 * GROUPS)) != 0
+
+
+@triton.jit
+def place_bits(bits_ptr, rows, groups, n_rows, size):
+    """Where the bits of a matrix of `size` columns are, a byte per group, and which of them are inside."""
+    pitch = tl.cdiv(size, 8)
+    inside = (rows[:, None] < n_rows) & (groups[None, :] < pitch)
+    return bits_ptr + rows[:, None].to(tl.int64) * pitch + groups[None, :], inside
+
+
+@triton.jit
+def keep_factors(bits_ptr, rows, groups, n_rows, size, factor, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """What dropout multiplies a tile by, from the bits in memory: `factor` or 0."""
+    at, inside = place_bits(bits_ptr, rows, groups, n_rows, size)
+    return tl.where(kept(tl.load(at, mask=inside, other=0).to(tl.int32), ROWS, GROUPS), factor, 0.0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from lora_kernels import accelerate
-from lora_kernels.ops import _backend, _launching, _reduce, use_backend
+from lora_kernels.ops import _backend, _launching, _reduce, _tiles, use_backend
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, launch
 from lora_kernels.ops._op import OPS
@@ -21,6 +21,7 @@ from lora_kernels.ops.grouped_lora import kernel as grouped
 from lora_kernels.ops.lora_linear import kernel as linear
 from lora_kernels.ops.lora_linear import passes
 from lora_kernels.ops.lora_pro_adam import kernel as pro
+from lora_kernels.ops.lora_pro_adam import op as pro_op
 from lora_kernels.ops.lora_pro_adam.config import Adam
 from lora_kernels.ops.random_matrix import kernel as draws
 from lora_kernels.ops.random_matrix.reference import Omega
@@ -28,6 +29,7 @@ from lora_kernels.ops.sketch import kernel as sketch
 from lora_kernels.ops.skinny import config
 from lora_kernels.ops.skinny import kernel as skinny
 from lora_kernels.ops.skinny import op as skinny_op
+from lora_kernels.training import LoraPro
 from tests.helpers.fake_gpu import fake_gpu
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -75,7 +77,10 @@ def same_arguments():
             runs = []
             for _ in range(2):
                 launches.clear()
-                with mock.patch.object(torch, "empty", lambda *_, y=y, **__: y):  # where parts go
+                with (  # where parts and bits go
+                    mock.patch.object(torch, "empty", lambda *_, y=y, **__: y),
+                    mock.patch.object(skinny, "empty_bits", lambda _, y=y: y),
+                ):
                     skinny.shrink(t, x, a, 0.5, drop)
                     skinny.tsreduce(outs[0], t, x, drop)
                     skinny.tsreduce_pair(outs, u, x, drop, t, x)
@@ -164,14 +169,27 @@ def count(tokens, n, m, factor_dtype, drop, launches):
     return launches.names() + kernels.names
 
 
+@contextlib.contextmanager
+def chip_of(processors):
+    """A chip of so many multiprocessors, for the skinny products."""
+    with contextlib.ExitStack() as stack:
+        for module in (config, _tiles):
+            stack.enter_context(mock.patch.object(module, "processors", lambda device: processors))
+        skinny._plan.cache_clear()
+        config.shrink_config.cache_clear()
+        yield
+        skinny._plan.cache_clear()
+        config.shrink_config.cache_clear()
+
+
 def few_launches():
     """At most 8 for a layer, forward and backward, on a chip of 132 multiprocessors."""
-    with fake_gpu() as launches, mock.patch.object(config, "processors", lambda device: 132):
+    with fake_gpu() as launches, chip_of(132):
         for (tokens, n, m), dtype, drop in itertools.product(
             ((8192, 4096, 4096), (8192, 4096, 14336), (16384, 2048, 512)), (HALF, FLOAT), (False, True)
         ):
             names = count(tokens, n, m, dtype, drop, launches)
-            assert len(names) <= 8, (tokens, n, m, names)
+            assert len(names) <= 8 and "keep_kernel" not in names, (tokens, n, m, names)
         # Few tokens: the sums of t and of u are cut into parts.
         assert len(count(1024, 4096, 4096, FLOAT, False, launches)) <= 10
 
@@ -272,7 +290,41 @@ def capturable():
         assert steps[1] == steps[2] == steps[3]
 
 
+def lora_pro():
+    """A step of LoRA-Pro has a launch of each kernel (two for sums) per shape, prepared from the second step on."""
+    shapes, expected = [(32, 64)] * 3 + [(64, 48)] * 2, ["join_kernel", "adam_kernel", *["sum_slabs_kernel"] * 2] * 2
+    for state, drawn in itertools.product((None, HALF), (2.0, None)):
+        pairs = [tuple(torch.nn.Parameter(torch.randn(*size)) for size in ((16, n), (m, 16))) for m, n in shapes]
+        scaling = drawn or [1.0, 1.0, 2.0, 2.0, 2.0]  # of the first shape, neighbours are one launch
+        optimizer = LoraPro([{"pairs": pairs, "scaling": scaling}], lr=1e-3, mode="full", state_dtype=state)
+        with fake_gpu() as launches, mock.patch.object(pro_op.adam, "choose", lambda *_: "triton"):
+            arguments = []
+            for step in range(3):
+                for factor in itertools.chain(*pairs):
+                    factor.grad = torch.randn_like(factor)
+                launches.clear()
+                launches.compiled = 0
+                built = _tiles.int64_on.cache_info().misses
+                optimizer.step()
+                assert launches.names() == (expected if drawn else expected[:4] + expected)
+                arguments.append([args for kernel, _, args in launches if kernel.src.fn is pro.adam_kernel])
+                if step:
+                    assert launches.compiled == 0 and _tiles.int64_on.cache_info().misses == built
+                    assert all(type(args[0]) is int for _, _, args in launches), "a launch went through the front end"
+            # The table and what the step is not made of stay; one over the bias of the first moment does not.
+            for one, other in zip(*arguments[1:], strict=True):
+                assert one[0] == other[0] and one[6:17] == other[6:17] and (one[20], other[20]) == (2, 3)
+                assert abs(one[17] - 1 / (1 - 0.9**2)) < 1e-12 and abs(other[17] - 1 / (1 - 0.9**3)) < 1e-12
+            before = optimizer.state[pairs[0][1]]["exp_avg"]
+            optimizer.state[pairs[0][1]]["exp_avg"] = before.clone()  # lies elsewhere: a new table
+            launches.clear()
+            optimizer.step()
+            assert _tiles.int64_on.cache_info().misses == built + 1
+            moved = next(args for kernel, _, args in launches if kernel.src.fn is pro.adam_kernel)
+            assert (moved[0] if type(moved[0]) is int else moved[0].data_ptr()) != arguments[2][0][0]
+
+
 if __name__ == "__main__":
     parts = (same_kernels_as_the_front_end, same_arguments, other_kernels, few_launches)
-    for part in (*parts, fallbacks, hooks, no_growth, capturable):
+    for part in (*parts, fallbacks, hooks, no_growth, capturable, lora_pro):
         part()

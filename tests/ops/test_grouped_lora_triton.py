@@ -164,8 +164,9 @@ def test_shipped_configurations(dtype, aligned, platform):
     shrink, reduce, expand = (kernel.product_config(name, 20, dtype, aligned, platform) for name in names)
     low, y, total = torch.empty_like(t), torch.empty_like(x), torch.empty(3, 20, 150, device=DEVICE)
     kernel.shrink(low, x, places, a, 1.0, drop, shrink)
-    kernel.reduce(total, t, x, places, drop, reduce)
-    kernel.expand(y, t, places, a, None, drop, expand)
+    written = kernel.reduce(total, t, x, places, drop, reduce)  # with the bits that `expand` reads
+    assert written.bits is not None
+    kernel.expand(y, t, places, a, None, written, expand)
     for out, function, operands, length in (
         (low, lambda to, x, a: _torch.shrink(to, x, offsets, a, 1.0, cpu(drop)), (x, a), 150),
         (total, lambda to, t, x: _torch.reduce(to, t, x, offsets, cpu(drop)), (t, x), 70),

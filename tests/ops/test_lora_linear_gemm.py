@@ -38,6 +38,13 @@ def strided(*shape, dtype=torch.float32):
     return draw(shape[0], shape[1] + 7, dtype=dtype)[:, 3 : 3 + shape[1]]
 
 
+def test_a_mask_that_is_there_is_read(poisoned_memory):
+    out = draw(17, 23)
+    mask = mask_of(DROPOUT)._replace(bits=torch.full((17, 3), 0b11, dtype=torch.uint8, device=DEVICE))
+    kernel.linear(out, draw(17, 8) * 0, draw(8, 23), draw(17, 3).abs(), draw(3, 23).abs(), None, mask, TINY)
+    assert torch.equal((out != 0).cpu(), (torch.arange(23) % 8 < 2).expand(17, 23))
+
+
 def check(out, truth, bound):
     assert relative_error(out.cpu(), truth.cpu()) <= bound
     assert relative_error(0.5 * out.cpu(), truth.cpu()) > bound

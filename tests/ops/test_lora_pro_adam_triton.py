@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops import lora_pro_adam_, use_backend
 from lora_kernels.ops._tiles import is_aligned
 from lora_kernels.ops.lora_pro_adam import config, kernel, op, reference
 from lora_kernels.ops.lora_pro_adam.config import Adam
@@ -59,6 +59,63 @@ def test_a_batch_is_each_of_its_layers(state, poisoned_memory):
         found = [tensor[layer] for tensor in (*mine, *results)]
         check(found, truth, 37, 50, 4, state=state)
         assert all(torch.equal(*pair) for pair in zip(found, (*one, *alone), strict=True))
+
+
+def apart(pairs, rows, columns, state):
+    """Moments of pairs, each in a matrix of its own: as wide, or wider and starting where no vector does."""
+    for number in range(pairs):
+        wide = [torch.full((rows, columns + 8 * number), -7.0, dtype=state, device=DEVICE) for _ in range(2)]
+        yield tuple(each[:, number : number + columns].unsqueeze(0) for each in wide)
+
+
+@pytest.mark.parametrize("most", [2**29, 1], ids=["one launch", "launches"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_whose_moments_lie_apart(state, most, poisoned_memory, monkeypatch):
+    """In one launch, or in several where temporaries are large, they get what each gets alone."""
+    monkeypatch.setattr(kernel, "_MOST_BYTES", most)
+    starts, factors = batch(4, 37, 50, 4, state=state)
+    factors = to_device(factors)[0]
+    mine, theirs = (list(apart(4, 37, 50, state)) for _ in range(2))
+    for pairs in (mine, theirs):
+        for pair, *values in zip(pairs, *starts, strict=True):
+            for moment, value in zip(pair, values, strict=True):
+                moment[0].copy_(value)
+    seeds = torch.tensor([3, -4, 2**40, 0]) if state == torch.bfloat16 else None
+    results = torch.empty_like(factors[0]), torch.empty_like(factors[1])
+    kernel.adam_pairs(mine, factors, NUMBERS, seeds, *results, TINY, (2, 2))
+    for layer, pair in enumerate(theirs):
+        own, seed = [factor[layer] for factor in factors], None if seeds is None else seeds[layer : layer + 1]
+        truth = reference.lora_pro_adam(
+            *(start[layer].to(DEVICE) for start in starts), *own, scaling=SCALING, betas=BETAS, eps=EPS, step=3
+        )
+        alone = run([moment[0] for moment in pair], own, TINY, (2, 2), NUMBERS, seed)
+        found = (*(moment[0] for moment in mine[layer]), *(result[layer] for result in results))
+        check(found, truth, 37, 50, 4, state=state)
+        assert all(torch.equal(*both) for both in zip(found, (*(moment[0] for moment in pair), *alone), strict=True))
+        outside = [moment._base for moment in mine[layer]]
+        assert all(int((each == -7).sum()) == 37 * 8 * layer for each in outside)
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_of_an_optimizer_are_those_of_the_other_backends(state):
+    """Numbers are exact: what differs is a wrong bit."""
+    made = [whole_numbers(21, 50, 4, state) for _ in range(3)]
+    factors = [torch.stack([factors[i] for _, factors in made]) for i in range(4)]
+    numbers, found = {**EXACT, "eps": EPS, "step": 2, "row_offset": 5, "row_step": 30}, []
+    for backend in ("torch", "triton"):
+        where = DEVICE if backend == "triton" else "cpu"
+        moments = [tuple(moment.to(where, copy=True).unsqueeze(0) for moment in moments) for moments, _ in made]
+        mine = tuple(factor.to(where) for factor in factors)
+        # As experts have them: not contiguous.
+        out = torch.zeros(4, 3, 50, device=where).transpose(0, 1), torch.zeros(3, 21, 4, device=where)
+        with use_backend(backend):
+            op.adam_pairs(moments, mine, out, numbers, [7, 8, 2**62] if state == torch.bfloat16 else None)
+        found.append(([moment.cpu() for pair in moments for moment in pair], [each.cpu() for each in out]))
+    (first, ours), (second, theirs) = found
+    assert all(torch.equal(*both) for both in zip(first, second, strict=True))
+    assert all(
+        torch.allclose(*both, rtol=1e-5, atol=1e-5) and bool(both[0].any()) for both in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("rank", [3, 20, 50, 100])

@@ -135,6 +135,28 @@ def test_the_mask_does_not_depend_on_tiles():
         assert torch.equal((turned != 0).cpu(), expected)
 
 
+def unpacked(bits, columns):
+    """Bits of a mask, one by one: bit j of byte i is column 8 i + j."""
+    return (bits.cpu()[:, :, None] >> torch.arange(8) & 1).flatten(1)[:, :columns].bool()
+
+
+@pytest.mark.parametrize("rank, least", [(5, 10**6), (5, PARTS), (70, 10**6)], ids=["whole", "parts", "ranks"])
+def test_the_sums_over_tokens_write_the_mask_that_the_gradient_of_x_reads(rank, least, poisoned_memory):
+    dropout = Dropout(0.4, 123456789012345, 3)
+    expected = keep_mask(40, 50, p=0.4, seed=dropout.seed, stream=3)
+    u, x, g = draw(40, rank), draw(40, 50), draw(40, 20)
+    outs = torch.empty(rank, 50, device=DEVICE), torch.empty(20, rank, device=DEVICE)
+    assert kernel.tsreduce_pair(outs, u, x, None, u, g, TINY, least) is None
+    mask = kernel.tsreduce_pair(outs, u, x, mask_of(dropout), u, g, TINY, least)
+    assert torch.equal(unpacked(mask.bits, 50), expected)
+    drawn, factor = kernel.bits_of(mask_of(dropout), x)
+    assert factor == mask.factor and torch.equal(unpacked(drawn, 50), expected)
+    # What is read is what is there, whatever the seed says.
+    y = torch.empty(40, 50, device=DEVICE)
+    kernel.expand(y, torch.ones_like(u), draw(rank, 50).abs(), None, None, mask._replace(bits=~mask.bits), TINY)
+    assert torch.equal((y != 0).cpu(), ~expected)
+
+
 @pytest.mark.parametrize("platform, aligned", [("cuda", True), ("hip", True), ("cuda", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_shipped_configurations(dtype, aligned, platform):

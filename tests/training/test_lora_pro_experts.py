@@ -14,8 +14,8 @@ from lora_kernels.adapters.experts import join_experts, split_experts
 from lora_kernels.adapters.view import lora_layers
 from lora_kernels.api import learning_rate
 from lora_kernels.ops import lora_pro_adam_
+from lora_kernels.ops.lora_pro_adam import op
 from lora_kernels.runtime.modes import observation_mode
-from lora_kernels.training.lora_pro import optimizer
 from lora_kernels.training.lora_pro.model import find_pairs
 from tests.adapters.start_models import nudge
 from tests.conftest import relative_error
@@ -158,7 +158,7 @@ def test_one_call_of_adam_serves_all_experts_of_a_parameter(dtype, monkeypatch):
         return tuple(map(torch.stack, zip(*parts, strict=True)))
 
     for adam in (whole, by_expert):
-        monkeypatch.setattr(optimizer, "lora_pro_adam_", adam)
+        monkeypatch.setattr(op, "lora_pro_adam_", adam)
         torch.manual_seed(0)
         mixture = Mixture(dtype=dtype, mode="full", state_dtype=state)
         for step in range(3):

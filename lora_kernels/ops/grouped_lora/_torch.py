@@ -26,12 +26,17 @@ def shrink(
     out[bounds[-1] :].zero_()
 
 
-def reduce(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, bounds: list[int], mask: Mask | None) -> None:
-    """`out = t^T drop(z)` of each expert's rows: `(rows, r)` and `(rows, d)` give `(experts, r, d)`, summed wide."""
+def reduce(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, bounds: list[int], mask: Mask | None) -> Mask | None:
+    """`out = t^T drop(z)` of each expert's rows: `(rows, r)` and `(rows, d)` give `(experts, r, d)`, summed wide.
+
+    Returns:
+        The mask.
+    """
     wide, factor = torch.promote_types(z.dtype, torch.float32), 1.0 if mask is None else mask.factor
     out.zero_()
     for expert, rows in _groups(bounds):
         out[expert] = factor * torch.mm(t[rows].to(wide).mT, _kept(z, rows, mask).to(wide))
+    return mask
 
 
 def expand(

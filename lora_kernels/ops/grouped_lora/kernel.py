@@ -18,10 +18,10 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
-from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key, load_tile
+from lora_kernels.ops._tiles import MOST_PROGRAMS, MOST_RANK, build_platform, precision, rank_for
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_bits, keep_factors, kept, load_key, load_tile, place_bits
 from lora_kernels.ops.skinny.config import SkinnyConfig, config_for, is_aligned, step_for
-from lora_kernels.ops.skinny.kernel import factor_offsets, known
+from lora_kernels.ops.skinny.kernel import bits_of, drop_args, empty_bits, factor_offsets, known
 
 _LANES = 128  # offsets that are looked at in one go
 _WIDE_REDUCE = SkinnyConfig(64, 128, 8, 4)  # with 4 warps it spills registers
@@ -77,8 +77,8 @@ def grouped_shrink_kernel(
             x = load_tile(x_ptr + row[:, None] + column[None, :], token[:, None] < end, column[None, :] < size)
             if HAS_DROPOUT:
                 group = start // 8 + tl.arange(0, COLUMNS // 8)
-                keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-                x = tl.where(keep, x, tl.zeros_like(x))
+                bits = keep_bits(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
+                x = tl.where(kept(bits, TOKENS, COLUMNS // 8), x, tl.zeros_like(x))
             place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
             a = load_tile(factor_ptr + place, lane[None, :] < rank, column[:, None] < size)
             acc = dot(x, a, acc, PRECISION, UPCAST)
@@ -90,6 +90,7 @@ def grouped_shrink_kernel(
 @triton.jit(do_not_specialize=["n_tokens", "experts", "rank", "t_stride", "threshold", "stream"])
 def grouped_reduce_kernel(
     out_ptr,  # (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8, to be written if HAS_DROPOUT
     x_ptr,  # z: (n_tokens, size)
     t_ptr,  # (n_tokens, rank)
     offsets_ptr,  # (experts + 1,)
@@ -115,8 +116,10 @@ def grouped_reduce_kernel(
         z = load_tile(x_ptr + wide[:, None] * x_stride + column[None, :], token[:, None] < last, column[None, :] < size)
         if HAS_DROPOUT:
             group = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-            z = tl.where(keep, z, tl.zeros_like(z))
+            bits = keep_bits(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
+            at, inside = place_bits(bits_ptr, token, group, last, size)
+            tl.store(at, bits.to(tl.uint8), mask=inside & (tl.program_id(0) == 0))
+            z = tl.where(kept(bits, TOKENS, COLUMNS // 8), z, tl.zeros_like(z))
         acc = dot(t, z, acc, PRECISION, UPCAST)
     place = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
     mask = (lane[:, None] < rank) & (column[None, :] < size)
@@ -124,15 +127,15 @@ def grouped_reduce_kernel(
     tl.store(out_ptr + expert.to(tl.int64) * rank * size + place, result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "experts", "rank", "t_stride", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "experts", "rank", "t_stride"])
 def grouped_expand_kernel(
     out_ptr,  # (n_tokens, size)
     x_ptr,  # base: (n_tokens, size), if ADD
     t_ptr,  # (n_tokens, rank)
     factor_ptr,  # b: (experts, rank, size); if TRANSPOSED the transposed view of (experts, size, rank)
     offsets_ptr,  # (experts + 1,)
-    seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size, n_tokens, experts, rank, out_stride, x_stride, t_stride, factor, threshold, stream,
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8, if HAS_DROPOUT
+    size, n_tokens, experts, rank, out_stride, x_stride, t_stride, factor,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr, ADD: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -156,9 +159,7 @@ def grouped_expand_kernel(
         mask = (token[:, None] < end) & (column[None, :] < size)
         if HAS_DROPOUT:
             group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            key0, key1 = load_key(seed_ptr)
-            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-            acc = tl.where(keep, acc * factor, 0.0)
+            acc *= keep_factors(bits_ptr, token, group, end, size, factor, TOKENS, COLUMNS // 8)
         if ADD:
             acc += tl.load(x_ptr + token[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         result = acc.to(out_ptr.dtype.element_ty)
@@ -190,13 +191,6 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
     return factor.contiguous(), False
 
 
-def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
-    # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
-    if mask is None:
-        return stand_in, float(scale), 0, 0
-    return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
-
-
 def _constants(config: SkinnyConfig, dtype: torch.dtype, mask: Mask | None, **values: Any) -> Constants:
     # `values` are between the sizes of tiles and `HAS_DROPOUT`.
     return constants_of(
@@ -219,7 +213,7 @@ def shrink(
     aligned = is_aligned(rank, rank, x)
     config = config or product_config("shrink", rank, x.dtype, aligned)
     factor, transposed = _oriented(factor, mask)
-    seed, scale, threshold, stream = _drop(mask, x, scale)
+    seed, scale, threshold, stream = drop_args(mask, x, scale)
     width, blocks = rank_for(rank)
     launch(
         grouped_shrink_kernel, (blocks, slots_for(rows, experts, config), 1), (out, x, factor, offsets, seed),
@@ -235,18 +229,24 @@ def reduce(
     offsets: torch.Tensor,
     mask: Mask | None,
     config: SkinnyConfig | None = None,
-) -> None:
-    """Launch `grouped_reduce_kernel`; t and z have unit column stride, `out` or `out.mT` is dense, no size is zero."""
+) -> Mask | None:
+    """Launch `grouped_reduce_kernel`; t and z have unit column stride, `out` or `out.mT` is dense, no size is zero.
+
+    Returns:
+        The mask with its bits.
+    """
     (rows, size), (experts, rank, _) = z.shape, out.shape
     aligned = is_aligned(rank, t.stride(0), z)
     config = config or product_config("reduce", rank, z.dtype, aligned)
-    seed, scale, threshold, stream = _drop(mask, z)
+    seed, scale, threshold, stream = drop_args(mask, z)
     width, blocks = rank_for(rank)
+    bits = z if mask is None else empty_bits(z)
     launch(
-        grouped_reduce_kernel, (blocks, -(-size // config.columns), experts), (out, z, t, offsets, seed),
+        grouped_reduce_kernel, (blocks, -(-size // config.columns), experts), (out, bits, z, t, offsets, seed),
         (size, rows, experts, rank, z.stride(0), t.stride(0), scale, threshold, stream),
         _constants(config, z.dtype, mask, RANK=width, TRANSPOSED=not out.is_contiguous(), ALIGNED=aligned),
     )  # fmt: skip
+    return None if mask is None else mask._replace(bits=bits)
 
 
 def expand(
@@ -264,11 +264,11 @@ def expand(
     aligned = is_aligned(rank, t.stride(0), out, source)
     config = config or product_config("expand", rank, out.dtype, aligned)
     factor, transposed = _oriented(factor, mask)
-    seed, scale, threshold, stream = _drop(mask, out)
+    bits, scale = bits_of(mask, out)
     launch(
         grouped_expand_kernel, (-(-size // config.columns), slots_for(rows, experts, config), 1),
-        (out, source, t, factor, offsets, seed),
-        (size, rows, experts, rank, out.stride(0), source.stride(0), t.stride(0), scale, threshold, stream),
+        (out, source, t, factor, offsets, bits),
+        (size, rows, experts, rank, out.stride(0), source.stride(0), t.stride(0), scale),
         _constants(
             config, out.dtype, mask, RANK=step_for(rank, out.dtype), LANES=_LANES, TRANSPOSED=transposed,
             ALIGNED=aligned, ADD=base is not None,

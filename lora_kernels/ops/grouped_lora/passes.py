@@ -121,7 +121,7 @@ def backward(
         u = g.new_empty((rows, a.shape[1]))
         products.shrink(u, g, groups, cast(b, g.dtype).mT, scaling, None)
         if da is not None:
-            products.reduce(da, u, x, groups, mask)
+            mask = products.reduce(da, u, x, groups, mask)  # with the bits that `expand` reads
         if dx is not None:
             products.expand(dx, u, groups, cast(a, g.dtype), into, mask)
     if db is not None:

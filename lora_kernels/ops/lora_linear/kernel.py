@@ -6,7 +6,7 @@
 The low-rank term comes after the loop over the inner size: one product per step of a loop (two into one accumulator
 are miscompiled on Blackwell, triton #10821), and what it needs of registers the loop does not. Under a mask it has an
 accumulator of its own, which a wide tile has room for in quarters only. All sums are float32 and rounded once. m is the
-dropout mask of `_philox.keep_mask`, from positions.
+dropout mask of `_philox.keep_mask`, as bits that another kernel has written.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import triton.language as tl
 
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._tiles import build_platform, capability_of, precision, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_tile, load_key, load_tile
+from lora_kernels.ops._tiles import build_platform, capability_of, precision
+from lora_kernels.ops._tl import INTERPRETED, dot, halves, keep_factors, load_tile
 from lora_kernels.ops.lora_linear.config import GemmConfig, candidates, config_for, is_aligned
+from lora_kernels.ops.skinny.kernel import bits_of
 
 _GROUP = 8  # tile rows that are gone through column by column: neighbours share operands in the second-level cache
 
@@ -33,8 +34,8 @@ def finish(
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the low-rank term and the bias to a tile whose columns start at `first`, and store it."""
-    out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr = pointers
-    size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream = numbers
+    out_ptr, bias_ptr, t_ptr, factor_ptr, bits_ptr = pointers
+    size, n_tokens, rank, out_stride, t_stride, factor = numbers
     column = first + tl.arange(0, COLUMNS)
     row = token.to(tl.int64)
     # A mask is not for what came before it: then the term has an accumulator of its own.
@@ -50,9 +51,7 @@ def finish(
         low = dot(t, b, low, PRECISION, UPCAST)
     if HAS_DROPOUT:
         octet = first // 8 + tl.arange(0, COLUMNS // 8)
-        key0, key1 = load_key(seed_ptr)
-        keep = keep_tile(token, octet, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-        low = acc + tl.where(keep, low * factor, 0.0)
+        low = acc + low * keep_factors(bits_ptr, token, octet, n_tokens, size, factor, TOKENS, COLUMNS // 8)
     if HAS_BIAS:
         low += tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
     mask = (token[:, None] < n_tokens) & (column[None, :] < size)
@@ -77,7 +76,7 @@ def finish_halves(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride"])
 def linear_kernel(
     out_ptr,  # (n_tokens, size)
     x_ptr,  # (n_tokens, inner)
@@ -85,8 +84,8 @@ def linear_kernel(
     bias_ptr,  # (size,), if HAS_BIAS
     t_ptr,  # (n_tokens, rank)
     factor_ptr,  # (rank, size); if TRANSPOSED the transposed view of a row-major (size, rank)
-    seed_ptr,  # (1,) int64, if HAS_DROPOUT
-    size, inner, n_tokens, rank, out_stride, x_stride, right_stride, t_stride, factor, threshold, stream,
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8, if HAS_DROPOUT
+    size, inner, n_tokens, rank, out_stride, x_stride, right_stride, t_stride, factor,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     RIGHT_TRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     QUARTERS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -117,8 +116,8 @@ def linear_kernel(
         right = load_tile(right_ptr + at, place[:, None] < inner, column[None, :] < size)
         acc = dot(x, right, acc, PRECISION, UPCAST)
 
-    pointers = (out_ptr, bias_ptr, t_ptr, factor_ptr, seed_ptr)
-    numbers = (size, n_tokens, rank, out_stride, t_stride, factor, threshold, stream)
+    pointers = (out_ptr, bias_ptr, t_ptr, factor_ptr, bits_ptr)
+    numbers = (size, n_tokens, rank, out_stride, t_stride, factor)
     if QUARTERS:
         low, high = halves(acc, TOKENS, COLUMNS)
         HALF: tl.constexpr = COLUMNS // 2
@@ -174,10 +173,7 @@ def linear(
     right = right if right_transposed or right.stride(1) == 1 else right.contiguous()
     t, b, transposed = _padded(t, b, mask)
     config = config or fitting(None, out, x, right)
-    seed, factor, threshold, stream = out, 1.0, 0, 0  # a pointer that a flag switches off must still be one
-    if mask is not None:
-        seed, factor = mask.on(out.device).seed, mask.factor
-        threshold, stream = mask.threshold, signed32(mask.stream)
+    bits, factor = bits_of(mask, out)
     constants = constants_of(
         config.warps, config.stages,
         TOKENS=config.tokens, COLUMNS=config.columns, STEP=config.step, RANK=config.rank, GROUP=_GROUP,
@@ -188,6 +184,6 @@ def linear(
     strides = out.stride(0), x.stride(0), right.stride(1 if right_transposed else 0), t.stride(0)
     launch(
         linear_kernel, (-(-tokens // config.tokens) * -(-size // config.columns), 1, 1),
-        (out, x, right, out if bias is None else bias, t, b, seed),
-        (size, inner, tokens, t.shape[1], *strides, factor, threshold, stream), constants,
+        (out, x, right, out if bias is None else bias, t, b, bits),
+        (size, inner, tokens, t.shape[1], *strides, factor), constants,
     )  # fmt: skip

@@ -99,8 +99,12 @@ class _Problem:
             left, right, b = normal(tokens, key.m), weight, normal(rank, key.n)
         if key.dropout:
             mask = Mask(_THRESHOLD, torch.full((1,), 1234, dtype=torch.int64, device=device), 5)
-        term = Term(normal(tokens, rank).mul_(rank**-0.5), b, mask)
-        return _Problem(left, right, term, left.new_empty(tokens, right.shape[1]), backend)
+        out = left.new_empty(tokens, right.shape[1])
+        if mask is not None and backend == "triton":  # in a layer, the gradient of A has written its bits
+            from lora_kernels.ops.skinny.kernel import bits_of  # noqa: PLC0415  (Triton may be missing)
+
+            mask = mask._replace(bits=bits_of(mask, out)[0])
+        return _Problem(left, right, Term(normal(tokens, rank).mul_(rank**-0.5), b, mask), out, backend)
 
     def run(self, choice: Choice) -> None:
         forms.combine(self.out, self.left, self.right, (self.term,), backend=self.backend, choice=choice)

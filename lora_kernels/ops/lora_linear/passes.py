@@ -3,8 +3,8 @@
     y  = (base or bias) + x W^T + s drop(x) A^T B^T + e x A0^T B0^T
     t  = [s drop(x) A^T, e x A0^T]                      (tokens, r + q)
     u  = s g B                                          (tokens, r)
-    dx = g W + mask(u A) + e (g B0) A0
     dA = u^T drop(x),  dB = g^T t,  dW = g^T x,  dbias = sum of g
+    dx = g W + mask(u A) + e (g B0) A0
 
 The frozen pair (A0, B0) is more rank of the same products: where it is what the adapter started from, the two cancel
 in the float32 sums. On the CPU the library makes the product with W, unless it is small, and one call of C++ all
@@ -177,31 +177,31 @@ def backward(
         )  # fmt: skip
         return dx, None if da is None else cast(da, kinds[0]), None if db is None else cast(db, kinds[1])
     mask, rank, factors, u = mask_of(threshold, seed, stream), a.shape[0], (a, b), None
+    stacked = need_x and b0 is not None and scaling != 0
     if need_x or x is not None:
         if a0 is not None or not _casts_itself(backend, a, b):
             a, b = cast(a, dtype), cast(b, dtype)
-        stacked = need_x and b0 is not None and scaling != 0
         if stacked and b0 is not None:
             both = torch.cat((b, _scaled(b0, frozen_scaling / scaling, dtype)), 1)
             u = _project(g, both.mT, scaling, None, backend)
         else:
             u = _project(g, b.mT, scaling, None, backend)
-        if need_x:
-            terms = [forms.Term(u if a0 is None else u[:, :rank], a, mask)]
-            if a0 is not None and b0 is not None:
-                frozen = cast(a0, dtype)
-                if stacked and mask is None:
-                    terms = [forms.Term(u, torch.cat((a, frozen)))]
-                elif stacked:
-                    terms.append(forms.Term(u[:, rank:], frozen))
-                else:
-                    tail = _project(g, cast(b0, dtype).mT, frozen_scaling, None, backend)
-                    terms.append(forms.Term(tail, frozen))
-            dx = g.new_empty(tokens, a.shape[1])
-            _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
-    if a0 is not None:  # its columns need no gradient
-        u, t = (None if part is None else part[:, :rank] for part in (u, t))
-    da, db = _launch.factor_gradients(*factors, u, x, mask, t, g, backend)
+    # The columns of the frozen pair need no gradient. First, as what draws the mask here writes it for dx.
+    own_u, own_t = (part if part is None or a0 is None else part[:, :rank] for part in (u, t))
+    da, db, mask = _launch.factor_gradients(*factors, own_u, x, mask, own_t, g, backend)
+    if need_x and u is not None and own_u is not None:
+        terms = [forms.Term(own_u, a, mask)]
+        if a0 is not None and b0 is not None:
+            frozen = cast(a0, dtype)
+            if stacked and mask is None:
+                terms = [forms.Term(u, torch.cat((a, frozen)))]
+            elif stacked:
+                terms.append(forms.Term(u[:, rank:], frozen))
+            else:
+                tail = _project(g, cast(b0, dtype).mT, frozen_scaling, None, backend)
+                terms.append(forms.Term(tail, frozen))
+        dx = g.new_empty(tokens, a.shape[1])
+        _combine("backward", dx, g, None if weight is None else cast(weight, dtype), terms, backend)
     return dx, da, db
 
 

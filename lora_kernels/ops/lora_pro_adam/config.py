@@ -52,7 +52,7 @@ _MOST_BLOCKS, _MOST_STEPS, _LEAST_STEPS = 8, 32, 4
 _RAGGED_BFLOAT16 = {
     16: ProConfig(32, 16, 4, 1),
     32: ProConfig(64, 16, 4, 1),
-    64: ProConfig(64, 16, 8, 2),
+    64: ProConfig(32, 16, 4, 2),
     128: ProConfig(32, 16, 8, 1),
 }
 

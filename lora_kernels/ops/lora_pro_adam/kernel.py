@@ -5,10 +5,10 @@
     H = avg_factor M / (root_factor sqrt(V) + eps)
     s B^T H, s H A^T                                     join_kernel, adam_kernel, then sum_slabs_kernel
 
-A launch is for a batch of layers. A program walks over a block of rows, tile by tile, and over the next one. A tile of
-E is formed, the moments are updated, and the tile of H is contracted at once: into H A^T in registers, and into the
-program's own slab of B^T H, which stays in the second-level cache. Slabs are added in fixed order: same input, same
-bits. Ranks are padded with zeros.
+A launch is for a batch of layers, whose moments it finds by a table of addresses. A program walks over a block of rows,
+tile by tile, and over the next one. A tile of E is formed, the moments are updated, and the tile of H is contracted at
+once: into H A^T in registers, and into the program's own slab of B^T H, which stays in the second-level cache. Slabs
+are added in fixed order: same input, same bits. Ranks are padded with zeros.
 
 Where tensor cores multiply tf32, float32's accuracy takes three products of numbers split in two, `high + low`. Factors
 are split once, before the launch: by Triton, for every tile, it would be half of all instructions.
@@ -16,16 +16,28 @@ are split once, before the launch: by Triton, for every tile, it would be half o
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from lora_kernels.ops._launching import constants_of, launch
-from lora_kernels.ops._tiles import build_platform, is_aligned, processors, signed32
+from lora_kernels.ops._tiles import MOST_PROGRAMS, build_platform, int64_on, processors, signed32
 from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import Adam, ProConfig, config_for, parts_for, precision_for, rank_for
 
 _PART = 1024  # elements per program of `join_kernel` and `sum_slabs_kernel`
+_MOST_BYTES = 2**29  # of temporaries: a launch is for as many layers
+
+
+@triton.jit
+def find_moment(table_ptr, layer, layers, STOCHASTIC: tl.constexpr):
+    """A layer's moment and the stride of its rows, from two rows of the table."""
+    address, stride = tl.load(table_ptr + layer), tl.load(table_ptr + layers + layer)
+    return address.to(tl.pointer_type(tl.int16 if STOCHASTIC else tl.float32)), stride.to(tl.int32)
 
 
 @triton.jit
@@ -110,23 +122,20 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return dot(a, b, acc, PRECISION, UPCAST)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "steps", "step", "row_offset", "row_step"])
+@triton.jit(do_not_specialize=["rows", "blocks", "steps", "layers", "seed_step", "step"])
 def adam_kernel(
-    avg_ptr,  # (layers, rows, columns) float32, or int16: the bits of bfloat16
-    square_ptr,  # (layers, rows, columns), likewise
+    table_ptr,  # (5, layers) int64: addresses and strides of first moments, of second ones, and numbers of first rows
     left_ptr,  # as of `join_kernel`; the height is that of whole blocks, the width that of whole steps
     right_ptr,
     bt_ptr,  # (layers, row parts, RANK, width) float32
     ha_ptr,  # (layers, column parts, height, RANK) float32
-    seed_ptr,  # (1,) int64, if STOCHASTIC
+    seed_ptr,  # (1,) or (layers,) int64, if STOCHASTIC
     rows,
     columns,
     blocks,
     steps,
-    avg_stride,
-    square_stride,
-    avg_layer,
-    square_layer,
+    layers,
+    seed_step,
     scaling,
     beta1,
     rest1,
@@ -136,27 +145,28 @@ def adam_kernel(
     root_factor,
     eps,
     step,
-    row_offset,
-    row_step,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The tiles of `blocks` blocks of rows and `steps` steps of columns of a layer."""
+    """The tiles of `blocks` blocks of rows and `steps` steps of columns of a layer, whose moments lie anywhere.
+
+    They are float32, or bfloat16 if STOCHASTIC, with contiguous rows.
+    """
     lane, inner = tl.arange(0, RANK), tl.arange(0, 2 * STEP)
     SPLIT: tl.constexpr = PRECISION == "tf32x3"
     PITCH: tl.constexpr = 4 * RANK if SPLIT else 2 * RANK  # of a row of the left factors
     height, width = tl.cdiv(rows, ROWS) * ROWS, tl.cdiv(columns, COLUMNS) * COLUMNS
     layer = tl.program_id(2).to(tl.int64)
-    avg_ptr += layer * avg_layer
-    square_ptr += layer * square_layer
+    avg_ptr, avg_stride = find_moment(table_ptr, layer, layers, STOCHASTIC)
+    square_ptr, square_stride = find_moment(table_ptr + 2 * layers, layer, layers, STOCHASTIC)
     left_ptr += layer * height * PITCH
     right_ptr += layer * width * PITCH
-    row_offset += tl.program_id(2) * row_step
     first = tl.program_id(0) * (steps * COLUMNS)
     last = tl.minimum(first + steps * COLUMNS, columns)
     top = tl.program_id(1) * blocks
@@ -164,7 +174,8 @@ def adam_kernel(
     ha_slab = ha_ptr + (layer * tl.num_programs(0) + tl.program_id(0)) * height * RANK
     bt_slab = bt_ptr + (layer * tl.num_programs(1) + tl.program_id(1)) * (RANK * width)
     if STOCHASTIC:
-        key0, key1 = load_key(seed_ptr)
+        key0, key1 = load_key(seed_ptr + layer * seed_step)
+        first_row = tl.load(table_ptr + 4 * layers + layer).to(tl.int32)
     for block in range(top, bottom):
         row = block * ROWS + tl.arange(0, ROWS)
         wide = row.to(tl.int64)
@@ -185,11 +196,13 @@ def adam_kernel(
             mask = (row[:, None] < rows) & (column[None, :] < columns)
             avg_at = avg_ptr + wide[:, None] * avg_stride + column[None, :]
             square_at = square_ptr + wide[:, None] * square_stride + column[None, :]
+            if ALIGNED:
+                avg_at, square_at = tl.multiple_of(avg_at, (1, 16)), tl.multiple_of(square_at, (1, 16))
             m = load_moment(avg_at, mask, STOCHASTIC) * beta1 + e * rest1
             v = load_moment(square_at, mask, STOCHASTIC) * beta2 + e * e * rest2
             if STOCHASTIC:
                 group = start // 8 + tl.arange(0, COLUMNS // 8)
-                number = row + row_offset
+                number = row + first_row
                 random = half_tile(number, group, key0, key1, 0, step, ROWS, COLUMNS // 8)
                 tl.store(avg_at, round_moment(m, random), mask=mask)
                 random = half_tile(number, group, key0, key1, 1, step, ROWS, COLUMNS // 8)
@@ -245,6 +258,72 @@ def _sum_slabs(out: torch.Tensor, slabs: torch.Tensor) -> None:
     launch(sum_slabs_kernel, (-(-size // _PART), layers, 1), (out, slabs), numbers, constants_of(PART=_PART))
 
 
+def adam_pairs(
+    moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    numbers: Adam,
+    seeds: torch.Tensor | None,
+    bt_h: torch.Tensor,
+    h_at: torch.Tensor,
+    config: ProConfig | None = None,
+    parts: tuple[int, int] | None = None,
+) -> None:
+    """Launch the kernels on pairs of moments `(k, m, n)` with unit column stride, L matrices in all, anywhere.
+
+    a, b, grad_a and grad_b are of all L, `seeds` `(1,)` or `(L,)`; no size may be zero. `bt_h` `(L, r, n)` and `h_at`
+    `(L, m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the steps of columns of a program.
+    """
+    rows, columns = moments[0][0].shape[1:]
+    layers, device, stochastic = len(bt_h), bt_h.device, moments[0][0].dtype == torch.bfloat16
+    rank, precision = rank_for(bt_h.shape[1]), precision_for(build_platform())
+    table = _table(moments, numbers)
+    aligned = functools.reduce(operator.or_, table[: 4 * layers], columns) % 16 == 0
+    config = config or config_for(rank, stochastic, aligned)
+    tall, wide = -(-rows // config.rows), -(-columns // config.columns)
+    blocks, steps = parts or parts_for(tall, wide, -(-processors(device) // layers))
+    grid = (-(-wide // steps), -(-tall // blocks))
+    height, width = tall * config.rows, wide * config.columns
+    pitch = 4 * rank if precision == "tf32x3" else 2 * rank
+    size = 4 * (
+        (height + width) * pitch + (grid[1] * width + grid[0] * height) * rank
+    )  # bytes of a layer's temporaries
+    calls = -(-layers // min(layers, max(_MOST_BYTES // size, 1), MOST_PROGRAMS - 1))
+    share = -(-layers // calls)
+    constants = constants_of(
+        config.warps, config.stages,
+        ROWS=config.rows, COLUMNS=config.columns, RANK=rank, STEP=min(rank, config.step), STOCHASTIC=stochastic,
+        ALIGNED=aligned, PRECISION=precision, UPCAST=INTERPRETED,
+    )  # fmt: skip
+    reals = (
+        numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
+        numbers.avg_factor, numbers.root_factor, numbers.eps,
+    )  # fmt: skip
+    free = (*map(float, reals), signed32(numbers.step))
+    places = int64_on(device, table).view(5, layers)
+    seeds = None if seeds is None else seeds.to(device)
+    for first in range(0, layers, share):
+        part = slice(first, min(first + share, layers))
+        count = part.stop - first
+        left, right = bt_h.new_empty(count, height, pitch), bt_h.new_empty(count, width, pitch)
+        launch(
+            join_kernel, (-(-max(height, width) * 2 * rank // _PART), count, 2),
+            (left, right, *(factors[i][part].float().contiguous() for i in (0, 2, 1, 3))),
+            (rows, columns, height, width, bt_h.shape[1]),
+            constants_of(RANK=rank, SPLIT=precision == "tf32x3", PART=_PART), free[:1],
+        )  # fmt: skip
+        bt_slabs = bt_h.new_empty(count, grid[1], rank, width)
+        ha_slabs = bt_h.new_empty(count, grid[0], height, rank)
+        many = seeds is not None and len(seeds) > 1
+        # A pointer that a flag switches off must still be one.
+        seed = left if seeds is None else seeds[part] if many else seeds
+        launch(
+            adam_kernel, (*grid, count), (places[:, first:], left, right, bt_slabs, ha_slabs, seed),
+            (rows, columns, blocks, steps, layers, int(many)), constants, free,
+        )  # fmt: skip
+        _sum_slabs(bt_h[part], bt_slabs)
+        _sum_slabs(h_at[part], ha_slabs)
+
+
 def lora_pro_adam(
     moments: tuple[torch.Tensor, torch.Tensor],
     factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -255,50 +334,15 @@ def lora_pro_adam(
     config: ProConfig | None = None,
     parts: tuple[int, int] | None = None,
 ) -> None:
-    """Launch the kernels on moments `(L, m, n)` with unit column stride, a, b, grad_a and grad_b; no size may be zero.
+    """`adam_pairs` of the layers of one pair of moments."""
+    adam_pairs([moments], factors, numbers, seed, bt_h, h_at, config, parts)
 
-    `bt_h` `(L, r, n)` and `h_at` `(L, m, r)`, float32 contiguous, are filled. `parts` are the blocks of rows and the
-    steps of columns of a program.
-    """
-    (layers, rows, columns), (a, b, grad_a, grad_b) = moments[0].shape, factors
-    rank, stochastic = rank_for(a.shape[1]), moments[0].dtype == torch.bfloat16
-    apart = [moment.stride(0) if layers > 1 else 0 for moment in moments]
-    aligned = is_aligned(*(moment[0] for moment in moments)) and (apart[0] | apart[1]) % 16 == 0
-    config = config or config_for(rank, stochastic, aligned)
-    tall, wide = -(-rows // config.rows), -(-columns // config.columns)
-    blocks, steps = parts or parts_for(tall, wide, -(-processors(bt_h.device) // layers))
-    grid = (-(-wide // steps), -(-tall // blocks))
-    precision = precision_for(build_platform())
-    pitch = 4 * rank if precision == "tf32x3" else 2 * rank
-    left, right = (bt_h.new_empty(layers, size, pitch) for size in (tall * config.rows, wide * config.columns))
-    height, width = left.shape[1], right.shape[1]
-    launch(
-        join_kernel, (-(-max(height, width) * 2 * rank // _PART), layers, 2),
-        (left, right, *(factor.float().contiguous() for factor in (a, grad_a, b, grad_b))),
-        (rows, columns, height, width, a.shape[1], float(numbers.scaling)),
-        constants_of(RANK=rank, SPLIT=precision == "tf32x3", PART=_PART),
-    )  # fmt: skip
-    bt_slabs = bt_h.new_empty(layers, grid[1], rank, width)
-    ha_slabs = bt_h.new_empty(layers, grid[0], height, rank)
-    # Integer arithmetic on the bits of bfloat16: the interpreter gets that right.
-    states = [moment.view(torch.int16) if stochastic else moment for moment in moments]
-    constants = constants_of(
-        config.warps, config.stages,
-        ROWS=config.rows, COLUMNS=config.columns, RANK=rank, STEP=min(rank, config.step), STOCHASTIC=stochastic,
-        PRECISION=precision, UPCAST=INTERPRETED,
-    )  # fmt: skip
-    reals = (
-        numbers.scaling, numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
-        numbers.avg_factor, numbers.root_factor, numbers.eps,
-    )  # fmt: skip
-    launch(
-        adam_kernel, (*grid, layers),
-        # A pointer that a flag switches off must still be one.
-        (*states, left, right, bt_slabs, ha_slabs, left if seed is None else seed.to(left.device)),
-        (rows, columns, blocks, steps, moments[0].stride(1), moments[1].stride(1),
-         *apart, *map(float, reals),
-         *map(signed32, (numbers.step, numbers.row_offset, numbers.row_step))),
-        constants,
-    )  # fmt: skip
-    _sum_slabs(bt_h, bt_slabs)
-    _sum_slabs(h_at, ha_slabs)
+
+def _table(moments: Sequence[tuple[torch.Tensor, torch.Tensor]], numbers: Adam) -> tuple[int, ...]:
+    """By row: addresses and strides of all first moments, of all second ones, and the numbers of their first rows."""
+    table: list[int] = []
+    for states in zip(*moments, strict=True):
+        width = states[0].element_size()
+        table += [state.data_ptr() + i * state.stride(0) * width for state in states for i in range(len(state))]
+        table += [state.stride(1) for state in states for _ in range(len(state))]
+    return (*table, *(numbers.row_offset + i * numbers.row_step for state in states for i in range(len(state))))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lora_kernels._checks import check_number, check_range, check_tensor, check_written, repr_short
 from lora_kernels.ops import _ext
-from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, no_float64, normal, on_cpp, on_torch, on_triton, relative_error
+from lora_kernels.ops._backend import Backend, provider
+from lora_kernels.ops._op import (
+    Example,
+    Op,
+    is_plain,
+    isolated,
+    no_float64,
+    normal,
+    on_cpp,
+    on_torch,
+    on_triton,
+    relative_error,
+)
 from lora_kernels.ops._philox import seed_tensor
-from lora_kernels.ops._tiles import MOST_PROGRAMS
+from lora_kernels.ops._tiles import int64_on
 from lora_kernels.ops.lora_pro_adam.config import RANKS, Adam
 from lora_kernels.ops.lora_pro_adam.reference import FIRST_MOMENT, SECOND_MOMENT, lora_pro_adam, stochastic_round
 
@@ -45,8 +57,8 @@ def _check(
 
 
 def _triton_takes(exp_avg: torch.Tensor, _exp_avg_sq: object, a: torch.Tensor, *_: object) -> str | None:
-    if exp_avg.dim() == 3 and len(exp_avg) > MOST_PROGRAMS:
-        return f"takes batches of up to {MOST_PROGRAMS} layers, not {len(exp_avg)}"
+    if exp_avg.stride(-2) >= 2**31:
+        return "takes rows that are less than 2^31 elements apart"
     ranks = None if a.shape[-2] <= RANKS[-1] else f"takes ranks up to {RANKS[-1]}, not {a.shape[-2]}"
     return no_float64(exp_avg) or ranks
 
@@ -247,6 +259,37 @@ def lora_pro_adam_(
         float(scaling), float(betas[0]), float(betas[1]), float(eps), step, key, row_offset, row_step,
     )  # fmt: skip
     return bt_h, h_at
+
+
+def adam_pairs(
+    moments: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out: tuple[torch.Tensor, torch.Tensor],
+    numbers: dict[str, Any],
+    seeds: Sequence[int] | None,
+) -> None:
+    """`lora_pro_adam_` of pairs of one shape whose moments lie apart: on a GPU in one launch.
+
+    Moments are `(k, m, n)`, which a seed is for; a, b, grad_a and grad_b are of all of them, as the results in `out`.
+    """
+    first, tensors = moments[0], [tensor for pair in moments for tensor in pair]
+    fused = adam.choose("auto", *first, *factors) == "triton" and is_plain(*tensors, *factors, *out)
+    if fused and first[0].numel() > 0:
+        results = [tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape) for tensor in out]
+        betas, count, device = numbers["betas"], len(first[0]), first[0].device
+        values = {key: value for key, value in numbers.items() if key != "betas"}
+        keys = None if seeds is None else int64_on(device, tuple(seed for seed in seeds for _ in range(count)))
+        with isolated(device):
+            run = provider("lora_pro_adam.kernel:adam_pairs")
+            run(moments, factors, Adam(beta1=betas[0], beta2=betas[1], **values), keys, *results)
+        for tensor, result in zip(out, results, strict=True):
+            if tensor is not result:
+                tensor.copy_(result)
+        torch.autograd.graph.increment_version(tensors)
+        return
+    for number, pair in enumerate(moments):
+        part, seed = slice(number * len(pair[0]), (number + 1) * len(pair[0])), None if seeds is None else seeds[number]
+        out[0][part], out[1][part] = lora_pro_adam_(*pair, *(each[part] for each in factors), **numbers, seed=seed)
 
 
 @adam.self_test(terms=70 + 33)

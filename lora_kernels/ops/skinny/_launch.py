@@ -132,7 +132,7 @@ def _expand_cpp(
 
 
 @functools.cache
-def _of(product: str, backend: str) -> Callable[..., None]:
+def _of(product: str, backend: str) -> Callable[..., Any]:
     return provider(f"skinny.kernel:{product}" if backend == "triton" else f"skinny._launch:_{product}_{backend}")
 
 
@@ -170,22 +170,25 @@ def factor_gradients(
     t: torch.Tensor | None,
     g: torch.Tensor,
     backend: str,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`u^T drop(x)` like A `(r, n)` and `g^T t` like B `(m, r)`, contiguous; `None` without x or without t."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Mask | None]:
+    """`u^T drop(x)` like A `(r, n)` and `g^T t` like B `(m, r)`, contiguous; `None` without x or without t.
+
+    And the mask, with its bits if a kernel has written them.
+    """
     if backend != "triton":
         da = None if x is None or u is None else cast(tsreduce(u, x, mask, backend), a.dtype)
         db = None if t is None else cast(tsreduce(t, g, None, backend), b.dtype).mT.contiguous()
-        return da, db
+        return da, db, mask
     da = None if x is None else torch.empty_like(a, memory_format=torch.contiguous_format)
     db = None if t is None else torch.empty_like(b, memory_format=torch.contiguous_format)
     if da is not None and db is not None and 0 not in (g.shape[0], da.numel(), db.numel()):
-        _of("tsreduce_pair", backend)((da, db), u, x, mask, t, g)
+        mask = _of("tsreduce_pair", backend)((da, db), u, x, mask, t, g)
     else:
         if u is not None and x is not None:
             tsreduce(u, x, mask, backend, da)
         if t is not None and db is not None:
             tsreduce(t, g, None, backend, db.mT)
-    return da, db
+    return da, db, mask
 
 
 def expand(

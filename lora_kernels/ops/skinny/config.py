@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.ops import _tiles
-from lora_kernels.ops._tiles import LEAST_RANK, MOST_PROGRAMS, build_platform, processors, rank_for
+from lora_kernels.ops._tiles import LEAST_RANK, MOST_PROGRAMS, MOST_RANK, build_platform, processors, rank_for
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,16 @@ _RAGGED = {
 
 # Dropout takes registers: with four warps fewer fit a multiprocessor, and on sm_100 one case spills.
 _MASKED_REDUCE = SkinnyConfig(64, 128, 8, 4)
+_MASKED_EXPAND = SkinnyConfig(128, 64, 4, 2)  # of 64 ranks: the usual one spills on sm_80
 
 
 def config_for(
-    product: str, dtype: torch.dtype, aligned: bool = True, platform: str | None = None, drops: bool = False
+    product: str,
+    dtype: torch.dtype,
+    aligned: bool = True,
+    platform: str | None = None,
+    drops: bool = False,
+    rank: int = LEAST_RANK,
 ) -> SkinnyConfig:
     """The configuration of `shrink`, `reduce` or `expand`; `aligned` says whether loads can be vectorised."""
     single, platform = dtype == torch.float32, platform or build_platform()
@@ -60,6 +66,8 @@ def config_for(
         return _RAGGED[product, single]
     if drops and (product, single, platform) == ("reduce", False, "cuda"):
         return _MASKED_REDUCE
+    if drops and (product, single, platform) == ("expand", False, "cuda") and rank_for(rank)[0] == MOST_RANK:
+        return _MASKED_EXPAND
     return _CONFIGS[product, single, platform]
 
 

@@ -4,11 +4,12 @@
     out[c, j] = factor * sum_k  t[k, c] * m[k, j] z[k, j]           reduce_kernel
     y[k, j]   = base[k, j] + factor * m[k, j] sum_c t[k, c] b[c, j]   expand_kernel
 
-All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, computed where
-it is needed, 8 columns per counter; the factor holds the scale and one over the share kept. Where a product has few
-tiles its sum is cut into parts, which `sum_parts_kernel` adds in fixed order: same input, same bits. A layer's two sums
-over tokens are one launch, `pair_kernel`, and so is the addition of their parts. Factors may be float32 beside 16-bit
-operands.
+All read their wide operand once and are bound by memory. m is the dropout mask of `_philox.keep_mask`, 8 columns per
+counter; the factor holds the scale and one over the share kept. Drawing a mask takes many instructions, so the sums
+draw it where they need it, and `expand_kernel` reads it as bits, which a layer's `pair_kernel` has written before, or
+`keep_kernel`. Where a product has few tiles its sum is cut into parts, which `sum_parts_kernel` adds in fixed order:
+same input, same bits. A layer's two sums over tokens are one launch, `pair_kernel`, and so is the addition of their
+parts. Factors may be float32 beside 16-bit operands.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import triton.language as tl
 from lora_kernels.ops._dropout import Mask
 from lora_kernels.ops._launching import Constants, constants_of, launch
 from lora_kernels.ops._tiles import build_platform, parts_for, precision, rank_for, signed32
-from lora_kernels.ops._tl import INTERPRETED, dot, keep_tile, load_key
+from lora_kernels.ops._tl import INTERPRETED, dot, keep_bits, keep_factors, kept, load_key, place_bits
 from lora_kernels.ops.skinny.config import FLAT, SkinnyConfig, config_for, is_aligned, shrink_config, step_for, tall_for
 
 _PART = 1024  # elements per program of `sum_parts_kernel`
+_TOKENS, _GROUPS = 64, 16  # per program of `keep_kernel`
 
 
 @triton.jit
@@ -86,8 +88,8 @@ def shrink_kernel(
         )
         if HAS_DROPOUT:
             group = start // 8 + tl.arange(0, COLUMNS // 8)
-            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-            x = tl.where(keep, x, tl.zeros_like(x))
+            bits = keep_bits(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
+            x = tl.where(kept(bits, TOKENS, COLUMNS // 8), x, tl.zeros_like(x))
         place = factor_offsets(lane[None, :], column[:, None], rank, size, TRANSPOSED)
         a = tl.load(factor_ptr + place, mask=(lane[None, :] < rank) & (column[:, None] < size), other=0.0)
         acc = dot(x, a if UPCAST else a.to(x.dtype), acc, PRECISION, UPCAST)
@@ -98,9 +100,10 @@ def shrink_kernel(
 
 @triton.jit
 def reduce_tile(
-    out_ptr, x_ptr, t_ptr, seed_ptr, block, size, n_tokens, rank, chunk, x_stride, t_stride, factor, threshold, stream,
+    out_ptr, bits_ptr, x_ptr, t_ptr, seed_ptr, block, size, n_tokens, rank, chunk, x_stride, t_stride,
+    factor, threshold, stream,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, STORE_BITS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile of `factor * t^T drop(z)`, `(rank, size)` or transposed, over one part of the tokens."""
     lane = tl.program_id(0) * RANK + tl.arange(0, RANK)
@@ -125,8 +128,11 @@ def reduce_tile(
         )
         if HAS_DROPOUT:
             group = block * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-            z = tl.where(keep, z, tl.zeros_like(z))
+            bits = keep_bits(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
+            if STORE_BITS:
+                at, inside = place_bits(bits_ptr, token, group, last, size)
+                tl.store(at, bits.to(tl.uint8), mask=inside & (tl.program_id(0) == 0))
+            z = tl.where(kept(bits, TOKENS, COLUMNS // 8), z, tl.zeros_like(z))
         acc = dot(t, z, acc, PRECISION, UPCAST)
     at = factor_offsets(lane[:, None], column[None, :], rank, size, TRANSPOSED)
     result = (acc * factor).to(out_ptr.dtype.element_ty)
@@ -161,8 +167,8 @@ def reduce_kernel(
     rank, t_stride = known(rank, ALIGNED), known(t_stride, ALIGNED)
     out_ptr += tl.program_id(2).to(tl.int64) * rank * size
     reduce_tile(
-        out_ptr, x_ptr, t_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk, x_stride, t_stride,
-        factor, threshold, stream, TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_DROPOUT, PRECISION, UPCAST,
+        out_ptr, out_ptr, x_ptr, t_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk, x_stride, t_stride,
+        factor, threshold, stream, TOKENS, COLUMNS, RANK, TRANSPOSED, HAS_DROPOUT, False, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -170,6 +176,7 @@ def reduce_kernel(
 def pair_kernel(
     out_ptr,  # dA: (splits, rank, size)
     second_ptr,  # dB: (splits, second_size, rank); a part of both is rank * (size + second_size) long if there are many
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8, to be written if HAS_DROPOUT
     x_ptr,  # (n_tokens, size)
     u_ptr,  # (n_tokens, rank)
     g_ptr,  # (n_tokens, second_size)
@@ -201,24 +208,45 @@ def pair_kernel(
     blocks = tl.cdiv(size, COLUMNS)
     if tl.program_id(1) < blocks:
         reduce_tile(
-            out_ptr + part, x_ptr, u_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk, x_stride, u_stride,
-            factor, threshold, stream, TOKENS, COLUMNS, RANK, False, HAS_DROPOUT, PRECISION, UPCAST,
+            out_ptr + part, bits_ptr, x_ptr, u_ptr, seed_ptr, tl.program_id(1), size, n_tokens, rank, chunk,
+            x_stride, u_stride, factor, threshold, stream, TOKENS, COLUMNS, RANK, False, HAS_DROPOUT, True,
+            PRECISION, UPCAST,
         )  # fmt: skip
     else:
         reduce_tile(
-            second_ptr + part, g_ptr, t_ptr, seed_ptr, tl.program_id(1) - blocks, second_size, n_tokens, rank, chunk,
-            g_stride, t_stride, 1.0, 0, 0, TOKENS, COLUMNS, RANK, True, False, PRECISION, UPCAST,
+            second_ptr + part, bits_ptr, g_ptr, t_ptr, seed_ptr, tl.program_id(1) - blocks, second_size, n_tokens,
+            rank, chunk, g_stride, t_stride, 1.0, 0, 0, TOKENS, COLUMNS, RANK, True, False, False, PRECISION, UPCAST,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride", "threshold", "stream"])
+@triton.jit(do_not_specialize=["n_tokens", "threshold", "stream"])
+def keep_kernel(
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8
+    seed_ptr,  # (1,) int64
+    size,
+    n_tokens,
+    threshold,
+    stream,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The bits of a tile of the mask."""
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    key0, key1 = load_key(seed_ptr)
+    bits = keep_bits(token, group, key0, key1, stream, threshold, TOKENS, GROUPS)
+    at, inside = place_bits(bits_ptr, token, group, n_tokens, size)
+    tl.store(at, bits.to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "rank", "t_stride"])
 def expand_kernel(
     out_ptr,  # (n_tokens, size)
     x_ptr,  # base: (n_tokens, size), if ADD; it may be out
     bias_ptr,  # (size,), if HAS_BIAS
     t_ptr,  # (n_tokens, rank)
     factor_ptr,  # b: (rank, size)
-    seed_ptr,  # (1,) int64, if HAS_DROPOUT
+    bits_ptr,  # (n_tokens, ceil(size / 8)) uint8, if HAS_DROPOUT
     size,
     n_tokens,
     rank,
@@ -226,8 +254,6 @@ def expand_kernel(
     x_stride,
     t_stride,
     factor,
-    threshold,
-    stream,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -258,9 +284,7 @@ def expand_kernel(
     mask = (token[:, None] < n_tokens) & (column[None, :] < size)
     if HAS_DROPOUT:
         group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        key0, key1 = load_key(seed_ptr)
-        keep = keep_tile(token, group, key0, key1, stream, threshold, TOKENS, COLUMNS // 8)
-        acc = tl.where(keep, acc * factor, 0.0)
+        acc *= keep_factors(bits_ptr, token, group, n_tokens, size, factor, TOKENS, COLUMNS // 8)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
     if ADD:
@@ -301,11 +325,29 @@ def _oriented(factor: torch.Tensor, mask: Mask | None) -> tuple[torch.Tensor, bo
     return factor.contiguous(), False
 
 
-def _drop(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
-    # The seed (a pointer that a flag switches off must still be one), factor, threshold and stream.
+def drop_args(mask: Mask | None, stand_in: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, float, int, int]:
+    """The seed (a pointer that a flag switches off must still be one), factor, threshold and stream of a launch."""
     if mask is None:
         return stand_in, float(scale), 0, 0
     return mask.on(stand_in.device).seed, scale * mask.factor, mask.threshold, signed32(mask.stream)
+
+
+def empty_bits(wide: torch.Tensor) -> torch.Tensor:
+    """For the bits of a mask of a matrix."""
+    return wide.new_empty(wide.shape[0], -(-wide.shape[1] // 8), dtype=torch.uint8)
+
+
+def bits_of(mask: Mask | None, wide: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The bits of a mask of a matrix, drawn if no kernel has written them, and its factor; without one, stand-ins."""
+    if mask is None:
+        return wide, 1.0
+    bits = mask.bits
+    if bits is None:
+        bits = empty_bits(wide)
+        grid = (-(-bits.shape[1] // _GROUPS), -(-bits.shape[0] // _TOKENS), 1)
+        numbers = (wide.shape[1], bits.shape[0], mask.threshold, signed32(mask.stream))
+        launch(keep_kernel, grid, (bits, mask.on(wide.device).seed), numbers, _KEEP)
+    return bits, mask.factor
 
 
 class _Plan(NamedTuple):
@@ -334,7 +376,7 @@ def _plan(
     """Of `shrink`, `reduce` or `expand`, over matrices of some sizes."""
     if config is None and product == "shrink":
         config = shrink_config(tokens, dtype, aligned, device, mixed)
-    config = config or config_for(product, dtype, aligned, drops=drops)
+    config = config or config_for(product, dtype, aligned, drops=drops, rank=rank)
     (width, blocks), chunk = rank_for(rank), 0
     if product == "shrink":
         tall = tall_for(tokens, config)
@@ -355,6 +397,7 @@ def _plan(
 
 
 _SUM, _SUM_PAIR = constants_of(PART=_PART, PAIR=False), constants_of(PART=_PART, PAIR=True)
+_KEEP = constants_of(TOKENS=_TOKENS, GROUPS=_GROUPS)
 
 
 def _sum_parts(partial: torch.Tensor, out: torch.Tensor, second: torch.Tensor | None = None) -> None:
@@ -379,7 +422,7 @@ def shrink(
     (tokens, size), rank, stride = x.shape, a.shape[0], x.stride(0)
     aligned = is_aligned(rank, rank, x)
     a, transposed = _oriented(a, mask)
-    seed, factor, threshold, stream = _drop(mask, x, scale)
+    seed, factor, threshold, stream = drop_args(mask, x, scale)
     grid, steps, constants = _plan(
         "shrink", (size,), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
         a.dtype != x.dtype, TRANSPOSED=transposed, ALIGNED=aligned,
@@ -406,7 +449,7 @@ def tsreduce(
     """
     (tokens, size), rank = z.shape, t.shape[1]
     aligned, transposed = is_aligned(rank, t.stride(0), z), not out.is_contiguous()
-    seed, factor, threshold, stream = _drop(mask, z)
+    seed, factor, threshold, stream = drop_args(mask, z)
     grid, chunk, constants = _plan(
         "reduce", (size,), tokens, rank, z.dtype, z.device, config, least, mask is not None, aligned,
         False, TRANSPOSED=transposed, ALIGNED=aligned,
@@ -428,8 +471,12 @@ def tsreduce_pair(
     g: torch.Tensor,
     config: SkinnyConfig | None = None,
     least: int = 256,
-) -> None:
-    """Launch `pair_kernel`: `u^T drop(x)` `(r, n)` and `g^T t` `(m, r)`, contiguous; otherwise as `tsreduce`."""
+) -> Mask | None:
+    """Launch `pair_kernel`: `u^T drop(x)` `(r, n)` and `g^T t` `(m, r)`, contiguous; otherwise as `tsreduce`.
+
+    Returns:
+        The mask with its bits.
+    """
     (tokens, size), rank, second_size, (u_stride, t_stride) = (
         x.shape,
         u.shape[1],
@@ -437,7 +484,7 @@ def tsreduce_pair(
         (u.stride(0), t.stride(0)),
     )
     aligned = is_aligned(rank, u_stride | t_stride, x, g)
-    seed, factor, threshold, stream = _drop(mask, x)
+    seed, factor, threshold, stream = drop_args(mask, x)
     grid, chunk, constants = _plan(
         "reduce", (size, second_size), tokens, rank, x.dtype, x.device, config, least, mask is not None, aligned,
         False, ALIGNED=aligned,
@@ -450,9 +497,11 @@ def tsreduce_pair(
         size, second_size, tokens, rank, chunk, x.stride(0), u_stride, g.stride(0), t_stride,
         factor, threshold, stream,
     )  # fmt: skip
-    launch(pair_kernel, grid, (first, second, x, u, g, t, seed), numbers, constants)
+    bits = x if mask is None else empty_bits(x)
+    launch(pair_kernel, grid, (first, second, bits, x, u, g, t, seed), numbers, constants)
     if splits > 1:
         _sum_parts(partial, *outs)
+    return None if mask is None else mask._replace(bits=bits)
 
 
 def expand(
@@ -468,10 +517,10 @@ def expand(
     (tokens, size), rank, t_stride, source = out.shape, t.shape[1], t.stride(0), out if base is None else base
     aligned = is_aligned(rank, t_stride, out) if source is out else is_aligned(rank, t_stride, out, source)
     b, transposed = _oriented(b, mask)
-    seed, factor, threshold, stream = _drop(mask, out)
+    bits, factor = bits_of(mask, out)
     grid, _, constants = _plan(
         "expand", (size,), tokens, rank, out.dtype, out.device, config, 0, mask is not None, aligned,
         False, TRANSPOSED=transposed, ALIGNED=aligned, ADD=base is not None, HAS_BIAS=bias is not None,
     )  # fmt: skip
-    numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor, threshold, stream)
-    launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, seed), numbers, constants)
+    numbers = (size, tokens, rank, out.stride(0), source.stride(0), t_stride, factor)
+    launch(expand_kernel, grid, (out, source, out if bias is None else bias, t, b, bits), numbers, constants)

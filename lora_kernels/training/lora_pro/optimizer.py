@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
 from lora_kernels._checks import check_choice, check_range, check_tensor
-from lora_kernels.ops import lora_pro_adam_
 from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops.lora_pro_adam.op import adam_pairs
 from lora_kernels.runtime.modes import is_sharded, local
 from lora_kernels.training.lora_pro.adjustment import Adjustment
 from lora_kernels.training.lora_pro.buckets import Bucket, Layout, Scratch, draw_seed, mix, working_dtype, wrap
@@ -420,29 +420,26 @@ class LoraPro(Optimizer):
     def _project(self, bucket: Bucket) -> None:
         """Replace the raw gradients by those of Adam's direction of the full weight."""
         n, m = bucket.a.shape[2], bucket.parameters[0][1].shape[0]
-        own = bucket.rows.own(m)
-        by_expert = own.stop - own.start, bucket.experts, n
-        for number, (index, (a, b)) in enumerate(zip(bucket.indices, bucket.parameters, strict=True)):
-            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, bucket.experts * n)
+        own, count = bucket.rows.own(m), bucket.experts
+        runs: list[tuple[dict[str, Any], list[tuple[torch.Tensor, torch.Tensor]], list[int]]] = []
+        for index, scaling, (a, b) in zip(bucket.indices, bucket.scaling, bucket.parameters, strict=True):
+            group, state = self.param_groups[self._pairs[index].b[0]], self._state_of(b, count * n)
             for factor_state in (self._state_of(a, 0), state):  # (torch.distributed.checkpoint wants a state for all)
                 factor_state["step"] += 1
-            mean, square = (local(state[key]).view(by_expert).transpose(0, 1) for key in _MOMENTS)
-            part = slice(number * bucket.experts, (number + 1) * bucket.experts)
-            bucket.grad_a[part], bucket.grad_b[part] = lora_pro_adam_(
-                mean,
-                square,
-                bucket.a[part],
-                bucket.b[part],
-                bucket.out_a[part],
-                bucket.out_b[part],
-                scaling=bucket.scaling[number],
-                betas=group["betas"],
-                eps=group["eps"],
-                step=int(state["step"]),
-                seed=mix(group["seed"], index) if self.state_dtype == torch.bfloat16 else None,
-                row_offset=own.start,
-                row_step=m,
-            )
+            mean, square = (local(state[key]).view(own.stop - own.start, count, n).transpose(0, 1) for key in _MOMENTS)
+            numbers = {"scaling": scaling, "betas": tuple(group["betas"]), "eps": group["eps"]}
+            numbers |= {"step": int(state["step"]), "row_offset": own.start, "row_step": m}
+            if not runs or runs[-1][0] != numbers:  # neighbours with the same numbers are one call
+                runs.append((numbers, [], []))
+            runs[-1][1].append((mean, square))
+            runs[-1][2].append(mix(group["seed"], index))
+        first = 0
+        for numbers, moments, seeds in runs:
+            part = slice(first, first + len(moments) * count)
+            factors = bucket.a[part], bucket.b[part], bucket.out_a[part], bucket.out_b[part]
+            results = bucket.grad_a[part], bucket.grad_b[part]
+            adam_pairs(moments, factors, results, numbers, seeds if self.state_dtype == torch.bfloat16 else None)
+            first = part.stop
         bucket.rows.add_up(bucket.grad_a)
         bucket.contract()
 
