@@ -260,8 +260,9 @@ def demo(record: dict[str, Any]) -> Rows:
 
 
 def studies() -> dict[str, dict[str, Any]]:
-    """Every study of quality that there is a record of."""
-    return {file.stem: record_of(file.stem) for file in sorted(records.RESULTS.glob("quality_*.json"))}
+    """Every study of quality that there is a record of, language models first."""
+    found = {file.stem: record_of(file.stem) for file in sorted(records.RESULTS.glob("quality_*.json"))}
+    return dict(sorted(found.items(), key=lambda item: "accuracy" in study_report.measures(item[1])))
 
 
 def rate_studies() -> dict[str, dict[str, Any]]:
