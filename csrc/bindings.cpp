@@ -157,9 +157,9 @@ PyObject* guarded(Py_ssize_t given, Py_ssize_t expected, const Run& run) {
   Py_RETURN_NONE;
 }
 
-// The layer's numbers, then x, its row stride, t, y, the base weight or 0.
+// The layer's numbers, then x, its row stride, t, y.
 PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return guarded(count, kLayerNumbers + 5, [&] {
+  return guarded(count, kLayerNumbers + 4, [&] {
     Numbers next{items};
     int threads;
     lk::LoraForward job{read_layer(next, threads)};
@@ -167,8 +167,6 @@ PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     job.x_stride = next.integer();
     job.t = next.address<float>();
     job.y = next.address<void>();
-    job.weight = next.address<const float>();
-    check(!(job.weight && job.layer.bfloat16), "a weight is float32, as is x");
     py::gil_scoped_release release;
     lk::lora_forward(job, threads);
   });

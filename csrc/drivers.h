@@ -101,14 +101,13 @@ struct LoraLayer {
   float scale, frozen_scale;
   Dropout dropout;
 };
-// t = [scale drop(x) a^T, frozen_scale x a0^T]; y (+)= x weight^T + t [b, b0]^T. Null: y holds the base product.
+// t = [scale drop(x) a^T, frozen_scale x a0^T]; y += t [b, b0]^T.
 struct LoraForward {
   LoraLayer layer;
   const void* x;
   int64_t x_stride;
-  float* t;             // (tokens, rank + frozen_rank), dense
-  void* y;              // (tokens, outputs), dense
-  const float* weight;  // (outputs, inputs), dense, of a small layer in float32, or null
+  float* t;  // (tokens, rank + frozen_rank), dense
+  void* y;   // (tokens, outputs), dense
 };
 void lora_forward(const LoraForward& job, int threads);
 // [u, u0] = [scale g b, frozen_scale g b0]; dx (+)= g weight + mask(u a) + u0 a0; da = u^T drop(x); db = g^T t. Null: not
@@ -124,7 +123,7 @@ struct LoraBackward {
   bool accumulate;
   float* da;            // (rank, inputs), dense
   float* db;            // (outputs, rank), dense
-  const float* weight;  // as of LoraForward; dx then does not accumulate
+  const float* weight;  // (outputs, inputs), dense, of a small layer in float32, or null; dx then does not accumulate
 };
 void lora_backward(const LoraBackward& job, int threads);
 

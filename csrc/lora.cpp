@@ -473,9 +473,6 @@ void lora_forward(const LoraForward& job, int threads) {
   };
   shrink(0, l.rank, l.scale, l.dropout);
   shrink(l.rank, l.frozen_rank, l.frozen_scale, kNone);
-  if (job.weight)
-    products.add(1, LoraShrink{job.x, l.bfloat16, job.x_stride, job.weight, l.inputs, static_cast<float*>(job.y),
-                               l.outputs, l.tokens, l.inputs, l.outputs, 1.0f, kNone});
   products.add(2, LoraExpand{job.t, ranks, factors.b, l.outputs, job.y, l.bfloat16, l.outputs, l.tokens, l.outputs,
                              ranks, true, nullptr, kNone});
   products.run(l.bfloat16, threads);

@@ -298,9 +298,9 @@ class Prepared:
                 y = y + adapter.scaling * adapter.bias.to(y.dtype)
         return y if y.dtype == dtype else y.to(dtype)
 
-    def _sum(self, x: torch.Tensor, seed: torch.Tensor | None, *, biased: bool = True) -> torch.Tensor:
-        """Base product and first adapter, in the dtype of the layer's result; the base's own bias on request."""
-        start, dtype, first = self.bias if biased else None, None, self.adapters[0]
+    def _sum(self, x: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """Base product and first adapter, in the dtype of the layer's result."""
+        start, dtype, first = self.bias, None, self.adapters[0]
         if self.base is not None:
             start = self.base(x)
             dtype = start.dtype  # whatever the arithmetic is done in
@@ -317,13 +317,11 @@ class Prepared:
     def _scaled(self, x: torch.Tensor, adapter: Adapter, magnitude: torch.Tensor) -> torch.Tensor:
         """DoRA: the sum, rescaled by row; with dropout the dropped input has a base product of its own."""
         norms, base = dora.norms(self.layer, adapter.name), self.layer.base_layer
-        bias = getattr(base, "bias", None)
-        inner = None if self.base is None else bias  # which the base layer has added already
+        bias = getattr(base, "bias", None)  # in the sum: so an adapter that changes nothing gives the base's own bits
         if adapter.p == 0:
-            return dora.rescaled(self._sum(x, None, biased=False), magnitude, norms, inner=inner, outer=bias)
+            return dora.rescaled(self._sum(x, None), magnitude, norms, inner=bias, outer=bias)
         dropped = nn.functional.dropout(x, adapter.p)
-        product = self._sum(dropped, None, biased=False)
-        return dora.rescaled(product, magnitude, norms, inner=inner, outer=base(x - dropped))
+        return dora.rescaled(self._sum(dropped, None), magnitude, norms, inner=bias, outer=base(x - dropped))
 
     def _product(
         self, x: torch.Tensor, start: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor | None

@@ -103,7 +103,6 @@ def test_matches_float64(leading, features, outputs, rank, dropout, ratio, backe
 @pytest.mark.parametrize("leading, features, outputs, rank", SHAPES)
 def test_small_base_products_in_cpp(leading, features, outputs, rank, dropout, ratio, poisoned_memory, monkeypatch):
     monkeypatch.setattr(passes, "_SMALL", 2**30)
-    monkeypatch.setattr(passes, "linear", None)  # not called
     extra = None if ratio is None else make_extra(features, outputs, 0.7 * ratio)
     x, weight, _, a, b = make(leading, features, outputs, rank)
     check_all([x, weight, a, b], dropout, extra, "cpp", names=("x", "weight", "a", "b"))
@@ -120,13 +119,26 @@ def test_few_ranks_in_bfloat16_are_one_call_of_cpp():
 @pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
 @pytest.mark.parametrize("tokens", [8, 9])
 def test_what_is_a_small_base_product(tokens, monkeypatch):
-    calls, linear = [], passes.linear
-    monkeypatch.setattr(passes, "linear", lambda *args: calls.append(1) or linear(*args))
-    x, weight, bias, a, b = make((tokens,), 64, 64, 8)
-    lora_linear(x, weight, None, a, b, scaling=1.0, backend="cpp")
+    calls, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args: calls.append(1) or mm(*args))
+    x, weight, _, a, b = make((tokens,), 64, 64, 8)
+    weight.requires_grad_(False)
+    y = lora_linear(x, weight, None, a, b, scaling=1.0, backend="cpp")
+    calls.clear()  # the outputs are always torch's
+    torch.autograd.grad(y.sum(), x)
     assert len(calls) == (tokens > 8)
-    lora_linear(x, weight, bias, a, b, scaling=1.0, backend="cpp")  # a bias is the library's
-    assert len(calls) == 1 + (tokens > 8)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="kernels not built")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (8, 64, 64), (10, 64, 32), (50, 96, 40)], ids=str)
+def test_an_adapter_that_changes_nothing_changes_no_bit(shape, biased):
+    x, weight, bias, a, b = make(shape[:1], *shape[1:], 4)
+    bias = bias if biased else None
+    with torch.no_grad():
+        b.zero_()
+    y = lora_linear(x, weight, bias, a, b, scaling=2.0, backend="cpp")
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("ratio", [None, -1.0], ids=["no extra", "taken off"])

@@ -10,6 +10,7 @@ from peft.helpers import DoraCaching
 from torch import nn
 from torch.nn.functional import linear
 
+import lora_kernels as lk
 from lora_kernels.adapters.base_weight import dense_weight
 from lora_kernels.training import dora
 from tests.conftest import relative_error
@@ -317,3 +318,15 @@ def test_nothing_is_kept_in_a_graph():
             layer.lora_B["default"].weight.mul_(2)
             layer.lora_magnitude_vector["default"]._cache_clear()  # PEFT's own is stale
             assert relative_error(compiled(layer, x), layer(x)) < 2e-6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("shape", [(64, 48), (1000, 1000)], ids=str)
+def test_a_new_adapter_changes_no_bit(shape, dropout):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(*shape))
+    x = torch.randn(10, shape[0])
+    expected = base(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], use_dora=True, lora_dropout=dropout)).eval()
+    lk.accelerate(model, strict=True)
+    assert torch.equal(model(x), expected)

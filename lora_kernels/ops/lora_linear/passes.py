@@ -32,7 +32,8 @@ _Optional = torch.Tensor | None
 # Of a sum without a large product, and of all where nothing was measured.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD, _FLOAT = 2**64 - 1, torch.float32
-# Multiplications up to which C++ computes the large product, too: calling torch takes longer.
+# Multiplications up to which C++ computes the large product of dx, too: calling torch takes longer. Outputs are torch's
+# own, so that an adapter that changes nothing changes no bit.
 _SMALL = 2**15
 
 
@@ -79,13 +80,9 @@ def forward(
         if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
             a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
         ranks = rank if a0 is None else rank + a0.shape[0]
-        weight_at = 0 if weight is None or start is not None else _small(weight, x)
         if weight is None:
             y = torch.clone(start, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-        elif weight_at and weight.shape == (outputs, inputs):
-            y = x.new_empty(tokens, outputs)
         else:
-            weight_at = 0
             weight = weight if weight.dtype is dtype else weight.to(dtype)
             y = linear(x, weight, start if start is None or start.dtype is dtype else start.to(dtype))
         if y.shape[1] != outputs:
@@ -96,7 +93,7 @@ def forward(
             flags, tokens, inputs, outputs, rank, ranks - rank, a.data_ptr(), b.data_ptr(),
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
-            x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(), weight_at,
+            x.data_ptr(), inputs if x.is_contiguous() else x.stride(0), t.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, t
     mask = mask_of(threshold, seed, stream)
