@@ -172,9 +172,9 @@ PyObject* lora_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   });
 }
 
-// The layer's numbers, then g, its row stride, x, its row stride, t, dx, whether dx accumulates, da, db, the weight or 0.
+// The layer's numbers, then g, its row stride, x, its row stride, t, dx, whether dx accumulates, da, db.
 PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  return guarded(count, kLayerNumbers + 10, [&] {
+  return guarded(count, kLayerNumbers + 9, [&] {
     Numbers next{items};
     int threads;
     lk::LoraBackward job{read_layer(next, threads)};
@@ -187,8 +187,6 @@ PyObject* lora_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     job.accumulate = next.integer() != 0;
     job.da = next.address<float>();
     job.db = next.address<float>();
-    job.weight = next.address<const float>();
-    check(!(job.weight && job.layer.bfloat16), "a weight is float32, as is g");
     check(job.layer.tokens == 0 || (!(job.da && !job.x) && !(job.db && !job.t)), "da needs x, and db needs t");
     py::gil_scoped_release release;
     lk::lora_backward(job, threads);

@@ -110,7 +110,7 @@ struct LoraForward {
   void* y;   // (tokens, outputs), dense
 };
 void lora_forward(const LoraForward& job, int threads);
-// [u, u0] = [scale g b, frozen_scale g b0]; dx (+)= g weight + mask(u a) + u0 a0; da = u^T drop(x); db = g^T t. Null: not
+// [u, u0] = [scale g b, frozen_scale g b0]; dx (+)= mask(u a) + u0 a0; da = u^T drop(x); db = g^T t. Null: not
 // needed.
 struct LoraBackward {
   LoraLayer layer;
@@ -121,9 +121,8 @@ struct LoraBackward {
   const float* t;  // for db, as lora_forward wrote it
   void* dx;        // (tokens, inputs), dense
   bool accumulate;
-  float* da;            // (rank, inputs), dense
-  float* db;            // (outputs, rank), dense
-  const float* weight;  // (outputs, inputs), dense, of a small layer in float32, or null; dx then does not accumulate
+  float* da;  // (rank, inputs), dense
+  float* db;  // (outputs, rank), dense
 };
 void lora_backward(const LoraBackward& job, int threads);
 

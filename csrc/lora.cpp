@@ -507,10 +507,7 @@ void lora_backward(const LoraBackward& job, int threads) {
       products.add(phase, LoraExpand{u + first, ranks, factors.a + first * l.inputs, l.inputs, job.dx, l.bfloat16,
                                      l.inputs, l.tokens, l.inputs, count, accumulate, nullptr, dropout});
     };
-    if (job.weight)
-      products.add(1, LoraExpand{static_cast<const float*>(job.g), job.g_stride, job.weight, l.inputs, job.dx,
-                                 l.bfloat16, l.inputs, l.tokens, l.inputs, l.outputs, false, nullptr, kNone});
-    expand(2, 0, together, job.accumulate || job.weight, l.dropout);
+    expand(2, 0, together, job.accumulate, l.dropout);
     if (together < ranks) expand(3, together, ranks - together, true, kNone);
   }
   products.run(l.bfloat16, threads);

@@ -22,7 +22,6 @@ from torch.nn.functional import linear
 
 from lora_kernels.ops import _ext
 from lora_kernels.ops._dropout import Mask, mask_of
-from lora_kernels.ops._op import PLAIN
 from lora_kernels.ops._tiles import build_platform
 from lora_kernels.ops.lora_linear import forms
 from lora_kernels.ops.skinny import _launch
@@ -32,9 +31,6 @@ _Optional = torch.Tensor | None
 # Of a sum without a large product, and of all where nothing was measured.
 _ONLY = forms.Choice(forms.DEFAULT)
 _WORD, _FLOAT = 2**64 - 1, torch.float32
-# Multiplications up to which C++ computes the large product of dx, too: calling torch takes longer. Outputs are torch's
-# own, so that an adapter that changes nothing changes no bit.
-_SMALL = 2**15
 
 
 class Scalars(NamedTuple):
@@ -147,11 +143,9 @@ def backward(
             _refuse(x, a, b)
         if a0 is not None or not (dtype is a.dtype is b.dtype is _FLOAT and a.is_contiguous() and b.is_contiguous()):
             a, b, a0, b0, flags = _readable(dtype, a, b, a0, b0)
-        x_at = x_stride = t_at = dx_at = da_at = db_at = weight_at = 0
+        x_at = x_stride = t_at = dx_at = da_at = db_at = 0
         if need_x:
-            if weight is not None and weight.shape == (outputs, inputs):
-                weight_at = _small(weight, g)
-            if weight is None or weight_at:
+            if weight is None:
                 dx = g.new_empty(tokens, inputs)
             else:
                 dx = torch.mm(g, weight if weight.dtype is dtype else weight.to(dtype))
@@ -170,7 +164,7 @@ def backward(
             0 if a0 is None else a0.data_ptr(), 0 if b0 is None else b0.data_ptr(), scaling, frozen_scaling, threshold,
             0 if seed is None else int(seed) & _WORD, stream, torch.get_num_threads(),
             g.data_ptr(), outputs if g.is_contiguous() else g.stride(0), x_at, x_stride, t_at, dx_at,
-            weight is not None and not weight_at, da_at, db_at, weight_at,
+            weight is not None, da_at, db_at,
         )  # fmt: skip
         return dx, None if da is None else cast(da, kinds[0]), None if db is None else cast(db, kinds[1])
     mask, rank, factors, u = mask_of(threshold, seed, stream), a.shape[0], (a, b), None
@@ -257,14 +251,6 @@ def _readable(
         _refuse(a0, a, b)
     (first, second), (third, fourth) = pairs
     return first, second, third, fourth, flags  # type: ignore[return-value]
-
-
-def _small(weight: torch.Tensor, rows: torch.Tensor) -> int:
-    """The address of a weight that C++ multiplies rows by, or 0 if torch does."""
-    if weight.numel() * rows.shape[0] > _SMALL:
-        return 0
-    single = weight.dtype is rows.dtype is _FLOAT and weight.is_cpu and weight.is_contiguous()
-    return weight.data_ptr() if single and type(weight) in PLAIN and not weight.is_neg() else 0
 
 
 def _project(rows: torch.Tensor, a: torch.Tensor, scale: float, mask: Mask | None, backend: str) -> torch.Tensor:
