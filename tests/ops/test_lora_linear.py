@@ -78,10 +78,10 @@ def check_all(tensors, dropout, extra, backend, scaling=0.7):
     truth = differentiate(plain(torch.float64), tensors, grad, torch.float64)
     own = differentiate(plain(x.dtype), tensors, grad, x.dtype)
     tokens = x.shape[:-1].numel()
-    lengths = (x.shape[-1], weight.shape[0], *[tokens] * (len(names) - 1))
+    lengths = (x.shape[-1], weight.shape[0], *[tokens] * (len(NAMES) - 1))
     sums = magnitudes(tensors, dropout, extra, scaling, grad, NAMES)
     for name, one, exact, torchs, like, length, total in zip(
-        ("y", *names), found, truth, own, (x, *tensors), lengths, sums, strict=True
+        ("y", *NAMES), found, truth, own, (x, *tensors), lengths, sums, strict=True
     ):
         assert one.shape == exact.shape and one.dtype == like.dtype, name
         bar = rounding(torch.float32, length)
