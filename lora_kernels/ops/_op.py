@@ -134,9 +134,9 @@ def pass_operation(name: str, function: Callable[..., Any], fake: Callable[..., 
     hints = typing.get_type_hints(function)
     arguments: dict[str, Any] = {}
     parameters = inspect.signature(function).parameters.values()
-    kinds = [hints[each.name] for each in parameters if each.kind is not each.KEYWORD_ONLY]
-    for each, hint in zip(parameters, kinds, strict=False):
-        arguments |= typing.get_type_hints(hint) if hasattr(hint, "_fields") else {each.name: hint}
+    kinds = [hints[parameter.name] for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    for parameter, hint in zip(parameters, kinds, strict=False):
+        arguments |= typing.get_type_hints(hint) if hasattr(hint, "_fields") else {parameter.name: hint}
 
     def registered(*args: Any) -> tuple[torch.Tensor, ...]:
         values = iter(args)

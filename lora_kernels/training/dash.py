@@ -202,8 +202,8 @@ class DashRun:
 
     def directions(self) -> dict[str, Directions]:
         """By layer, its coordinates and directions."""
-        found = ((name, parts.directions(layer, self.adapter)) for name, layer in self.layers.items())
-        return {name: directions for name, directions in found if directions is not None}
+        by_layer = ((name, parts.directions(layer, self.adapter)) for name, layer in self.layers.items())
+        return {name: directions for name, directions in by_layer if directions is not None}
 
     @property
     def steps(self) -> int:
@@ -233,7 +233,7 @@ class DashRun:
         """
         factors = self._group(optimizer)
         ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [each for each in self.coordinates() if id(each) not in ids and each.requires_grad]
+        missing = [value for value in self.coordinates() if id(value) not in ids and value.requires_grad]
         # Not as a group of their own: a learning rate schedule that exists already would not know it.
         if "param_names" in factors:  # an optimizer of named parameters expects names
             factors["param_names"] += [f"lora_dash.{index}" for index in range(len(missing))]

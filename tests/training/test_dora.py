@@ -330,3 +330,20 @@ def test_a_new_adapter_changes_no_bit(shape, dropout):
     model = get_peft_model(base, LoraConfig(target_modules=["0"], use_dora=True, lora_dropout=dropout)).eval()
     lk.accelerate(model, strict=True)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_accelerated_layer_with_a_bias_and_other_magnitudes(trained):
+    stock = dora_layer()
+    stock.get_base_layer().bias.requires_grad_(trained)
+    fused = copy.deepcopy(stock)
+    lk.accelerate(fused, strict=True)
+    results = []
+    for layer in (stock, fused):
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        y = layer(x)
+        learned = [x, *(value for value in layer.parameters() if value.requires_grad)]
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), learned)])
+    assert len(results[0]) == 5 + trained
+    for expected, value in zip(*results, strict=True):
+        assert relative_error(value, expected) < 1e-5

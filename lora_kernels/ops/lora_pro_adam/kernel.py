@@ -30,7 +30,7 @@ from lora_kernels.ops._tl import INTERPRETED, dot, half_tile, load_key
 from lora_kernels.ops.lora_pro_adam.config import Adam, ProConfig, config_for, parts_for, precision_for, rank_for
 
 _PART = 1024  # elements per program of `join_kernel` and `sum_slabs_kernel`
-_MOST_BYTES = 2**29  # of temporaries: a launch is for as many layers
+_MOST_BYTES = 2**29  # of the temporaries of one launch, which is for as many layers as that allows
 
 
 @triton.jit
@@ -284,10 +284,8 @@ def adam_pairs(
     grid = (-(-wide // steps), -(-tall // blocks))
     height, width = tall * config.rows, wide * config.columns
     pitch = 4 * rank if precision == "tf32x3" else 2 * rank
-    size = 4 * (
-        (height + width) * pitch + (grid[1] * width + grid[0] * height) * rank
-    )  # bytes of a layer's temporaries
-    calls = -(-layers // min(layers, max(_MOST_BYTES // size, 1), MOST_PROGRAMS - 1))
+    layer_bytes = 4 * ((height + width) * pitch + (grid[1] * width + grid[0] * height) * rank)
+    calls = -(-layers // min(layers, max(_MOST_BYTES // layer_bytes, 1), MOST_PROGRAMS - 1))
     share = -(-layers // calls)
     constants = constants_of(
         config.warps, config.stages,

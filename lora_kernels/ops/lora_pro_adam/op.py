@@ -268,9 +268,10 @@ def adam_pairs(
     numbers: dict[str, Any],
     seeds: Sequence[int] | None,
 ) -> None:
-    """`lora_pro_adam_` of pairs of one shape whose moments lie apart: on a GPU in one launch.
+    """`lora_pro_adam_` of pairs of one shape whose moments lie apart; on a GPU one launch updates all moments.
 
-    Moments are `(k, m, n)`, which a seed is for; a, b, grad_a and grad_b are of all of them, as the results in `out`.
+    Each pair of moments is `(k, m, n)` and has one of the `seeds`. Factors (a, b, grad_a and grad_b) and `out`, what
+    `lora_pro_adam_` returns, hold the matrices of all pairs in their order.
     """
     first, tensors = moments[0], [tensor for pair in moments for tensor in pair]
     fused = adam.choose("auto", *first, *factors) == "triton" and is_plain(*tensors, *factors, *out)
@@ -289,7 +290,7 @@ def adam_pairs(
         return
     for number, pair in enumerate(moments):
         part, seed = slice(number * len(pair[0]), (number + 1) * len(pair[0])), None if seeds is None else seeds[number]
-        out[0][part], out[1][part] = lora_pro_adam_(*pair, *(each[part] for each in factors), **numbers, seed=seed)
+        out[0][part], out[1][part] = lora_pro_adam_(*pair, *(factor[part] for factor in factors), **numbers, seed=seed)
 
 
 @adam.self_test(terms=70 + 33)

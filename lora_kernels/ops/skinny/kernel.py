@@ -477,12 +477,8 @@ def tsreduce_pair(
     Returns:
         The mask with its bits.
     """
-    (tokens, size), rank, second_size, (u_stride, t_stride) = (
-        x.shape,
-        u.shape[1],
-        g.shape[1],
-        (u.stride(0), t.stride(0)),
-    )
+    (tokens, size), rank, second_size = x.shape, u.shape[1], g.shape[1]
+    u_stride, t_stride = u.stride(0), t.stride(0)
     aligned = is_aligned(rank, u_stride | t_stride, x, g)
     seed, factor, threshold, stream = drop_args(mask, x)
     grid, chunk, constants = _plan(
