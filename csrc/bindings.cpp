@@ -93,6 +93,26 @@ void lora_expand(uintptr_t t, int64_t t_stride, uintptr_t b, int64_t b_stride, u
   lk::lora_expand(job, threads);
 }
 
+void dora_sum(bool bfloat16, uintptr_t w, int64_t w_stride, uintptr_t a, uintptr_t b, uintptr_t out, int64_t rows,
+              int64_t columns, int64_t rank, int threads) {
+  check_lora(rows, columns, rank, threads);
+  const lk::DoraSum job{pointer<const void>(w), bfloat16, w_stride, pointer<const float>(a), pointer<const float>(b),
+                        pointer<float>(out), rows, columns, rank};
+  py::gil_scoped_release release;
+  lk::dora_sum(job, threads);
+}
+
+void rescaled_backward(bool bfloat16, uintptr_t product, uintptr_t g, int64_t g_stride, uintptr_t scale,
+                       uintptr_t inner, uintptr_t d_product, uintptr_t out, int64_t rows, int64_t columns,
+                       int threads) {
+  check_lora(rows, columns, 0, threads);
+  const lk::RescaledBackward job{pointer<const void>(product), pointer<const void>(g), bfloat16, g_stride,
+                                 pointer<const float>(scale), pointer<const float>(inner), pointer<void>(d_product),
+                                 pointer<float>(out), rows, columns};
+  py::gil_scoped_release release;
+  lk::rescaled_backward(job, threads);
+}
+
 // The two calls of a layer take plain numbers by Python's vectorcall: a call is as cheap as the numbers in it, where
 // pybind11 would take longer than the products of a small layer.
 struct Numbers {
@@ -329,6 +349,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_expand_bfloat16", &lora_expand<true>);
   m.def("grouped_lora_forward", &grouped_lora_forward);
   m.def("grouped_lora_backward", &grouped_lora_backward);
+  m.def("dora_sum", &dora_sum);
+  m.def("rescaled_backward", &rescaled_backward);
   PyModule_AddFunctions(m.ptr(), layer_methods);
   m.def("lora_pro_adam", &lora_pro_adam);
   bind_linalg(m);

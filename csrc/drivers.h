@@ -126,6 +126,31 @@ struct LoraBackward {
 };
 void lora_backward(const LoraBackward& job, int threads);
 
+// DoRA (dora.cpp). out = w + b a: w float32 or bfloat16, all else float32.
+struct DoraSum {
+  const void* w;  // (rows, columns)
+  bool bfloat16;  // w
+  int64_t w_stride;
+  const float* a;  // (rank, columns), dense
+  const float* b;  // (rows, rank), dense
+  float* out;      // (rows, columns), dense
+  int64_t rows, columns, rank;
+};
+void dora_sum(const DoraSum& job, int threads);
+// The gradients of y = scale * (product - inner): d_product = g * scale, out = sum over rows of g * (product - inner).
+// Products and their gradients are float32 or bfloat16. Null: not needed, or an inner of zeros.
+struct RescaledBackward {
+  const void* product;  // (rows, columns), dense
+  const void* g;
+  bool bfloat16;
+  int64_t g_stride;
+  const float *scale, *inner;  // (columns,)
+  void* d_product;             // (rows, columns), dense
+  float* out;                  // (columns,)
+  int64_t rows, columns;
+};
+void rescaled_backward(const RescaledBackward& job, int threads);
+
 // The low-rank part of the linear layers of many experts, whose rows lie one expert after another (grouped_lora.cpp).
 // Rows from the last offset on belong to none. Dropout counts the rows of x.
 struct GroupedLora {

@@ -27,7 +27,8 @@ LEVELS = list(MKL)
 TESTS = (
     "tests/test_accuracy_bars.py", "tests/ops", "tests/linalg", "tests/init", "tests/landscape",
     *(f"tests/statistics/test_{name}.py" for name in ("moments", "gradients", "sketches")),
-    *(f"tests/training/test_{name}.py" for name in ("lora_pro_golden", "lora_pro_maths", "dash")), "-m", "not slow",
+    *(f"tests/training/test_{name}.py" for name in ("lora_pro_golden", "lora_pro_maths", "dash", "dora")),
+    "-m", "not slow",
     # The interpreter takes minutes, and depends on NumPy alone: `python tests/instruction_sets.py tests/ops -k triton`.
     # Others are not about rounding, or choose the lanes themselves.
     "-k", "not triton and not gemm and not registration and not errors and not explained and not narrower"

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.adapters.writing import copy_whole
+from lora_kernels.ops import _ext
 
 # Entries that are computed at a time: on a CPU by every thread, few enough for its second-level cache.
-NORM_BLOCK, _GPU_BLOCK = 2**17, 2**24
+NORM_BLOCK, _GPU_BLOCK = 2**18, 2**24
 
 
 def block_entries(device: torch.device, of_a_thread: int) -> int:
@@ -41,17 +43,33 @@ def row_norms(
             weight = weight.split(block_height(a.device, a.shape[1], NORM_BLOCK))  # type: ignore[no-untyped-call]
         else:
             wide = torch.promote_types(a.dtype, torch.float32)
-        left, right = b.to(wide) * scaling, a.to(wide)
+        left, right = (b.to(wide) * scaling).contiguous(), a.to(wide).contiguous()
         norms = left.new_empty(b.shape[0])
         buffer, low = left.new_empty(0, a.shape[1]), 0
         for rows in weight:
             high = low + rows.shape[0]
             if len(buffer) < len(rows):
                 buffer = left.new_empty(rows.shape)
-            total = buffer[: len(rows)].copy_(rows).addmm_(left[low:high], right)
+            total, part = buffer[: len(rows)], left[low:high]
+            if (extension := extension_for(rows, part, right)) is not None and wide == torch.float32:
+                extension.dora_sum(
+                    rows.dtype == torch.bfloat16, rows.data_ptr(), rows.stride(0), right.data_ptr(), part.data_ptr(),
+                    total.data_ptr(), *rows.shape, len(right), torch.get_num_threads(),
+                )  # fmt: skip
+            else:
+                total.copy_(rows).addmm_(part, right)
             torch.linalg.vector_norm(total, dim=1, out=norms[low:high])
             low = high
     return norms  # type: ignore[no-any-return]
+
+
+def extension_for(*tensors: torch.Tensor) -> Any:
+    """The compiled extension where it can read tensors `(..., n)`, float32 or bfloat16, with dense rows; or `None`."""
+    for tensor in tensors:
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+        if not plain or tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.stride(-1) != 1:
+            return None
+    return None if torch._C._are_functorch_transforms_active() else _ext.load()[0]
 
 
 def magnitudes(module: Any, adapter: str) -> Any:

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters.base_weight import row_blocks
-from lora_kernels.adapters.dora import NORM_BLOCK, block_entries, block_height, caching_enabled, row_norms
+from lora_kernels.adapters.dora import (
+    NORM_BLOCK,
+    block_entries,
+    block_height,
+    caching_enabled,
+    extension_for,
+    row_norms,
+)
 from lora_kernels.runtime.modes import is_sharded
 
 # Entries that are scaled at a time: on a CPU by every thread, about what its second-level cache holds.
@@ -178,29 +185,46 @@ class _Rescaled(torch.autograd.Function):
             d_product = (g * scale).to(product.dtype)
             terms = gs * (rows if inner is None else rows - inner)
             return d_product, (terms.sum(0) / norms).to(magnitudes.dtype), None, d_inner, d_outer
-        cuts = _cuts(rows, whole=False)
-        d_product = torch.empty_like(rows) if needs[0] else None
-        total, buffer = torch.zeros_like(scale), scale.new_empty(rows[: cuts[0].stop].shape if cuts else 0)
-        ones = scale.new_ones(len(buffer))
-        for cut in cuts:
-            part = gs[cut]
-            if d_product is not None:
-                torch.mul(part, scale, out=d_product[cut])
-            if needs[1]:
-                terms = buffer[: len(part)]
-                if inner is None and part.dtype == rows.dtype == terms.dtype:
-                    torch.mul(rows[cut], part, out=terms)
-                else:
-                    terms.copy_(rows[cut])
-                    (terms if inner is None else terms.sub_(inner)).mul_(part)
-                total.addmv_(terms.mT, ones[: len(part)])  # faster than `sum(0)`
+        d_product, total = _gradients(rows, gs, scale, inner, needs[0], needs[1])
         return (
             None if d_product is None else d_product.view(product.shape),
-            (total / norms).to(magnitudes.dtype) if needs[1] else None,
+            (total / norms).to(magnitudes.dtype) if total is not None else None,
             None,
             d_inner,
             d_outer,
         )
+
+
+def _gradients(
+    rows: torch.Tensor, gs: torch.Tensor, scale: torch.Tensor, inner: torch.Tensor | None, first: bool, second: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of `scale * (rows - inner)`, from `gs`: `first` that of the rows, `second` the sums over rows for the scale."""
+    d_rows, total = torch.empty_like(rows) if first else None, torch.zeros_like(scale) if second else None
+    uniform = rows.dtype == gs.dtype and scale.dtype == torch.float32 and rows.is_contiguous()
+    if uniform and (extension := extension_for(rows, gs)) is not None:
+        shift = None if inner is None else inner.to(scale.dtype).contiguous()
+        extension.rescaled_backward(
+            rows.dtype == torch.bfloat16, rows.data_ptr(), gs.data_ptr(), gs.stride(0), scale.data_ptr(),
+            *(0 if each is None else each.data_ptr() for each in (shift, d_rows, total)), *rows.shape,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return d_rows, total
+    cuts = _cuts(rows, whole=False)
+    buffer = scale.new_empty(rows[: cuts[0].stop].shape if cuts else 0)
+    ones = scale.new_ones(len(buffer))
+    for cut in cuts:
+        part = gs[cut]
+        if d_rows is not None:
+            torch.mul(part, scale, out=d_rows[cut])
+        if total is not None:
+            terms = buffer[: len(part)]
+            if inner is None and part.dtype == rows.dtype == terms.dtype:
+                torch.mul(rows[cut], part, out=terms)
+            else:
+                terms.copy_(rows[cut])
+                (terms if inner is None else terms.sub_(inner)).mul_(part)
+            total.addmv_(terms.mT, ones[: len(part)])  # faster than `sum(0)`
+    return d_rows, total
 
 
 def _cuts(rows: torch.Tensor, *, whole: bool) -> list[slice]:

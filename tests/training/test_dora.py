@@ -173,6 +173,46 @@ def test_row_norms(dtype, block, monkeypatch):
             assert relative_error(dora.row_norms(weight, a, b, scaling).double(), truth) < 1e-6
 
 
+@pytest.mark.parametrize("rank", [1, 5, 16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 47), (8, 48), (33, 97), (20, 200), (0, 5), (5, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_row_norms(rank, rows, columns, dtype):
+    torch.manual_seed(4)
+    weight = torch.randn(rows, columns + 3).to(dtype)[:, :columns]  # its rows are not beside each other
+    a, b = torch.randn(rank, columns), torch.randn(rows, rank).mT.contiguous().mT
+    found = dora.row_norms(weight, a, b, 0.7)
+    truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=2e-6 if rank < 16 else 4e-6, atol=0)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 15), (33, 16), (70, 53), (200, 130), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needed", ["both", "product", "magnitudes"])
+def test_gradients_of_the_rescaling(inner, rows, columns, dtype, needed, monkeypatch):
+    torch.manual_seed(5)
+    product, g = torch.randn(2, rows, columns).to(dtype), torch.randn(2, rows, columns + 5).to(dtype)[..., :columns]
+    m, norms = torch.rand(columns) + 0.5, torch.rand(columns) + 0.5
+    shift = torch.randn(columns) if inner else None
+    asked = {"both": (True, True), "product": (True, False), "magnitudes": (False, True)}[needed]
+
+    def gradients(dtype=None):
+        pair = [
+            each.to(dtype or each.dtype).requires_grad_(need) for each, need in zip((product, m), asked, strict=True)
+        ]
+        wide = None if shift is None else shift.to(dtype or shift.dtype)
+        y = dora.rescaled(*pair, norms.to(dtype or norms.dtype), inner=wide)
+        return torch.autograd.grad(y, [each for each in pair if each.requires_grad], g.to(y.dtype))
+
+    compiled, truth = gradients(), gradients(torch.float64)
+    monkeypatch.setattr(dora, "extension_for", lambda *_: None)
+    for one, other, exact in zip(compiled, gradients(), truth, strict=True):
+        assert one.dtype == other.dtype
+        allowed = max(2 * relative_error(other.double(), exact), 1e-6) if exact.numel() else 0
+        assert not exact.numel() or relative_error(one.double(), exact) <= allowed
+
+
 def test_rows_that_nearly_cancel():
     """The sum of the three terms of the square is off by more than the norm here."""
     torch.manual_seed(3)
