@@ -109,6 +109,8 @@ def test_configuration_depends_on_shape_dtype_alignment_and_platform():
     tiles = lower_tiles(3072, kernel.HOPPER_SQUARE.rows, kernel.HOPPER_SQUARE.columns)
     assert token_splits(len(tiles), 10**6, 132) == 1
     assert kernel.config_for(8192, half) == _tiles.WIDE
+    assert kernel.config_for(8192, half, weighted=True) == _tiles.SQUARE
+    assert kernel.config_for(8192, half, weighted=True, capability=(9, 0)) == kernel.HOPPER_SQUARE
     assert kernel.config_for(8192, torch.float32) == _tiles.SINGLE
     # Where addresses cannot be vectorised the large tiles spill.
     assert kernel.config_for(8191, half, aligned=False) == _tiles.RAGGED

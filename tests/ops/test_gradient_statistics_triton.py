@@ -185,7 +185,7 @@ def test_configuration_depends_on_shape_dtype_weights_alignment_and_platform():
     assert kernel.config_for(4096, 4096, half, weighted=True) == _tiles.SQUARE
     assert kernel.config_for(4096, 4096, torch.float32) == _tiles.SINGLE
     assert kernel.config_for(4096, 4095, half, aligned=False) == _tiles.RAGGED
-    assert kernel.config_for(4096, 4095, torch.float32, aligned=False) == _tiles.SINGLE
+    assert kernel.config_for(4096, 4095, torch.float32, aligned=False) == _tiles.RAGGED
     assert kernel.config_for(4096, 4096, half, weighted=True, capability=None) == kernel.AMD_WEIGHTED
     assert kernel.config_for(4095, 64, torch.float32, aligned=False, capability=None) == kernel.AMD_RAGGED_SINGLE
     # 64 KB of local memory: two stages of both operands, in bytes, must fit.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lora_kernels.ops import _tiles
@@ -19,7 +21,12 @@ _LIBRARY_FROM, _LIBRARY_ROWS = 4096, 1024
 
 
 def config_for(
-    features: int, dtype: torch.dtype, *, aligned: bool = True, capability: tuple[int, int] | None = (8, 0)
+    features: int,
+    dtype: torch.dtype,
+    *,
+    weighted: bool = False,
+    aligned: bool = True,
+    capability: tuple[int, int] | None = (8, 0),
 ) -> TileConfig:
     """The configuration for x `(rows, features)`; `aligned` if loads can be vectorised, no `capability` on AMD."""
     large = aligned and dtype != torch.float32 and features >= _SQUARE_FROM
@@ -31,7 +38,7 @@ def config_for(
         return _tiles.SINGLE
     if not large:
         return _tiles.SMALL
-    if features >= _WIDE_FROM:
+    if features >= _WIDE_FROM and not weighted:  # with weights the wide tile spills registers under Triton 3.6
         return _tiles.WIDE
     if capability != (9, 0):
         return _tiles.SQUARE
@@ -59,5 +66,6 @@ def covariance(
             high = min(low + _LIBRARY_ROWS, features)
             add_product(out[low:high, :high], x[:, low:high].mT, x[:, :high])
         return
-    config = config or config_for(features, x.dtype, aligned=is_aligned(out, x), capability=capability_of(x.device))
+    kind: dict[str, Any] = {"aligned": is_aligned(out, x), "capability": capability_of(x.device)}
+    config = config or config_for(features, x.dtype, weighted=selected.weight is not None, **kind)
     add_weighted_product(out, None, x, selected, config, least_chunk)

@@ -45,10 +45,10 @@ def config_for(
     if capability is None:
         small = _tiles.AMD_SMALL if aligned or dtype != torch.float32 else AMD_RAGGED_SINGLE
         return small if not large else AMD_WEIGHTED if weighted else _tiles.AMD_SQUARE
-    if dtype == torch.float32:
-        return _tiles.SINGLE
     if not aligned:
         return _tiles.RAGGED
+    if dtype == torch.float32:
+        return _tiles.SINGLE
     if not large:
         return _tiles.SMALL
     if reaches(_WIDE_FROM) and not weighted:  # with weights the wide tile spills registers
