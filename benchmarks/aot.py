@@ -5,8 +5,9 @@ per Triton kernel, configuration and chip, each compiled as the launcher would: 
 local memory (where nothing is aligned: none that the compiler does not choose); shared memory fits; the chip's own
 tensor-core instruction is there, and not serialised, where one must be; it stores to memory. What Triton learns from
 the arguments changes the code, so a kernel is compiled for multiples of 16, for other sizes, and, once per set of
-flags, for ones (which become constants); kernels of float16 that bfloat16 has, too, on two chips. The CUDA files are compiled for their own chips and checked for spills. Other
-versions of Triton, which compile differently, are installed beside the environment, into build/aot.
+flags, for ones (which become constants). float16 is compiled on two chips; elsewhere bfloat16 stands for it. The CUDA
+files are compiled for their own chips and checked for spills. Other versions of Triton, which compile differently, are
+installed beside the environment, into build/aot.
 """
 
 from __future__ import annotations
