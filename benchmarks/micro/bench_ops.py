@@ -87,11 +87,6 @@ def _gradient_statistics() -> Bench:
     return Bench(lambda: ops.gradient_statistics_(gradient, fisher, g, x), (gradient, fisher))
 
 
-def _fisher_scaled() -> Bench:
-    gradient, fisher = normal(M, N), normal(M).square()
-    return Bench(lambda: ops.fisher_scaled(gradient, fisher, scale=1.0, damping=1e-3))
-
-
 def _sketch() -> Bench:
     x, out = normal(TOKENS, N), normal(N, 2 * RANK)
     return Bench(lambda: ops.sketch_(out, x, x, seed=1), (out,))
@@ -205,7 +200,6 @@ OPS: dict[str, Callable[[], Bench]] = {
     "eigh": _eigh,
     "expand": _expand,
     "factor_spectrum": _factor_spectrum,
-    "fisher_scaled": _fisher_scaled,
     "gradient_statistics_": _gradient_statistics,
     "grouped_lora": _grouped_lora,
     "lora_delta": _lora_delta,

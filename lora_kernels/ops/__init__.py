@@ -3,7 +3,7 @@
 from lora_kernels.ops._backend import BACKENDS, use_backend
 from lora_kernels.ops._dropout import Dropout
 from lora_kernels.ops.covariance.op import covariance_, symmetrize_
-from lora_kernels.ops.gradient_statistics.op import fisher_scaled, gradient_statistics_
+from lora_kernels.ops.gradient_statistics.op import gradient_statistics_
 from lora_kernels.ops.grouped_lora.op import grouped_lora
 from lora_kernels.ops.lora_linear.forms import use_form
 from lora_kernels.ops.lora_linear.op import lora_delta, lora_linear
@@ -24,7 +24,6 @@ __all__ = [
     "eigh",
     "expand",
     "factor_spectrum",
-    "fisher_scaled",
     "gradient_statistics_",
     "grouped_lora",
     "lora_delta",

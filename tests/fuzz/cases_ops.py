@@ -1,6 +1,5 @@
 """How to call each op, and what its answer must be."""
 
-import math
 
 import torch
 from hostile import FLOATS, NARROW, QUIET, VALUES, sizes, tensors, writable
@@ -125,28 +124,6 @@ def _is_gradient_statistics(before, after, _result):
 
 
 add(Case(ops.gradient_statistics_, _gradient_statistics(), _is_gradient_statistics, backends=True, triton=True))
-
-
-@st.composite
-def _fisher_scaled(draw):
-    m, n, dtype = draw(sizes), draw(sizes), draw(st.sampled_from((torch.float32, torch.float64)))
-    return {
-        "gradient": draw(tensors((m, n), dtype)),
-        "fisher": draw(tensors((m,), dtype, QUIET)).detach().abs(),
-        "scale": draw(scales),
-        "damping": draw(st.sampled_from((0.0, 1e-3, 1.0))),
-        "power": draw(st.sampled_from((1.0, 0.5, 2, 0.0, -1.0))),
-        "out": draw(st.none() | writable((m, n), dtype)),
-    }
-
-
-def _is_fisher_scaled(before, _after, result):
-    numbers = {name: float(before[name]) for name in ("scale", "damping", "power")}
-    truth = gradients.fisher_scaled(before["gradient"], before["fisher"], **numbers)
-    close(result, truth, truth.abs().nan_to_num(0, math.inf, math.inf), 1e-5)
-
-
-add(Case(ops.fisher_scaled, _fisher_scaled(), _is_fisher_scaled, backends=True))  # fmt: skip
 
 
 @st.composite

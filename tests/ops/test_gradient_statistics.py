@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.ops import _ext, fisher_scaled, gradient_statistics_
+from lora_kernels.ops import _ext, gradient_statistics_
 from lora_kernels.ops.gradient_statistics import op as gradient_op
 from lora_kernels.ops.gradient_statistics import reference
 from tests.helpers.accuracy import assert_accurate, rounding
@@ -227,15 +227,12 @@ def test_registration_is_sound():
             (torch.zeros(5, 3), None, g, x, None, None, backend),
         ):
             torch.library.opcheck(torch.ops.lora_kernels.gradient_statistics_.default, arguments)
-    for gradient in (torch.randn(5, 3), None):
-        arguments = (torch.rand(5, 3), gradient, torch.rand(5), 2.0, 0.1, 0.7, "torch")
-        torch.library.opcheck(torch.ops.lora_kernels.fisher_scaled.default, arguments)
 
 
 def test_compiles_without_graph_breaks():
     def accumulate(gradient, fisher, g, x, weight):
         gradient_statistics_(gradient, fisher, g * 2, x, weight, weight)
-        return fisher_scaled(gradient, fisher, scale=-1.0, damping=1e-3)
+        return gradient / fisher.unsqueeze(-1)
 
     g, x, weight = torch.randn(30, 12), torch.randn(30, 7), torch.rand(30)
     eager, compiled = (torch.zeros(12, 7), torch.zeros(12)), (torch.zeros(12, 7), torch.zeros(12))
@@ -251,7 +248,6 @@ def test_gradients_do_not_flow_through(backend):
     gradient, fisher = torch.zeros(4, 3), torch.zeros(4)
     gradient_statistics_(gradient, fisher, g, x, weight, weight, backend=backend)
     assert not gradient.requires_grad and not fisher.requires_grad
-    assert not fisher_scaled(g[:4, :3], fisher, scale=1.0, damping=0.0).requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -298,50 +294,3 @@ def test_backend_choice_is_explained():
     wide = gradient_op.gradient_statistics.explain(None, fisher.double(), g, None)
     assert "takes no float64" in (wide["cpp"] or "") or not HAS_CPP
     assert wide["torch"] is None
-    assert gradient_op.scaling.choose("auto", gradient) == "torch"
-    with pytest.raises(RuntimeError, match="fisher_scaled has no 'cpp' implementation"):
-        fisher_scaled(gradient, fisher, scale=1.0, damping=1.0, backend="cpp")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("power", [1.0, 0.5, 0.3, 0, -1.0, 2])
-def test_scaling_matches_float64(power, dtype):
-    # Factor and product are rounded, each by half an eps at most; in float64 also the power, and the truth.
-    bound = (1 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
-    gradient, fisher = torch.randn(37, 53, dtype=dtype), torch.rand(37, dtype=dtype) ** 8 * 1e-8
-    truth = reference.fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power)
-    found = fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power)
-    assert_accurate(found, truth, bound)
-    out = torch.full((37, 60), 5.0, dtype=dtype)
-    assert fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power, out=out[:, 3:56]) is not None
-    assert torch.equal(out[:, 3:56], found) and bool((out[:, :3] == 5).all()) and bool((out[:, 56:] == 5).all())
-    assert fisher_scaled(gradient, fisher, scale=-0.7, damping=1e-9, power=power, out=gradient) is gradient
-    assert torch.equal(gradient, found)
-
-
-def test_scaling_takes_any_layout_and_no_rows():
-    gradient, fisher = torch.randn(5, 8).mT, torch.rand(16)[::2]
-    truth = reference.fisher_scaled(gradient, fisher, scale=2.0, damping=0.1)
-    found = fisher_scaled(gradient, fisher, scale=2.0, damping=0.1)
-    assert_accurate(found, truth, torch.finfo(torch.float32).eps)
-    assert fisher_scaled(torch.zeros(0, 4), torch.zeros(0), scale=1.0, damping=0.0).shape == (0, 4)
-
-
-def test_scaling_errors_name_the_argument():
-    cases = [
-        (dict(gradient=torch.zeros(3)), ValueError, "gradient has shape"),
-        (dict(gradient=torch.zeros(3, 2).half()), TypeError, "gradient has dtype float16"),
-        (dict(fisher=torch.zeros(2)), ValueError, r"fisher has shape \(2,\), but must have shape \(3\)"),
-        (dict(fisher=torch.zeros(3).double()), TypeError, "fisher has dtype float64"),
-        (dict(damping=-1.0), ValueError, "damping is -1.0, but must be >= 0.0"),
-        (dict(damping=float("nan")), ValueError, "damping is nan"),
-        (dict(scale="1"), TypeError, "scale must be a number"),
-        (dict(power=None), TypeError, "power must be a number"),
-        (dict(out=torch.zeros(2, 3)), ValueError, "out has shape"),
-        (dict(out=torch.zeros(3, 4)[:, ::2]), ValueError, "out has strides"),
-        (dict(out=1), TypeError, "out must be a torch.Tensor"),
-    ]
-    good = {"gradient": torch.zeros(3, 2), "fisher": torch.zeros(3), "scale": 1.0, "damping": 0.1}
-    for change, kind, message in cases:
-        with pytest.raises(kind, match=message):
-            fisher_scaled(**{**good, **change})

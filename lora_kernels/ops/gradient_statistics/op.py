@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lora_kernels._checks import FLOATS, WEIGHTS, check_range, check_tensor
+from lora_kernels._checks import FLOATS, WEIGHTS, check_tensor
 from lora_kernels.ops._backend import Backend
-from lora_kernels.ops._op import Example, Op, normal, on_torch, relative_error, with_parts
+from lora_kernels.ops._op import Example, Op, normal, relative_error, with_parts
 from lora_kernels.ops._rows import CHUNK, flat_rows, pack_rows, packed, row_parts, selection, single
 from lora_kernels.ops.gradient_statistics import reference
 
@@ -144,71 +144,3 @@ def _example(device: torch.device) -> Example:
         return relative_error((gradient, fisher), truths)
 
     return {"gradient": gradient, "fisher": fisher, **arguments}, error
-
-
-def _scale(
-    _: Backend, out: torch.Tensor, source: torch.Tensor | None, fisher: torch.Tensor, scale: float, damping: float,
-    power: float,
-) -> None:  # fmt: skip
-    # The row factors in float64: they are few, and their power then costs no accuracy.
-    factor = scale * (fisher.to(torch.float64) + damping).pow(-power)
-    torch.mul(out if source is None else source, factor.to(out.dtype).unsqueeze(-1), out=out)
-
-
-scaling = Op("fisher_scaled", _scale, writes=("out",), accumulates=True, backends=(on_torch(_scale),))
-
-
-def fisher_scaled(
-    gradient: torch.Tensor,
-    fisher: torch.Tensor,
-    *,
-    scale: float,
-    damping: float,
-    power: float = 1.0,
-    out: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """`scale * gradient[i, :] / (fisher[i] + damping) ** power`, in one pass over the gradient.
-
-    Gradients do not flow through.
-
-    Args:
-        gradient: `(m, n)` float32 or float64.
-        fisher: `(m,)` of the same dtype, not negative.
-        scale: any number.
-        damping: not negative. Where `fisher + damping` is zero the result is not finite.
-        power: any number.
-        out: `(m, n)` of the same dtype, rows contiguous, for the result; may be `gradient` itself. New by default.
-        backend: `auto` or `torch`, the only one.
-
-    Returns:
-        The result, `(m, n)`: `out` if given.
-
-    Raises:
-        TypeError: on a wrong dtype, or if a numeric argument is not a number.
-        ValueError: on a wrong shape, device, stride or range.
-        RuntimeError: if the backend asked for does not exist.
-    """
-    check_tensor("gradient", gradient, shape=(None, None), dtypes=FLOATS[2:])
-    check_range("scale", scale)
-    check_range("damping", damping, low=0.0)
-    check_range("power", power)
-    if out is None:
-        out = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    else:
-        given: dict[str, Any] = {"shape": tuple(gradient.shape), "dtypes": (gradient.dtype,), "device": gradient.device}
-        check_tensor("out", out, **given, contiguous="rows")
-    check_tensor("fisher", fisher, shape=(out.shape[0],), dtypes=(out.dtype,), device=out.device)
-    # An operator that writes one of its arguments must not be given it a second time.
-    source = None if out is gradient else gradient
-    scaling(backend, out, source, fisher, float(scale), float(damping), float(power))
-    return out
-
-
-@scaling.self_test(terms=16)
-def _scaled_example(device: torch.device) -> Example:
-    gradient, fisher = (numbers.abs() for numbers in normal(device, (70, 33), (70,)))
-    settings: dict[str, Any] = {"scale": -1.0, "damping": 1e-3, "power": 0.7}
-    return {"gradient": gradient, "fisher": fisher, **settings}, lambda result: relative_error(
-        [result], [reference.fisher_scaled(gradient, fisher, **settings)]
-    )

@@ -17,10 +17,3 @@ def fisher_diagonal(g: torch.Tensor, weight: torch.Tensor | None = None) -> torc
     """`sum_t v_t g_t^2` `(m,)` of g `(..., m)`, v `(...)`; rows of weight zero do not count, whatever they hold."""
     rows, factor = counted(g, weight)
     return (rows.square() * factor).sum(0)
-
-
-def fisher_scaled(
-    gradient: torch.Tensor, fisher: torch.Tensor, *, scale: float, damping: float, power: float = 1.0
-) -> torch.Tensor:
-    """`scale * G[i, :] / (f[i] + damping)^power` `(m, n)`."""
-    return scale * gradient.double() / (fisher.double() + damping).pow(power).unsqueeze(-1)
