@@ -499,9 +499,9 @@ def study(
         "arms": {name: arm.settings() for name, arm in setup.arms.items()},
     }
 
-    versions = records.environment()["versions"]
+    here = records.environment()
     others = [json.loads(path.read_text(encoding="utf-8")) for path in extend]
-    with Runs(setup, workers, resume, {**common, "versions": versions}, others) as runs:
+    with Runs(setup, workers, resume, {**common, "versions": here["versions"]}, others) as runs:
 
         def of_arms(wanted: list[tuple[str, float]]) -> Losses:
             tried = {
@@ -529,6 +529,7 @@ def study(
     )
     record = {
         **common,
+        "processors": sorted({here["processor"]}.union(*map(processors, others))),
         "workers": workers,
         "tuning": tuning,
         "seconds": {
@@ -538,6 +539,11 @@ def study(
         "runs": [advice.get(job) or runs.entries[job] for job in (*tuned, *asked, *final)],
     }
     return {**record, **report.findings(record)}
+
+
+def processors(record: Mapping[str, Any]) -> list[str]:
+    """Those that the runs of a record may have been done on."""
+    return record.get("processors") or [record["environment"]["processor"]]
 
 
 def _model(setup: Setup) -> dict[str, str]:

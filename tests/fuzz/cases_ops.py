@@ -1,6 +1,5 @@
 """How to call each op, and what its answer must be."""
 
-
 import torch
 from hostile import FLOATS, NARROW, QUIET, VALUES, sizes, tensors, writable
 from hypothesis import strategies as st

@@ -7,8 +7,7 @@
     dx = g W + mask(u A) + e (g B0) A0
 
 The frozen pair (A0, B0) is more rank of the same products: where it is what the adapter started from, the two cancel
-in the float32 sums. On the CPU the library makes the product with W, unless it is small, and one call of C++ all
-others.
+in the float32 sums. On the CPU the library makes the product with W, and one call of C++ all others.
 """
 
 from __future__ import annotations
