@@ -46,6 +46,7 @@ def test_one_configuration_per_kernel_compiles_clean(tmp_path):
 
 _BROKEN = """
 import torch
+from benchmarks import aot
 from benchmarks.aot import CHIPS, cases, compile_case
 chips = {chip.name: chip for chip in CHIPS}
 lower = [case for case in cases() if case["constexprs"].get("LOWER") and case["platform"] == "cuda"]
@@ -53,7 +54,8 @@ wide = next(case for case in lower if "128x256" in case["name"])
 rows = next(case for case in cases() if case["kernel"].__name__ == "add_rows_kernel")
 def report(label, case, chip, variant="aligned", **constexprs):
     result = compile_case({**case, "constexprs": {**case["constexprs"], **constexprs}}, chips[chip], variant)
-    print(label, result.registers, *([result.spills] if label == "CHOSEN" else []), "|", "; ".join(result.problems))
+    numbers = (result.registers, result.spills) if label in ("CHOSEN", "FEW") else (result.registers,)
+    print(label, *numbers, "|", "; ".join(result.problems))
 report("CLEAN", wide, "sm_80")
 report("SPILL", {**wide, "warps": 4}, "sm_80", TWO_SLICES=False)
 report("RAGGED", {**wide, "aligned": False}, "sm_90", "ragged")
@@ -64,6 +66,10 @@ report("MATRIX", {**rows, "matrix": True}, "sm_90")
 ragged = [case for case in cases() if not case["aligned"]]
 chosen = "grouped_shrink bf16 i64 bf16 64x32x32x128 8w2s"
 report("CHOSEN", next(case for case in ragged if case["name"] == chosen), "sm_86", "ragged")
+few = next(case for case in cases() if case["aligned"] and case["name"] == "reduce bf16 64x128x32 4w4s")
+report("FEW", few, "sm_100")
+aot._CHOSEN_SPILLS = 16
+report("MANY", few, "sm_100")
 from tests.aot.empty import kernel
 report("EMPTY", {**wide, "kernel": kernel, "constexprs": {"ROWS": 64}, "matrix": False}, "sm_90")
 """
@@ -76,6 +82,7 @@ def test_the_check_can_fail(tmp_path):
     assert lines.get("CLEAN", "").endswith("| "), done.stdout + done.stderr[-2000:]
     assert "spilled" in lines["SPILL"] and "spilled" in lines["RAGGED"]
     assert lines["CHOSEN"] == "80 12 | "  # ptxas spills by choice: 80 registers fit a third program
+    assert lines["FEW"] == "72 24 | " and "24 spilled" in lines["MANY"]
     assert "bytes of shared memory, 166912 there" in lines["SHARED"]
     assert "bytes of shared memory, 65536 there" in lines["AMD"]
     assert "does not build" in lines["BUILD"]
