@@ -2,7 +2,7 @@
 
 `python -m benchmarks.aot [--quick] [--chips CHIP ...] [--match PATTERN] [--triton VERSION ...] [--out FILE]`. Checked
 per Triton kernel, configuration and chip, each compiled as the launcher would: it builds; no register spills and no
-local memory (but what the compiler chooses: 32 bytes, and any where nothing is aligned); shared memory fits; the
+local memory (but what the compiler chooses: 64 bytes, and any where nothing is aligned); shared memory fits; the
 chip's own tensor-core instruction is there, and not serialised, where one must be; it stores to memory. What Triton
 learns from the arguments changes the code, so a kernel is compiled for multiples of 16, for other sizes, and, once per
 set of flags, for ones (which become constants). float16 is compiled on one chip; elsewhere bfloat16 stands for it. The
@@ -46,7 +46,7 @@ FLOAT16_CHIP = "sm_80"  # elsewhere bfloat16 stands for both: the code differs i
 # Bytes per thread that an older Triton may spill in tiles that are best under a newer one: narrower tiles cost more.
 _OLDER_SPILLS = 128
 # And those that ptxas may choose to spill in an aligned kernel, with registers left, so that one more program fits.
-_CHOSEN_SPILLS = 32
+_CHOSEN_SPILLS = 64
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
 
 
