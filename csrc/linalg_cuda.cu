@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
     const T entry = factors[b * n * n + e];
     if (j <= i) l[packed(i, j)] = i == j ? T(1) / entry : entry;
   }
-  for (int i = warp; i < n; i += kWarps) x[i * kColumns + lane] = column < columns ? rhs[(b * n + i) * columns + column] : T(0);
+  for (int i = warp; i < n; i += kWarps)
+    x[i * kColumns + lane] = column < columns ? rhs[(b * n + i) * columns + column] : T(0);
   __syncthreads();
   for (int j = 0; j < n; ++j) {
     const T value = x[j * kColumns + lane] * l[packed(j, j)];

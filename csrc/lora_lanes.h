@@ -144,8 +144,9 @@ LK_HD typename W::F keep(const typename W::F& x, const uint16_t* random, int thr
   return widen_words<W>(random) >= threshold ? x : typename W::F{};
 }
 
-// Random bits of a matrix, 16 per element, row after row, addressed as in Dropout of drivers.h. Counters of a row differ in one word, the column; what the
-// first three of the seven rounds make of it alone is the same in every row, and is kept in a table.
+// Random bits of a matrix, 16 per element, row after row, addressed as in Dropout of drivers.h. Counters of a row
+// differ in one word, the column; what the first three of the seven rounds make of it alone is the same in every row,
+// and is kept in a table.
 struct MaskSource {
   static constexpr int kRounds = 7;
   static constexpr int64_t kColumns = 64;  // granularity of the table: one step of the widest vectors

@@ -84,7 +84,8 @@ LK_HD T jacobi_threshold(T total, int n) {
   return relative * relative * total * T(0.0625);
 }
 
-// Round-robin tournament of the GPU: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a round are disjoint.
+// Round-robin tournament of the GPU: in round r of `players - 1`, pair k < players / 2 meets; all pairs of a
+// round are disjoint.
 LK_HD void tournament_pair(int players, int round, int k, int& p, int& q) {
   const int cycle = players - 1;
   const int a = (round + k) % cycle;
