@@ -248,7 +248,10 @@ def compile_case(case: dict[str, Any], chip: Chip, variant: str) -> Result:
         f"{spills} spilled, {local} bytes of stack": _spills(case, text, spills, local),
         f"{shared} bytes of shared memory, {chip.shared} there": shared > chip.shared,
         f"no matrix instruction ({chip.matrix})": case["matrix"] and not matrix,
-        f"matrix instructions serialised ({', '.join(serialised)})": case["matrix"] and serialised,
+        # A product over one token or one column is too small for its speed to matter.
+        f"matrix instructions serialised ({', '.join(serialised)})": (
+            case["matrix"] and serialised and variant != "ones"
+        ),
         "stores nothing": not stores,
     }
     problems = tuple(problem for problem, wrong in checks.items() if wrong)
