@@ -45,7 +45,7 @@ QUICK_CHIPS = ("sm_90", "sm_120", "gfx942")
 FLOAT16_CHIP = "sm_80"  # elsewhere bfloat16 stands for both: the code differs in a type
 # Bytes per thread, stored and loaded, that a kernel may spill on NVIDIA chips: two registers, or under an older Triton
 # more, in tiles that are best under a newer one, as narrower ones cost more.
-_FEW_SPILLS = 16 if triton.__version__ >= "3.7" else 128
+_FEW_SPILLS = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 128
 # And those that ptxas may choose to spill in an aligned kernel, with registers left, so that one more program fits.
 _CHOSEN_SPILLS = 64
 _VIEWS = ("x_ptr", "g_ptr", "right_ptr", "avg_ptr", "square_ptr")
@@ -289,7 +289,8 @@ def _cache_file(case: dict[str, Any], chip: Chip, variant: str) -> Path:
     # The key of the kernel covers its own source and that of everything it calls.
     checks = (source, assemble, parse_ptxas, without_limit, _spills, parse_amdgcn, compile_case)
     code = "".join(map(inspect.getsource, checks))
-    parts = [triton.__version__, repr(chip), variant, case["kernel"].cache_key, code]
+    bounds = repr((_FEW_SPILLS, _CHOSEN_SPILLS, _VIEWS))
+    parts = [triton.__version__, repr(chip), variant, case["kernel"].cache_key, code, bounds]
     parts += [repr(sorted((key, value) for key, value in case.items() if key != "kernel"))]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "lora_kernels" / "aot" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"

@@ -12,7 +12,7 @@ from torch import nn
 from lora_kernels.adapters.base_weight import row_blocks
 from lora_kernels.adapters.view import LoraView
 from lora_kernels.adapters.writing import copy_whole
-from lora_kernels.ops import _ext
+from lora_kernels.ops import _backend, _ext
 
 # Entries that are computed at a time: on a CPU by every thread, few enough for its second-level cache.
 NORM_BLOCK, _GPU_BLOCK = 2**18, 2**24
@@ -65,6 +65,8 @@ def row_norms(
 
 def extension_for(*tensors: torch.Tensor) -> Any:
     """The compiled extension where it can read tensors `(..., n)`, float32 or bfloat16, with dense rows; or `None`."""
+    if torch.compiler.is_compiling() or _backend.requested() not in ("auto", "cpp"):
+        return None
     for tensor in tensors:
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.stride(-1) != 1:

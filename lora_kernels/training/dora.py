@@ -181,7 +181,7 @@ class _Rescaled(torch.autograd.Function):
         sums = gs.sum(0, dtype=scale.dtype) if needs[3] or (needs[4] and row) else None
         d_inner = -(scale * sums).to(inner.dtype) if needs[3] else None  # type: ignore[operator]
         d_outer = (sums if row else g).to(ctx.outer[0]) if needs[4] else None  # type: ignore[union-attr]
-        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # what is differentiated or traced itself
             d_product = (g * scale).to(product.dtype)
             terms = gs * (rows if inner is None else rows - inner)
             return d_product, (terms.sum(0) / norms).to(magnitudes.dtype), None, d_inner, d_outer

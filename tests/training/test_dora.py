@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 import lora_kernels as lk
 from lora_kernels.adapters.base_weight import dense_weight
+from lora_kernels.ops import _ext, use_backend
 from lora_kernels.training import dora
 from tests.conftest import relative_error
 from tests.helpers.quantized import bitsandbytes_linear
@@ -184,6 +185,15 @@ def test_compiled_row_norms(rank, rows, columns, dtype):
     truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth, rtol=2e-6 if rank < 16 else 4e-6, atol=0)
+
+
+def test_the_extension_reads_dense_rows_of_two_dtypes_where_its_backend_may_run():
+    rows = torch.randn(4, 6)
+    assert dora.extension_for(rows, rows.bfloat16()[:, :3]) is _ext.load()[0]
+    for other in (rows.mT, rows.half(), rows.double(), torch.empty(4, 6, device="meta")):
+        assert dora.extension_for(rows, other) is None
+    with use_backend("torch"):
+        assert dora.extension_for(rows) is None
 
 
 @pytest.mark.parametrize("inner", [False, True])
