@@ -576,6 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="of the record: quality_NAME; default: that of the data")
     parser.add_argument("--model", type=Path, help="a model folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--rank", type=int, help="of the adapters; default: 8, and 4 with --quick")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
     parser.add_argument(
@@ -590,12 +591,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.rank is not None and options.rank < 1:
+        parser.error("--rank must be at least 1")
     # For the workers, which import everything anew.
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     arms = {name: arm for name, arm in ARMS.items() if name == BASELINE or name in options.arms}
     protocol = QUICK if options.quick else SHORT if options.short else Protocol()
     if options.rates:
         protocol = replace(protocol, seeds=())
+    if options.rank is not None:
+        protocol = replace(protocol, rank=options.rank)
     setup = Setup(options.data, options.model, protocol, arms)
     record = study(setup, options.workers, options.resume, not options.unchecked, options.extend)
     data = "word_problems" if options.data is None else options.data.resolve().stem

@@ -227,6 +227,22 @@ def test_general_texts_are_docstrings_without_masked_names():
     assert len(set(texts)) == 8 and not any(example.prompt or "[MASK]" in example.answer for example in texts)
 
 
+def test_adapters_have_the_rank_that_is_asked_for(monkeypatch, capsys):
+    class Asked(Exception):
+        pass
+
+    def refuse(setup, *_):
+        raise Asked(setup.protocol.rank)
+
+    monkeypatch.setattr("benchmarks.demo.study.study", refuse)
+    for options, rank in ((["--short", "--rank", "3"], 3), (["--short"], 8), (["--quick"], 4)):
+        with pytest.raises(Asked, match=f"^{rank}$"):
+            main(options)
+    with pytest.raises(SystemExit):
+        main(["--rank", "0"])
+    assert "--rank must be at least 1" in capsys.readouterr().err
+
+
 def test_the_grid_goes_on_in_thirds():
     assert [neighbour(rate, up=True) for rate in (1e-4, 3e-4, 1e-2, 3e-2, 1.0)] == [3e-4, 1e-3, 3e-2, 1e-1, 3.0]
     assert [neighbour(rate, up=False) for rate in (1e-4, 3e-4, 1e-2, 3e-2, 1.0)] == [3e-5, 1e-4, 3e-3, 1e-2, 0.3]
