@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ import torch
 import lora_kernels as lk
 from benchmarks.demo.texts import Batch, predicted
 from benchmarks.lora_layers import shared_copy
-from lora_kernels.init import InitMethod
+from lora_kernels.init import InitMethod, TaskDirections
 
 WARMUP_SHARE = 0.1
 GRADIENT_CLIP = 1.0
@@ -183,6 +184,7 @@ def prepare(
     dropout: float = 0.0,
     seed: int = 0,
     progress: bool = False,
+    cores: Path | None = None,
 ) -> Side:
     """A side that is ready for its first step.
 
@@ -197,18 +199,22 @@ def prepare(
         dropout: of the adapters' inputs.
         seed: of the random factors.
         progress: whether the start shows a bar.
+        cores: folder of the base weights' decompositions, for task directions and LoRA-Dash.
 
     Returns:
         The side.
     """
     model = adapted(base, recipe, rank, dropout, seed)
+    method, cache = recipe.method, None if cores is None else str(cores)
+    if isinstance(method, TaskDirections):
+        method = replace(method, cache=cache)
 
     def start() -> list[str]:
         advice: list[str] = []
-        if recipe.method is not None:
+        if method is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # what it would say is in the report's advice
-                report = lk.initialize(model, batches, recipe.method, progress=progress)
+                report = lk.initialize(model, batches, method, progress=progress)
             advice += report.advice
         if recipe.accelerate:
             lk.accelerate(model, strict=True)
@@ -217,7 +223,7 @@ def prepare(
     advice, seconds = timed(start)
     dash = None
     if recipe.dash is not None:
-        dash = lk.LoraDash(pre_launch=max(1, round(recipe.dash * steps))).attach(model)
+        dash = lk.LoraDash(pre_launch=max(1, round(recipe.dash * steps)), cache_dir=cache).attach(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "adamw":

@@ -177,12 +177,14 @@ class Setup:
         model: a model folder; SmolLM2-135M-Instruct where None.
         protocol: the protocol.
         arms: by name.
+        cores: a folder for the decompositions of the base weights; made anew in every run where None.
     """
 
     data: Path | None = None
     model: Path | None = None
     protocol: Protocol = field(default_factory=Protocol)
     arms: Mapping[str, Arm] = field(default_factory=lambda: dict(ARMS))
+    cores: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -240,7 +242,7 @@ class Worker:
         stream = self.encoder.shuffled(self.train, protocol.batch_size, job.seed)
         batches = list(itertools.islice(stream, max(protocol.steps, protocol.init_batches)))
         recipe = self.setup.arms[job.arm].recipe
-        options = {"steps": protocol.steps, "rank": protocol.rank, "seed": job.seed}
+        options = {"steps": protocol.steps, "rank": protocol.rank, "seed": job.seed, "cores": self.setup.cores}
         return prepare(job.arm, recipe, self.base, job.rate, batches[: protocol.init_batches], **options), batches
 
     def _advice(self, job: Job) -> dict[str, Any]:
@@ -580,6 +582,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep finished runs here, and go on from them")
     parser.add_argument(
+        "--cores", type=Path, metavar="FOLDER", help="keep decompositions of base weights here, which take minutes"
+    )
+    parser.add_argument(
         "--extend", nargs="+", type=Path, default=[], metavar="RECORD", help="runs of these records are not done again"
     )
     parser.add_argument("--rates", action="store_true", help="rates and advice only: the record is rates_NAME")
@@ -601,7 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         protocol = replace(protocol, seeds=())
     if options.rank is not None:
         protocol = replace(protocol, rank=options.rank)
-    setup = Setup(options.data, options.model, protocol, arms)
+    setup = Setup(options.data, options.model, protocol, arms, options.cores)
     record = study(setup, options.workers, options.resume, not options.unchecked, options.extend)
     data = "word_problems" if options.data is None else options.data.resolve().stem
     kind = "rates" if options.rates else "quality"

@@ -38,7 +38,8 @@ def finished(tiny_decoder, tmp_path_factory):
 
 def command(folder, model):
     partial = str(folder / "partial.jsonl")
-    return ["--quick", "--workers", "1", "--model", str(model), "--out", str(folder), "--resume", partial]
+    files = ["--out", str(folder), "--resume", partial, "--cores", str(folder / "cores")]
+    return ["--quick", "--workers", "1", "--model", str(model), *files]
 
 
 def grid(arm):
@@ -64,6 +65,7 @@ def test_the_study_from_end_to_end(finished):
     # Every arm is another one.
     assert len({run["final_loss"] for (run,) in runs.values()}) == len(ARMS)
     assert (finished / "quality_word_problems_quick.png").stat().st_size > 20_000
+    assert any((finished / "cores").iterdir())
     assert set(record["advice"]) == set(ARMS) - {"lora_dash"}
     for arm, row in record["advice"].items():
         assert row["lowest"] == min(record["tuning"][arm]["losses"].values())

@@ -187,6 +187,7 @@ def test_configurations_are_those_of_one_layer_unless_they_spill():
         expected = config_for("reduce", dtype, aligned, platform)
         assert kernel.product_config("reduce", rank, dtype, aligned, platform) == expected
     assert kernel.product_config("reduce", 64, torch.float16, True, "cuda").warps == 8
+    assert kernel.product_config("reduce", 64, torch.bfloat16, True, "cuda", single=True) == kernel._SINGLE_REDUCE
 
 
 def test_too_many_rows_for_a_grid():

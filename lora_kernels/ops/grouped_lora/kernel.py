@@ -25,6 +25,8 @@ from lora_kernels.ops.skinny.kernel import bits_of, drop_args, empty_bits, facto
 
 _LANES = 128  # offsets that are looked at in one go
 _WIDE_REDUCE = SkinnyConfig(64, 128, 8, 4)  # with 4 warps it spills registers
+# Of float32 results without dropout: Triton 3.6 makes wider tiles wait for each of sm_90's matrix instructions.
+_SINGLE_REDUCE = SkinnyConfig(64, 64, 4, 4)
 
 
 @triton.jit
@@ -167,12 +169,15 @@ def grouped_expand_kernel(
 
 
 def product_config(
-    product: str, rank: int, dtype: torch.dtype, aligned: bool, platform: str | None = None
+    product: str, rank: int, dtype: torch.dtype, aligned: bool, platform: str | None = None, single: bool = False
 ) -> SkinnyConfig:
-    """The configuration of `shrink`, `reduce` or `expand`: that of the products of one layer, unless it spills."""
+    """The configuration of `shrink`, `reduce` or `expand`: that of the products of one layer, unless it spills.
+
+    `single` if the result of `reduce` is float32 and there is no dropout.
+    """
     wide = product == "reduce" and rank_for(rank)[0] == MOST_RANK and aligned and dtype != torch.float32
     if wide and (platform or build_platform()) == "cuda":
-        return _WIDE_REDUCE
+        return _SINGLE_REDUCE if single else _WIDE_REDUCE
     return config_for(product, dtype, aligned, platform)
 
 
@@ -237,7 +242,8 @@ def reduce(
     """
     (rows, size), (experts, rank, _) = z.shape, out.shape
     aligned = is_aligned(rank, t.stride(0), z)
-    config = config or product_config("reduce", rank, z.dtype, aligned)
+    single = out.dtype == torch.float32 and mask is None
+    config = config or product_config("reduce", rank, z.dtype, aligned, single=single)
     seed, scale, threshold, stream = drop_args(mask, z)
     width, blocks = rank_for(rank)
     bits = z if mask is None else empty_bits(z)
