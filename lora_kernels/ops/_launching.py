@@ -57,12 +57,9 @@ def launch(
     tensors: tuple[torch.Tensor, ...],
     numbers: tuple[float, ...],
     constants: Constants,
-    free: tuple[float, ...] = (),
+    free: tuple[float, ...] = (),  # floats, and numbers of 32 bits that the kernel does not specialise on
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, *free, **constants)` on the current stream, on the tensors' current device.
-
-    `free` are floats, and numbers of 32 bits that the kernel does not specialise on.
-    """
+    """`kernel[grid](*tensors, *numbers, *free, **constants)` on the current stream, on the tensors' current device."""
     addresses = [tensor.data_ptr() for tensor in tensors]
     bits = 0
     for address in addresses:

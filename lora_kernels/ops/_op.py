@@ -1,8 +1,6 @@
-"""An op is one object: what it writes, its backends, and a call that shows its accuracy.
+"""An op is one object: what it writes, its backends, and a call that shows its accuracy; CONTRIBUTING.md adds one.
 
-Outputs are allocated by the public function, which checks arguments; the op returns nothing, but the passes of layers
-do. Adding an op is adding a folder whose `op.py` makes an `Op`: it registers the operation with torch, chooses the
-backend, and enters `OPS`, which all lists of ops read.
+Outputs are allocated by the public function, which checks arguments; only the passes of layers return results.
 """
 
 from __future__ import annotations
@@ -66,18 +64,18 @@ def isolated(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
+def _first(args: Iterable[Any]) -> torch.Tensor:
+    return next(value for value in args if isinstance(value, torch.Tensor))
+
+
 def device_of(args: Iterable[Any]) -> torch.device:
-    """The device of the first tensor among arguments."""
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            return value.device
-    raise TypeError("an op needs at least one tensor")
+    """The device of the first tensor among an op's arguments."""
+    return _first(args).device
 
 
 def no_float64(*args: Any) -> str | None:
-    """The answer of a backend that takes no float64, by the first tensor among an op's arguments."""
-    first = next(value for value in args if isinstance(value, torch.Tensor))
-    return "takes no float64" if first.dtype == torch.float64 else None
+    """The answer of a backend that takes no float64."""
+    return "takes no float64" if _first(args).dtype == torch.float64 else None
 
 
 def _anything(*_: Any) -> str | None:
@@ -169,10 +167,9 @@ class Op:
     ) -> None:
         """Register an op under the name of its public function in `lora_kernels.ops`, its backends best first.
 
-        `body` is called with a backend, which it calls in turn (or asks for its name), and the op's arguments: tensors,
-        optional ones (of which some are written), ints, floats, bools and strings; or it is an operation that is
-        registered, and run by others. What an op `accumulates` into is the caller's, and checked to lie apart from
-        what is read.
+        `body` is called with a backend, which it calls in turn (or asks for its name), and the op's arguments; or it is
+        an operation that is registered, and run by others. What an op `accumulates` into is the caller's, and checked
+        to lie apart from what is read.
         """
         self.name, self.writes, self.backends = name, tuple(writes), tuple(backends)
         OPS[name] = self

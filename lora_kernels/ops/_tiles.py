@@ -34,9 +34,8 @@ class TileConfig:
 
 WIDE = TileConfig(128, 256, 64, 8, 3)
 SQUARE = TileConfig(128, 128, 64, 8, 3)
-HOPPER_HALF = TileConfig(
-    64, 128, 64, 4, 4
-)  # the square tile's matrix instructions serialise in Triton 3.6 (ptxas C7515)
+# The square tile's matrix instructions serialise in Triton 3.6 (ptxas C7515).
+HOPPER_HALF = TileConfig(64, 128, 64, 4, 4)
 SMALL = TileConfig(64, 64, 64, 4, 4)
 SINGLE = TileConfig(64, 64, 32, 4, 3)  # float32
 RAGGED = TileConfig(64, 64, 32, 8, 3)  # not aligned: every element's address takes registers
@@ -44,7 +43,6 @@ AMD_SQUARE = TileConfig(128, 128, 64, 8, 2)  # 64 KB of local memory hold two st
 AMD_SMALL = TileConfig(64, 64, 32, 4, 2)
 
 
-@functools.lru_cache(maxsize=256)
 def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
     """Pairs `(tile row, tile column)` that cover the lower triangle (diagonal included) of a square matrix.
 
@@ -52,18 +50,16 @@ def lower_tiles(size: int, rows: int, columns: int) -> tuple[tuple[int, int], ..
     block in the second-level cache (14336 columns read 3.1 instead of 7.7 GB).
     """
     tall, wide = -(-size // rows), -(-size // columns)
-    tiles = []
-    for block_row in range(0, tall, _SUPER):
-        for block_column in range(0, wide, _SUPER):
-            for i in range(block_row, min(block_row + _SUPER, tall)):
-                last = min((i + 1) * rows, size) - 1  # last matrix row of the tile
-                for j in range(block_column, min(block_column + _SUPER, wide)):
-                    if j * columns <= last:
-                        tiles.append((i, j))
-    return tuple(tiles)
+    return tuple(
+        (i, j)
+        for block_row in range(0, tall, _SUPER)
+        for block_column in range(0, wide, _SUPER)
+        for i in range(block_row, min(block_row + _SUPER, tall))
+        for j in range(block_column, min(block_column + _SUPER, wide))
+        if j * columns < min((i + 1) * rows, size)
+    )
 
 
-@functools.lru_cache(maxsize=256)
 def grouped_tiles(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
     """Pairs `(tile row, tile column)` that cover a matrix, in groups of 8 tile rows: neighbours share operands."""
     tall, wide = -(-height // rows), -(-width // columns)

@@ -27,11 +27,7 @@ def shrink(
 
 
 def reduce(out: torch.Tensor, t: torch.Tensor, z: torch.Tensor, bounds: list[int], mask: Mask | None) -> Mask | None:
-    """`out = t^T drop(z)` of each expert's rows: `(rows, r)` and `(rows, d)` give `(experts, r, d)`, summed wide.
-
-    Returns:
-        The mask.
-    """
+    """`out = t^T drop(z)` of each expert's rows: `(rows, r)` and `(rows, d)` give `(experts, r, d)`; the mask again."""
     wide, factor = torch.promote_types(z.dtype, torch.float32), 1.0 if mask is None else mask.factor
     out.zero_()
     for expert, rows in _groups(bounds):

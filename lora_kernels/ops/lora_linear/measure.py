@@ -10,11 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lora_kernels.ops._dropout import Mask
-from lora_kernels.ops._op import isolated
+from lora_kernels.ops._op import isolated, relative_error
 from lora_kernels.ops._tiles import capability_of
 from lora_kernels.ops.lora_linear import forms, table
 from lora_kernels.ops.lora_linear.config import candidates, is_aligned
@@ -109,6 +110,7 @@ class _Problem:
     def run(self, choice: Choice) -> None:
         forms.combine(self.out, self.left, self.right, (self.term,), backend=self.backend, choice=choice)
 
+    @property
     def parts(self) -> list[slice]:
         """Blocks of rows that are checked, the first and the last among them."""
         tokens = self.left.shape[0]
@@ -116,21 +118,16 @@ class _Problem:
         starts = sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
         return [slice(start, min(start + _BLOCK, tokens)) for start in starts]
 
-    def reference(self, parts: Sequence[slice], dtype: torch.dtype) -> torch.Tensor:
+    def reference(self, dtype: torch.dtype) -> torch.Tensor:
         """Those rows by plain torch, in a dtype."""
-        right, factor = self.right.to(dtype), self.term.b.to(dtype)
-        return torch.cat([self._rows(part, right, factor) for part in parts])
-
-    def _rows(self, part: slice, right: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        t, mask = self.term.t[part].to(right.dtype), self.term.mask
-        delta = t @ factor
-        if mask is not None:
-            delta = torch.where(mask.keep(part, delta.shape[1], t.device), delta, 0) * mask.factor
-        return self.left[part].to(right.dtype) @ right + delta
-
-
-def _relative(result: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.linalg.norm(result.double() - truth) / torch.linalg.norm(truth).clamp_min(1e-300))
+        (t, b, mask), rows = self.term, []
+        right, factor = self.right.to(dtype), b.to(dtype)
+        for part in self.parts:
+            delta = t[part].to(dtype) @ factor
+            if mask is not None:
+                delta = torch.where(mask.keep(part, delta.shape[1], t.device), delta, 0) * mask.factor
+            rows.append(self.left[part].to(dtype) @ right + delta)
+        return torch.cat(rows)
 
 
 def _seconds(call: Callable[[], object], flushed: torch.Tensor | None) -> float:
@@ -182,23 +179,19 @@ def fastest(seconds: Mapping[str, float], choices: Sequence[Choice]) -> Choice:
 def measure(
     key: Key, *, tokens: int, rank: int, device: torch.device, dtype: torch.dtype, rounds: int = 20
 ) -> Measurement:
-    """Check all forms of one product and time them, `rounds` calls per form.
-
-    It is an error if the default form gives wrong numbers or fails: nothing can be chosen then.
-    """
+    """Check all forms of one product and time them; raises where the default form fails or gives wrong numbers."""
     problem = _Problem.draw(key, tokens, rank, device, dtype)
     with isolated(problem.out.device):
         choices, refused = _candidates(problem)
-        parts = problem.parts()
-        truth = problem.reference(parts, torch.float64)
-        errors = {"torch": _relative(problem.reference(parts, problem.out.dtype), truth)}
+        truth = problem.reference(torch.float64)
+        errors = {"torch": relative_error([problem.reference(problem.out.dtype)], [truth])}
         bound = LIMIT * errors["torch"] + ROUNDING
         right = []
         for choice in choices:
             try:
                 problem.out.fill_(float("nan"))
                 problem.run(choice)
-                error = _relative(torch.cat([problem.out[part] for part in parts]), truth)
+                error = relative_error([torch.cat([problem.out[part] for part in problem.parts])], [truth])
             except Exception as failure:  # a compiler raises anything; whatever it is, this form does not run here
                 if choice.form == DEFAULT:
                     raise
@@ -211,7 +204,7 @@ def measure(
                 refused[choice.name] = f"WRONG on {key.chip}: error {error:.1e} against float64, allowed {bound:.1e}"
         if all(choice.form != DEFAULT for choice in right):
             raise RuntimeError(f"the form {DEFAULT!r}: {refused[DEFAULT]}")
-        calls: dict[str, Callable[[], object]] = {choice.name: (lambda c=choice: problem.run(c)) for choice in right}  # type: ignore[misc]
+        calls: dict[str, Callable[[], object]] = {choice.name: partial(problem.run, choice) for choice in right}
         calls[FLOOR] = lambda: torch.mm(problem.left, problem.right, out=problem.out)
         seconds = _interleaved(calls, rounds, problem.out.device)
         return Measurement(key, problem.out.shape[0], rank, seconds, errors, refused, fastest(seconds, right))

@@ -74,15 +74,15 @@ def versions() -> dict[str, str | None]:
     return installed
 
 
-def _minor(version: str | None) -> str | None:
-    return None if version is None else ".".join(version.split("+")[0].split(".")[:2])
+def _minors(versions: Mapping[str, str | None]) -> tuple[str | None, ...]:
+    """The minor versions of torch and Triton."""
+    both = versions.get("torch"), versions.get("triton")
+    return tuple(None if version is None else ".".join(version.split("+")[0].split(".")[:2]) for version in both)
 
 
 def is_current(record: Record) -> bool:
     """Whether a record was measured with this minor version of torch and Triton, and its configuration still ships."""
-    installed = versions()
-    same = all(_minor(record.versions.get(name)) == _minor(installed[name]) for name in ("torch", "triton"))
-    return same and (record.config is None or record.config in CONFIGS)
+    return _minors(record.versions) == _minors(versions()) and record.config in (None, *CONFIGS)
 
 
 def cache_file() -> Path:
@@ -156,8 +156,4 @@ def write(path: Path, records: Iterable[Record], note: str) -> None:
 
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     """Both lists; a new record takes the place of one of the same key and minor versions."""
-
-    def identity(record: Record) -> tuple[Any, ...]:
-        return record.key, *(_minor(record.versions.get(name)) for name in ("torch", "triton"))
-
-    return list({identity(record): record for record in (*old, *new)}.values())
+    return list({(record.key, _minors(record.versions)): record for record in (*old, *new)}.values())

@@ -152,18 +152,14 @@ def _cholesky(q: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     # In float64 one round leaves |Q^T Q - 1| <= u cond^2: nothing that a float32 result could show, mostly.
     open_ = ~(condition * (y.shape[-1] * _UNIT) <= _SILENT_LOSS) | failed
     if not narrow or bool(open_.any()):
-        index = open_.nonzero().squeeze(-1) if narrow else None
-        part = q if index is None else q[index]
+        index: Any = open_.nonzero().squeeze(-1) if narrow else slice(None)
+        part = q[index]
         defect = _defect(part)
         second, r, bad, _ = _round(part)
-        bad = bad | ~(defect <= _ALMOST) | (failed if index is None else failed[index])
-        if index is None:
-            q.copy_(second)
-            total = r @ total
-        else:
-            q[index], total[index] = second, r @ total[index]
+        bad = bad | ~(defect <= _ALMOST) | failed[index]
+        q[index], total[index] = second, r @ total[index]
         if bool(bad.any()):
-            hard = bad.nonzero().squeeze(-1) if index is None else index[bad]
+            hard = index[bad] if narrow else bad.nonzero().squeeze(-1)
             finite = torch.isfinite(y[hard]).all(-1).all(-1)
             if not bool(finite.all()):
                 raise ValueError(f"matrix {int(hard[~finite][0])} of y holds NaN or infinite entries")

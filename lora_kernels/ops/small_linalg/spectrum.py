@@ -15,15 +15,6 @@ from lora_kernels.ops.small_linalg.op import definite, eigh
 _CHUNK = {"cpu": 2**18, "gpu": 2**24}
 
 
-def _check(a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-    check_tensor("a", a, dtypes=drivers.DTYPES, form="(..., r, n)")
-    check_tensor("b", b, dtypes=(a.dtype,), device=a.device)
-    if b.dim() != a.dim() or b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
-        expected = f"{(*a.shape[:-2], 'm', a.shape[-2])}".replace("'", "")
-        raise ValueError(f"b has shape {tuple(b.shape)}, but must have shape {expected}")
-    check_range("scaling", scaling, low=-float(torch.finfo(a.dtype).max), high=float(torch.finfo(a.dtype).max))
-
-
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
     """R (rank, rank) of the QR factorisation, padded with zero rows where `tall` has fewer rows than columns."""
     r: torch.Tensor = torch.linalg.qr(tall, mode="r").R
@@ -115,7 +106,9 @@ def factor_spectrum(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, b
             index.
         RuntimeError: if an iteration does not converge, or the backend asked for cannot take the call.
     """
-    _check(a, b, scaling)
+    check_tensor("a", a, dtypes=drivers.DTYPES, form="(..., r, n)")
+    check_tensor("b", b, shape=(*a.shape[:-2], None, a.shape[-2]), dtypes=(a.dtype,), device=a.device)
+    check_range("scaling", scaling, low=-float(torch.finfo(a.dtype).max), high=float(torch.finfo(a.dtype).max))
     out = a.new_empty(a.shape[:-1])
     spectrum(backend, out, a, b, float(scaling))
     return out
