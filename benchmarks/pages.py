@@ -272,13 +272,14 @@ def rate_studies() -> dict[str, dict[str, Any]]:
 
 def studies_in_short() -> Rows:
     """Each study's verdict by held-out loss after the last step."""
-    rows = [["task", "better than random LoRA", "not distinguishable", "worse"]]
+    rows = [["task", "rank", "better than random LoRA", "not distinguishable", "worse"]]
     for record in studies().values():
         arms: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
         for arm, comparisons in study_report.compare_all(record).items():
             verdict = "behind" if comparisons is None else comparisons["loss"][-1][1].verdict
             arms.get(verdict, arms["level"]).append(study_report.title(arm).replace(", ", " "))
-        rows.append([record["data"]["name"].split(",")[0], *(", ".join(names) or "none" for names in arms.values())])
+        task, rank = record["data"]["name"].split(",")[0], str(record["protocol"]["rank"])
+        rows.append([task, rank, *(", ".join(names) or "none" for names in arms.values())])
     return rows
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures. Triton must know before its import whether kernels are interpreted, hence the environment first."""
 
+import gc
 import os
 
 import torch
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):  # not `item.keywords`: the clone may lie in a folder of that name
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: `gc.collect`, which every training of transformers calls, is to pass over it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.warm import Warm
 from tests.torchrun import two_processes
 
 ROOT = Path(__file__).parents[1]
@@ -115,17 +116,48 @@ INSTALLED_AS = {"sklearn": "scikit-learn"}
 SLOW = ("trainer", "fsdp2", "qlora", "vision", "many_inits")
 
 
-def run(name):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # the tests' own, not a user's
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+# Nearly all examples begin with these, which takes most of their time.
+IMPORTS = ("torch", "peft", "transformers")
+
+
+@pytest.fixture(scope="module")
+def environment():
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables.pop("TRITON_INTERPRET", None)  # the tests' own, not a user's
+    return variables
+
+
+@pytest.fixture(scope="module")
+def warm(environment):
+    with Warm(IMPORTS, environment) as made:
+        yield made
+
+
+@pytest.fixture
+def run(environment, request):
+    def run(name):
+        script = EXAMPLES / f"{name}.py"
+        if imported(script).issuperset(IMPORTS):  # elsewhere, an import that is missing would not show
+            done = request.getfixturevalue("warm").run(str(script))
+        else:
+            command = [sys.executable, str(script)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def imported(script):
+    """The packages that a script imports when it starts."""
+    body = ast.parse(script.read_text()).body
+    names = [each.module for each in body if isinstance(each, ast.ImportFrom)]
+    names += [alias.name for each in body if isinstance(each, ast.Import) for alias in each.names]
+    return {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in SLOW)) for each in CASES])
-def test_example_runs_and_shows_what_it_says(name):
+def test_example_runs_and_shows_what_it_says(name, run):
     check, packages = CASES[name]
     if packages and not any(find_spec(each) for each in packages):
         if packages != ("peft",):

@@ -50,7 +50,7 @@ def trainer(model, folder, kind):
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         weight_decay=0.1,
-        save_steps=1,
+        save_steps=2,  # and the last
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,

@@ -1,7 +1,7 @@
 """transformers' Trainer resumes to the bit: every start, every optimizer, before LoRA-Dash's switch and after it."""
 
-import subprocess
-import sys
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from transformers import Trainer, TrainingArguments
 import lora_kernels as lk
 from tests.adapters.resume_runs import KINDS, METHODS, STEPS, Data, begun, resumed, trainer
 from tests.adapters.start_models import BATCH, assert_same_bits, started, tensors, wrapped
+from tests.helpers.warm import Warm
 from tests.statistics.models import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def no_model_cards(monkeypatch):
+    """PEFT compiles the template of the card anew for each checkpoint: half the time of saving one."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
 
 
 def logits(model):
@@ -39,17 +46,22 @@ def test_the_trainer_resumes_to_the_bit(tmp_path, method, kind):
             assert torch.equal(logits(again), logits(whole))
 
 
+@pytest.fixture(scope="module")
+def processes():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Warm(("torch", "peft", "transformers"), environment) as made:
+        yield made
+
+
 @pytest.mark.parametrize("method", ["lora_ga", pytest.param("eva", marks=pytest.mark.slow)])
-def test_another_process_resumes_to_the_bit(tmp_path, method):
+def test_another_process_resumes_to_the_bit(tmp_path, method, processes):
     whole = begun(method)
     trainer(whole, tmp_path / "whole", "own lora_pro dash").train()
     for again in (method, ""):
         out = tmp_path / f"again {again}"
         out.mkdir()
         arguments = [again, "own lora_pro dash", str(tmp_path / "whole" / "checkpoint-2"), str(out)]
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.adapters.resume_runs", *arguments], capture_output=True, text=True
-        )
+        done = processes.run("tests.adapters.resume_runs", *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
         found, expected = torch.load(out / "tensors.pt"), tensors(whole)
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,4 +1,7 @@
 import ast
+import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from benchmarks.demo import roundtrip
 from benchmarks.demo.roundtrip import check_round_trip
 from benchmarks.demo.side import Recipe, prepare
 from benchmarks.demo.texts import Encoder, word_problems
+from tests.helpers.warm import Warm
 
 
 @pytest.fixture
@@ -29,13 +33,37 @@ def trained(tiny_decoder, tmp_path):
     return (side.model, encoder.encode(task.test), tiny_decoder, adapter), adapter / "adapter_model.safetensors"
 
 
-def test_the_true_adapter_passes_and_tampered_ones_do_not(trained):
+@pytest.fixture(scope="module")
+def warm():
+    with Warm(("torch", "peft", "transformers"), {**os.environ, "HF_HUB_OFFLINE": "1"}) as made:
+        yield made
+
+
+@pytest.fixture
+def imports_done(warm, tmp_path, monkeypatch):
+    """From this call on, the fresh processes begin with PEFT imported."""
+
+    def run(command, cwd, **_):
+        _, option, script, job = command
+        assert option == "-c"
+        (tmp_path / "script.py").write_text(script)
+        done = warm.run(str(tmp_path / "script.py"), job, cwd=cwd)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+
+    patched = SimpleNamespace(run=run, SubprocessError=subprocess.SubprocessError)
+    return lambda: monkeypatch.setattr(roundtrip, "subprocess", patched)
+
+
+def test_the_true_adapter_passes_and_tampered_ones_do_not(trained, imports_done):
     arguments, weights = trained
     outcome = check_round_trip(*arguments)
     assert outcome.ok
     assert outcome.largest_difference <= 1e-5
     assert arguments[0].training
 
+    imports_done()
+    assert check_round_trip(*arguments).ok
     tensors = load_file(weights)
     (name,) = [name for name in tensors if "layers.1.self_attn.v_proj" in name and "lora_B" in name]
     assert tensors[name].abs().max() > 1e-3
@@ -53,8 +81,9 @@ def test_the_true_adapter_passes_and_tampered_ones_do_not(trained):
     assert "does not load in a fresh process" in outcome.message
 
 
-def test_non_finite_logits_do_not_pass(trained):
+def test_non_finite_logits_do_not_pass(trained, imports_done):
     arguments, _ = trained
+    imports_done()
     with torch.no_grad():
         next(parameter for parameter in arguments[0].parameters() if parameter.requires_grad)[0] = float("nan")
     assert not check_round_trip(*arguments).ok

@@ -26,6 +26,12 @@ def config(tiny_decoder, tmp_path):
     return DemoConfig(model=tiny_decoder, method="lora_ga", rate=(1e-2, 1e-2), out=tmp_path / "out", threads=1, **sizes)
 
 
+@pytest.fixture
+def no_round_trip(monkeypatch):
+    """For tests of something else: a fresh process takes longer than the rest of them."""
+    monkeypatch.setattr(orchestration, "check_round_trip", lambda *arguments: RoundTrip(True, 0.0, "reloaded"))
+
+
 def printed(config):
     output = io.StringIO()
     status = run(config, Console(file=output, width=160))
@@ -59,7 +65,7 @@ def test_the_whole_demo_on_a_tiny_model(config):
     assert json.loads((config.out / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_a_record_is_shown_among_the_results(config, tmp_path, monkeypatch):
+def test_a_record_is_shown_among_the_results(config, no_round_trip, tmp_path, monkeypatch):
     pytest.importorskip("jinja2")
     from benchmarks import pages
 
@@ -82,7 +88,7 @@ def test_with_a_random_start_only_the_layers_differ(config):
 
 
 @pytest.mark.parametrize("rate", [0.0123, None])
-def test_ones_own_texts_at_the_suggested_rate(config, tmp_path, monkeypatch, rate):
+def test_ones_own_texts_at_the_suggested_rate(config, no_round_trip, tmp_path, monkeypatch, rate):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"How many dollars are {i} dollars ?"}) for i in range(20)))
     measured = lk.api.LearningRateAdvice(optimizer="adamw", rate=rate, low=0.01, high=0.02, reason="it is flat")

@@ -1,13 +1,15 @@
 """What `make conformance` is made of, on a handful of tests in place of PEFT's."""
 
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import selection
+
+from tests.helpers.warm import Warm
 
 HERE = Path(__file__).resolve().parent
 
@@ -106,16 +108,34 @@ lora_kernels.accelerate = accelerate
 """
 
 
+@pytest.fixture
+def conformance(tmp_path, monkeypatch):
+    """run.py, whose four processes import torch and PEFT once."""
+    for name in [name for name in os.environ if name.startswith("PYTEST")]:
+        monkeypatch.delenv(name)
+    spec = importlib.util.spec_from_file_location("conformance_run", HERE / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    with Warm(("torch", "peft", "transformers"), module.environment(tmp_path)) as warm:
+
+        def run(command, cwd, env, stdout, stderr):
+            assert command[1:3] == ["-m", "pytest"]
+            done = warm.run(*command[2:], cwd=cwd, environment=env, timeout=600)
+            stdout.write(done.stdout + done.stderr)
+            return done
+
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+        yield module
+
+
 @pytest.mark.slow
-def test_what_passes_stock_and_fails_on_accelerated_layers_is_reported(tmp_path):
+def test_what_passes_stock_and_fails_on_accelerated_layers_is_reported(conformance, tmp_path):
     tests = tmp_path / "mini"
     tests.mkdir()
     (tests / "test_mini.py").write_text(TESTS)
     (tests / "conftest.py").write_text(BROKEN)
-    command = [sys.executable, str(HERE / "run.py"), "--tests", str(tests), "--out", str(tmp_path), "--workers", "1"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert conformance.main(["--tests", str(tests), "--out", str(tmp_path), "--workers", "1"]) == 1
     found = json.loads((tmp_path / "summary.json").read_text())
 
     def names(key):
