@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 
@@ -24,8 +25,17 @@ from benchmarks.demo.study import (
     study,
     tune,
 )
+from benchmarks.docstrings import docstring_task
 from lora_kernels.api.learning_rate import SHARES, Share
 from lora_kernels.init import EVA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def docstrings_are_read_once():
+    """Every study reads those of the standard library, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.demo.study.docstring_task", functools.cache(docstring_task))
+        yield
 
 
 @pytest.fixture(scope="module")
