@@ -20,153 +20,105 @@ from lora_kernels._version import __version__
 _TEXTUAL = (Path, str, float, int, bool)
 
 
+def _option(text: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """A field that the command line describes by a text; required without a default."""
+    metadata["help"] = text
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_TASK = "causal-lm, sequence-classification or base (default: "
+
+
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What a command reads of text files.
+    """What a command reads of text files."""
 
-    Attributes:
-        text_column: column of the text
-        label_column: column of the labels, for a classifier
-        task: causal-lm, sequence-classification or base (default: the adapter's, or with labels a classifier, or as the
-            config says)
-        batch_size: texts per batch
-        max_length: tokens at which a text is cut
-    """
-
-    text_column: str = "text"
-    label_column: str | None = None
-    task: str | None = None
-    batch_size: int = 8
-    max_length: int = 256
+    text_column: str = _option("column of the text", "text")
+    label_column: str | None = _option("column of the labels, for a classifier", None)
+    task: str | None = _option(f"{_TASK}the adapter's, or with labels a classifier, or as the config says)", None)
+    batch_size: int = _option("texts per batch", 8)
+    max_length: int = _option("tokens at which a text is cut", 256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Texts):
-    """Make a PEFT adapter with a data-aware start from a model folder and a text file.
+    """Make a PEFT adapter with a data-aware start from a model folder and a text file."""
 
-    Attributes:
-        model: folder of a transformers model
-        data: .csv or .jsonl file with text
-        out: folder for the adapter, report.json and report.html, new or empty
-        method: name of the method; the names and their settings are listed below
-        set: settings of the method, NAME=VALUE, such as gamma=64
-        ranks: redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (default: keep)
-        rank: r of every layer
-        alpha: lora_alpha (default: the rank)
-        learning_rate: that you will train with; the report judges it
-        optimizer: adamw, lora_pro or lora_pro_full, for the rate suggested
-        no_rate: measure no learning rate
-        target_modules: names as in PEFT
-    """
-
-    model: Path
-    data: Path
-    out: Path
-    method: str = "eva"
-    set: list[str] = field(default_factory=list)
-    ranks: str | None = None
-    rank: int = 16
-    alpha: float | None = None
-    learning_rate: float | None = None
-    optimizer: str = "adamw"
-    no_rate: bool = False
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    model: Path = _option("folder of a transformers model")
+    data: Path = _option(".csv or .jsonl file with text")
+    out: Path = _option("folder for the adapter, report.json and report.html, new or empty")
+    method: str = _option("name of the method; the names and their settings are listed below", "eva")
+    set: list[str] = _option("settings of the method, NAME=VALUE, such as gamma=64", [])
+    ranks: str | None = _option(
+        "redistribute ranks by explained_variance, gradient_energy or fisher_energy; or keep (default: keep)", None
+    )
+    rank: int = _option("r of every layer", 16)
+    alpha: float | None = _option("lora_alpha (default: the rank)", None)
+    learning_rate: float | None = _option("that you will train with; the report judges it", None)
+    optimizer: str = _option("adamw, lora_pro or lora_pro_full, for the rate suggested", "adamw")
+    no_rate: bool = _option("measure no learning rate", False)
+    target_modules: list[str] = _option("names as in PEFT", ["all-linear"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Print what a collection would keep and cost, from a config alone.
+    """Print what a collection would keep and cost, from a config alone."""
 
-    Attributes:
-        config: config.json of a transformers model; no weights are needed
-        method: a method (eva, lora_da, ...) or a statistic (gradient, ...)
-        rank: r of every layer and expert, which a method's sketches follow
-        task: causal-lm, sequence-classification or base (default: as the config says)
-        world: number of processes
-        json: print the plan as JSON
-    """
-
-    config: Path
-    method: str
-    rank: int = 16
-    task: str | None = None
-    world: int = 1
-    json: bool = False
+    config: Path = _option("config.json of a transformers model; no weights are needed")
+    method: str = _option("a method (eva, lora_da, ...) or a statistic (gradient, ...)")
+    rank: int = _option("r of every layer and expert, which a method's sketches follow", 16)
+    task: str | None = _option(f"{_TASK}as the config says)", None)
+    world: int = _option("number of processes", 1)
+    json: bool = _option("print the plan as JSON", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Texts):
-    """Compare the fused LoRA layers with PEFT's and with float64 on your model and text.
+    """Compare the fused LoRA layers with PEFT's and with float64 on your model and text."""
 
-    Attributes:
-        model: folder of a transformers model
-        data: .csv or .jsonl file with text; the first batch is run
-        adapter: folder of a PEFT adapter (default: a random one of --rank)
-        rank: r of the random adapter
-    """
-
-    model: Path
-    data: Path
-    adapter: Path | None = None
-    rank: int = 16
-    batch_size: int = 4
-    max_length: int = 128
+    model: Path = _option("folder of a transformers model")
+    data: Path = _option(".csv or .jsonl file with text; the first batch is run")
+    adapter: Path | None = _option("folder of a PEFT adapter (default: a random one of --rank)", None)
+    rank: int = _option("r of the random adapter", 16)
+    batch_size: int = _option("texts per batch", 4)
+    max_length: int = _option("tokens at which a text is cut", 128)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """Measure the forms of the LoRA layers' products on this device, for later runs to use the fastest.
+    """Measure the forms of the LoRA layers' products on this device, for later runs to use the fastest."""
 
-    Attributes:
-        model_config: config.json of a transformers model, whose layers are measured; no weights are needed
-        shapes: or inputs x outputs of layers, such as 4096x4096,4096x14336
-        task: causal-lm, sequence-classification or base (default: as the config says)
-        tokens: batch size times length, one or more (default: 8192; 1024 on a CPU)
-        rank: r, one or more
-        dtype: float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)
-        dropout: the adapter's input is dropped
-        device: such as cuda:1 (default: the GPU if there is one)
-        rounds: timed calls of each form
-        out: file for the table (default: the one that LoRA layers read)
-    """
-
-    model_config: Path | None = None
-    shapes: str | None = None
-    task: str | None = None
-    tokens: list[int] | None = None
-    rank: list[int] = field(default_factory=lambda: [16])
-    dtype: str | None = None
-    dropout: bool = False
-    device: str | None = None
-    rounds: int = 20
-    out: Path | None = None
+    model_config: Path | None = _option(
+        "config.json of a transformers model, whose layers are measured; no weights are needed", None
+    )
+    shapes: str | None = _option("or inputs x outputs of layers, such as 4096x4096,4096x14336", None)
+    task: str | None = _option(f"{_TASK}as the config says)", None)
+    tokens: list[int] | None = _option("batch size times length, one or more (default: 8192; 1024 on a CPU)", None)
+    rank: list[int] = _option("r, one or more", [16])
+    dtype: str | None = _option("float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)", None)
+    dropout: bool = _option("the adapter's input is dropped", False)
+    device: str | None = _option("such as cuda:1 (default: the GPU if there is one)", None)
+    rounds: int = _option("timed calls of each form", 20)
+    out: Path | None = _option("file for the table (default: the one that LoRA layers read)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Texts):
-    """Print spectra, balance and verdict of a trained adapter; the exit status is 1 on a loud failure.
+    """Print spectra, balance and verdict of a trained adapter; the exit status is 1 on a loud failure."""
 
-    Attributes:
-        adapter: folder of a PEFT adapter
-        base: folder of its base model, to compare with the weights
-        data: .csv or .jsonl file with training text, for the certificate; needs --base and --weight-decay
-        weight_decay: lambda of training, for the certificate
-        max_batches: read at most so many batches
-        intruders: compare directions with those of the base weights
-        monitor: .jsonl file of a LandscapeMonitor
-        out: folder for inspect.html (grids of module x block) and diagnosis.json
-        json: print the diagnosis as JSON
-    """
-
-    adapter: Path = field(metadata={"positional": True})
-    base: Path | None = None
-    data: Path | None = None
-    weight_decay: float | None = None
-    max_batches: int | None = None
-    intruders: bool = False
-    monitor: Path | None = None
-    out: Path | None = None
-    json: bool = False
+    adapter: Path = _option("folder of a PEFT adapter", positional=True)
+    base: Path | None = _option("folder of its base model, to compare with the weights", None)
+    data: Path | None = _option(
+        ".csv or .jsonl file with training text, for the certificate; needs --base and --weight-decay", None
+    )
+    weight_decay: float | None = _option("lambda of training, for the certificate", None)
+    max_batches: int | None = _option("read at most so many batches", None)
+    intruders: bool = _option("compare directions with those of the base weights", False)
+    monitor: Path | None = _option(".jsonl file of a LandscapeMonitor", None)
+    out: Path | None = _option("folder for inspect.html (grids of module x block) and diagnosis.json", None)
+    json: bool = _option("print the diagnosis as JSON", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +129,12 @@ class Doctor:
 COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Init, Plan, Verify, Tune, Inspect, Doctor)}
 
 
-def descriptions(kind: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of the fields, under `Attributes:` or `Args:`."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
-        section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?)+)", doc, re.MULTILINE)
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE):
-            texts[name] = " ".join(text.split()).replace("`", "")
+def _descriptions(kind: type) -> dict[str, str]:
+    """What a dataclass says of its fields: their metadata, or `Attributes:` or `Args:` in its docstring."""
+    texts = {option.name: option.metadata["help"] for option in fields(kind) if "help" in option.metadata}
+    section = re.search(r"^(?:Attributes|Args):\n((?:    .*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE):
+        texts[name] = " ".join(text.split()).replace("`", "")
     return texts
 
 
@@ -198,7 +148,7 @@ def add_options(
 ) -> None:
     """Add an option for every field that text can give (positional with that metadata, a bool as a switch)."""
     # Those that the user leaves out stay out of the namespace.
-    texts, hints = descriptions(kind), get_type_hints(kind)
+    texts, hints = _descriptions(kind), get_type_hints(kind)
     for option in fields(kind):
         value_type, many = _value_type(hints[option.name])
         if value_type is None or option.name in leave_out:
