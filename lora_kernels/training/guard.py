@@ -107,7 +107,7 @@ class Guard:
         self.close()
         if not (bad := {name: problem for name, problem in problems.items() if problem is not None}):
             if narrow:
-                Movement.watch_next(narrow, strict=self.strict)
+                Movement.watch(Names(narrow), strict=self.strict)
             return
         name, problem = next(iter(bad.items()))
         message = f"{len(bad)} of {len(problems)} adapters learn nothing in the first backward pass"
@@ -118,8 +118,9 @@ class Guard:
 
 
 def trained_names(model: nn.Module) -> Names:
-    """The names of the parameters that a model trains."""
-    return Names({parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    """The names of the parameters of 16 bits that a model trains."""
+    trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+    return Names({parameter: name for name, parameter in trained if parameter.dtype in NARROW})
 
 
 class Movement:
@@ -132,7 +133,7 @@ class Movement:
     # Hooks of an optimizer cannot be removed while they run, if others come after them: two global ones are set once.
 
     watched: WeakKeyDictionary[Optimizer, Movement | None] = WeakKeyDictionary()  # `None` once it has judged
-    awaited: list[tuple[Names, bool]] = []  # names and `strict`, where the optimizer is not known yet  # noqa: RUF012
+    awaited: list[tuple[Names, bool]] = []  # names and `strict`, until an optimizer steps one of them  # noqa: RUF012
     _handles: tuple[Any, ...] = ()
 
     def __init__(self, names: Names, *, strict: bool) -> None:
@@ -142,24 +143,9 @@ class Movement:
         self.reached: dict[torch.Tensor, torch.Tensor] = {}  # entries with a gradient
 
     @classmethod
-    def watch(cls, optimizer: Optimizer, names: Names, *, strict: bool = False) -> None:
-        """Watch an optimizer that holds parameters of 16 bits and was not watched yet; raise, not warn, if `strict`."""
-        if getattr(optimizer, "rounding", "nearest") == "stochastic":
-            return  # entries move rarely, and in the mean as far as they should
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        narrow = any(parameter in names and parameter.dtype in NARROW for parameter in parameters)
-        if narrow and optimizer not in cls.watched:
-            cls.watched[optimizer] = cls(names, strict=strict)
-            cls._set_hooks()
-
-    @classmethod
-    def watch_next(cls, factors: dict[nn.Parameter, str], *, strict: bool) -> None:
-        """Watch whichever optimizer steps one of these named parameters next."""
-        cls.awaited.append((Names(factors), strict))
-        cls._set_hooks()
-
-    @classmethod
-    def _set_hooks(cls) -> None:
+    def watch(cls, names: Names, *, strict: bool = False) -> None:
+        """Watch whichever optimizer steps one of these parameters of 16 bits next; raise, not warn, if `strict`."""
+        cls.awaited.append((names, strict))
         if not cls._handles:
             before = register_optimizer_step_pre_hook(cls._before_any)
             cls._handles = before, register_optimizer_step_post_hook(cls._after_any)
@@ -168,12 +154,12 @@ class Movement:
     def _before_any(cls, optimizer: Optimizer, *_: Any) -> None:
         for awaited in list(cls.awaited):
             names, strict = awaited
-            held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            if not len(names):  # the model is gone
+            held = any(parameter in names for group in optimizer.param_groups for parameter in group["params"])
+            if held or not len(names):  # the model is gone
                 cls.awaited.remove(awaited)
-            elif any(parameter in names for parameter in held):
-                cls.awaited.remove(awaited)
-                cls.watch(optimizer, names, strict=strict)
+            # With stochastic rounding entries move rarely, and in the mean as far as they should.
+            if held and optimizer not in cls.watched and getattr(optimizer, "rounding", "nearest") == "nearest":
+                cls.watched[optimizer] = cls(names, strict=strict)
         if (movement := cls.watched.get(optimizer)) is not None:
             movement._before_step(optimizer)
 
@@ -193,7 +179,7 @@ class Movement:
             self.reached.clear()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter not in self.names or parameter.dtype not in NARROW or parameter.grad is None:
+                if parameter not in self.names or parameter.grad is None:
                     continue
                 nonzero = local(parameter.grad.detach()) != 0
                 if parameter in self.before:

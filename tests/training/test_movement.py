@@ -197,7 +197,7 @@ def test_entries_without_a_gradient_that_move_do_not_count():
     model.weight.grad = torch.zeros_like(model.weight)
     model.weight.grad[0] = 1.0
     optimizer = Decay(model.parameters(), lr=0.1)
-    Movement.watch(optimizer, trained_names(model))
+    Movement.watch(trained_names(model))
     with pytest.warns(RuntimeWarning, match="weight, 0 %"):
         for _ in range(STEPS):
             optimizer.step()

@@ -83,8 +83,8 @@ def create_lora_pro_optimizer(model: nn.Module, *, lr: float, **options: Unpack[
     vectors = [parameter for parameter in others if parameter.dim() <= 1]
     groups += [{"params": matrices}] * bool(matrices) + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
     optimizer = LoraPro(groups, lr, **options)
-    if optimizer.rounding == "nearest":
-        Movement.watch(optimizer, trained_names(model))
+    if names := trained_names(model):
+        Movement.watch(names)
     return optimizer
 
 
