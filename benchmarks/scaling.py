@@ -226,12 +226,12 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(quick: bool = False) -> dict[str, Any]:
-    """Counts of small runs, with one process and with two, on a tiny model if quick; `RuntimeError` if one fails."""
+def measure(quick: bool = False, worlds: Iterable[int] = (1, 2)) -> dict[str, Any]:
+    """Counts of small runs, in so many processes each, on a tiny model if quick; `RuntimeError` if one fails."""
     result: dict[str, Any] = {"environment": environment(), "rows": []}
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        for world in (1, 2):
+        for world in worlds:
             out = Path(folder) / f"{world}.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
             command += ["-m", "benchmarks.scaling_measure", str(out), *(["--quick"] if quick else [])]
